@@ -1,0 +1,156 @@
+"""The runtime configuration: where learners run and under which limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchfedrpc.errors import ConfigError, suggest
+
+_CHOICES = {
+    "isolation": ("value", "none"),
+    "transport": ("auto", "uv", "shm"),
+    "device_map": ("auto", "none"),
+}
+
+
+@dataclass
+class RuntimeConfig:
+    """Where learners run and under which limits; the same keys everywhere, flat.
+
+    Attributes:
+        execution_mode: ``auto``, ``local``, ``pseudo``, ``distributed``, or a name registered with
+            ``@tfr.executor``. ``auto`` takes distributed where a launcher's WORLD_SIZE is above 1 or
+            ``client_endpoints`` are given, pseudo where ``use_multiprocessing`` or ``num_processes`` > 0,
+            else local.
+        num_clients: how many clients a proxy makes (``client_1 .. client_N``) when it is given no ids. Without
+            it, the keys of ``client_endpoints``, else one client for each of ``num_processes``.
+        num_processes: worker processes of pseudo mode; ignored in the others. Default: one for each core, and
+            no more than clients.
+        use_multiprocessing: makes ``auto`` choose pseudo mode.
+        client_endpoints: client id -> ``worker1``, ``rank:2``, ``host:NAME`` (any worker on that machine) or
+            ``local`` (the driver's own process). Clients not named here are spread over all workers.
+        call_timeout_s: seconds a method may run, its time in queues not counted; None for no limit. In local
+            mode it is not applied while a debugger is attached.
+        isolation: ``value`` copies arguments and results also in local mode, ``none`` passes references there.
+        interface: network interface that workers of several machines use, such as ``wg0``. Default: loopback
+            where all are on one machine, else the interface that routes to the driver.
+        deterministic: use torch's deterministic algorithms in every process that runs learners (CUDA).
+        torch_threads: intra-op threads of each process; 1 gives the same bits on every machine size.
+        max_concurrent_calls: sync methods that run at once in one process.
+        device_map: ``auto`` sends CUDA tensors device to device between driver and workers, ``none`` stages
+            them through host memory.
+        trusted_modules: top-level packages, beside the learner's own, whose classes may travel.
+        transport: TensorPipe's transport. ``auto`` is ``uv``: torch's own choice, ``shm``, has less latency but
+            keeps one core busy in every process.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range.
+    """
+
+    execution_mode: str = "auto"
+    num_clients: int | None = None
+    num_processes: int | None = None
+    use_multiprocessing: bool = False
+    client_endpoints: dict[str, str] = field(default_factory=dict)
+    call_timeout_s: float | None = 300.0
+    isolation: str = "value"
+    interface: str | None = None
+    deterministic: bool = False
+    torch_threads: int = 1
+    max_concurrent_calls: int = 1
+    device_map: str = "auto"
+    trusted_modules: list[str] = field(default_factory=list)
+    transport: str = "auto"
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(RuntimeConfig)
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if not _fits(value, hints[item.name]):
+                raise ConfigError(f"runtime.{item.name} must be {item.type}, not {value!r} ({type(value).__name__})")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"runtime.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name, least in (("num_clients", 1), ("torch_threads", 1), ("max_concurrent_calls", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"runtime.{name} must be at least {least}, not {value}")
+        if self.num_processes is not None and self.num_processes < 0:
+            raise ConfigError(f"runtime.num_processes must not be negative, it is {self.num_processes}")
+        if self.execution_mode == "pseudo" and self.num_processes == 0:
+            raise ConfigError(
+                "runtime.num_processes is 0, and pseudo mode needs at least one worker process: "
+                "set runtime.num_processes=1 or more, or runtime.execution_mode=local"
+            )
+        if self.call_timeout_s is not None and not self.call_timeout_s > 0:
+            raise ConfigError(
+                f"runtime.call_timeout_s must be above 0 seconds (None for no limit), it is {self.call_timeout_s}"
+            )
+
+    @classmethod
+    def of(cls, runtime: RuntimeConfig | Mapping[str, Any] | str | None) -> RuntimeConfig:
+        """Make a configuration of whatever a user hands over.
+
+        Args:
+            runtime: a `RuntimeConfig`, a mapping of its keys, an OmegaConf node, a mode's name, or None for the
+                defaults.
+
+        Raises:
+            ConfigError: an unknown key (the nearest is named), a wrong type, or a value out of range.
+        """
+        if runtime is None:
+            return cls()
+        if isinstance(runtime, RuntimeConfig):
+            return runtime
+        if isinstance(runtime, str):
+            return cls(execution_mode=runtime)
+        omegaconf = sys.modules.get("omegaconf")  # a node exists only where omegaconf is imported
+        if omegaconf is not None and omegaconf.OmegaConf.is_config(runtime):
+            return cls.of(omegaconf.OmegaConf.to_object(runtime))
+        if not isinstance(runtime, Mapping):
+            raise ConfigError(
+                f"runtime must be a RuntimeConfig, a mapping, an OmegaConf node or a mode's name, "
+                f"not {type(runtime).__name__}"
+            )
+        known = [item.name for item in dataclasses.fields(cls)]
+        for key in runtime:
+            if key not in known:
+                raise ConfigError(f"unknown key runtime.{key}{suggest(str(key), known, limit=20)}")
+        return cls(**runtime)
+
+    def default_client_ids(self) -> list[str]:
+        """The ids of a proxy that is given none.
+
+        Raises:
+            ConfigError: nothing tells how many clients there are.
+        """
+        if self.num_clients is None and self.client_endpoints:
+            return list(self.client_endpoints)
+        count = self.num_clients or self.num_processes
+        if not count:
+            raise ConfigError("no clients: give LearnerProxy(learner, clients=[...]) or set runtime.num_clients")
+        return [f"client_{number}" for number in range(1, count + 1)]
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of the annotated type; an int passes for a float, a bool for neither."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in arguments)
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(
+            _fits(key, arguments[0]) and _fits(item, arguments[1]) for key, item in value.items()
+        )
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,90 @@
+"""This process's part in a launch (of torchrun and its like); the one reader of the launcher's variables."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from torchfedrpc.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place in a launch of several.
+
+    Attributes:
+        rank: 0 for the driver, 1 .. world_size - 1 for the workers.
+        world_size: processes in the launch.
+        local_rank: this process's number on its machine.
+        num_nodes: machines in the launch.
+        master_address: the machine of rank 0, as the launcher names it.
+        master_port: the port of the launch's store there.
+        agent_store: whether the launcher itself serves that store (torchrun does; else rank 0 has to).
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    num_nodes: int
+    master_address: str
+    master_port: int
+    agent_store: bool
+
+    @classmethod
+    def from_environment(cls) -> Launch | None:
+        """Read the launch this process belongs to; None where there is none, or it has a single rank.
+
+        Raises:
+            ConfigError: some of the launcher's variables are missing or no numbers.
+        """
+        environment = os.environ
+        try:
+            if "WORLD_SIZE" not in environment or int(environment["WORLD_SIZE"]) <= 1:
+                return None
+            return cls(
+                rank=int(environment["RANK"]),
+                world_size=int(environment["WORLD_SIZE"]),
+                local_rank=int(environment.get("LOCAL_RANK", "0")),
+                num_nodes=int(environment.get("GROUP_WORLD_SIZE", "1")),
+                master_address=environment["MASTER_ADDR"],
+                master_port=int(environment["MASTER_PORT"]),
+                agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            )
+        except KeyError as error:
+            raise ConfigError(
+                f"WORLD_SIZE is set but {error.args[0]} is not: start the script with torchrun, or unset WORLD_SIZE"
+            ) from None
+        except ValueError as error:
+            raise ConfigError(f"a launcher's variable is no number: {error}") from None
+
+
+_is_worker = False
+
+
+def become_worker() -> None:
+    """This process was started by a driver to serve learners."""
+    global _is_worker
+    _is_worker = True
+
+
+def check_is_driver() -> Launch | None:
+    """Refuse to drive a run from a process that serves in one.
+
+    Returns:
+        The launch whose driver this process is, if any.
+
+    Raises:
+        ConfigError: it is a worker.
+    """
+    if _is_worker:
+        raise ConfigError(
+            "a worker process imports the script, and the script starts a run as it is imported: put that under "
+            'if __name__ == "__main__":'
+        )
+    launch = Launch.from_environment()
+    if launch is not None and launch.rank != 0:
+        raise ConfigError(
+            f"this is rank {launch.rank}, and only rank 0 opens a proxy: start the script's main coroutine by "
+            f"tfr.run(main), which lets the other ranks serve learners"
+        )
+    return launch

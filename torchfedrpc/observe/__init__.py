@@ -1,0 +1,1 @@
+"""What a run shows of itself: events, progress, history and reports."""

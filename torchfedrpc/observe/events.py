@@ -1,0 +1,91 @@
+"""Events: what happens in a run, told to whoever subscribes. Imports nothing of this library."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Anything a subscriber is told."""
+
+
+@dataclass(frozen=True)
+class CallStarted(Event):
+    """A call was submitted (it may still wait in its learner's queue)."""
+
+    call_id: int
+    client_id: str
+    method: str
+
+
+@dataclass(frozen=True)
+class CallEnded(Event):
+    """A call ended after ``seconds``; ``error`` is None where it gave a result."""
+
+    call_id: int
+    client_id: str
+    method: str
+    seconds: float
+    error: BaseException | None
+
+
+@dataclass(frozen=True)
+class ProgressReported(Event):
+    """A running method called ``current_call().report(progress)``; it comes before the call's `CallEnded`."""
+
+    call_id: int
+    client_id: str
+    method: str
+    progress: Any
+
+
+@dataclass(frozen=True)
+class RoundStarted(Event):
+    """A trainer begins round ``round_num`` (from 0) of ``num_rounds``."""
+
+    round_num: int
+    num_rounds: int
+
+
+@dataclass(frozen=True)
+class RoundEnded(Event):
+    """A trainer has finished a round; ``metrics`` are its numbers by name."""
+
+    round_num: int
+    num_rounds: int
+    metrics: dict[str, float]
+
+
+class EventBus:
+    """Hands each event to every subscriber, in the order of subscription, on the thread that publishes it."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[Event], object]] = []
+
+    def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
+        """Call ``callback(event)`` for each event from now on.
+
+        Returns:
+            A function that ends the subscription.
+        """
+        self._subscribers.append(callback)
+
+        def unsubscribe() -> None:
+            if callback in self._subscribers:
+                self._subscribers.remove(callback)
+
+        return unsubscribe
+
+    def publish(self, event: Event) -> None:
+        """Tell all subscribers; one that raises is logged and does not harm the run or the others."""
+        for callback in tuple(self._subscribers):
+            try:
+                callback(event)
+            except Exception:
+                logger.exception("a subscriber failed on %r", event)
