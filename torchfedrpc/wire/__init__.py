@@ -1,0 +1,1 @@
+"""By-value packing of arguments and results, the types that may travel, and the serializer."""

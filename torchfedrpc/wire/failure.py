@@ -1,0 +1,100 @@
+"""What became of a call that raised: the exception as bytes, and as text for where its type cannot travel."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from dataclasses import dataclass
+
+from torchfedrpc.errors import RemoteError, SerializationError
+from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.serializer import ParameterSerializer
+
+# Raised in a caller's task, these would end its event loop, its generators, or the task itself.
+_LOOP_BREAKERS = (
+    SystemExit,
+    KeyboardInterrupt,
+    GeneratorExit,
+    asyncio.CancelledError,
+    StopIteration,
+    StopAsyncIteration,
+)
+
+
+class RemoteTraceback(Exception):
+    """The ``__cause__`` of a learner's exception: the traceback in the learner's process, as text."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception on its way to the caller.
+
+    Attributes:
+        type_name: qualified name of its type.
+        message: its text.
+        traceback: its traceback as text, from the learner's method on.
+        body: the exception itself, serialized; None where it cannot be.
+    """
+
+    type_name: str
+    message: str
+    traceback: str
+    body: bytes | None
+
+    @classmethod
+    def capture(cls, error: BaseException, *, skip_modules: str = "") -> Failure:
+        """Take an exception apart.
+
+        Args:
+            error: what was raised.
+            skip_modules: leave out the outermost frames that are in modules of this prefix.
+        """
+        body, text = None, _traceback(error, skip_modules)
+        if not isinstance(error, _LOOP_BREAKERS):
+            try:
+                body = ParameterSerializer.serialize(error)
+            except SerializationError as reason:
+                text += f"(the exception itself could not be sent: {reason})\n"
+        kind = type(error)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        return cls(name, _text(error), text, body)
+
+    def restore(self, allow: AllowList, note: str) -> BaseException:
+        """The exception as the caller sees it: its own type where that is allowed, else `RemoteError`.
+
+        Args:
+            allow: the types that may travel.
+            note: where it happened; it becomes a note of the exception.
+        """
+        error: BaseException = RemoteError(self.type_name, self.message, self.traceback)
+        if self.body is not None:
+            try:
+                rebuilt = ParameterSerializer.deserialize(self.body, trusted_modules=allow.trusted)
+                if isinstance(rebuilt, BaseException):
+                    error = rebuilt
+            except SerializationError as reason:
+                error.add_note(f"(its own type did not arrive: {reason})")
+        error.add_note(note)
+        if self.traceback:
+            error.__cause__ = RemoteTraceback(self.traceback)
+        return error
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as reason:  # a user's __str__ may fail, and the error must arrive all the same
+        return f"<its text failed: {type(reason).__name__}>"
+
+
+def _traceback(error: BaseException, skip_modules: str) -> str:
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith(skip_modules or "\0"):
+        frames = frames.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except Exception as reason:
+        return f"<the traceback could not be formatted: {type(reason).__name__}>"

@@ -1,0 +1,214 @@
+"""By-value packing: any object as a pickle without tensors, and beside it the tensors, copied once."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from torchfedrpc.errors import SerializationError
+from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.exceptions import exception_state, rebuild_exception
+from torchfedrpc.wire.fence import fence
+from torchfedrpc.wire.tensors import (
+    View,
+    check_can_travel,
+    gather_slots,
+    restore_special,
+    take_apart,
+    view_slot,
+)
+
+_INLINE_BYTES = 4096  # smaller numpy arrays stay in the pickle: a tensor of their own costs more than the copy
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """An object on its way, in memory that nobody else holds.
+
+    Attributes:
+        head: the object as a pickle in which each tensor is a number, and large numpy buffers are left out.
+        views: for each tensor's number how it lies in the slots.
+        slots: dense tensors without gradient, of any dtype and device.
+        num_buffers: so many of the last slots are the numpy buffers, as uint8 on the CPU.
+        ready: makes the calling thread's CUDA streams wait for the slots' values; None where they are there.
+    """
+
+    head: bytes
+    views: list[View]
+    slots: list[Tensor]
+    num_buffers: int
+    ready: Callable[[], None] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the pickle and the tensors together."""
+        return len(self.head) + sum(slot.nbytes for slot in self.slots)
+
+    def open(self, allow: AllowList) -> Any:
+        """The object, built on the parcel's own memory: a parcel is opened once.
+
+        Raises:
+            UntrustedTypeError: it names a type outside the allow-list.
+            SerializationError: it cannot be read.
+        """
+        if self.ready is not None:
+            self.ready()
+        first_buffer = len(self.slots) - self.num_buffers
+        buffers = [slot.numpy().data for slot in self.slots[first_buffer:]]
+        try:
+            return _Unpickler(self.head, buffers, _Builder(self.views, self.slots), allow).load()
+        except SerializationError:
+            raise
+        except Exception as error:
+            raise SerializationError(f"{type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What stands for a parcel where isolation is off: the object itself."""
+
+    target: Any
+    num_bytes = 0
+
+    def open(self, allow: AllowList) -> Any:
+        """The object itself."""
+        return self.target
+
+
+def pack(obj: Any, *, copy: bool = True) -> Parcel:
+    """Take the value of an object, as it is now.
+
+    Tensors keep dtype, shape, strides (where they leave no gaps), requires_grad and Parameter-ness; those that
+    share a storage stay tied. Autograd history does not travel.
+
+    Args:
+        obj: anything that pickles; tensors anywhere in it.
+        copy: False lets the slots alias the object's memory, for a caller that reads them at once.
+
+    Raises:
+        SerializationError: it holds something that cannot be pickled, or a tensor that cannot travel.
+    """
+    file, table = io.BytesIO(), _Table()
+    try:
+        _Pickler(file, table).dump(obj)
+        with torch.no_grad():
+            views, slots = gather_slots(table.tensors, copy=copy)
+            slots += [_copy_buffer(raw) for raw in table.buffers]
+    except SerializationError:
+        raise
+    except Exception as error:
+        raise SerializationError(f"{type(error).__name__}: {error}") from error
+    return Parcel(file.getvalue(), views, slots, len(table.buffers), fence(slots))
+
+
+def restore(kind: str, *parts: Any) -> Any:
+    """What a parcel's pickle names where `_Builder.restore` has to stand.
+
+    Raises:
+        SerializationError: always; such a pickle is opened by `Parcel.open` alone.
+    """
+    raise SerializationError(f"this pickle is the head of a parcel ({kind}): open it with Parcel.open")
+
+
+class _Table:
+    """The tensors and buffers that a pickle leaves out, in the order in which it names them."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.buffers: list[memoryview] = []
+
+    def add_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < _INLINE_BYTES:
+            return True
+        self.buffers.append(raw)
+        return False
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, table: _Table) -> None:
+        super().__init__(file, protocol=5, buffer_callback=table.add_buffer)
+        self._table = table
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor):
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                return restore, self._tensor(obj)
+        if isinstance(obj, BaseException):
+            return restore, ("exception", type(obj), obj.args, exception_state(obj))
+        return NotImplemented
+
+    def _tensor(self, tensor: Tensor) -> tuple[Any, ...]:
+        check_can_travel(tensor)
+        plain = tensor.detach()
+        if type(tensor) not in (Tensor, Parameter):
+            plain = plain.as_subclass(Tensor)
+        kind = None if type(tensor) is Tensor else "parameter" if type(tensor) is Parameter else type(tensor)
+        state = tensor.__dict__ or None
+        if parts := take_apart(plain):
+            return "special", tensor.requires_grad, kind, state, *parts
+        if plain.is_conj() or plain.is_neg():
+            plain = plain.resolve_conj().resolve_neg()
+        self._table.tensors.append(plain)
+        number = len(self._table.tensors) - 1
+        if kind is None and state is None and not tensor.requires_grad:
+            return "plain", number
+        return "dense", tensor.requires_grad, kind, state, number
+
+
+def _copy_buffer(raw: memoryview) -> Tensor:
+    """A numpy buffer's bytes, as a uint8 tensor of shape (num_bytes,)."""
+    slot = torch.empty(raw.nbytes, dtype=torch.uint8)
+    slot.numpy()[:] = np.frombuffer(raw, dtype=np.uint8)
+    return slot
+
+
+class _Builder:
+    """Makes tensors of a parcel's slots while its pickle is read.
+
+    An object of its own: an unpickler that handed out its own methods would be a reference cycle, and keep the
+    tensors alive until the next collection.
+    """
+
+    def __init__(self, views: list[View], slots: list[Tensor]) -> None:
+        self._views = views
+        self._slots = slots
+
+    def restore(self, kind: str, *parts: Any) -> Any:
+        if kind == "plain":
+            return view_slot(self._views[parts[0]], self._slots)
+        if kind == "exception":
+            return rebuild_exception(*parts)
+        requires_grad, cls, state, *rest = parts
+        plain = restore_special(*rest) if kind == "special" else view_slot(self._views[rest[0]], self._slots)
+        if cls == "parameter":
+            tensor: Tensor = Parameter(plain, requires_grad=requires_grad)
+        elif cls is None:
+            tensor = plain.requires_grad_(requires_grad)
+        elif isinstance(cls, type) and issubclass(cls, Tensor):
+            tensor = plain.as_subclass(cls).requires_grad_(requires_grad)
+        else:
+            raise SerializationError(f"{cls!r} is not a kind of tensor")
+        if state:
+            tensor.__dict__.update(state)
+        return tensor
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, head: bytes, buffers: list[memoryview], builder: _Builder, allow: AllowList) -> None:
+        super().__init__(io.BytesIO(head), buffers=buffers)
+        self._restore: Callable[..., Any] = builder.restore
+        self._allow = allow
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == __name__ and name == restore.__name__:
+            return self._restore
+        return self._allow.find(module, name)

@@ -1,0 +1,179 @@
+"""Tensors as plain dense ones: what is refused, how special layouts come apart, how shared storages are copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torchfedrpc.errors import SerializationError
+
+_SPARSE_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+_ALIGNMENT_BYTES = 64  # kernels may choose another path, and so other last bits, for memory that is aligned otherwise
+
+# A view of a slot: the slot's number alone where the view is all of it, else with dtype, shape, strides and offset.
+View = int | tuple[int, str, tuple[int, ...], tuple[int, ...], int]
+
+
+def check_can_travel(tensor: Tensor) -> None:
+    """Refuse the tensors that have no memory to send, or that abort a process when torch RPC sends them.
+
+    Raises:
+        SerializationError: a nested, mkldnn, meta, fake, uninitialised or wrapper tensor, or one whose storage
+            was freed.
+    """
+    if is_lazy(tensor):
+        raise SerializationError("an uninitialised (lazy) parameter cannot travel: run the module once before")
+    wraps_others: bool = is_traceable_wrapper_subclass(tensor)
+    if wraps_others:
+        raise SerializationError(
+            f"a {type(tensor).__name__} cannot travel, it wraps other tensors: send those, or its full_tensor()"
+        )
+    if tensor.is_nested:
+        raise SerializationError("a nested tensor cannot travel: send the list of its parts, tensor.unbind()")
+    if tensor.is_mkldnn:
+        raise SerializationError("an mkldnn tensor cannot travel: send tensor.to_dense()")
+    if tensor.is_meta:
+        raise SerializationError("a meta tensor has no values to send: materialise it, or send its shape")
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise SerializationError("a tensor inside torch.func transforms cannot travel: return it from them first")
+
+
+def restore_special(kind: str, *parts: Any) -> Tensor:
+    """Put together what `take_apart` took apart."""
+    if kind == "sparse_coo":
+        indices, values, shape, coalesced = parts
+        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced, check_invariants=False)
+    if kind == "sparse_compressed":
+        compressed, plain, values, shape, layout = parts
+        return torch.sparse_compressed_tensor(compressed, plain, values, shape, layout=layout, check_invariants=False)
+    if kind == "per_tensor":
+        return torch._make_per_tensor_quantized_tensor(*parts)
+    if kind == "per_channel":
+        return torch._make_per_channel_quantized_tensor(*parts)
+    raise SerializationError(f"unknown kind of tensor {kind!r}")
+
+
+def take_apart(tensor: Tensor) -> tuple[Any, ...] | None:
+    """The kind and the dense parts of a sparse or quantised tensor; None for a dense one."""
+    if tensor.layout is torch.sparse_coo:
+        return (
+            "sparse_coo",
+            tensor._indices(),
+            tensor._values(),
+            tuple(tensor.shape),
+            tensor.is_coalesced(),
+        )
+    if tensor.layout in _SPARSE_COMPRESSED:
+        by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        compressed = tensor.crow_indices() if by_row else tensor.ccol_indices()
+        plain = tensor.col_indices() if by_row else tensor.row_indices()
+        return "sparse_compressed", compressed, plain, tensor.values(), tuple(tensor.shape), tensor.layout
+    if tensor.is_quantized:
+        if tensor.qscheme() is torch.per_tensor_affine:
+            return "per_tensor", tensor.int_repr(), tensor.q_scale(), tensor.q_zero_point()
+        if tensor.qscheme() is torch.per_channel_affine:
+            scales, zero_points = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+            return "per_channel", tensor.int_repr(), scales, zero_points, tensor.q_per_channel_axis()
+        raise SerializationError(f"a tensor quantised by {tensor.qscheme()} cannot travel: send tensor.dequantize()")
+    return None
+
+
+def gather_slots(tensors: list[Tensor], *, copy: bool) -> tuple[list[View], list[Tensor]]:
+    """Find the memory behind dense tensors, each part of it once, and how every tensor lies in it.
+
+    A tensor alone on its storage becomes a slot of its own, with its strides where they leave no gaps. Tensors
+    that overlap or adjoin on one storage share a slot, the bytes that they span, and so stay tied.
+
+    Args:
+        tensors: detached dense tensors of any dtype and device.
+        copy: whether the slots must be memory of their own; without it they may alias the tensors.
+
+    Returns:
+        A view for each tensor, and the slots.
+    """
+    views: list[View] = [0] * len(tensors)
+    slots: list[Tensor] = []
+    by_storage: dict[int, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.numel():
+            by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(index)
+        else:  # empty: nothing to share, and its storage may be no memory at all
+            views[index] = len(slots)
+            slots.append(tensor.clone() if copy else tensor)
+    for members in by_storage.values():
+        if len(members) == 1:
+            views[members[0]] = len(slots)
+            slots.append(_dense(tensors[members[0]], copy=copy))
+            continue
+        for start, stop, cluster in _clusters(tensors, members):
+            span = _span(tensors[cluster[0]], start, stop)
+            for index in cluster:
+                tensor = tensors[index]
+                offset = (tensor.storage_offset() * tensor.itemsize - start) // tensor.itemsize
+                views[index] = (
+                    len(slots),
+                    str(tensor.dtype).removeprefix("torch."),
+                    tuple(tensor.shape),
+                    tensor.stride(),
+                    offset,
+                )
+            slots.append(span.clone() if copy else span)
+    return views, slots
+
+
+def view_slot(view: View, slots: list[Tensor]) -> Tensor:
+    """The tensor that a view describes."""
+    if isinstance(view, int):
+        return slots[view]
+    number, dtype_name, shape, stride, offset = view
+    dtype = getattr(torch, dtype_name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise SerializationError(f"unknown dtype {dtype_name!r}")
+    slot = slots[number]
+    return torch.empty(0, dtype=dtype, device=slot.device).set_(slot.untyped_storage(), offset, shape, stride)
+
+
+def _dense(tensor: Tensor, *, copy: bool) -> Tensor:
+    needed = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    if (needed + 1) * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise SerializationError("the storage of this tensor was freed or resized below its shape")
+    if copy or not _fills_its_storage(tensor):
+        return tensor.clone(memory_format=torch.preserve_format)
+    return tensor
+
+
+def _fills_its_storage(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+
+
+def _clusters(tensors: list[Tensor], members: list[int]) -> list[tuple[int, int, list[int]]]:
+    """Group views of one storage into stretches of bytes that overlap or adjoin: (start, stop, members)."""
+    extents: list[tuple[int, int, int]] = []
+    for index in members:
+        tensor = tensors[index]
+        start = int(tensor.storage_offset()) * tensor.itemsize
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        extents.append((start, start + (last + 1) * tensor.itemsize, index))
+    extents.sort()
+    clusters: list[tuple[int, int, list[int]]] = []
+    for start, stop, index in extents:
+        if clusters and start <= clusters[-1][1]:
+            first, end, group = clusters[-1]
+            clusters[-1] = (first, max(end, stop), [*group, index])
+        else:
+            clusters.append((start - start % _ALIGNMENT_BYTES, stop, [index]))
+    return clusters
+
+
+def _span(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """The bytes [start, stop) of a tensor's storage, as a uint8 tensor of shape (stop - start,)."""
+    storage = tensor.untyped_storage()
+    if stop > storage.nbytes():
+        raise SerializationError("the storage of this tensor was freed or resized below its shape")
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (stop - start,), (1,))
