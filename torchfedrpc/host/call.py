@@ -1,0 +1,76 @@
+"""A call and what becomes of it: what a host is handed and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torchfedrpc.errors import SerializationError, WorkerLostError
+from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.packing import Parcel, Reference
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a learner's method.
+
+    Attributes:
+        call_id: unique in a run.
+        client_id: whose learner.
+        method: the method's name.
+        arguments: ``(args, kwargs)``.
+        run_timeout_s: seconds the method may run, its wait in the queue not counted; None for no limit. Of a
+            stream, each step has so long.
+        stream: whether the method's items are asked for one by one.
+    """
+
+    call_id: int
+    client_id: str
+    method: str
+    arguments: Parcel | Reference
+    run_timeout_s: float | None = None
+    stream: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a call, or of one step of a stream.
+
+    Attributes:
+        kind: ``value`` (it returned), ``item`` (the stream yielded), ``end`` (the stream is over), ``failed``, or
+            ``cancelled``.
+        parcel: the result or the item.
+        failure: the exception.
+        never_ran: whether the method itself was not begun, so that asking again is safe.
+    """
+
+    kind: Literal["value", "item", "end", "failed", "cancelled"]
+    parcel: Parcel | Reference | None = None
+    failure: Failure | None = None
+    never_ran: bool = False
+
+    def result(self, call: Call, allow: AllowList, worker: str) -> Any:
+        """What the caller gets: the result or the item; None at the end of a stream.
+
+        Args:
+            call: what was asked.
+            allow: the types that may travel.
+            worker: who answered, for messages.
+
+        Raises:
+            Exception: what the method raised, with a note that names client, method and worker.
+            SerializationError: the result cannot be read here.
+            WorkerLostError: the worker gave the call up because it is closing.
+        """
+        where = f"{call.client_id}.{call.method} on {worker}"
+        if self.failure is not None:
+            raise self.failure.restore(allow, f"in {where}")
+        if self.kind == "cancelled":
+            raise WorkerLostError(f"{where} was given up, since the worker is closing")
+        if self.parcel is None:
+            return None
+        try:
+            return self.parcel.open(allow)
+        except SerializationError as error:
+            raise type(error)(f"the result of {where} cannot be read: {error}") from error

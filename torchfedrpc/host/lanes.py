@@ -1,0 +1,134 @@
+"""The threads of a host: some that run sync methods, and one with an event loop for async ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class SyncLane:
+    """Threads that run functions in the order in which they are put.
+
+    They are daemons: a method that never ends must not keep the process from ending.
+
+    Args:
+        num_threads: functions that run at once.
+        prepare: called first on each thread.
+    """
+
+    def __init__(self, num_threads: int, prepare: Callable[[], None]) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._prepare = prepare
+        self._threads = [
+            threading.Thread(target=self._run, name=f"torchfedrpc-learners-{number}", daemon=True)
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, job: Callable[[], None]) -> None:
+        """Run ``job()`` when its turn comes."""
+        self._jobs.put(job)
+
+    def close(self, timeout_s: float) -> bool:
+        """End the threads after what they have; whether all ended in time."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        self._prepare()
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception:  # jobs answer for a learner's errors themselves
+                logger.exception("a job of a learner host failed")
+            job = None  # do not keep its arguments while waiting
+
+
+class AsyncLane:
+    """A thread with an event loop, started when the first coroutine needs it.
+
+    Args:
+        prepare: called first on the thread.
+    """
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def call(self, function: Callable[[asyncio.AbstractEventLoop], object]) -> None:
+        """Call ``function(loop)`` on the loop's thread."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._run, name="torchfedrpc-async", daemon=True)
+                self._thread.start()
+            self._loop.call_soon_threadsafe(function, self._loop)
+
+    def close(self, timeout_s: float) -> bool:
+        """Cancel all tasks and end the thread; whether it ended in time."""
+        if self._loop is None or self._thread is None:
+            return True
+        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).add_done_callback(
+            lambda _: self.call(lambda loop: loop.stop())
+        )
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        self._loop.close()
+        return True
+
+    def _run(self) -> None:
+        assert self._loop is not None
+        self._prepare()
+        while True:
+            try:
+                self._loop.run_forever()
+                break
+            except BaseException:  # a task that a learner started let SystemExit through
+                logger.exception("a learner's task tried to end the event loop of its host")
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+@types.coroutine
+def stepped(awaitable: Awaitable[Any], around: Callable[[], AbstractContextManager[Any]]) -> Generator[Any, Any, Any]:
+    """Await something with ``around()`` entered for each of its steps, and left while it waits."""
+    coroutine = awaitable if isinstance(awaitable, Coroutine) else _as_coroutine(awaitable)
+    step: Callable[[], Any] = partial(coroutine.send, None)
+    while True:
+        with around():
+            try:
+                waits_for = step()
+            except StopIteration as end:
+                return end.value
+        try:
+            value = yield waits_for
+        except BaseException as error:
+            step = partial(coroutine.throw, error)
+        else:
+            step = partial(coroutine.send, value)
+
+
+async def _as_coroutine(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable

@@ -1,0 +1,69 @@
+"""A learner's mailbox: the calls that wait for it, one at a time, in the order in which they came."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.context import CallContext
+from torchfedrpc.host.randomness import RandomStreams
+from torchfedrpc.wire.packing import Parcel, Reference
+
+Reply = Callable[[Outcome], None]
+
+
+@dataclass(eq=False)
+class Mailbox:
+    """One learner and the calls that wait for it.
+
+    Attributes:
+        client_id: whose learner.
+        kwargs: arguments for the learner's constructor, until it is made.
+        learner: the learner, once its first call has made it.
+        current: the job that has the learner now; an open stream keeps it between its steps.
+        queue: the jobs behind it.
+        counts: how often each method has been called; they seed the calls.
+    """
+
+    client_id: str
+    kwargs: Parcel | Reference | None
+    learner: Any = None
+    current: Job | None = None
+    queue: deque[Job] = field(default_factory=deque)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def made(self) -> bool:
+        """Whether the learner is made."""
+        return self.kwargs is None
+
+
+@dataclass(eq=False)
+class Job:
+    """A call in its host.
+
+    Attributes:
+        call: what is asked.
+        mailbox: whose.
+        reply: who waits for the next outcome; None where nobody does (any more, or between a stream's steps).
+        cancelled: whether nobody waits any more.
+        context: what `current_call` gives, once the method begins.
+        streams: the call's random streams, for its second step and all after.
+        task: what runs an async method or step.
+        iterator: what a stream's method returned.
+        stepping: whether the call is running or due to; False where a stream is open and idle.
+    """
+
+    call: Call
+    mailbox: Mailbox
+    reply: Reply | None
+    cancelled: bool = False
+    context: CallContext | None = None
+    streams: RandomStreams | None = None
+    task: asyncio.Task[None] | None = None
+    iterator: Iterator[Any] | AsyncIterator[Any] | None = None
+    stepping: bool = True

@@ -1,0 +1,44 @@
+"""Which methods of a learner may be called: the public callables."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torchfedrpc.errors import MethodNotFoundError, suggest
+
+
+def find_method(learner: Any, name: str, client_id: str) -> Callable[..., Any]:
+    """A learner's public method.
+
+    Raises:
+        MethodNotFoundError: no such name, a private one, or not callable; near matches are named.
+    """
+    kind = type(learner).__name__
+    if name.startswith("_"):
+        raise MethodNotFoundError(
+            f"{client_id}: {kind}.{name} is private; only public methods can be called"
+            f"{suggest(name.lstrip('_'), public_methods(learner))}"
+        )
+    method = getattr(learner, name, None)
+    if method is None and not hasattr(learner, name):
+        raise MethodNotFoundError(
+            f"{client_id}: {kind} has no method {name!r}{suggest(name, public_methods(learner))}"
+        )
+    if not callable(method):
+        raise MethodNotFoundError(
+            f"{client_id}: {kind}.{name} is no method but a {type(method).__name__}; add a method that returns it"
+            f"{suggest(name, public_methods(learner))}"
+        )
+    found: Callable[..., Any] = method
+    return found
+
+
+def public_methods(learner: Any) -> list[str]:
+    """The names of an object's, or a class's, public methods; properties are not evaluated."""
+    return [
+        name
+        for name in dir(learner)
+        if not name.startswith("_") and callable(inspect.getattr_static(learner, name, None))
+    ]

@@ -1,0 +1,38 @@
+"""What a process that takes part in a run has set for its whole self."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from torchfedrpc.config import RuntimeConfig
+
+
+@contextmanager
+def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
+    """Set torch's threads and determinism as the configuration says; what was before comes back at the end.
+
+    The driver needs the same settings as the workers: what it computes itself (an aggregate, a test score) has
+    other last bits with another number of threads.
+    """
+    num_threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(runtime.torch_threads)
+    if runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def choose_device(local_index: int) -> torch.device:
+    """The device of the worker with that number on its machine: GPUs in turn, the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_index % torch.cuda.device_count())

@@ -1,0 +1,106 @@
+"""Random streams of a call's own, so that results do not depend on where or beside what it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def call_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed from the run's seed and the names of what is seeded (client, method, number of the call)."""
+    text = "\0".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+_numpy: Any = np.random  # its type stubs leave out what swaps the global bit generator
+_spare_generators: list[Any] = []  # making one takes longer than all the rest of a call's seeding
+
+
+@dataclass(slots=True)
+class _State:
+    python: Any
+    torch_cpu: torch.Tensor
+    torch_device: torch.Tensor | None
+    numpy_generator: Any
+    numpy_gauss: dict[str, Any] | None  # the whole legacy state, where it holds a normal variate drawn ahead
+
+
+class RandomStreams:
+    """The global generators of torch (CPU and one device), numpy and `random`, seeded for one call.
+
+    A context manager to be entered around each step of the call: a later step goes on where the one before
+    ended, and outside the steps the process's own streams are as they were.
+
+    Args:
+        seed: from `call_seed`.
+        device: whose CUDA generator is seeded too.
+        resumable: whether there will be a second step.
+    """
+
+    def __init__(self, seed: int, device: torch.device, *, resumable: bool = False) -> None:
+        self._seed = seed
+        self._device = device
+        self._resumable = resumable
+        self._own: _State | None = None
+        self._outer: _State | None = None
+
+    def __enter__(self) -> None:
+        self._outer = _capture(self._device)
+        if self._own is not None:
+            _restore(self._own, self._device)
+            return
+        random.seed(self._seed)
+        torch.default_generator.manual_seed(self._seed)
+        if generator := _device_generator(self._device):
+            generator.manual_seed(self._seed)
+        _numpy.set_bit_generator(_spare_generators.pop() if _spare_generators else _numpy.MT19937(0))
+        _numpy.seed(self._seed & 0xFFFFFFFF)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._outer is not None
+        if self._resumable:
+            self._own = _capture(self._device)
+        else:
+            _spare_generators.append(_numpy.get_bit_generator())
+        _restore(self._outer, self._device)
+        self._outer = None
+
+
+def _capture(device: torch.device) -> _State:
+    generator = _device_generator(device)
+    legacy = _numpy.get_state(legacy=False)
+    return _State(
+        python=random.getstate(),
+        torch_cpu=torch.default_generator.get_state(),
+        torch_device=generator.get_state() if generator else None,
+        numpy_generator=_numpy.get_bit_generator(),
+        numpy_gauss=legacy if legacy["has_gauss"] else None,
+    )
+
+
+def _restore(state: _State, device: torch.device) -> None:
+    random.setstate(state.python)
+    torch.default_generator.set_state(state.torch_cpu)
+    if (generator := _device_generator(device)) and state.torch_device is not None:
+        generator.set_state(state.torch_device)
+    _numpy.set_bit_generator(state.numpy_generator)  # forgets a variate drawn ahead
+    if state.numpy_gauss is not None:
+        _numpy.set_state(state.numpy_gauss)
+
+
+def _device_generator(device: torch.device) -> torch.Generator | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return torch.cuda.default_generators[device.index or 0]

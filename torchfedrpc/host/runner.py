@@ -1,0 +1,315 @@
+"""How the code of one call is run: on which thread, with which random streams, and what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from torchfedrpc.errors import MethodNotFoundError, SerializationError
+from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.context import CallContext, SharedObjects, bind, unbind
+from torchfedrpc.host.deadlines import Deadlines
+from torchfedrpc.host.gate import Gate
+from torchfedrpc.host.lanes import AsyncLane, SyncLane, stepped
+from torchfedrpc.host.mailbox import Job
+from torchfedrpc.host.methods import find_method
+from torchfedrpc.host.randomness import RandomStreams, call_seed
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.packing import Parcel, Reference, pack
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[Call, "Parcel | Reference"], None]
+Done = Callable[[Job, Outcome], None]
+
+
+class Runner:
+    """Runs jobs on its own threads: `begin`, then for a stream `step` and `close_stream`.
+
+    Args:
+        spec: what learners to make, with which limits.
+        device: what `current_call` names as device.
+        by_value: whether results and reports are copied.
+        report: takes what a method reports of its progress.
+        deadlines: told when a method, or a step of a stream, begins and ends.
+        done: takes each outcome, on the thread where it came about. After ``item`` the stream is open.
+    """
+
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        device: torch.device,
+        *,
+        by_value: bool,
+        report: Report,
+        deadlines: Deadlines,
+        done: Done,
+    ) -> None:
+        self.allow = spec.allow_list()
+        self._factory = spec.load()
+        self._spec = spec
+        self._device = device
+        self._by_value = by_value
+        self._report = report
+        self._deadlines = deadlines
+        self._done = done
+        self._closing: set[asyncio.Task[None]] = set()
+        self._shared = SharedObjects(spec.seed, device)
+        self._gate = Gate()
+        self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._prepare_thread)
+        self._async = AsyncLane(self._prepare_thread)
+
+    def begin(self, job: Job) -> None:
+        """Run a job up to its result or its first item; its learner is made before, where there is none."""
+        self._sync.put(partial(self._in_turn, self._begin, job))
+
+    def step(self, job: Job) -> None:
+        """Run an open stream up to its next item."""
+        if isinstance(job.iterator, AsyncIterator):
+            self._start_task(job, self._async_step(job, job.iterator))
+        else:
+            self._sync.put(partial(self._in_turn, self._step, job))
+
+    def close_stream(self, job: Job) -> None:
+        """Close an idle stream's iterator, which ends its job."""
+        if isinstance(job.iterator, AsyncIterator):
+            self._start_task(None, self._async_close(job))
+        else:
+            self._sync.put(partial(self._in_turn, self._close, job))
+
+    def cancel_task(self, job: Job) -> None:
+        """Cancel the job's async method, if it is at one."""
+        if (task := job.task) is not None:
+            self._async.call(lambda loop: task.cancel())
+
+    def take_value(self, obj: Any) -> Parcel | Reference:
+        """An object as it is now.
+
+        Raises:
+            SerializationError: it cannot be sent.
+        """
+        return pack(obj) if self._by_value else Reference(obj)
+
+    def failed(self, error: BaseException, *, never_ran: bool = False) -> Outcome:
+        """The outcome of a call that raised."""
+        return Outcome("failed", failure=Failure.capture(error, skip_modules="torchfedrpc.host"), never_ran=never_ran)
+
+    def close(self, timeout_s: float) -> bool:
+        """End the threads; whether all ended in time."""
+        return self._async.close(timeout_s) & self._sync.close(timeout_s)
+
+    # On the sync lane, the gate held shared.
+
+    def _in_turn(self, function: Callable[[Job], None], job: Job) -> None:
+        with self._gate.shared():
+            function(job)
+
+    def _begin(self, job: Job) -> None:
+        if job.cancelled:
+            self._end(job, Outcome("cancelled", never_ran=True))
+            return
+        self._start_deadline(job)
+        call, mailbox = job.call, job.mailbox
+        try:
+            if mailbox.kwargs is not None:
+                self._make_learner(job, mailbox.kwargs.open(self.allow))
+            method = find_method(mailbox.learner, call.method, call.client_id)
+            args, kwargs = call.arguments.open(self.allow)
+        except BaseException as error:
+            self._end(job, self.failed(error, never_ran=True))
+            return
+        seed = call_seed(self._spec.seed, call.client_id, call.method, mailbox.counts[call.method])
+        mailbox.counts[call.method] += 1
+        job.context = self._context(job, call.method, seed)
+        job.streams = RandomStreams(seed, self._device, resumable=True)
+        try:
+            with self._inside(job.context, RandomStreams(seed, self._device)):
+                value = method(*args, **kwargs)
+        except BaseException as error:
+            self._end(job, self.failed(error))
+            return
+        del args, kwargs
+        if call.stream:
+            self._open_stream(job, value)
+        elif inspect.isawaitable(value):
+            self._start_task(job, self._await(job, value))
+        else:
+            self._end(job, self._gave(job, "value", value))
+
+    def _make_learner(self, job: Job, kwargs: dict[str, Any]) -> None:
+        seed = call_seed(self._spec.seed, job.call.client_id, "__init__", 0)
+        with self._inside(self._context(job, "__init__", seed), RandomStreams(seed, self._device)):
+            job.mailbox.learner = self._factory(job.call.client_id, **kwargs)
+        job.mailbox.kwargs = None
+
+    def _open_stream(self, job: Job, value: Any) -> None:
+        if isinstance(value, Iterator):
+            job.iterator = value
+            self._next(job, value)
+        elif isinstance(value, AsyncIterator):
+            job.iterator = value
+            self.step(job)
+        else:
+            if inspect.iscoroutine(value):
+                value.close()
+            error = MethodNotFoundError(
+                f"{job.call.client_id}: {job.call.method} is no generator method, it returned a "
+                f"{type(value).__name__}: await the call instead of streaming it"
+            )
+            self._end(job, self.failed(error))
+
+    def _step(self, job: Job) -> None:
+        assert isinstance(job.iterator, Iterator)
+        self._start_deadline(job)
+        self._next(job, job.iterator)
+
+    def _next(self, job: Job, iterator: Iterator[Any]) -> None:
+        try:
+            with self._inside(job.context, job.streams):
+                item = next(iterator)
+        except StopIteration:
+            self._end(job, Outcome("end"))
+        except BaseException as error:
+            self._end(job, self.failed(error))
+        else:
+            self._end(job, self._gave(job, "item", item))
+
+    def _close(self, job: Job) -> None:
+        try:
+            with self._inside(job.context, job.streams):
+                if close := getattr(job.iterator, "close", None):
+                    close()
+        except BaseException:
+            logger.exception("%s.%s failed while its stream was closed", job.call.client_id, job.call.method)
+        self._end(job, Outcome("cancelled"))
+
+    # On the async lane, the gate held alone at each step.
+
+    async def _await(self, job: Job, awaitable: Awaitable[Any]) -> None:
+        try:
+            value = await stepped(awaitable, partial(self._alone, job))
+        except BaseException as error:
+            self._end(job, self._cancelled_or_failed(job, error))
+        else:
+            self._end(job, self._gave(job, "value", value))
+
+    async def _async_step(self, job: Job, iterator: AsyncIterator[Any]) -> None:
+        self._start_deadline(job)
+        try:
+            item = await stepped(iterator.__anext__(), partial(self._alone, job))
+        except StopAsyncIteration:
+            self._end(job, Outcome("end"))
+        except BaseException as error:
+            self._end(job, self._cancelled_or_failed(job, error))
+        else:
+            self._end(job, self._gave(job, "item", item))
+
+    async def _async_close(self, job: Job) -> None:
+        try:
+            if close := getattr(job.iterator, "aclose", None):
+                await stepped(close(), partial(self._alone, job))
+        except BaseException:
+            logger.exception("%s.%s failed while its stream was closed", job.call.client_id, job.call.method)
+        self._end(job, Outcome("cancelled"))
+
+    def _cancelled_or_failed(self, job: Job, error: BaseException) -> Outcome:
+        if job.cancelled and isinstance(error, asyncio.CancelledError):
+            return Outcome("cancelled")
+        return self.failed(error)
+
+    def _start_task(self, job: Job | None, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine on the async lane; given a job, as the task that its cancellation cancels."""
+
+        def start(loop: asyncio.AbstractEventLoop) -> None:
+            task = loop.create_task(coroutine)
+            if job is None:
+                keep.add(task)
+                task.add_done_callback(keep.discard)
+                return
+            job.task = task
+            if job.cancelled:
+                task.cancel()
+
+        keep = self._closing
+        self._async.call(start)
+
+    # What surrounds a learner's code.
+
+    def _start_deadline(self, job: Job) -> None:
+        if job.call.run_timeout_s is not None:
+            self._deadlines.start(job.call.call_id, job.call.run_timeout_s)
+
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        job.task = None
+        self._deadlines.stop(job.call.call_id)
+        self._done(job, outcome)
+
+    def _prepare_thread(self) -> None:
+        torch.set_num_threads(self._spec.runtime.torch_threads)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def _context(self, job: Job, method: str, seed: int) -> CallContext:
+        call = job.call
+
+        def report(progress: Any) -> None:
+            self._report(call, self.take_value(progress))
+
+        return CallContext(
+            client_id=call.client_id,
+            method=method,
+            call_id=call.call_id,
+            device=self._device,
+            _seed=seed,
+            _shared=self._shared,
+            _is_cancelled=lambda: job.cancelled,
+            _report=report,
+        )
+
+    @contextmanager
+    def _inside(self, context: CallContext | None, streams: RandomStreams | None) -> Iterator[None]:
+        """Make the call the current one, with its random streams where no other method runs beside it."""
+        assert context is not None
+        assert streams is not None
+        token = bind(context)
+        try:
+            if self._spec.runtime.max_concurrent_calls == 1:
+                with streams:
+                    yield
+            else:
+                yield
+        finally:
+            unbind(token)
+
+    @contextmanager
+    def _alone(self, job: Job) -> Iterator[None]:
+        """Around a step of an async method: no sync method runs beside it."""
+        assert job.context is not None
+        assert job.streams is not None
+        token = bind(job.context)
+        try:
+            with self._gate.exclusive(), job.streams:
+                yield
+        finally:
+            unbind(token)
+
+    def _gave(self, job: Job, kind: Literal["value", "item"], value: Any) -> Outcome:
+        try:
+            return Outcome(kind, self.take_value(value))
+        except SerializationError as error:
+            where = f"{job.call.client_id}.{job.call.method}"
+            if inspect.isgenerator(value) or inspect.isasyncgen(value):
+                remedy = (
+                    f"async for item in proxy.stream({job.call.client_id!r}, {job.call.method!r}) iterates over it"
+                )
+            else:
+                remedy = "return plain data: tensors, numbers, strings, lists, dicts"
+            return self.failed(type(error)(f"the result of {where} cannot be sent: {error}; {remedy}"))

@@ -1,0 +1,104 @@
+"""What a host must know of a run: how to make a learner, the seed, and the limits."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.registry import get_learner
+from torchfedrpc.wire.allowlist import AllowList
+
+_REMEDY = "define it at the top level of a module or of the script, or register a class with @tfr.learner(name)"
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """How to make learners, as plain data that can be told to another process.
+
+    Attributes:
+        module: the module that defines the learner's class or factory.
+        qualname: its name there.
+        seed: the run's seed.
+        runtime: the run's configuration.
+    """
+
+    module: str
+    qualname: str
+    seed: int
+    runtime: RuntimeConfig
+
+    @classmethod
+    def of(
+        cls, learner: Callable[..., Any] | str, seed: int, runtime: RuntimeConfig
+    ) -> tuple[LearnerSpec, dict[str, Any]]:
+        """Find out how another process can make this learner.
+
+        Args:
+            learner: a class, a factory function, a `functools.partial` of one with keyword arguments, or a
+                registered name.
+            seed: the run's seed.
+            runtime: the run's configuration.
+
+        Returns:
+            The spec, and the partial's keyword arguments.
+
+        Raises:
+            ConfigError: it cannot be found by its name (a lambda, a closure), or is not callable.
+        """
+        entry: Any = get_learner(learner) if isinstance(learner, str) else learner
+        kwargs: dict[str, Any] = {}
+        if isinstance(entry, functools.partial):
+            if entry.args:
+                raise ConfigError(
+                    "a functools.partial as learner may have keyword arguments only: "
+                    "the first positional one is the client id"
+                )
+            entry, kwargs = entry.func, dict(entry.keywords)
+        module, qualname = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
+        if not callable(entry) or module is None or qualname is None:
+            raise ConfigError(f"a learner must be a class, a factory function or a registered name, not {entry!r}")
+        if "<" in qualname:
+            raise ConfigError(
+                f"the learner {module}.{qualname} is a lambda or is defined inside a function, so that no worker "
+                f"could find it: {_REMEDY}"
+            )
+        spec = cls(module, qualname, seed, runtime)
+        if spec.load() is not entry:
+            raise ConfigError(f"the learner's name {module}.{qualname} leads to another object: {_REMEDY}")
+        return spec, kwargs
+
+    def load(self) -> Callable[..., Any]:
+        """The class or factory itself.
+
+        Raises:
+            ConfigError: this process has no such module or name.
+        """
+        try:
+            found: Any = sys.modules.get(self.module) or importlib.import_module(self.module)
+            for part in self.qualname.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"cannot find the learner {self.module}.{self.qualname} ({error}): {_REMEDY}"
+            ) from error
+        factory: Callable[..., Any] = found
+        return factory
+
+    def allow_list(self) -> AllowList:
+        """The types that may travel in this run."""
+        return AllowList([self.module, *self.runtime.trusted_modules])
+
+    def to_message(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> LearnerSpec:
+        """What `to_message` described."""
+        return cls(**{**message, "runtime": RuntimeConfig(**message["runtime"])})
