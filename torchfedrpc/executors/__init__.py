@@ -1,0 +1,1 @@
+"""How a call reaches the host that owns its learner: one executor for each mode."""

@@ -1,0 +1,205 @@
+"""What every execution mode has in common."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError, SerializationError
+from torchfedrpc.executors.stream import CallStream
+from torchfedrpc.host.answer import answer
+from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.process import choose_device
+from torchfedrpc.host.runner import Report
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.observe.events import Event, ProgressReported
+from torchfedrpc.wire.packing import Parcel, Reference, pack
+
+
+@dataclass(frozen=True)
+class ExecutorSpec:
+    """What an executor is opened with.
+
+    Attributes:
+        learner: how to make learners, and the run's configuration.
+        clients: client id -> keyword arguments of its learner's constructor, in the run's order.
+        publish: tells the run's subscribers an event; to be called on the driver's event loop.
+    """
+
+    learner: LearnerSpec
+    clients: Mapping[str, Mapping[str, Any]]
+    publish: Callable[[Event], None]
+
+    def make_host(self, *, report: Report | None = None) -> LearnerHost:
+        """A host for all of these clients in this process; close it in the executor's ``close``.
+
+        Raises:
+            ConfigError: the learner's class cannot be found.
+        """
+        return LearnerHost(
+            self.learner, device=choose_device(0), report=report, constructor_arguments=self.constructor_arguments
+        )
+
+    def constructor_arguments(self, client_id: str, *, by_value: bool = True) -> Parcel | Reference:
+        """The keyword arguments of a learner's constructor, as they are now.
+
+        Raises:
+            SerializationError: they cannot be sent.
+        """
+        kwargs = self.clients[client_id]
+        try:
+            return pack(kwargs) if by_value else Reference(kwargs)
+        except SerializationError as error:
+            raise type(error)(f"the constructor arguments of {client_id} cannot be sent: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """A call as the proxy hands it to an executor.
+
+    Attributes:
+        call_id: unique in a run.
+        client_id: whose learner.
+        method: the method's name.
+        args: its positional arguments, still the caller's own objects.
+        kwargs: its keyword arguments.
+        run_timeout_s: seconds the method may run; None for no limit.
+        retries: how often to ask again where the method was not begun.
+    """
+
+    call_id: int
+    client_id: str
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    run_timeout_s: float | None = None
+    retries: int = 0
+
+
+class AbstractExecutor(ABC):
+    """One way for calls to reach learners.
+
+    A mode of your own overrides `execute_method`, `open` and `close`, and is registered with
+    ``@tfr.executor("name")``; ``execution_mode: name`` then selects it.
+
+    Args:
+        config: the run's configuration.
+    """
+
+    def __init__(self, config: RuntimeConfig | None = None) -> None:
+        self.config = config or RuntimeConfig()
+
+    async def open(self, spec: ExecutorSpec) -> None:  # noqa: B027 (not every mode needs it)
+        """Get ready for calls; ``spec.make_host()`` gives a host for the learners in this process."""
+
+    async def close(self) -> None:  # noqa: B027
+        """Give everything back; no call is pending."""
+
+    @abstractmethod
+    async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Run a learner's method and return its result, or raise what it raised."""
+
+    async def execute(self, invocation: Invocation) -> Any:
+        """Run a call with all that a proxy knows of it; by default only the name and the arguments count."""
+        return await self.execute_method(
+            invocation.client_id, invocation.method, *invocation.args, **invocation.kwargs
+        )
+
+    def stream(self, invocation: Invocation) -> CallStream:
+        """Open a stream over what a generator method yields.
+
+        Raises:
+            ConfigError: the mode has no streams.
+        """
+        raise ConfigError(f"{type(self).__name__} has no streams: override its stream(), or await a list instead")
+
+    def worker_of(self, client_id: str) -> str:
+        """The name of the process that has this client's learner, for messages."""
+        return type(self).__name__
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers of this mode, for ``proxy.stats()``: ``bytes_sent`` and ``bytes_received`` at least."""
+        return {"bytes_sent": 0, "bytes_received": 0}
+
+
+class CallExecutor(AbstractExecutor):
+    """Base of the modes that talk to hosts: takes the arguments' value, sends the call, opens the outcome."""
+
+    def __init__(self, config: RuntimeConfig | None = None) -> None:
+        super().__init__(config)
+        self._own_call_ids = itertools.count(-1, -1)  # of calls that no proxy numbered
+
+    async def open(self, spec: ExecutorSpec) -> None:
+        """Remember what the run is; subclasses reach their hosts here."""
+        self._spec = spec
+        self._allow = spec.learner.allow_list()
+
+    async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Run a learner's method with the configuration's ``call_timeout_s``."""
+        call_id, timeout_s = next(self._own_call_ids), self.config.call_timeout_s
+        return await self.execute(Invocation(call_id, client_id, method_name, args, kwargs, timeout_s))
+
+    async def execute(self, invocation: Invocation) -> Any:
+        """Run a call; asks again where it failed before the method began and the invocation has retries left."""
+        call = self._call(invocation)
+        for remaining in range(invocation.retries, -1, -1):
+            outcome = await answer(partial(self._submit, call), partial(self._cancel, call))
+            if not (remaining and outcome.never_ran and outcome.kind == "failed"):
+                break
+        return self._result(outcome, call)
+
+    def stream(self, invocation: Invocation) -> CallStream:
+        """Open a stream; nothing is sent before its first item is asked for."""
+        return CallStream(
+            self._call(invocation, stream=True),
+            submit=self._submit,
+            advance=self._advance,
+            cancel=self._cancel,
+            result=self._result,
+        )
+
+    @abstractmethod
+    def _submit(self, call: Call, reply: Reply) -> None:
+        """Send a call on its way."""
+
+    @abstractmethod
+    def _advance(self, call: Call, reply: Reply) -> None:
+        """Ask an open stream for its next item."""
+
+    @abstractmethod
+    def _cancel(self, call: Call) -> None:
+        """Tell the host that nobody waits for this call any more."""
+
+    def _take_value(self, obj: Any) -> Parcel | Reference:
+        return pack(obj)
+
+    def _call(self, invocation: Invocation, *, stream: bool = False) -> Call:
+        try:
+            arguments = self._take_value((invocation.args, invocation.kwargs))
+        except SerializationError as error:
+            raise type(error)(
+                f"the arguments of {invocation.client_id}.{invocation.method} cannot be sent: {error}"
+            ) from error
+        return Call(
+            invocation.call_id,
+            invocation.client_id,
+            invocation.method,
+            arguments,
+            invocation.run_timeout_s,
+            stream,
+        )
+
+    def _result(self, outcome: Outcome, call: Call) -> Any:
+        return outcome.result(call, self._allow, self.worker_of(call.client_id))
+
+    def _publish_report(self, call: Call, progress: Parcel | Reference) -> None:
+        """Tell subscribers what a method reported; on the driver's event loop."""
+        value = progress.open(self._allow)
+        self._spec.publish(ProgressReported(call.call_id, call.client_id, call.method, value))

@@ -1,0 +1,106 @@
+"""Which executor serves which client, and which mode a configuration means."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
+from torchfedrpc.executors.placement import LOCAL, Endpoint
+from torchfedrpc.launcher import Launch
+from torchfedrpc.registry import executors
+
+
+class ExecutorRouter:
+    """Chooses the mode of a run, and for each client the executor that reaches its learner.
+
+    Args:
+        config: a `RuntimeConfig` or anything that `RuntimeConfig.of` takes.
+
+    Raises:
+        ConfigError: the mode is unknown, or the endpoints need a launcher and there is none.
+    """
+
+    def __init__(self, config: RuntimeConfig | Mapping[str, Any] | str | None = None) -> None:
+        self.config = RuntimeConfig.of(config)
+        self.mode = resolve_mode(self.config, Launch.from_environment())
+        self._main: AbstractExecutor = executors.get(self.mode)(self.config)
+        self._local = self._main
+        if self.mode != "local" and LOCAL in self.config.client_endpoints.values():
+            self._local = executors.get("local")(self.config)
+
+    def get_executor(self, client_id: str) -> AbstractExecutor:
+        """The executor of a client."""
+        return self._local if self.config.client_endpoints.get(client_id) == LOCAL else self._main
+
+    async def open(self, spec: ExecutorSpec) -> None:
+        """Open every executor that has clients; where one fails, the others are closed again."""
+        opened: list[AbstractExecutor] = []
+        try:
+            for executor in self._executors():
+                opened.append(executor)
+                await executor.open(spec)
+        except BaseException:
+            for executor in reversed(opened):
+                await executor.close()
+            raise
+
+    async def close(self) -> None:
+        """Close them all."""
+        for executor in reversed(self._executors()):
+            await executor.close()
+
+    def stats(self) -> dict[str, Any]:
+        """The numbers of all executors together."""
+        total: dict[str, Any] = {"bytes_sent": 0, "bytes_received": 0, "workers": {}}
+        for executor in self._executors():
+            numbers = executor.stats()
+            total["bytes_sent"] += numbers.get("bytes_sent", 0)
+            total["bytes_received"] += numbers.get("bytes_received", 0)
+            total["workers"] |= numbers.get("workers", {})
+        return total
+
+    def _executors(self) -> list[AbstractExecutor]:
+        return [self._main] if self._local is self._main else [self._main, self._local]
+
+
+def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
+    """The mode that a configuration means in this process.
+
+    Args:
+        config: the configuration.
+        launch: the launch that this process belongs to, if any.
+
+    Raises:
+        ConfigError: an endpoint is malformed, or distributed mode is asked for and cannot be had.
+    """
+    endpoints = {client: Endpoint.parse(client, text) for client, text in config.client_endpoints.items()}
+    mode = config.execution_mode
+    if mode == "auto":
+        if launch is not None or config.client_endpoints:
+            mode = "distributed"
+        elif config.use_multiprocessing or config.num_processes:
+            mode = "pseudo"
+        else:
+            mode = "local"
+    if mode != "distributed":
+        return mode
+    remote = {client: endpoint for client, endpoint in endpoints.items() if endpoint.kind != "local"}
+    if launch is not None:
+        return mode
+    if remote:
+        client = next(iter(remote))
+        raise ConfigError(
+            f"client_endpoints puts {client} on {config.client_endpoints[client]!r}, a worker of a launch, and this "
+            f"process is in none: start it with torchrun --nproc-per-node={len(remote) + 1} script.py (one of the "
+            f"processes is the driver)"
+        )
+    warnings.warn(
+        "execution_mode=distributed without a launcher, and no endpoint that needs one: running in local mode. For "
+        "workers, start with torchrun --nproc-per-node=3 script.py",
+        stacklevel=2,
+    )
+    return "local"

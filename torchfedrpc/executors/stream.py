@@ -1,0 +1,62 @@
+"""The driver's end of a stream: one step for each item asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torchfedrpc.host.answer import answer
+from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.mailbox import Reply
+
+
+class CallStream:
+    """An open stream over what a learner's generator method yields.
+
+    Args:
+        call: what is asked; sent with the first step.
+        submit: sends the call.
+        advance: asks for a further item.
+        cancel: closes the stream at its host.
+        result: gives the item of an outcome, or raises what it holds.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        *,
+        submit: Callable[[Call, Reply], None],
+        advance: Callable[[Call, Reply], None],
+        cancel: Callable[[Call], None],
+        result: Callable[[Outcome, Call], Any],
+    ) -> None:
+        self._call = call
+        self._next = submit
+        self._advance = advance
+        self._cancel = cancel
+        self._result = result
+        self._sent = self._over = False
+
+    async def step(self) -> Any:
+        """The next item.
+
+        Raises:
+            StopAsyncIteration: there is none.
+            Exception: what the method raised; the stream is over then.
+        """
+        if self._over:
+            raise StopAsyncIteration
+        self._sent, self._over = True, True  # over, unless this step brings an item
+        outcome = await answer(partial(self._next, self._call), partial(self._cancel, self._call))
+        self._next = self._advance
+        if outcome.kind == "end":
+            raise StopAsyncIteration
+        self._over = outcome.kind != "item"
+        return self._result(outcome, self._call)
+
+    def close(self) -> None:
+        """Close the generator on its host, if it is open; the learner is free once it has ended."""
+        if self._sent and not self._over:
+            self._cancel(self._call)
+        self._over = True

@@ -1,0 +1,244 @@
+"""What a trainer holds: a proxy for the learners of all clients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import AsyncExitStack
+from typing import Any, ClassVar
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.dispatch import CallOptions, Dispatcher, LearnerStream
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.executors.base import ExecutorSpec
+from torchfedrpc.executors.router import ExecutorRouter
+from torchfedrpc.group import LearnerGroup
+from torchfedrpc.host.methods import public_methods
+from torchfedrpc.host.process import process_settings
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.launcher import check_is_driver
+from torchfedrpc.observe.events import Event, EventBus
+
+
+class LearnerHandle:
+    """One client's learner: every public method of it is an async method here.
+
+    Args:
+        dispatcher: sends the calls.
+        client_id: whose learner.
+        options: what holds for the calls.
+        methods: names for completion in an editor.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, client_id: str, options: CallOptions, methods: Iterable[str] = ()
+    ) -> None:
+        dispatcher.check_client(client_id)
+        self._dispatcher = dispatcher
+        self._options = options
+        self._methods = tuple(methods)
+        self.client_id = client_id
+
+    def options(self, **changes: Any) -> LearnerHandle:
+        """The same handle with other options: ``timeout_s``, ``retries``."""
+        return LearnerHandle(self._dispatcher, self.client_id, self._options.updated(changes), self._methods)
+
+    def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await self._dispatcher.call(self._options, self.client_id, method, args, kwargs)
+
+        return call
+
+    def __dir__(self) -> Iterable[str]:
+        return [*super().__dir__(), *self._methods]
+
+    def __repr__(self) -> str:
+        return f"LearnerHandle({self.client_id!r})"
+
+
+class LearnerProxy:
+    """Calls methods of learners, wherever they live, as plain async functions.
+
+    Use it as an async context manager; one proxy can be open in a process at a time, on rank 0 alone. Arguments
+    and results are passed by value in every mode, and a learner's calls run one at a time in the order submitted.
+
+    Args:
+        learner: a class, a factory function, or a name registered with ``@tfr.learner``. Called as
+            ``learner(client_id, **kwargs)`` in the process that owns the client, at the client's first call.
+        clients: the clients' ids, or a mapping id -> keyword arguments for its constructor. None makes
+            ``client_1 .. client_N`` from ``runtime.num_clients``.
+        runtime: a `RuntimeConfig`, a mapping of its keys, an OmegaConf node, a mode's name, or None.
+        seed: seeds every call, with the client's id, the method's name and the number of the call.
+
+    Raises:
+        ConfigError: an argument or a setting cannot be met; the message says what to do.
+    """
+
+    _open_in_process: ClassVar[LearnerProxy | None] = None
+
+    def __init__(
+        self,
+        learner: Callable[..., Any] | str,
+        clients: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        runtime: RuntimeConfig | Mapping[str, Any] | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        config = RuntimeConfig.of(runtime)
+        spec, common_kwargs = LearnerSpec.of(learner, seed, config)
+        kwargs_by_client = _clients(clients, config, common_kwargs)
+        for client_id in config.client_endpoints:
+            if client_id not in kwargs_by_client:
+                raise ConfigError(f"client_endpoints names {client_id!r}, which is no client of this proxy")
+        self._router = ExecutorRouter(config)
+        self._events = EventBus()
+        self._dispatcher = Dispatcher(self._router, tuple(kwargs_by_client), self._events)
+        self._spec = ExecutorSpec(spec, kwargs_by_client, self._events.publish)
+        self._options = CallOptions()
+        self._exit = AsyncExitStack()
+
+    async def __aenter__(self) -> LearnerProxy:
+        check_is_driver()
+        if LearnerProxy._open_in_process is not None:
+            raise ConfigError(
+                "a proxy is open in this process already: close it first (leave its async with block), or give the "
+                "clients of both to one proxy"
+            )
+        async with AsyncExitStack() as stack:
+            LearnerProxy._open_in_process = self
+            stack.callback(self._closed)
+            stack.enter_context(process_settings(self._spec.learner.runtime))
+            await self._router.open(self._spec)
+            stack.push_async_callback(self._router.close)
+            self._dispatcher.is_open = True
+            self._exit = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._dispatcher.is_open = False
+        await self._exit.aclose()
+
+    def _closed(self) -> None:
+        LearnerProxy._open_in_process = None
+
+    @property
+    def client_ids(self) -> list[str]:
+        """All clients, in the order in which they were given."""
+        return list(self._dispatcher.client_ids)
+
+    @property
+    def mode(self) -> str:
+        """Where learners run: ``local``, ``pseudo``, ``distributed``, or a mode of the user's own."""
+        return self._router.mode
+
+    def options(self, **changes: Any) -> LearnerProxy:
+        """A view of this proxy with other options: ``timeout_s``, ``retries``; for groups ``on_error`` and more.
+
+        The view is the same open proxy; it need not be closed.
+        """
+        view = copy.copy(self)
+        view._options = self._options.updated(changes)
+        view._exit = AsyncExitStack()
+        return view
+
+    async def execute_remote_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Call any public method of a client's learner.
+
+        Raises:
+            UnknownClientError: no such client.
+            MethodNotFoundError: no such public method; near matches are named.
+            SerializationError: an argument or the result cannot be sent.
+            CallTimeoutError: a deadline passed.
+            Exception: what the method raised, as the same type, its ``__cause__`` the remote traceback.
+        """
+        return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
+
+    async def custom_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+        """The same as `execute_remote_method`."""
+        return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
+
+    async def train_epoch(self, client_id: str, **kwargs: Any) -> Any:
+        """Call the learner's ``train_epoch(**kwargs)``."""
+        return await self._dispatcher.call(self._options, client_id, "train_epoch", (), kwargs)
+
+    async def evaluate(self, client_id: str, **kwargs: Any) -> Any:
+        """Call the learner's ``evaluate(**kwargs)``."""
+        return await self._dispatcher.call(self._options, client_id, "evaluate", (), kwargs)
+
+    async def get_model_weights(self, client_id: str) -> Any:
+        """Call the learner's ``get_model_weights()``."""
+        return await self._dispatcher.call(self._options, client_id, "get_model_weights", (), {})
+
+    async def set_model_weights(self, client_id: str, weights: Any) -> Any:
+        """Call the learner's ``set_model_weights(weights)``."""
+        return await self._dispatcher.call(self._options, client_id, "set_model_weights", (weights,), {})
+
+    def client(self, client_id: str) -> LearnerHandle:
+        """A handle whose methods are the learner's: ``await proxy.client("client_1").train_epoch()``.
+
+        Raises:
+            UnknownClientError: no such client.
+        """
+        return LearnerHandle(self._dispatcher, client_id, self._options, public_methods(self._spec.learner.load()))
+
+    def clients(self, ids: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None) -> LearnerGroup:
+        """A group of clients to call together; all of them, unless ids are given.
+
+        Args:
+            ids: client ids, or a mapping id -> keyword arguments of that client's own.
+
+        Raises:
+            UnknownClientError: an id is no client's.
+        """
+        if ids is None:
+            ids = self._dispatcher.client_ids
+        chosen = ids if isinstance(ids, Mapping) else {client_id: {} for client_id in ids}
+        return LearnerGroup(self._dispatcher, chosen, self._options)
+
+    def stream(self, client_id: str, method: str, /, *args: Any, **kwargs: Any) -> LearnerStream:
+        """Iterate over what a generator method yields: ``async for item in proxy.stream(...)``.
+
+        The generator, sync or async, makes one step for each item asked for, and no step ahead. It holds its
+        learner until it ends; leaving the loop closes it. ``options(timeout_s=...)`` holds for each step.
+
+        Raises:
+            UnknownClientError: no such client.
+            SerializationError: an argument cannot be sent.
+        """
+        return self._dispatcher.stream(self._options, client_id, method, args, kwargs)
+
+    def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
+        """Call ``callback(event)`` on the event loop for each event of the run; returns what ends that."""
+        return self._events.subscribe(callback)
+
+    def publish(self, event: Event) -> None:
+        """Tell subscribers an event of the trainer's own."""
+        self._events.publish(event)
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers of the run: calls, failures, bytes sent and received (0 in local mode), and each worker's."""
+        return self._dispatcher.stats()
+
+
+def _clients(
+    clients: Iterable[str] | Mapping[str, Mapping[str, Any]] | None,
+    config: RuntimeConfig,
+    common_kwargs: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Client id -> keyword arguments of its constructor."""
+    if clients is None:
+        clients = config.default_client_ids()
+    if isinstance(clients, str):
+        raise ConfigError(f"clients must be several ids, not the string {clients!r}: write [{clients!r}]")
+    given = clients if isinstance(clients, Mapping) else {client_id: {} for client_id in clients}
+    for client_id, kwargs in given.items():
+        if not isinstance(client_id, str):
+            raise ConfigError(f"client ids are strings, {client_id!r} is a {type(client_id).__name__}")
+        if not isinstance(kwargs, Mapping):
+            raise ConfigError(f"the constructor arguments of {client_id} must be a mapping, not {kwargs!r}")
+    if not given:
+        raise ConfigError("a proxy needs at least one client")
+    return {client_id: {**common_kwargs, **kwargs} for client_id, kwargs in given.items()}
