@@ -1,0 +1,1 @@
+"""Learners in other processes: all that knows torch.distributed.rpc, and the processes that serve."""

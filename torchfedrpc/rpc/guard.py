@@ -1,0 +1,57 @@
+"""What torch RPC may unpickle in a process of ours: its own messages for our entry points, and nothing else."""
+
+from __future__ import annotations
+
+import builtins
+import pickle
+from typing import Any
+
+from torchfedrpc.rpc.backend import torch_rpc
+
+_INTERNAL = "torch.distributed.rpc.internal"
+_API = "torch.distributed.rpc.api"
+_ENTRIES = {"torchfedrpc.rpc.endpoint": ("submit", "advance", "cancel", "register", "report")}
+_PLAIN = {
+    _INTERNAL: ("PythonUDF", "RemoteException", "_InternalRPCPickler"),
+    _API: ("_gather_to_leader", "_broadcast_to_followers"),  # the handshake of init_rpc
+    "builtins": ("set",),
+}
+_RECEIVERS = ("_tensor_receiver", "_py_rref_receiver")
+
+
+class GuardedUnpickler(pickle.Unpickler):
+    """Reads requests and responses of torch RPC; any global that they do not need is refused.
+
+    It stands where RPC looks its unpickler up at each message. RPC's builtin operators pass no unpickler at all,
+    so they are out of its reach: only the network can keep strangers off the ports.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _get_receiver
+        if name in _PLAIN.get(module, ()) or name in _ENTRIES.get(module, ()):
+            return super().find_class(module, name)
+        entry = getattr(builtins, name, None) if module == "builtins" else None
+        if isinstance(entry, type) and issubclass(entry, Exception):  # the type of an RPC-level error
+            return entry
+        raise pickle.UnpicklingError(
+            f"refused {module}.{name}: only torchfedrpc's own entry points may be invoked here"
+        )
+
+
+def _get_receiver(owner: Any, name: Any) -> Any:
+    """RPC's pickles fetch the pickler's receivers by getattr; they get these and no other attribute."""
+    pickler = torch_rpc().internal._InternalRPCPickler
+    if owner is not pickler or name not in _RECEIVERS:
+        raise pickle.UnpicklingError("refused builtins.getattr on anything but RPC's tensor and RRef receivers")
+    return getattr(pickler, name)
+
+
+def install() -> None:
+    """Let this process read RPC messages by the guarded unpickler."""
+    torch_rpc().internal._unpickler = GuardedUnpickler
+
+
+def remove() -> None:
+    """Undo `install`."""
+    torch_rpc().internal._unpickler = pickle.Unpickler

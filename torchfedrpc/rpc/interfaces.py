@@ -1,0 +1,45 @@
+"""Network interfaces of this machine and their addresses."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+
+from torchfedrpc.errors import ConfigError
+
+LOOPBACK = "lo"
+_SIOCGIFADDR = 0x8915  # see netdevice(7)
+
+
+def address_of(interface: str) -> str:
+    """The IPv4 address of a network interface.
+
+    Raises:
+        ConfigError: there is no such interface, or it has no address.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            packed = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            names = ", ".join(name for _, name in socket.if_nameindex())
+            raise ConfigError(
+                f"runtime.interface={interface}: no such network interface, or it has no IPv4 address (this machine "
+                f"has {names})"
+            ) from None
+    return socket.inet_ntoa(packed[20:24])
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has an IPv4 address.
+
+    Raises:
+        ConfigError: none has.
+    """
+    for _, name in socket.if_nameindex():
+        try:
+            if address_of(name) == address:
+                return name
+        except ConfigError:
+            continue
+    raise ConfigError(f"no network interface has the address {address}: name one by runtime.interface")

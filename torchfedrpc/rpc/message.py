@@ -1,0 +1,77 @@
+"""Calls, outcomes and parcels as what torch RPC carries well: tuples of plain values, bytes and plain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.fence import fence
+from torchfedrpc.wire.packing import Parcel, Reference
+
+Covered = frozenset[torch.device]  # devices that the world's device map takes to the peer
+
+
+def parcel_message(parcel: Parcel | Reference | None, covered: Covered) -> Any:
+    """A parcel as a tuple; slots on a device that no map covers are staged through host memory."""
+    if parcel is None:
+        return None
+    assert isinstance(parcel, Parcel)
+    staged = [slot.is_cuda and slot.device not in covered for slot in parcel.slots]
+    slots = [slot.cpu() if through else slot for slot, through in zip(parcel.slots, staged, strict=True)]
+    return parcel.head, parcel.views, slots, parcel.num_buffers, staged if any(staged) else None
+
+
+def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = False) -> Parcel | None:
+    """The parcel of such a tuple.
+
+    Args:
+        message: from `parcel_message`, as it arrived.
+        device: where slots go that were staged on the way; None leaves them in host memory.
+        move_all: whether slots that arrived on another GPU go to ``device`` too.
+    """
+    if message is None:
+        return None
+    head, views, slots, num_buffers, staged = message
+    if device is not None and device.type == "cuda":
+        slots = [
+            slot.to(device) if (move_all and slot.is_cuda) or (staged and staged[index]) else slot
+            for index, slot in enumerate(slots)
+        ]
+    return Parcel(head, views, slots, num_buffers, fence(slots))
+
+
+def home_device(parcel: Parcel | Reference) -> torch.device | None:
+    """Where the caller's own tensors are, if any is on a GPU: the answer's go there too."""
+    slots = parcel.slots if isinstance(parcel, Parcel) else []
+    return next((slot.device for slot in slots if slot.is_cuda), None)
+
+
+def call_message(call: Call, covered: Covered) -> Any:
+    """A call as a tuple."""
+    fields = (call.call_id, call.client_id, call.method, call.run_timeout_s, call.stream)
+    return fields, parcel_message(call.arguments, covered)
+
+
+def read_call(message: Any, device: torch.device) -> Call:
+    """The call of such a tuple."""
+    (call_id, client_id, method, run_timeout_s, stream), arguments = message
+    parcel = read_parcel(arguments, device)
+    assert parcel is not None
+    return Call(call_id, client_id, method, parcel, run_timeout_s, stream)
+
+
+def outcome_message(outcome: Outcome, covered: Covered) -> Any:
+    """An outcome as a tuple."""
+    failure = outcome.failure
+    parts = failure and (failure.type_name, failure.message, failure.traceback, failure.body)
+    return outcome.kind, outcome.never_ran, parts, parcel_message(outcome.parcel, covered)
+
+
+def read_outcome(message: Any, home: torch.device | None) -> Outcome:
+    """The outcome of such a tuple."""
+    kind, never_ran, parts, parcel = message
+    failure = Failure(*parts) if parts else None
+    return Outcome(kind, read_parcel(parcel, home, move_all=True), failure, never_ran)

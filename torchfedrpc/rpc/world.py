@@ -1,0 +1,177 @@
+"""One static world of torch RPC: joining it and leaving it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import urllib.parse
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed
+
+from torchfedrpc.rpc import guard
+from torchfedrpc.rpc.backend import set_connection_warnings, torch_rpc
+
+_SCHEME = "torchfedrpc"
+_JOIN_TIMEOUT_S = 30.0
+_NUM_THREADS = 4  # more of them hand the GIL around more often and are slower
+_TRANSPORTS = {"auto": "uv", "uv": "uv", "shm": "shm"}
+
+_distributed: Any = torch.distributed  # exports less to type checkers than it has
+_stores: dict[str, Any] = {}  # the store of a world that this process is joining, by its address
+
+
+@dataclass(frozen=True)
+class WorldPlan:
+    """What every member must know of a world to join it; plain data, for JSON.
+
+    Attributes:
+        generation: number of the world in this run.
+        num_workers: ranks 1 .. num_workers; rank 0 is the driver.
+        store_host: where the driver serves the world's store.
+        store_port: its port there.
+        interface: network interface to listen on; None: the one with which a member reaches the driver.
+        transport: TensorPipe's transport.
+        device_maps: per worker the driver's device and the worker's, between which tensors go directly.
+    """
+
+    generation: int
+    num_workers: int
+    store_host: str
+    store_port: int
+    interface: str | None
+    transport: str
+    device_maps: list[tuple[str, str] | None]
+
+    def name(self, rank: int) -> str:
+        """The RPC name of a member; other generations have other names."""
+        return f"{'driver' if rank == 0 else f'worker{rank}'}_{self.generation}"
+
+    def to_message(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any]) -> WorldPlan:
+        """What `to_message` described."""
+        maps = [tuple(pair) if pair else None for pair in message["device_maps"]]
+        return cls(**{**message, "device_maps": maps})
+
+
+def serve_store(host: str) -> tuple[Any, int]:
+    """Serve a world's store on one address alone (by itself TCPStore listens on all of them).
+
+    Returns:
+        The store, which serves as long as it lives, and its port.
+    """
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
+    store = _distributed.TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listener.detach(),
+    )
+    return store, port
+
+
+def join(plan: WorldPlan, rank: int, interface: str, store: Any = None) -> None:
+    """Join a world; returns when all its members have.
+
+    Args:
+        plan: the world.
+        rank: this process's rank in it.
+        interface: this process's network interface for it.
+        store: the world's store, in the driver that serves it.
+
+    Raises:
+        RuntimeError: a member did not come within 30 s, or died meanwhile.
+    """
+    rpc = torch_rpc()
+    address = f"{plan.store_host}:{plan.store_port}"
+    if store is None:
+        timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
+        store = _distributed.TCPStore(plan.store_host, plan.store_port, is_master=False, timeout=timeout)
+    _stores[address] = store
+    _register_rendezvous()
+    rpc._init_counter = 0  # members have lived through different numbers of worlds; the stores keep them apart
+    rpc.constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=_JOIN_TIMEOUT_S)  # torch's: 24.8 days
+    options = rpc.TensorPipeRpcBackendOptions(
+        num_worker_threads=_NUM_THREADS,
+        rpc_timeout=_JOIN_TIMEOUT_S,
+        init_method=f"{_SCHEME}://{address}",
+        device_maps=_device_maps(plan, rank),
+        _transports=[_TRANSPORTS[plan.transport]],
+        _channels=_channels(plan),
+    )
+    guard.install()
+    set_connection_warnings(False)
+    try:
+        with _bound_to(interface), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of its own deprecated calls
+            rpc.init_rpc(plan.name(rank), rank=rank, world_size=plan.num_workers + 1, rpc_backend_options=options)
+    except BaseException:
+        _clean_up()
+        raise
+    finally:
+        del _stores[address]
+
+
+def leave() -> None:
+    """Leave the world this process is in; never waits for the others (the graceful way can hang on a dead one)."""
+    torch_rpc().shutdown(graceful=False)
+    torch_rpc().rendezvous_iterator = None  # it keeps the store
+    _clean_up()
+
+
+def _clean_up() -> None:
+    guard.remove()
+    set_connection_warnings(True)
+
+
+def _device_maps(plan: WorldPlan, rank: int) -> dict[str, dict[str, str]]:
+    """The driver's maps; answers go back by their inverse, so workers need none."""
+    if rank != 0:
+        return {}
+    return {plan.name(worker): {pair[0]: pair[1]} for worker, pair in enumerate(plan.device_maps, start=1) if pair}
+
+
+def _channels(plan: WorldPlan) -> list[str]:
+    gpu = ["cuda_ipc", "cuda_xth", "cuda_basic"] if any(plan.device_maps) else []
+    return [*gpu, "mpt_uv", "basic"]
+
+
+@functools.cache
+def _register_rendezvous() -> None:
+    _distributed.register_rendezvous_handler(_SCHEME, _rendezvous)
+
+
+def _rendezvous(url: str, **_: Any) -> Iterator[tuple[Any, int, int]]:
+    parts = urllib.parse.urlparse(url)
+    query = urllib.parse.parse_qs(parts.query)
+    yield _stores[parts.netloc], int(query["rank"][0]), int(query["world_size"][0])
+
+
+@contextmanager
+def _bound_to(interface: str) -> Iterator[None]:
+    """Let TensorPipe and gloo listen on that interface; they take it from the environment alone."""
+    names = ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, interface))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
