@@ -69,28 +69,37 @@ class AsyncLane:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def call(self, function: Callable[[asyncio.AbstractEventLoop], object]) -> None:
-        """Call ``function(loop)`` on the loop's thread."""
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine as a task on the loop's thread."""
+        self.call(partial(self._start, coroutine))
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call a function on the loop's thread."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._run, name="torchfedrpc-async", daemon=True)
                 self._thread.start()
-            self._loop.call_soon_threadsafe(function, self._loop)
+            self._loop.call_soon_threadsafe(function)
 
     def close(self, timeout_s: float) -> bool:
         """Cancel all tasks and end the thread; whether it ended in time."""
         if self._loop is None or self._thread is None:
             return True
-        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).add_done_callback(
-            lambda _: self.call(lambda loop: loop.stop())
-        )
+        loop = self._loop
+        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).add_done_callback(lambda _: self.call(loop.stop))
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             return False
         self._loop.close()
         return True
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)  # the loop itself keeps no strong reference
+        task.add_done_callback(self._tasks.discard)
 
     def _run(self) -> None:
         assert self._loop is not None

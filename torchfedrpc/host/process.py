@@ -19,16 +19,17 @@ def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
     other last bits with another number of threads.
     """
     num_threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    makes_deterministic = runtime.deterministic and not torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(runtime.torch_threads)
-    if runtime.deterministic:
+    if makes_deterministic:  # even setting what is set imports torch's compiler, which takes seconds
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.set_num_threads(num_threads)
-        torch.use_deterministic_algorithms(deterministic)
+        if makes_deterministic:
+            torch.use_deterministic_algorithms(False)
 
 
 def choose_device(local_index: int) -> torch.device:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from torchfedrpc.errors import MethodNotFoundError, SerializationError
+from torchfedrpc.host.autograd import AutogradMode
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.context import CallContext, SharedObjects, bind, unbind
 from torchfedrpc.host.deadlines import Deadlines
@@ -61,7 +62,7 @@ class Runner:
         self._report = report
         self._deadlines = deadlines
         self._done = done
-        self._closing: set[asyncio.Task[None]] = set()
+        self._seeds_streams = spec.runtime.max_concurrent_calls == 1
         self._shared = SharedObjects(spec.seed, device)
         self._gate = Gate()
         self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._prepare_thread)
@@ -74,21 +75,21 @@ class Runner:
     def step(self, job: Job) -> None:
         """Run an open stream up to its next item."""
         if isinstance(job.iterator, AsyncIterator):
-            self._start_task(job, self._async_step(job, job.iterator))
+            self._async.start(self._async_step(job, job.iterator))
         else:
             self._sync.put(partial(self._in_turn, self._step, job))
 
     def close_stream(self, job: Job) -> None:
         """Close an idle stream's iterator, which ends its job."""
         if isinstance(job.iterator, AsyncIterator):
-            self._start_task(None, self._async_close(job))
+            self._async.start(self._async_close(job))
         else:
             self._sync.put(partial(self._in_turn, self._close, job))
 
     def cancel_task(self, job: Job) -> None:
         """Cancel the job's async method, if it is at one."""
         if (task := job.task) is not None:
-            self._async.call(lambda loop: task.cancel())
+            self._async.call(task.cancel)
 
     def take_value(self, obj: Any) -> Parcel | Reference:
         """An object as it is now.
@@ -120,7 +121,7 @@ class Runner:
         call, mailbox = job.call, job.mailbox
         try:
             if mailbox.kwargs is not None:
-                self._make_learner(job, mailbox.kwargs.open(self.allow))
+                self._make_learner(job, mailbox.kwargs.copy().open(self.allow))
             method = find_method(mailbox.learner, call.method, call.client_id)
             args, kwargs = call.arguments.open(self.allow)
         except BaseException as error:
@@ -140,7 +141,7 @@ class Runner:
         if call.stream:
             self._open_stream(job, value)
         elif inspect.isawaitable(value):
-            self._start_task(job, self._await(job, value))
+            self._async.start(self._await(job, value))
         else:
             self._end(job, self._gave(job, "value", value))
 
@@ -193,8 +194,15 @@ class Runner:
 
     # On the async lane, the gate held alone at each step.
 
+    # A task becomes its job's own once it runs: one that is cancelled before would never get to end the job.
+
     async def _await(self, job: Job, awaitable: Awaitable[Any]) -> None:
+        job.task = asyncio.current_task()
         try:
+            if job.cancelled:
+                if inspect.iscoroutine(awaitable):
+                    awaitable.close()
+                raise asyncio.CancelledError
             value = await stepped(awaitable, partial(self._alone, job))
         except BaseException as error:
             self._end(job, self._cancelled_or_failed(job, error))
@@ -202,6 +210,10 @@ class Runner:
             self._end(job, self._gave(job, "value", value))
 
     async def _async_step(self, job: Job, iterator: AsyncIterator[Any]) -> None:
+        job.task = asyncio.current_task()
+        if job.cancelled:
+            await self._async_close(job)
+            return
         self._start_deadline(job)
         try:
             item = await stepped(iterator.__anext__(), partial(self._alone, job))
@@ -213,6 +225,7 @@ class Runner:
             self._end(job, self._gave(job, "item", item))
 
     async def _async_close(self, job: Job) -> None:
+        job.task = None  # nothing cancels the closing
         try:
             if close := getattr(job.iterator, "aclose", None):
                 await stepped(close(), partial(self._alone, job))
@@ -224,22 +237,6 @@ class Runner:
         if job.cancelled and isinstance(error, asyncio.CancelledError):
             return Outcome("cancelled")
         return self.failed(error)
-
-    def _start_task(self, job: Job | None, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine on the async lane; given a job, as the task that its cancellation cancels."""
-
-        def start(loop: asyncio.AbstractEventLoop) -> None:
-            task = loop.create_task(coroutine)
-            if job is None:
-                keep.add(task)
-                task.add_done_callback(keep.discard)
-                return
-            job.task = task
-            if job.cancelled:
-                task.cancel()
-
-        keep = self._closing
-        self._async.call(start)
 
     # What surrounds a learner's code.
 
@@ -281,10 +278,7 @@ class Runner:
         assert streams is not None
         token = bind(context)
         try:
-            if self._spec.runtime.max_concurrent_calls == 1:
-                with streams:
-                    yield
-            else:
+            with AutogradMode(), streams if self._seeds_streams else nullcontext():
                 yield
         finally:
             unbind(token)
@@ -296,7 +290,7 @@ class Runner:
         assert job.streams is not None
         token = bind(job.context)
         try:
-            with self._gate.exclusive(), job.streams:
+            with self._gate.exclusive(), job.autograd, job.streams:
                 yield
         finally:
             unbind(token)

@@ -12,28 +12,39 @@ _C_ATTRIBUTES = ("filename", "filename2", "name", "path")
 
 
 def exception_state(error: BaseException) -> dict[str, Any]:
-    """The attributes of an exception beside its args, notes included."""
-    state = dict(error.__dict__)
+    """The attributes of an exception beside its args: those in its ``__dict__`` (notes too), in slots, and in C."""
+    state = {}
+    for cls in type(error).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            name = f"_{cls.__name__.lstrip('_')}{name}" if private else name
+            if name not in ("__dict__", "__weakref__") and hasattr(error, name):
+                state[name] = getattr(error, name)
+    base = _builtin_base(type(error))
     for name in _C_ATTRIBUTES:
-        owner = next((cls for cls in type(error).__mro__ if name in vars(cls)), None)
-        if owner is not None and vars(builtins).get(owner.__name__) is owner:
-            value = getattr(error, name)
-            if isinstance(value, str):
-                state[name] = value
-    return state
+        if hasattr(base, name) and isinstance(value := getattr(error, name), str):
+            state[name] = value
+    return state | error.__dict__
 
 
 def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
-    """An exception of that type with those args and attributes; a user's ``__init__`` does not run.
+    """An exception of that type with those args and attributes; no constructor of a user's runs.
 
     Raises:
         SerializationError: ``cls`` is no exception type.
     """
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
         raise SerializationError(f"{cls!r} is not a type of exception")
-    # Some builtins (UnicodeDecodeError) are empty when made without their constructor.
-    is_builtin = vars(builtins).get(cls.__name__) is cls
-    error: BaseException = cls(*args) if is_builtin else cls.__new__(cls, *args)
+    base = _builtin_base(cls)
+    error: BaseException = base.__new__(cls, *args)
+    base.__init__(error, *args)  # some builtins keep nothing of what __new__ is given
     for name, value in state.items():
         setattr(error, name, value)
     return error
+
+
+def _builtin_base(cls: type[BaseException]) -> type[BaseException]:
+    found: Any = next(base for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
+    nearest: type[BaseException] = found
+    return nearest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,10 @@ class Parcel:
         """Bytes of the pickle and the tensors together."""
         return len(self.head) + sum(slot.nbytes for slot in self.slots)
 
+    def copy(self) -> Parcel:
+        """The same parcel on memory of its own, for a second opening."""
+        return replace(self, slots=[slot.clone() for slot in self.slots])
+
     def open(self, allow: AllowList) -> Any:
         """The object, built on the parcel's own memory: a parcel is opened once.
 
@@ -77,6 +81,10 @@ class Reference:
 
     target: Any
     num_bytes = 0
+
+    def copy(self) -> Reference:
+        """The same reference."""
+        return self
 
     def open(self, allow: AllowList) -> Any:
         """The object itself."""
