@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,9 @@ from torchfedrpc.executors.base import Invocation
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.observe.events import CallEnded, CallStarted, EventBus
+
+# The streams that this task reads; tasks that it starts inherit it, since waiting for them is waiting all the same.
+_reading: ContextVar[frozenset[int]] = ContextVar("torchfedrpc_reading", default=frozenset())
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,18 @@ class CallOptions:
     min_results: int | None = None
 
     def __post_init__(self) -> None:
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise ConfigError(f"timeout_s must be above 0 seconds, it is {self.timeout_s}")
-        if self.retries < 0:
-            raise ConfigError(f"retries must not be negative, it is {self.retries}")
-        if self.on_error not in ("raise", "collect"):
-            raise ConfigError(f"on_error must be 'raise' or 'collect', not {self.on_error!r}")
-        if self.min_results is not None and self.min_results < 1:
-            raise ConfigError(f"min_results must be at least 1, it is {self.min_results}")
+        checks = {
+            "timeout_s": (
+                self.timeout_s is None or (_is_number(self.timeout_s) and self.timeout_s > 0),
+                "seconds above 0",
+            ),
+            "retries": (_is_count(self.retries, 0), "an int of at least 0"),
+            "on_error": (self.on_error in ("raise", "collect"), "'raise' or 'collect'"),
+            "min_results": (self.min_results is None or _is_count(self.min_results, 1), "an int of at least 1"),
+        }
+        for name, (holds, expected) in checks.items():
+            if not holds:
+                raise ConfigError(f"options({name}=...) must be {expected}, not {getattr(self, name)!r}")
 
     def updated(self, changes: Mapping[str, Any]) -> CallOptions:
         """These options with some changed.
@@ -73,7 +81,7 @@ class Dispatcher:
         self._known = frozenset(client_ids)
         self._router = router
         self._call_ids = itertools.count(1)
-        self.readers: dict[int, tuple[str, asyncio.Task[Any] | None]] = {}  # open stream -> client, reading task
+        self.open_streams: dict[int, str] = {}  # call id of each stream that is being read -> its client
         self._num_calls = self._num_failed = self._num_pending = 0
 
     def check_client(self, client_id: str) -> None:
@@ -85,6 +93,18 @@ class Dispatcher:
         if client_id not in self._known:
             raise UnknownClientError(f"no client {client_id!r}{suggest(str(client_id), self.client_ids)}")
 
+    def check_not_reading(self, client_id: str, method: str) -> None:
+        """Refuse a call to a learner that is held by a stream which this task, or the one that started it, reads.
+
+        Raises:
+            LearnerBusyError: so it is.
+        """
+        if self.open_streams and any(self.open_streams.get(stream) == client_id for stream in _reading.get()):
+            raise LearnerBusyError(
+                f"{client_id}.{method} would wait for ever: it is called in the loop over a stream of that client, "
+                f"which holds the learner. Call it after the loop, or close the stream first: await stream.aclose()"
+            )
+
     async def call(
         self, options: CallOptions, client_id: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -92,16 +112,12 @@ class Dispatcher:
 
         Raises:
             UnknownClientError: no such client.
-            LearnerBusyError: this very task reads a stream of that learner.
+            LearnerBusyError: this very task reads a stream of that learner, or the one that started it does.
             CallTimeoutError: ``options.timeout_s`` passed.
             Exception: what the method raised.
         """
         invocation = self._invocation(options, client_id, method, args, kwargs)
-        if self.readers and (client_id, asyncio.current_task()) in self.readers.values():
-            raise LearnerBusyError(
-                f"{client_id}.{method} would wait for ever: this task reads a stream of {client_id}, which holds the "
-                f"learner. End the loop over the stream first, or close it: await stream.aclose()"
-            )
+        self.check_not_reading(client_id, method)
         executor = self._router.get_executor(client_id)
         return await self.observed(options, invocation, executor.execute(invocation))
 
@@ -177,7 +193,11 @@ class LearnerStream(AsyncIterator[Any]):
 
     async def __anext__(self) -> Any:
         invocation = self._invocation
-        self._dispatcher.readers[invocation.call_id] = (invocation.client_id, asyncio.current_task())
+        if invocation.call_id not in self._dispatcher.open_streams:
+            self._dispatcher.check_not_reading(invocation.client_id, invocation.method)
+            self._dispatcher.open_streams[invocation.call_id] = invocation.client_id
+        still_open = frozenset(stream for stream in _reading.get() if stream in self._dispatcher.open_streams)
+        _reading.set(still_open | {invocation.call_id})
         try:
             return await self._dispatcher.observed(self._options, invocation, self._stream.step())
         except BaseException:
@@ -189,8 +209,16 @@ class LearnerStream(AsyncIterator[Any]):
         self._close()
 
     def _close(self) -> None:
-        self._dispatcher.readers.pop(self._invocation.call_id, None)
+        self._dispatcher.open_streams.pop(self._invocation.call_id, None)
         self._stream.close()
 
     def __del__(self) -> None:
         self._close()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

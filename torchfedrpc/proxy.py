@@ -160,11 +160,11 @@ class LearnerProxy:
         """The same as `execute_remote_method`."""
         return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
 
-    async def train_epoch(self, client_id: str, **kwargs: Any) -> Any:
+    async def train_epoch(self, /, client_id: str, **kwargs: Any) -> Any:
         """Call the learner's ``train_epoch(**kwargs)``."""
         return await self._dispatcher.call(self._options, client_id, "train_epoch", (), kwargs)
 
-    async def evaluate(self, client_id: str, **kwargs: Any) -> Any:
+    async def evaluate(self, /, client_id: str, **kwargs: Any) -> Any:
         """Call the learner's ``evaluate(**kwargs)``."""
         return await self._dispatcher.call(self._options, client_id, "evaluate", (), kwargs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Sequence
 
 from torchfedrpc.config import RuntimeConfig
@@ -36,4 +37,4 @@ class PseudoExecutor(RemoteExecutor):
         num_clients = sum(self.config.client_endpoints.get(client_id) != "local" for client_id in spec.clients)
         count = self.config.num_processes or min(os.cpu_count() or 1, num_clients)
         self._processes = [WorkerProcess() for _ in range(count)]
-        return [Member(process.link, imports_main=True) for process in self._processes]
+        return [Member(process.link, socket.gethostname(), imports_main=True) for process in self._processes]

@@ -40,7 +40,7 @@ class RemoteExecutor(CallExecutor):
                 loop.call_soon_threadsafe(self._publish_report, call, progress)
 
         members = await self._gather(spec)
-        machines = [member.machine_name for member in members]
+        machines = [member.machine for member in members]
         self._places = place_clients(list(spec.clients), self.config.client_endpoints, machines)
         self._fleet = Fleet(members, spec.learner)
         await self._fleet.form(on_report)

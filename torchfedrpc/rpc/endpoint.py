@@ -5,6 +5,7 @@ They run on RPC's own threads and never wait there: calls are handed to the host
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.rpc.backend import async_entry, torch_rpc
 from torchfedrpc.rpc.message import Covered, outcome_message, parcel_message, read_call, read_parcel
+from torchfedrpc.rpc.sequence import Sequence
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.packing import Parcel, Reference
 
@@ -22,43 +25,33 @@ from torchfedrpc.wire.packing import Parcel, Reference
 class Endpoint:
     """A worker's side of the calls from its driver.
 
-    RPC hands requests to several threads, so that they overtake each other; the driver numbers them, and they are
-    put back in order here.
-
     Args:
         driver: the driver's RPC name.
+        rank: this worker's rank.
         device: this worker's device.
         covered: the devices of this worker that the world's device map takes to the driver.
     """
 
-    def __init__(self, driver: str, device: torch.device, covered: Covered) -> None:
-        self.host: LearnerHost | None = None
+    def __init__(self, driver: str, rank: int, device: torch.device, covered: Covered) -> None:
+        self.host: LearnerHost
         self.device = device
         self.covered = covered
+        self.requests = Sequence()
         self._driver = driver
-        self._next_number = 0
-        self._early: dict[int, Callable[[LearnerHost], None]] = {}
+        self._rank = rank
+        self._report_numbers = itertools.count()
         self._reports: dict[int, list[Any]] = {}  # call id -> reports on their way
         self._lock = threading.Lock()
 
-    def in_order(self, number: int, action: Callable[[LearnerHost], None]) -> None:
-        """Call ``action(host)`` once all requests of lower numbers have come."""
-        with self._lock:
-            self._early[number] = action
-            while (due := self._early.pop(self._next_number, None)) is not None:
-                self._next_number += 1
-                assert self.host is not None
-                due(self.host)
-
     def report(self, call: Call, progress: Parcel | Reference) -> None:
         """Send what a method reports to the driver."""
-        message = parcel_message(progress, frozenset())
-        sent = torch_rpc().rpc_async(
-            self._driver, report, args=(call.call_id, call.client_id, call.method, message), timeout=0
-        )
-        self._reports.setdefault(call.call_id, []).append(sent)
+        message = (call.call_id, call.client_id, call.method, parcel_message(progress, frozenset()))
+        with self._lock:
+            args = (self._rank, next(self._report_numbers), message)
+            sent = torch_rpc().rpc_async(self._driver, report, args=args, timeout=0)
+            self._reports.setdefault(call.call_id, []).append(sent)
 
-    def replying_to(self, future: Any, call_id: int) -> Callable[[Outcome], None]:
+    def replying_to(self, future: Any, call_id: int) -> Reply:
         """A reply callback that settles a future, after the call's reports have arrived at the driver."""
 
         def reply(outcome: Outcome) -> None:
@@ -76,8 +69,24 @@ class Endpoint:
         return torch.futures.Future(devices=devices)
 
 
+class Listener:
+    """The driver's side of what workers report.
+
+    Args:
+        on_report: takes each report, a worker's in the order in which it sent them, on a thread of RPC.
+    """
+
+    def __init__(self, on_report: Callable[[Call, Parcel], None]) -> None:
+        self.on_report = on_report
+        self._by_rank: dict[int, Sequence] = {}
+
+    def reports(self, rank: int) -> Sequence:
+        """The order of one worker's reports."""
+        return self._by_rank.setdefault(rank, Sequence())
+
+
 serving: Endpoint | None = None  # a worker's own endpoint, while it is in a world
-listening: Callable[[Call, Parcel], None] | None = None  # in the driver: takes the reports of workers
+listening: Listener | None = None  # the driver's own, likewise
 
 
 @async_entry
@@ -86,16 +95,16 @@ def submit(number: int, message: Any) -> Any:
     endpoint = _serving()
     future = endpoint.new_future()
 
-    def act(host: LearnerHost) -> None:
+    def act() -> None:
         try:
             call = read_call(message, endpoint.device)
         except Exception as error:  # the device is out of memory, say
             failed = Outcome("failed", failure=Failure.capture(error), never_ran=True)
             future.set_result(outcome_message(failed, endpoint.covered))
         else:
-            host.submit(call, endpoint.replying_to(future, call.call_id))
+            endpoint.host.submit(call, endpoint.replying_to(future, call.call_id))
 
-    endpoint.in_order(number, act)
+    endpoint.requests.put(number, act)
     return future
 
 
@@ -104,7 +113,8 @@ def advance(number: int, call_id: int) -> Any:
     """Ask an open stream for its next item; the future's value is the outcome of that step."""
     endpoint = _serving()
     future = endpoint.new_future()
-    endpoint.in_order(number, lambda host: host.advance(call_id, endpoint.replying_to(future, call_id)))
+    reply = endpoint.replying_to(future, call_id)
+    endpoint.requests.put(number, lambda: endpoint.host.advance(call_id, reply))
     return future
 
 
@@ -114,26 +124,31 @@ def register(number: int, client_id: str, kwargs: Any) -> Any:
     endpoint = _serving()
     future: Any = torch.futures.Future()
 
-    def act(host: LearnerHost) -> None:
+    def act() -> None:
         parcel = read_parcel(kwargs, endpoint.device)
         assert parcel is not None
-        future.set_result(torch_rpc().RRef(host.register(client_id, parcel)))
+        future.set_result(torch_rpc().RRef(endpoint.host.register(client_id, parcel)))
 
-    endpoint.in_order(number, act)
+    endpoint.requests.put(number, act)
     return future
 
 
 def cancel(number: int, call_id: int) -> None:
     """Nobody waits for this call any more."""
-    _serving().in_order(number, lambda host: host.cancel(call_id))
+    endpoint = _serving()
+    endpoint.requests.put(number, lambda: endpoint.host.cancel(call_id))
 
 
-def report(call_id: int, client_id: str, method: str, message: Any) -> None:
+def report(rank: int, number: int, message: Any) -> None:
     """In the driver: a worker's method tells how far it is."""
-    if listening is not None:
-        progress = read_parcel(message, None)
-        assert progress is not None
-        listening(Call(call_id, client_id, method, progress), progress)
+    listener = listening
+    if listener is None:
+        return
+    call_id, client_id, method, parcel_parts = message
+    progress = read_parcel(parcel_parts, None)
+    assert progress is not None
+    call = Call(call_id, client_id, method, progress)
+    listener.reports(rank).put(number, lambda: listener.on_report(call, progress))
 
 
 def _serving() -> Endpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,9 @@ from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.wire.packing import Parcel
 
+# Over all runs of this process, since torch RPC remembers a world by the names of its members.
+_generations = itertools.count(1)
+
 
 @dataclass(frozen=True)
 class Member:
@@ -28,18 +31,15 @@ class Member:
 
     Attributes:
         link: the driver's end.
-        machine: the name of the machine that it runs on; None for the driver's own.
+        machine: the name of the machine that it runs on.
+        elsewhere: whether that is another machine than the driver's (names need not differ).
         imports_main: whether it has to import the driver's script to know what is defined there.
     """
 
     link: Link
-    machine: str | None = None
+    machine: str
+    elsewhere: bool = False
     imports_main: bool = False
-
-    @property
-    def machine_name(self) -> str:
-        """The machine's name, also where it is the driver's own."""
-        return self.machine or socket.gethostname()
 
 
 class Fleet:
@@ -55,7 +55,6 @@ class Fleet:
         self.hosts: list[RemoteHost] = []
         self._learner = learner
         self._store: Any = None
-        self._generation = 0
         self._joining: asyncio.Future[None] | None = None  # the driver's own joining of the world
 
     async def form(self, on_report: Callable[[Call, Parcel], None]) -> None:
@@ -71,9 +70,8 @@ class Fleet:
         devices = await self._prepare()
         interface, address = self._interface()
         self._store, port = world.serve_store(address)
-        self._generation += 1
         plan = world.WorldPlan(
-            generation=self._generation,
+            generation=next(_generations),
             num_workers=len(self.members),
             store_host=address,
             store_port=port,
@@ -81,11 +79,11 @@ class Fleet:
             transport=self._learner.runtime.transport,
             device_maps=[_device_pair(self._learner, device) for device in devices],
         )
-        endpoint.listening = on_report
+        endpoint.listening = endpoint.Listener(on_report)
         message = {"do": "join", "plan": plan.to_message()}
         joining = self._tell_all(lambda index: {**message, "rank": index + 1})
         ours = interface or interface_of(address)
-        self._joining = asyncio.ensure_future(asyncio.to_thread(world.join, plan, 0, ours, self._store))
+        self._joining = asyncio.ensure_future(asyncio.to_thread(world.join, plan, 0, ours))
         await asyncio.gather(asyncio.shield(self._joining), joining)
         self.hosts = [
             RemoteHost(plan.name(rank), f"worker{rank}", frozenset([torch.device(pair[0])] if pair else []))
@@ -112,17 +110,12 @@ class Fleet:
     async def _prepare(self) -> list[torch.device]:
         learner = self._learner
         main = describe_main() if "__main__" in learner.allow_list().trusted else None
-        index_on_machine: dict[str | None, int] = {}
-        indices = []
-        for member in self.members:
-            indices.append(index_on_machine.setdefault(member.machine, 0))
-            index_on_machine[member.machine] += 1
         answers = await self._tell_all(
             lambda index: {
                 "do": "prepare",
                 "spec": learner.to_message(),
                 "label": f"worker{index + 1}",
-                "local_index": indices[index],
+                "local_index": index,
                 "main": main if self.members[index].imports_main else None,
             }
         )
@@ -133,7 +126,7 @@ class Fleet:
         name = self._learner.runtime.interface
         if name is not None:
             return name, address_of(name)
-        elsewhere = [member.link for member in self.members if member.machine is not None]
+        elsewhere = [member.link for member in self.members if member.elsewhere]
         return (None, elsewhere[0].local_address()) if elsewhere else (LOOPBACK, address_of(LOOPBACK))
 
     async def _tell_all(self, message: Callable[[int], Message]) -> list[Message]:

@@ -19,7 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.launcher import Launch
 from torchfedrpc.rpc.fleet import Member
-from torchfedrpc.rpc.interfaces import LOOPBACK, address_of
+from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, network_site
 from torchfedrpc.rpc.link import Link
 
 _KEY = "torchfedrpc/driver"
@@ -87,8 +87,7 @@ class LaunchedWorkers:
                 link.close()
                 continue
             link.send({"welcome": self._token})
-            machine = None if hello["machine"] == socket.gethostname() else hello["machine"]
-            self._members[hello["rank"]] = Member(link, machine)
+            self._members[hello["rank"]] = Member(link, hello["machine"], elsewhere=hello["site"] != network_site())
         self._complete.set_result(None)
 
 
@@ -125,7 +124,8 @@ def dial_driver(launch: Launch) -> Link:
             time.sleep(_RETRY_S)
             continue
         link = Link(connection)
-        link.send({"rank": launch.rank, "machine": socket.gethostname(), "token": where["token"]})
+        hello = {"rank": launch.rank, "machine": socket.gethostname(), "site": network_site()}
+        link.send({**hello, "token": where["token"]})
         try:
             welcome = link.receive()
         except TimeoutError:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
+import os
 import socket
+import weakref
 from typing import Any
 
 from torchfedrpc.errors import WorkerLostError
@@ -24,6 +27,8 @@ class Link:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        _open_links.add(self)
+        _close_in_children()
         self._received = bytearray()
         self._numbers = itertools.count()
 
@@ -99,6 +104,20 @@ class Link:
         del self._received[: end + 1]
         message: Message = json.loads(line)
         return message
+
+
+_open_links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_in_children() -> None:
+    """Close links in forked children (of a DataLoader, say): a copy there would outlive the process it stands for."""
+
+    def close_all() -> None:
+        for link in list(_open_links):
+            link.close()
+
+    os.register_at_fork(after_in_child=close_all)
 
 
 def _line(message: Message) -> bytes:

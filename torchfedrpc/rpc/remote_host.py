@@ -78,8 +78,9 @@ class RemoteHost:
         self._learners.clear()
 
     def _owner(self, client_id: str) -> Any:
+        # By rank: torch resolves the owner's name in the first world that this process was in.
         rref = self._learners.get(client_id)
-        return self._worker if rref is None else rref.owner()
+        return self._worker if rref is None else rref.owner().id
 
     def _send(self, entry: Any, *args: Any, to: Any = None) -> Any:
         # Deadlines are kept by the caller's event loop, so RPC's own is off.

@@ -58,7 +58,6 @@ def serve(link: Link, local_index: int | None) -> bool:
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(link, messages), name="torchfedrpc-link", daemon=True).start()
-    os.register_at_fork(after_in_child=link.close)  # a learner's own children must not keep the link alive
     worker = _Worker(link, local_index)
     with _ignoring_interrupts():
         while True:
@@ -131,7 +130,7 @@ class _Worker:
         """Join a world and serve in it."""
         world_plan = world.WorldPlan.from_message(plan)
         covered = frozenset([self._device] if world_plan.device_maps[rank - 1] else [])
-        served = Endpoint(world_plan.name(0), self._device, covered)
+        served = Endpoint(world_plan.name(0), rank, self._device, covered)
         self._stack.enter_context(process_settings(self._learner.runtime))
         self._host = LearnerHost(self._learner, worker=self._label, device=self._device, report=served.report)
         served.host = self._host

@@ -32,7 +32,7 @@ class WorldPlan:
     """What every member must know of a world to join it; plain data, for JSON.
 
     Attributes:
-        generation: number of the world in this run.
+        generation: number of the world, which no other world of the driver's process has.
         num_workers: ranks 1 .. num_workers; rank 0 is the driver.
         store_host: where the driver serves the world's store.
         store_port: its port there.
@@ -84,24 +84,23 @@ def serve_store(host: str) -> tuple[Any, int]:
     return store, port
 
 
-def join(plan: WorldPlan, rank: int, interface: str, store: Any = None) -> None:
+def join(plan: WorldPlan, rank: int, interface: str) -> None:
     """Join a world; returns when all its members have.
 
     Args:
         plan: the world.
         rank: this process's rank in it.
         interface: this process's network interface for it.
-        store: the world's store, in the driver that serves it.
 
     Raises:
         RuntimeError: a member did not come within 30 s, or died meanwhile.
     """
     rpc = torch_rpc()
     address = f"{plan.store_host}:{plan.store_port}"
-    if store is None:
-        timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
-        store = _distributed.TCPStore(plan.store_host, plan.store_port, is_master=False, timeout=timeout)
-    _stores[address] = store
+    # The driver too is a client of the store that it serves: torch keeps the first agent of a process, and what the
+    # agent holds, until the process ends.
+    timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
+    _stores[address] = _distributed.TCPStore(plan.store_host, plan.store_port, is_master=False, timeout=timeout)
     _register_rendezvous()
     rpc._init_counter = 0  # members have lived through different numbers of worlds; the stores keep them apart
     rpc.constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=_JOIN_TIMEOUT_S)  # torch's: 24.8 days
