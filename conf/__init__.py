@@ -1,0 +1,1 @@
+"""The configuration of the bundled experiments: one folder for each hydra group."""

@@ -1,0 +1,125 @@
+"""The ``torchfedrpc`` command, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+SMOKE = ["experiment=smoke", "runtime=local"]
+HIDE_EXTRAS = """
+import sys
+for module in ("rich", "matplotlib", "sklearn"):
+    sys.modules[module] = None
+from torchfedrpc.cli import main
+main()
+"""
+
+
+def _command(
+    folder: Path, *arguments: str, start: tuple[str, ...] = ("-m", "torchfedrpc")
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *start, *arguments], cwd=folder, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def _output_dir(done: subprocess.CompletedProcess[str]) -> Path:
+    """The folder that the last line of a run names."""
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.splitlines()[-1].removeprefix("outputs: "))
+
+
+def test_a_run_leaves_everything_in_one_folder(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = _command(tmp_path, *SMOKE)
+    outputs = _output_dir(done)
+    assert outputs.parent.parent == tmp_path / "outputs"
+
+    history = [json.loads(line) for line in (outputs / "history.jsonl").read_text().splitlines()]
+    assert [record["round"] for record in history] == [0, 1, 2]
+    assert history[-1]["test_accuracy"] > 0.9
+    assert f"final test accuracy: {history[-1]['test_accuracy']:.3f}" in done.stdout
+    assert history[-1]["num_clients"] == 4
+    assert history[-1]["bytes_sent"] == 0
+
+    weights = torch.load(outputs / "model.pt", weights_only=True)
+    assert sorted(weights) == ["linear.bias", "linear.weight"]
+
+    config = yaml.safe_load((outputs / "config.yaml").read_text())
+    assert config["runtime"]["execution_mode"] == "local"
+    assert config["dataset"]["seed"] == 0  # resolved
+
+    assert (outputs / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_terminal_progress_is_a_line_a_round(tmp_path: Path) -> None:
+    lines = _command(tmp_path, *SMOKE).stdout.splitlines()
+    assert lines[0] == "4 clients, local mode"
+    assert [line.split("  ")[0] for line in lines[1:4]] == ["round 1/3", "round 2/3", "round 3/3"]
+
+
+def test_the_same_seed_gives_the_same_history(tmp_path: Path) -> None:
+    def history(*arguments: str) -> list[dict[str, object]]:
+        outputs = _output_dir(_command(tmp_path, *SMOKE, *arguments))
+        records = [json.loads(line) for line in (outputs / "history.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+    first = history("hydra.run.dir=first")
+    assert first == history("hydra.run.dir=second")
+    assert first != history("hydra.run.dir=third", "seed=1")
+
+
+def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    done = _command(tmp_path, "-m", *SMOKE, "seed=1,2", "trainer=fedavg,fedprox", "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    seen = []
+    for job in range(4):
+        config = yaml.safe_load((tmp_path / "sweep" / str(job) / "config.yaml").read_text())
+        seen.append((config["seed"], config["trainer"]["_target_"].rpartition(".")[2]))
+        assert len((tmp_path / "sweep" / str(job) / "history.jsonl").read_text().splitlines()) == 3
+    assert seen == [(1, "FedAvgTrainer"), (1, "FedProxTrainer"), (2, "FedAvgTrainer"), (2, "FedProxTrainer")]
+
+
+def test_the_core_alone_runs_and_names_the_extra_that_brings_the_rest(tmp_path: Path) -> None:
+    done = _command(tmp_path, *SMOKE, start=("-c", HIDE_EXTRAS))
+    outputs = _output_dir(done)
+    assert done.stdout.splitlines()[0] == (
+        "without live bar and picture: pip install 'torchfedrpc[experiments]' brings them"
+    )
+    assert not (outputs / "metrics.png").exists()
+    assert (outputs / "model.pt").exists()
+
+
+def test_digits_without_scikit_learn_name_the_extra(tmp_path: Path) -> None:
+    done = _command(tmp_path, "runtime=local", start=("-c", HIDE_EXTRAS))
+    assert done.returncode == 1
+    assert "pip install 'torchfedrpc[experiments]'" in done.stderr
+
+
+def test_the_resolved_configuration_can_be_shown(tmp_path: Path) -> None:
+    done = _command(tmp_path, "--cfg", "job", "--resolve", "seed=5")
+    assert yaml.safe_load(done.stdout)["trainer"]["seed"] == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_search_path_can_be_shown(tmp_path: Path) -> None:
+    assert "pkg://torchfedrpc.conf" in _command(tmp_path, "--info", "searchpath").stdout
+
+
+def test_a_setting_that_cannot_be_met_ends_the_command_with_its_error(tmp_path: Path) -> None:
+    done = _command(tmp_path, *SMOKE, "trainer.clients_per_round=5")
+    assert done.returncode == 1
+    assert "clients_per_round must be a whole number from 1 to 4, the number of clients, not 5" in done.stderr
+
+
+def test_options_of_ones_own_come_from_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "trainer").mkdir(parents=True)
+    (tmp_path / "conf" / "trainer" / "short.yaml").write_text("defaults: [fedavg, _self_]\nnum_rounds: 1\n")
+    done = _command(tmp_path, "--config-dir", "conf", *SMOKE, "trainer=short", "trainer.num_rounds=2")
+    assert len((_output_dir(done) / "history.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,89 @@
+"""torchfedrpc: federated learning in PyTorch.
+
+A trainer awaits methods of learners, one for each client, as if they were local:
+
+    result = await learner_proxy.train_epoch(client_id="client_1", local_epochs=5)
+
+The same code runs its learners in this process, in worker processes, or on the ranks of a torchrun launch.
+"""
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.dispatch import LearnerStream
+from torchfedrpc.errors import (
+    CallTimeoutError,
+    CapacityError,
+    ConfigError,
+    GroupCallError,
+    LearnerBusyError,
+    MethodNotFoundError,
+    QuorumError,
+    RemoteError,
+    SerializationError,
+    SnapshotError,
+    TorchFedRpcError,
+    UnknownClientError,
+    UntrustedTypeError,
+    WorkerLostError,
+)
+from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
+from torchfedrpc.executors.distributed import DistributedExecutor
+from torchfedrpc.executors.local import LocalExecutor
+from torchfedrpc.executors.pseudo import PseudoExecutor
+from torchfedrpc.executors.router import ExecutorRouter
+from torchfedrpc.federation.base import Learner
+from torchfedrpc.federation.fedavg import FedAvgTrainer
+from torchfedrpc.federation.fedprox import FedProxTrainer
+from torchfedrpc.federation.learner import ClassificationLearner
+from torchfedrpc.federation.trainer import AbstractFederationTrainer
+from torchfedrpc.group import GroupResult, LearnerGroup
+from torchfedrpc.host.context import current_call
+from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.proxy import LearnerHandle, LearnerProxy
+from torchfedrpc.registry import executor, get_learner, get_trainer, learner, trainer
+from torchfedrpc.run import run
+from torchfedrpc.version import __version__
+from torchfedrpc.wire.serializer import ParameterSerializer
+
+__all__ = [
+    "AbstractExecutor",
+    "AbstractFederationTrainer",
+    "CallTimeoutError",
+    "CapacityError",
+    "ClassificationLearner",
+    "ConfigError",
+    "DistributedExecutor",
+    "ExecutorRouter",
+    "ExecutorSpec",
+    "FedAvgTrainer",
+    "FedProxTrainer",
+    "GroupCallError",
+    "GroupResult",
+    "Learner",
+    "LearnerBusyError",
+    "LearnerGroup",
+    "LearnerHandle",
+    "LearnerHost",
+    "LearnerProxy",
+    "LearnerStream",
+    "LocalExecutor",
+    "MethodNotFoundError",
+    "ParameterSerializer",
+    "PseudoExecutor",
+    "QuorumError",
+    "RemoteError",
+    "RuntimeConfig",
+    "SerializationError",
+    "SnapshotError",
+    "TorchFedRpcError",
+    "UnknownClientError",
+    "UntrustedTypeError",
+    "WorkerLostError",
+    "__version__",
+    "current_call",
+    "executor",
+    "get_learner",
+    "get_trainer",
+    "learner",
+    "run",
+    "trainer",
+]

@@ -1,0 +1,40 @@
+"""The ``torchfedrpc`` command: one experiment, or a sweep of them, configured by hydra."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.federation.experiment import ExperimentConfig, run_experiment
+from torchfedrpc.run import drive
+
+ConfigStore.instance().store(group="runtime", name="schema", node=RuntimeConfig)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://torchfedrpc.conf", config_name="config")
+def _task(config: DictConfig) -> float:
+    """Run one job; sweepers optimise what it returns, the final test accuracy."""
+    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    OmegaConf.save(config, output_dir / "config.yaml", resolve=True)
+    experiment = ExperimentConfig.of(plain(config))
+    accuracy = asyncio.run(run_experiment(experiment, output_dir))
+    print(f"outputs: {output_dir}", flush=True)
+    return accuracy
+
+
+def main() -> None:
+    """Run the command line; on the other ranks of a launch, serve learners until rank 0 ends."""
+    drive(_task)
+
+
+def plain(config: DictConfig) -> dict[str, object]:
+    """The resolved configuration as dicts and lists, which can travel to workers."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

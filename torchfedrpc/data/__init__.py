@@ -1,0 +1,1 @@
+"""Datasets of the bundled experiments, and the ways to divide one among clients."""

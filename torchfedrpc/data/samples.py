@@ -1,0 +1,72 @@
+"""Labelled samples as two tensors, and their split into a training and a test set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchfedrpc.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Labelled samples.
+
+    Attributes:
+        inputs: [num_samples, ...], float32.
+        labels: [num_samples], int64, the classes counted from 0.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> Samples:
+        """Those of the indices (int64), in their order, as a copy."""
+        return Samples(self.inputs[indices], self.labels[indices])
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels in pieces of ``batch_size``, the last one maybe smaller; views, in order."""
+        return zip(torch.split(self.inputs, batch_size), torch.split(self.labels, batch_size), strict=True)
+
+    def to(self, device: torch.device) -> Samples:
+        """These samples on a device; no copy where they are there already."""
+        return Samples(self.inputs.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class TrainTest:
+    """A dataset as the experiments use it: what clients train on, and what is held out to score the model."""
+
+    train: Samples
+    test: Samples
+
+
+def stratified_split(samples: Samples, *, test_fraction: float, seed: int) -> TrainTest:
+    """Hold a share of every class out, drawn from ``seed``.
+
+    Raises:
+        ConfigError: a class would be left without a sample on either side.
+    """
+    if not 0 < test_fraction < 1:
+        raise ConfigError(f"dataset.test_fraction must be between 0 and 1, it is {test_fraction}")
+    generator = np.random.default_rng(seed)
+    labels = samples.labels.numpy()
+    train, test = [], []
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        num_test = round(test_fraction * len(members))
+        if not 0 < num_test < len(members):
+            raise ConfigError(
+                f"dataset.test_fraction={test_fraction} leaves nothing to train or to test on of class "
+                f"{label}, which has {len(members)} samples: take a fraction nearer to 0.5, or more samples"
+            )
+        test.append(members[:num_test])
+        train.append(members[num_test:])
+    return TrainTest(*(samples.take(torch.from_numpy(np.sort(np.concatenate(part)))) for part in (train, test)))

@@ -1,0 +1,42 @@
+"""The usual methods of a learner. Any class can be one; this base says what the others expect of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+
+class Learner(ABC):
+    """One client: its data, its model, its state. A base class for those who like one; nothing asks for it.
+
+    A learner is made where it lives, as ``learner(client_id, **kwargs)``, and stays there. Every public
+    method can be called from a trainer; it may be sync, async or a generator. Inside,
+    ``tfr.current_call()`` tells the client, the device and whether the caller still wants the result.
+
+    Args:
+        client_id: the client that this learner is.
+    """
+
+    def __init__(self, client_id: str) -> None:
+        self.client_id = client_id
+
+    @abstractmethod
+    def train_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """Train on the client's data.
+
+        The bundled trainers pass ``model_weights``, ``round_num`` and ``local_epochs`` by keyword, and
+        expect a mapping with ``model_weights`` (a state dict), ``num_samples`` (its weight in the mean) and
+        ``train_loss``.
+        """
+
+    @abstractmethod
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Score a model on the client's data: a mapping with ``accuracy``, ``loss`` and ``num_samples``."""
+
+    @abstractmethod
+    def get_model_weights(self) -> Any:
+        """The learner's own weights, as a state dict."""
+
+    @abstractmethod
+    def set_model_weights(self, weights: Any) -> Any:
+        """Take ``weights``, a state dict, as the learner's own."""

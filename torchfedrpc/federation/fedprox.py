@@ -1,0 +1,28 @@
+"""FedAvg with a proximal term, which keeps clients near the global weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.federation.fedavg import FedAvgTrainer
+from torchfedrpc.registry import trainer
+
+
+@trainer("fedprox")
+class FedProxTrainer(FedAvgTrainer):
+    """FedAvg whose clients minimise their loss plus ``mu / 2 * ||w - w_global||^2`` (Li et al. 2020).
+
+    The config has ``mu`` (>= 0) beside FedAvg's settings; learners get it as ``proximal_mu``.
+    """
+
+    def local_settings(self) -> dict[str, Any]:
+        """FedAvg's, and ``proximal_mu``.
+
+        Raises:
+            ConfigError: the config has no usable ``mu``.
+        """
+        mu = getattr(self.config, "mu", None)
+        if not isinstance(mu, int | float) or not mu >= 0:
+            raise ConfigError(f"FedProx needs mu, a number of at least 0, in the trainer's settings; it is {mu!r}")
+        return {**super().local_settings(), "proximal_mu": mu}

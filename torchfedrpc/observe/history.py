@@ -1,0 +1,90 @@
+"""The history of a run: a line of JSON for each round."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torchfedrpc.observe.events import RoundEnded
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round; the fields are the keys of a line, in their order. None is what the trainer did not measure.
+
+    Attributes:
+        round: its number, from 0.
+        test_accuracy: of the global model after the round, on held-out samples; 0 to 1.
+        test_loss: the same model's mean loss on them.
+        train_loss: mean loss of the cohort's local training.
+        num_clients: the clients whose results count.
+        seconds: wall-clock time since the round before ended, scoring included.
+        bytes_sent: from the driver to workers in that time.
+        bytes_received: by the driver from workers in that time.
+    """
+
+    round: int
+    test_accuracy: float | None
+    test_loss: float | None
+    train_loss: float | None
+    num_clients: int | None
+    seconds: float
+    bytes_sent: int
+    bytes_received: int
+
+
+class History:
+    """Keeps the rounds of a run, in memory and in a file to which each is written as it ends.
+
+    Args:
+        path: the file; what it holds is replaced.
+        traffic: gives ``bytes_sent`` and ``bytes_received`` so far, as ``proxy.stats`` does.
+        clock: seconds from some fixed point.
+
+    Attributes:
+        records: the rounds so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        traffic: Callable[[], Mapping[str, Any]],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.records: list[RoundRecord] = []
+        self._path = path
+        self._traffic = traffic
+        self._clock = clock
+        self._last_time = clock()
+        self._last_traffic = dict(traffic())
+        path.write_text("", encoding="utf-8")
+
+    def append(self, ended: RoundEnded) -> None:
+        """Record a round that ends now."""
+        now, traffic = self._clock(), dict(self._traffic())
+        metrics = {name: _finite(value) for name, value in ended.metrics.items()}
+        num_clients = metrics.get("num_clients")
+        record = RoundRecord(
+            round=ended.round_num,
+            test_accuracy=metrics.get("test_accuracy"),
+            test_loss=metrics.get("test_loss"),
+            train_loss=metrics.get("train_loss"),
+            num_clients=None if num_clients is None else int(num_clients),
+            seconds=round(now - self._last_time, 6),
+            bytes_sent=traffic["bytes_sent"] - self._last_traffic["bytes_sent"],
+            bytes_received=traffic["bytes_received"] - self._last_traffic["bytes_received"],
+        )
+        self._last_time, self._last_traffic = now, traffic
+        self.records.append(record)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity: a diverged loss is written as null."""
+    return value if math.isfinite(value) else None

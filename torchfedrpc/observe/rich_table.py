@@ -1,0 +1,21 @@
+"""A table drawn by rich."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_rich_table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO, *, title: str = ""
+) -> None:
+    """Write a table of right-aligned cells; its title, where there is one, stands above."""
+    table = Table(title=title or None)
+    for header in headers:
+        table.add_column(header, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=stream, width=None if stream.isatty() else 100).print(table)
