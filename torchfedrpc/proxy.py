@@ -17,7 +17,7 @@ from torchfedrpc.host.methods import public_methods
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.launcher import check_is_driver
-from torchfedrpc.observe.events import Event, EventBus
+from torchfedrpc.observe.events import Event, EventBus, Subscriber
 
 
 class LearnerHandle:
@@ -210,7 +210,7 @@ class LearnerProxy:
         """
         return self._dispatcher.stream(self._options, client_id, method, args, kwargs)
 
-    def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
+    def subscribe(self, callback: Subscriber) -> Callable[[], None]:
         """Call ``callback(event)`` on the event loop for each event of the run; returns what ends that."""
         return self._events.subscribe(callback)
 

@@ -8,8 +8,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from torchfedrpc.observe.events import CallEnded, CallStarted, Event, RoundEnded, RoundStarted
-from torchfedrpc.observe.progress import Subscriber
+from torchfedrpc.observe.events import CallEnded, CallStarted, Event, RoundEnded, RoundStarted, Subscriber
 
 
 class BarProgress:

@@ -62,13 +62,16 @@ class RoundEnded(Event):
     metrics: dict[str, float]
 
 
+Subscriber = Callable[[Event], object]
+
+
 class EventBus:
     """Hands each event to every subscriber, in the order of subscription, on the thread that publishes it."""
 
     def __init__(self) -> None:
-        self._subscribers: list[Callable[[Event], object]] = []
+        self._subscribers: list[Subscriber] = []
 
-    def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
+    def subscribe(self, callback: Subscriber) -> Callable[[], None]:
         """Call ``callback(event)`` for each event from now on.
 
         Returns:

@@ -9,9 +9,7 @@ from types import TracebackType
 from typing import TextIO
 
 from torchfedrpc import extras
-from torchfedrpc.observe.events import Event, RoundEnded
-
-Subscriber = Callable[[Event], object]
+from torchfedrpc.observe.events import Event, RoundEnded, Subscriber
 
 
 def live_progress(stream: TextIO) -> AbstractContextManager[Subscriber]:

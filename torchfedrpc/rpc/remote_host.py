@@ -37,7 +37,9 @@ class RemoteHost:
         self._worker: Any = torch_rpc().get_worker_info(name)
         self._covered = covered
         self._numbers = itertools.count()
-        self._learners: dict[str, Any] = {}  # client id -> RRef of its mailbox; None until it has come
+        # Client id -> RRef of its mailbox, None until it has come. An RRef tells its owner by the first world that
+        # this process was ever in, so calls go to the worker and not to rref.owner().
+        self._learners: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     def __contains__(self, client_id: str) -> bool:
@@ -77,20 +79,15 @@ class RemoteHost:
         """Drop the RRefs, before the world ends that they belong to."""
         self._learners.clear()
 
-    def _owner(self, client_id: str) -> Any:
-        # By rank: torch resolves the owner's name in the first world that this process was in.
-        rref = self._learners.get(client_id)
-        return self._worker if rref is None else rref.owner().id
-
-    def _send(self, entry: Any, *args: Any, to: Any = None) -> Any:
+    def _send(self, entry: Any, *args: Any) -> Any:
         # Deadlines are kept by the caller's event loop, so RPC's own is off.
         with self._lock:  # numbers must leave in order of their making, so that a lost one is the last
             number = next(self._numbers)
-            return torch_rpc().rpc_async(to or self._worker, entry, args=(number, *args), timeout=0)
+            return torch_rpc().rpc_async(self._worker, entry, args=(number, *args), timeout=0)
 
     def _ask(self, call: Call, reply: Reply, home: torch.device | None, entry: Any, message: Any) -> None:
         try:
-            future = self._send(entry, message, to=self._owner(call.client_id))
+            future = self._send(entry, message)
         except RuntimeError as error:
             reply(self._lost(call, error))
             return

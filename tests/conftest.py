@@ -1,0 +1,271 @@
+"""Coroutine tests, the execution modes, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learners import Probe
+
+import torchfedrpc as tfr
+from torchfedrpc.observe.events import CallEnded, Event, ProgressReported
+
+LAUNCHED = int(os.environ.get("WORLD_SIZE", "1")) > 1
+MODES = ["distributed"] if LAUNCHED else ["local", "pseudo"]
+NUM_CLIENTS = 400
+_LEAK_TIMEOUT_S = 10.0
+
+
+# Coroutine tests.
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+        item.fixturenames.insert(0, "runner")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    pyfuncitem.funcargs["runner"].run(pyfuncitem.obj(**arguments))
+    return True
+
+
+@pytest.fixture(scope="module")
+def runner(_nothing_left_behind: None) -> Iterator[asyncio.Runner]:
+    """One event loop for all coroutines of a module: its proxy lives on it."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+# Modes.
+
+
+@pytest.fixture(scope="module", params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def runtime(mode: str) -> dict[str, Any]:
+    """The runtime configuration of the mode; the workers are two."""
+    return {"execution_mode": mode} | ({"num_processes": 2} if mode == "pseudo" else {})
+
+
+@pytest.fixture(scope="module")
+def num_hosts(mode: str) -> int:
+    return 1 if mode == "local" else 2
+
+
+@contextlib.contextmanager
+def opened(runner: asyncio.Runner, proxy: tfr.LearnerProxy) -> Iterator[tfr.LearnerProxy]:
+    runner.run(proxy.__aenter__())
+    try:
+        yield proxy
+    finally:
+        runner.run(proxy.__aexit__(None, None, None))
+
+
+@pytest.fixture(scope="module")
+def proxy(runner: asyncio.Runner, runtime: dict[str, Any]) -> Iterator[tfr.LearnerProxy]:
+    """An open proxy of `Probe` learners; every test takes clients of its own by `fresh`."""
+    clients = [f"client_{number}" for number in range(NUM_CLIENTS)]
+    with opened(runner, tfr.LearnerProxy(Probe, clients, runtime=runtime, seed=11)) as proxy:
+        yield proxy
+
+
+class Fresh:
+    """Hands out clients that no test has had yet."""
+
+    def __init__(self, client_ids: list[str]) -> None:
+        half = len(client_ids) // 2
+        self._halves = [client_ids[:half], client_ids[half:]]  # two workers have even shares of neighbours
+        self._turn = 0
+
+    def one(self) -> str:
+        return self.apart(1)[0]
+
+    def together(self, count: int) -> list[str]:
+        """Clients of one host."""
+        return [self._halves[0].pop(0) for _ in range(count)]
+
+    def apart(self, count: int) -> list[str]:
+        """Clients of both hosts in turn, where there are two."""
+        taken = []
+        for _ in range(count):
+            self._turn = 1 - self._turn
+            taken.append(self._halves[self._turn].pop(0))
+        return taken
+
+
+@pytest.fixture(scope="module")
+def fresh(proxy: tfr.LearnerProxy) -> Fresh:
+    return Fresh(proxy.client_ids)
+
+
+@pytest.fixture
+def one(fresh: Fresh) -> str:
+    return fresh.one()
+
+
+# What tests wait for.
+
+
+class Latch:
+    """A file that learners wait for, whatever process they are in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "latch")
+
+    def open(self) -> None:
+        Path(self.path).touch()
+
+
+@pytest.fixture
+def latch(tmp_path: Path) -> Iterator[Latch]:
+    latch = Latch(tmp_path)
+    yield latch
+    latch.open()  # of a test that failed, too
+
+
+class Seen:
+    """The events of a proxy, and a way to wait for one."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._changed = asyncio.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        self._changed.set()
+
+    def progress(self, client_id: str) -> list[Any]:
+        return [
+            event.progress
+            for event in self.events
+            if isinstance(event, ProgressReported) and event.client_id == client_id
+        ]
+
+    async def until(self, met: Callable[[], Any], timeout_s: float = 30.0) -> None:
+        """Wait until a condition on the events is met."""
+        async with asyncio.timeout(timeout_s):
+            while not met():
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def reported(self, client_id: str, count: int = 1) -> None:
+        """Wait until a learner has reported so often."""
+        await self.until(lambda: len(self.progress(client_id)) >= count)
+
+    async def ended(self, client_id: str) -> None:
+        """Wait until a call of the client has ended."""
+        await self.until(
+            lambda: any(isinstance(event, CallEnded) and event.client_id == client_id for event in self.events)
+        )
+
+
+@pytest.fixture
+def seen(proxy: tfr.LearnerProxy) -> Iterator[Seen]:
+    seen = Seen()
+    unsubscribe = proxy.subscribe(seen)
+    yield seen
+    unsubscribe()
+
+
+# Nothing is left behind.
+
+
+def _children() -> Counter[str]:
+    found: Counter[str] = Counter()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            for pid in (task / "children").read_text().split():
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found[f"process {pid}: {command[:80]}"] += 1
+    return found
+
+
+def _threads() -> Counter[str]:
+    return Counter(f"thread {thread.name}" for thread in threading.enumerate())
+
+
+def _descriptors() -> Counter[str]:
+    found: Counter[str] = Counter()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = os.readlink(entry)
+            if not target.startswith("/proc/"):
+                found[f"descriptor {target}"] += 1
+    return found
+
+
+def _shared_memory() -> Counter[str]:
+    """Entries of /dev/shm, but for those that a living process which is not ours has made."""
+    ours = {str(os.getpid())}
+    found: Counter[str] = Counter()
+    for entry in Path("/dev/shm").iterdir():
+        maker = entry.name.split("_")[1] if entry.name.startswith("torch_") else ""
+        if maker in ours or not (maker.isdigit() and Path(f"/proc/{maker}").exists()):
+            found[f"shared memory {entry.name}"] += 1
+    return found
+
+
+def _temporary_files() -> Counter[str]:
+    return Counter(f"temporary {entry}" for entry in Path(tempfile.gettempdir()).iterdir())
+
+
+def _held() -> Counter[str]:
+    return _children() + _threads() + _descriptors() + _shared_memory() + _temporary_files()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder for temporary files that no other program uses, for us and our processes."""
+    before = tempfile.tempdir, os.environ.get("TMPDIR")
+    folder = tmp_path_factory.mktemp("temporary")
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    yield
+    tempfile.tempdir = before[0]
+    if before[1] is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_torch(_temporary_folder: None) -> None:
+    """Let torch make what a process keeps for ever: thread pools, a folder, and the first RPC agent."""
+    weights = torch.ones(64, 64, requires_grad=True)
+    (weights @ weights).sum().backward()
+    runtime = {"execution_mode": MODES[-1]} | ({} if LAUNCHED else {"num_processes": 1})
+
+    async def main() -> None:
+        async with tfr.LearnerProxy(Probe, ["warm"], runtime=runtime) as proxy:
+            await proxy.custom_method("warm", "same", 1)
+
+    asyncio.run(main())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left_behind(_warm_torch: None) -> Iterator[None]:
+    """Processes, threads, descriptors, shared memory and temporary files are as they were before the module."""
+    before = _held()
+    yield
+    deadline = time.monotonic() + _LEAK_TIMEOUT_S
+    while (left := _held() - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left, "left behind: " + "; ".join(left)

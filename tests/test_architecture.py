@@ -1,0 +1,152 @@
+"""The house: imports go down only, each foreign thing has one door, and what is exported is what is named."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torchfedrpc as tfr
+
+PACKAGE = Path(tfr.__file__).parent
+
+# From the ground up; a module imports from floors below its own and, without a cycle, from its own.
+FLOORS = [
+    {"version", "errors", "config", "registry", "launcher", "extras"},
+    {"observe"},
+    {"wire"},
+    {"host"},
+    {"rpc"},
+    {"executors"},
+    {"dispatch"},
+    {"group"},
+    {"proxy"},
+    {"data", "models"},
+    {"federation"},
+    {"run"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    inner = parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+    return ".".join(("torchfedrpc", *inner))
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports anywhere in it, types included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            assert node.module is not None
+            for alias in node.names:
+                is_module = (PACKAGE.parent / f"{node.module}.{alias.name}".replace(".", "/")).with_suffix(".py")
+                yield f"{node.module}.{alias.name}" if is_module.exists() else node.module
+
+
+def own_imports() -> dict[str, set[str]]:
+    return {
+        name_of(path): {name for name in imported(path) if name.split(".")[0] == "torchfedrpc"} for path in modules()
+    }
+
+
+def test_every_module_has_its_floor() -> None:
+    assert {room_of(name) for name in own_imports()} == set(LEVEL)
+
+
+def test_imports_go_down_only() -> None:
+    steps_up = [
+        f"{name} imports {target}"
+        for name, targets in own_imports().items()
+        for target in targets
+        if LEVEL[room_of(target)] > LEVEL[room_of(name)]
+    ]
+    assert not steps_up
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    graph = own_imports()
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle: {' -> '.join((*path, name))}"
+        if name not in done:
+            for target in graph.get(name, ()):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize(
+    ("foreign", "doors"),
+    [
+        ("torch.distributed.rpc", {"torchfedrpc.rpc.backend"}),
+        ("hydra", {"torchfedrpc.cli", "torchfedrpc.federation.recipe"}),
+        ("rich", {"torchfedrpc.observe.bar", "torchfedrpc.observe.rich_table"}),
+        ("matplotlib", {"torchfedrpc.observe.picture"}),
+        ("sklearn", {"torchfedrpc.data.digits"}),
+        ("multiprocessing", set()),
+    ],
+)
+def test_a_foreign_thing_has_its_door(foreign: str, doors: set[str]) -> None:
+    users = {
+        name_of(path)
+        for path in modules()
+        if any(name == foreign or name.startswith(f"{foreign}.") for name in imported(path))
+    }
+    assert users == doors
+
+
+def test_events_import_nothing_of_the_library() -> None:
+    assert own_imports()["torchfedrpc.observe.events"] == set()
+
+
+def test_every_module_says_in_a_line_what_it_is() -> None:
+    for path in modules():
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert docstring, f"{path} has no docstring"
+        assert docstring.splitlines()[0].endswith((".", ":")) or "\n" not in docstring, path
+
+
+def test_exported_names_are_sorted_complete_and_there() -> None:
+    assert tfr.__all__ == sorted(tfr.__all__)
+    public = {name for name, value in vars(tfr).items() if not name.startswith("_") and not is_module(value)}
+    assert public == set(tfr.__all__) - {"__version__"}
+
+
+def is_module(value: object) -> bool:
+    return type(value) is type(ast)
+
+
+def test_all_errors_of_the_contract_are_exported() -> None:
+    from torchfedrpc import errors
+
+    own = {name for name, value in vars(errors).items() if isinstance(value, type) and name.endswith("Error")}
+    assert own <= set(tfr.__all__)
+
+
+def test_importing_the_library_imports_none_of_what_is_optional_or_slow() -> None:
+    heavy = ("hydra", "omegaconf", "rich", "matplotlib", "sklearn", "torch._dynamo", "multiprocessing.forkserver")
+    code = "import sys, torch; before = set(sys.modules); import torchfedrpc; new = set(sys.modules) - before; "
+    code += f"print([name for name in {heavy!r} if name in new])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
