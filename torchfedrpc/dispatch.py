@@ -84,6 +84,15 @@ class Dispatcher:
         self.open_streams: dict[int, str] = {}  # call id of each stream that is being read -> its client
         self._num_calls = self._num_failed = self._num_pending = 0
 
+    def check_open(self) -> None:
+        """Refuse to call through a proxy that is not open.
+
+        Raises:
+            ConfigError: so it is.
+        """
+        if not self.is_open:
+            raise ConfigError("the proxy is not open: use it inside async with LearnerProxy(...) as proxy:")
+
     def check_client(self, client_id: str) -> None:
         """Refuse an id that is no client's.
 
@@ -141,8 +150,7 @@ class Dispatcher:
     def _invocation(
         self, options: CallOptions, client_id: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Invocation:
-        if not self.is_open:
-            raise ConfigError("the proxy is not open: use it inside async with LearnerProxy(...) as proxy:")
+        self.check_open()
         self.check_client(client_id)
         run_timeout_s = self._router.config.call_timeout_s if options.timeout_s is None else None
         return Invocation(next(self._call_ids), client_id, method, args, kwargs, run_timeout_s, options.retries)
@@ -193,6 +201,7 @@ class LearnerStream(AsyncIterator[Any]):
 
     async def __anext__(self) -> Any:
         invocation = self._invocation
+        self._dispatcher.check_open()
         if invocation.call_id not in self._dispatcher.open_streams:
             self._dispatcher.check_not_reading(invocation.client_id, invocation.method)
             self._dispatcher.open_streams[invocation.call_id] = invocation.client_id

@@ -112,9 +112,18 @@ class GroupCallError(TorchFedRpcError, ExceptionGroup[Exception]):
 
     def derive(self, excs: Any, /) -> GroupCallError:  # type: ignore[override]
         """The subgroup of these exceptions (for ``except*`` and ``split``)."""
-        chosen = {id(error) for error in excs}
-        failures = {client: error for client, error in self.failures.items() if id(error) in chosen}
+        failures = {}
+        for error in excs:  # a failure that is a group itself comes here as a subgroup of it
+            leaves = _leaves(error)
+            client_id = next(client for client, failure in self.failures.items() if leaves & _leaves(failure))
+            failures[client_id] = error
         return GroupCallError(self.message, failures, self.results)
+
+
+def _leaves(error: BaseException) -> set[int]:
+    if isinstance(error, BaseExceptionGroup):
+        return set().union(*map(_leaves, error.exceptions))
+    return {id(error)}
 
 
 class RemoteError(TorchFedRpcError, RuntimeError):

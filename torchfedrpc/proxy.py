@@ -192,11 +192,11 @@ class LearnerProxy:
 
         Raises:
             UnknownClientError: an id is no client's.
+            ConfigError: an id is given twice.
         """
         if ids is None:
             ids = self._dispatcher.client_ids
-        chosen = ids if isinstance(ids, Mapping) else {client_id: {} for client_id in ids}
-        return LearnerGroup(self._dispatcher, chosen, self._options)
+        return LearnerGroup(self._dispatcher, _kwargs_by_id(ids), self._options)
 
     def stream(self, client_id: str, method: str, /, *args: Any, **kwargs: Any) -> LearnerStream:
         """Iterate over what a generator method yields: ``async for item in proxy.stream(...)``.
@@ -231,9 +231,7 @@ def _clients(
     """Client id -> keyword arguments of its constructor."""
     if clients is None:
         clients = config.default_client_ids()
-    if isinstance(clients, str):
-        raise ConfigError(f"clients must be several ids, not the string {clients!r}: write [{clients!r}]")
-    given = clients if isinstance(clients, Mapping) else {client_id: {} for client_id in clients}
+    given = _kwargs_by_id(clients)
     for client_id, kwargs in given.items():
         if not isinstance(client_id, str):
             raise ConfigError(f"client ids are strings, {client_id!r} is a {type(client_id).__name__}")
@@ -242,3 +240,16 @@ def _clients(
     if not given:
         raise ConfigError("a proxy needs at least one client")
     return {client_id: {**common_kwargs, **kwargs} for client_id, kwargs in given.items()}
+
+
+def _kwargs_by_id(ids: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    if isinstance(ids, Mapping):
+        return ids
+    if isinstance(ids, str):
+        raise ConfigError(f"clients must be several ids, not the string {ids!r}: write [{ids!r}]")
+    kwargs_by_id: dict[str, Mapping[str, Any]] = {}
+    for client_id in ids:
+        if client_id in kwargs_by_id:
+            raise ConfigError(f"the client {client_id!r} is given twice")
+        kwargs_by_id[client_id] = {}
+    return kwargs_by_id

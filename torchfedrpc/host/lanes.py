@@ -70,10 +70,14 @@ class AsyncLane:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine as a task on the loop's thread."""
-        self.call(partial(self._start, coroutine))
+        """Run a coroutine as a task on the loop's thread; once the lane is closed, not at all."""
+        if self._closed:
+            coroutine.close()
+        else:
+            self.call(partial(self._start, coroutine))
 
     def call(self, function: Callable[[], object]) -> None:
         """Call a function on the loop's thread."""
@@ -85,12 +89,15 @@ class AsyncLane:
             self._loop.call_soon_threadsafe(function)
 
     def close(self, timeout_s: float) -> bool:
-        """Cancel all tasks and end the thread; whether it ended in time."""
+        """Wait for the tasks, cancel what remains, and end the thread; whether it ended in time."""
+        self._closed = True
         if self._loop is None or self._thread is None:
             return True
         loop = self._loop
-        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).add_done_callback(lambda _: self.call(loop.stop))
-        self._thread.join(timeout_s)
+        asyncio.run_coroutine_threadsafe(self._finish(timeout_s), loop).add_done_callback(
+            lambda _: self.call(loop.stop)
+        )
+        self._thread.join(2 * timeout_s)
         if self._thread.is_alive():
             return False
         self._loop.close()
@@ -101,6 +108,15 @@ class AsyncLane:
         self._tasks.add(task)  # the loop itself keeps no strong reference
         task.add_done_callback(self._tasks.discard)
 
+    async def _finish(self, timeout_s: float) -> None:
+        if self._tasks:  # they are cancelled, and may have something to clean up
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        others = asyncio.all_tasks() - {asyncio.current_task()}  # that learners have started
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.get_running_loop().shutdown_asyncgens()
+
     def _run(self) -> None:
         assert self._loop is not None
         self._prepare()
@@ -110,14 +126,6 @@ class AsyncLane:
                 break
             except BaseException:  # a task that a learner started let SystemExit through
                 logger.exception("a learner's task tried to end the event loop of its host")
-
-
-async def _cancel_all() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 @types.coroutine

@@ -105,7 +105,7 @@ class Runner:
 
     def close(self, timeout_s: float) -> bool:
         """End the threads; whether all ended in time."""
-        return self._async.close(timeout_s) & self._sync.close(timeout_s)
+        return self._sync.close(timeout_s) & self._async.close(timeout_s)
 
     # On the sync lane, the gate held shared.
 
@@ -134,16 +134,17 @@ class Runner:
         try:
             with self._inside(job.context, RandomStreams(seed, self._device)):
                 value = method(*args, **kwargs)
+                del args, kwargs
+                goes_on = call.stream or inspect.isawaitable(value)
+                outcome = None if goes_on else self._gave(job, "value", value)
         except BaseException as error:
-            self._end(job, self.failed(error))
-            return
-        del args, kwargs
-        if call.stream:
+            outcome = self.failed(error)
+        if outcome is not None:
+            self._end(job, outcome)
+        elif call.stream:
             self._open_stream(job, value)
-        elif inspect.isawaitable(value):
-            self._async.start(self._await(job, value))
         else:
-            self._end(job, self._gave(job, "value", value))
+            self._async.start(self._await(job, value))
 
     def _make_learner(self, job: Job, kwargs: dict[str, Any]) -> None:
         seed = call_seed(self._spec.seed, job.call.client_id, "__init__", 0)
@@ -175,13 +176,12 @@ class Runner:
     def _next(self, job: Job, iterator: Iterator[Any]) -> None:
         try:
             with self._inside(job.context, job.streams):
-                item = next(iterator)
+                outcome = self._gave(job, "item", next(iterator))
         except StopIteration:
-            self._end(job, Outcome("end"))
+            outcome = Outcome("end")
         except BaseException as error:
-            self._end(job, self.failed(error))
-        else:
-            self._end(job, self._gave(job, "item", item))
+            outcome = self.failed(error)
+        self._end(job, outcome)
 
     def _close(self, job: Job) -> None:
         try:
@@ -204,10 +204,11 @@ class Runner:
                     awaitable.close()
                 raise asyncio.CancelledError
             value = await stepped(awaitable, partial(self._alone, job))
+            with self._alone(job):
+                outcome = self._gave(job, "value", value)
         except BaseException as error:
-            self._end(job, self._cancelled_or_failed(job, error))
-        else:
-            self._end(job, self._gave(job, "value", value))
+            outcome = self._cancelled_or_failed(job, error)
+        self._end(job, outcome)
 
     async def _async_step(self, job: Job, iterator: AsyncIterator[Any]) -> None:
         job.task = asyncio.current_task()
@@ -217,12 +218,13 @@ class Runner:
         self._start_deadline(job)
         try:
             item = await stepped(iterator.__anext__(), partial(self._alone, job))
+            with self._alone(job):
+                outcome = self._gave(job, "item", item)
         except StopAsyncIteration:
-            self._end(job, Outcome("end"))
+            outcome = Outcome("end")
         except BaseException as error:
-            self._end(job, self._cancelled_or_failed(job, error))
-        else:
-            self._end(job, self._gave(job, "item", item))
+            outcome = self._cancelled_or_failed(job, error)
+        self._end(job, outcome)
 
     async def _async_close(self, job: Job) -> None:
         job.task = None  # nothing cancels the closing

@@ -94,7 +94,12 @@ class AllowList:
         )
 
     def _find_trusted(self, module: str, name: str) -> Any:
-        owner: Any = importlib.import_module(_canonical(module))
+        if module.endswith(".__main__"):
+            raise UntrustedTypeError(f"{module}.{name} may not travel: to import {module} would run it")
+        try:
+            owner: Any = importlib.import_module(_canonical(module))
+        except ImportError as error:
+            raise UntrustedTypeError(f"{module}.{name} may not travel: {error}") from error
         for part in name.split("."):
             owner = vars(owner).get(part) if isinstance(owner, type) else getattr(owner, part, None)
             if not isinstance(owner, type) or _root(owner.__module__) != _root(module):

@@ -11,6 +11,13 @@ from torchfedrpc.errors import SerializationError
 _C_ATTRIBUTES = ("filename", "filename2", "name", "path")
 
 
+def exception_args(error: BaseException) -> tuple[Any, ...]:
+    """What a builtin base of the exception is made of."""
+    if isinstance(error, BaseExceptionGroup):  # its args are those of a constructor that a subclass may have
+        return error.message, list(error.exceptions)
+    return error.args
+
+
 def exception_state(error: BaseException) -> dict[str, Any]:
     """The attributes of an exception beside its args: those in its ``__dict__`` (notes too), in slots, and in C."""
     state = {}

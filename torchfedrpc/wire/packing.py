@@ -15,7 +15,7 @@ from torch.nn.parameter import Parameter
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.exceptions import exception_state, rebuild_exception
+from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.tensors import (
     View,
@@ -151,7 +151,7 @@ class _Pickler(pickle.Pickler):
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 return restore, self._tensor(obj)
         if isinstance(obj, BaseException):
-            return restore, ("exception", type(obj), obj.args, exception_state(obj))
+            return restore, ("exception", type(obj), exception_args(obj), exception_state(obj))
         return NotImplemented
 
     def _tensor(self, tensor: Tensor) -> tuple[Any, ...]:
@@ -165,6 +165,8 @@ class _Pickler(pickle.Pickler):
             return "special", tensor.requires_grad, kind, state, *parts
         if plain.is_conj() or plain.is_neg():
             plain = plain.resolve_conj().resolve_neg()
+        if plain._is_zerotensor():  # has no memory
+            plain = plain.clone()
         self._table.tensors.append(plain)
         number = len(self._table.tensors) - 1
         if kind is None and state is None and not tensor.requires_grad:

@@ -46,10 +46,10 @@ def restore_special(kind: str, *parts: Any) -> Tensor:
     """Put together what `take_apart` took apart."""
     if kind == "sparse_coo":
         indices, values, shape, coalesced = parts
-        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced, check_invariants=False)
+        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced, check_invariants=True)
     if kind == "sparse_compressed":
         compressed, plain, values, shape, layout = parts
-        return torch.sparse_compressed_tensor(compressed, plain, values, shape, layout=layout, check_invariants=False)
+        return torch.sparse_compressed_tensor(compressed, plain, values, shape, layout=layout, check_invariants=True)
     if kind == "per_tensor":
         return torch._make_per_tensor_quantized_tensor(*parts)
     if kind == "per_channel":
