@@ -198,20 +198,29 @@ class LearnerStream(AsyncIterator[Any]):
         self._options = options
         self._invocation = invocation
         self._stream = stream
+        self._is_stepping = False
 
     async def __anext__(self) -> Any:
         invocation = self._invocation
         self._dispatcher.check_open()
+        if self._is_stepping:
+            raise LearnerBusyError(
+                f"the stream of {invocation.client_id}.{invocation.method} is already waiting for an item: one loop "
+                f"reads a stream; open another for a second reader"
+            )
         if invocation.call_id not in self._dispatcher.open_streams:
             self._dispatcher.check_not_reading(invocation.client_id, invocation.method)
             self._dispatcher.open_streams[invocation.call_id] = invocation.client_id
         still_open = frozenset(stream for stream in _reading.get() if stream in self._dispatcher.open_streams)
         _reading.set(still_open | {invocation.call_id})
+        self._is_stepping = True
         try:
             return await self._dispatcher.observed(self._options, invocation, self._stream.step())
         except BaseException:
             self._close()
             raise
+        finally:
+            self._is_stepping = False
 
     async def aclose(self) -> None:
         """Close the generator on its host; the learner's next call runs after that."""

@@ -112,11 +112,12 @@ class GroupCallError(TorchFedRpcError, ExceptionGroup[Exception]):
 
     def derive(self, excs: Any, /) -> GroupCallError:  # type: ignore[override]
         """The subgroup of these exceptions (for ``except*`` and ``split``)."""
-        failures = {}
+        failures, unmatched = {}, dict(self.failures)
         for error in excs:  # a failure that is a group itself comes here as a subgroup of it
             leaves = _leaves(error)
-            client_id = next(client for client, failure in self.failures.items() if leaves & _leaves(failure))
+            client_id = next(client for client, failure in unmatched.items() if leaves & _leaves(failure))
             failures[client_id] = error
+            del unmatched[client_id]
         return GroupCallError(self.message, failures, self.results)
 
 

@@ -94,14 +94,11 @@ class AsyncLane:
         if self._loop is None or self._thread is None:
             return True
         loop = self._loop
-        asyncio.run_coroutine_threadsafe(self._finish(timeout_s), loop).add_done_callback(
+        asyncio.run_coroutine_threadsafe(self._finish(timeout_s / 2), loop).add_done_callback(
             lambda _: self.call(loop.stop)
         )
-        self._thread.join(2 * timeout_s)
-        if self._thread.is_alive():
-            return False
-        self._loop.close()
-        return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -123,7 +120,8 @@ class AsyncLane:
         while True:
             try:
                 self._loop.run_forever()
-                break
+                self._loop.close()
+                return
             except BaseException:  # a task that a learner started let SystemExit through
                 logger.exception("a learner's task tried to end the event loop of its host")
 

@@ -177,6 +177,8 @@ class Runner:
         try:
             with self._inside(job.context, job.streams):
                 outcome = self._gave(job, "item", next(iterator))
+                if outcome.kind == "failed" and (close := getattr(iterator, "close", None)):
+                    close()
         except StopIteration:
             outcome = Outcome("end")
         except BaseException as error:
@@ -220,6 +222,8 @@ class Runner:
             item = await stepped(iterator.__anext__(), partial(self._alone, job))
             with self._alone(job):
                 outcome = self._gave(job, "item", item)
+            if outcome.kind == "failed" and (close := getattr(iterator, "aclose", None)):
+                await stepped(close(), partial(self._alone, job))
         except StopAsyncIteration:
             outcome = Outcome("end")
         except BaseException as error:
