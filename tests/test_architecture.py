@@ -22,6 +22,7 @@ FLOORS = [
     {"host"},
     {"rpc"},
     {"executors"},
+    {"options"},
     {"dispatch"},
     {"group"},
     {"proxy"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -34,7 +35,8 @@ class RuntimeConfig:
             no more than clients.
         use_multiprocessing: makes ``auto`` choose pseudo mode.
         client_endpoints: client id -> ``worker1``, ``rank:2``, ``host:NAME`` (any worker on that machine) or
-            ``local`` (the driver's own process). Clients not named here are spread over all workers.
+            ``local`` (the driver's own process). Clients not named here are spread over all workers. Local mode has
+            no workers and takes no notice of it.
         call_timeout_s: seconds a method may run, its time in queues not counted; None for no limit. In local
             mode it is not applied while a debugger is attached.
         isolation: ``value`` copies arguments and results also in local mode, ``none`` passes references there.
@@ -83,14 +85,9 @@ class RuntimeConfig:
                 raise ConfigError(f"runtime.{name} must be at least {least}, not {value}")
         if self.num_processes is not None and self.num_processes < 0:
             raise ConfigError(f"runtime.num_processes must not be negative, it is {self.num_processes}")
-        if self.execution_mode == "pseudo" and self.num_processes == 0:
+        if self.call_timeout_s is not None and not 0 < self.call_timeout_s < math.inf:
             raise ConfigError(
-                "runtime.num_processes is 0, and pseudo mode needs at least one worker process: "
-                "set runtime.num_processes=1 or more, or runtime.execution_mode=local"
-            )
-        if self.call_timeout_s is not None and not self.call_timeout_s > 0:
-            raise ConfigError(
-                f"runtime.call_timeout_s must be above 0 seconds (None for no limit), it is {self.call_timeout_s}"
+                f"runtime.call_timeout_s must be above 0 seconds (None for no limit), but it is {self.call_timeout_s}"
             )
 
     @classmethod

@@ -1,68 +1,31 @@
-"""How calls leave the driver: options, deadlines, events, and the streams that are open."""
+"""How calls leave the driver: deadlines, events, and the streams that are open."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
 from typing import Any
 
-from torchfedrpc.errors import CallTimeoutError, ConfigError, LearnerBusyError, UnknownClientError, suggest
+from torchfedrpc.errors import (
+    CallTimeoutError,
+    ConfigError,
+    LearnerBusyError,
+    MethodNotFoundError,
+    UnknownClientError,
+    suggest,
+)
 from torchfedrpc.executors.base import Invocation
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.observe.events import CallEnded, CallStarted, EventBus
+from torchfedrpc.options import CallOptions
 
 # The streams that this task reads; tasks that it starts inherit it, since waiting for them is waiting all the same.
 _reading: ContextVar[frozenset[int]] = ContextVar("torchfedrpc_reading", default=frozenset())
-
-
-@dataclass(frozen=True)
-class CallOptions:
-    """What holds for calls beside their arguments.
-
-    Attributes:
-        timeout_s: seconds for queue, wire and run together; None leaves ``runtime.call_timeout_s``, for the run.
-        retries: how often a call is sent again where its method was not begun (its constructor failed, say).
-        on_error: of groups: ``raise`` a GroupCallError, or ``collect`` the failures beside the results.
-        min_results: of groups: be content with so many results, and cancel the other calls.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    timeout_s: float | None = None
-    retries: int = 0
-    on_error: str = "raise"
-    min_results: int | None = None
-
-    def __post_init__(self) -> None:
-        checks = {
-            "timeout_s": (
-                self.timeout_s is None or (_is_number(self.timeout_s) and self.timeout_s > 0),
-                "seconds above 0",
-            ),
-            "retries": (_is_count(self.retries, 0), "an int of at least 0"),
-            "on_error": (self.on_error in ("raise", "collect"), "'raise' or 'collect'"),
-            "min_results": (self.min_results is None or _is_count(self.min_results, 1), "an int of at least 1"),
-        }
-        for name, (holds, expected) in checks.items():
-            if not holds:
-                raise ConfigError(f"options({name}=...) must be {expected}, not {getattr(self, name)!r}")
-
-    def updated(self, changes: Mapping[str, Any]) -> CallOptions:
-        """These options with some changed.
-
-        Raises:
-            ConfigError: no such option.
-        """
-        for name in changes:
-            if name not in CallOptions.__dataclass_fields__:
-                raise ConfigError(f"no option {name!r}{suggest(name, CallOptions.__dataclass_fields__)}")
-        return replace(self, **changes)
 
 
 class Dispatcher:
@@ -152,8 +115,13 @@ class Dispatcher:
     ) -> Invocation:
         self.check_open()
         self.check_client(client_id)
+        if not isinstance(method, str):
+            raise MethodNotFoundError(f"{client_id}: a method is called by its name, not by {method!r}")
         run_timeout_s = self._router.config.call_timeout_s if options.timeout_s is None else None
-        return Invocation(next(self._call_ids), client_id, method, args, kwargs, run_timeout_s, options.retries)
+        # Plain strings: numpy's, which are strings too, would not get past the guard of RPC.
+        return Invocation(
+            next(self._call_ids), str(client_id), str(method), args, kwargs, run_timeout_s, options.retries
+        )
 
     async def observed(self, options: CallOptions, invocation: Invocation, answer: Any) -> Any:
         """Await an answer under the options' deadline, and tell subscribers of its start and end."""
@@ -199,9 +167,11 @@ class LearnerStream(AsyncIterator[Any]):
         self._invocation = invocation
         self._stream = stream
         self._is_stepping = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # on which it is read
 
     async def __anext__(self) -> Any:
         invocation = self._invocation
+        self._loop = asyncio.get_running_loop()
         self._dispatcher.check_open()
         if self._is_stepping:
             raise LearnerBusyError(
@@ -231,12 +201,8 @@ class LearnerStream(AsyncIterator[Any]):
         self._stream.close()
 
     def __del__(self) -> None:
-        self._close()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        self._dispatcher.open_streams.pop(self._invocation.call_id, None)
+        if self._loop is not None:
+            # Not at once: a garbage collection may come where this thread holds the very lock that closing takes.
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the run over
+                self._loop.call_soon_threadsafe(self._stream.close)

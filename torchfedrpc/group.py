@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from contextlib import aclosing
 from typing import Any
 
-from torchfedrpc.dispatch import CallOptions, Dispatcher
-from torchfedrpc.errors import CallTimeoutError, GroupCallError, QuorumError
+from torchfedrpc.dispatch import Dispatcher
+from torchfedrpc.errors import CallTimeoutError, ConfigError, GroupCallError, QuorumError
+from torchfedrpc.options import CallOptions
 
 
 class GroupResult(Mapping[str, Any]):
@@ -121,7 +122,12 @@ class LearnerGroup:
 
         An error is raised at its turn and cancels the calls still under way, as leaving the loop does; with
         ``on_error="collect"`` the exception is yielded as the result.
+
+        Raises:
+            ConfigError: ``min_results`` is set, which is for `call`: leave the loop when you have enough.
         """
+        if self._options.min_results is not None:
+            raise ConfigError("min_results is for group.call(...); leave the loop when enough results have come")
         async with aclosing(self._completed(method, args, kwargs)) as completed:
             async for client_id, result, error in completed:
                 if error is not None and self._options.on_error == "raise":
@@ -142,12 +148,15 @@ class LearnerGroup:
         for task in tasks:
             task.add_done_callback(ended.put_nowait)
         try:
-            for _ in range(len(tasks)):
+            while tasks:
                 task = await ended.get()
-                error = task.exception()
+                client_id, error = tasks.pop(task), task.exception()
                 if error is not None and not isinstance(error, Exception):
                     raise error
-                yield tasks[task], None if error else task.result(), error
+                result = None if error else task.result()
+                del task  # it would keep the result
+                yield client_id, result, error
+                del result, error
         finally:
             unfinished = [task for task in tasks if task.cancel()]
             await asyncio.gather(*unfinished, return_exceptions=True)

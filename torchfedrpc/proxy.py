@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import operator
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, ClassVar
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.dispatch import CallOptions, Dispatcher, LearnerStream
+from torchfedrpc.dispatch import Dispatcher, LearnerStream
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.router import ExecutorRouter
@@ -18,6 +20,7 @@ from torchfedrpc.host.process import process_settings
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.launcher import check_is_driver
 from torchfedrpc.observe.events import Event, EventBus, Subscriber
+from torchfedrpc.options import CALL_OPTIONS, CallOptions
 
 
 class LearnerHandle:
@@ -41,7 +44,8 @@ class LearnerHandle:
 
     def options(self, **changes: Any) -> LearnerHandle:
         """The same handle with other options: ``timeout_s``, ``retries``."""
-        return LearnerHandle(self._dispatcher, self.client_id, self._options.updated(changes), self._methods)
+        options = self._options.updated(changes, CALL_OPTIONS)
+        return LearnerHandle(self._dispatcher, self.client_id, options, self._methods)
 
     def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         if method.startswith("_"):
@@ -88,6 +92,10 @@ class LearnerProxy:
         seed: int = 0,
     ) -> None:
         config = RuntimeConfig.of(runtime)
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise ConfigError(f"the seed must be a whole number, not {seed!r}") from None
         spec, common_kwargs = LearnerSpec.of(learner, seed, config)
         kwargs_by_client = _clients(clients, config, common_kwargs)
         for client_id in config.client_endpoints:
@@ -107,19 +115,23 @@ class LearnerProxy:
                 "a proxy is open in this process already: close it first (leave its async with block), or give the "
                 "clients of both to one proxy"
             )
-        async with AsyncExitStack() as stack:
+        stack = AsyncExitStack()
+        try:
             LearnerProxy._open_in_process = self
             stack.callback(self._closed)
             stack.enter_context(process_settings(self._spec.learner.runtime))
-            await self._router.open(self._spec)
             stack.push_async_callback(self._router.close)
-            self._dispatcher.is_open = True
-            self._exit = stack.pop_all()
+            await self._router.open(self._spec)
+        except BaseException:
+            await _to_its_end(stack.aclose())
+            raise
+        self._dispatcher.is_open = True
+        self._exit = stack
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         self._dispatcher.is_open = False
-        await self._exit.aclose()
+        await _to_its_end(self._exit.aclose())
 
     def _closed(self) -> None:
         LearnerProxy._open_in_process = None
@@ -223,6 +235,20 @@ class LearnerProxy:
         return self._dispatcher.stats()
 
 
+async def _to_its_end(closing: Coroutine[Any, Any, None]) -> None:
+    """Await a clean-up whole, though the task be cancelled meanwhile: half of it would spoil the next proxy."""
+    task = asyncio.ensure_future(closing)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+    task.result()
+
+
 def _clients(
     clients: Iterable[str] | Mapping[str, Mapping[str, Any]] | None,
     config: RuntimeConfig,
@@ -239,7 +265,7 @@ def _clients(
             raise ConfigError(f"the constructor arguments of {client_id} must be a mapping, not {kwargs!r}")
     if not given:
         raise ConfigError("a proxy needs at least one client")
-    return {client_id: {**common_kwargs, **kwargs} for client_id, kwargs in given.items()}
+    return {str(client_id): {**common_kwargs, **kwargs} for client_id, kwargs in given.items()}
 
 
 def _kwargs_by_id(ids: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:

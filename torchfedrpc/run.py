@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -29,7 +30,7 @@ def run(main: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kw
         SystemExit: on the other ranks, when ``main`` failed on rank 0.
         Exception: on rank 0, whatever ``main`` raised.
     """
-    if not asyncio.iscoroutinefunction(main):
+    if not inspect.iscoroutinefunction(main):
         raise ConfigError(f"tfr.run needs a coroutine function: async def main(): ..., not {main!r}")
     return drive(lambda: asyncio.run(main(*args, **kwargs)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torchfedrpc import errors
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError
 from torchfedrpc.executors.stream import CallStream
@@ -20,7 +23,7 @@ from torchfedrpc.host.process import choose_device
 from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.observe.events import Event, ProgressReported
-from torchfedrpc.wire.packing import Parcel, Reference, pack
+from torchfedrpc.wire.packing import Packed, Reference, pack
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,34 @@ class ExecutorSpec:
     clients: Mapping[str, Mapping[str, Any]]
     publish: Callable[[Event], None]
 
-    def make_host(self, *, report: Report | None = None) -> LearnerHost:
-        """A host for all of these clients in this process; close it in the executor's ``close``.
+    def make_host(self) -> LearnerHost:
+        """A host for all of these clients in this process; call it in ``open``, and close the host in ``close``.
 
         Raises:
             ConfigError: the learner's class cannot be found.
         """
         return LearnerHost(
-            self.learner, device=choose_device(0), report=report, constructor_arguments=self.constructor_arguments
+            self.learner,
+            device=choose_device(0),
+            report=self.reporter(),
+            constructor_arguments=self.constructor_arguments,
         )
 
-    def constructor_arguments(self, client_id: str, *, by_value: bool = True) -> Parcel | Reference:
+    def reporter(self) -> Report:
+        """What takes methods' reports, on any thread, and publishes them on the event loop that runs now."""
+        loop, allow = asyncio.get_running_loop(), self.learner.allow_list()
+
+        def publish(call: Call, progress: Packed) -> None:
+            value = progress.open(allow)
+            self.publish(ProgressReported(call.call_id, call.client_id, call.method, value))
+
+        def report(call: Call, progress: Packed) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody is told any more
+                loop.call_soon_threadsafe(publish, call, progress)
+
+        return report
+
+    def constructor_arguments(self, client_id: str, *, by_value: bool = True) -> Packed:
         """The keyword arguments of a learner's constructor, as they are now.
 
         Raises:
@@ -151,7 +171,7 @@ class CallExecutor(AbstractExecutor):
         call = self._call(invocation)
         for remaining in range(invocation.retries, -1, -1):
             outcome = await answer(partial(self._submit, call), partial(self._cancel, call))
-            if not (remaining and outcome.never_ran and outcome.kind == "failed"):
+            if not (remaining and _may_go_better(outcome)):
                 break
         return self._result(outcome, call)
 
@@ -177,7 +197,7 @@ class CallExecutor(AbstractExecutor):
     def _cancel(self, call: Call) -> None:
         """Tell the host that nobody waits for this call any more."""
 
-    def _take_value(self, obj: Any) -> Parcel | Reference:
+    def _take_value(self, obj: Any) -> Packed:
         return pack(obj)
 
     def _call(self, invocation: Invocation, *, stream: bool = False) -> Call:
@@ -199,7 +219,8 @@ class CallExecutor(AbstractExecutor):
     def _result(self, outcome: Outcome, call: Call) -> Any:
         return outcome.result(call, self._allow, self.worker_of(call.client_id))
 
-    def _publish_report(self, call: Call, progress: Parcel | Reference) -> None:
-        """Tell subscribers what a method reported; on the driver's event loop."""
-        value = progress.open(self._allow)
-        self._spec.publish(ProgressReported(call.call_id, call.client_id, call.method, value))
+
+def _may_go_better(outcome: Outcome) -> bool:
+    """Whether to ask again: the method was not begun, and what failed was not the call itself."""
+    failure = outcome.failure
+    return failure is not None and outcome.never_ran and not failure.type_name.startswith(errors.__name__)

@@ -9,8 +9,8 @@ from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.remote import RemoteExecutor
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.rpc.fleet import Member
 from torchfedrpc.rpc.launch import current_workers
+from torchfedrpc.rpc.worker_group import Member
 
 
 @executor("distributed")

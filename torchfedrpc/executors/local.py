@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any
 
 from torchfedrpc.executors.base import CallExecutor, ExecutorSpec
@@ -11,7 +10,7 @@ from torchfedrpc.host.call import Call
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.registry import executor
-from torchfedrpc.wire.packing import Parcel, Reference
+from torchfedrpc.wire.packing import Packed
 
 
 @executor("local")
@@ -23,13 +22,7 @@ class LocalExecutor(CallExecutor):
     async def open(self, spec: ExecutorSpec) -> None:
         """Make the host."""
         await super().open(spec)
-        loop = asyncio.get_running_loop()
-
-        def report(call: Call, progress: Parcel | Reference) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody is told any more
-                loop.call_soon_threadsafe(self._publish_report, call, progress)
-
-        self._host = spec.make_host(report=report)
+        self._host = spec.make_host()
 
     async def close(self) -> None:
         """End the host; a sync method that goes on regardless is left to itself after two seconds."""
@@ -46,7 +39,7 @@ class LocalExecutor(CallExecutor):
         hosted = self._host.stats() if self._host is not None else {}
         return {**super().stats(), "workers": {"local": hosted}}
 
-    def _take_value(self, obj: Any) -> Parcel | Reference:
+    def _take_value(self, obj: Any) -> Packed:
         return self._opened().take_value(obj)
 
     def _submit(self, call: Call, reply: Reply) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.executors.base import ExecutorSpec
+from torchfedrpc.executors.placement import LOCAL
 from torchfedrpc.executors.remote import RemoteExecutor
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.rpc.fleet import Member
 from torchfedrpc.rpc.processes import WorkerProcess
+from torchfedrpc.rpc.worker_group import Member
 
 
 @executor("pseudo")
@@ -34,7 +35,8 @@ class PseudoExecutor(RemoteExecutor):
 
     async def _gather(self, spec: ExecutorSpec) -> Sequence[Member]:
         torch_rpc()  # refuse before any process is started
-        num_clients = sum(self.config.client_endpoints.get(client_id) != "local" for client_id in spec.clients)
+        num_clients = sum(self.config.client_endpoints.get(client_id) != LOCAL for client_id in spec.clients)
         count = self.config.num_processes or min(os.cpu_count() or 1, num_clients)
-        self._processes = [WorkerProcess() for _ in range(count)]
+        for _ in range(count):
+            self._processes.append(WorkerProcess())
         return [Member(process.link, socket.gethostname(), imports_main=True) for process in self._processes]

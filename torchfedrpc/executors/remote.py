@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +11,8 @@ from torchfedrpc.executors.base import CallExecutor, ExecutorSpec
 from torchfedrpc.executors.placement import place_clients
 from torchfedrpc.host.call import Call
 from torchfedrpc.host.mailbox import Reply
-from torchfedrpc.rpc.fleet import Fleet, Member
 from torchfedrpc.rpc.remote_host import RemoteHost
-from torchfedrpc.wire.packing import Parcel
+from torchfedrpc.rpc.worker_group import Member, WorkerGroup
 
 
 class RemoteExecutor(CallExecutor):
@@ -27,29 +24,23 @@ class RemoteExecutor(CallExecutor):
 
     def __init__(self, config: RuntimeConfig | None = None) -> None:
         super().__init__(config)
-        self._fleet: Fleet | None = None
+        self._group: WorkerGroup | None = None
         self._places: dict[str, int] = {}
 
     async def open(self, spec: ExecutorSpec) -> None:
         """Gather the workers, form a world with them and place the clients."""
         await super().open(spec)
-        loop = asyncio.get_running_loop()
-
-        def on_report(call: Call, progress: Parcel) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody is told any more
-                loop.call_soon_threadsafe(self._publish_report, call, progress)
-
         members = await self._gather(spec)
         machines = [member.machine for member in members]
         self._places = place_clients(list(spec.clients), self.config.client_endpoints, machines)
-        self._fleet = Fleet(members, spec.learner)
-        await self._fleet.form(on_report)
+        self._group = WorkerGroup(members, spec.learner)
+        await self._group.form(spec.reporter())
 
     async def close(self) -> None:
         """End the world."""
-        if self._fleet is not None:
-            await self._fleet.disband()
-            self._fleet = None
+        if self._group is not None:
+            await self._group.disband()
+            self._group = None
 
     def worker_of(self, client_id: str) -> str:
         """``worker1`` and so on."""
@@ -57,7 +48,7 @@ class RemoteExecutor(CallExecutor):
 
     def stats(self) -> dict[str, Any]:
         """Bytes of arguments sent and results received, and for each worker how many learners it has."""
-        hosts = self._fleet.hosts if self._fleet is not None else []
+        hosts = self._group.hosts if self._group is not None else []
         return {
             "bytes_sent": sum(host.num_sent_bytes for host in hosts),
             "bytes_received": sum(host.num_received_bytes for host in hosts),
@@ -78,10 +69,10 @@ class RemoteExecutor(CallExecutor):
         self._host(call).advance(call, reply)
 
     def _cancel(self, call: Call) -> None:
-        if self._fleet is not None and self._fleet.hosts:
+        if self._group is not None and self._group.hosts:
             self._host(call).cancel(call)
 
     def _host(self, call: Call) -> RemoteHost:
-        if self._fleet is None:
+        if self._group is None:
             raise RuntimeError("this executor is not open: await executor.open(spec) first")
-        return self._fleet.hosts[self._places[call.client_id]]
+        return self._group.hosts[self._places[call.client_id]]

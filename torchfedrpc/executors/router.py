@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
@@ -29,6 +30,7 @@ class ExecutorRouter:
         self.mode = resolve_mode(self.config, Launch.from_environment())
         self._main: AbstractExecutor = executors.get(self.mode)(self.config)
         self._local = self._main
+        self._begun = AsyncExitStack()
         if self.mode != "local" and LOCAL in self.config.client_endpoints.values():
             self._local = executors.get("local")(self.config)
 
@@ -37,21 +39,14 @@ class ExecutorRouter:
         return self._local if self.config.client_endpoints.get(client_id) == LOCAL else self._main
 
     async def open(self, spec: ExecutorSpec) -> None:
-        """Open every executor that has clients; where one fails, the others are closed again."""
-        opened: list[AbstractExecutor] = []
-        try:
-            for executor in self._executors():
-                opened.append(executor)
-                await executor.open(spec)
-        except BaseException:
-            for executor in reversed(opened):
-                await executor.close()
-            raise
+        """Open every executor that has clients; close them also where one fails."""
+        for executor in self._executors():
+            self._begun.push_async_callback(executor.close)
+            await executor.open(spec)
 
     async def close(self) -> None:
-        """Close them all."""
-        for executor in reversed(self._executors()):
-            await executor.close()
+        """Close all that were begun."""
+        await self._begun.aclose()
 
     def stats(self) -> dict[str, Any]:
         """The numbers of all executors together."""
@@ -75,7 +70,7 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
         launch: the launch that this process belongs to, if any.
 
     Raises:
-        ConfigError: an endpoint is malformed, or distributed mode is asked for and cannot be had.
+        ConfigError: an endpoint is malformed, or pseudo or distributed mode is asked for and cannot be had.
     """
     endpoints = {client: Endpoint.parse(client, text) for client, text in config.client_endpoints.items()}
     mode = config.execution_mode
@@ -86,6 +81,11 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
             mode = "pseudo"
         else:
             mode = "local"
+    if mode == "pseudo" and config.num_processes == 0:
+        raise ConfigError(
+            "runtime.num_processes is 0, and pseudo mode needs at least one worker process: set "
+            "runtime.num_processes=1 or more, or runtime.execution_mode=local"
+        )
     if mode != "distributed":
         return mode
     remote = {client: endpoint for client, endpoint in endpoints.items() if endpoint.kind != "local"}
@@ -98,6 +98,8 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
             f"process is in none: start it with torchrun --nproc-per-node={len(remote) + 1} script.py (one of the "
             f"processes is the driver)"
         )
+    if config.execution_mode == "auto":  # it was local endpoints alone that spoke for distributed mode
+        return "local"
     warnings.warn(
         "execution_mode=distributed without a launcher, and no endpoint that needs one: running in local mode. For "
         "workers, start with torchrun --nproc-per-node=3 script.py",

@@ -36,7 +36,7 @@ class CallStream:
         self._advance = advance
         self._cancel = cancel
         self._result = result
-        self._sent = self._over = False
+        self._sent = self._ended = self._closed = False
 
     async def step(self) -> Any:
         """The next item.
@@ -45,18 +45,22 @@ class CallStream:
             StopAsyncIteration: there is none.
             Exception: what the method raised; the stream is over then.
         """
-        if self._over:
+        if self._ended or self._closed:
             raise StopAsyncIteration
-        self._sent, self._over = True, True  # over, unless this step brings an item
-        outcome = await answer(partial(self._next, self._call), partial(self._cancel, self._call))
+        self._sent = True
+        try:
+            outcome = await answer(partial(self._next, self._call), partial(self._cancel, self._call))
+        except BaseException:
+            self._ended = True
+            raise
         self._next = self._advance
-        if outcome.kind == "end":
+        self._ended = outcome.kind != "item"
+        if outcome.kind == "end" or self._closed:
             raise StopAsyncIteration
-        self._over = outcome.kind != "item"
         return self._result(outcome, self._call)
 
     def close(self) -> None:
         """Close the generator on its host, if it is open; the learner is free once it has ended."""
-        if self._sent and not self._over:
+        if self._sent and not self._ended and not self._closed:
             self._cancel(self._call)
-        self._over = True
+        self._closed = True

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torchfedrpc.errors import SerializationError, WorkerLostError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.failure import Failure
-from torchfedrpc.wire.packing import Parcel, Reference
+from torchfedrpc.wire.packing import Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Call:
     call_id: int
     client_id: str
     method: str
-    arguments: Parcel | Reference
+    arguments: Packed
     run_timeout_s: float | None = None
     stream: bool = False
 
@@ -46,7 +46,7 @@ class Outcome:
     """
 
     kind: Literal["value", "item", "end", "failed", "cancelled"]
-    parcel: Parcel | Reference | None = None
+    parcel: Packed | None = None
     failure: Failure | None = None
     never_ran: bool = False
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from torchfedrpc.host.randomness import RandomStreams, call_seed
+from torchfedrpc.host.torch_modes import TorchModes
 
 T = TypeVar("T")
 
@@ -33,8 +34,8 @@ class SharedObjects:
         """The object of that key, made by ``factory()`` where there is none yet."""
         with self._lock:
             if key not in self._objects:
-                # Streams of its own: which client comes first depends on placement, and its draws must not.
-                with RandomStreams(call_seed(self._seed, "shared", repr(key)), self._device):
+                # Modes and streams of its own: who comes first depends on placement, and the object must not.
+                with TorchModes(), RandomStreams(call_seed(self._seed, "shared", repr(key)), self._device):
                     self._objects[key] = factory()
             made: T = self._objects[key]
             return made

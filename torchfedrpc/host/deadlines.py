@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Hashable
 
 
@@ -34,10 +35,15 @@ class Deadlines:
             elif due < self._wakes_at:
                 self._changed.notify()
 
-    def stop(self, key: Hashable) -> None:
-        """Forget ``key``, which ended in time."""
+    def stop(self, key: Hashable) -> float | None:
+        """Stop the clock of ``key``.
+
+        Returns:
+            The seconds that it has left; None where no clock is running for it (any more).
+        """
         with self._changed:
-            self._due.pop(key, None)
+            due = self._due.pop(key, None)
+        return None if due is None else max(due - time.monotonic(), 0.0)
 
     def close(self) -> None:
         """End the thread."""
@@ -66,13 +72,17 @@ class Deadlines:
 
 def debugger_attached() -> bool:
     """Whether somebody is stepping through this process: a thread stands in pdb, or an IDE's debugger is in."""
-    if sys.gettrace() is not None or "pydevd" in sys.modules:
+    debugpy, pydevd = sys.modules.get("debugpy"), sys.modules.get("pydevd")
+    if debugpy is not None and debugpy.is_client_connected():
         return True
-    for frame in list(sys._current_frames().values()):
-        while frame is not None:
-            if frame.f_globals.get("__name__") in ("bdb", "pdb"):
-                return True
-            if frame.f_back is None:
-                break
-            frame = frame.f_back
+    if pydevd is not None and getattr(pydevd, "connected", False):
+        return True
+    return any(_stands_in_pdb(frame) for frame in list(sys._current_frames().values()))
+
+
+def _stands_in_pdb(frame: types.FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") in ("bdb", "pdb"):
+            return True
+        frame = frame.f_back
     return False

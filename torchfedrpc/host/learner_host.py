@@ -18,13 +18,13 @@ from torchfedrpc.host.mailbox import Job, Mailbox, Reply
 from torchfedrpc.host.runner import Report, Runner
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import Parcel, Reference
+from torchfedrpc.wire.packing import Packed
 
 
 class ConstructorArguments(Protocol):
     """Gives the keyword arguments of a client's learner."""
 
-    def __call__(self, client_id: str, *, by_value: bool) -> Parcel | Reference:
+    def __call__(self, client_id: str, *, by_value: bool) -> Packed:
         """Those of this client, copied or not."""
 
 
@@ -76,7 +76,7 @@ class LearnerHost:
         """The types that may travel in this run."""
         return self._runner.allow
 
-    def register(self, client_id: str, kwargs: Parcel | Reference) -> Mailbox:
+    def register(self, client_id: str, kwargs: Packed) -> Mailbox:
         """Make room for a learner; its first call makes the learner itself.
 
         Args:
@@ -134,7 +134,7 @@ class LearnerHost:
         outcome = await answer(partial(self.submit, call), partial(self.cancel, call_id))
         return outcome.result(call, self.allow, self.worker)
 
-    def take_value(self, obj: Any) -> Parcel | Reference:
+    def take_value(self, obj: Any) -> Packed:
         """An object as it is now, on its way to a learner or a caller.
 
         Raises:

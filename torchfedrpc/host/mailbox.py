@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchfedrpc.host.autograd import AutogradMode
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.context import CallContext
 from torchfedrpc.host.randomness import RandomStreams
-from torchfedrpc.wire.packing import Parcel, Reference
+from torchfedrpc.host.torch_modes import TorchModes
+from torchfedrpc.wire.packing import Packed
 
 Reply = Callable[[Outcome], None]
 
@@ -31,7 +31,7 @@ class Mailbox:
     """
 
     client_id: str
-    kwargs: Parcel | Reference | None
+    kwargs: Packed | None
     learner: Any = None
     current: Job | None = None
     queue: deque[Job] = field(default_factory=deque)
@@ -54,7 +54,7 @@ class Job:
         cancelled: whether nobody waits any more.
         context: what `current_call` gives, once the method begins.
         streams: the call's random streams, for its second step and all after.
-        autograd: the same for grad and inference mode.
+        modes: the same for what torch keeps by thread.
         task: what runs an async method or step.
         iterator: what a stream's method returned.
         stepping: whether the call is running or due to; False where a stream is open and idle.
@@ -66,7 +66,7 @@ class Job:
     cancelled: bool = False
     context: CallContext | None = None
     streams: RandomStreams | None = None
-    autograd: AutogradMode = field(default_factory=AutogradMode)
+    modes: TorchModes = field(default_factory=TorchModes)
     task: asyncio.Task[None] | None = None
     iterator: Iterator[Any] | AsyncIterator[Any] | None = None
     stepping: bool = True

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 
 from torchfedrpc.errors import MethodNotFoundError, SerializationError
-from torchfedrpc.host.autograd import AutogradMode
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.context import CallContext, SharedObjects, bind, unbind
 from torchfedrpc.host.deadlines import Deadlines
@@ -23,12 +22,13 @@ from torchfedrpc.host.mailbox import Job
 from torchfedrpc.host.methods import find_method
 from torchfedrpc.host.randomness import RandomStreams, call_seed
 from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.host.torch_modes import TorchModes
 from torchfedrpc.wire.failure import Failure
-from torchfedrpc.wire.packing import Parcel, Reference, pack
+from torchfedrpc.wire.packing import Packed, Reference, pack
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[Call, "Parcel | Reference"], None]
+Report = Callable[[Call, Packed], None]
 Done = Callable[[Job, Outcome], None]
 
 
@@ -64,6 +64,7 @@ class Runner:
         self._done = done
         self._seeds_streams = spec.runtime.max_concurrent_calls == 1
         self._shared = SharedObjects(spec.seed, device)
+        torch.empty(0, device=device)  # a device that cannot be used fails here, not on the threads below
         self._gate = Gate()
         self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._prepare_thread)
         self._async = AsyncLane(self._prepare_thread)
@@ -91,7 +92,7 @@ class Runner:
         if (task := job.task) is not None:
             self._async.call(task.cancel)
 
-    def take_value(self, obj: Any) -> Parcel | Reference:
+    def take_value(self, obj: Any) -> Packed:
         """An object as it is now.
 
         Raises:
@@ -264,7 +265,9 @@ class Runner:
         call = job.call
 
         def report(progress: Any) -> None:
-            self._report(call, self.take_value(progress))
+            value = self.take_value(progress)
+            value.copy().open(self.allow)  # a type that may not travel is the method's error, not the driver's
+            self._report(call, value)
 
         return CallContext(
             client_id=call.client_id,
@@ -284,7 +287,7 @@ class Runner:
         assert streams is not None
         token = bind(context)
         try:
-            with AutogradMode(), streams if self._seeds_streams else nullcontext():
+            with TorchModes(), streams if self._seeds_streams else nullcontext():
                 yield
         finally:
             unbind(token)
@@ -295,8 +298,11 @@ class Runner:
         assert job.context is not None
         assert job.streams is not None
         token = bind(job.context)
+        remaining_s = self._deadlines.stop(job.call.call_id)  # waiting for the gate is no running
         try:
-            with self._gate.exclusive(), job.autograd, job.streams:
+            with self._gate.exclusive(), job.modes, job.streams:
+                if remaining_s is not None:
+                    self._deadlines.start(job.call.call_id, remaining_s)
                 yield
         finally:
             unbind(token)

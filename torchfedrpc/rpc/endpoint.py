@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ import torch
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.runner import Report
 from torchfedrpc.rpc.backend import async_entry, torch_rpc
-from torchfedrpc.rpc.message import Covered, outcome_message, parcel_message, read_call, read_parcel
-from torchfedrpc.rpc.sequence import Sequence
-from torchfedrpc.wire.failure import Failure
-from torchfedrpc.wire.packing import Parcel, Reference
+from torchfedrpc.rpc.in_order import InOrder
+from torchfedrpc.rpc.message import MappedDevices, outcome_message, parcel_message, read_call, read_parcel
+from torchfedrpc.wire.packing import Packed, Parcel
 
 
 class Endpoint:
@@ -32,34 +31,45 @@ class Endpoint:
         covered: the devices of this worker that the world's device map takes to the driver.
     """
 
-    def __init__(self, driver: str, rank: int, device: torch.device, covered: Covered) -> None:
+    def __init__(self, driver: str, rank: int, device: torch.device, covered: MappedDevices) -> None:
         self.host: LearnerHost
         self.device = device
         self.covered = covered
-        self.requests = Sequence()
+        self.requests = InOrder()
         self._driver = driver
         self._rank = rank
         self._report_numbers = itertools.count()
-        self._reports: dict[int, list[Any]] = {}  # call id -> reports on their way
+        self._reports: dict[int, list[Any]] = {}  # call that is waited for -> its reports on their way
         self._lock = threading.Lock()
 
-    def report(self, call: Call, progress: Parcel | Reference) -> None:
+    def report(self, call: Call, progress: Packed) -> None:
         """Send what a method reports to the driver."""
         message = (call.call_id, call.client_id, call.method, parcel_message(progress, frozenset()))
         with self._lock:
             args = (self._rank, next(self._report_numbers), message)
             sent = torch_rpc().rpc_async(self._driver, report, args=args, timeout=0)
-            self._reports.setdefault(call.call_id, []).append(sent)
+            if call.call_id in self._reports:  # somebody waits for the call
+                self._reports[call.call_id].append(sent)
 
     def replying_to(self, future: Any, call_id: int) -> Reply:
         """A reply callback that settles a future, after the call's reports have arrived at the driver."""
+        with self._lock:
+            self._reports[call_id] = []
 
         def reply(outcome: Outcome) -> None:
             message = outcome_message(outcome, self.covered)
-            if reports := self._reports.pop(call_id, None):
-                torch.futures.collect_all(reports).add_done_callback(lambda _: future.set_result(message))
-            else:
+
+            def settle(_: Any = None) -> None:
+                if isinstance(outcome.parcel, Parcel) and outcome.parcel.ready is not None:
+                    outcome.parcel.ready()  # whichever thread this is, it sends what the method's thread has made
                 future.set_result(message)
+
+            with self._lock:
+                reports = self._reports.pop(call_id, [])
+            if reports:
+                torch.futures.collect_all(reports).add_done_callback(settle)
+            else:
+                settle()
 
         return reply
 
@@ -76,13 +86,13 @@ class Listener:
         on_report: takes each report, a worker's in the order in which it sent them, on a thread of RPC.
     """
 
-    def __init__(self, on_report: Callable[[Call, Parcel], None]) -> None:
+    def __init__(self, on_report: Report) -> None:
         self.on_report = on_report
-        self._by_rank: dict[int, Sequence] = {}
+        self._by_rank: dict[int, InOrder] = {}
 
-    def reports(self, rank: int) -> Sequence:
+    def reports(self, rank: int) -> InOrder:
         """The order of one worker's reports."""
-        return self._by_rank.setdefault(rank, Sequence())
+        return self._by_rank.setdefault(rank, InOrder())
 
 
 serving: Endpoint | None = None  # a worker's own endpoint, while it is in a world
@@ -93,18 +103,10 @@ listening: Listener | None = None  # the driver's own, likewise
 def submit(number: int, message: Any) -> Any:
     """Run a call; the future's value is its outcome."""
     endpoint = _serving()
+    call = read_call(message, endpoint.device)
     future = endpoint.new_future()
-
-    def act() -> None:
-        try:
-            call = read_call(message, endpoint.device)
-        except Exception as error:  # the device is out of memory, say
-            failed = Outcome("failed", failure=Failure.capture(error), never_ran=True)
-            future.set_result(outcome_message(failed, endpoint.covered))
-        else:
-            endpoint.host.submit(call, endpoint.replying_to(future, call.call_id))
-
-    endpoint.requests.put(number, act)
+    reply = endpoint.replying_to(future, call.call_id)
+    endpoint.requests.put(number, lambda: endpoint.host.submit(call, reply))
     return future
 
 
@@ -122,14 +124,12 @@ def advance(number: int, call_id: int) -> Any:
 def register(number: int, client_id: str, kwargs: Any) -> Any:
     """Make room for a learner; the future's value is an RRef to its mailbox."""
     endpoint = _serving()
+    arguments = read_parcel(kwargs, endpoint.device)
+    assert arguments is not None
     future: Any = torch.futures.Future()
-
-    def act() -> None:
-        parcel = read_parcel(kwargs, endpoint.device)
-        assert parcel is not None
-        future.set_result(torch_rpc().RRef(endpoint.host.register(client_id, parcel)))
-
-    endpoint.requests.put(number, act)
+    endpoint.requests.put(
+        number, lambda: future.set_result(torch_rpc().RRef(endpoint.host.register(client_id, arguments)))
+    )
     return future
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import builtins
 import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torchfedrpc.rpc.backend import torch_rpc
@@ -45,6 +48,27 @@ def _get_receiver(owner: Any, name: Any) -> Any:
     if owner is not pickler or name not in _RECEIVERS:
         raise pickle.UnpicklingError("refused builtins.getattr on anything but RPC's tensor and RRef receivers")
     return getattr(pickler, name)
+
+
+class HandshakeUnpickler(pickle.Unpickler):
+    """Reads what members tell each other of their devices as they join a world."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch", "device"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refused {module}.{name} in the handshake of a world")
+
+
+@contextmanager
+def guarded_handshake() -> Iterator[None]:
+    """While a world is joined: torch unpickles there beside RPC, by its collectives' own unpickler."""
+    collectives: Any = sys.modules["torch.distributed.distributed_c10d"]  # torch.distributed.rpc has imported it
+    before = collectives._unpickler
+    collectives._unpickler = HandshakeUnpickler
+    try:
+        yield
+    finally:
+        collectives._unpickler = before
 
 
 def install() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
 import struct
 from pathlib import Path
@@ -19,6 +18,8 @@ def address_of(interface: str) -> str:
     Raises:
         ConfigError: there is no such interface, or it has no address.
     """
+    import fcntl  # noqa: PLC0415 - Unix alone has it, and the package is imported elsewhere too
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             packed = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))

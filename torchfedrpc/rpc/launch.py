@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import logging
 import secrets
 import socket
 import threading
@@ -14,16 +15,19 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+import torch.distributed
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.launcher import Launch
-from torchfedrpc.rpc.fleet import Member
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, network_site
 from torchfedrpc.rpc.link import Link
+from torchfedrpc.rpc.worker_group import Member
+
+logger = logging.getLogger(__name__)
 
 _KEY = "torchfedrpc/driver"
 _GATHER_TIMEOUT_S = 120.0  # ranks of one launch start together; importing torch from a cold disk takes a while
+_GREETING_TIMEOUT_S = 10.0
 _RETRY_S = 0.2
 
 
@@ -81,12 +85,17 @@ class LaunchedWorkers:
                 connection, _ = self._listener.accept()
             except OSError:  # closed: the run is over
                 return
+            connection.settimeout(_GREETING_TIMEOUT_S)
             link = Link(connection)
-            hello = link.receive()
-            if hello is None or hello.get("token") != self._token:
+            try:
+                hello = link.receive() or {}
+                if hello.get("token") != self._token:
+                    raise ValueError("not a rank of this launch")
+                link.send({"welcome": self._token})
+            except (OSError, ValueError):  # a stranger, or one that went away
                 link.close()
                 continue
-            link.send({"welcome": self._token})
+            connection.settimeout(None)
             self._members[hello["rank"]] = Member(link, hello["machine"], elsewhere=hello["site"] != network_site())
         self._complete.set_result(None)
 
@@ -108,6 +117,9 @@ def driving(launch: Launch) -> Iterator[None]:
     try:
         yield
         failed = False
+    except SystemExit as exit_:
+        failed = exit_.code not in (None, 0)
+        raise
     finally:
         _current = None
         workers.close(failed=failed)
@@ -118,22 +130,19 @@ def dial_driver(launch: Launch) -> Link:
     store = _open_store(launch, serve=False)
     while True:
         where = json.loads(store.get(_KEY))
-        try:
-            connection = socket.create_connection((where["host"], where["port"]), timeout=10)
-        except OSError:  # an earlier attempt's address
-            time.sleep(_RETRY_S)
-            continue
-        link = Link(connection)
         hello = {"rank": launch.rank, "machine": socket.gethostname(), "site": network_site()}
-        link.send({**hello, "token": where["token"]})
+        link = None
         try:
-            welcome = link.receive()
-        except TimeoutError:
-            welcome = None
-        if welcome == {"welcome": where["token"]}:
-            connection.settimeout(None)
-            return link
-        link.close()
+            connection = socket.create_connection((where["host"], where["port"]), timeout=_GREETING_TIMEOUT_S)
+            link = Link(connection)
+            link.send({**hello, "token": where["token"]})
+            if link.receive() == {"welcome": where["token"]}:
+                connection.settimeout(None)
+                return link
+        except (OSError, ValueError):  # an earlier attempt's address, where nobody is, or somebody else
+            logger.debug("no driver at %s:%s", where["host"], where["port"])
+        if link is not None:
+            link.close()
         time.sleep(_RETRY_S)
 
 
@@ -148,7 +157,8 @@ def _listen_addresses(launch: Launch) -> tuple[str, str]:
 
 
 def _open_store(launch: Launch, *, serve: bool) -> Any:
-    return TCPStore(
+    distributed: Any = torch.distributed  # some builds have it without its stores
+    return distributed.TCPStore(
         launch.master_address,
         launch.master_port,
         is_master=serve,

@@ -9,12 +9,12 @@ import torch
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.fence import fence
-from torchfedrpc.wire.packing import Parcel, Reference
+from torchfedrpc.wire.packing import Packed, Parcel, Unreadable
 
-Covered = frozenset[torch.device]  # devices that the world's device map takes to the peer
+MappedDevices = frozenset[torch.device]  # devices that the world's device map takes to the peer
 
 
-def parcel_message(parcel: Parcel | Reference | None, covered: Covered) -> Any:
+def parcel_message(parcel: Packed | None, covered: MappedDevices) -> Any:
     """A parcel as a tuple; slots on a device that no map covers are staged through host memory."""
     if parcel is None:
         return None
@@ -24,8 +24,10 @@ def parcel_message(parcel: Parcel | Reference | None, covered: Covered) -> Any:
     return parcel.head, parcel.views, slots, parcel.num_buffers, staged if any(staged) else None
 
 
-def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = False) -> Parcel | None:
-    """The parcel of such a tuple.
+def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = False) -> Parcel | Unreadable | None:
+    """The parcel of such a tuple; to be called where RPC delivers it, whose CUDA streams it is ready for.
+
+    What goes wrong (the device is out of memory, say) is told to whoever opens the parcel.
 
     Args:
         message: from `parcel_message`, as it arrived.
@@ -35,21 +37,24 @@ def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = F
     if message is None:
         return None
     head, views, slots, num_buffers, staged = message
-    if device is not None and device.type == "cuda":
-        slots = [
-            slot.to(device) if (move_all and slot.is_cuda) or (staged and staged[index]) else slot
-            for index, slot in enumerate(slots)
-        ]
-    return Parcel(head, views, slots, num_buffers, fence(slots))
+    try:
+        if device is not None and device.type == "cuda":
+            slots = [
+                slot.to(device) if (move_all and slot.is_cuda) or (staged and staged[index]) else slot
+                for index, slot in enumerate(slots)
+            ]
+        return Parcel(head, views, slots, num_buffers, fence(slots))
+    except Exception as error:
+        return Unreadable(error)
 
 
-def home_device(parcel: Parcel | Reference) -> torch.device | None:
+def home_device(parcel: Packed) -> torch.device | None:
     """Where the caller's own tensors are, if any is on a GPU: the answer's go there too."""
     slots = parcel.slots if isinstance(parcel, Parcel) else []
     return next((slot.device for slot in slots if slot.is_cuda), None)
 
 
-def call_message(call: Call, covered: Covered) -> Any:
+def call_message(call: Call, covered: MappedDevices) -> Any:
     """A call as a tuple."""
     fields = (call.call_id, call.client_id, call.method, call.run_timeout_s, call.stream)
     return fields, parcel_message(call.arguments, covered)
@@ -63,7 +68,7 @@ def read_call(message: Any, device: torch.device) -> Call:
     return Call(call_id, client_id, method, parcel, run_timeout_s, stream)
 
 
-def outcome_message(outcome: Outcome, covered: Covered) -> Any:
+def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
     """An outcome as a tuple."""
     failure = outcome.failure
     parts = failure and (failure.type_name, failure.message, failure.traceback, failure.body)

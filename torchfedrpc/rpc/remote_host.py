@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from functools import partial
@@ -15,9 +14,9 @@ from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.rpc import endpoint
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.rpc.message import Covered, call_message, home_device, parcel_message, read_outcome
+from torchfedrpc.rpc.message import MappedDevices, call_message, home_device, parcel_message, read_outcome
 from torchfedrpc.wire.failure import Failure
-from torchfedrpc.wire.packing import Parcel, Reference
+from torchfedrpc.wire.packing import Packed
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +30,12 @@ class RemoteHost:
         covered: the driver's devices that the world's device map takes to this worker.
     """
 
-    def __init__(self, name: str, label: str, covered: Covered) -> None:
+    def __init__(self, name: str, label: str, covered: MappedDevices) -> None:
         self.label = label
         self.num_sent_bytes = self.num_received_bytes = 0
         self._worker: Any = torch_rpc().get_worker_info(name)
         self._covered = covered
-        self._numbers = itertools.count()
+        self._next_number = 0
         # Client id -> RRef of its mailbox, None until it has come. An RRef tells its owner by the first world that
         # this process was ever in, so calls go to the worker and not to rref.owner().
         self._learners: dict[str, Any] = {}
@@ -48,7 +47,7 @@ class RemoteHost:
     def __len__(self) -> int:
         return len(self._learners)
 
-    def register(self, client_id: str, kwargs: Parcel | Reference) -> None:
+    def register(self, client_id: str, kwargs: Packed) -> None:
         """Make room for a learner; calls may follow at once, they arrive behind this."""
         self._learners[client_id] = None
         try:
@@ -81,9 +80,10 @@ class RemoteHost:
 
     def _send(self, entry: Any, *args: Any) -> Any:
         # Deadlines are kept by the caller's event loop, so RPC's own is off.
-        with self._lock:  # numbers must leave in order of their making, so that a lost one is the last
-            number = next(self._numbers)
-            return torch_rpc().rpc_async(self._worker, entry, args=(number, *args), timeout=0)
+        with self._lock:
+            sent = torch_rpc().rpc_async(self._worker, entry, args=(self._next_number, *args), timeout=0)
+            self._next_number += 1  # not for what could not be sent: the worker would wait for it
+            return sent
 
     def _ask(self, call: Call, reply: Reply, home: torch.device | None, entry: Any, message: Any) -> None:
         try:
@@ -100,7 +100,8 @@ class RemoteHost:
         except Exception as error:  # whatever RPC makes of a connection that broke
             outcome = self._lost(call, error)
         if outcome.parcel is not None:
-            self.num_received_bytes += outcome.parcel.num_bytes
+            with self._lock:  # several threads of RPC come here
+                self.num_received_bytes += outcome.parcel.num_bytes
         reply(outcome)
 
     def _registered(self, client_id: str, future: Any) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from torchfedrpc import launcher
 from torchfedrpc.host.learner_host import LearnerHost
-from torchfedrpc.host.process import choose_device, process_settings
+from torchfedrpc.host.process import adopt_torch_defaults, choose_device, process_settings, visible_gpus
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc import endpoint, world
 from torchfedrpc.rpc.endpoint import Endpoint
@@ -70,17 +70,18 @@ def serve(link: Link, local_index: int | None) -> bool:
             number = message.pop("number")
             try:
                 answer = worker.obey(message)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a script may call sys.exit as it is imported
                 answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             link.send({**answer, "number": number})
 
 
 def _listen(link: Link, messages: queue.SimpleQueue[Message]) -> None:
     """Take messages from the link; when the driver is gone, so is this process, whatever it is doing."""
-    while (message := link.receive()) is not None:
-        messages.put(message)
-        if message["do"] == "stop":
-            return
+    with contextlib.suppress(ValueError):  # the driver ended in the middle of a message
+        while (message := link.receive()) is not None:
+            messages.put(message)
+            if message["do"] == "stop":
+                return
     os._exit(_DRIVER_GONE)
 
 
@@ -99,6 +100,7 @@ class _Worker:
 
     def __init__(self, link: Link, local_index: int | None) -> None:
         self.clean = True
+        self._joined = False
         self._link = link
         self._local_index = local_index
         self._host: LearnerHost | None = None
@@ -115,7 +117,9 @@ class _Worker:
             return self.leave()
         raise ValueError(f"unknown message {verb!r}")
 
-    def prepare(self, spec: Message, label: str, local_index: int, main: Message | None) -> Message:
+    def prepare(
+        self, spec: Message, label: str, local_index: int, main: Message | None, defaults: dict[str, str]
+    ) -> Message:
         """Import what the learners need; they are made later, one by one."""
         if main is not None:
             adopt_main(main)
@@ -124,7 +128,8 @@ class _Worker:
         self._label = label
         self._learner = learner
         learner.load()
-        return {"device": str(self._device)}
+        adopt_torch_defaults(defaults)  # after the import, which may set its own
+        return {"device": str(self._device), "visible_gpus": visible_gpus()}
 
     def join(self, plan: Message, rank: int) -> Message:
         """Join a world and serve in it."""
@@ -136,14 +141,16 @@ class _Worker:
         served.host = self._host
         endpoint.serving = served
         world.join(world_plan, rank, world_plan.interface or interface_of(self._link.local_address()))
+        self._joined = True
         return {}
 
     def leave(self) -> Message:
         """End the host and leave the world."""
         if self._host is not None:
             self.clean &= self._host.close()
-            self._host = None
+            self._host = endpoint.serving = None
+        if self._joined:
             world.leave()
-            endpoint.serving = None
+            self._joined = False
         self._stack.close()
         return {}

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed
 
+from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.rpc import guard
 from torchfedrpc.rpc.backend import set_connection_warnings, torch_rpc
 
@@ -38,6 +39,7 @@ class WorldPlan:
         store_port: its port there.
         interface: network interface to listen on; None: the one with which a member reaches the driver.
         transport: TensorPipe's transport.
+        gpus_in_sight: whether all members see the same GPUs, without which they cannot share GPU memory.
         device_maps: per worker the driver's device and the worker's, between which tensors go directly.
     """
 
@@ -47,6 +49,7 @@ class WorldPlan:
     store_port: int
     interface: str | None
     transport: str
+    gpus_in_sight: bool
     device_maps: list[tuple[str, str] | None]
 
     def name(self, rank: int) -> str:
@@ -93,7 +96,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
         interface: this process's network interface for it.
 
     Raises:
-        RuntimeError: a member did not come within 30 s, or died meanwhile.
+        WorkerLostError: a member did not come within 30 s, or died meanwhile.
     """
     rpc = torch_rpc()
     address = f"{plan.store_host}:{plan.store_port}"
@@ -115,11 +118,15 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
     guard.install()
     set_connection_warnings(False)
     try:
-        with _bound_to(interface), warnings.catch_warnings():
+        with _bound_to(interface), guard.guarded_handshake(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own deprecated calls
             rpc.init_rpc(plan.name(rank), rank=rank, world_size=plan.num_workers + 1, rpc_backend_options=options)
-    except BaseException:
+    except BaseException as error:
         _clean_up()
+        if isinstance(error, RuntimeError):
+            raise WorkerLostError(
+                f"a worker did not join within {_JOIN_TIMEOUT_S:.0f} s, or ended: {error}"
+            ) from error
         raise
     finally:
         del _stores[address]
@@ -145,8 +152,9 @@ def _device_maps(plan: WorldPlan, rank: int) -> dict[str, dict[str, str]]:
 
 
 def _channels(plan: WorldPlan) -> list[str]:
-    gpu = ["cuda_ipc", "cuda_xth", "cuda_basic"] if any(plan.device_maps) else []
-    return [*gpu, "mpt_uv", "basic"]
+    gpu = ["cuda_xth", "cuda_basic"] if any(plan.device_maps) else []
+    shared = ["cuda_ipc"] if gpu and plan.gpus_in_sight else []
+    return [*shared, *gpu, "mpt_uv", "basic"]
 
 
 @functools.cache

@@ -97,7 +97,7 @@ class AllowList:
         if module.endswith(".__main__"):
             raise UntrustedTypeError(f"{module}.{name} may not travel: to import {module} would run it")
         try:
-            owner: Any = importlib.import_module(_canonical(module))
+            owner: Any = importlib.import_module(canonical(module))
         except ImportError as error:
             raise UntrustedTypeError(f"{module}.{name} may not travel: {error}") from error
         for part in name.split("."):
@@ -129,10 +129,10 @@ def _find_known(module: str, name: str) -> Any:
     return None
 
 
-def _canonical(module: str) -> str:
+def canonical(module: str) -> str:
     """The script's own module goes by another name in worker processes that import it."""
     return "__main__" if module == "__mp_main__" else module
 
 
 def _root(module: str) -> str:
-    return _canonical(module).partition(".")[0]
+    return canonical(module).partition(".")[0]

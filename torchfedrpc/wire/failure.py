@@ -7,7 +7,7 @@ import traceback
 from dataclasses import dataclass
 
 from torchfedrpc.errors import RemoteError, SerializationError
-from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.allowlist import AllowList, canonical
 from torchfedrpc.wire.serializer import ParameterSerializer
 
 # Raised in a caller's task, these would end its event loop, its generators, or the task itself.
@@ -59,7 +59,8 @@ class Failure:
             except SerializationError as reason:
                 text += f"(the exception itself could not be sent: {reason})\n"
         kind = type(error)
-        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        module = canonical(kind.__module__)
+        name = kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
         return cls(name, _text(error), text, body)
 
     def restore(self, allow: AllowList, note: str) -> BaseException:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +55,10 @@ class Parcel:
 
     def copy(self) -> Parcel:
         """The same parcel on memory of its own, for a second opening."""
-        return replace(self, slots=[slot.clone() for slot in self.slots])
+        if self.ready is not None:
+            self.ready()
+        with _plain_tensors():
+            return replace(self, slots=[slot.clone() for slot in self.slots], ready=None)
 
     def open(self, allow: AllowList) -> Any:
         """The object, built on the parcel's own memory: a parcel is opened once.
@@ -68,11 +72,28 @@ class Parcel:
         first_buffer = len(self.slots) - self.num_buffers
         buffers = [slot.numpy().data for slot in self.slots[first_buffer:]]
         try:
-            return _Unpickler(self.head, buffers, _Builder(self.views, self.slots), allow).load()
-        except SerializationError:
+            with torch.inference_mode(False):
+                return _Unpickler(self.head, buffers, _Builder(self.views, self.slots), allow).load()
+        except (SerializationError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise SerializationError(f"{type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What stands for a parcel that could not be received; whoever opens it gets the error."""
+
+    error: Exception
+    num_bytes = 0
+
+    def copy(self) -> Unreadable:
+        """The same."""
+        return self
+
+    def open(self, allow: AllowList) -> Any:
+        """Raise the error."""
+        raise self.error
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +112,10 @@ class Reference:
         return self.target
 
 
+Packed = Parcel | Unreadable | Reference
+"""An object on its way, in whichever of its forms: each has ``open``, ``copy`` and ``num_bytes``."""
+
+
 def pack(obj: Any, *, copy: bool = True) -> Parcel:
     """Take the value of an object, as it is now.
 
@@ -107,14 +132,21 @@ def pack(obj: Any, *, copy: bool = True) -> Parcel:
     file, table = io.BytesIO(), _Table()
     try:
         _Pickler(file, table).dump(obj)
-        with torch.no_grad():
+        with _plain_tensors():
             views, slots = gather_slots(table.tensors, copy=copy)
             slots += [_copy_buffer(raw) for raw in table.buffers]
-    except SerializationError:
+    except (SerializationError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise SerializationError(f"{type(error).__name__}: {error}") from error
     return Parcel(file.getvalue(), views, slots, len(table.buffers), fence(slots))
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Copies are ordinary tensors, in whichever mode the code around is."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def restore(kind: str, *parts: Any) -> Any:
@@ -148,7 +180,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):
-            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            with _plain_tensors(), torch._C.DisableTorchFunctionSubclass():
                 return restore, self._tensor(obj)
         if isinstance(obj, BaseException):
             return restore, ("exception", type(obj), exception_args(obj), exception_state(obj))

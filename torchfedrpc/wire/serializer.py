@@ -14,6 +14,7 @@ from torch import Tensor
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Parcel, pack
+from torchfedrpc.wire.tensors import check_extent
 
 # Layout: magic, then the lengths of table and head, then both, then each slot's memory at a multiple of 64 bytes.
 _MAGIC = b"TFR\x01"
@@ -94,6 +95,7 @@ def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
         memory = torch.empty(num_bytes, dtype=torch.uint8)
         memory.numpy().data[:] = data[position : position + num_bytes]
         position += num_bytes
+        check_extent(shape, stride, 0, getattr(torch, dtype), num_bytes)
         slot = torch.empty(0, dtype=getattr(torch, dtype)).set_(memory.untyped_storage(), 0, shape, stride)
         is_buffer = index >= len(layouts) - num_buffers
         slots.append(slot if device is None or is_buffer else slot.to(device))

@@ -134,7 +134,21 @@ def view_slot(view: View, slots: list[Tensor]) -> Tensor:
     if not isinstance(dtype, torch.dtype):
         raise SerializationError(f"unknown dtype {dtype_name!r}")
     slot = slots[number]
+    check_extent(shape, stride, offset, dtype, slot.untyped_storage().nbytes())
     return torch.empty(0, dtype=dtype, device=slot.device).set_(slot.untyped_storage(), offset, shape, stride)
+
+
+def check_extent(
+    shape: tuple[int, ...], stride: tuple[int, ...], offset: int, dtype: torch.dtype, num_bytes: int
+) -> None:
+    """Refuse a tensor that would reach beyond its memory; torch would make that longer.
+
+    Raises:
+        SerializationError: so it does.
+    """
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if min(offset, *shape, *stride, 0) < 0 or (0 not in shape and (last + 1) * dtype.itemsize > num_bytes):
+        raise SerializationError("a tensor reaches beyond the memory that came with it")
 
 
 def _dense(tensor: Tensor, *, copy: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,18 +12,18 @@ from typing import Any
 import torch
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.host.call import Call
-from torchfedrpc.host.process import choose_device
+from torchfedrpc.host.process import choose_device, torch_defaults, visible_gpus
+from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc import endpoint, world
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, interface_of
 from torchfedrpc.rpc.link import Link, Message
 from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.remote_host import RemoteHost
-from torchfedrpc.wire.packing import Parcel
 
 # Over all runs of this process, since torch RPC remembers a world by the names of its members.
 _generations = itertools.count(1)
+_LEAVE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Member:
     imports_main: bool = False
 
 
-class Fleet:
+class WorkerGroup:
     """The workers of a run in their world; rank r is ``hosts[r - 1]``.
 
     Args:
@@ -54,10 +55,11 @@ class Fleet:
         self.members = tuple(members)
         self.hosts: list[RemoteHost] = []
         self._learner = learner
+        self._share_gpus = False
         self._store: Any = None
         self._joining: asyncio.Future[None] | None = None  # the driver's own joining of the world
 
-    async def form(self, on_report: Callable[[Call, Parcel], None]) -> None:
+    async def form(self, on_report: Report) -> None:
         """Let all workers import the learner, then form the world with them.
 
         Args:
@@ -77,6 +79,7 @@ class Fleet:
             store_port=port,
             interface=interface,
             transport=self._learner.runtime.transport,
+            gpus_in_sight=self._share_gpus,
             device_maps=[_device_pair(self._learner, device) for device in devices],
         )
         endpoint.listening = endpoint.Listener(on_report)
@@ -95,10 +98,10 @@ class Fleet:
         for host in self.hosts:
             host.forget()
         self.hosts = []
-        # A worker that is gone cannot leave, and need not.
-        await asyncio.gather(
-            *(self._tell(index, {"do": "leave"}) for index in range(len(self.members))), return_exceptions=True
-        )
+        # A worker that is gone, or frozen, cannot leave; the world ends without it.
+        with contextlib.suppress(TimeoutError, WorkerLostError):
+            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+                await self._tell_all(lambda index: {"do": "leave"})
         joining, self._joining = self._joining, None
         if joining is not None:
             # Where joining was cut short it still goes on in its thread; what it makes must be unmade.
@@ -117,8 +120,10 @@ class Fleet:
                 "label": f"worker{index + 1}",
                 "local_index": index,
                 "main": main if self.members[index].imports_main else None,
+                "defaults": torch_defaults(),
             }
         )
+        self._share_gpus = all(answer["visible_gpus"] == visible_gpus() for answer in answers)
         return [torch.device(answer["device"]) for answer in answers]
 
     def _interface(self) -> tuple[str | None, str]:
@@ -130,7 +135,12 @@ class Fleet:
         return (None, elsewhere[0].local_address()) if elsewhere else (LOOPBACK, address_of(LOOPBACK))
 
     async def _tell_all(self, message: Callable[[int], Message]) -> list[Message]:
-        return list(await asyncio.gather(*(self._tell(index, message(index)) for index in range(len(self.members)))))
+        telling = (self._tell(index, message(index)) for index in range(len(self.members)))
+        answers = await asyncio.gather(*telling, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def _tell(self, index: int, message: Message) -> Message:
         answer = await self.members[index].link.request(message, f"worker{index + 1}")

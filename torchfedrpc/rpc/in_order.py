@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 
-class Sequence:
+class InOrder:
     """Runs actions in the order of their numbers, 0, 1, 2, ..., each as soon as all before it have come."""
 
     def __init__(self) -> None:
