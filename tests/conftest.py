@@ -225,7 +225,9 @@ def _shared_memory() -> Counter[str]:
 
 
 def _temporary_files() -> Counter[str]:
-    return Counter(f"temporary {entry}" for entry in Path(tempfile.gettempdir()).iterdir())
+    folder = Path(tempfile.gettempdir())
+    kept = ("torchinductor_", "torchelastic_")  # torch's own, which it does not clean up
+    return Counter(f"temporary {entry}" for entry in folder.iterdir() if not entry.name.startswith(kept))
 
 
 def _held() -> Counter[str]:

@@ -112,7 +112,7 @@ class SlowToPack:
         self.until = until
 
     def __getstate__(self) -> dict[str, Any]:
-        tfr.current_call().report("packing")
+        Path(self.until + ".packing").touch()
         _wait_for(self.until)
         return {"until": self.until}
 
@@ -334,6 +334,18 @@ class Probe:
         self.log.append("hold released")
         return "released"
 
+    async def hold_if(self, path: str | None) -> str:
+        """Hold where a path is given."""
+        if path is None:
+            return "released"
+        try:
+            while not Path(path).exists():
+                await asyncio.sleep(_POLL_S)
+        except asyncio.CancelledError:
+            self.log.append(("hold cancelled", tfr.current_call().cancelled))
+            raise
+        return "released"
+
     async def hold_stubbornly(self, until: str) -> str:
         """Async, and goes on when it is cancelled."""
         tfr.current_call().report("holding")
@@ -377,6 +389,9 @@ class Probe:
 
     def process_id(self) -> int:
         return os.getpid()
+
+    def node(self) -> str | None:
+        return os.environ.get("TFR_NODE")
 
     def die(self) -> None:
         os.kill(os.getpid(), 9)
@@ -535,6 +550,9 @@ class Probe:
         finally:
             await asyncio.sleep(0)
             self.log.append("closed")
+
+    def each_of(self, items: list[Any]) -> Iterator[Any]:
+        yield from items
 
     def count_then_fail(self, stop: int) -> Iterator[int]:
         yield from range(stop)

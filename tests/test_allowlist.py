@@ -1,0 +1,355 @@
+"""The allow-list: plain data and classes of trusted packages pass, whatever could run something does not."""
+
+from __future__ import annotations
+
+import collections
+import enum
+import os
+import sys
+import types
+from os import system
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import strangers
+import torch
+from strangers import Stranger
+
+from torchfedrpc.errors import ConfigError, UntrustedTypeError
+from torchfedrpc.wire.allowlist import AllowList
+
+HERE = __name__
+ALLOW = AllowList([HERE])
+
+
+class Outer:
+    imported = Stranger
+    run = os.system
+    module = os
+
+    class Inner:
+        class Innermost:
+            pass
+
+    def method(self) -> None: ...
+
+    @classmethod
+    def make(cls) -> Outer:
+        return cls()
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Odd(Exception):
+    pass
+
+
+Pair = collections.namedtuple("Pair", ["first", "second"])
+Alias = Outer
+Number = int
+Listed = list[int]
+instance = Outer()
+assert system is os.system
+assert strangers.Stranger is Stranger
+
+
+def function() -> None: ...
+
+
+# What a trusted package may send.
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("Outer", Outer),
+        ("Outer.Inner", Outer.Inner),
+        ("Outer.Inner.Innermost", Outer.Inner.Innermost),
+        ("Colour", Colour),
+        ("Odd", Odd),
+        ("Pair", Pair),
+        ("Alias", Outer),
+    ],
+)
+def test_a_class_that_a_trusted_package_defines_may_travel(name: str, entry: type) -> None:
+    assert ALLOW.find(HERE, name) is entry
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "system",
+        "os",
+        "os.system",
+        "sys.modules",
+        "Path",
+        "Stranger",
+        "strangers.Stranger",
+        "Any",
+        "function",
+        "function.__globals__",
+        "instance",
+        "instance.__class__",
+        "Number",
+        "Listed",
+        "Outer.method",
+        "Outer.make",
+        "Outer.run",
+        "Outer.module",
+        "Outer.module.system",
+        "Outer.imported",
+        "Outer.__init__",
+        "Outer.__class__",
+        "Outer.__base__",
+        "Outer.__subclasses__",
+        "Outer.__dict__",
+        "Outer.mro",
+        "Colour.RED",
+        "missing",
+        "Outer.missing",
+        "Outer..Inner",
+        "",
+        ".",
+        "__builtins__",
+        "__builtins__.eval",
+        "__loader__",
+        "__name__",
+        "<lambda>",
+    ],
+)
+def test_of_a_trusted_package_nothing_else_may(name: str) -> None:
+    with pytest.raises(UntrustedTypeError, match="only classes that it defines itself") as caught:
+        ALLOW.find(HERE, name)
+    assert str(caught.value).startswith(f"{HERE}.{name} may not travel")
+
+
+def test_a_nested_class_of_a_stranger_is_not_reached_through_a_trusted_one() -> None:
+    with pytest.raises(UntrustedTypeError):
+        ALLOW.find(HERE, "Outer.imported.__class__")
+
+
+def test_trust_in_a_module_is_trust_in_its_whole_top_level_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "allowed_site"
+    package.mkdir()
+    (package / "__init__.py").write_text("from allowed_site.models import Model\n")
+    (package / "models.py").write_text("class Model: ...\n")
+    (package / "losses.py").write_text("from allowed_site.models import Model\nclass Loss: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    allow = AllowList(["allowed_site.models"])
+    assert allow.trusted == {"allowed_site"}
+    loss = allow.find("allowed_site.losses", "Loss")
+    assert loss is sys.modules["allowed_site.losses"].Loss
+    model = sys.modules["allowed_site.models"].Model
+    assert allow.find("allowed_site", "Model") is allow.find("allowed_site.losses", "Model") is model
+    for name in ("allowed_site", "allowed_site.models", "allowed_site.losses"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_trusted_packages_program_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "runnable_site"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text("raise SystemExit('it ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UntrustedTypeError, match="would run it"):
+        AllowList(["runnable_site"]).find("runnable_site.__main__", "Main")
+    monkeypatch.delitem(sys.modules, "runnable_site", raising=False)
+
+
+@pytest.mark.parametrize("module", [f"{HERE}.os", f"{HERE}.missing", f"{HERE}."])
+def test_a_module_that_a_trusted_package_lacks_is_refused(module: str) -> None:
+    with pytest.raises(UntrustedTypeError, match="may not travel"):
+        ALLOW.find(module, "system")
+
+
+def test_a_package_is_not_trusted_for_beginning_alike() -> None:
+    with pytest.raises(UntrustedTypeError, match="strangers"):
+        AllowList(["stranger", "strangers_and_friends"]).find("strangers", "Stranger")
+
+
+def test_the_script_is_the_same_package_under_both_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = types.ModuleType("__main__")
+    script.Learner = type("Learner", (), {"__module__": "__main__"})  # type: ignore[attr-defined]
+    adopted = type("Adopted", (), {"__module__": "__mp_main__"})
+    script.Adopted = adopted  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    for trusted in ("__main__", "__mp_main__"):
+        allow = AllowList([trusted])
+        for module in ("__main__", "__mp_main__"):
+            assert allow.find(module, "Learner") is script.Learner  # type: ignore[attr-defined]
+            assert allow.find(module, "Adopted") is adopted
+    with pytest.raises(UntrustedTypeError):
+        AllowList().find("__main__", "Learner")
+
+
+def test_this_library_is_never_trusted_as_a_whole() -> None:
+    allow = AllowList(["torchfedrpc.federation.learner"])
+    assert allow.trusted == frozenset()
+    for module, name in (("torchfedrpc.config", "RuntimeConfig"), ("torchfedrpc.host.learner_host", "LearnerHost")):
+        with pytest.raises(UntrustedTypeError):
+            allow.find(module, name)
+
+
+# What everybody may send.
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "entry"),
+    [
+        ("builtins", "set", set),
+        ("builtins", "complex", complex),
+        ("collections", "OrderedDict", collections.OrderedDict),
+        ("types", "SimpleNamespace", types.SimpleNamespace),
+        ("builtins", "ValueError", ValueError),
+        ("builtins", "KeyboardInterrupt", KeyboardInterrupt),
+        ("builtins", "ExceptionGroup", ExceptionGroup),
+        ("torchfedrpc.errors", "ConfigError", ConfigError),
+        ("torch", "Size", torch.Size),
+        ("torch", "bfloat16", torch.bfloat16),
+        ("torch", "sparse_coo", torch.sparse_coo),
+        ("torch", "per_tensor_affine", torch.per_tensor_affine),
+        ("torch._utils", "torch.channels_last", torch.channels_last),
+        ("torch.nn.modules.linear", "Linear", torch.nn.Linear),
+        ("torch.optim.sgd", "SGD", torch.optim.SGD),
+        ("torch.optim.lr_scheduler", "StepLR", torch.optim.lr_scheduler.StepLR),
+        ("torch", "OutOfMemoryError", torch.OutOfMemoryError),
+        ("numpy", "ndarray", np.ndarray),
+        ("numpy.exceptions", "AxisError", np.exceptions.AxisError),
+    ],
+)
+def test_plain_data_is_allowed_without_trust(module: str, name: str, entry: Any) -> None:
+    assert AllowList().find(module, name) is entry
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("posix", "system"),
+        ("subprocess", "Popen"),
+        ("builtins", "eval"),
+        ("builtins", "exec"),
+        ("builtins", "compile"),
+        ("builtins", "getattr"),
+        ("builtins", "setattr"),
+        ("builtins", "__import__"),
+        ("builtins", "open"),
+        ("builtins", "type"),
+        ("builtins", "map"),
+        ("builtins", "object.__subclasses__"),
+        ("builtins", "ValueError.__class__"),
+        ("copyreg", "_reconstructor"),
+        ("copyreg", "__newobj__"),
+        ("operator", "attrgetter"),
+        ("operator", "methodcaller"),
+        ("functools", "partial"),
+        ("functools", "reduce"),
+        ("types", "FunctionType"),
+        ("types", "CodeType"),
+        ("types", "MethodType"),
+        ("importlib", "import_module"),
+        ("pickle", "loads"),
+        ("_pickle", "Unpickler"),
+        ("marshal", "loads"),
+        ("collections", "namedtuple"),
+        ("collections", "UserDict"),
+        ("pathlib", "Path.unlink"),
+        ("random", "Random.seed"),
+        ("ctypes", "CDLL"),
+        ("code", "InteractiveInterpreter"),
+        ("pdb", "run"),
+        ("timeit", "timeit"),
+        ("socket", "socket"),
+        ("tempfile", "NamedTemporaryFile"),
+        ("torch", "load"),
+        ("torch", "save"),
+        ("torch", "compile"),
+        ("torch", "Tensor"),
+        ("torch", "nn"),
+        ("torch", "hub.load"),
+        ("torch.hub", "load"),
+        ("torch.package", "PackageImporter"),
+        ("torch.jit", "load"),
+        ("torch.serialization", "load"),
+        ("torch.storage", "_load_from_bytes"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "torch.load"),
+        ("torch._utils", "load"),
+        ("torch._utils", "torch.torch.channels_last"),
+        ("torch.utils.cpp_extension", "load_inline"),
+        ("torch.nn.modules.linear", "init"),
+        ("torch.nn.modules.linear", "Tensor"),
+        ("torch.nn.modules.linear", "Linear.forward"),
+        ("torch.nn.modules.module", "register_module_forward_hook"),
+        ("torch.nn", "Linear"),
+        ("torch.nn.modules", "Linear"),
+        ("torch.optim.sgd", "cast"),
+        ("torch.optim.optimizer", "register_optimizer_step_post_hook"),
+        ("torch.distributed.rpc", "rpc_sync"),
+        ("numpy", "load"),
+        ("numpy", "fromfile"),
+        ("numpy", "frompyfunc"),
+        ("numpy.f2py", "compile"),
+        ("numpy.f2py.crackfortran", "myeval"),
+        ("numpy.testing", "measure"),
+        ("numpy.testing._private.utils", "runstring"),
+        ("numpy.distutils.exec_command", "exec_command"),
+        ("torchfedrpc.errors", "suggest"),
+        ("torchfedrpc.errors", "difflib"),
+        ("torchfedrpc.wire.packing", "pack"),
+        ("torchfedrpc.host.spec", "LearnerSpec"),
+        ("torchfedrpc", "run"),
+        ("", "x"),
+        ("no_such_module_anywhere", "X"),
+        (".os", "system"),
+    ],
+)
+@pytest.mark.parametrize("allow", [AllowList(), ALLOW], ids=["trusting_nobody", "trusting_this_module"])
+def test_what_could_run_something_is_refused_by_name_with_the_setting(
+    allow: AllowList, module: str, name: str
+) -> None:
+    with pytest.raises(UntrustedTypeError) as caught:
+        allow.find(module, name)
+    assert f"{module}.{name} is not a type that may travel" in str(caught.value)
+    assert f"runtime.trusted_modules=[{module.partition('.')[0]}]" in str(caught.value)
+
+
+def test_looking_up_a_refused_name_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_for_nothing.py").write_text("raise SystemExit('it ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UntrustedTypeError):
+        ALLOW.find("imported_for_nothing", "X")
+    assert "imported_for_nothing" not in sys.modules
+
+
+def test_an_exception_of_another_package_is_refused() -> None:
+    with pytest.raises(UntrustedTypeError, match=r"trusted_modules=\[strangers\]"):
+        ALLOW.find("strangers", "StrangeError")
+
+
+def test_a_subclass_of_a_module_in_another_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = type("Layer", (torch.nn.Linear,), {"__module__": "strangers"})
+    monkeypatch.setattr(strangers, "Layer", layer, raising=False)
+    with pytest.raises(UntrustedTypeError):
+        ALLOW.find("strangers", "Layer")
+
+
+def test_a_class_put_into_a_module_of_torch_by_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = type("Layer", (torch.nn.Linear,), {"__module__": "strangers"})
+    monkeypatch.setattr(torch.nn.modules.linear, "Layer", layer, raising=False)
+    with pytest.raises(UntrustedTypeError):
+        ALLOW.find("torch.nn.modules.linear", "Layer")
+
+
+@pytest.mark.parametrize("module", ["numpy._core.multiarray", "numpy.core.multiarray"])
+@pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:numpy.core.multiarray is deprecated:DeprecationWarning")
+def test_arrays_of_older_and_newer_versions_of_numpy_are_read(module: str) -> None:
+    make = AllowList().find(module, "_reconstruct")
+    assert make(np.ndarray, (2,), "f").shape == (2,)

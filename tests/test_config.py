@@ -1,0 +1,231 @@
+"""The runtime configuration: what is accepted verbatim, and how each mistake is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.executors.router import resolve_mode
+
+FIELDS = [item.name for item in dataclasses.fields(RuntimeConfig)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"execution_mode": "local", "num_clients": 3},
+        {"execution_mode": "pseudo", "num_processes": 4, "use_multiprocessing": True},
+        {
+            "execution_mode": "distributed",
+            "client_endpoints": {"client_1": "worker1", "client_2": "rank:2", "client_3": "local"},
+        },
+    ],
+    ids=lambda keys: keys["execution_mode"],
+)
+@pytest.mark.parametrize("wrap", [dict, MappingProxyType, OmegaConf.create], ids=["dict", "mapping", "omegaconf"])
+def test_the_three_configurations_are_accepted_as_they_stand(keys: dict[str, Any], wrap: Any) -> None:
+    config = RuntimeConfig.of(wrap(keys))
+    assert config == RuntimeConfig(**keys)
+    assert {name: getattr(config, name) for name in keys} == keys
+
+
+def test_an_omegaconf_node_gives_plain_containers() -> None:
+    node = OmegaConf.create(
+        {
+            "count": 4,
+            "runtime": {
+                "num_clients": "${count}",
+                "trusted_modules": ["site"],
+                "client_endpoints": {"a": "local"},
+            },
+        }
+    )
+    config = RuntimeConfig.of(node.runtime)
+    assert config.num_clients == 4
+    assert type(config.trusted_modules) is list
+    assert type(config.client_endpoints) is dict
+
+
+def test_a_structured_omegaconf_node_is_accepted() -> None:
+    node = OmegaConf.merge(OmegaConf.structured(RuntimeConfig), {"num_clients": 2})
+    assert RuntimeConfig.of(node) == RuntimeConfig(num_clients=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["auto", "local", "pseudo", "distributed", "a_mode_of_ones_own"])
+def test_a_modes_name_is_a_configuration(mode: str) -> None:
+    assert RuntimeConfig.of(mode) == RuntimeConfig(execution_mode=mode)
+
+
+def test_none_means_the_defaults() -> None:
+    assert RuntimeConfig.of(None) == RuntimeConfig()
+
+
+def test_a_configuration_is_taken_as_it_is() -> None:
+    config = RuntimeConfig(num_clients=2)
+    assert RuntimeConfig.of(config) is config
+
+
+def test_no_two_configurations_share_a_container() -> None:
+    first, second = RuntimeConfig(), RuntimeConfig()
+    first.client_endpoints["a"] = "local"
+    first.trusted_modules.append("site")
+    assert (second.client_endpoints, second.trusted_modules) == ({}, [])
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_key_is_described(name: str) -> None:
+    assert re.search(rf"^ {{8}}{name}: \S", RuntimeConfig.__doc__ or "", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("num_client", "'num_clients'"),
+        ("executionmode", "'execution_mode'"),
+        ("num_proceses", "'num_processes'"),
+        ("client_endpoint", "'client_endpoints'"),
+        ("call_timeout", "'call_timeout_s'"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^unknown key runtime\.{key} \(did you mean .*{nearest}"):
+        RuntimeConfig.of({key: 1})
+
+
+@pytest.mark.parametrize("key", ["zzz", "", 7, None])
+def test_a_key_near_none_lists_all(key: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^unknown key runtime\.{key} \(known: ") as caught:
+        RuntimeConfig.of({key: 1})
+    assert all(repr(name) in str(caught.value) for name in FIELDS)
+
+
+@pytest.mark.parametrize("runtime", [3, 1.5, True, ["local"], {"local"}, SimpleNamespace(num_clients=3), object])
+def test_what_is_no_configuration_is_refused(runtime: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^runtime must be a RuntimeConfig, a mapping, an OmegaConf node or a mode"
+    ):
+        RuntimeConfig.of(runtime)
+
+
+def test_an_omegaconf_list_is_no_configuration() -> None:
+    with pytest.raises(ConfigError, match=r"^runtime must be .* not list$"):
+        RuntimeConfig.of(OmegaConf.create(["local"]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("execution_mode", None),
+        ("execution_mode", 1),
+        ("num_clients", "3"),
+        ("num_clients", 3.0),
+        ("num_clients", True),
+        ("num_processes", "4"),
+        ("num_processes", 2.5),
+        ("num_processes", False),
+        ("use_multiprocessing", 1),
+        ("use_multiprocessing", "true"),
+        ("use_multiprocessing", None),
+        ("client_endpoints", None),
+        ("client_endpoints", ["worker1"]),
+        ("client_endpoints", {"client_1": 1}),
+        ("client_endpoints", {1: "worker1"}),
+        ("client_endpoints", "worker1"),
+        ("call_timeout_s", "300"),
+        ("call_timeout_s", True),
+        ("isolation", None),
+        ("interface", 0),
+        ("deterministic", "yes"),
+        ("torch_threads", None),
+        ("torch_threads", 1.0),
+        ("max_concurrent_calls", "2"),
+        ("device_map", None),
+        ("trusted_modules", "numpy"),
+        ("trusted_modules", [1]),
+        ("trusted_modules", None),
+        ("transport", 1),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_told_with_key_and_value(key: str, value: Any) -> None:
+    message = rf"^runtime\.{key} must be .*, not {re.escape(repr(value))} \({type(value).__name__}\)$"
+    with pytest.raises(ConfigError, match=message):
+        RuntimeConfig.of({key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_clients", 0, "at least 1, not 0"),
+        ("num_clients", -1, "at least 1, not -1"),
+        ("torch_threads", 0, "at least 1, not 0"),
+        ("max_concurrent_calls", 0, "at least 1, not 0"),
+        ("num_processes", -1, "must not be negative, it is -1"),
+        ("call_timeout_s", 0, "above 0 seconds (None for no limit), but it is 0"),
+        ("call_timeout_s", -0.5, "above 0 seconds (None for no limit), but it is -0.5"),
+        ("call_timeout_s", float("nan"), "above 0 seconds (None for no limit), but it is nan"),
+        ("call_timeout_s", float("inf"), "above 0 seconds (None for no limit), but it is inf"),
+        ("isolation", "copy", "one of value, none, not 'copy'"),
+        ("transport", "ibv", "one of auto, uv, shm, not 'ibv'"),
+        ("device_map", "cuda:0", "one of auto, none, not 'cuda:0'"),
+        ("device_map", "", "one of auto, none, not ''"),
+    ],
+)
+def test_a_value_out_of_range_is_told_with_its_bounds(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^runtime\.{key} .*{re.escape(message)}$"):
+        RuntimeConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_clients", None),
+        ("num_processes", 0),
+        ("call_timeout_s", None),
+        ("call_timeout_s", 1),
+        ("call_timeout_s", 0.01),
+        ("interface", "wg0"),
+        ("trusted_modules", ("site", "lab")),
+        ("client_endpoints", MappingProxyType({"a": "local"})),
+    ],
+)
+def test_a_value_at_the_edge_is_accepted(key: str, value: Any) -> None:
+    assert getattr(RuntimeConfig(**{key: value}), key) == value
+
+
+def test_pseudo_mode_without_a_process_is_told_what_to_set() -> None:
+    message = "num_processes is 0, and pseudo mode .*num_processes=1 or more, or .*=local$"
+    with pytest.raises(ConfigError, match=message):
+        resolve_mode(RuntimeConfig(execution_mode="pseudo", num_processes=0), None)
+
+
+@pytest.mark.parametrize("mode", ["auto", "local", "distributed"])
+def test_the_number_of_processes_is_ignored_in_other_modes(mode: str) -> None:
+    assert RuntimeConfig(execution_mode=mode, num_processes=0).num_processes == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "ids"),
+    [
+        ({"num_clients": 2}, ["client_1", "client_2"]),
+        ({"num_processes": 3}, ["client_1", "client_2", "client_3"]),
+        ({"num_clients": 1, "num_processes": 3}, ["client_1"]),
+        ({"client_endpoints": {"b": "local", "a": "local"}}, ["b", "a"]),
+        ({"client_endpoints": {"b": "local"}, "num_processes": 2}, ["b"]),
+        ({"client_endpoints": {"client_2": "local"}, "num_clients": 2}, ["client_1", "client_2"]),
+    ],
+)
+def test_clients_are_made_from_what_tells_their_number(keys: dict[str, Any], ids: list[str]) -> None:
+    assert RuntimeConfig(**keys).default_client_ids() == ids
+
+
+@pytest.mark.parametrize("keys", [{}, {"num_processes": 0}])
+def test_without_a_number_of_clients_the_ways_to_give_one_are_named(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"clients=\[\.\.\.\].* or set runtime\.num_clients"):
+        RuntimeConfig(**keys).default_client_ids()

@@ -1,0 +1,684 @@
+"""Execution modes: which one a configuration means, what each refuses, and what they leave alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Latch, Seen
+from learners import Probe
+from torchrun import children_of, environment, run_script, wait_for_end, write_script
+
+import torchfedrpc as tfr
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.executors.router import resolve_mode
+from torchfedrpc.launcher import Launch
+
+LAUNCH = Launch(
+    rank=0, world_size=3, local_rank=0, num_nodes=1, master_address="localhost", master_port=1, agent_store=True
+)
+MAIN = """
+if __name__ == "__main__":
+    print("result", tfr.run(main), flush=True)
+"""
+
+# Which mode a configuration means.
+
+
+@pytest.mark.parametrize(
+    ("runtime", "launch", "mode"),
+    [
+        ({}, None, "local"),
+        ({}, LAUNCH, "distributed"),
+        ({"num_processes": 2}, None, "pseudo"),
+        ({"num_processes": 0}, None, "local"),
+        ({"use_multiprocessing": True}, None, "pseudo"),
+        ({"use_multiprocessing": True, "num_processes": 2}, LAUNCH, "distributed"),
+        ({"client_endpoints": {"a": "worker1"}}, LAUNCH, "distributed"),
+        ({"client_endpoints": {"a": "local"}}, None, "local"),
+        ({"execution_mode": "local"}, LAUNCH, "local"),
+        ({"execution_mode": "local", "num_processes": 4}, None, "local"),
+        ({"execution_mode": "pseudo"}, LAUNCH, "pseudo"),
+        ({"execution_mode": "pseudo", "num_processes": 4, "use_multiprocessing": True}, None, "pseudo"),
+        ({"execution_mode": "distributed", "client_endpoints": {"a": "rank:2"}}, LAUNCH, "distributed"),
+    ],
+)
+def test_a_configuration_and_a_launch_make_a_mode(runtime: dict[str, Any], launch: Launch | None, mode: str) -> None:
+    assert resolve_mode(RuntimeConfig.of(runtime), launch) == mode
+
+
+@pytest.mark.parametrize("endpoints", [{}, {"a": "local"}])
+def test_distributed_without_a_launcher_runs_locally_with_a_warning(endpoints: dict[str, str]) -> None:
+    with pytest.warns(UserWarning, match="torchrun"):
+        proxy = tfr.LearnerProxy(
+            Probe, ["a"], runtime={"execution_mode": "distributed", "client_endpoints": endpoints}
+        )
+    assert proxy.mode == "local"
+
+
+@pytest.mark.parametrize("mode", ["auto", "distributed"])
+@pytest.mark.parametrize("endpoint", ["worker1", "rank:2", "host:elsewhere"])
+def test_endpoints_without_a_launcher_are_refused_with_the_torchrun_command(mode: str, endpoint: str) -> None:
+    runtime = {"execution_mode": mode, "client_endpoints": {"a": endpoint, "b": endpoint}}
+    with pytest.raises(tfr.ConfigError, match=r"torchrun --nproc-per-node=3") as caught:
+        tfr.LearnerProxy(Probe, ["a", "b"], runtime=runtime)
+    assert endpoint in str(caught.value)
+
+
+BAD_ENDPOINTS = [
+    "http://10.0.0.1:80",
+    "tcp://h:1",
+    "10.0.0.1:80",
+    "nonsense",
+    "worker",
+    "workerx",
+    "rank:x",
+    "host:",
+    "",
+]
+
+
+@pytest.mark.parametrize("mode", ["auto", "distributed", "pseudo", "local"])
+@pytest.mark.parametrize("endpoint", BAD_ENDPOINTS)
+def test_an_endpoint_of_no_known_form_is_refused_in_every_mode(mode: str, endpoint: str) -> None:
+    with pytest.raises(tfr.ConfigError, match=r"client_endpoints\.a") as caught:
+        tfr.LearnerProxy(Probe, ["a"], runtime={"execution_mode": mode, "client_endpoints": {"a": endpoint}})
+    if "80" in endpoint:
+        assert "address" in str(caught.value)
+
+
+def test_an_endpoint_of_an_unknown_client_is_refused() -> None:
+    with pytest.raises(tfr.ConfigError, match="'b', which is no client"):
+        tfr.LearnerProxy(Probe, ["a"], runtime={"client_endpoints": {"b": "local"}})
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ({"execution_mode": "pseudo", "num_processes": 0}, "num_processes is 0"),
+        ({"execution_mode": "pseudo", "num_processes": -1}, "num_processes"),
+        ({"execution_mode": "psuedo"}, "did you mean 'pseudo'"),
+        ({"execution_mod": "local"}, "did you mean 'execution_mode'"),
+        ({"execution_mode": 3}, "execution_mode"),
+        ({"num_clients": "3"}, "num_clients"),
+        ({"num_clients": 0}, "num_clients"),
+        ({"num_clients": True}, "num_clients"),
+        ({"client_endpoints": {"a": 5}}, "client_endpoints"),
+        ({"client_endpoints": ["a"]}, "client_endpoints"),
+        ({"call_timeout_s": 0}, "call_timeout_s"),
+        ({"transport": "tcp"}, "transport"),
+        ({"isolation": "copy"}, "isolation"),
+        ({"trusted_modules": "package"}, "trusted_modules"),
+        ({"torch_threads": 1.5}, "torch_threads"),
+        ([("execution_mode", "local")], "mapping"),
+    ],
+    ids=str,
+)
+def test_unknown_and_mistyped_settings_are_refused(runtime: Any, words: str) -> None:
+    with pytest.raises(tfr.ConfigError, match=words):
+        tfr.LearnerProxy(Probe, ["a"], runtime=runtime)
+
+
+async def test_an_interface_that_does_not_exist_is_refused_and_the_next_proxy_opens() -> None:
+    runtime = {"execution_mode": "pseudo", "num_processes": 1}
+    with pytest.raises(tfr.ConfigError, match="no such network interface"):
+        async with tfr.LearnerProxy(Probe, ["a"], runtime={**runtime, "interface": "nowhere0"}):
+            pass
+    async with tfr.LearnerProxy(Probe, ["a"], runtime={**runtime, "interface": "lo"}) as proxy:
+        assert await proxy.custom_method("a", "same", 1) == 1
+
+
+# What holds in one mode alone.
+
+
+async def test_without_isolation_local_mode_passes_references() -> None:
+    async with tfr.LearnerProxy(Probe, ["a"], runtime={"isolation": "none"}) as proxy:
+        weights = {"w": torch.zeros(2), "function": lambda: 1}
+        assert await proxy.custom_method("a", "same", weights) is weights
+        await proxy.custom_method("a", "keep", weights)
+        assert await proxy.custom_method("a", "live") is weights
+        with pytest.raises(ValueError, match="plain"):
+            await proxy.custom_method("a", "fail", "value")
+
+
+async def test_without_isolation_worker_processes_copy_all_the_same() -> None:
+    runtime = {"execution_mode": "pseudo", "num_processes": 1, "isolation": "none"}
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+        weights = torch.zeros(2)
+        await proxy.custom_method("a", "keep", weights)
+        weights += 1
+        assert (await proxy.custom_method("a", "live")).sum() == 0
+
+
+@pytest.mark.parametrize("mode", ["local", "pseudo"])
+async def test_several_sync_methods_run_at_once_where_that_is_allowed(mode: str, latch: Latch) -> None:
+    runtime = {"execution_mode": mode, "max_concurrent_calls": 3} | ({"num_processes": 1} if mode == "pseudo" else {})
+    seen = Seen()
+    async with tfr.LearnerProxy(Probe, ["a", "b", "c", "d"], runtime=runtime) as proxy:
+        proxy.subscribe(seen)
+        held = [asyncio.create_task(proxy.custom_method(one, "hold", latch.path)) for one in "abc"]
+        for one in "abc":
+            await seen.reported(one)
+        waiting = asyncio.create_task(proxy.custom_method("d", "append_async", 1))
+        with pytest.raises(tfr.CallTimeoutError):
+            await proxy.options(timeout_s=0.1).custom_method("a", "same", 1)
+        assert not waiting.done()
+        latch.open()
+        assert await asyncio.gather(*held) == ["released"] * 3
+        assert await waiting == 2
+        first = [await proxy.custom_method(one, "draw_from_generator") for one in "ab"]
+    async with tfr.LearnerProxy(Probe, ["a", "b"], runtime="local") as proxy:
+        again = [await proxy.custom_method(one, "draw_from_generator") for one in "ab"]
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+async def test_the_shm_transport_works_as_well() -> None:
+    runtime = {"execution_mode": "pseudo", "num_processes": 2, "transport": "shm"}
+    async with tfr.LearnerProxy(Probe, ["a", "b"], runtime=runtime) as proxy:
+        tensor = torch.rand(300_000)
+        for back in (await proxy.clients().call("same", tensor)).values():
+            assert torch.equal(back, tensor)
+
+
+async def test_a_mixed_run_has_some_clients_in_the_drivers_process() -> None:
+    endpoints = {"a": "local", "b": "worker2"}
+    runtime = {"execution_mode": "pseudo", "num_processes": 2, "client_endpoints": endpoints}
+    async with tfr.LearnerProxy(Probe, ["a", "b", "c", "d"], runtime=runtime) as proxy:
+        where = await proxy.clients().call("process_id")
+        assert where["a"] == os.getpid()
+        assert len(set(where.values())) == 3
+        assert where["b"] == where["d"]
+        with pytest.raises(ValueError, match="plain") as caught:
+            await proxy.custom_method("a", "fail", "value")
+        assert "on local" in caught.value.__notes__[-1]
+
+
+async def test_a_killed_worker_ends_its_calls_and_no_others() -> None:
+    runtime = {"execution_mode": "pseudo", "num_processes": 2}
+    async with asyncio.timeout(60), tfr.LearnerProxy(Probe, ["a", "b"], runtime=runtime) as proxy:
+        await proxy.clients().call("same", 1)
+        queued = [asyncio.create_task(proxy.custom_method("a", name)) for name in ("die", "echo", "context_async")]
+        for result in await asyncio.gather(*queued, return_exceptions=True):
+            assert isinstance(result, tfr.WorkerLostError)
+            assert isinstance(result, ConnectionError)
+            assert "worker1" in str(result)
+        assert await proxy.custom_method("b", "same", 2) == 2
+        with pytest.raises(tfr.WorkerLostError, match=r"a.*worker1"):
+            await proxy.custom_method("a", "same", 1)
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+        assert await proxy.custom_method("a", "same", 3) == 3
+
+
+async def test_a_worker_that_dies_while_a_proxy_opens_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fatal_in_a_worker.py").write_text(
+        f"import os\nif os.getpid() != {os.getpid()}:\n    os._exit(7)\n"
+        "class Learner:\n    def __init__(self, client_id):\n        pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import fatal_in_a_worker
+
+    with pytest.raises(tfr.WorkerLostError, match="worker1"):
+        async with (
+            asyncio.timeout(60),
+            tfr.LearnerProxy(fatal_in_a_worker.Learner, ["a"], runtime={"num_processes": 1}),
+        ):
+            pass
+    del sys.modules["fatal_in_a_worker"]
+
+
+async def test_a_module_that_a_worker_cannot_import_is_a_config_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("class Learner:\n    def __init__(self, client_id):\n        pass\n")
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(tmp_path)
+        import only_here
+    with pytest.raises(tfr.ConfigError, match=r"worker1.*only_here"):
+        async with tfr.LearnerProxy(only_here.Learner, ["a"], runtime={"num_processes": 1}):
+            pass
+    del sys.modules["only_here"]
+
+
+# Addresses and processes.
+
+
+def _listening(pid: int) -> list[str]:
+    """The addresses on which a process listens, in hex as /proc has them."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = os.readlink(entry)
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.append(fields[1].rpartition(":")[0])
+    return found
+
+
+async def test_driver_and_workers_listen_on_loopback_alone() -> None:
+    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    async with tfr.LearnerProxy(Probe, ["a", "b"], runtime={"num_processes": 2}) as proxy:
+        workers = set((await proxy.clients().call("process_id")).values())
+        await proxy.clients().call("same", torch.zeros(100_000))
+        addresses = [address for pid in [os.getpid(), *workers] for address in _listening(pid)]
+    assert len(addresses) >= 3  # the store, and each worker
+    assert set(addresses) <= loopback
+
+
+async def test_local_mode_starts_no_process_and_listens_nowhere() -> None:
+    before = _listening(os.getpid())
+    async with tfr.LearnerProxy(Probe, ["a"], runtime="local") as proxy:
+        assert await proxy.custom_method("a", "process_id") == os.getpid()
+        assert children_of(os.getpid()) == []
+        assert _listening(os.getpid()) == before
+
+
+def test_two_pseudo_runs_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
+    script = write_script(
+        tmp_path,
+        """
+        async def main():
+            async with tfr.LearnerProxy(Probe, ["a", "b"], runtime={"num_processes": 2}, seed=4) as proxy:
+                sys.stdout.write("open\\n")
+                sys.stdout.flush()
+                sys.stdin.readline()
+                return repr(dict(await proxy.clients().call("draw")))
+        """,
+        MAIN,
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        for run in runs:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "open\n"
+        outputs = [run.communicate("go\n", timeout=60)[0] for run in runs]  # both are open by now
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("result {'a'")
+
+
+@pytest.mark.parametrize(
+    ("how", "busy"),
+    [
+        ("SIGKILL", True),
+        ("SIGKILL", False),
+        ("SIGKILL with a forked child", False),
+        ("SIGTERM", True),
+        ("SIGINT", True),
+        ("os._exit", False),
+    ],
+)
+def test_workers_end_within_5_s_of_their_driver_however_it_ends(tmp_path: Path, how: str, busy: bool) -> None:
+    script = write_script(
+        tmp_path,
+        """
+        import multiprocessing, time
+
+        async def main(how, busy):
+            async with tfr.LearnerProxy(Probe, ["a", "b"], runtime={"num_processes": 2}) as proxy:
+                workers = await proxy.clients().call("process_id")
+                pids = list(workers.values())
+                if "child" in how:
+                    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,), daemon=True)
+                    child.start()
+                    print("child", child.pid, flush=True)
+                print("pids", *pids, flush=True)
+                sys.stdin.readline()
+                tasks = [asyncio.create_task(proxy.custom_method(one, "nap", 300.0)) for one in "ab"] if busy else []
+                if tasks:
+                    await asyncio.sleep(0.2)
+                print("ready", flush=True)
+                if how == "os._exit":
+                    os._exit(3)
+                await asyncio.sleep(300)
+
+        if __name__ == "__main__":
+            tfr.run(main, sys.argv[1], sys.argv[2] == "True")
+        """,
+    )
+    driver = subprocess.Popen(
+        [sys.executable, str(script), how, str(busy)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    lines = _lines_until(driver, "pids")
+    workers = [int(pid) for pid in lines[-1].split()[1:]]
+    child = [int(line.split()[1]) for line in lines if line.startswith("child")]
+    try:
+        assert driver.stdin is not None
+        driver.stdin.write("go\n")
+        driver.stdin.flush()
+        _lines_until(driver, "ready")
+        if how != "os._exit":
+            driver.send_signal(signal.Signals[how.split()[0]])
+        wait_for_end([driver.pid], timeout_s=20 if how == "SIGINT" else 10)
+        wait_for_end(workers, timeout_s=5)
+    finally:
+        for pid in child:
+            os.kill(pid, signal.SIGKILL)
+        driver.kill()
+        driver.communicate()
+
+
+def _lines_until(process: subprocess.Popen[str], word: str) -> list[str]:
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(word):
+            return lines
+    raise AssertionError("".join(lines))
+
+
+# Scripts.
+
+
+@pytest.mark.parametrize("start", ["path", "module", "main of a package"])
+def test_a_learner_of_the_script_loads_data_with_processes_of_its_own(tmp_path: Path, start: str) -> None:
+    script = write_script(
+        tmp_path,
+        """
+        class Trouble(Exception):
+            pass
+
+        class Result:
+            def __init__(self, values):
+                self.values = values
+
+        class Loading:
+            def __init__(self, client_id):
+                self.data = torch.utils.data.TensorDataset(torch.arange(12.0))
+
+            def load(self):
+                loader = torch.utils.data.DataLoader(self.data, batch_size=3, num_workers=2, shuffle=True)
+                return Result(sorted(value for (batch,) in loader for value in batch.tolist()))
+
+            def fail(self):
+                raise Trouble("of the script")
+
+        async def load(runtime):
+            async with tfr.LearnerProxy(Loading, ["a", "b"], runtime=runtime) as proxy:
+                loaded = await proxy.clients().call("load")
+                assert all(type(result) is Result and result.values == list(range(12)) for result in loaded.values())
+                try:
+                    await proxy.custom_method("a", "fail")
+                except Trouble as error:
+                    return error.args
+
+        async def main():
+            return [await load("local"), await load({"num_processes": 2})]
+        """,
+        MAIN,
+    )
+    if start == "path":
+        code, output = run_script(script)
+    else:
+        package = tmp_path / "package"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        name = "__main__" if start == "main of a package" else "part"
+        script.rename(package / f"{name}.py")
+        module = "package" if start == "main of a package" else "package.part"
+        done = subprocess.run(
+            [sys.executable, "-m", module],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        code, output = done.returncode, done.stdout + done.stderr
+    assert code == 0, output
+    assert "result [('of the script',), ('of the script',)]" in output
+
+
+def test_a_script_that_runs_without_a_main_guard_is_told_so_in_pseudo_mode(tmp_path: Path) -> None:
+    script = write_script(
+        tmp_path,
+        """
+        class Learner:
+            def __init__(self, client_id):
+                pass
+
+        async def main():
+            async with tfr.LearnerProxy(Learner, ["a"], runtime={"num_processes": 1}):
+                pass
+
+        tfr.run(main)
+        """,
+    )
+    code, output = run_script(script)
+    assert code != 0
+    assert 'if __name__ == "__main__":' in output
+
+
+@pytest.mark.parametrize("how", ["stdin", "-c"])
+def test_a_learner_of_an_interactive_session_works_locally_and_is_refused_elsewhere(how: str) -> None:
+    code = (
+        "import asyncio, torchfedrpc as tfr\n"
+        "class Learner:\n    def __init__(self, client_id):\n        pass\n"
+        "    def same(self, value):\n        return value\n"
+        "async def main(runtime):\n"
+        "    async with tfr.LearnerProxy(Learner, ['a'], runtime=runtime) as proxy:\n"
+        "        return await proxy.custom_method('a', 'same', 5)\n"
+        "print('local', tfr.run(main, 'local'))\n"
+        "try:\n    tfr.run(main, {'num_processes': 1})\n"
+        "except tfr.ConfigError as error:\n    print('refused', error)\n"
+    )
+    command = [sys.executable, "-"] if how == "stdin" else [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, input=code if how == "stdin" else "", env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert "local 5" in done.stdout, done.stderr
+    assert "refused" in done.stdout, done.stderr
+    assert "interactive session" in done.stdout
+
+
+def test_run_refuses_what_is_no_coroutine_function() -> None:
+    with pytest.raises(tfr.ConfigError, match="coroutine function"):
+        tfr.run(lambda: None)  # type: ignore[arg-type,return-value]
+
+
+def test_run_returns_the_result_and_raises_the_error_of_main() -> None:
+    async def main(value: int, *, fails: bool = False) -> int:
+        if fails:
+            raise ValueError(value)
+        return value
+
+    assert tfr.run(main, 5) == 5
+    with pytest.raises(ValueError, match="6"):
+        tfr.run(main, 6, fails=True)
+
+
+# Without torch.distributed.rpc.
+
+
+@pytest.mark.parametrize("hide", ["sys.modules['torch.distributed.rpc'] = None", "del torch._C._rpc_init"])
+def test_without_torch_rpc_local_mode_works_and_pseudo_mode_is_refused(tmp_path: Path, hide: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys, torch\n{hide}\n"
+        """
+import torchfedrpc as tfr
+from learners import Probe
+
+async def main(runtime):
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+        return await proxy.custom_method("a", "same", 5), proxy.mode
+
+print("result", tfr.run(main, "local"))
+for runtime in ({"num_processes": 1}, "pseudo"):
+    try:
+        tfr.run(main, runtime)
+    except tfr.ConfigError as error:
+        print("refused", error)
+print("result", tfr.run(main, None))
+"""
+    )
+    code, output = run_script(script)
+    assert code == 0, output
+    assert output.count("result (5, 'local')") == 2, output
+    assert output.count("execution_mode=local") == 2, output
+
+
+# A mode of one's own.
+
+
+@pytest.fixture
+def own_mode() -> Iterator[type[tfr.AbstractExecutor]]:
+    @tfr.executor("counting")
+    class CountingExecutor(tfr.AbstractExecutor):
+        """Runs learners here and counts the calls."""
+
+        opened: list[str] = []
+        calls: list[str] = []
+
+        async def open(self, spec: tfr.ExecutorSpec) -> None:
+            self.opened.append("open")
+            self.host = spec.make_host()
+
+        async def close(self) -> None:
+            self.opened.append("close")
+            await asyncio.to_thread(self.host.close)
+
+        async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+            self.calls.append(method_name)
+            return await self.host.execute_method(client_id, method_name, *args, **kwargs)
+
+    from torchfedrpc.registry import executors
+
+    yield CountingExecutor
+    executors._entries.pop("counting")
+
+
+class WeightLearner:
+    """What the first trainer example calls."""
+
+    def __init__(self, client_id: str) -> None:
+        self.weights = {"w": torch.zeros(2)}
+        self.rate = float(client_id.removeprefix("client_"))
+
+    def train_epoch(self, round_num: int, local_epochs: int, learning_rate: float) -> dict[str, Any]:
+        self.weights["w"] += local_epochs * learning_rate * self.rate + torch.rand(2)
+        return {"model_weights": self.weights}
+
+    def set_model_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights = weights
+
+    def get_model_weights(self) -> dict[str, torch.Tensor]:
+        return self.weights
+
+    def evaluate(self) -> dict[str, float]:
+        return {"accuracy": 0.5}
+
+
+class SeedTrainer(tfr.AbstractFederationTrainer):
+    async def train(self):  # type: ignore[no-untyped-def]
+        for round_num in range(self.config.num_rounds):
+            selected_clients = self.select_clients(round_num)
+            training_tasks = []
+            for client_id in selected_clients:
+                task = self.learner_proxy.train_epoch(
+                    client_id=client_id, round_num=round_num, local_epochs=5, learning_rate=0.01
+                )
+                training_tasks.append(task)
+            results = await asyncio.gather(*training_tasks)
+            weights_list = [result["model_weights"] for result in results]
+            global_weights = await self.aggregate_weights(weights_list)
+            update_tasks = []
+            for client_id in selected_clients:
+                task = self.learner_proxy.set_model_weights(client_id=client_id, weights=global_weights)
+                update_tasks.append(task)
+            await asyncio.gather(*update_tasks)
+            if round_num % 5 == 0:
+                eval_tasks = [self.learner_proxy.evaluate(client_id=client_id) for client_id in selected_clients]
+                eval_results = await asyncio.gather(*eval_tasks)
+                _avg_accuracy = sum(r["accuracy"] for r in eval_results) / len(eval_results)
+
+
+async def _train(runtime: Any) -> torch.Tensor:
+    ids = ["client_1", "client_2", "client_3"]
+    async with tfr.LearnerProxy(WeightLearner, ids, runtime=runtime) as proxy:
+        await SeedTrainer({"num_rounds": 6}, proxy).train()
+        return (await proxy.get_model_weights("client_1"))["w"]
+
+
+async def test_a_mode_of_ones_own_runs_the_seeds_trainer_unchanged(own_mode: Any) -> None:
+    own = await _train("counting")
+    assert own_mode.opened == ["open", "close"]
+    assert own_mode.calls.count("train_epoch") == 18
+    assert torch.equal(own, await _train("local"))
+    assert torch.equal(own, await _train({"num_processes": 2}))
+
+
+async def test_a_mode_of_ones_own_keeps_deadlines_errors_and_groups(own_mode: Any, latch: Latch) -> None:
+    async with tfr.LearnerProxy(Probe, ["a", "b"], runtime="counting") as proxy:
+        assert proxy.mode == "counting"
+        assert await proxy.clients().call("same", 1) == {"a": 1, "b": 1}
+        with pytest.raises(ValueError, match="plain"):
+            await proxy.custom_method("a", "fail", "value")
+        with pytest.raises(tfr.CallTimeoutError):
+            await proxy.options(timeout_s=0.1).custom_method("a", "hold", latch.path)
+        assert await proxy.custom_method("a", "what_happened") == ["hold begins", "hold saw cancelled"]
+        with pytest.raises(tfr.UnknownClientError):
+            await proxy.custom_method("c", "same", 1)
+        with pytest.raises(tfr.ConfigError, match="streams"):
+            proxy.stream("a", "count", 1)
+
+
+def test_a_mode_of_another_name_is_listed_with_the_known_ones(own_mode: Any) -> None:
+    with pytest.raises(tfr.ConfigError, match="did you mean 'counting'"):
+        tfr.LearnerProxy(Probe, ["a"], runtime="countin")
+
+
+# The executors on their own.
+
+
+@pytest.mark.parametrize(
+    ("runtime", "kind"),
+    [("local", tfr.LocalExecutor), ({"num_processes": 2}, tfr.PseudoExecutor)],
+    ids=["local", "pseudo"],
+)
+async def test_an_executor_serves_without_a_proxy(runtime: Any, kind: type[tfr.AbstractExecutor]) -> None:
+    from torchfedrpc.host.spec import LearnerSpec
+
+    router = tfr.ExecutorRouter(runtime)
+    executor = router.get_executor("a")
+    assert type(executor) is kind
+    spec, _ = LearnerSpec.of(Probe, 0, RuntimeConfig.of(runtime))
+    try:
+        await executor.open(tfr.ExecutorSpec(spec, {"a": {}, "b": {}}, lambda event: None))
+        assert await executor.execute_method("a", "echo", 1, method_name=2) == ((1,), {"method_name": 2})
+    finally:
+        await executor.close()

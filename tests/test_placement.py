@@ -1,0 +1,99 @@
+"""Endpoints, and even shares of clients."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.executors.placement import Endpoint, place_clients
+
+THREE = ["alpha", "beta", "alpha"]
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [
+        ("local", Endpoint("local")),
+        ("worker1", Endpoint("rank", rank=1)),
+        ("worker12", Endpoint("rank", rank=12)),
+        ("rank:2", Endpoint("rank", rank=2)),
+        ("host:gpu-7.example.org", Endpoint("host", machine="gpu-7.example.org")),
+        ("host:local", Endpoint("host", machine="local")),
+    ],
+)
+def test_an_endpoint_is_read(text: str, endpoint: Endpoint) -> None:
+    assert Endpoint.parse("client_1", text) == endpoint
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "worker", "worker-1", "worker1.5", "workerX", "Worker1", "rank:", "rank:-1", "rank:x", "rank2", "host:",
+     "host:a:1", "host:a/b", "LOCAL", "local ", " worker1", "somewhere", "rank:²"],
+)  # fmt: skip
+def test_a_malformed_endpoint_names_the_client_and_the_forms(text: str) -> None:
+    expected = re.escape(f"client_endpoints.client_9 is {text!r}: ") + ".*worker1, rank:2 or host:NAME, or local"
+    with pytest.raises(ConfigError, match=expected):
+        Endpoint.parse("client_9", text)
+
+
+@pytest.mark.parametrize("text", ["10.0.0.1:5000", "tcp://site:5000", "http://site:8080", "[::1]:5000"])
+def test_an_address_is_told_to_be_one(text: str) -> None:
+    with pytest.raises(ConfigError, match="an address cannot be dialled by this version"):
+        Endpoint.parse("client_1", text)
+
+
+def test_clients_without_an_endpoint_go_to_workers_in_neighbouring_shares() -> None:
+    places = place_clients(["a", "b", "c", "d", "e"], {}, ["m", "m"])
+    assert list(places.values()) == sorted(places.values())
+    assert sorted(Counter(places.values()).values()) == [2, 3]
+
+
+@given(num_clients=st.integers(0, 60), num_workers=st.integers(1, 9))
+def test_shares_are_even_and_of_neighbours_for_any_numbers(num_clients: int, num_workers: int) -> None:
+    clients = [f"client_{number}" for number in range(num_clients)]
+    places = place_clients(clients, {}, ["m"] * num_workers)
+    assert list(places) == clients
+    assert list(places.values()) == sorted(places.values())
+    counts = [list(places.values()).count(worker) for worker in range(num_workers)]
+    assert sum(counts) == num_clients
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_named_worker_gets_its_client() -> None:
+    places = place_clients(["a", "b"], {"a": "worker3", "b": "rank:1"}, THREE)
+    assert places == {"a": 2, "b": 0}
+
+
+def test_clients_of_a_machine_take_turns_on_its_workers() -> None:
+    clients = list("abcd")
+    places = place_clients(clients, dict.fromkeys(clients, "host:alpha"), THREE)
+    assert [places[client] for client in clients] == [0, 2, 0, 2]
+
+
+def test_machines_have_turns_of_their_own() -> None:
+    endpoints = {"a": "host:alpha", "b": "host:beta", "c": "host:alpha"}
+    assert place_clients(list("abc"), endpoints, THREE) == {"a": 0, "b": 1, "c": 2}
+
+
+def test_a_local_client_has_no_worker() -> None:
+    assert place_clients(["a", "b"], {"a": "local"}, ["m"]) == {"b": 0}
+
+
+def test_clients_with_an_endpoint_do_not_shift_the_shares_of_the_others() -> None:
+    places = place_clients(list("abcde"), {"a": "worker2"}, ["m", "m"])
+    assert places == {"a": 1, "b": 0, "c": 0, "d": 1, "e": 1}
+
+
+@pytest.mark.parametrize("text", ["worker4", "worker0", "rank:0", "rank:4", "host:gamma"])
+def test_a_worker_that_does_not_exist_gives_those_that_do(text: str) -> None:
+    message = (
+        f"client_endpoints.a is {text!r}, and this run has no such worker: it has worker1 to worker3 "
+        "(rank:1 to rank:3) on host:alpha, host:beta"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        place_clients(["a"], {"a": text}, THREE)

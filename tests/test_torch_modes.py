@@ -1,0 +1,182 @@
+"""What torch keeps by thread: each call has its own, and the thread's comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from torchfedrpc.host.torch_modes import TorchModes
+
+
+def modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def autocast() -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+
+DEFAULT = (True, False)
+
+
+@pytest.fixture(autouse=True)
+def _default_modes() -> Iterator[None]:
+    assert modes() == DEFAULT
+    yield
+    torch.set_grad_enabled(True)
+    assert modes() == DEFAULT
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_call_begins_with_gradients_enabled_whatever_ran_before(around: Any) -> None:
+    with around():
+        outside = modes()
+        with TorchModes():
+            assert modes() == DEFAULT
+            assert (torch.ones(1, requires_grad=True) * 2).requires_grad
+        assert modes() == outside
+
+
+def test_a_mode_that_a_call_sets_does_not_outlive_its_step() -> None:
+    with TorchModes():
+        torch.set_grad_enabled(False)
+        assert modes() == (False, False)
+    assert modes() == DEFAULT
+
+
+def test_a_call_finds_its_own_mode_at_its_next_step() -> None:
+    own = TorchModes()
+    with own:
+        torch.set_grad_enabled(False)
+    for _ in range(2):
+        assert modes() == DEFAULT
+        with own:
+            assert modes() == (False, False)
+    with own:
+        torch.set_grad_enabled(True)
+    with torch.no_grad(), own:
+        assert modes() == DEFAULT
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_block_of_a_coroutine_keeps_its_mode_over_its_steps(mode: Any) -> None:
+    def method() -> Iterator[tuple[bool, bool]]:
+        with mode():
+            yield modes()
+            yield modes()
+        yield modes()
+
+    with mode():
+        inside = modes()
+    steps, own = method(), TorchModes()
+    found = []
+    for _ in range(3):
+        with own:
+            found.append(next(steps))
+        assert modes() == DEFAULT
+    assert found == [inside, inside, DEFAULT]
+    steps.close()
+
+
+def test_calls_in_turn_have_modes_of_their_own() -> None:
+    first, second = TorchModes(), TorchModes()
+    with first:
+        torch.set_grad_enabled(False)
+    with second:
+        assert modes() == DEFAULT
+    with first:
+        assert modes() == (False, False)
+    with second:
+        assert modes() == DEFAULT
+
+
+def test_modes_nest() -> None:
+    with TorchModes():
+        torch.set_grad_enabled(False)
+        with TorchModes():
+            assert modes() == DEFAULT
+        assert modes() == (False, False)
+
+
+def test_the_mode_comes_back_where_a_step_raises_and_the_step_after_finds_what_it_left() -> None:
+    own = TorchModes()
+
+    def fail() -> None:
+        with own:
+            torch.set_grad_enabled(False)
+            _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert modes() == DEFAULT
+    with own:
+        assert modes() == (False, False)
+
+
+# Autocast.
+
+
+def product(weights: torch.Tensor) -> torch.dtype:
+    return (weights @ weights).dtype
+
+
+def test_a_call_begins_without_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with TorchModes():
+            assert product(torch.ones(2, 2)) is torch.float32
+        assert product(torch.ones(2, 2)) is torch.bfloat16
+
+
+def test_autocast_that_a_call_sets_does_not_outlive_its_step_and_holds_at_the_next() -> None:
+    before = autocast()
+    own, other = TorchModes(), TorchModes()
+    with own:
+        torch.set_autocast_dtype("cpu", torch.float16)
+        torch.set_autocast_enabled("cpu", True)
+    assert autocast() == before
+    with other:
+        assert autocast() == before
+    with own:
+        assert autocast() == (True, torch.float16)
+    assert autocast() == before
+
+
+def test_a_block_of_autocast_is_kept_over_the_steps_of_a_coroutine() -> None:
+    def method() -> Iterator[torch.dtype]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield product(torch.ones(2, 2))
+            yield product(torch.ones(2, 2))
+        yield product(torch.ones(2, 2))
+
+    steps, own = method(), TorchModes()
+    found = []
+    for _ in range(3):
+        with own:
+            found.append(next(steps))
+        assert product(torch.ones(2, 2)) is torch.float32
+    assert found == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.xfail(strict=True, reason="the open block keeps the cache of the thread")
+def test_weights_that_a_call_has_cast_are_not_stale_after_its_update() -> None:
+    def waits() -> Iterator[None]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+
+    waiting, steps = TorchModes(), waits()
+    with waiting:
+        next(steps)
+    weights = torch.nn.Parameter(torch.ones(2, 2))
+    found = []
+    with TorchModes():
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found.append((weights @ torch.ones(2, 2)).sum().item())
+            with torch.no_grad():
+                weights.add_(1)
+    with waiting:
+        steps.close()
+    assert found == [8.0, 16.0]

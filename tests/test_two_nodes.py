@@ -1,0 +1,127 @@
+"""Distributed mode on two machines: network namespaces of this one, joined by a cable of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torchrun import environment, run_script, write_script
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"),
+]
+
+SCRIPT = """
+import socket
+
+async def main():
+    ids = [f"client_{number}" for number in range(6)]
+    async with tfr.LearnerProxy(Probe, ids, seed=3) as proxy:
+        draws = await proxy.clients().call("draw")
+        stream = [item async for item in proxy.stream("client_5", "draw_async_stream", 2)]
+        tensor = torch.arange(1_000_000.0)
+        back = await proxy.clients().call("same", tensor)
+        assert all(torch.equal(value, tensor) for value in back.values())
+        nodes = await proxy.clients().call("node")
+        processes = await proxy.clients().call("process_id")
+        workers = len(set(processes.values()))
+    result = {"draws": dict(draws), "stream": stream, "nodes": sorted(set(nodes.values())), "workers": workers}
+    sys.stdout.write("result " + json.dumps(result) + "\\n")
+
+if __name__ == "__main__":
+    tfr.run(main)
+"""
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def nodes() -> Iterator[dict[str, str]]:
+    """Two network namespaces: name -> address."""
+    tag = f"tfr{os.getpid() % 100_000}"
+    names = [f"{tag}a", f"{tag}b"]
+    addresses = ["10.99.0.1", "10.99.0.2"]
+    try:
+        try:
+            for name in names:
+                _run("ip", "netns", "add", name)
+            _run(*f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}".split())
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        for name, address in zip(names, addresses, strict=True):
+            _run(*f"ip -n {name} addr add {address}/24 dev {name}".split())
+            _run(*f"ip -n {name} link set {name} up".split())
+            _run(*f"ip -n {name} link set lo up".split())
+        yield dict(zip(names, addresses, strict=True))
+    finally:
+        for name in names:  # their cable goes with them
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def _launch(nodes: dict[str, str], script: Path, *, hostnames: bool, launcher: list[str]) -> tuple[list[int], str]:
+    """Start torchrun on both nodes: their exit statuses and their output, one after the other."""
+    processes = []
+    try:
+        for rank, (name, address) in enumerate(nodes.items()):
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={2 - rank}"]
+            torchrun += [part.format(rank=rank, address=address, is_host=int(rank == 0)) for part in launcher]
+            inside = ["sh", "-c", 'hostname "$0" && exec "$@"', f"node-{rank}"] if hostnames else []
+            command = ["ip", "netns", "exec", name, *(["unshare", "--uts"] if hostnames else []), *inside, *torchrun]
+            processes.append(
+                subprocess.Popen(
+                    [*command, str(script)],
+                    env={**environment(), "TFR_NODE": f"node {rank}"},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        outputs = [process.communicate(timeout=100)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)  # torchrun ends its ranks
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+        raise AssertionError("the launch did not end:\n" + "\n".join(outputs)) from None
+    return [process.returncode for process in processes], "\n".join(outputs)
+
+
+def _result(output: str) -> str:
+    found = [line for line in output.splitlines() if line.startswith("result ")]
+    assert len(found) == 1, output
+    return found[0]
+
+
+STATIC = ["--node-rank={rank}", "--master-addr=10.99.0.1", "--master-port=29411"]
+C10D = ["--rdzv-backend=c10d", "--rdzv-endpoint=10.99.0.1:29412", "--rdzv-conf=is_host={is_host}"]
+C10D += ["--local-addr={address}", "--rdzv-id=one"]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("hostnames", [True, False], ids=["names of their own", "one name"])
+@pytest.mark.parametrize("launcher", [STATIC, C10D], ids=["static", "c10d"])
+def test_a_proxy_reaches_workers_on_both_machines_and_the_bits_are_those_of_local_mode(
+    nodes: dict[str, str], tmp_path: Path, launcher: list[str], hostnames: bool
+) -> None:
+    script = write_script(tmp_path, SCRIPT)
+    codes, output = _launch(nodes, script, hostnames=hostnames, launcher=launcher)
+    assert codes == [0, 0], output
+    distributed = json.loads(_result(output).removeprefix("result "))
+    assert distributed.pop("nodes") == ["node 0", "node 1"]
+    assert distributed.pop("workers") == 2
+    code, output = run_script(script)
+    assert code == 0, output
+    local = json.loads(_result(output).removeprefix("result "))
+    assert distributed["draws"] == local["draws"]
+    assert distributed["stream"] == local["stream"]
