@@ -333,7 +333,6 @@ def test_an_exception_whose_text_fails_arrives() -> None:
     assert type(failure.restore(ALLOW, "")) is BadText
 
 
-@pytest.mark.xfail(strict=True, reason="notes and causes are set by the class's own setattr")
 def test_an_exception_that_is_a_frozen_dataclass_arrives() -> None:
     received = arrives(Frozen(3))
     assert type(received) is Frozen

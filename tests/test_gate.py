@@ -125,10 +125,13 @@ def test_all_are_served_in_the_order_of_their_arrival(crowd: Crowd) -> None:
 
 
 def test_shared_holders_behind_an_exclusive_one_enter_together(crowd: Crowd) -> None:
-    exclusive = crowd.start("exclusive")
-    behind = [crowd.start("shared") for _ in range(3)]
-    exclusive.end()
-    assert all(holder.entered.wait(_TIMEOUT_S) for holder in behind)
+    for _ in range(10):
+        exclusive = crowd.start("exclusive")
+        behind = [crowd.start("shared") for _ in range(8)]
+        exclusive.end()
+        assert all(holder.entered.wait(_TIMEOUT_S) for holder in behind)
+        for holder in behind:
+            holder.end()
 
 
 @pytest.mark.parametrize("kind", ["shared", "exclusive"])

@@ -195,6 +195,7 @@ def test_any_other_name_is_refused(module: str, name: str) -> None:
         (internal._InternalRPCPickler, "_script_module_receiver"),
         (internal._InternalRPCPickler, "_tensor_reducer"),
         (internal.PythonUDF, "_make"),
+        (internal.PythonUDF, "_tensor_receiver"),
         (endpoint.submit, "__globals__"),
         (ValueError, "__subclasses__"),
         ("text", "format"),

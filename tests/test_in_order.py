@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 
 import pytest
@@ -51,10 +52,15 @@ def test_actions_from_many_threads_run_once_each_and_in_order() -> None:
             requests.put(number, lambda number=number: act(number))  # type: ignore[misc]
 
     threads = [threading.Thread(target=send, args=(thread,)) for thread in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(_TIMEOUT_S)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(_TIMEOUT_S)
+    finally:
+        sys.setswitchinterval(before)
     assert done == list(range(num_threads * num_each))
 
 

@@ -235,11 +235,10 @@ async def test_a_worker_that_has_ended_before_is_lost(pair: tuple[Link, Link]) -
 # The end.
 
 
-@pytest.mark.parametrize("failed", [True, False])
-def test_stopping_tells_the_worker_whether_the_run_failed_and_closes(pair: tuple[Link, Link], failed: bool) -> None:
+def test_stopping_tells_the_worker_and_closes(pair: tuple[Link, Link]) -> None:
     driver, worker = pair
-    driver.stop(failed=failed)
-    assert worker.receive() == {"do": "stop", "failed": failed}
+    driver.stop()
+    assert worker.receive() == {"do": "stop"}
     assert worker.receive() is None
     assert driver.fileno() == -1
 
@@ -258,7 +257,7 @@ async def test_stopping_after_a_request_is_still_told(pair: tuple[Link, Link]) -
     await driver.request({"do": "join"}, "worker1")
     driver.stop()
     worker.join()
-    assert worker.told[-1] == {"do": "stop", "failed": False}
+    assert worker.told[-1] == {"do": "stop"}
 
 
 def test_a_link_knows_its_descriptor_and_address() -> None:

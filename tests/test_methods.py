@@ -120,7 +120,6 @@ def test_the_list_of_methods_has_the_public_callables_alone(of: Any) -> None:
     assert not names & {"_private", "_Site__mangled", "__init__", "broken", "nothing", "rounds", "size"}
 
 
-@pytest.mark.xfail(strict=True, reason="descriptors of class methods are not callable themselves")
 def test_class_methods_are_listed_too() -> None:
     assert {"made", "partial"} <= set(public_methods(Site()))
 

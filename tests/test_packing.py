@@ -512,6 +512,13 @@ def test_a_conjugate_beside_its_base_has_its_own_value() -> None:
     assert conjugate.tolist() == [1 - 2j]
 
 
+def test_a_negative_beside_its_base_has_its_own_value() -> None:
+    whole = torch.tensor([1.0, 2.0])
+    received, negative = sent([whole, torch._neg_view(whole)])
+    assert received.tolist() == [1, 2]
+    assert negative.tolist() == [-1, -2]
+
+
 def test_a_tensor_with_storage_freed_is_refused() -> None:
     weights = torch.ones(3)
     weights.untyped_storage().resize_(0)

@@ -172,7 +172,6 @@ def test_another_kind_of_bit_generator_of_the_process_comes_back() -> None:
         np.random.set_bit_generator(before)
 
 
-@pytest.mark.xfail(strict=True, reason="what the call put in place is kept as a spare")
 def test_a_call_may_swap_the_bit_generator_and_the_next_is_seeded_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -160,7 +160,6 @@ def test_a_block_of_autocast_is_kept_over_the_steps_of_a_coroutine() -> None:
     assert found == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
-@pytest.mark.xfail(strict=True, reason="the open block keeps the cache of the thread")
 def test_weights_that_a_call_has_cast_are_not_stale_after_its_update() -> None:
     def waits() -> Iterator[None]:
         with torch.autocast("cpu", dtype=torch.bfloat16):

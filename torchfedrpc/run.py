@@ -23,11 +23,11 @@ def run(main: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kw
 
     A script that ends with ``tfr.run(main)`` runs under ``python script.py`` and under ``torchrun script.py``
     alike. On rank 0, or without a launcher, ``main(*args, **kwargs)`` runs and its result is returned. The other
-    ranks of a launch serve learners until rank 0 ends, then return None.
+    ranks of a launch serve learners until rank 0 ends, then return None; where ``main`` fails they end, with a
+    non-zero exit status, when rank 0 does.
 
     Raises:
         ConfigError: ``main`` is no coroutine function, or a worker process calls this as it imports the script.
-        SystemExit: on the other ranks, when ``main`` failed on rank 0.
         Exception: on rank 0, whatever ``main`` raised.
     """
     if not inspect.iscoroutinefunction(main):

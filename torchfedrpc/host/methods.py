@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -37,8 +38,6 @@ def find_method(learner: Any, name: str, client_id: str) -> Callable[..., Any]:
 
 def public_methods(learner: Any) -> list[str]:
     """The names of an object's, or a class's, public methods; properties are not evaluated."""
-    return [
-        name
-        for name in dir(learner)
-        if not name.startswith("_") and callable(inspect.getattr_static(learner, name, None))
-    ]
+    entries = {name: inspect.getattr_static(learner, name, None) for name in dir(learner) if not name.startswith("_")}
+    kinds = (classmethod, functools.partialmethod)  # become callable when they are looked up
+    return [name for name, entry in entries.items() if callable(entry) or isinstance(entry, kinds)]

@@ -47,6 +47,7 @@ class RandomStreams:
         self._seed = seed
         self._device = device
         self._resumable = resumable
+        self._numpy_generator: Any = None
         self._own: _State | None = None
         self._outer: _State | None = None
 
@@ -59,7 +60,8 @@ class RandomStreams:
         torch.default_generator.manual_seed(self._seed)
         if generator := _device_generator(self._device):
             generator.manual_seed(self._seed)
-        _numpy.set_bit_generator(_spare_generators.pop() if _spare_generators else _numpy.MT19937(0))
+        self._numpy_generator = _spare_generators.pop() if _spare_generators else _numpy.MT19937(0)
+        _numpy.set_bit_generator(self._numpy_generator)
         _numpy.seed(self._seed & 0xFFFFFFFF)
 
     def __exit__(
@@ -72,7 +74,7 @@ class RandomStreams:
         if self._resumable:
             self._own = _capture(self._device)
         else:
-            _spare_generators.append(_numpy.get_bit_generator())
+            _spare_generators.append(self._numpy_generator)
         _restore(self._outer, self._device)
         self._outer = None
 

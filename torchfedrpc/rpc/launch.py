@@ -70,14 +70,20 @@ class LaunchedWorkers:
         return [self._members[rank] for rank in range(1, self._launch.world_size)]
 
     def close(self, *, failed: bool) -> None:
-        """Tell all workers that the run is over."""
+        """Tell all workers that the run is over; where it failed they learn it by the end of this process.
+
+        Were they told, one of them might end first, and the launcher would end us before the error is shown.
+        """
         if not failed:
             concurrent.futures.wait(
                 [self._complete], _GATHER_TIMEOUT_S
             )  # one that is still importing would look for us in vain
         self._listener.close()
         for member in self._members.values():
-            member.link.stop(failed=failed)
+            if failed:
+                _kept_links.append(member.link)
+            else:
+                member.link.stop()
 
     def _accept(self) -> None:
         while len(self._members) < self._launch.world_size - 1:
@@ -101,6 +107,7 @@ class LaunchedWorkers:
 
 
 _current: LaunchedWorkers | None = None
+_kept_links: list[Link] = []
 
 
 def current_workers() -> LaunchedWorkers | None:

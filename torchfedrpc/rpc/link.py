@@ -77,10 +77,10 @@ class Link:
             ) from error
         return answer
 
-    def stop(self, *, failed: bool = False) -> None:
+    def stop(self) -> None:
         """Tell a worker, if it is still there, that the run is over, and close the link."""
         with contextlib.suppress(OSError):  # it is gone already
-            self.send({"do": "stop", "failed": failed})
+            self.send({"do": "stop"})
         self.close()
 
     def close(self) -> None:

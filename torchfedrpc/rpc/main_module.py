@@ -21,12 +21,13 @@ def describe_main() -> dict[str, str]:
     main = sys.modules["__main__"]
     if main.__spec__ is not None:
         return {"module": main.__spec__.name}
-    if getattr(main, "__file__", None) is None:
+    path = getattr(main, "__file__", None)
+    if path is None or not Path(path).is_file():
         raise ConfigError(
             "a learner that is defined in an interactive session lives in local mode alone: move its class to a "
             "module for worker processes to import, or set runtime.execution_mode=local"
         )
-    return {"path": str(Path(str(main.__file__)).resolve())}
+    return {"path": str(Path(path).resolve())}
 
 
 def adopt_main(description: dict[str, str]) -> None:

@@ -47,7 +47,7 @@ def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) ->
     error: BaseException = base.__new__(cls, *args)
     base.__init__(error, *args)  # some builtins keep nothing of what __new__ is given
     for name, value in state.items():
-        setattr(error, name, value)
+        BaseException.__setattr__(error, name, value)  # a frozen dataclass has one of its own that refuses
     return error
 
 

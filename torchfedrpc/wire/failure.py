@@ -78,9 +78,11 @@ class Failure:
                     error = rebuilt
             except SerializationError as reason:
                 error.add_note(f"(its own type did not arrive: {reason})")
-        error.add_note(note)
+        notes = [*getattr(error, "__notes__", []), note]
+        set_attribute = BaseException.__setattr__  # a frozen dataclass has one of its own that refuses
+        set_attribute(error, "__notes__", notes)
         if self.traceback:
-            error.__cause__ = RemoteTraceback(self.traceback)
+            set_attribute(error, "__cause__", RemoteTraceback(self.traceback))
         return error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,9 +17,9 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.tensors import check_extent
 
-# Layout: magic, then the lengths of table and head, then both, then each slot's memory at a multiple of 64 bytes.
+# Layout: magic, a checksum of table and head, the lengths of both, both, then each slot's memory at a multiple of 64.
 _MAGIC = b"TFR\x01"
-_PREFIX = struct.Struct("<4s4xQQ")
+_PREFIX = struct.Struct("<4sIQQ")
 _ALIGNMENT_BYTES = 64
 
 
@@ -41,7 +42,8 @@ class ParameterSerializer:
             (str(slot.dtype).removeprefix("torch."), tuple(slot.shape), slot.stride(), slot.nbytes) for slot in slots
         ]
         table = pickle.dumps((parcel.views, parcel.num_buffers, layouts), protocol=5)
-        chunks: list[Any] = [_PREFIX.pack(_MAGIC, len(table), len(parcel.head)), table, parcel.head]
+        prefix = _PREFIX.pack(_MAGIC, _checksum(table, parcel.head), len(table), len(parcel.head))
+        chunks: list[Any] = [prefix, table, parcel.head]
         position = sum(len(chunk) for chunk in chunks)
         for slot in slots:
             padding = -position % _ALIGNMENT_BYTES
@@ -78,12 +80,14 @@ class ParameterSerializer:
 
 
 def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
-    magic, table_bytes, head_bytes = _PREFIX.unpack_from(data)
+    magic, checksum, table_bytes, head_bytes = _PREFIX.unpack_from(data)
     if magic != _MAGIC:
         raise SerializationError("these bytes are not from ParameterSerializer.serialize of this version")
     position = _PREFIX.size + table_bytes
     if position + head_bytes > len(data):
         raise SerializationError("these bytes are cut short")
+    if _checksum(data[_PREFIX.size : position], data[position : position + head_bytes]) != checksum:
+        raise SerializationError("these bytes are damaged")
     views, num_buffers, layouts = _PlainUnpickler(io.BytesIO(data[_PREFIX.size : position])).load()
     head = bytes(data[position : position + head_bytes])
     position += head_bytes
@@ -100,6 +104,11 @@ def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
         is_buffer = index >= len(layouts) - num_buffers
         slots.append(slot if device is None or is_buffer else slot.to(device))
     return Parcel(head, views, slots, num_buffers)
+
+
+def _checksum(table: bytes | memoryview, head: bytes | memoryview) -> int:
+    """Of the pickles: a changed bit there can make unpickling take all memory before it fails."""
+    return zlib.crc32(head, zlib.crc32(table))
 
 
 def _storage_bytes(slot: Tensor) -> Tensor:

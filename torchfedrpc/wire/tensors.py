@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ def check_can_travel(tensor: Tensor) -> None:
         raise SerializationError("a nested tensor cannot travel: send the list of its parts, tensor.unbind()")
     if tensor.is_mkldnn:
         raise SerializationError("an mkldnn tensor cannot travel: send tensor.to_dense()")
+    fake = sys.modules.get("torch._subclasses.fake_tensor")  # none exists where that is not imported
+    if fake is not None and isinstance(tensor, fake.FakeTensor):
+        raise SerializationError("a fake tensor has no values to send")
     if tensor.is_meta:
         raise SerializationError("a meta tensor has no values to send: materialise it, or send its shape")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
