@@ -64,6 +64,26 @@ def test_actions_from_many_threads_run_once_each_and_in_order() -> None:
     assert done == list(range(num_threads * num_each))
 
 
+def test_an_action_does_not_begin_before_the_one_before_it_has_ended() -> None:
+    requests, begun, second_ran = InOrder(), threading.Event(), threading.Event()
+    overlapped: list[bool] = []
+
+    def first() -> None:
+        begun.set()
+        overlapped.append(second_ran.wait(0.05))
+
+    def send_second() -> None:
+        assert begun.wait(_TIMEOUT_S)
+        requests.put(1, second_ran.set)
+
+    thread = threading.Thread(target=send_second)
+    thread.start()
+    requests.put(0, first)
+    thread.join(_TIMEOUT_S)
+    assert overlapped == [False]
+    assert second_ran.is_set()
+
+
 def test_an_action_that_is_early_runs_on_the_thread_that_brings_the_missing_one() -> None:
     requests, ran_on = InOrder(), list[str]()
     requests.put(1, lambda: ran_on.append(threading.current_thread().name))

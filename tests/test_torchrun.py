@@ -13,7 +13,7 @@ from torchrun import TESTS, children_of, launched, run_launch, wait_for_end, wri
 MAIN = """
 if __name__ == "__main__":
     result = tfr.run(main)
-    sys.stdout.write(f"result {os.environ['RANK']} {result}\n")  # one piece, so that ranks do not mix
+    sys.stdout.write(f"result {os.environ['RANK']} {result}\\n")  # one piece, so that ranks do not mix
 """
 
 
@@ -144,9 +144,9 @@ def test_a_proxy_on_another_rank_is_refused(tmp_path: Path) -> None:
                 try:
                     asyncio.run(main())
                 except tfr.ConfigError as error:
-                    sys.stdout.write(f"refused {os.environ['RANK']} {error}\n")
+                    sys.stdout.write(f"refused {os.environ['RANK']} {error}\\n")
             result = tfr.run(main)
-            sys.stdout.write(f"result {result}\n")
+            sys.stdout.write(f"result {result}\\n")
         """,
     )
     code, output = run_launch(script)
@@ -168,7 +168,7 @@ def test_a_proxy_of_a_launch_without_tfr_run_is_refused(tmp_path: Path) -> None:
         try:
             asyncio.run(main())
         except tfr.ConfigError as error:
-            sys.stdout.write(f"refused {error}\n")
+            sys.stdout.write(f"refused {error}\\n")
         """,
     )
     code, output = run_launch(script, num_processes=2)
