@@ -344,6 +344,7 @@ class Probe:
         except asyncio.CancelledError:
             self.log.append(("hold cancelled", tfr.current_call().cancelled))
             raise
+        self.log.append("hold released")
         return "released"
 
     async def hold_stubbornly(self, until: str) -> str:

@@ -57,7 +57,7 @@ async def test_a_method_that_goes_on_regardless_does_not_hold_the_proxy_up_for_e
 
 
 async def test_a_proxy_that_is_cancelled_while_it_opens_leaves_the_next_one_well(runtime: dict[str, Any]) -> None:
-    for delay_s in (0.0, 0.01, 0.2, 0.7):  # a time in each of the stages
+    for delay_s in (0.0, 0.2, 0.7):  # a time in each of the stages
         opening = asyncio.create_task(tfr.LearnerProxy(Probe, ["a"], runtime=runtime).__aenter__())
         await asyncio.sleep(delay_s)
         opening.cancel()
@@ -72,6 +72,6 @@ async def test_a_proxy_that_is_cancelled_while_it_opens_leaves_the_next_one_well
 
 
 async def test_proxies_one_after_another_open_as_fast_as_the_first(runtime: dict[str, Any]) -> None:
-    for number in range(4):
+    for number in range(3):
         async with asyncio.timeout(20), tfr.LearnerProxy(Probe, ["a", "b"], runtime=runtime) as proxy:
             assert await proxy.clients().call("same", number) == {"a": number, "b": number}

