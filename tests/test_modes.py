@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import Latch, Seen
 from learners import Probe
+from test_seed_examples import MyFedAvgTrainer
 from torchrun import children_of, environment, run_script, wait_for_end, write_script
 
 import torchfedrpc as tfr
@@ -603,34 +604,10 @@ class WeightLearner:
         return {"accuracy": 0.5}
 
 
-class SeedTrainer(tfr.AbstractFederationTrainer):
-    async def train(self):  # type: ignore[no-untyped-def]
-        for round_num in range(self.config.num_rounds):
-            selected_clients = self.select_clients(round_num)
-            training_tasks = []
-            for client_id in selected_clients:
-                task = self.learner_proxy.train_epoch(
-                    client_id=client_id, round_num=round_num, local_epochs=5, learning_rate=0.01
-                )
-                training_tasks.append(task)
-            results = await asyncio.gather(*training_tasks)
-            weights_list = [result["model_weights"] for result in results]
-            global_weights = await self.aggregate_weights(weights_list)
-            update_tasks = []
-            for client_id in selected_clients:
-                task = self.learner_proxy.set_model_weights(client_id=client_id, weights=global_weights)
-                update_tasks.append(task)
-            await asyncio.gather(*update_tasks)
-            if round_num % 5 == 0:
-                eval_tasks = [self.learner_proxy.evaluate(client_id=client_id) for client_id in selected_clients]
-                eval_results = await asyncio.gather(*eval_tasks)
-                _avg_accuracy = sum(r["accuracy"] for r in eval_results) / len(eval_results)
-
-
 async def _train(runtime: Any) -> torch.Tensor:
     ids = ["client_1", "client_2", "client_3"]
     async with tfr.LearnerProxy(WeightLearner, ids, runtime=runtime) as proxy:
-        await SeedTrainer({"num_rounds": 6}, proxy).train()
+        await MyFedAvgTrainer({"num_rounds": 6}, proxy).train()
         return (await proxy.get_model_weights("client_1"))["w"]
 
 

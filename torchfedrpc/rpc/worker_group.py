@@ -55,7 +55,6 @@ class WorkerGroup:
         self.members = tuple(members)
         self.hosts: list[RemoteHost] = []
         self._learner = learner
-        self._share_gpus = False
         self._store: Any = None
         self._joining: asyncio.Future[None] | None = None  # the driver's own joining of the world
 
@@ -69,7 +68,7 @@ class WorkerGroup:
             ConfigError: a worker cannot import the learner, or the interface does not exist.
             WorkerLostError: a worker ended meanwhile.
         """
-        devices = await self._prepare()
+        answers = await self._prepare()
         interface, address = self._interface()
         self._store, port = world.serve_store(address)
         plan = world.WorldPlan(
@@ -79,8 +78,8 @@ class WorkerGroup:
             store_port=port,
             interface=interface,
             transport=self._learner.runtime.transport,
-            gpus_in_sight=self._share_gpus,
-            device_maps=[_device_pair(self._learner, device) for device in devices],
+            gpus_in_sight=all(answer["visible_gpus"] == visible_gpus() for answer in answers),
+            device_maps=[_device_pair(self._learner, torch.device(answer["device"])) for answer in answers],
         )
         endpoint.listening = endpoint.Listener(on_report)
         message = {"do": "join", "plan": plan.to_message()}
@@ -110,10 +109,11 @@ class WorkerGroup:
                 await asyncio.to_thread(world.leave)
         self._store = endpoint.listening = None
 
-    async def _prepare(self) -> list[torch.device]:
+    async def _prepare(self) -> list[Message]:
+        """Let all workers import the learner; each answers with its device and the GPUs that it sees."""
         learner = self._learner
         main = describe_main() if "__main__" in learner.allow_list().trusted else None
-        answers = await self._tell_all(
+        return await self._tell_all(
             lambda index: {
                 "do": "prepare",
                 "spec": learner.to_message(),
@@ -123,8 +123,6 @@ class WorkerGroup:
                 "defaults": torch_defaults(),
             }
         )
-        self._share_gpus = all(answer["visible_gpus"] == visible_gpus() for answer in answers)
-        return [torch.device(answer["device"]) for answer in answers]
 
     def _interface(self) -> tuple[str | None, str]:
         """The interface on which this world listens (None: each its own), and the driver's address there."""
