@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchfedrpc import errors
 from torchfedrpc.errors import UntrustedTypeError
+from torchfedrpc.wire import arrays
 
 # Named one by one: types of plain data, and the functions by which numpy and torch rebuild theirs.
 _LISTED = {
@@ -23,10 +25,9 @@ _LISTED = {
     "random": "Random",
     "types": "SimpleNamespace",
     "uuid": "UUID",
-    "numpy": "dtype ndarray",
-    "numpy._core.multiarray": "_reconstruct scalar",
+    "numpy._core.multiarray": "scalar",
     "numpy._core.numeric": "_frombuffer",
-    "numpy.core.multiarray": "_reconstruct scalar",
+    "numpy.core.multiarray": "scalar",
     "numpy.core.numeric": "_frombuffer",
     "numpy.random._mt19937": "MT19937",
     "numpy.random._pcg64": "PCG64 PCG64DXSM",
@@ -51,6 +52,13 @@ _LISTED = {
     "zlib": "error",
 }
 _LISTED_NAMES = frozenset((module, name) for module, names in _LISTED.items() for name in names.split())
+# What numpy's pickles name and would run unchecked.
+_REPLACED: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): arrays.make_dtype,
+    ("numpy", "ndarray"): arrays.ArrayClass(np.ndarray),
+    ("numpy._core.multiarray", "_reconstruct"): arrays.reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): arrays.reconstruct,
+}
 
 _TORCH_CLASS_FAMILIES = (
     ("torch.nn.modules.", torch.nn.Module),
@@ -76,11 +84,13 @@ class AllowList:
         self.trusted = frozenset(_root(module) for module in trusted) - {"torchfedrpc"}
 
     def find(self, module: str, name: str) -> Any:
-        """The object of that name.
+        """The object of that name, or what stands for it in a pickle.
 
         Raises:
             UntrustedTypeError: it is outside the list.
         """
+        if (replacement := _REPLACED.get((module, name))) is not None:
+            return replacement
         if (module, name) in _LISTED_NAMES:
             return getattr(importlib.import_module(module), name)
         if _root(module) in self.trusted:
@@ -107,7 +117,7 @@ class AllowList:
                     f"{module}.{name} may not travel: of a trusted package only classes that it defines itself are "
                     f"allowed, no functions and no names that it imported"
                 )
-        return owner
+        return arrays.ArrayClass(owner) if issubclass(owner, np.ndarray) else owner
 
 
 def _find_known(module: str, name: str) -> Any:

@@ -18,6 +18,8 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.fence import fence
+from torchfedrpc.wire.scan import HARMLESS_ARRAYS, check_depth, checked
+from torchfedrpc.wire.state import set_state
 from torchfedrpc.wire.tensors import (
     View,
     check_can_travel,
@@ -69,15 +71,21 @@ class Parcel:
         """
         if self.ready is not None:
             self.ready()
-        first_buffer = len(self.slots) - self.num_buffers
-        buffers = [slot.numpy().data for slot in self.slots[first_buffer:]]
         try:
             with torch.inference_mode(False):
-                return _Unpickler(self.head, buffers, _Builder(self.views, self.slots), allow).load()
+                return _Unpickler(self.head, self._buffers(), _Builder(self.views, self.slots), allow).load()
         except (SerializationError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise SerializationError(f"{type(error).__name__}: {error}") from error
+
+    def _buffers(self) -> list[memoryview]:
+        first = len(self.slots) - self.num_buffers
+        if not (0 <= first <= len(self.slots) and all(isinstance(slot, Tensor) for slot in self.slots)):
+            raise SerializationError(
+                f"a parcel has {len(self.slots)} slots, not all tensors or not {self.num_buffers} of them buffers"
+            )
+        return [slot.numpy().data for slot in self.slots[first:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +254,21 @@ class _Builder:
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, head: bytes, buffers: list[memoryview], builder: _Builder, allow: AllowList) -> None:
-        super().__init__(io.BytesIO(head), buffers=buffers)
+        super().__init__(io.BytesIO(checked(head)), buffers=buffers)
         self._restore: Callable[..., Any] = builder.restore
         self._allow = allow
+        self._head = head
+        self._num_arrays = 0
+
+    def persistent_load(self, pair: Any) -> Any:
+        """Set a state; `checked` has made this of the opcode that does so."""
+        obj, state = pair
+        if isinstance(obj, np.ndarray):
+            self._num_arrays += 1
+            if self._num_arrays == HARMLESS_ARRAYS:
+                check_depth(self._head)
+        set_state(obj, state)
+        return obj
 
     def find_class(self, module: str, name: str) -> Any:
         if module == __name__ and name == restore.__name__:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Parcel, pack
+from torchfedrpc.wire.scan import checked
 from torchfedrpc.wire.tensors import check_extent
 
 # Layout: magic, a checksum of table and head, the lengths of both, both, then each slot's memory at a multiple of 64.
@@ -88,7 +89,8 @@ def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
         raise SerializationError("these bytes are cut short")
     if _checksum(data[_PREFIX.size : position], data[position : position + head_bytes]) != checksum:
         raise SerializationError("these bytes are damaged")
-    views, num_buffers, layouts = _PlainUnpickler(io.BytesIO(data[_PREFIX.size : position])).load()
+    table = checked(bytes(data[_PREFIX.size : position]), may_build=False)
+    views, num_buffers, layouts = _PlainUnpickler(io.BytesIO(table)).load()
     head = bytes(data[position : position + head_bytes])
     position += head_bytes
     slots = []
