@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import functools
 import os
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -673,3 +675,60 @@ def make_a_closure() -> Any:
         pass
 
     return Hidden
+
+
+class Mortal(Probe):
+    """A learner whose process may end: what it runs is also noted in a file, which outlives the process."""
+
+    def step(self) -> list[float]:
+        """Draw, add to what was drawn so far, and return that."""
+        self.kept = (0 if self.kept is None else self.kept) + torch.rand(2)
+        return self.kept.tolist()
+
+    def note(self, path: str, item: Any = "") -> int:
+        with Path(path).open("a") as file:
+            file.write(f"{self.client_id} {item}\n")
+        return self.append(item)
+
+    def note_and_hold(self, path: str, until: str) -> int:
+        count = self.note(path)
+        tfr.current_call().report("holding")
+        _wait_for(until)
+        return count
+
+    def report_and_hold(self, until: str) -> str:
+        for number in range(2):
+            tfr.current_call().report(number)
+        _wait_for(until)
+        tfr.current_call().report(2)
+        return "reported"
+
+    def block(self, how: str, seconds: int) -> str:
+        """Keep this process busy: with the GIL held, or in operators of torch."""
+        tfr.current_call().report("blocking")
+        end = time.monotonic() + seconds
+        if how == "gil":
+            ctypes.PyDLL(None).sleep(seconds)
+        while time.monotonic() < end:
+            torch.linalg.svdvals(torch.rand(600, 600))
+        return how
+
+    def hide(self, what: str) -> None:
+        """Keep what cannot be captured."""
+        self.hidden = threading.Lock() if what == "lock" else (number for number in range(3))
+
+
+class Stillborn:
+    """A learner whose first making fails, and whose second ends its process; it counts them in a file."""
+
+    def __init__(self, client_id: str, path: str) -> None:
+        with Path(path).open("a") as file:
+            file.write("made\n")
+        self.num_made = len(Path(path).read_text().splitlines())
+        if self.num_made == 1:
+            raise ValueError("the first fails")
+        if self.num_made == 2:
+            os.kill(os.getpid(), 9)
+
+    def made(self) -> int:
+        return self.num_made

@@ -23,7 +23,14 @@ from torchfedrpc.rpc import endpoint, guard
 from torchfedrpc.rpc.guard import GuardedUnpickler
 from torchfedrpc.wire import packing
 
-ENTRIES = [endpoint.submit, endpoint.advance, endpoint.cancel, endpoint.register, endpoint.report]
+ENTRIES = [
+    endpoint.submit,
+    endpoint.advance,
+    endpoint.cancel,
+    endpoint.register,
+    endpoint.acknowledge,
+    endpoint.report,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +138,8 @@ def test_the_receivers_of_tensors_and_rrefs_are_read(name: str) -> None:
         packing.pack,
         packing.restore,
         endpoint.Endpoint,
-        endpoint._serving,
+        endpoint.Listener,
+        endpoint._Request,
         endpoint.read_call,
         guard.remove,
         internal.deserialize,
@@ -211,8 +219,25 @@ def test_getattr_gives_no_other_attribute(owner: Any, name: str) -> None:
 
 def test_getattr_takes_no_default() -> None:
     data = pickle.dumps(Reduced(getattr, (internal._InternalRPCPickler, "missing", 3)), protocol=4)
-    with pytest.raises(TypeError):
+    with pytest.raises(pickle.UnpicklingError, match="refused a message: TypeError"):
         read(data)
+
+
+def test_a_message_sets_no_attributes() -> None:
+    class_state = named("torch.distributed.rpc.internal", "PythonUDF")[:-1] + b"N}\x8c\x04funcNs\x86b."
+    entry_state = named("torchfedrpc.rpc.endpoint", "submit")[:-1] + b"}\x8c\x04nameNsb."
+    for data in (class_state, entry_state):
+        with pytest.raises(pickle.UnpicklingError, match=r"refused a message: .* opcode b'b'"):
+            read(data)
+    assert internal.PythonUDF._fields == ("func", "args", "kwargs")
+    assert not hasattr(endpoint.submit, "name")
+
+
+def test_a_message_that_claims_more_than_it_has_is_refused_before_memory_is_taken() -> None:
+    with pytest.raises(pickle.UnpicklingError, match="claims more bytes"):
+        read(b"\x80\x05\x96" + (2**60).to_bytes(8, "little") + b".")
+    with pytest.raises(pickle.UnpicklingError, match="opcode b'r'"):
+        read(b"\x80\x04Nr\xff\xff\xff\x7f.")
 
 
 def test_getattr_itself_does_not_come_out() -> None:

@@ -11,10 +11,15 @@ import pytest
 import torch
 
 import torchfedrpc as tfr
+from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.data.samples import TrainTest
 from torchfedrpc.data.synthetic import synthetic
 from torchfedrpc.federation.learner import ClassificationLearner
 from torchfedrpc.federation.model import initial_weights
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.testing import check_snapshot
+from torchfedrpc.testing.rehearsal import Step, rehearsal
+from torchfedrpc.wire.packing import pack
 
 DATASET = {"_target_": f"{__name__}.counted_dataset"}
 MODEL = {"_target_": "torchfedrpc.models.mlp.MLP"}
@@ -128,6 +133,34 @@ def test_weights_of_another_model_are_refused_and_the_next_call_works() -> None:
         return await proxy.train_epoch("client_1")
 
     assert _with_proxy(train)["num_samples"] == 80
+
+
+def _one_clients_kwargs() -> dict[str, Any]:
+    return {"dataset": DATASET, "indices": np.arange(80), "model": MODEL, "seed": 7, "momentum": 0.9}
+
+
+def test_a_learners_snapshot_is_complete() -> None:
+    start = initial_weights(MODEL, seed=3)
+    calls = [
+        "evaluate",
+        ("train_epoch", {"local_epochs": 2, "proximal_mu": 0.1}),
+        "get_model_weights",
+        ("set_model_weights", (start,)),
+        ("train_epoch", {"model_weights": start, "learning_rate": 0.05}),
+        "train_epoch",
+        "evaluate",
+    ]
+    check_snapshot(ClassificationLearner, calls, kwargs=_one_clients_kwargs())
+
+
+def test_a_learners_snapshot_holds_its_weights_and_no_data() -> None:
+    spec, _ = LearnerSpec.of(ClassificationLearner, 0, RuntimeConfig())
+    with rehearsal(spec, "client_1", pack(_one_clients_kwargs())) as run:
+        run.call(Step("evaluate"))
+        assert len(run.snapshot()) < 1000
+        run.call(Step("train_epoch"))
+        num_weights = sum(weight.numel() for weight in run.call(Step("get_model_weights")).values())
+        assert len(run.snapshot()) < 4 * num_weights + 2000
 
 
 def test_a_learner_of_ones_own_need_not_be_complete_unless_it_derives() -> None:

@@ -235,6 +235,17 @@ async def test_a_worker_that_has_ended_before_is_lost(pair: tuple[Link, Link]) -
 # The end.
 
 
+async def test_closing_ends_a_request_that_waits_for_its_answer(pair: tuple[Link, Link]) -> None:
+    driver, worker = pair
+    asking = asyncio.ensure_future(driver.request({"do": "prepare"}, "worker1"))
+    await asyncio.to_thread(worker.receive)
+    driver.close()
+    with pytest.raises(WorkerLostError, match="worker1 ended when it was told to prepare"):
+        await asyncio.wait_for(asking, _TIMEOUT_S)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(driver.fileno())
+
+
 def test_stopping_tells_the_worker_and_closes(pair: tuple[Link, Link]) -> None:
     driver, worker = pair
     driver.stop()

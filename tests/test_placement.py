@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.executors.placement import Endpoint, place_clients
+from torchfedrpc.executors.placement import Endpoint, place_again, place_clients
 
-THREE = ["alpha", "beta", "alpha"]
+THREE = {"worker1": "alpha", "worker2": "beta", "worker3": "alpha"}
+TWO = {"worker1": "m", "worker2": "m"}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_an_address_is_told_to_be_one(text: str) -> None:
 
 
 def test_clients_without_an_endpoint_go_to_workers_in_neighbouring_shares() -> None:
-    places = place_clients(["a", "b", "c", "d", "e"], {}, ["m", "m"])
+    places = place_clients(["a", "b", "c", "d", "e"], {}, TWO)
     assert list(places.values()) == sorted(places.values())
     assert sorted(Counter(places.values()).values()) == [2, 3]
 
@@ -56,44 +57,57 @@ def test_clients_without_an_endpoint_go_to_workers_in_neighbouring_shares() -> N
 @given(num_clients=st.integers(0, 60), num_workers=st.integers(1, 9))
 def test_shares_are_even_and_of_neighbours_for_any_numbers(num_clients: int, num_workers: int) -> None:
     clients = [f"client_{number}" for number in range(num_clients)]
-    places = place_clients(clients, {}, ["m"] * num_workers)
+    workers = [f"worker{number}" for number in range(1, num_workers + 1)]
+    places = place_clients(clients, {}, dict.fromkeys(workers, "m"))
     assert list(places) == clients
     assert list(places.values()) == sorted(places.values())
-    counts = [list(places.values()).count(worker) for worker in range(num_workers)]
+    counts = [list(places.values()).count(worker) for worker in workers]
     assert sum(counts) == num_clients
     assert max(counts) - min(counts) <= 1
 
 
 def test_a_named_worker_gets_its_client() -> None:
     places = place_clients(["a", "b"], {"a": "worker3", "b": "rank:1"}, THREE)
-    assert places == {"a": 2, "b": 0}
+    assert places == {"a": "worker3", "b": "worker1"}
 
 
 def test_clients_of_a_machine_take_turns_on_its_workers() -> None:
     clients = list("abcd")
     places = place_clients(clients, dict.fromkeys(clients, "host:alpha"), THREE)
-    assert [places[client] for client in clients] == [0, 2, 0, 2]
+    assert [places[client] for client in clients] == ["worker1", "worker3", "worker1", "worker3"]
 
 
 def test_machines_have_turns_of_their_own() -> None:
     endpoints = {"a": "host:alpha", "b": "host:beta", "c": "host:alpha"}
-    assert place_clients(list("abc"), endpoints, THREE) == {"a": 0, "b": 1, "c": 2}
+    assert place_clients(list("abc"), endpoints, THREE) == {"a": "worker1", "b": "worker2", "c": "worker3"}
 
 
 def test_a_local_client_has_no_worker() -> None:
-    assert place_clients(["a", "b"], {"a": "local"}, ["m"]) == {"b": 0}
+    assert place_clients(["a", "b"], {"a": "local"}, {"worker1": "m"}) == {"b": "worker1"}
 
 
 def test_clients_with_an_endpoint_do_not_shift_the_shares_of_the_others() -> None:
-    places = place_clients(list("abcde"), {"a": "worker2"}, ["m", "m"])
-    assert places == {"a": 1, "b": 0, "c": 0, "d": 1, "e": 1}
+    places = place_clients(list("abcde"), {"a": "worker2"}, TWO)
+    assert places == {"a": "worker2", "b": "worker1", "c": "worker1", "d": "worker2", "e": "worker2"}
 
 
 @pytest.mark.parametrize("text", ["worker4", "worker0", "rank:0", "rank:4", "host:gamma"])
 def test_a_worker_that_does_not_exist_gives_those_that_do(text: str) -> None:
     message = (
-        f"client_endpoints.a is {text!r}, and this run has no such worker: it has worker1 to worker3 "
-        "(rank:1 to rank:3) on host:alpha, host:beta"
+        f"client_endpoints.a is {text!r}, and this run has no such worker: it has worker1, worker2, "
+        "worker3 (rank:1 is worker1) on host:alpha, host:beta"
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
         place_clients(["a"], {"a": text}, THREE)
+
+
+def test_clients_of_a_lost_worker_go_to_the_least_loaded_of_those_that_are_left() -> None:
+    places = {"a": "worker1", "b": "worker2", "c": "worker1", "d": "worker1", "e": "worker3"}
+    left = {"worker2": "beta", "worker3": "alpha"}
+    assert place_again(["a", "c", "d"], {}, left, places) == {"a": "worker2", "c": "worker3", "d": "worker2"}
+
+
+def test_a_client_that_a_worker_was_named_for_goes_elsewhere_and_one_of_a_machine_stays_there() -> None:
+    endpoints, places = {"a": "worker1", "b": "host:alpha", "c": "host:gone"}, dict.fromkeys("abc", "worker1")
+    left = {"worker2": "beta", "worker3": "alpha"}
+    assert place_again(list("abc"), endpoints, left, places) == {"a": "worker2", "b": "worker3"}

@@ -7,6 +7,7 @@ A trainer awaits methods of learners, one for each client, as if they were local
 The same code runs its learners in this process, in worker processes, or on the ranks of a torchrun launch.
 """
 
+from torchfedrpc import testing as testing
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.dispatch import LearnerStream
 from torchfedrpc.errors import (
@@ -38,6 +39,16 @@ from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.group import GroupResult, LearnerGroup
 from torchfedrpc.host.context import current_call
 from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.observe.events import (
+    CallEnded,
+    CallStarted,
+    Event,
+    ProgressReported,
+    RoundEnded,
+    RoundStarted,
+    WorkerLost,
+    WorldFormed,
+)
 from torchfedrpc.proxy import LearnerHandle, LearnerProxy
 from torchfedrpc.registry import executor, get_learner, get_trainer, learner, trainer
 from torchfedrpc.run import run
@@ -47,11 +58,14 @@ from torchfedrpc.wire.serializer import ParameterSerializer
 __all__ = [
     "AbstractExecutor",
     "AbstractFederationTrainer",
+    "CallEnded",
+    "CallStarted",
     "CallTimeoutError",
     "CapacityError",
     "ClassificationLearner",
     "ConfigError",
     "DistributedExecutor",
+    "Event",
     "ExecutorRouter",
     "ExecutorSpec",
     "FedAvgTrainer",
@@ -68,16 +82,21 @@ __all__ = [
     "LocalExecutor",
     "MethodNotFoundError",
     "ParameterSerializer",
+    "ProgressReported",
     "PseudoExecutor",
     "QuorumError",
     "RemoteError",
+    "RoundEnded",
+    "RoundStarted",
     "RuntimeConfig",
     "SerializationError",
     "SnapshotError",
     "TorchFedRpcError",
     "UnknownClientError",
     "UntrustedTypeError",
+    "WorkerLost",
     "WorkerLostError",
+    "WorldFormed",
     "__version__",
     "current_call",
     "executor",

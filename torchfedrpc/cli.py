@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import signal
+import sys
 from pathlib import Path
 
 import hydra
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.federation.experiment import ExperimentConfig, run_experiment
+from torchfedrpc.interrupts import run_interruptible
 from torchfedrpc.run import drive
 
 ConfigStore.instance().store(group="runtime", name="schema", node=RuntimeConfig)
@@ -23,14 +25,19 @@ def _task(config: DictConfig) -> float:
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     OmegaConf.save(config, output_dir / "config.yaml", resolve=True)
     experiment = ExperimentConfig.of(plain(config))
-    accuracy = asyncio.run(run_experiment(experiment, output_dir))
+    accuracy = run_interruptible(
+        lambda: run_experiment(experiment, output_dir), notice=f"interrupted; outputs so far: {output_dir}"
+    )
     print(f"outputs: {output_dir}", flush=True)
     return accuracy
 
 
 def main() -> None:
     """Run the command line; on the other ranks of a launch, serve learners until rank 0 ends."""
-    drive(_task)
+    try:
+        drive(_task)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def plain(config: DictConfig) -> dict[str, object]:

@@ -17,7 +17,19 @@ _CHOICES = {
     "isolation": ("value", "none"),
     "transport": ("auto", "uv", "shm"),
     "device_map": ("auto", "none"),
+    "on_worker_lost": ("recover", "fail"),
 }
+_LEAST = {
+    "num_clients": 1,
+    "torch_threads": 1,
+    "max_concurrent_calls": 1,
+    "max_recoveries": 0,
+    "journal_max_calls": 1,
+    "journal_max_bytes": 0,
+    "max_pending_calls": 1,
+    "max_inflight_bytes": 1,
+}
+_MIB = 1024 * 1024
 
 
 @dataclass
@@ -39,6 +51,26 @@ class RuntimeConfig:
             no workers and takes no notice of it.
         call_timeout_s: seconds a method may run, its time in queues not counted; None for no limit. In local
             mode it is not applied while a debugger is attached.
+        heartbeat_timeout_s: seconds without a sign of life after which a frozen or unreachable worker counts as lost,
+            at least 1. A killed one is noticed sooner, and a busy one is never lost. The default outlasts a machine's
+            usual stalls; less notices sooner, and takes a stall of swapping or of a virtual machine for a loss.
+        on_worker_lost: ``recover`` rebuilds the learners of a lost worker elsewhere and goes on, to the same bits;
+            ``fail`` raises WorkerLostError for their calls.
+        max_recoveries: how often in succession a learner is rebuilt of which a call was running as its worker was
+            lost; then it is given up with WorkerLostError. A few, since a learner that kills its worker each time
+            would go on for ever; at 0 the first loss is final. With ``max_concurrent_calls`` above 1 that counts for
+            all learners with a call that was running.
+        journal_max_calls: calls kept for each learner since its last snapshot, at least 1; beyond that a snapshot is
+            taken. It bounds what a recovery has to run again; the default makes snapshots rare beside the calls.
+        journal_max_bytes: bytes of those calls' arguments that the driver keeps, of all learners together; beyond
+            that snapshots are taken. The default holds a 40 MB model six times; 0 takes a snapshot after each call
+            that has arguments.
+        max_pending_calls: calls that may wait for their results at once, in the whole run; one more raises
+            CapacityError. None for no limit: waiting calls cost little beside their arguments, which
+            ``max_inflight_bytes`` bounds.
+        max_inflight_bytes: bytes of arguments that the driver has in its hands at once; whoever submits more waits.
+            The value of their arguments is taken when it is their turn. A single call that is larger goes alone. The
+            default keeps the links busy and the driver small.
         isolation: ``value`` copies arguments and results also in local mode, ``none`` passes references there.
         interface: network interface that workers of several machines use, such as ``wg0``. Default: loopback
             where all are on one machine, else the interface that routes to the driver.
@@ -61,6 +93,13 @@ class RuntimeConfig:
     use_multiprocessing: bool = False
     client_endpoints: dict[str, str] = field(default_factory=dict)
     call_timeout_s: float | None = 300.0
+    heartbeat_timeout_s: float = 10.0
+    on_worker_lost: str = "recover"
+    max_recoveries: int = 3
+    journal_max_calls: int = 256
+    journal_max_bytes: int = 256 * _MIB
+    max_pending_calls: int | None = None
+    max_inflight_bytes: int = 512 * _MIB
     isolation: str = "value"
     interface: str | None = None
     deterministic: bool = False
@@ -79,7 +118,7 @@ class RuntimeConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"runtime.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name, least in (("num_clients", 1), ("torch_threads", 1), ("max_concurrent_calls", 1)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"runtime.{name} must be at least {least}, not {value}")
@@ -88,6 +127,11 @@ class RuntimeConfig:
         if self.call_timeout_s is not None and not 0 < self.call_timeout_s < math.inf:
             raise ConfigError(
                 f"runtime.call_timeout_s must be above 0 seconds (None for no limit), but it is {self.call_timeout_s}"
+            )
+        if not 1 <= self.heartbeat_timeout_s < math.inf:
+            raise ConfigError(
+                f"runtime.heartbeat_timeout_s must be at least 1 second and finite, but it is "
+                f"{self.heartbeat_timeout_s}"
             )
 
     @classmethod
@@ -118,7 +162,7 @@ class RuntimeConfig:
         known = [item.name for item in dataclasses.fields(cls)]
         for key in runtime:
             if key not in known:
-                raise ConfigError(f"unknown key runtime.{key}{suggest(str(key), known, limit=20)}")
+                raise ConfigError(f"unknown key runtime.{key}{suggest(str(key), known, limit=len(known))}")
         return cls(**runtime)
 
     def default_client_ids(self) -> list[str]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from torchfedrpc.errors import (
     CallTimeoutError,
+    CapacityError,
     ConfigError,
     LearnerBusyError,
     MethodNotFoundError,
@@ -21,8 +21,11 @@ from torchfedrpc.errors import (
 from torchfedrpc.executors.base import Invocation
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.stream import CallStream
+from torchfedrpc.host.answer import call_on
 from torchfedrpc.observe.events import CallEnded, CallStarted, EventBus
 from torchfedrpc.options import CallOptions
+
+T = TypeVar("T")
 
 # The streams that this task reads; tasks that it starts inherit it, since waiting for them is waiting all the same.
 _reading: ContextVar[frozenset[int]] = ContextVar("torchfedrpc_reading", default=frozenset())
@@ -77,6 +80,19 @@ class Dispatcher:
                 f"which holds the learner. Call it after the loop, or close the stream first: await stream.aclose()"
             )
 
+    def check_capacity(self, client_id: str, method: str) -> None:
+        """Refuse a call, or a step of a stream, beyond those that may wait for a result at once.
+
+        Raises:
+            CapacityError: so it is.
+        """
+        limit = self._router.config.max_pending_calls
+        if limit is not None and self._num_pending >= limit:
+            raise CapacityError(
+                f"{client_id}.{method} was not sent: {self._num_pending} calls are pending, and "
+                f"runtime.max_pending_calls={limit} allows no more; raise it, or await some calls first"
+            )
+
     async def call(
         self, options: CallOptions, client_id: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -85,11 +101,13 @@ class Dispatcher:
         Raises:
             UnknownClientError: no such client.
             LearnerBusyError: this very task reads a stream of that learner, or the one that started it does.
+            CapacityError: ``runtime.max_pending_calls`` are pending.
             CallTimeoutError: ``options.timeout_s`` passed.
             Exception: what the method raised.
         """
         invocation = self._invocation(options, client_id, method, args, kwargs)
         self.check_not_reading(client_id, method)
+        self.check_capacity(client_id, method)
         executor = self._router.get_executor(client_id)
         return await self.observed(options, invocation, executor.execute(invocation))
 
@@ -99,6 +117,38 @@ class Dispatcher:
         """Open a stream over what a generator method yields; its arguments are taken now."""
         invocation = self._invocation(options, client_id, method, args, kwargs)
         return LearnerStream(self, options, invocation, self._router.get_executor(client_id).stream(invocation))
+
+    async def snapshot(self, options: CallOptions, client_id: str) -> bytes:
+        """The state of a client's learner, between two calls."""
+        snapshot = self._router.get_executor(client_id).snapshot(client_id)
+        return await self._apart(options, client_id, "snapshot", snapshot)
+
+    async def restore(self, options: CallOptions, client_id: str, data: bytes) -> None:
+        """Make a client's learner anew, with the state of a snapshot."""
+        restore = self._router.get_executor(client_id).restore(client_id, data)
+        await self._apart(options, client_id, "restore", restore)
+
+    async def _apart(self, options: CallOptions, client_id: str, what: str, answer: Coroutine[Any, Any, T]) -> T:
+        """Await what is no call of a method, under the options' deadline."""
+        try:
+            self.check_open()
+            self.check_client(client_id)
+            self.check_not_reading(client_id, what)
+            async with asyncio.timeout(options.timeout_s) as deadline:
+                return await answer
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise self._late(options, client_id, what) from None
+        finally:
+            answer.close()
+
+    def _late(self, options: CallOptions, client_id: str, method: str) -> CallTimeoutError:
+        worker = self._router.get_executor(client_id).worker_of(client_id)
+        return CallTimeoutError(
+            f"{client_id}.{method} on {worker} gave no result within timeout_s={options.timeout_s}: raise it, or see "
+            f"what the learner does, and the calls before it"
+        )
 
     def stats(self) -> dict[str, Any]:
         """Numbers of the run so far."""
@@ -138,11 +188,7 @@ class Dispatcher:
         except BaseException as error:
             failure = error
             if isinstance(error, TimeoutError) and deadline.expired():
-                worker = self._router.get_executor(client_id).worker_of(client_id)
-                failure = CallTimeoutError(
-                    f"{client_id}.{method} on {worker} gave no result within timeout_s={options.timeout_s}: raise "
-                    f"it, or see what the learner does"
-                )
+                failure = self._late(options, client_id, method)
                 raise failure from None
             raise
         finally:
@@ -150,6 +196,7 @@ class Dispatcher:
             self._num_failed += failure is not None
             seconds = time.perf_counter() - began
             self.events.publish(CallEnded(invocation.call_id, client_id, method, seconds, failure))
+            failure = None  # its traceback has this frame, and the arguments: a circle that would keep them
 
 
 class LearnerStream(AsyncIterator[Any]):
@@ -178,6 +225,7 @@ class LearnerStream(AsyncIterator[Any]):
                 f"the stream of {invocation.client_id}.{invocation.method} is already waiting for an item: one loop "
                 f"reads a stream; open another for a second reader"
             )
+        self._dispatcher.check_capacity(invocation.client_id, invocation.method)  # the stream may go on later
         if invocation.call_id not in self._dispatcher.open_streams:
             self._dispatcher.check_not_reading(invocation.client_id, invocation.method)
             self._dispatcher.open_streams[invocation.call_id] = invocation.client_id
@@ -204,5 +252,4 @@ class LearnerStream(AsyncIterator[Any]):
         self._dispatcher.open_streams.pop(self._invocation.call_id, None)
         if self._loop is not None:
             # Not at once: a garbage collection may come where this thread holds the very lock that closing takes.
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and the run over
-                self._loop.call_soon_threadsafe(self._stream.close)
+            call_on(self._loop, self._stream.close)

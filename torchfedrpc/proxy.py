@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import operator
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, ClassVar
 
@@ -222,6 +222,42 @@ class LearnerProxy:
         """
         return self._dispatcher.stream(self._options, client_id, method, args, kwargs)
 
+    async def snapshots(self, ids: Iterable[str] | None = None) -> AsyncIterator[tuple[str, bytes]]:
+        """The learners' states as bytes, one client at a time: ``async for client_id, data in proxy.snapshots()``.
+
+        A snapshot comes behind the calls that were submitted before it. It holds what ``state_dict()`` gives where
+        the learner has that and ``load_state_dict``, else ``__getstate__()`` or its attributes, and the counts that
+        seed its next calls. `tfr.testing.check_snapshot` proves that this is complete.
+
+        Args:
+            ids: of which clients; all, unless given.
+
+        Raises:
+            UnknownClientError: an id is no client's.
+            SnapshotError: a state cannot be captured; the message names the attribute and the remedy.
+        """
+        for client_id in self._dispatcher.client_ids if ids is None else list(_kwargs_by_id(ids)):
+            yield client_id, await self._dispatcher.snapshot(self._options, client_id)
+
+    async def restore(self, snapshots: Mapping[str, bytes]) -> None:
+        """Give learners the states of snapshots; each is made anew for that, and its next call goes on from there.
+
+        Args:
+            snapshots: client id -> what `snapshots` gave, in this run or another, in whatever mode.
+
+        Raises:
+            UnknownClientError: an id is no client's.
+            SnapshotError: the bytes are damaged, of another client or learner; that learner stays as it was.
+            WorkerLostError: the learner was given up.
+            UntrustedTypeError: they hold a type that ``runtime.trusted_modules`` does not cover.
+        """
+        for client_id in snapshots:
+            self._dispatcher.check_client(client_id)
+        restoring = [self._dispatcher.restore(self._options, *item) for item in snapshots.items()]
+        for outcome in await asyncio.gather(*restoring, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
     def subscribe(self, callback: Subscriber) -> Callable[[], None]:
         """Call ``callback(event)`` on the event loop for each event of the run; returns what ends that."""
         return self._events.subscribe(callback)
@@ -231,7 +267,7 @@ class LearnerProxy:
         self._events.publish(event)
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of the run: calls, failures, bytes sent and received (0 in local mode), and each worker's."""
+        """Numbers of the run: calls, failures, bytes sent, received and kept for recovery, and of each worker."""
         return self._dispatcher.stats()
 
 

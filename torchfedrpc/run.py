@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
+import signal
 import sys
-from collections.abc import Callable, Coroutine
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.interrupts import run_interruptible
 from torchfedrpc.launcher import Launch, check_is_driver
 from torchfedrpc.rpc.launch import dial_driver, driving
-from torchfedrpc.rpc.worker import serve
+from torchfedrpc.rpc.worker import serve_launch
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,20 +29,27 @@ def run(main: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kw
     ranks of a launch serve learners until rank 0 ends, then return None; where ``main`` fails they end, with a
     non-zero exit status, when rank 0 does.
 
+    On Ctrl-C (SIGINT) and SIGTERM ``main`` is cancelled, everything is closed, and the process is gone within 5 s;
+    a second signal of the same kind ends it at once. Handlers of the script's own are left in place.
+
     Raises:
         ConfigError: ``main`` is no coroutine function, or a worker process calls this as it imports the script.
+        KeyboardInterrupt: on rank 0, SIGINT came.
+        SystemExit: on rank 0, SIGTERM came; the exit status is 143.
         Exception: on rank 0, whatever ``main`` raised.
     """
     if not inspect.iscoroutinefunction(main):
         raise ConfigError(f"tfr.run needs a coroutine function: async def main(): ..., not {main!r}")
-    return drive(lambda: asyncio.run(main(*args, **kwargs)))
+    return drive(lambda: run_interruptible(lambda: main(*args, **kwargs)))
 
 
 def drive(job: Callable[[], T]) -> T | None:
     """What `run` does, for a plain function that starts its own event loops."""
     launch = Launch.from_environment()
     if launch is not None and launch.rank != 0:
-        if not serve(dial_driver(launch), launch.local_rank):
+        with _ended_by_ctrl_c():
+            link, pulse = dial_driver(launch)
+        if not serve_launch(link, pulse, launch.local_rank):
             _leave_behind()
         return None
     check_is_driver()
@@ -47,6 +57,19 @@ def drive(job: Callable[[], T]) -> T | None:
         return job()
     with driving(launch):
         return job()
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Let SIGINT end this process where it stands: a wait for the launcher's store would not come back for Python."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _leave_behind() -> None:

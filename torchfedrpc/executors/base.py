@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from torchfedrpc import errors
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import ConfigError, SerializationError
+from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
+from torchfedrpc.executors.admission import Admission, estimate
 from torchfedrpc.executors.stream import CallStream
-from torchfedrpc.host.answer import answer
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.answer import answer, call_on
+from torchfedrpc.host.call import Call, CallKind, Outcome
+from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.host.process import choose_device
@@ -55,17 +58,17 @@ class ExecutorSpec:
 
     def reporter(self) -> Report:
         """What takes methods' reports, on any thread, and publishes them on the event loop that runs now."""
-        loop, allow = asyncio.get_running_loop(), self.learner.allow_list()
-
-        def publish(call: Call, progress: Packed) -> None:
-            value = progress.open(allow)
-            self.publish(ProgressReported(call.call_id, call.client_id, call.method, value))
+        loop = asyncio.get_running_loop()
 
         def report(call: Call, progress: Packed) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody is told any more
-                loop.call_soon_threadsafe(publish, call, progress)
+            call_on(loop, self.publish_progress, call, progress)
 
         return report
+
+    def publish_progress(self, call: Call, progress: Packed) -> None:
+        """Tell the run's subscribers what a method has reported; to be called on the driver's event loop."""
+        value = progress.open(self.learner.allow_list())
+        self.publish(ProgressReported(call.call_id, call.client_id, call.method, value))
 
     def constructor_arguments(self, client_id: str, *, by_value: bool = True) -> Packed:
         """The keyword arguments of a learner's constructor, as they are now.
@@ -140,9 +143,42 @@ class AbstractExecutor(ABC):
         """
         raise ConfigError(f"{type(self).__name__} has no streams: override its stream(), or await a list instead")
 
+    async def snapshot(self, client_id: str) -> bytes:
+        """The state of a client's learner, between two calls, as bytes for `restore`.
+
+        Raises:
+            ConfigError: the mode has no snapshots.
+            SnapshotError: the state cannot be captured.
+        """
+        raise ConfigError(f"{type(self).__name__} has no snapshots: override its snapshot() and restore()")
+
+    async def restore(self, client_id: str, data: bytes) -> None:
+        """Make a client's learner anew, with the state that `snapshot` gave.
+
+        Raises:
+            ConfigError: the mode has no snapshots.
+            SnapshotError: the bytes are no snapshot of this client's learner.
+        """
+        raise ConfigError(f"{type(self).__name__} has no snapshots: override its snapshot() and restore()")
+
     def worker_of(self, client_id: str) -> str:
         """The name of the process that has this client's learner, for messages."""
         return type(self).__name__
+
+    def workers(self) -> list[str]:
+        """The names of the processes that run learners, as messages have them; none where the mode has no names."""
+        return []
+
+    async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
+        """Let faults strike workers at calls to come, in place of those armed before, for a test.
+
+        Args:
+            faults: the name of a worker -> what strikes when; none at all disarms it.
+
+        Raises:
+            ConfigError: the mode, or a worker, cannot have such faults.
+        """
+        raise ConfigError(f"{type(self).__name__} has no workers to sabotage: override its workers() and arm()")
 
     def stats(self) -> dict[str, Any]:
         """Numbers of this mode, for ``proxy.stats()``: ``bytes_sent`` and ``bytes_received`` at least."""
@@ -155,6 +191,7 @@ class CallExecutor(AbstractExecutor):
     def __init__(self, config: RuntimeConfig | None = None) -> None:
         super().__init__(config)
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no proxy numbered
+        self._admission = Admission(self.config.max_inflight_bytes)
 
     async def open(self, spec: ExecutorSpec) -> None:
         """Remember what the run is; subclasses reach their hosts here."""
@@ -163,22 +200,51 @@ class CallExecutor(AbstractExecutor):
 
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Run a learner's method with the configuration's ``call_timeout_s``."""
-        call_id, timeout_s = next(self._own_call_ids), self.config.call_timeout_s
+        call_id, timeout_s = self._own_call_id(), self.config.call_timeout_s
         return await self.execute(Invocation(call_id, client_id, method_name, args, kwargs, timeout_s))
 
     async def execute(self, invocation: Invocation) -> Any:
-        """Run a call; asks again where it failed before the method began and the invocation has retries left."""
-        call = self._call(invocation)
-        for remaining in range(invocation.retries, -1, -1):
+        """Run a call; asks again where it failed before the method began and the invocation has retries left.
+
+        Its arguments' value is taken once ``max_inflight_bytes`` has room for it.
+        """
+        num_bytes = estimate(invocation.args, invocation.kwargs)
+        await self._admission.admit(num_bytes)
+        try:
+            call = self._call(invocation)
+            for remaining in range(invocation.retries, -1, -1):
+                outcome = await answer(partial(self._submit, call), partial(self._cancel, call))
+                if not (remaining and _may_go_better(outcome)):
+                    break
+            return self._result(outcome, call)
+        finally:
+            self._admission.release(num_bytes)
+
+    async def snapshot(self, client_id: str) -> bytes:
+        """A learner's state between two calls."""
+        call = Call(self._own_call_id(), client_id, "snapshot", self._take_value(None), kind="snapshot")
+        outcome = await answer(partial(self._submit, call), partial(self._cancel, call))
+        data: torch.Tensor = self._result(outcome, call)
+        return data.numpy().tobytes()
+
+    async def restore(self, client_id: str, data: bytes) -> None:
+        """Make a learner anew, with the state of a snapshot of it."""
+        if not isinstance(data, bytes | bytearray | memoryview) or not data:
+            raise SnapshotError(f"the snapshot of {client_id} must be bytes as snapshots() gives them, not {data!r}")
+        constructor = dict(self._spec.clients[client_id])
+        await self._admission.admit(len(data))
+        try:
+            value = self._take_value((torch.frombuffer(bytearray(data), dtype=torch.uint8), constructor))
+            call = Call(self._own_call_id(), client_id, "restore", value, kind="restore")
             outcome = await answer(partial(self._submit, call), partial(self._cancel, call))
-            if not (remaining and _may_go_better(outcome)):
-                break
-        return self._result(outcome, call)
+            self._result(outcome, call)
+        finally:
+            self._admission.release(len(data))
 
     def stream(self, invocation: Invocation) -> CallStream:
         """Open a stream; nothing is sent before its first item is asked for."""
         return CallStream(
-            self._call(invocation, stream=True),
+            self._call(invocation, kind="stream"),
             submit=self._submit,
             advance=self._advance,
             cancel=self._cancel,
@@ -190,8 +256,8 @@ class CallExecutor(AbstractExecutor):
         """Send a call on its way."""
 
     @abstractmethod
-    def _advance(self, call: Call, reply: Reply) -> None:
-        """Ask an open stream for its next item."""
+    def _advance(self, call: Call, step: int, reply: Reply) -> None:
+        """Ask an open stream for its item of that number, from 0."""
 
     @abstractmethod
     def _cancel(self, call: Call) -> None:
@@ -200,7 +266,10 @@ class CallExecutor(AbstractExecutor):
     def _take_value(self, obj: Any) -> Packed:
         return pack(obj)
 
-    def _call(self, invocation: Invocation, *, stream: bool = False) -> Call:
+    def _own_call_id(self) -> int:
+        return next(self._own_call_ids)
+
+    def _call(self, invocation: Invocation, kind: CallKind = "call") -> Call:
         try:
             arguments = self._take_value((invocation.args, invocation.kwargs))
         except SerializationError as error:
@@ -213,7 +282,7 @@ class CallExecutor(AbstractExecutor):
             invocation.method,
             arguments,
             invocation.run_timeout_s,
-            stream,
+            kind,
         )
 
     def _result(self, outcome: Outcome, call: Call) -> Any:

@@ -10,7 +10,7 @@ from torchfedrpc.executors.remote import RemoteExecutor
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.launch import current_workers
-from torchfedrpc.rpc.worker_group import Member
+from torchfedrpc.rpc.member import Member
 
 
 @executor("distributed")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import CallExecutor, ExecutorSpec
 from torchfedrpc.host.call import Call
+from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.registry import executor
@@ -34,6 +37,26 @@ class LocalExecutor(CallExecutor):
         """Always ``local``."""
         return "local"
 
+    def workers(self) -> list[str]:
+        """This process alone."""
+        return ["local"]
+
+    async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
+        """Let calls here be slow, for a test.
+
+        Raises:
+            ConfigError: a fault would strike the driver itself.
+        """
+        for label, of_label in faults.items():
+            for fault in of_label:
+                if fault.kind != "slow":
+                    raise ConfigError(
+                        f"{fault.kind} of {label!r} would strike the driver itself, whose process has these "
+                        f"learners: only slow makes sense in local mode. Use worker processes "
+                        f"(execution_mode=pseudo), or strike the driver at a round"
+                    )
+            self._opened().arm(of_label, sever=lambda: None)
+
     def stats(self) -> dict[str, Any]:
         """Nothing is sent in local mode."""
         hosted = self._host.stats() if self._host is not None else {}
@@ -45,8 +68,8 @@ class LocalExecutor(CallExecutor):
     def _submit(self, call: Call, reply: Reply) -> None:
         self._opened().submit(call, reply)
 
-    def _advance(self, call: Call, reply: Reply) -> None:
-        self._opened().advance(call.call_id, reply)
+    def _advance(self, call: Call, step: int, reply: Reply) -> None:
+        self._opened().advance(call.call_id, step, reply)
 
     def _cancel(self, call: Call) -> None:
         if self._host is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -11,6 +11,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
 from torchfedrpc.executors.placement import LOCAL, Endpoint
+from torchfedrpc.host.faults import Fault
 from torchfedrpc.launcher import Launch
 from torchfedrpc.registry import executors
 
@@ -50,13 +51,31 @@ class ExecutorRouter:
 
     def stats(self) -> dict[str, Any]:
         """The numbers of all executors together."""
-        total: dict[str, Any] = {"bytes_sent": 0, "bytes_received": 0, "workers": {}}
-        for executor in self._executors():
-            numbers = executor.stats()
-            total["bytes_sent"] += numbers.get("bytes_sent", 0)
-            total["bytes_received"] += numbers.get("bytes_received", 0)
-            total["workers"] |= numbers.get("workers", {})
-        return total
+        names = ("bytes_sent", "bytes_received", "journal_bytes", "workers_lost")
+        each = [executor.stats() for executor in self._executors()]
+        workers = {label: own for numbers in each for label, own in numbers.get("workers", {}).items()}
+        return {name: sum(numbers.get(name, 0) for numbers in each) for name in names} | {"workers": workers}
+
+    def workers(self) -> list[str]:
+        """The names of the processes that run learners."""
+        return [label for executor in self._executors() for label in executor.workers()]
+
+    async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
+        """Let faults strike workers at calls to come, in place of those armed before, for a test.
+
+        Args:
+            faults: the name of a worker -> what strikes when; none at all disarms it.
+
+        Raises:
+            ConfigError: there is no such worker, or it cannot have such faults.
+        """
+        known = self.workers()
+        for label in faults:
+            if label not in known:
+                raise ConfigError(f"this run has no worker {label!r}: it has {', '.join(known) or 'none by name'}")
+        for executor in reversed(self._executors()):  # local first, which refuses more
+            if own := {label: faults[label] for label in executor.workers() if label in faults}:
+                await executor.arm(own)
 
     def _executors(self) -> list[AbstractExecutor]:
         return [self._main] if self._local is self._main else [self._main, self._local]

@@ -17,7 +17,7 @@ class CallStream:
     Args:
         call: what is asked; sent with the first step.
         submit: sends the call.
-        advance: asks for a further item.
+        advance: asks for the item of that number, from 1.
         cancel: closes the stream at its host.
         result: gives the item of an outcome, or raises what it holds.
     """
@@ -27,15 +27,16 @@ class CallStream:
         call: Call,
         *,
         submit: Callable[[Call, Reply], None],
-        advance: Callable[[Call, Reply], None],
+        advance: Callable[[Call, int, Reply], None],
         cancel: Callable[[Call], None],
         result: Callable[[Outcome, Call], Any],
     ) -> None:
         self._call = call
-        self._next = submit
+        self._submit = submit
         self._advance = advance
         self._cancel = cancel
         self._result = result
+        self._num_items = 0
         self._sent = self._ended = self._closed = False
 
     async def step(self) -> Any:
@@ -49,11 +50,16 @@ class CallStream:
             raise StopAsyncIteration
         self._sent = True
         try:
-            outcome = await answer(partial(self._next, self._call), partial(self._cancel, self._call))
+            ask = (
+                partial(self._advance, self._call, self._num_items)
+                if self._num_items
+                else partial(self._submit, self._call)
+            )
+            outcome = await answer(ask, partial(self._cancel, self._call))
         except BaseException:
             self._ended = True
             raise
-        self._next = self._advance
+        self._num_items += 1
         self._ended = outcome.kind != "item"
         if outcome.kind == "end" or self._closed:
             raise StopAsyncIteration

@@ -13,6 +13,23 @@ class Learner(ABC):
     method can be called from a trainer; it may be sync, async or a generator. Inside,
     ``tfr.current_call()`` tells the client, the device and whether the caller still wants the result.
 
+    Between two calls a learner may move to another process: when its worker is lost, and in ``proxy.snapshots`` and
+    ``proxy.restore``. It is then made anew by its constructor, and given its state back:
+
+    - where its class has both ``state_dict()`` and ``load_state_dict(state)``, what these carry. They must be plain
+      methods, and complete: every value that a call leaves behind and a later one depends on (weights, an optimiser's
+      moments, counters, control variates). What the constructor makes anew, as a dataset, stays out.
+    - else all its attributes, as pickle takes them; ``__getstate__`` and ``__setstate__`` are heeded.
+
+    Types outside the learner's own package and ``runtime.trusted_modules`` cannot be restored, nor can locks, open
+    files, lambdas and running generators; gradients and autograd history are left out. So is what lies outside the
+    learner: variables of a module, class attributes, caches. The random streams of calls need no care, they
+    are seeded by the call. ``torchfedrpc.testing.check_snapshot`` proves by replay that nothing is missing.
+
+    After a loss, the calls since the last snapshot are made again, on equal arguments and random streams, so that a
+    run ends with the bits of an undisturbed one. A learner that cannot be captured works all the same, until it has
+    had more calls than the journal may hold; its loss is then `WorkerLostError`.
+
     Args:
         client_id: the client that this learner is.
     """

@@ -130,6 +130,14 @@ class ClassificationLearner(Learner):
         """Take ``weights``, a state dict, as the learner's own."""
         self._weights = weights
 
+    def state_dict(self) -> dict[str, Any]:
+        """What training changes, for snapshots: the learner's own weights; all else the constructor makes anew."""
+        return {"weights": self._weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._weights = state["weights"]
+
     def _train_set(self) -> Samples:
         call = current_call()
 

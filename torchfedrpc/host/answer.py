@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable
+from typing import Any
 
 from torchfedrpc.host.call import Outcome
 from torchfedrpc.host.mailbox import Reply
+
+
+def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: Any) -> None:
+    """Call a function on an event loop, from any thread; not at all once the loop is closed and nobody waits."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
 
 
 async def answer(send: Callable[[Reply], None], cancel: Callable[[], None]) -> Outcome:
@@ -17,7 +25,7 @@ async def answer(send: Callable[[Reply], None], cancel: Callable[[], None]) -> O
         send: called at once, with the callback; the callback may come on any thread.
         cancel: called if the awaiting task is cancelled meanwhile.
     """
-    loop = asyncio.get_running_loop()
+    loop, thread = asyncio.get_running_loop(), threading.get_ident()
     future: asyncio.Future[Outcome] = loop.create_future()
 
     def settle(outcome: Outcome) -> None:
@@ -25,8 +33,10 @@ async def answer(send: Callable[[Reply], None], cancel: Callable[[], None]) -> O
             future.set_result(outcome)
 
     def reply(outcome: Outcome) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits any more
-            loop.call_soon_threadsafe(settle, outcome)
+        if threading.get_ident() == thread:
+            settle(outcome)
+        else:
+            call_on(loop, settle, outcome)
 
     send(reply)
     try:

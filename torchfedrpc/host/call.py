@@ -10,6 +10,8 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.packing import Packed
 
+CallKind = Literal["call", "stream", "snapshot", "restore"]
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -22,7 +24,9 @@ class Call:
         arguments: ``(args, kwargs)``.
         run_timeout_s: seconds the method may run, its wait in the queue not counted; None for no limit. Of a
             stream, each step has so long.
-        stream: whether the method's items are asked for one by one.
+        kind: ``call`` a method; ``stream``: ask for a generator method's items one by one; ``snapshot``: take the
+            learner's state, as uint8 [num_bytes]; ``restore`` it, the arguments being that tensor and the keyword
+            arguments of the constructor (None: those that the learner was registered with).
     """
 
     call_id: int
@@ -30,7 +34,7 @@ class Call:
     method: str
     arguments: Packed
     run_timeout_s: float | None = None
-    stream: bool = False
+    kind: CallKind = "call"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,22 @@ class Outcome:
         parcel: the result or the item.
         failure: the exception.
         never_ran: whether the method itself was not begun, so that asking again is safe.
+        cut_off: whether it was begun and ended early by a deadline or a cancel, so that what it has done to its
+            learner cannot be done again.
+        error: what the caller's own process has to say, raised as it is.
     """
 
     kind: Literal["value", "item", "end", "failed", "cancelled"]
     parcel: Packed | None = None
     failure: Failure | None = None
     never_ran: bool = False
+    cut_off: bool = False
+    error: Exception | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing more will come of the call."""
+        return self.kind != "item"
 
     def result(self, call: Call, allow: AllowList, worker: str) -> Any:
         """What the caller gets: the result or the item; None at the end of a stream.
@@ -59,11 +73,13 @@ class Outcome:
             worker: who answered, for messages.
 
         Raises:
-            Exception: what the method raised, with a note that names client, method and worker.
+            Exception: `error`, or what the method raised, with a note that names client, method and worker.
             SerializationError: the result cannot be read here.
             WorkerLostError: the worker gave the call up because it is closing.
         """
         where = f"{call.client_id}.{call.method} on {worker}"
+        if self.error is not None:
+            raise self.error
         if self.failure is not None:
             raise self.failure.restore(allow, f"in {where}")
         if self.kind == "cancelled":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -11,9 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from torchfedrpc.errors import CallTimeoutError
+from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.answer import answer
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.deadlines import Deadlines, debugger_attached
+from torchfedrpc.host.faults import Fault, Saboteur
 from torchfedrpc.host.mailbox import Job, Mailbox, Reply
 from torchfedrpc.host.runner import Report, Runner
 from torchfedrpc.host.spec import LearnerSpec
@@ -34,14 +37,19 @@ class LearnerHost:
     Thread-safe, and no method here but `close` waits for anything: calls are put into mailboxes, run on the
     host's own threads, and answered through callbacks on those threads.
 
+    Whoever asks from another process may have to ask again, after the connection broke: a call whose id the host
+    knows is not run a second time but joined, or answered with its first outcome, which is kept until
+    `acknowledge`.
+
     Args:
         spec: what learners to make, with which limits.
         worker: this process's name in messages.
         device: what `current_call` names as device.
         report: takes what a method reports of its progress, on the method's thread.
+        activity: is told which calls are running.
         constructor_arguments: gives those of a client's learner, where the host is in the driver's own process
-            and need not be told of each client by `register`. Then ``isolation=none`` passes references, and
-            run-time limits are not applied while a debugger is attached.
+            and need not be told of each client by `register`. Then ``isolation=none`` passes references, run-time
+            limits are not applied while a debugger is attached, and no outcome is kept.
     """
 
     def __init__(
@@ -51,24 +59,28 @@ class LearnerHost:
         worker: str = "local",
         device: torch.device | None = None,
         report: Report | None = None,
+        activity: Activity | None = None,
         constructor_arguments: ConstructorArguments | None = None,
     ) -> None:
         self.worker = worker
         self.call_timeout_s = spec.runtime.call_timeout_s
         self._constructor_arguments = constructor_arguments
-        self._by_value = constructor_arguments is None or spec.runtime.isolation != "none"
+        self._is_remote = constructor_arguments is None
+        self._by_value = self._is_remote or spec.runtime.isolation != "none"
         self._deadlines = Deadlines(self._expire)
         self._runner = Runner(
             spec,
             device or torch.device("cpu"),
             by_value=self._by_value,
             report=report or (lambda call, progress: None),
+            activity=activity,
             deadlines=self._deadlines,
             done=self._done,
         )
-        self._lock = threading.Lock()  # guards the mailboxes' queues, and the jobs and their states
+        self._lock = threading.Lock()  # guards the mailboxes' queues, the jobs and their states, and the outcomes
         self._mailboxes: dict[str, Mailbox] = {}
         self._jobs: dict[int, Job] = {}
+        self._outcomes: dict[int, Outcome] = {}  # final ones, which may be asked for again
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no executor numbered
 
     @property
@@ -76,51 +88,80 @@ class LearnerHost:
         """The types that may travel in this run."""
         return self._runner.allow
 
-    def register(self, client_id: str, kwargs: Packed) -> Mailbox:
+    def register(self, client_id: str, kwargs: Packed | None) -> Mailbox:
         """Make room for a learner; its first call makes the learner itself.
 
         Args:
             client_id: whose learner.
-            kwargs: keyword arguments for its constructor.
+            kwargs: keyword arguments for its constructor; None where it is registered already.
 
         Returns:
             Its mailbox; the one it has, where it is registered already.
         """
         with self._lock:
+            if kwargs is None:
+                return self._mailboxes[client_id]
             return self._mailboxes.setdefault(client_id, Mailbox(client_id, kwargs))
 
     def submit(self, call: Call, reply: Reply) -> None:
-        """Queue a call of a registered learner; ``reply`` is called once with its outcome, on some thread."""
-        if self._constructor_arguments is not None and call.client_id not in self._mailboxes:
-            self.register(call.client_id, self._constructor_arguments(call.client_id, by_value=self._by_value))
+        """Queue a call of a registered learner; ``reply`` is called with its (next) outcome, on some thread."""
+        if not self._is_remote and call.client_id not in self._mailboxes:
+            self._register_here(call.client_id)
         with self._lock:
-            mailbox = self._mailboxes[call.client_id]
-            job = Job(call, mailbox, reply)
-            self._jobs[call.call_id] = job
-            if mailbox.current is not None:
-                mailbox.queue.append(job)
-                return
-            mailbox.current = job
-        self._runner.begin(job)
+            known = self._known(call.call_id, 0, reply)
+            if known is _UNKNOWN:
+                mailbox = self._mailboxes[call.client_id]
+                self._jobs[call.call_id] = job = Job(call, mailbox, reply)
+                if mailbox.current is not None:
+                    mailbox.queue.append(job)
+                    return
+                mailbox.current = job
+        if known is _UNKNOWN:
+            self._runner.begin(job)
+        elif known is not None:
+            reply(known)
 
-    def advance(self, call_id: int, reply: Reply) -> None:
-        """Ask an open stream for its next item."""
+    def advance(self, call_id: int, step: int, reply: Reply) -> None:
+        """Ask an open stream for its item number ``step``, counted from 0."""
         with self._lock:
+            known = self._known(call_id, step, reply)
             job = self._jobs.get(call_id)
-            if job is not None and not job.cancelled:
-                job.reply, job.stepping = reply, True
-        if job is None or job.cancelled:
-            reply(Outcome("cancelled"))
-            return
-        self._runner.step(job)
+            if known is _UNKNOWN and job is not None:
+                job.reply, job.stepping, job.last_item = reply, True, None
+        if known is not _UNKNOWN:
+            if known is not None:
+                reply(known)
+        elif job is None:
+            reply(Outcome("cancelled", never_ran=True))
+        else:
+            self._runner.step(job)
 
-    def cancel(self, call_id: int) -> None:
+    def cancel(self, call_id: int, reply: Reply | None = None) -> None:
         """Nobody waits for this call any more.
 
         A queued one never starts; an async method is cancelled; a sync one sees ``current_call().cancelled``, and
         its learner is free again when it ends; a stream is closed.
+
+        Args:
+            call_id: the call.
+            reply: takes what became of it, for one who was cut off and does not know.
         """
         self._abandon(call_id, Outcome("cancelled"))
+        if reply is not None:
+            with self._lock:
+                outcome = self._outcomes.get(call_id)
+            reply(outcome or Outcome("cancelled", never_ran=True))
+
+    def acknowledge(self, call_ids: Iterable[int]) -> None:
+        """Forget the outcomes of these calls: whoever asked has them."""
+        with self._lock:
+            for call_id in call_ids:
+                self._outcomes.pop(call_id, None)
+
+    def keep_only(self, call_ids: Iterable[int]) -> None:
+        """Forget the outcomes of all calls but these, where acknowledgements may have got lost."""
+        with self._lock:
+            self._outcomes = {call_id: self._outcomes[call_id] for call_id in call_ids if call_id in self._outcomes}
 
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Run a method of a registered learner and await its result, on any event loop.
@@ -132,6 +173,7 @@ class LearnerHost:
         arguments = self.take_value((args, kwargs))
         call = Call(call_id, client_id, method_name, arguments, self.call_timeout_s)
         outcome = await answer(partial(self.submit, call), partial(self.cancel, call_id))
+        self.acknowledge([call_id])
         return outcome.result(call, self.allow, self.worker)
 
     def take_value(self, obj: Any) -> Packed:
@@ -141,6 +183,15 @@ class LearnerHost:
             SerializationError: it cannot be sent.
         """
         return self._runner.take_value(obj)
+
+    def arm(self, faults: Sequence[Fault], sever: Callable[[], None]) -> None:
+        """Let faults strike this process at calls to come, in place of those armed before.
+
+        Args:
+            faults: what strikes when; none at all disarms.
+            sever: cuts this process off from the driver's watch.
+        """
+        self._runner.saboteur = Saboteur(faults, sever) if faults else None
 
     def stats(self) -> dict[str, int]:
         """How many learners are made here, and how many calls run or wait."""
@@ -160,17 +211,41 @@ class LearnerHost:
         self._deadlines.close()
         return ended
 
+    def _register_here(self, client_id: str) -> None:
+        assert self._constructor_arguments is not None
+        self.register(client_id, self._constructor_arguments(client_id, by_value=self._by_value))
+
+    def _known(self, call_id: int, step: int, reply: Reply) -> Outcome | None:
+        """What is known of a step that is asked for: its outcome, None where it is joined, or `_UNKNOWN`."""
+        if (outcome := self._outcomes.get(call_id)) is not None:
+            return outcome
+        job = self._jobs.get(call_id)
+        if job is None:
+            return _UNKNOWN
+        if job.cancelled:
+            return Outcome("cancelled")
+        if job.num_items == step + 1:
+            return job.last_item
+        if job.stepping:
+            job.reply = reply
+            return None
+        return _UNKNOWN
+
     def _done(self, job: Job, outcome: Outcome) -> None:
         """Answer who waits, and go on: to the learner's next call, or closing a stream that nobody reads."""
         following, unread = None, False
         with self._lock:
             reply, job.reply = job.reply, None
-            if outcome.kind == "item":
-                job.stepping = unread = job.cancelled
-            else:
+            if outcome.is_final:
                 del self._jobs[job.call.call_id]
+                if not job.cancelled:
+                    self._keep(job, outcome)
                 mailbox = job.mailbox
                 mailbox.current = following = mailbox.queue.popleft() if mailbox.queue else None
+            else:
+                job.stepping = unread = job.cancelled
+                job.num_items += 1
+                job.last_item = outcome if self._is_remote else None
         if following is not None:
             self._runner.begin(following)
         if reply is not None:
@@ -180,7 +255,7 @@ class LearnerHost:
 
     def _expire(self, call_id: Any) -> None:
         job = self._jobs.get(call_id)
-        if job is None or (self._constructor_arguments is not None and debugger_attached()):
+        if job is None or (not self._is_remote and debugger_attached()):
             return
         call = job.call
         error = CallTimeoutError(
@@ -195,15 +270,25 @@ class LearnerHost:
             if job is None or job.cancelled:
                 return
             job.cancelled = True
+            job.last_item = None
             reply, job.reply = job.reply, None
             idle_stream, job.stepping = not job.stepping, True
             queued = job is not job.mailbox.current
             if queued:
                 job.mailbox.queue.remove(job)
                 del self._jobs[call_id]
+            outcome = replace(outcome, never_ran=queued, cut_off=not queued and not idle_stream)
+            self._keep(job, outcome)
         if reply is not None:
-            reply(replace(outcome, never_ran=queued))
+            reply(outcome)
         if idle_stream:
             self._runner.close_stream(job)
         else:
             self._runner.cancel_task(job)
+
+    def _keep(self, job: Job, outcome: Outcome) -> None:
+        if self._is_remote:
+            self._outcomes[job.call.call_id] = outcome
+
+
+_UNKNOWN = Outcome("cancelled")

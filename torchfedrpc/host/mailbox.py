@@ -58,6 +58,8 @@ class Job:
         task: what runs an async method or step.
         iterator: what a stream's method returned.
         stepping: whether the call is running or due to; False where a stream is open and idle.
+        num_items: items that the stream has given.
+        last_item: the last of them, until the next is asked for.
     """
 
     call: Call
@@ -70,3 +72,5 @@ class Job:
     task: asyncio.Task[None] | None = None
     iterator: Iterator[Any] | AsyncIterator[Any] | None = None
     stepping: bool = True
+    num_items: int = 0
+    last_item: Outcome | None = None

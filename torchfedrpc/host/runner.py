@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from torchfedrpc.errors import MethodNotFoundError, SerializationError
+from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.context import CallContext, SharedObjects, bind, unbind
 from torchfedrpc.host.deadlines import Deadlines
+from torchfedrpc.host.faults import Saboteur
 from torchfedrpc.host.gate import Gate
 from torchfedrpc.host.lanes import AsyncLane, SyncLane, stepped
 from torchfedrpc.host.mailbox import Job
 from torchfedrpc.host.methods import find_method
 from torchfedrpc.host.randomness import RandomStreams, call_seed
+from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, load, reinstate
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_modes import TorchModes
 from torchfedrpc.wire.failure import Failure
@@ -31,6 +36,8 @@ logger = logging.getLogger(__name__)
 Report = Callable[[Call, Packed], None]
 Done = Callable[[Job, Outcome], None]
 
+_TAKEN = Reference(None)  # in place of arguments that are the method's own by now, to keep or to drop
+
 
 class Runner:
     """Runs jobs on its own threads: `begin`, then for a stream `step` and `close_stream`.
@@ -40,6 +47,7 @@ class Runner:
         device: what `current_call` names as device.
         by_value: whether results and reports are copied.
         report: takes what a method reports of its progress.
+        activity: is told which calls are running; None where nobody asks.
         deadlines: told when a method, or a step of a stream, begins and ends.
         done: takes each outcome, on the thread where it came about. After ``item`` the stream is open.
     """
@@ -51,6 +59,7 @@ class Runner:
         *,
         by_value: bool,
         report: Report,
+        activity: Activity | None,
         deadlines: Deadlines,
         done: Done,
     ) -> None:
@@ -60,8 +69,10 @@ class Runner:
         self._device = device
         self._by_value = by_value
         self._report = report
+        self._activity = activity
         self._deadlines = deadlines
         self._done = done
+        self.saboteur: Saboteur | None = None
         self._seeds_streams = spec.runtime.max_concurrent_calls == 1
         self._shared = SharedObjects(spec.seed, device)
         torch.empty(0, device=device)  # a device that cannot be used fails here, not on the threads below
@@ -111,23 +122,29 @@ class Runner:
     # On the sync lane, the gate held shared.
 
     def _in_turn(self, function: Callable[[Job], None], job: Job) -> None:
-        with self._gate.shared():
+        with self._gate.shared(), self._shown(job):
             function(job)
 
     def _begin(self, job: Job) -> None:
         if job.cancelled:
             self._end(job, Outcome("cancelled", never_ran=True))
             return
+        if job.call.kind in ("snapshot", "restore"):
+            self._end(job, self._carry(job))
+            return
         self._start_deadline(job)
         call, mailbox = job.call, job.mailbox
+        if self.saboteur is not None:
+            self.saboteur.begin(call.call_id)
         try:
             if mailbox.kwargs is not None:
-                self._make_learner(job, mailbox.kwargs.copy().open(self.allow))
+                mailbox.learner, mailbox.kwargs = self._make_learner(job, mailbox.kwargs), None
             method = find_method(mailbox.learner, call.method, call.client_id)
             args, kwargs = call.arguments.open(self.allow)
         except BaseException as error:
             self._end(job, self.failed(error, never_ran=True))
             return
+        call = job.call = replace(call, arguments=_TAKEN)
         seed = call_seed(self._spec.seed, call.client_id, call.method, mailbox.counts[call.method])
         mailbox.counts[call.method] += 1
         job.context = self._context(job, call.method, seed)
@@ -136,22 +153,53 @@ class Runner:
             with self._inside(job.context, RandomStreams(seed, self._device)):
                 value = method(*args, **kwargs)
                 del args, kwargs
-                goes_on = call.stream or inspect.isawaitable(value)
+                goes_on = call.kind == "stream" or inspect.isawaitable(value)
                 outcome = None if goes_on else self._gave(job, "value", value)
         except BaseException as error:
             outcome = self.failed(error)
         if outcome is not None:
             self._end(job, outcome)
-        elif call.stream:
+        elif call.kind == "stream":
             self._open_stream(job, value)
         else:
             self._async.start(self._await(job, value))
 
-    def _make_learner(self, job: Job, kwargs: dict[str, Any]) -> None:
-        seed = call_seed(self._spec.seed, job.call.client_id, "__init__", 0)
-        with self._inside(self._context(job, "__init__", seed), RandomStreams(seed, self._device)):
-            job.mailbox.learner = self._factory(job.call.client_id, **kwargs)
-        job.mailbox.kwargs = None
+    def _make_learner(self, job: Job, packed: Packed) -> Any:
+        kwargs = packed.copy().open(self.allow)
+        with self._apart(job, "__init__"):
+            return self._factory(job.call.client_id, **kwargs)
+
+    def _carry(self, job: Job) -> Outcome:
+        """Take a snapshot of the job's learner, or restore it from one."""
+        try:
+            if job.call.kind == "snapshot":
+                return Outcome("value", pack(torch.frombuffer(bytearray(self._snapshot(job)), dtype=torch.uint8)))
+            data, kwargs = job.call.arguments.open(self.allow)
+            self._restore(job, data.numpy().data, kwargs)
+            return Outcome("value", pack(None))
+        except BaseException as error:
+            return self.failed(error)
+
+    def _snapshot(self, job: Job) -> bytes:
+        mailbox = job.mailbox
+        with self._apart(job, "state_dict"):
+            state = capture(mailbox.learner, mailbox.client_id) if mailbox.made else None
+            snapshot = Snapshot(mailbox.client_id, self._spec.name, dict(mailbox.counts), state)
+            return dump(snapshot, self.allow)
+
+    def _restore(self, job: Job, data: memoryview, kwargs: dict[str, Any] | None) -> None:
+        snapshot, mailbox = load(data, self.allow), job.mailbox
+        check_belongs(snapshot, mailbox.client_id, self._spec.name)
+        constructor = mailbox.kwargs if kwargs is None else self.take_value(kwargs)
+        assert constructor is not None
+        if snapshot.made:
+            learner = self._make_learner(job, constructor)
+            with self._apart(job, "load_state_dict"):
+                reinstate(learner, snapshot.state, mailbox.client_id)
+            mailbox.learner, mailbox.kwargs = learner, None
+        else:
+            mailbox.learner, mailbox.kwargs = None, constructor
+        mailbox.counts = Counter(snapshot.counts)
 
     def _open_stream(self, job: Job, value: Any) -> None:
         if isinstance(value, Iterator):
@@ -253,6 +301,8 @@ class Runner:
 
     def _end(self, job: Job, outcome: Outcome) -> None:
         job.task = None
+        if outcome.is_final:
+            job.context = None  # it refers to the job: what both hold would stay until the next garbage collection
         self._deadlines.stop(job.call.call_id)
         self._done(job, outcome)
 
@@ -262,23 +312,40 @@ class Runner:
             torch.cuda.set_device(self._device)
 
     def _context(self, job: Job, method: str, seed: int) -> CallContext:
-        call = job.call
-
         def report(progress: Any) -> None:
             value = self.take_value(progress)
             value.copy().open(self.allow)  # a type that may not travel is the method's error, not the driver's
-            self._report(call, value)
+            self._report(job.call, value)
 
         return CallContext(
-            client_id=call.client_id,
+            client_id=job.call.client_id,
             method=method,
-            call_id=call.call_id,
+            call_id=job.call.call_id,
             device=self._device,
             _seed=seed,
             _shared=self._shared,
             _is_cancelled=lambda: job.cancelled,
             _report=report,
         )
+
+    @contextmanager
+    def _apart(self, job: Job, method: str) -> Iterator[None]:
+        """Around what no call counts: the constructor, and the taking and giving back of state."""
+        seed = call_seed(self._spec.seed, job.call.client_id, method, 0)
+        with self._inside(self._context(job, method, seed), RandomStreams(seed, self._device)):
+            yield
+
+    @contextmanager
+    def _shown(self, job: Job) -> Iterator[None]:
+        """Let the activity of this process show the job's call."""
+        if self._activity is None:
+            yield
+            return
+        slot = self._activity.enter(job.call.call_id)
+        try:
+            yield
+        finally:
+            self._activity.leave(slot)
 
     @contextmanager
     def _inside(self, context: CallContext | None, streams: RandomStreams | None) -> Iterator[None]:
@@ -300,7 +367,7 @@ class Runner:
         token = bind(job.context)
         remaining_s = self._deadlines.stop(job.call.call_id)  # waiting for the gate is no running
         try:
-            with self._gate.exclusive(), job.modes, job.streams:
+            with self._gate.exclusive(), self._shown(job), job.modes, job.streams:
                 if remaining_s is not None:
                     self._deadlines.start(job.call.call_id, remaining_s)
                 yield

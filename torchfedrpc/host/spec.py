@@ -73,6 +73,11 @@ class LearnerSpec:
             raise ConfigError(f"the learner's name {module}.{qualname} leads to another object: {_REMEDY}")
         return spec, kwargs
 
+    @property
+    def name(self) -> str:
+        """Where the class or factory is defined."""
+        return f"{self.module}.{self.qualname}"
+
     def load(self) -> Callable[..., Any]:
         """The class or factory itself.
 

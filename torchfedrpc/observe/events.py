@@ -46,6 +46,25 @@ class ProgressReported(Event):
 
 
 @dataclass(frozen=True)
+class WorkerLost(Event):
+    """The worker of that name is gone, ``reason`` says how.
+
+    Its learners are rebuilt as they are called, unless ``on_worker_lost=fail``.
+    """
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class WorldFormed(Event):
+    """After a loss the workers can be called again, ``seconds`` after it was noticed, as the world ``generation``."""
+
+    generation: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class RoundStarted(Event):
     """A trainer begins round ``round_num`` (from 0) of ``num_rounds``."""
 

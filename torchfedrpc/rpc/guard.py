@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import builtins
+import io
 import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torchfedrpc.errors import SerializationError
 from torchfedrpc.rpc.backend import torch_rpc
+from torchfedrpc.wire.scan import checked
 
 _INTERNAL = "torch.distributed.rpc.internal"
 _API = "torch.distributed.rpc.api"
-_ENTRIES = {"torchfedrpc.rpc.endpoint": ("submit", "advance", "cancel", "register", "report")}
+_ENTRIES = {"torchfedrpc.rpc.endpoint": ("submit", "advance", "cancel", "register", "acknowledge", "report")}
 _PLAIN = {
     _INTERNAL: ("PythonUDF", "RemoteException", "_InternalRPCPickler"),
     _API: ("_gather_to_leader", "_broadcast_to_followers"),  # the handshake of init_rpc
@@ -22,7 +25,31 @@ _PLAIN = {
 _RECEIVERS = ("_tensor_receiver", "_py_rref_receiver")
 
 
-class GuardedUnpickler(pickle.Unpickler):
+class _StrictUnpickler(pickle.Unpickler):
+    """Reads what sets no attributes (those of our entry points and of RPC's classes are for all calls)."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        try:
+            data = checked(file.read(), may_build=False)
+        except SerializationError as error:
+            raise pickle.UnpicklingError(f"refused a message: {error}") from error
+        super().__init__(io.BytesIO(data))
+
+    def load(self) -> Any:
+        """The object.
+
+        Raises:
+            pickle.UnpicklingError: whatever is wrong with the message.
+        """
+        try:
+            return super().load()
+        except (pickle.UnpicklingError, MemoryError):
+            raise
+        except Exception as error:
+            raise pickle.UnpicklingError(f"refused a message: {type(error).__name__}: {error}") from error
+
+
+class GuardedUnpickler(_StrictUnpickler):
     """Reads requests and responses of torch RPC; any global that they do not need is refused.
 
     It stands where RPC looks its unpickler up at each message. RPC's builtin operators pass no unpickler at all,
@@ -50,7 +77,7 @@ def _get_receiver(owner: Any, name: Any) -> Any:
     return getattr(pickler, name)
 
 
-class HandshakeUnpickler(pickle.Unpickler):
+class HandshakeUnpickler(_StrictUnpickler):
     """Reads what members tell each other of their devices as they join a world."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -11,10 +11,10 @@ class InOrder:
 
     def __init__(self) -> None:
         self._next = 0
-        self._early: dict[int, Callable[[], None]] = {}
+        self._early: dict[int, Callable[[], object]] = {}
         self._lock = threading.Lock()
 
-    def put(self, number: int, action: Callable[[], None]) -> None:
+    def put(self, number: int, action: Callable[[], object]) -> None:
         """Run ``action`` in its turn, on this or a later caller's thread; it must not wait for anything."""
         with self._lock:
             self._early[number] = action

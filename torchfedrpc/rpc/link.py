@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import itertools
 import json
-import os
 import socket
-import weakref
 from typing import Any
 
 from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.rpc.forks import close_in_children
 
 Message = dict[str, Any]
 _CHUNK_BYTES = 65536
@@ -27,10 +25,11 @@ class Link:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
-        _open_links.add(self)
-        _close_in_children()
+        close_in_children(connection)
         self._received = bytearray()
         self._numbers = itertools.count()
+        self._is_asking = False
+        self._is_closed = False
 
     def send(self, message: Message) -> None:
         """Send a message, waiting until it is out."""
@@ -41,7 +40,7 @@ class Link:
         while (message := self._take()) is None:
             try:
                 chunk = self._socket.recv(_CHUNK_BYTES)
-            except ConnectionError:
+            except OSError:  # reset, or cut off for too long
                 chunk = b""
             if not chunk:
                 return None
@@ -59,9 +58,10 @@ class Link:
             WorkerLostError: the worker is gone.
         """
         loop = asyncio.get_running_loop()
-        self._socket.setblocking(False)
         number = next(self._numbers)
+        self._is_asking = True
         try:
+            self._socket.setblocking(False)
             await loop.sock_sendall(self._socket, _line({**message, "number": number}))
             # An answer to an earlier request, whose caller was cancelled, is passed over.
             while (answer := self._take()) is None or answer.get("number") != number:
@@ -71,10 +71,14 @@ class Link:
                 if not chunk:
                     raise ConnectionResetError("it ended")
                 self._received += chunk
-        except ConnectionError as error:
+        except OSError as error:
             raise WorkerLostError(
                 f"{label} ended when it was told to {message['do']} ({error}): see its output for why"
             ) from error
+        finally:
+            self._is_asking = False
+            if self._is_closed:
+                self._socket.close()
         return answer
 
     def stop(self) -> None:
@@ -84,8 +88,21 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Close the link; a worker leaves when its link is closed."""
-        self._socket.close()
+        """Close the link, also under whoever waits on it; a worker leaves when its link is closed."""
+        self._is_closed = True
+        with contextlib.suppress(OSError):  # the other end is gone already
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if not self._is_asking:  # whoever asks is woken by the shutdown, and would wait for ever for a closed one
+            self._socket.close()
+
+    def detach(self) -> socket.socket:
+        """Give the connection up, for other use; nothing must have been received that was not taken."""
+        assert not self._received
+        return self._socket
+
+    def end_when_cut_off(self, timeout_s: float) -> None:
+        """Let the kernel end the connection once the other machine has not been reached for so long."""
+        end_when_cut_off(self._socket, timeout_s)
 
     def fileno(self) -> int:
         """The socket's descriptor."""
@@ -106,18 +123,20 @@ class Link:
         return message
 
 
-_open_links: weakref.WeakSet[Link] = weakref.WeakSet()
+def end_when_cut_off(connection: socket.socket, timeout_s: float) -> None:
+    """Let the kernel end a TCP connection once the other machine has not been reached for so long.
 
-
-@functools.cache
-def _close_in_children() -> None:
-    """Close links in forked children (of a DataLoader, say): a copy there would outlive the process it stands for."""
-
-    def close_all() -> None:
-        for link in list(_open_links):
-            link.close()
-
-    os.register_at_fork(after_in_child=close_all)
+    The kernels tell each other, whatever the processes are busy with.
+    """
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    interval_s = max(int(timeout_s / 3), 1)
+    with contextlib.suppress(OSError):  # it is at its end already, which whoever reads it finds out
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval_s)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval_s)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
 
 
 def _line(message: Message) -> bytes:

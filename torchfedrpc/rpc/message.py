@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.fence import fence
@@ -36,8 +37,10 @@ def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = F
     """
     if message is None:
         return None
-    head, views, slots, num_buffers, staged = message
     try:
+        head, views, slots, num_buffers, staged = message
+        if not (isinstance(head, bytes) and all(isinstance(slot, torch.Tensor) for slot in slots)):
+            raise SerializationError("what arrived is no parcel of torchfedrpc's")
         if device is not None and device.type == "cuda":
             slots = [
                 slot.to(device) if (move_all and slot.is_cuda) or (staged and staged[index]) else slot
@@ -56,27 +59,28 @@ def home_device(parcel: Packed) -> torch.device | None:
 
 def call_message(call: Call, covered: MappedDevices) -> Any:
     """A call as a tuple."""
-    fields = (call.call_id, call.client_id, call.method, call.run_timeout_s, call.stream)
+    timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # numpy's would not get through
+    fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind)
     return fields, parcel_message(call.arguments, covered)
 
 
 def read_call(message: Any, device: torch.device) -> Call:
     """The call of such a tuple."""
-    (call_id, client_id, method, run_timeout_s, stream), arguments = message
+    (call_id, client_id, method, run_timeout_s, kind), arguments = message
     parcel = read_parcel(arguments, device)
     assert parcel is not None
-    return Call(call_id, client_id, method, parcel, run_timeout_s, stream)
+    return Call(call_id, client_id, method, parcel, run_timeout_s, kind)
 
 
 def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
     """An outcome as a tuple."""
     failure = outcome.failure
     parts = failure and (failure.type_name, failure.message, failure.traceback, failure.body)
-    return outcome.kind, outcome.never_ran, parts, parcel_message(outcome.parcel, covered)
+    return outcome.kind, outcome.never_ran, outcome.cut_off, parts, parcel_message(outcome.parcel, covered)
 
 
 def read_outcome(message: Any, home: torch.device | None) -> Outcome:
     """The outcome of such a tuple."""
-    kind, never_ran, parts, parcel = message
+    kind, never_ran, cut_off, parts, parcel = message
     failure = Failure(*parts) if parts else None
-    return Outcome(kind, read_parcel(parcel, home, move_all=True), failure, never_ran)
+    return Outcome(kind, read_parcel(parcel, home, move_all=True), failure, never_ran, cut_off)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import logging
 import os
 import queue
 import signal
@@ -11,43 +11,62 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-
-import torch
+from typing import Any
 
 from torchfedrpc import launcher
+from torchfedrpc.host.activity import Activity
+from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.process import adopt_torch_defaults, choose_device, process_settings, visible_gpus
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc import endpoint, world
 from torchfedrpc.rpc.endpoint import Endpoint
 from torchfedrpc.rpc.interfaces import interface_of
-from torchfedrpc.rpc.link import Link, Message
+from torchfedrpc.rpc.link import Link, Message, end_when_cut_off
 from torchfedrpc.rpc.main_module import adopt_main
-
-logger = logging.getLogger(__name__)
+from torchfedrpc.rpc.pulse import Sidecar
 
 _DRIVER_GONE = 1  # exit status
 _ABANDONED = 3  # exit status: a method went on regardless of the end, so its thread had to be left behind
 
 
-def main(descriptor: int) -> None:
-    """Body of a worker process that a driver started: ``descriptor`` is its end of the link."""
+def main(descriptor: int, pulse_descriptor: int) -> None:
+    """Body of a worker process that a driver started.
+
+    Args:
+        descriptor: its end of the link.
+        pulse_descriptor: its end of the socket for its sidecar's beats.
+    """
     os.set_inheritable(descriptor, False)
+    os.set_inheritable(pulse_descriptor, False)
     launcher.become_worker()
-    clean = serve(Link(socket.socket(fileno=descriptor)), local_index=None)
+    with _ignoring(signal.SIGINT):
+        clean = serve(Link(socket.socket(fileno=descriptor)), socket.socket(fileno=pulse_descriptor))
+    if clean:
+        atexit._run_exitfuncs()  # the rest of the interpreter's end takes a second, and the driver waits
     sys.stdout.flush()
     sys.stderr.flush()
-    if not clean:
-        os._exit(_ABANDONED)
+    os._exit(0 if clean else _ABANDONED)
 
 
-def serve(link: Link, local_index: int | None) -> bool:
+def serve_launch(link: Link, pulse: socket.socket, local_index: int) -> bool:
+    """Serve learners as a rank of a launch; returns what `serve` does.
+
+    A launcher passes Ctrl-C and SIGTERM on to every rank: the driver handles them and tells its workers, or takes
+    them along when it ends.
+    """
+    with _ignoring(signal.SIGINT, signal.SIGTERM):
+        return serve(link, pulse, local_index)
+
+
+def serve(link: Link, pulse: socket.socket, local_index: int | None = None) -> bool:
     """Serve learners until the driver says stop.
 
     Args:
         link: this worker's end of the link.
+        pulse: this worker's end of the socket for its sidecar's beats.
         local_index: this worker's number on its machine, for its share of the GPUs; None lets the driver tell.
 
     Returns:
@@ -55,19 +74,16 @@ def serve(link: Link, local_index: int | None) -> bool:
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(link, messages), name="torchfedrpc-link", daemon=True).start()
-    worker = _Worker(link, local_index)
-    with _ignoring_interrupts():
-        while True:
-            message = messages.get()
-            if message["do"] == "stop":
-                worker.leave()
-                return worker.clean
-            number = message.pop("number")
-            try:
-                answer = worker.obey(message)
-            except (Exception, SystemExit) as error:  # a script may call sys.exit as it is imported
-                answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    worker = _Worker(link, pulse, local_index)
+    while (message := messages.get())["do"] != "stop":
+        number = message.pop("number")
+        try:
+            answer = worker.obey(message)
+        except (Exception, SystemExit) as error:  # a script may call sys.exit as it is imported
+            answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        with contextlib.suppress(OSError):  # the driver is gone, which the link's thread sees too
             link.send({**answer, "number": number})
+    return worker.end()
 
 
 def _listen(link: Link, messages: queue.SimpleQueue[Message]) -> None:
@@ -81,71 +97,115 @@ def _listen(link: Link, messages: queue.SimpleQueue[Message]) -> None:
 
 
 @contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal; the driver handles it and tells its workers."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignoring(*numbers: signal.Signals) -> Iterator[None]:
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Worker:
-    """What a worker has at hand between messages."""
+    """What a worker has at hand between messages: its host for a run, its endpoint for the worlds of that run."""
 
-    def __init__(self, link: Link, local_index: int | None) -> None:
-        self.clean = True
-        self._joined = False
+    def __init__(self, link: Link, pulse: socket.socket, local_index: int | None) -> None:
+        self._clean = True
+        self._is_joined = False
         self._link = link
+        self._pulse = pulse
         self._local_index = local_index
+        self._activity = Activity()
+        self._sidecar: Sidecar | None = None
         self._host: LearnerHost | None = None
-        self._device = torch.device("cpu")
+        self._endpoint: Endpoint | None = None
         self._stack = ExitStack()
 
     def obey(self, message: Message) -> Message:
-        verb = message.pop("do")
-        if verb == "prepare":
-            return self.prepare(**message)
-        if verb == "join":
-            return self.join(**message)
-        if verb == "leave":
-            return self.leave()
-        raise ValueError(f"unknown message {verb!r}")
+        """Do what a message says, and answer it."""
+        verbs: dict[str, Callable[..., Message]] = {
+            "prepare": self.prepare,
+            "join": self.join,
+            "leave": self.leave,
+            "close": self.close,
+            "arm": self.arm,
+        }
+        return verbs[message.pop("do")](**message)
 
     def prepare(
         self, spec: Message, label: str, local_index: int, main: Message | None, defaults: dict[str, str]
     ) -> Message:
-        """Import what the learners need; they are made later, one by one."""
+        """Begin a run: import what its learners need; they are made later, one by one."""
+        self.close()  # a run whose end did not get through
+        learner = LearnerSpec.from_message(spec)
+        if self._sidecar is None:
+            self._link.end_when_cut_off(learner.runtime.heartbeat_timeout_s)
+            end_when_cut_off(self._pulse, learner.runtime.heartbeat_timeout_s)
+            self._sidecar = Sidecar(self._pulse, self._activity)
         if main is not None:
             adopt_main(main)
-        learner = LearnerSpec.from_message(spec)
-        self._device = choose_device(local_index if self._local_index is None else self._local_index)
-        self._label = label
-        self._learner = learner
+        device = choose_device(local_index if self._local_index is None else self._local_index)
         learner.load()
         adopt_torch_defaults(defaults)  # after the import, which may set its own
-        return {"device": str(self._device), "visible_gpus": visible_gpus()}
+        self._stack.enter_context(process_settings(learner.runtime))
+        self._endpoint = Endpoint(device)
+        self._host = LearnerHost(
+            learner, worker=label, device=device, report=self._endpoint.report, activity=self._activity
+        )
+        self._endpoint.host = self._host
+        endpoint.serving = self._endpoint
+        return {"device": str(device), "visible_gpus": visible_gpus()}
 
-    def join(self, plan: Message, rank: int) -> Message:
-        """Join a world and serve in it."""
+    def join(self, plan: Message, rank: int, asked: list[int]) -> Message:
+        """Join a world and serve in it.
+
+        Args:
+            plan: the world.
+            rank: this worker's rank in it.
+            asked: ids of the calls to this worker that the driver has had no answer to.
+        """
+        assert self._host is not None
+        assert self._endpoint is not None
         world_plan = world.WorldPlan.from_message(plan)
-        covered = frozenset([self._device] if world_plan.device_maps[rank - 1] else [])
-        served = Endpoint(world_plan.name(0), rank, self._device, covered)
-        self._stack.enter_context(process_settings(self._learner.runtime))
-        self._host = LearnerHost(self._learner, worker=self._label, device=self._device, report=served.report)
-        served.host = self._host
-        endpoint.serving = served
+        covered = frozenset([self._endpoint.device] if world_plan.device_maps[rank - 1] else [])
+        self._host.keep_only(asked)
+        self._endpoint.connect(world_plan.generation, world_plan.name(0), rank, covered, asked)
         world.join(world_plan, rank, world_plan.interface or interface_of(self._link.local_address()))
-        self._joined = True
+        self._is_joined = True
+        self._endpoint.flush()
         return {}
 
     def leave(self) -> Message:
-        """End the host and leave the world."""
-        if self._host is not None:
-            self.clean &= self._host.close()
-            self._host = endpoint.serving = None
-        if self._joined:
+        """Leave the world; the host goes on with what it has, for the next world to ask for."""
+        if self._endpoint is not None:
+            self._endpoint.disconnect()
+        if self._is_joined:
             world.leave()
-            self._joined = False
+            self._is_joined = False
+        return {}
+
+    def close(self) -> Message:
+        """End the run."""
+        if self._host is not None:
+            self._clean &= self._host.close()
+        self.leave()
+        self._host = self._endpoint = endpoint.serving = None
         self._stack.close()
         return {}
+
+    def arm(self, faults: list[dict[str, Any]]) -> Message:
+        """Let faults strike at calls to come, for a test."""
+        assert self._host is not None
+        assert self._sidecar is not None
+        self._host.arm([Fault(**fault) for fault in faults], self._sidecar.suspend)
+        return {}
+
+    def end(self) -> bool:
+        """End the run and the pulse; whether all of this process's threads ended in time."""
+        self.close()
+        if self._sidecar is not None:
+            self._sidecar.stop()
+        self._activity.close()
+        self._pulse.close()
+        self._link.close()
+        return self._clean

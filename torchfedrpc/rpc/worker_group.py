@@ -1,153 +1,397 @@
-"""All workers of a run, as their driver sees them: told what to do over their links, called in one world."""
+"""All workers of a run, as their driver sees them: watched, told what to do over their links, called in one world."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.host.answer import call_on
+from torchfedrpc.host.call import Call
+from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.process import choose_device, torch_defaults, visible_gpus
-from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc import endpoint, world
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, interface_of
-from torchfedrpc.rpc.link import Link, Message
+from torchfedrpc.rpc.link import Message, end_when_cut_off
 from torchfedrpc.rpc.main_module import describe_main
-from torchfedrpc.rpc.remote_host import RemoteHost
+from torchfedrpc.rpc.member import Member, RefusalError
+from torchfedrpc.rpc.pulse import Loss, Watch
+from torchfedrpc.rpc.remote_host import RemoteHost, Traffic
+from torchfedrpc.wire.packing import Packed
+
+logger = logging.getLogger(__name__)
 
 # Over all runs of this process, since torch RPC remembers a world by the names of its members.
 _generations = itertools.count(1)
-_LEAVE_TIMEOUT_S = 5.0
+_START_S = 120.0  # a new process imports torch before its sidecar beats, from a cold disk perhaps
+_NOTICE_S = 1.0  # a worker whose link or RPC connection broke is usually found to be dead as soon
+_CLOSE_TIMEOUT_S = 4.0
+_MAX_FAILURES = 5  # so often in succession the world cannot be formed, or one call cannot be carried
 
 
-@dataclass(frozen=True)
-class Member:
-    """A worker that has its link to the driver.
+class Observer(Protocol):
+    """Whoever has the calls; told of what becomes of the workers, on the event loop."""
 
-    Attributes:
-        link: the driver's end.
-        machine: the name of the machine that it runs on.
-        elsewhere: whether that is another machine than the driver's (names need not differ).
-        imports_main: whether it has to import the driver's script to know what is defined there.
-    """
+    def worker_lost(self, member: Member, loss: Loss) -> None:
+        """A worker is gone, and what it still answers will not arrive."""
 
-    link: Link
-    machine: str
-    elsewhere: bool = False
-    imports_main: bool = False
+    def world_formed(self, generation: int, seconds: float) -> None:
+        """The workers can be called again, after so long."""
+
+    def world_failed(self, error: WorkerLostError) -> None:
+        """No worker can be called any more."""
+
+    def undeliverable(self, call: Call, error: Exception) -> None:
+        """RPC cannot carry this call, or its answer, though the worker lives."""
+
+    def asked(self, label: str) -> list[int]:
+        """Ids of the calls to a worker that were sent and not answered."""
 
 
 class WorkerGroup:
-    """The workers of a run in their world; rank r is ``hosts[r - 1]``.
+    """The workers of a run in their world.
+
+    A world is never mended: when a worker is lost, all others leave it and form the next one, with a replacement
+    where one can be had. Workers keep their learners, and go on with the calls that they have.
 
     Args:
         members: the workers, by rank.
         learner: what learners they make.
+        observer: is told what becomes of them.
+        report: takes what running methods of a worker report, on a thread of RPC.
+        hire: starts a replacement for the worker of that label; None where there are none.
     """
 
-    def __init__(self, members: Sequence[Member], learner: LearnerSpec) -> None:
-        self.members = tuple(members)
-        self.hosts: list[RemoteHost] = []
+    def __init__(
+        self,
+        members: Sequence[Member],
+        learner: LearnerSpec,
+        observer: Observer,
+        report: Callable[[Member, Call, Packed], None],
+        hire: Callable[[str], Member] | None = None,
+    ) -> None:
+        self.labels = [member.label for member in members]
+        self.members = {member.label: member for member in members}
+        self.hosts: dict[str, RemoteHost] = {}  # empty while the world is re-formed
+        self.traffic = {label: Traffic() for label in self.labels}
         self._learner = learner
+        self._observer = observer
+        self._report = report
+        self._hire = hire if learner.runtime.on_worker_lost == "recover" else None
+        # A thread of its own: the user's code may have filled those of the event loop.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchfedrpc-world")
+        self._watch: Watch
         self._store: Any = None
-        self._joining: asyncio.Future[None] | None = None  # the driver's own joining of the world
+        self._joining: asyncio.Future[None] | None = None  # the driver's own joining of its present world
+        self._leaving: asyncio.Future[None] | None = None
+        self._generation = 0
+        self._is_open = False
+        self._is_whole = True  # whether the world, or the one that is being formed, has lost nobody
+        self._mending: asyncio.Task[None] | None = None
+        self._suspicions: set[asyncio.Task[None]] = set()
+        self._num_suspicions: Counter[int] = Counter()  # call id -> how often RPC has failed it
 
-    async def form(self, on_report: Report) -> None:
-        """Let all workers import the learner, then form the world with them.
+    @property
+    def replaces(self) -> bool:
+        """Whether lost workers are replaced."""
+        return self._hire is not None
 
-        Args:
-            on_report: takes what running methods report, on a thread of RPC.
+    async def open(self) -> None:
+        """Let all workers import the learner, then form the first world with them.
 
         Raises:
             ConfigError: a worker cannot import the learner, or the interface does not exist.
             WorkerLostError: a worker ended meanwhile.
         """
-        answers = await self._prepare()
+        self._watch = Watch(self._learner.runtime.heartbeat_timeout_s, self._lose)
+        for member in self.members.values():
+            self._take_on(member)
+        await _all([self._prepare(member) for member in self.members.values()])
+        await self._form()
+        self._is_open = True
+
+    async def close(self) -> None:
+        """End the run; the workers that are still there stay at hand for another."""
+        self._is_open = False
+        tasks = [task for task in (self._mending, *self._suspicions) if task is not None]
+        for task in tasks:
+            task.cancel()
+        self._store = None  # lets whoever is joining give up
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._close_hosts()
+        # One that is gone, or frozen, does not answer; the world ends without it.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                closing = [member.tell({"do": "close"}) for member in self.members.values()]
+                await asyncio.gather(*closing, return_exceptions=True)
+        await self._leave()
+        self._thread.shutdown(wait=False)
+        endpoint.listening = None
+        for label in self.members:
+            self._watch.release(label)
+        self._watch.close()
+
+    async def arm(self, label: str, faults: Sequence[Fault]) -> None:
+        """Let faults strike a worker, for a test.
+
+        Raises:
+            WorkerLostError: it is gone.
+        """
+        if label not in self.members:
+            raise WorkerLostError(f"{label} is lost, so that no fault can strike it")
+        await self.members[label].tell({"do": "arm", "faults": [asdict(fault) for fault in faults]})
+
+    def suspect(self, host: RemoteHost, call: Call, error: Exception) -> None:
+        """RPC lost this call, or its answer: find out why; it is asked again, or told to be undeliverable."""
+        if self.hosts.get(host.label) is host:
+            task = asyncio.ensure_future(self._examine(host, call, error))
+            self._suspicions.add(task)
+            task.add_done_callback(self._suspicions.discard)
+
+    # Noticing.
+
+    def _take_on(self, member: Member) -> None:
+        timeout_s = self._learner.runtime.heartbeat_timeout_s
+        member.begin()
+        member.link.end_when_cut_off(timeout_s)
+        end_when_cut_off(member.pulse, timeout_s)
+        self.members[member.label] = member
+        self._watch.add(member.label, member.pulse, allowance_s=_START_S)
+
+    def _lose(self, key: Hashable, loss: Loss) -> None:
+        label = str(key)
+        member = self.members.pop(label)
+        if (host := self.hosts.pop(label, None)) is not None:
+            host.close()
+        member.lost.set_result(loss)
+        self._is_whole = False
+        self._store = None  # whoever is joining need not wait for it
+        if not self._is_open:
+            member.dismiss()
+            return
+        reason = f"{loss.reason}{member.how_it_ended()}"
+        logger.warning("%s is lost: %s", label, reason)
+        loss = replace(loss, reason=reason)
+        member.dismiss()
+        self._observer.worker_lost(member, loss)
+        if self._learner.runtime.on_worker_lost == "recover":
+            self._break()
+
+    async def _examine(self, host: RemoteHost, call: Call, error: Exception) -> None:
+        if (member := self.members.get(host.label)) is not None:
+            await asyncio.wait([member.lost], timeout=_NOTICE_S)
+        if member is None or self.hosts.get(host.label) is not host:
+            return
+        is_reached = await host.is_reached()
+        if self.hosts.get(host.label) is not host:
+            return
+        self._num_suspicions[call.call_id] += 1
+        if is_reached or self._num_suspicions[call.call_id] > _MAX_FAILURES:
+            del self._num_suspicions[call.call_id]
+            self._observer.undeliverable(call, error)
+        # In this world the worker might wait for the request that it could not read, before it takes the next.
+        logger.info("a request to %s failed: %s", host.label, error)
+        self._break()
+
+    # Forming worlds.
+
+    def _break(self) -> None:
+        """The world is not what it should be: form the next."""
+        self._is_whole = False
+        if self._mending is None or self._mending.done():
+            self._mending = asyncio.ensure_future(self._mend())
+
+    async def _mend(self) -> None:
+        began, num_failures = time.monotonic(), 0
+        while not self._is_whole:
+            self._is_whole = True
+            try:
+                await self._fill_up()
+                if self._is_whole:
+                    await self._form()
+            except Exception as error:
+                self._is_whole = False
+                num_failures += 1
+                logger.info("the world could not be re-formed: %s", error)
+                if num_failures > _MAX_FAILURES or not (self.members or self._hire):
+                    self._close_hosts()
+                    self._observer.world_failed(_no_world(error))
+                    return
+        self._observer.world_formed(self._generation, time.monotonic() - began)
+
+    async def _fill_up(self) -> None:
+        """Start replacements for those who are lost; the others go on in their world meanwhile."""
+        if self._hire is None:
+            if not self.members:
+                raise WorkerLostError("no worker is left")
+            return
+        missing = [label for label in self.labels if label not in self.members]
+        for label in missing:
+            self._take_on(self._hire(label))
+        newcomers = [self.members[label] for label in missing]
+        try:
+            await _all([self._prepare(member) for member in newcomers])
+        except ConfigError as error:  # it lives, and is of no use
+            for member in newcomers:
+                self._give_up(member, str(error))
+            raise
+
+    async def _form(self) -> None:
+        """Leave the world, if there is one, and form one of all members.
+
+        Raises:
+            WorkerLostError: a member was lost meanwhile, or could not join.
+        """
+        self._close_hosts()
+        members = [self.members[label] for label in self.labels if label in self.members]
+        await _all([self._tell(member, {"do": "leave"}) for member in members])
+        await self._leave()
+        self._check_whole()
         interface, address = self._interface()
         self._store, port = world.serve_store(address)
         plan = world.WorldPlan(
             generation=next(_generations),
-            num_workers=len(self.members),
+            labels=["driver", *(member.label for member in members)],
             store_host=address,
             store_port=port,
             interface=interface,
             transport=self._learner.runtime.transport,
-            gpus_in_sight=all(answer["visible_gpus"] == visible_gpus() for answer in answers),
-            device_maps=[_device_pair(self._learner, torch.device(answer["device"])) for answer in answers],
+            gpus_in_sight=all(member.visible_gpus == visible_gpus() for member in members),
+            device_maps=[_device_pair(self._learner, torch.device(member.device)) for member in members],
         )
-        endpoint.listening = endpoint.Listener(on_report)
+        endpoint.listening = endpoint.Listener(lambda rank, *what: self._report(members[rank - 1], *what))
+        self._joining = self._in_thread(partial(world.join, plan, 0, interface or interface_of(address)))
         message = {"do": "join", "plan": plan.to_message()}
-        joining = self._tell_all(lambda index: {**message, "rank": index + 1})
-        ours = interface or interface_of(address)
-        self._joining = asyncio.ensure_future(asyncio.to_thread(world.join, plan, 0, ours))
-        await asyncio.gather(asyncio.shield(self._joining), joining)
-        self.hosts = [
-            RemoteHost(plan.name(rank), f"worker{rank}", frozenset([torch.device(pair[0])] if pair else []))
-            for rank, pair in enumerate(plan.device_maps, start=1)
+        joining = [
+            self._tell(member, {**message, "rank": rank, "asked": self._observer.asked(member.label)})
+            for rank, member in enumerate(members, start=1)
         ]
+        await _all([asyncio.shield(self._joining), *joining], on_failure=self._drop_store)
+        self._check_whole()
+        self._generation = plan.generation
+        self.hosts = {
+            member.label: RemoteHost(
+                member.label,
+                plan.name(rank),
+                plan.generation,
+                frozenset([torch.device(pair[0])] if pair else []),
+                self.traffic[member.label],
+                self._on_error(),
+            )
+            for rank, (member, pair) in enumerate(zip(members, plan.device_maps, strict=True), start=1)
+        }
 
-    async def disband(self) -> None:
-        """End the world; the workers that still are there stay at hand for another."""
-        for host in self.hosts:
-            host.forget()
-        self.hosts = []
-        # A worker that is gone, or frozen, cannot leave; the world ends without it.
-        with contextlib.suppress(TimeoutError, WorkerLostError):
-            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
-                await self._tell_all(lambda index: {"do": "leave"})
-        joining, self._joining = self._joining, None
-        if joining is not None:
-            # Where joining was cut short it still goes on in its thread; what it makes must be unmade.
-            await asyncio.wait([joining])
-            if joining.exception() is None:
-                await asyncio.to_thread(world.leave)
-        self._store = endpoint.listening = None
+    async def _leave(self) -> None:
+        """Leave the driver's own world, if it is in one."""
+        if self._joining is not None and self._leaving is None:
+            self._leaving = asyncio.ensure_future(self._end_world(self._joining))
+        if self._leaving is not None:
+            await asyncio.shield(self._leaving)
+            self._joining = self._leaving = self._store = None
 
-    async def _prepare(self) -> list[Message]:
-        """Let all workers import the learner; each answers with its device and the GPUs that it sees."""
+    async def _end_world(self, joining: asyncio.Future[None]) -> None:
+        # Where joining was cut short it still goes on in its thread; what it makes must be unmade.
+        await asyncio.wait([joining])
+        if joining.exception() is None:
+            await self._in_thread(world.leave)
+
+    def _in_thread(self, function: Callable[[], None]) -> asyncio.Future[None]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def _drop_store(self) -> None:
+        self._store = None
+
+    def _check_whole(self) -> None:
+        if not self._is_whole:
+            raise WorkerLostError("a worker was lost while the world was formed")
+
+    def _close_hosts(self) -> None:
+        for host in self.hosts.values():
+            host.close()
+        self.hosts = {}
+
+    def _on_error(self) -> Callable[[RemoteHost, Call, Exception], None]:
+        loop = asyncio.get_running_loop()
+
+        def on_error(host: RemoteHost, call: Call, error: Exception) -> None:
+            call_on(loop, self.suspect, host, call, error)
+
+        return on_error
+
+    async def _prepare(self, member: Member) -> None:
+        """Let a worker import the learner."""
         learner = self._learner
-        main = describe_main() if "__main__" in learner.allow_list().trusted else None
-        return await self._tell_all(
-            lambda index: {
+        imports_main = member.imports_main and "__main__" in learner.allow_list().trusted
+        answer = await self._tell(
+            member,
+            {
                 "do": "prepare",
                 "spec": learner.to_message(),
-                "label": f"worker{index + 1}",
-                "local_index": index,
-                "main": main if self.members[index].imports_main else None,
+                "label": member.label,
+                "local_index": self.labels.index(member.label),
+                "main": describe_main() if imports_main else None,
                 "defaults": torch_defaults(),
-            }
+            },
         )
+        member.device, member.visible_gpus = answer["device"], answer["visible_gpus"]
+
+    async def _tell(self, member: Member, message: Message) -> Message:
+        try:
+            return await member.tell(message)
+        except WorkerLostError as error:
+            if not isinstance(error, RefusalError):
+                await asyncio.wait([member.lost], timeout=_NOTICE_S)
+            if not isinstance(error, RefusalError) or message["do"] == "leave":
+                self._give_up(member, str(error))
+            raise
+
+    def _give_up(self, member: Member, reason: str) -> None:
+        """Count a worker as lost, unless the watch did already."""
+        if self.members.get(member.label) is member:
+            self._watch.remove(member.label)
+            self._lose(member.label, Loss(reason, None))
 
     def _interface(self) -> tuple[str | None, str]:
         """The interface on which this world listens (None: each its own), and the driver's address there."""
         name = self._learner.runtime.interface
         if name is not None:
             return name, address_of(name)
-        elsewhere = [member.link for member in self.members if member.elsewhere]
+        elsewhere = [member.link for member in self.members.values() if member.elsewhere]
         return (None, elsewhere[0].local_address()) if elsewhere else (LOOPBACK, address_of(LOOPBACK))
 
-    async def _tell_all(self, message: Callable[[int], Message]) -> list[Message]:
-        telling = (self._tell(index, message(index)) for index in range(len(self.members)))
-        answers = await asyncio.gather(*telling, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
-    async def _tell(self, index: int, message: Message) -> Message:
-        answer = await self.members[index].link.request(message, f"worker{index + 1}")
-        if (reason := answer.get("error")) is None:
-            return answer
-        kind = ConfigError if message["do"] == "prepare" else WorkerLostError
-        error = kind(f"worker{index + 1} could not {message['do']}: {reason}")
-        error.add_note(answer["traceback"])
-        raise error
+async def _all(doing: Sequence[Awaitable[Any]], on_failure: Callable[[], None] | None = None) -> None:
+    """Await all of them; if one fails, raise its error once all have ended."""
+    tasks = [asyncio.ensure_future(one) for one in doing]
+    if not tasks:
+        return
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        errors = [error for task in done if (error := task.exception()) is not None]
+        if errors and on_failure is not None:
+            on_failure()
+        await asyncio.wait(tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    if errors:
+        raise errors[0]
+
+
+def _no_world(error: Exception) -> WorkerLostError:
+    return WorkerLostError(f"the workers could not be brought together again: {error}; see their output for why")
 
 
 def _device_pair(learner: LearnerSpec, device: torch.device) -> tuple[str, str] | None:

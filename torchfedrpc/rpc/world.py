@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import socket
@@ -25,6 +26,7 @@ _NUM_THREADS = 4  # more of them hand the GIL around more often and are slower
 _TRANSPORTS = {"auto": "uv", "uv": "uv", "shm": "shm"}
 
 _distributed: Any = torch.distributed  # exports less to type checkers than it has
+_autograd_rank: int | None = None
 _stores: dict[str, Any] = {}  # the store of a world that this process is joining, by its address
 
 
@@ -34,7 +36,7 @@ class WorldPlan:
 
     Attributes:
         generation: number of the world, which no other world of the driver's process has.
-        num_workers: ranks 1 .. num_workers; rank 0 is the driver.
+        labels: its members by rank: ``driver``, ``worker1``, ...
         store_host: where the driver serves the world's store.
         store_port: its port there.
         interface: network interface to listen on; None: the one with which a member reaches the driver.
@@ -44,7 +46,7 @@ class WorldPlan:
     """
 
     generation: int
-    num_workers: int
+    labels: list[str]
     store_host: str
     store_port: int
     interface: str | None
@@ -54,7 +56,7 @@ class WorldPlan:
 
     def name(self, rank: int) -> str:
         """The RPC name of a member; other generations have other names."""
-        return f"{'driver' if rank == 0 else f'worker{rank}'}_{self.generation}"
+        return f"{self.labels[rank]}_{self.generation}"
 
     def to_message(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -88,7 +90,7 @@ def serve_store(host: str) -> tuple[Any, int]:
 
 
 def join(plan: WorldPlan, rank: int, interface: str) -> None:
-    """Join a world; returns when all its members have.
+    """Join a world; returns when all its members have. It ends early where the world's store is closed.
 
     Args:
         plan: the world.
@@ -105,6 +107,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
     timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
     _stores[address] = _distributed.TCPStore(plan.store_host, plan.store_port, is_master=False, timeout=timeout)
     _register_rendezvous()
+    _leave_at_exit()
     rpc._init_counter = 0  # members have lived through different numbers of worlds; the stores keep them apart
     rpc.constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=_JOIN_TIMEOUT_S)  # torch's: 24.8 days
     options = rpc.TensorPipeRpcBackendOptions(
@@ -115,17 +118,25 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
         _transports=[_TRANSPORTS[plan.transport]],
         _channels=_channels(plan),
     )
+    # torch warns of its own deprecated calls; to catch_warnings here would meddle with what other threads catch.
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
     guard.install()
     set_connection_warnings(False)
     try:
-        with _bound_to(interface), guard.guarded_handshake(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of its own deprecated calls
-            rpc.init_rpc(plan.name(rank), rank=rank, world_size=plan.num_workers + 1, rpc_backend_options=options)
+        with (
+            _bound_to(interface),
+            guard.guarded_handshake(),
+            _no_greetings(),
+            _first_rank(rank),
+        ):
+            rpc.init_rpc(plan.name(rank), rank=rank, world_size=len(plan.labels), rpc_backend_options=options)
     except BaseException as error:
+        if rpc.api._is_current_rpc_agent_set():  # it got as far as an agent that runs
+            leave()
         _clean_up()
         if isinstance(error, RuntimeError):
             raise WorkerLostError(
-                f"a worker did not join within {_JOIN_TIMEOUT_S:.0f} s, or ended: {error}"
+                f"a member did not join within {_JOIN_TIMEOUT_S:.0f} s, or ended: {error}"
             ) from error
         raise
     finally:
@@ -155,6 +166,49 @@ def _channels(plan: WorldPlan) -> list[str]:
     gpu = ["cuda_xth", "cuda_basic"] if any(plan.device_maps) else []
     shared = ["cuda_ipc"] if gpu and plan.gpus_in_sight else []
     return [*shared, *gpu, "mpt_uv", "basic"]
+
+
+@contextmanager
+def _no_greetings() -> Iterator[None]:
+    """Leave out init_rpc's round of greetings by RPC: a member that dies meanwhile would keep all others waiting.
+
+    Channels are set up by the first calls as well, and the driver knows from the links when all have joined.
+    """
+    api = torch_rpc().api
+    before = api._all_gather
+    api._all_gather = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        api._all_gather = before
+
+
+@contextmanager
+def _first_rank(rank: int) -> Iterator[None]:
+    """Have torch's distributed autograd, which is not used here, see the rank that it was first started with.
+
+    It refuses another, and a smaller world gives some members another.
+    """
+    global _autograd_rank
+    _autograd_rank = rank if _autograd_rank is None else _autograd_rank
+    autograd = torch_rpc().dist_autograd
+    before = autograd._init
+    autograd._init = lambda _: before(_autograd_rank)
+    try:
+        yield
+    finally:
+        autograd._init = before
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """Leave the world of a script that ends without closing its proxy: torch would abort the process."""
+
+    def leave_if_joined() -> None:
+        if torch_rpc().api._is_current_rpc_agent_set():
+            leave()
+
+    atexit.register(leave_if_joined)
 
 
 @functools.cache

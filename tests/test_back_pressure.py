@@ -1,0 +1,172 @@
+"""Back-pressure: submitters wait where arguments would fill the memory, and nothing else changes for them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Latch, Seen, opened
+from torchrun import environment, write_script
+
+import torchfedrpc as tfr
+
+MIB = 1024 * 1024
+LIMIT_BYTES = 1_000_000
+LARGE = torch.zeros(LIMIT_BYTES // 4 * 6 // 10)  # two of them do not fit under the limit
+POLL_S = 0.001
+
+
+class Keeper:
+    """Remembers the numbers of the calls that it had, and nothing of their ballast."""
+
+    def __init__(self, client_id: str) -> None:
+        self.numbers: list[int] = []
+
+    def take(self, number: int, *ballast: torch.Tensor) -> None:
+        self.numbers.append(number)
+
+    async def hold(self, until: str, *ballast: torch.Tensor) -> None:
+        tfr.current_call().report("holding")
+        while not Path(until).exists():
+            await asyncio.sleep(POLL_S)
+
+    def had(self) -> list[int]:
+        return self.numbers
+
+
+@pytest.fixture(scope="module")
+def proxy(runner: asyncio.Runner, runtime: dict[str, Any]) -> Iterator[tfr.LearnerProxy]:
+    """In place of the one that has room for everything."""
+    clients = [f"client_{number}" for number in range(30)]
+    runtime = runtime | {"max_inflight_bytes": LIMIT_BYTES, "journal_max_bytes": LIMIT_BYTES}
+    with opened(runner, tfr.LearnerProxy(Keeper, clients, runtime=runtime)) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def clients(proxy: tfr.LearnerProxy) -> Iterator[str]:
+    return iter(proxy.client_ids)
+
+
+async def test_calls_that_wait_for_room_stay_in_their_order(proxy: tfr.LearnerProxy, clients: Iterator[str]) -> None:
+    ids = [next(clients) for _ in range(3)]
+    calls = []
+    for number in range(60):
+        ballast = [LARGE] if number % 3 else []  # those without any would fit, and still do not overtake
+        calls.append(proxy.custom_method(ids[number // 2 % 3], "take", number, *ballast))
+    await asyncio.gather(*calls)
+    for place, client in enumerate(ids):
+        expected = [number for number in range(60) if number // 2 % 3 == place]
+        assert await proxy.custom_method(client, "had") == expected
+
+
+async def test_a_deadline_passes_while_a_call_waits_for_room_and_it_never_runs(
+    proxy: tfr.LearnerProxy, clients: Iterator[str], latch: Latch, seen: Seen
+) -> None:
+    holder, other = next(clients), next(clients)
+    holding = asyncio.ensure_future(proxy.custom_method(holder, "hold", latch.path, LARGE))
+    await seen.reported(holder)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(tfr.CallTimeoutError, match=other):
+        await proxy.options(timeout_s=0.2).custom_method(other, "take", 1, LARGE)
+    assert 0.2 <= loop.time() - began < 1.0
+    latch.open()
+    await holding
+    await proxy.custom_method(other, "take", 2, LARGE)
+    assert await proxy.custom_method(other, "had") == [2]
+
+
+async def test_a_call_that_is_cancelled_as_it_waits_gives_its_place_to_the_next(
+    proxy: tfr.LearnerProxy, clients: Iterator[str], latch: Latch, seen: Seen
+) -> None:
+    holder, other, third = next(clients), next(clients), next(clients)
+    holding = asyncio.ensure_future(proxy.custom_method(holder, "hold", latch.path, LARGE))
+    await seen.reported(holder)
+    too_large = asyncio.ensure_future(proxy.custom_method(other, "take", 1, LARGE, LARGE))
+    fitting = asyncio.ensure_future(proxy.custom_method(third, "take", 2, torch.zeros(1000)))
+    await asyncio.sleep(0)
+    assert not too_large.done()
+    too_large.cancel()
+    async with asyncio.timeout(30):
+        await fitting  # beside the one that holds
+    assert not holding.done()
+    latch.open()
+    await holding
+    assert await proxy.custom_method(other, "had") == []
+
+
+async def test_calls_that_fail_make_room(proxy: tfr.LearnerProxy, clients: Iterator[str]) -> None:
+    one = next(clients)
+    failing = [proxy.custom_method(one, "no_such_method", LARGE) for _ in range(5)]
+    unsendable = [proxy.custom_method(one, "take", LARGE, lambda: 1) for _ in range(5)]
+    for error in await asyncio.gather(*failing, *unsendable, return_exceptions=True):
+        assert isinstance(error, tfr.MethodNotFoundError | tfr.SerializationError)
+    async with asyncio.timeout(30):
+        await proxy.custom_method(one, "take", 1, LARGE, LARGE)
+
+
+# How much memory that needs, as the kernel counts it.
+
+PRESSING = """
+from test_back_pressure import Keeper
+
+def peaks(pids):
+    lines = [open(f"/proc/{pid}/status").read().split("VmHWM:")[1].split()[0] for pid in pids]
+    return [int(kib) * 1024 for kib in lines]
+
+async def main(num_calls, num_clients, runtime):
+    ids = [f"client_{number}" for number in range(num_clients)]
+    async with tfr.LearnerProxy(Keeper, ids, runtime=runtime) as proxy:
+        weights = torch.zeros(10_000_000)
+        await proxy.clients().call("take", -1)
+        workers = proxy._router._main._processes.values()
+        pids = [os.getpid(), *(worker.pid for worker in workers)]
+        before = peaks(pids)
+        await asyncio.gather(
+            *(proxy.custom_method(ids[call % num_clients], "take", call, weights) for call in range(num_calls))
+        )
+        after = peaks(pids)
+        had = await proxy.clients().call("had")
+    assert [had[one][1:] for one in ids] == [[*range(start, num_calls, num_clients)] for start in range(num_clients)]
+    print(json.dumps([before, after]))
+
+if __name__ == "__main__":
+    tfr.run(main, int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+"""
+
+
+def press(folder: Path, num_calls: int, num_clients: int, **runtime: int) -> tuple[list[int], list[int]]:
+    """Peaks of resident memory, of the driver and its two workers, before and after calls of 40 MB each."""
+    script = write_script(folder, PRESSING)
+    runtime |= {"num_processes": 2}
+    done = subprocess.run(
+        [sys.executable, str(script), str(num_calls), str(num_clients), json.dumps(runtime)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    before, after = json.loads(done.stdout.splitlines()[-1])
+    return before, after
+
+
+def test_memory_stays_within_the_limit_while_snapshots_are_on_their_way(tmp_path: Path) -> None:
+    before, after = press(tmp_path, 60, 20, max_inflight_bytes=200 * MIB, journal_max_bytes=0)
+    grown = [there - here for here, there in zip(before, after, strict=True)]
+    assert max(grown) <= 250 * MIB  # of 2,300 that were sent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_2000_calls_of_40_mb_to_50_learners_leave_the_driver_small(tmp_path: Path) -> None:
+    _, after = press(tmp_path, 2000, 50)
+    assert after[0] <= 1536 * MIB
+    assert max(after[1:]) <= 1536 * MIB

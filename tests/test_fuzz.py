@@ -1,0 +1,274 @@
+"""Damaged and invented input: whatever the bytes are, there is an object or an error of ours."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+from typing import Any
+
+import hostile
+import numpy as np
+import pytest
+import torch
+from hostile import Trusted, harm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from torchfedrpc.errors import SerializationError, SnapshotError, UntrustedTypeError
+from torchfedrpc.host import snapshot
+from torchfedrpc.host.snapshot import Snapshot
+from torchfedrpc.rpc.guard import GuardedUnpickler
+from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.packing import Parcel, pack
+from torchfedrpc.wire.scan import MAX_DEPTH, check_depth, checked
+from torchfedrpc.wire.serializer import ParameterSerializer
+
+ALLOW = AllowList([hostile.HERE])
+bounded = settings(
+    max_examples=250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def rich() -> dict[str, Any]:
+    """An object of everything that an envelope can hold."""
+    base = torch.arange(8.0)
+    trusted = Trusted()
+    trusted.weights, trusted.colour = base[2:], hostile.Colour.RED  # type: ignore[attr-defined]
+    return {
+        "ties": [base[:3], base[1:5]],
+        "parameter": nn.Parameter(torch.ones(2, 2)),
+        "coo": torch.eye(2).to_sparse(),
+        "layer": nn.Linear(2, 1),
+        "trusted": trusted,
+        "small": np.arange(5, dtype=">i4"),
+        "large": np.arange(2000.0),
+        "fortran": np.ones((2, 3)).T[::2],
+        "objects": np.array([1, "a", None], dtype=object),
+        "records": np.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8")]),
+        "scalar": np.float32(2.5),
+        "dates": np.array(["2024-02-29"], dtype="M8[D]"),
+        "streams": [np.random.MT19937(1), np.random.Philox(1), np.random.default_rng(1), random.Random(1)],
+        "generator": torch.Generator().manual_seed(1),
+        "error": ValueError("ü", 3),
+        "plain": [1, -5, 2**70, 2.5, None, True, b"b", "text", (3, (4,)), {5}, frozenset({6})],
+        "same": [trusted, base],
+    }
+
+
+PARCEL = pack(rich())
+STORED = snapshot.dump(Snapshot("client_1", "m.L", {"train": 3}, ("getstate", {"w": torch.ones(3)})), ALLOW)
+PAYLOAD = snapshot.dump(Snapshot("client_1", "m.L", {"train": 3}, ("getstate", rich())), ALLOW)[
+    snapshot._HEADER.size :
+]
+SERIALIZED = ParameterSerializer.serialize(vars(Snapshot("client_1", "m.L", {"train": 3}, ("getstate", rich()))))
+TABLE, HEAD, MEMORY = hostile.parts_of(SERIALIZED)
+OPCODES = sorted({value[0] for name, value in vars(pickle).items() if name.isupper() and isinstance(value, bytes)})
+
+
+@st.composite
+def damaged(draw: st.DrawFn, data: bytes, first: int = 0) -> bytes:
+    """The bytes with a few changes: bytes set (to opcodes, often), taken out, doubled, moved, put in."""
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(first, max(first, len(changed) - 1)))
+        length = draw(st.sampled_from([1, 1, 1, 2, 4, 8, 40]))
+        piece = bytes(changed[start : start + length])
+        kind = draw(st.sampled_from(["set", "opcode", "opcode", "remove", "double", "copy", "insert"]))
+        if kind == "set":
+            changed[start : start + length] = draw(st.binary(min_size=len(piece), max_size=len(piece)))
+        elif kind == "opcode":
+            changed[start : start + 1] = bytes([draw(st.sampled_from(OPCODES))])
+        elif kind == "remove":
+            del changed[start : start + length]
+        elif kind == "double":
+            changed[start:start] = piece
+        elif kind == "copy":
+            place = draw(st.integers(first, max(first, len(changed) - 1)))
+            changed[place:place] = piece
+        else:
+            changed[start:start] = draw(st.binary(min_size=1, max_size=8))
+    return bytes(changed)
+
+
+def look_at(value: Any, depth: int = 0) -> None:
+    """Use what was opened, as its receiver would: memory that is not there would end the process."""
+    if depth > 6:
+        return
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.numel() < 10_000:
+        value.detach().clone()
+    elif isinstance(value, np.ndarray) and value.size < 10_000:
+        value.tolist()
+    elif isinstance(value, np.random.BitGenerator):
+        np.random.Generator(value).random(700)
+    elif isinstance(value, dict):
+        for part in list(value.values()):
+            look_at(part, depth + 1)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in list(value):
+            look_at(part, depth + 1)
+
+
+# The envelope.
+
+
+def test_what_is_fuzzed_is_well_formed() -> None:
+    look_at(PARCEL.copy().open(ALLOW))
+    assert hostile.serialized(HEAD, TABLE, MEMORY) == SERIALIZED
+    for payload in (PAYLOAD, SERIALIZED):
+        look_at(snapshot.load(hostile.snapshot_around(payload), ALLOW).state)
+    assert snapshot.load(STORED, ALLOW).made
+
+
+@bounded
+@given(head=damaged(PARCEL.head))
+def test_a_damaged_head_is_an_object_or_an_error_of_ours(head: bytes) -> None:
+    fresh = PARCEL.copy()
+    try:
+        look_at(Parcel(head, fresh.views, fresh.slots, fresh.num_buffers).open(ALLOW))
+    except SerializationError:
+        pass
+    assert harm() == []
+
+
+@bounded
+@given(
+    head=st.lists(
+        st.one_of(
+            st.sampled_from(OPCODES).map(lambda op: bytes([op])),
+            st.sampled_from([hostile.TRUSTED, hostile.RESTORE, hostile.EMPTY, hostile.NDARRAY, hostile.dtype("O")]),
+            st.sampled_from([b"K\x00", b"K\x01", b"h\x00", b"h\x01", b"N", b")", b"]", b"}", b"\x94", b"R", b"b"]),
+            st.sampled_from(["plain", "dense", "special", "exception", "a"]).map(hostile.text),
+        ),
+        max_size=40,
+    )
+)
+def test_opcodes_in_any_order_are_an_object_or_an_error_of_ours(head: list[bytes]) -> None:
+    try:
+        look_at(hostile.parcel(hostile.whole(*head)).open(ALLOW))
+    except SerializationError:
+        pass
+    assert harm() == []
+
+
+numbers = st.one_of(
+    st.integers(-3, 12), st.sampled_from([2**31, 2**32, 2**62, 2**63 - 1, -(2**62), 2**100]), st.none(), st.just(1.5)
+)
+dtypes = st.sampled_from(
+    ["float32", "uint8", "int64", "complex128", "bfloat16", "bool", "qint8", "load", "Tensor", ""]
+)
+sizes = st.lists(numbers, max_size=3).map(tuple)
+views = st.one_of(numbers, st.tuples(numbers, dtypes, sizes, sizes, numbers), st.text(max_size=2), st.just(()))
+
+
+@bounded
+@given(views=st.lists(views, max_size=4), num_buffers=numbers, data=st.data())
+def test_invented_views_are_an_object_or_an_error_of_ours(views: Any, num_buffers: Any, data: st.DataObject) -> None:
+    slots = [
+        data.draw(
+            st.sampled_from([torch.zeros(4), torch.ones(3, 2).T, torch.zeros(0), torch.zeros(9, dtype=torch.uint8)])
+        )
+        for _ in range(data.draw(st.integers(0, 3)))
+    ]
+    parts = [
+        hostile.called(hostile.RESTORE, hostile.text("plain"), b"K" + bytes([index])) for index in range(len(views))
+    ]
+    head = hostile.whole(b"](", *parts, b"e")
+    try:
+        look_at(Parcel(head, views, slots, num_buffers).open(ALLOW))
+    except SerializationError:
+        pass
+
+
+@bounded
+@given(data=damaged(pickle.dumps(({"a": [1, (2, b"x")]}, {3}), protocol=4)))
+def test_a_damaged_message_of_rpc_is_an_object_or_refused(data: bytes) -> None:
+    try:
+        GuardedUnpickler(io.BytesIO(data)).load()
+    except pickle.UnpicklingError:
+        pass
+    assert harm() == []
+
+
+# Bytes and snapshots.
+
+
+@bounded
+@given(data=damaged(STORED))
+def test_a_damaged_snapshot_is_always_noticed(data: bytes) -> None:
+    if data == STORED:
+        return
+    with pytest.raises(SnapshotError):
+        snapshot.load(data, ALLOW)
+
+
+@bounded
+@given(payload=damaged(PAYLOAD))
+def test_damaged_bytes_with_a_right_checksum_of_the_snapshot_are_an_error_of_ours(payload: bytes) -> None:
+    try:
+        look_at(snapshot.load(hostile.snapshot_around(payload), ALLOW).state)
+    except (SnapshotError, UntrustedTypeError):
+        pass
+    assert harm() == []
+
+
+@bounded
+@given(table=damaged(TABLE), head=damaged(HEAD), damage=st.sampled_from(["table", "head", "both"]))
+def test_damaged_bytes_with_right_checksums_are_an_error_of_ours(table: bytes, head: bytes, damage: str) -> None:
+    data = hostile.serialized(HEAD if damage == "table" else head, TABLE if damage == "head" else table, MEMORY)
+    try:
+        look_at(ParameterSerializer.deserialize(data, trusted_modules=[hostile.HERE]))
+        look_at(snapshot.load(hostile.snapshot_around(data), ALLOW).state)
+    except (SerializationError, SnapshotError):
+        pass
+    assert harm() == []
+
+
+@bounded
+@given(data=st.binary(max_size=80))
+def test_noise_is_no_snapshot(data: bytes) -> None:
+    with pytest.raises(SnapshotError):
+        snapshot.load(data, ALLOW)
+
+
+# The scan.
+
+nested = st.recursive(
+    st.one_of(st.none(), st.integers(), st.floats(allow_nan=False), st.text(max_size=300), st.binary(max_size=300)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=4).map(tuple),
+        st.dictionaries(st.text(max_size=3), inner, max_size=4),
+    ),
+    max_leaves=30,
+)
+
+
+@bounded
+@given(obj=nested, protocol=st.sampled_from([4, 5]))
+def test_what_the_pickler_writes_passes_as_it_is(obj: Any, protocol: int) -> None:
+    data = pickle.dumps(obj, protocol)
+    assert checked(data) is data
+    check_depth(data)
+
+
+@bounded
+@given(data=st.binary(max_size=60))
+def test_the_scan_says_no_or_leaves_the_bytes(data: bytes) -> None:
+    try:
+        assert checked(data, may_build=False) is data
+        check_depth(data)
+    except SerializationError:
+        pass
+
+
+@pytest.mark.parametrize("depth", [MAX_DEPTH - 2, MAX_DEPTH + 2])
+@pytest.mark.parametrize("opened", [b"]", b"]\x94"], ids=["plain", "memoized"])
+def test_depth_is_counted_to_the_level(depth: int, opened: bytes) -> None:
+    head = hostile.whole(opened * depth, b"a" * (depth - 1))
+    if depth < MAX_DEPTH:
+        check_depth(head)
+        return
+    with pytest.raises(SerializationError, match=f"more than {MAX_DEPTH} deep: send a flat list"):
+        check_depth(head)

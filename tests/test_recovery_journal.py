@@ -1,0 +1,175 @@
+"""What rebuilds a lost learner: its last snapshot and the calls since then, within the journal's bounds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Latch, opened
+from learners import Mortal
+from losses import SEED, Losses, kill, pseudo
+
+import torchfedrpc as tfr
+
+MAX_CALLS, MAX_BYTES = 3, 20_000
+CLIENTS = [f"client_{number}" for number in range(60)]
+
+
+@pytest.fixture(scope="module")
+def proxy(runner: asyncio.Runner) -> Iterator[tfr.LearnerProxy]:
+    runtime = pseudo(num_processes=1, journal_max_calls=MAX_CALLS, journal_max_bytes=MAX_BYTES)
+    with opened(runner, tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime, seed=SEED)) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def clients(proxy: tfr.LearnerProxy) -> Iterator[str]:
+    return iter(proxy.client_ids)
+
+
+@pytest.fixture
+def one(clients: Iterator[str]) -> str:
+    return next(clients)
+
+
+@pytest.fixture
+def seen(proxy: tfr.LearnerProxy) -> Iterator[Losses]:
+    seen = Losses()
+    unsubscribe = proxy.subscribe(seen)
+    yield seen
+    unsubscribe()
+
+
+def ledger_of(proxy: tfr.LearnerProxy) -> Any:
+    executor: Any = proxy._router._main
+    return executor._ledger
+
+
+async def snapshots_are_stored(proxy: tfr.LearnerProxy) -> None:
+    """Wait until none is on its way; a call behind each lets it arrive."""
+    while waiting := [record.client_id for record in ledger_of(proxy) if record.awaits_snapshot]:
+        await proxy.clients(waiting).call("process_id")
+        executor: Any = proxy._router._main
+        await asyncio.gather(*executor._storing)
+
+
+async def test_a_rebuilt_learner_runs_only_the_calls_since_its_snapshot_again(
+    proxy: tfr.LearnerProxy, one: str, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    for number in range(8):
+        await proxy.custom_method(one, "note", str(notes), number)
+    await snapshots_are_stored(proxy)
+    assert len(notes.read_text().splitlines()) == 8
+    kill(proxy, "worker1")
+    assert await proxy.custom_method(one, "what_happened") == list(range(8))
+    assert len(notes.read_text().splitlines()) <= 8 + MAX_CALLS
+
+
+async def test_journals_keep_a_bounded_number_of_bytes_and_the_bits_agree(
+    proxy: tfr.LearnerProxy, clients: Iterator[str]
+) -> None:
+    group = proxy.clients([next(clients) for _ in range(20)])
+    for _ in range(2):
+        await group.call("same", value=torch.zeros(1000))
+        before = await group.call("step")
+        await snapshots_are_stored(proxy)
+        assert ledger_of(proxy).num_journal_bytes <= MAX_BYTES
+    kill(proxy, "worker1")
+    kept = await group.call("get_model_weights")
+    assert {client: weights.tolist() for client, weights in kept.items()} == dict(before)
+
+
+async def test_what_cannot_be_captured_is_rebuilt_by_its_journal_within_the_bound(
+    proxy: tfr.LearnerProxy, one: str
+) -> None:
+    await proxy.custom_method(one, "hide", "lock")
+    before = await proxy.custom_method(one, "step")
+    kill(proxy, "worker1")
+    assert (await proxy.custom_method(one, "get_model_weights")).tolist() == before
+
+
+async def test_what_cannot_be_captured_is_warned_about_once_past_the_bound_and_lost_with_its_worker(
+    proxy: tfr.LearnerProxy, clients: Iterator[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    hiding, other, well = next(clients), next(clients), next(clients)
+    await proxy.clients([hiding, other]).call("hide", what="lock")
+
+    async def step_past_the_bound() -> dict[str, Any]:
+        for _ in range(MAX_CALLS + 1):
+            result = await proxy.clients([hiding, other, well]).call("step")
+        await snapshots_are_stored(proxy)
+        return dict(result)
+
+    caplog.set_level("INFO", "torchfedrpc")
+    with pytest.warns(UserWarning, match="could not be rebuilt if its worker were lost.*'hidden'") as warned:
+        before = await step_past_the_bound()
+    logged = [record.message for record in caplog.records if "could not be rebuilt" in record.message]
+    assert (len(warned), len(logged)) == (1, 1)
+    kill(proxy, "worker1")
+    for client in (hiding, other):
+        with pytest.raises(
+            tfr.WorkerLostError, match=rf"{client}\.step on worker1: .* could not be rebuilt.*'hidden'"
+        ):
+            await proxy.custom_method(client, "step")
+    assert (await proxy.custom_method(well, "get_model_weights")).tolist() == before[well]
+
+
+@pytest.mark.parametrize("method", ["hold", "hold_async"])
+async def test_a_call_that_was_cancelled_as_it_ran_is_not_repeated_and_what_it_did_is_kept(
+    proxy: tfr.LearnerProxy, one: str, seen: Losses, latch: Latch, method: str
+) -> None:
+    await proxy.custom_method(one, "append", "before")
+    call = asyncio.ensure_future(proxy.custom_method(one, method, latch.path))
+    await seen.reported(one)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert await proxy.custom_method(one, "append", "after") == 4
+    await snapshots_are_stored(proxy)
+    kill(proxy, "worker1")
+    cancelled = "hold saw cancelled" if method == "hold" else ("hold cancelled", True)
+    expected = ["before", "hold begins", cancelled, "after"]
+    assert await proxy.custom_method(one, "what_happened") == expected
+    assert len(seen.progress(one)) == 1
+
+
+async def test_a_call_past_its_deadline_is_not_repeated_and_what_it_did_is_kept(
+    proxy: tfr.LearnerProxy, one: str, latch: Latch
+) -> None:
+    with pytest.raises(tfr.CallTimeoutError):
+        await proxy.options(timeout_s=0.3).custom_method(one, "hold", latch.path)
+    assert await proxy.custom_method(one, "append", "after") == 3
+    await snapshots_are_stored(proxy)
+    kill(proxy, "worker1")
+    assert await proxy.custom_method(one, "what_happened") == ["hold begins", "hold saw cancelled", "after"]
+
+
+async def test_a_restored_learner_is_rebuilt_from_what_was_restored(proxy: tfr.LearnerProxy, one: str) -> None:
+    await proxy.custom_method(one, "step")
+    taken = {client: data async for client, data in proxy.snapshots([one])}
+    expected = [await proxy.custom_method(one, "step") for _ in range(2)]
+    await proxy.restore(taken)
+    kill(proxy, "worker1")
+    assert [await proxy.custom_method(one, "step") for _ in range(2)] == expected
+    await snapshots_are_stored(proxy)
+
+
+async def test_a_snapshot_that_was_on_its_way_as_the_worker_was_lost_is_taken_again(
+    proxy: tfr.LearnerProxy, one: str, seen: Losses, latch: Latch
+) -> None:
+    await proxy.custom_method(one, "step")
+    held = asyncio.ensure_future(proxy.custom_method(one, "hold_async", latch.path))
+    await seen.reported(one)
+    taking = asyncio.ensure_future(anext(proxy.snapshots([one])))
+    kill(proxy, "worker1")
+    await seen.loss()
+    latch.open()
+    assert await held == "released"
+    client, data = await taking
+    await proxy.restore({client: data})
+    assert await proxy.custom_method(one, "what_happened") == ["hold begins", "hold released"]

@@ -1,0 +1,57 @@
+"""Lost ranks of a launch: none takes their place, and their learners go on elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchrun import run_launch, write_script
+
+
+def test_learners_of_frozen_and_severed_ranks_go_on_elsewhere_and_the_launch_ends_well(tmp_path: Path) -> None:
+    script = write_script(
+        tmp_path,
+        """
+        from learners import Mortal
+        from torchfedrpc.observe.events import WorkerLost
+        from torchfedrpc.testing import Faults
+
+        CLIENTS = [f"client_{number}" for number in range(6)]
+
+        async def steps(proxy, faults=Faults()):
+            results = [dict(await proxy.clients().call("step"))]
+            async with faults.injected(proxy):
+                for _ in range(2):
+                    results.append(dict(await proxy.clients().call("step")))
+                processes = set((await proxy.clients().call("process_id")).values())
+            return results, processes
+
+        async def main():
+            async with tfr.LearnerProxy(Mortal, CLIENTS, runtime="local") as proxy:
+                undisturbed, _ = await steps(proxy)
+            lost = []
+            async with tfr.LearnerProxy(Mortal, CLIENTS, runtime={"heartbeat_timeout_s": 2}) as proxy:
+                both = asyncio.Event()
+
+                def on_event(event):
+                    if isinstance(event, WorkerLost):
+                        lost.append(event.worker)
+                        if len(lost) == 2:
+                            both.set()
+
+                proxy.subscribe(on_event)
+                faults = Faults().freeze("worker1", at_call=2).sever("worker2", at_call=2)
+                results, _ = await steps(proxy, faults)
+                await both.wait()
+                processes = set((await proxy.clients().call("process_id")).values())
+            async with tfr.LearnerProxy(Mortal, CLIENTS) as proxy:
+                again, last = await steps(proxy)
+            return results == undisturbed == again, sorted(lost), len(processes), last == processes
+
+        if __name__ == "__main__":
+            result = tfr.run(main)
+            sys.stdout.write(f"result {os.environ['RANK']} {result}\\n")
+        """,
+    )
+    code, output = run_launch(script, num_processes=4)
+    assert code == 0, output
+    assert "result 0 (True, ['worker1', 'worker2'], 1, True)" in output, output

@@ -1,0 +1,98 @@
+"""Where recovery ends: learners that end their process each time, runs that do not recover, and the next proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Latch
+from learners import Mortal, Stillborn
+from losses import SEED, Losses, Steps, kill, pid_of, pseudo, undisturbed
+
+import torchfedrpc as tfr
+
+CLIENTS = ["a", "b", "c", "d"]  # two on each of two workers
+
+
+@pytest.fixture(scope="module")
+def expected(runner: asyncio.Runner) -> dict[str, dict[str, Any]]:
+    return runner.run(undisturbed(CLIENTS))
+
+
+@pytest.mark.parametrize("max_recoveries", [1, pytest.param(3, marks=pytest.mark.slow)])
+async def test_a_learner_that_ends_its_process_each_time_is_given_up_and_the_others_finish(
+    expected: dict[str, dict[str, Any]], max_recoveries: int
+) -> None:
+    runtime = pseudo(max_recoveries=max_recoveries)
+    async with tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime, seed=SEED) as proxy:
+        steps, seen = Steps(proxy, expected), Losses()
+        proxy.subscribe(seen)
+        await steps.check(*CLIENTS)
+        poison = asyncio.ensure_future(proxy.custom_method("a", "die"))
+        await steps.check("b", "c", "d")
+        num_losses = max_recoveries + 1
+        message = rf"a\.die on worker1: .*in succession: {num_losses}\).*max_recoveries={max_recoveries}"
+        with pytest.raises(tfr.WorkerLostError, match=message):
+            await poison
+        assert seen.workers == ["worker1"] * num_losses
+        began = time.monotonic()
+        with pytest.raises(tfr.WorkerLostError, match=r"a\.step on worker1: "):
+            await proxy.custom_method("a", "step")
+        assert time.monotonic() - began < 0.5
+        await steps.check("b", "c", "d")
+        assert seen.workers == ["worker1"] * num_losses
+
+
+async def test_no_one_is_rebuilt_where_a_loss_is_to_fail_and_clients_of_other_workers_go_on(
+    expected: dict[str, dict[str, Any]], latch: Latch
+) -> None:
+    async with tfr.LearnerProxy(Mortal, CLIENTS, runtime=pseudo(on_worker_lost="fail"), seed=SEED) as proxy:
+        steps, seen = Steps(proxy, expected), Losses()
+        proxy.subscribe(seen)
+        await steps.check("a", "c")
+        pid = pid_of(proxy, "worker2")
+        running = asyncio.ensure_future(proxy.custom_method("a", "hold", latch.path))
+        busy = asyncio.ensure_future(proxy.custom_method("d", "hold_async", latch.path))
+        await seen.reported("a")
+        await seen.reported("d")
+        killed_at = kill(proxy, "worker1")
+        with pytest.raises(tfr.WorkerLostError, match=r"a\.hold on worker1: .*on_worker_lost=recover"):
+            await running
+        assert time.monotonic() - killed_at < 1
+        with pytest.raises(tfr.WorkerLostError, match=r"b\.step on worker1: "):  # which had not been called before
+            await asyncio.wait_for(proxy.custom_method("b", "step"), 10)
+        latch.open()
+        assert await busy == "released"
+        await steps.check("c", "d")
+        assert await proxy.custom_method("d", "process_id") == pid
+        some = await proxy.clients().options(min_results=2).call("same", value=1)
+        assert dict(some) == {"c": 1, "d": 1}
+        with pytest.raises(tfr.QuorumError):
+            await proxy.clients().options(min_results=3).call("same", value=1)
+        assert seen.workers == ["worker1"]
+
+
+async def test_retries_cover_a_constructor_that_fails_and_recovery_one_that_ends_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "made"
+    async with tfr.LearnerProxy(Stillborn, {"a": {"path": str(path)}}, runtime=pseudo(num_processes=1)) as proxy:
+        assert await proxy.options(retries=1).custom_method("a", "made") == 3
+        kill(proxy, "worker1")
+        assert await proxy.custom_method("a", "made") == 4  # made once more, and no retry is needed for that
+    assert len(path.read_text().splitlines()) == 4
+
+
+async def test_a_proxy_closes_soon_after_a_loss_and_the_next_starts_afresh() -> None:
+    for _ in range(2):
+        async with tfr.LearnerProxy(Mortal, CLIENTS, runtime=pseudo(num_processes=1)) as proxy:
+            seen = Losses()
+            proxy.subscribe(seen)
+            assert await proxy.custom_method("a", "append", 1) == 1
+            kill(proxy, "worker1")
+            assert await proxy.custom_method("a", "append", 2) == 2
+            kill(proxy, "worker1")
+            await seen.loss(2)
+            began = time.monotonic()
+        assert time.monotonic() - began < 5

@@ -1,0 +1,173 @@
+"""Back-pressure: how many bytes of arguments the driver has in its hands at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Collection, Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchfedrpc.wire.tensors import take_apart
+
+_SMALL_BYTES = 16  # of a number, a dict's key, or an object of unknown size, as a pickle has it
+_SCALARS = (int, float, complex, type(None))
+_SIZED = (str, bytes, bytearray)
+_ARRAYS = (np.ndarray, memoryview)
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+
+
+class Admission:
+    """Admits calls in the order in which they ask, as long as their arguments fit under a limit together.
+
+    Of one event loop: everything is called on its thread.
+
+    Args:
+        limit_bytes: how much may be admitted at once; a single call that is larger goes alone.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._num_bytes = self._num_held_bytes = 0
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._num_waking = 0  # admitted, and not yet running again
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes admitted and not released."""
+        return self._num_bytes
+
+    async def admit(self, num_bytes: int) -> None:
+        """Wait until there is room, and take it; `release` gives it back.
+
+        Returns without a task switch where there is room and nobody waits, so that calls which are submitted at
+        once stay in their order. All others, without arguments too, wait for those before them. A caller that is
+        cancelled has taken nothing.
+
+        Args:
+            num_bytes: size of the call's arguments.
+        """
+        if not self._waiting and not self._num_waking and self._has_room(num_bytes):
+            self._num_bytes += num_bytes
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((turn, num_bytes))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # admitted, and cancelled before it could run
+                self._num_waking -= 1
+                self._num_bytes -= num_bytes
+            self._wake()
+            raise
+        self._num_waking -= 1
+        self._wake()  # those who came while this one was waking
+
+    def release(self, num_bytes: int) -> None:
+        """Give back what `admit` took, and admit who waits for it."""
+        self._num_bytes -= num_bytes
+        self._wake()
+
+    def hold(self, num_bytes: int) -> None:
+        """Count bytes that the driver keeps beside the calls; a call may still go alone, however many they are."""
+        self._num_held_bytes = num_bytes
+        self._wake()
+
+    def _has_room(self, num_bytes: int) -> bool:
+        in_hands = self._num_bytes + self._num_held_bytes
+        return not num_bytes or not self._num_bytes or in_hands + num_bytes <= self._limit_bytes
+
+    def _wake(self) -> None:
+        while self._waiting:
+            turn, num_bytes = self._waiting[0]
+            if not turn.cancelled():
+                if not self._has_room(num_bytes):
+                    return
+                self._num_bytes += num_bytes
+                self._num_waking += 1
+                turn.set_result(None)
+            self._waiting.popleft()
+
+
+def estimate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """About how many bytes the value of a call's arguments has, told without copying anything.
+
+    Looks into what pickling would look into: containers, and objects that are pickled by their ``__dict__`` (a
+    module's weights). What is referred to twice counts once, and so does the memory that tensors share.
+
+    Returns:
+        Bytes; 0 where there are no arguments.
+    """
+    if not args and not kwargs:
+        return 0
+    with torch._C.DisableTorchFunctionSubclass():  # a tensor's size is what it is, whatever its subclass logs
+        return _estimate([*args, *kwargs.values()])
+
+
+def _estimate(todo: list[Any]) -> int:
+    seen: set[int] = set()
+    num_bytes_of: dict[int, int] = {}  # storage -> bytes of the tensors on it
+    total = 0
+    while todo:
+        obj = todo.pop()
+        if isinstance(obj, _SCALARS):
+            total += _SMALL_BYTES
+            continue
+        if id(obj) in seen:
+            continue
+        seen.add(id(obj))
+        if isinstance(obj, Tensor):
+            if obj.layout is torch.strided:
+                total += _of_tensor(obj, num_bytes_of)
+            else:
+                parts = take_apart(obj) or ()  # new objects, whose ids mean nothing once they are gone
+                total += sum(_of_tensor(part, num_bytes_of) for part in parts if isinstance(part, Tensor))
+        elif isinstance(obj, _SIZED):
+            total += len(obj)
+        elif isinstance(obj, _ARRAYS):
+            total += obj.nbytes
+        elif isinstance(obj, dict):
+            total += _SMALL_BYTES * len(obj)
+            total += _of_items(obj.values(), todo)
+        elif isinstance(obj, _CONTAINERS):
+            total += _of_items(obj, todo)
+        else:
+            total += _SMALL_BYTES
+            if isinstance(obj, nn.Module) or _is_pickled_by_dict(obj):
+                todo.append(vars(obj))
+    return total
+
+
+def _of_items(items: Collection[Any], todo: list[Any]) -> int:
+    """Bytes of a container's items where all are numbers, told at once since there may be millions; else 0."""
+    if all(issubclass(kind, _SCALARS) for kind in set(map(type, items))):
+        return _SMALL_BYTES * len(items)
+    todo += items
+    return 0
+
+
+def _of_tensor(tensor: Tensor, num_bytes_of: dict[int, int]) -> int:
+    """Bytes that a dense tensor adds to those on its storage."""
+    try:
+        storage, num_bytes = tensor.untyped_storage(), tensor.nbytes
+    except Exception:
+        return _SMALL_BYTES  # one without memory, which packing refuses and says why
+    before = num_bytes_of.get(storage._cdata, 0)
+    after = max(before, min(before + num_bytes, storage.nbytes())) if before else num_bytes
+    num_bytes_of[storage._cdata] = after
+    return after - before
+
+
+def _is_pickled_by_dict(obj: object) -> bool:
+    kind = type(obj)
+    return (
+        hasattr(obj, "__dict__")
+        and not isinstance(obj, type | ModuleType)
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__reduce__ is object.__reduce__
+        and kind.__getstate__ is object.__getstate__
+    )

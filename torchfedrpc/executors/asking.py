@@ -1,0 +1,282 @@
+"""Asking workers: a call is asked until it is answered, again in each world, and once its learner is rebuilt."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.executors.base import CallExecutor
+from torchfedrpc.executors.ledger import Asked, Ledger, Record
+from torchfedrpc.host.answer import call_on
+from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.rpc.member import Member
+from torchfedrpc.rpc.remote_host import RemoteHost
+from torchfedrpc.rpc.worker_group import WorkerGroup
+from torchfedrpc.wire.packing import Packed, pack
+
+logger = logging.getLogger(__name__)
+
+
+class AskingExecutor(CallExecutor):
+    """Sends what the ledger has to the workers of a group, and notes their answers in it.
+
+    A lost learner is made again at its next call: its constructor, its last snapshot, the calls since then, and then
+    the calls that wait for it. Everything happens on the event loop.
+
+    Args:
+        config: the run's configuration.
+    """
+
+    def __init__(self, config: RuntimeConfig | None = None) -> None:
+        super().__init__(config)
+        self._group: WorkerGroup | None = None
+        self._ledger = Ledger(self.config, self._admission.hold)
+        self._storing: set[asyncio.Task[None]] = set()
+        self._has_warned = False
+
+    async def close(self) -> None:
+        """Answer nobody any more."""
+        for record in self._ledger:
+            for asked in record.asked.values():
+                if asked.reply is not None and not asked.is_own:
+                    asked.reply(Outcome("cancelled", never_ran=True))
+        group, self._group = self._group, None
+        if group is not None:
+            await group.close()
+        await asyncio.gather(*self._storing, return_exceptions=True)
+        self._ledger.close()
+
+    @abstractmethod
+    def _new_record(self, client_id: str) -> Record:
+        """The record of a client that was not called before."""
+
+    def _submit(self, call: Call, reply: Reply) -> None:
+        record = self._record(call.client_id)
+        if record.given_up is not None:
+            reply(self._lost(call, record.given_up))
+            return
+        self._ledger.ask(record, call, reply)
+        self._push(record)
+
+    def _advance(self, call: Call, step: int, reply: Reply) -> None:
+        record = self._record(call.client_id)
+        asked = record.asked.get(call.call_id)
+        if asked is None:
+            reply(self._lost(call, record.given_up or "it was given up"))
+            return
+        asked.reply, asked.is_waiting = reply, True
+        if (host := self._host(record)) is asked.asked_through and asked.num_items_here == asked.num_items:
+            self._ask(host, record, asked)
+
+    def _cancel(self, call: Call) -> None:
+        record = self._ledger.get(call.client_id)
+        asked = record.asked.get(call.call_id) if record is not None else None
+        if record is None or asked is None:
+            return
+        asked.was_waiting = asked.is_waiting
+        asked.is_cancelled, asked.reply, asked.is_waiting = True, None, False
+        if asked.asked_through is None and not asked.num_items:
+            del record.asked[call.call_id]
+        elif (host := self._host(record)) is asked.asked_through and asked.num_items_here == asked.num_items:
+            self._ask(host, record, asked)
+
+    def _record(self, client_id: str) -> Record:
+        self._opened()
+        record = self._ledger.get(client_id)
+        if record is None:
+            record = self._new_record(client_id)
+            self._ledger.add(record)
+        return record
+
+    def _host(self, record: Record) -> RemoteHost | None:
+        """The learner's worker in the present world; None while the world is re-formed."""
+        return self._group.hosts.get(record.label) if self._group is not None else None
+
+    def _push(self, record: Record) -> None:
+        """Ask the learner's worker for all that it was not asked for in the present world."""
+        host = self._host(record)
+        if host is None:
+            return
+        member = self._opened().members[record.label]
+        if record.client_id not in member.learners:
+            if not self._plan_rebuild(record):
+                return
+            host.register(record.client_id, record.constructor)
+            member.learners.add(record.client_id)
+        elif record.client_id not in host:
+            # The request that registered it may have got lost with an earlier world.
+            host.register(record.client_id, None if record.is_registered else record.constructor)
+        for asked in list(record.asked.values()):
+            if asked.asked_through is not host:
+                self._ask(host, record, asked)
+
+    def _ask(self, host: RemoteHost | None, record: Record, asked: Asked) -> None:
+        """Ask for the next outcome of a call; a stream is brought first to where it was."""
+        if host is None:
+            return
+        asked.asked_through = host
+        reply = self._replying(host, record, asked)
+        if asked.num_items_here == asked.num_items:
+            if asked.is_cancelled:
+                host.cancel(asked.call, reply)
+                return
+            if not asked.is_waiting:
+                return
+        if asked.num_items_here == 0:
+            host.submit(asked.call, reply)
+        else:
+            host.advance(asked.call, asked.num_items_here, reply)
+
+    def _replying(self, host: RemoteHost, record: Record, asked: Asked) -> Reply:
+        loop = asyncio.get_running_loop()
+
+        def reply(outcome: Outcome) -> None:
+            """On a thread of RPC."""
+            call_on(loop, self._arrived, host, record, asked, outcome)
+
+        return reply
+
+    def _arrived(self, host: RemoteHost, record: Record, asked: Asked, outcome: Outcome) -> None:
+        if self._host(record) is not host or record.asked.get(asked.call.call_id) is not asked:
+            return  # an answer out of a world that is over, or to a call that is answered
+        record.is_registered = True
+        if not outcome.is_final:
+            self._item_arrived(host, record, asked, outcome)
+            return
+        if self._ledger.holds(record, asked):
+            record.held.append((host, asked, outcome))
+            return
+        host.acknowledge(asked.call, outcome)
+        self._ledger.settle(record, asked, outcome)
+        if asked.is_own and outcome.kind == "failed" and (outcome.never_ran or asked.call.kind == "restore"):
+            assert outcome.failure is not None
+            if asked.reply is not None and asked.call.kind == "restore":  # the next learner's turn waits for this
+                asked.reply(outcome)
+            self._give_up(record, f"it could not be rebuilt on {record.label}: {outcome.failure.message}")
+            return
+        if asked.reply is not None:
+            asked.reply(outcome)
+        is_newer = asked.number > record.snapshot_number  # else the learner was rebuilt from its last snapshot
+        if asked.call.kind == "restore" and outcome.kind == "value" and is_newer and record.journal:
+            data, _ = asked.call.arguments.copy().open(self._allow)
+            self._took_snapshot(record, asked, Outcome("value", pack(data)))
+        if self._ledger.needs_snapshot(record):
+            self._request_snapshot(record)
+        for largest in self._ledger.largest_journals():
+            self._request_snapshot(largest)
+
+    def _item_arrived(self, host: RemoteHost, record: Record, asked: Asked, outcome: Outcome) -> None:
+        asked.num_items_here += 1
+        if asked.num_items_here <= asked.num_items:  # delivered before its worker was lost
+            self._ask(host, record, asked)
+            return
+        asked.num_items += 1
+        if asked.is_own:  # more than the lost learner gave: it must not be left open
+            asked.is_cancelled = True
+            self._ask(host, record, asked)
+            return
+        asked.is_waiting = False
+        reply, asked.reply = asked.reply, None
+        if reply is not None:
+            reply(outcome)
+
+    def _reporter(self) -> Callable[[Member, Call, Packed], None]:
+        loop = asyncio.get_running_loop()
+
+        def report(member: Member, call: Call, progress: Packed) -> None:
+            """On a thread of RPC."""
+            call_on(loop, self._reported, member, call, progress)
+
+        return report
+
+    def _reported(self, member: Member, call: Call, progress: Packed) -> None:
+        if self._group is None or self._group.members.get(member.label) is not member:
+            return  # late, from a lost worker: the learner that is rebuilt reports all of it again
+        record = self._ledger.get(call.client_id)
+        asked = record.asked.get(call.call_id) if record is not None else None
+        if asked is None or asked.is_own:
+            return
+        asked.num_reports_here += 1
+        if asked.num_reports_here > asked.num_reports:
+            asked.num_reports += 1
+            self._spec.publish_progress(call, progress)
+
+    # Snapshots.
+
+    def _request_snapshot(self, record: Record) -> None:
+        record.awaits_snapshot = True
+        call = Call(self._own_call_id(), record.client_id, "snapshot", pack(None), kind="snapshot")
+        asked = self._ledger.ask(record, call, None, is_own=True)
+        asked.reply = partial(self._took_snapshot, record, asked)
+        self._push(record)
+
+    def _took_snapshot(self, record: Record, asked: Asked, outcome: Outcome) -> None:
+        """The learner's state as of that call has come."""
+        task = asyncio.ensure_future(self._store(record, asked, outcome))
+        self._storing.add(task)
+        task.add_done_callback(self._storing.discard)
+
+    async def _store(self, record: Record, asked: Asked, outcome: Outcome) -> None:
+        try:
+            data = self._result(outcome, asked.call)
+            await asyncio.to_thread(self._ledger.store, record, asked.number, data.numpy().data)
+            self._ledger.took(record, asked.number)
+        except Exception as error:
+            self._cannot_capture(record, error)
+        record.awaits_snapshot = False
+        if self._ledger.needs_snapshot(record):  # again, for what has happened since it was asked for
+            self._request_snapshot(record)
+        held, record.held = record.held, []
+        for answer in held:
+            self._arrived(answer[0], record, *answer[1:])
+
+    def _cannot_capture(self, record: Record, error: Exception) -> None:
+        record.unrecoverable = str(error)
+        self._ledger.drop_journal(record)
+        message = f"{record.client_id} could not be rebuilt if its worker were lost: {error}"
+        if self._has_warned:
+            logger.info(message)
+        else:
+            warnings.warn(f"{message} (this is said once, of the first such client)", stacklevel=2)
+            self._has_warned = True
+
+    def _plan_rebuild(self, record: Record) -> bool:
+        """Put what rebuilds the learner before its calls; whether it can be rebuilt."""
+        try:
+            data = self._ledger.snapshot(record)
+        except OSError as error:
+            self._give_up(record, f"its snapshot could not be read from disk ({error})")
+            return False
+        restore = None
+        if data is not None:
+            arguments = pack((torch.frombuffer(bytearray(data), dtype=torch.uint8), None))
+            restore = Call(self._own_call_id(), record.client_id, "restore", arguments, kind="restore")
+        self._ledger.plan_rebuild(record, restore)
+        return True
+
+    def _give_up(self, record: Record, reason: str) -> None:
+        record.given_up = reason
+        record.held = []
+        self._ledger.drop_journal(record)
+        asked, record.asked = record.asked, {}
+        for one in asked.values():
+            if one.reply is not None and (not one.is_own or one.call.kind == "restore"):
+                one.reply(self._lost(one.call, reason))
+
+    def _lost(self, call: Call, reason: str) -> Outcome:
+        where = f"{call.client_id}.{call.method} on {self.worker_of(call.client_id)}"
+        return Outcome("failed", error=WorkerLostError(f"{where}: {reason}"), never_ran=True)
+
+    def _opened(self) -> WorkerGroup:
+        if self._group is None:
+            raise ConfigError("this executor is not open: await executor.open(spec) first")
+        return self._group

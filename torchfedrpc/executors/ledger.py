@@ -1,0 +1,270 @@
+"""What every learner has been asked: enough to make it again elsewhere, with the same bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.spool import Spool
+from torchfedrpc.rpc.remote_host import RemoteHost
+from torchfedrpc.wire.packing import Packed
+
+
+@dataclass(eq=False)
+class Asked:
+    """A call that its worker has not finished, as far as the driver knows.
+
+    Attributes:
+        call: what is asked.
+        number: its place among all calls of the run.
+        reply: who waits for the next outcome; None where nobody does.
+        is_own: whether it is no call of the user's, but rebuilds the learner or takes a snapshot for that.
+        is_waiting: whether an outcome is due; False where a stream is open and idle.
+        is_cancelled: whether it is to end as soon as it is at ``num_items`` again.
+        was_waiting: whether an outcome was due when it was cancelled: what of it has run, nobody knows.
+        num_items: items of a stream that were delivered.
+        num_items_here: items that the learner has given which now has the call, after a loss again from the first.
+        num_reports: what it reported of its progress and was published.
+        num_reports_here: the same of the learner which now has the call.
+        asked_through: the worker in the world through which it was asked last.
+    """
+
+    call: Call
+    number: int
+    reply: Reply | None = None
+    is_own: bool = False
+    is_waiting: bool = True
+    is_cancelled: bool = False
+    was_waiting: bool = False
+    num_items: int = 0
+    num_items_here: int = 0
+    num_reports: int = 0
+    num_reports_here: int = 0
+    asked_through: RemoteHost | None = None
+
+    def forget_worker(self) -> None:
+        """The learner that had the call is lost."""
+        self.asked_through = None
+        self.num_items_here = self.num_reports_here = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A call that has changed its learner, as the journal keeps it.
+
+    Attributes:
+        call: what was asked.
+        number: its place among all calls of the run.
+        num_items: items that a stream gave.
+        was_closed: whether a stream was closed before its end.
+    """
+
+    call: Call
+    number: int
+    num_items: int
+    was_closed: bool
+
+
+@dataclass(eq=False)
+class Record:
+    """One client's learner.
+
+    Attributes:
+        client_id: whose.
+        label: the worker that has it.
+        constructor: keyword arguments for its constructor.
+        snapshot_number: place of its last snapshot among all calls of the run; 0 where there is none.
+        journal: the calls since then, in the order in which they ran.
+        asked: the calls that are not finished, by id, in order.
+        num_losses: how often in succession its worker was lost as a call of it ran.
+        num_journal_bytes: bytes of the arguments that its journal keeps.
+        given_up: why it takes no calls any more.
+        unrecoverable: why it could not be rebuilt, should its worker be lost.
+        cut_off_number: place of the last call that was cut off, so that the journal cannot repeat it.
+        awaits_snapshot: whether one is on its way.
+        held: answers that wait for the snapshot of a cut-off before them, each with the worker that gave it.
+        is_registered: whether its worker has answered a call of it, and so has room for it.
+    """
+
+    client_id: str
+    label: str
+    constructor: Packed
+    snapshot_number: int = 0
+    journal: list[Entry] = field(default_factory=list)
+    asked: dict[int, Asked] = field(default_factory=dict)
+    num_losses: int = 0
+    num_journal_bytes: int = 0
+    given_up: str | None = None
+    unrecoverable: str | None = None
+    cut_off_number: int = 0
+    awaits_snapshot: bool = False
+    held: list[tuple[RemoteHost, Asked, Outcome]] = field(default_factory=list)
+    is_registered: bool = False
+
+
+class Ledger:
+    """Records of all learners that have been called, with snapshots spooled to disk.
+
+    Args:
+        runtime: with the journal's bounds.
+        hold: is told how many bytes of arguments are kept beyond their bound, while snapshots are on their way.
+    """
+
+    def __init__(self, runtime: RuntimeConfig, hold: Callable[[int], None]) -> None:
+        self._keeps_journal = runtime.on_worker_lost == "recover"
+        self._max_calls = runtime.journal_max_calls
+        self._max_bytes = runtime.journal_max_bytes
+        self._hold = hold
+        self._records: dict[str, Record] = {}
+        self._numbers = itertools.count(1)
+        self._spool = Spool()
+        self.num_journal_bytes = 0
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records.values())
+
+    def get(self, client_id: str) -> Record | None:
+        """A client's record, once it has one."""
+        return self._records.get(client_id)
+
+    def add(self, record: Record) -> None:
+        """Begin a record."""
+        self._records[record.client_id] = record
+
+    def ask(self, record: Record, call: Call, reply: Reply | None, *, is_own: bool = False) -> Asked:
+        """Note a call of a learner."""
+        record.asked[call.call_id] = asked = Asked(call, next(self._numbers), reply, is_own)
+        return asked
+
+    def settle(self, record: Record, asked: Asked, outcome: Outcome) -> None:
+        """Note the end of a call."""
+        del record.asked[asked.call.call_id]
+        if asked.is_own:
+            return
+        record.num_losses = 0
+        kind = asked.call.kind
+        if kind == "restore" and outcome.kind == "value":
+            record.unrecoverable = None
+        is_contained = asked.number < record.snapshot_number
+        changes_nothing = kind == "snapshot" or (kind == "restore" and outcome.kind != "value") or outcome.never_ran
+        if changes_nothing or is_contained or not self._keeps_journal or record.unrecoverable:
+            return
+        is_cut_off = outcome.cut_off or asked.was_waiting
+        if is_cut_off:
+            record.cut_off_number = asked.number
+            if not asked.num_items:
+                return
+        # The journal's calls have no deadline: they have run in time already.
+        call = replace(asked.call, run_timeout_s=None)
+        was_closed = is_cut_off or outcome.kind == "cancelled"
+        record.journal.append(Entry(call, asked.number, asked.num_items, was_closed))
+        # A learner's calls run in the order of their numbers; their answers may overtake each other.
+        record.journal.sort(key=lambda entry: entry.number)
+        record.num_journal_bytes += call.arguments.num_bytes
+        self._count(call.arguments.num_bytes)
+
+    def needs_snapshot(self, record: Record) -> bool:
+        """Whether a snapshot has to hold what the journal cannot repeat, or does not hold any more."""
+        if not self._keeps_journal or record.awaits_snapshot or record.unrecoverable or record.given_up:
+            return False
+        return record.cut_off_number > record.snapshot_number or len(record.journal) > self._max_calls
+
+    def holds(self, record: Record, asked: Asked) -> bool:
+        """Whether a call's answer is not told yet: its effects build on a cut-off's, which would be lost today."""
+        is_behind = asked.number > record.cut_off_number > record.snapshot_number
+        return is_behind and record.awaits_snapshot and not asked.is_own
+
+    def largest_journals(self) -> list[Record]:
+        """The learners whose snapshots bring the journals' arguments under their bound, once they have come."""
+        excess = self.num_journal_bytes - self._max_bytes
+        if excess <= 0:
+            return []
+        excess -= sum(record.num_journal_bytes for record in self if record.awaits_snapshot)
+        chosen = []
+        for record in sorted(self, key=lambda record: record.num_journal_bytes, reverse=True):
+            if excess <= 0 or not record.num_journal_bytes:
+                break
+            if not record.awaits_snapshot:
+                chosen.append(record)
+                excess -= record.num_journal_bytes
+        return chosen
+
+    def store(self, record: Record, number: int, data: memoryview) -> None:
+        """Write a snapshot to disk, on any thread; `took` makes it the record's own.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
+        """
+        self._spool.put((record.client_id, number), data)
+
+    def took(self, record: Record, number: int) -> None:
+        """A snapshot that was taken as call ``number`` is stored: the journal begins behind it.
+
+        It is of no use if it contains a call whose answer has not come, since that may be asked again.
+        """
+        if number == record.snapshot_number:  # the learner was rebuilt from this very snapshot
+            return
+        held = [asked for _, asked, _ in record.held]
+        is_unanswered = any(
+            asked.number < number and not asked.is_own and asked not in held for asked in record.asked.values()
+        )
+        if number < record.snapshot_number or is_unanswered:
+            self._spool.discard((record.client_id, number))
+            return
+        self._spool.discard((record.client_id, record.snapshot_number))
+        record.snapshot_number = number
+        record.unrecoverable = None
+        self._cut(record, [entry for entry in record.journal if entry.number > number])
+
+    def drop_journal(self, record: Record) -> None:
+        """The learner cannot be rebuilt, or need not be."""
+        self._cut(record, [])
+
+    def plan_rebuild(self, record: Record, restore: Call | None) -> None:
+        """Put what rebuilds a learner before the calls that wait for it.
+
+        Args:
+            record: whose learner was lost.
+            restore: has it take the snapshot; None where there is none.
+        """
+        repeated = [Asked(restore, record.snapshot_number, is_own=True)] if restore is not None else []
+        for entry in record.journal:
+            repeated.append(
+                Asked(
+                    entry.call,
+                    entry.number,
+                    is_own=True,
+                    is_cancelled=entry.was_closed,
+                    num_items=entry.num_items,
+                )
+            )
+        # By number: the answers to calls may overtake each other, so one that has none may come before one that has.
+        in_order = sorted((*repeated, *record.asked.values()), key=lambda asked: asked.number)
+        record.asked = {asked.call.call_id: asked for asked in in_order}
+
+    def snapshot(self, record: Record) -> bytes | None:
+        """The learner's last snapshot.
+
+        Raises:
+            OSError: the disk cannot be read.
+        """
+        return self._spool.get((record.client_id, record.snapshot_number)) if record.snapshot_number else None
+
+    def close(self) -> None:
+        """Give memory and disk back."""
+        self._records.clear()
+        self._spool.close()
+
+    def _cut(self, record: Record, journal: list[Entry]) -> None:
+        before = record.num_journal_bytes
+        record.journal = journal
+        record.num_journal_bytes = sum(entry.call.arguments.num_bytes for entry in journal)
+        self._count(record.num_journal_bytes - before)
+
+    def _count(self, num_bytes: int) -> None:
+        self.num_journal_bytes += num_bytes
+        self._hold(max(self.num_journal_bytes - self._max_bytes, 0))

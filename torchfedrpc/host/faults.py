@@ -1,0 +1,121 @@
+"""Faults that strike a process at a call of its own: what `torchfedrpc.testing.Faults` has workers do."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torchfedrpc.errors import ConfigError
+
+FaultKind = Literal["kill", "freeze", "sever", "slow"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault and when it strikes. Its fields are plain JSON, and ``Fault(**fields)`` makes it again.
+
+    Attributes:
+        kind: ``kill`` the process, ``freeze`` it, ``sever`` it from the driver's watch, or ``slow`` it down.
+        at_call: strikes as the n-th call that the process runs begins, counted from 1.
+        seconds: how long it is frozen, 0 for ever; how much longer that call and all after it take, where it is slow.
+
+    Raises:
+        ConfigError: these do not make a fault.
+    """
+
+    kind: FaultKind
+    at_call: int
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(FaultKind):
+            raise ConfigError(f"no fault is called {self.kind!r}: it is one of {', '.join(get_args(FaultKind))}")
+        if not is_count(self.at_call) or self.at_call < 1:
+            raise ConfigError(f"at_call counts the calls of a worker from 1, so it cannot be {self.at_call!r}")
+        check_seconds(self.kind, self.seconds)
+
+
+def is_count(value: object) -> bool:
+    """Whether this is a whole number, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_seconds(kind: FaultKind, seconds: float) -> None:
+    """Refuse a duration that the kind of fault does not have.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise ConfigError(f"the seconds of a fault are a finite number above 0, not {seconds!r}")
+    if kind == "slow" and seconds == 0:
+        raise ConfigError("a slow worker needs seconds above 0: slow(worker, at_call=1, seconds=0.2)")
+    if kind in ("kill", "sever") and seconds:
+        raise ConfigError(f"{kind} is for good, so it has no seconds")
+
+
+class Saboteur:
+    """Has faults strike this process as its calls begin. Thread-safe.
+
+    Args:
+        faults: what strikes when.
+        sever: cuts this process off from the driver's watch.
+    """
+
+    def __init__(self, faults: Sequence[Fault], sever: Callable[[], None]) -> None:
+        self._faults = tuple(faults)
+        self._sever = sever
+        self._begun: set[int] = set()
+        self._lock = threading.Lock()
+
+    def begin(self, call_id: int) -> None:
+        """A call is about to run, on this thread; one that is asked for again counts once."""
+        with self._lock:
+            if call_id in self._begun:
+                return
+            self._begun.add(call_id)
+            num_begun = len(self._begun)
+        for fault in self._faults:
+            if num_begun == fault.at_call or (fault.kind == "slow" and num_begun > fault.at_call):
+                self._strike(fault)
+
+    def _strike(self, fault: Fault) -> None:
+        if fault.kind == "kill":
+            kill()
+        elif fault.kind == "freeze":
+            freeze(fault.seconds)
+        elif fault.kind == "sever":
+            self._sever()
+        else:
+            time.sleep(fault.seconds)
+
+
+def kill() -> None:
+    """Kill this process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze(seconds: float) -> None:
+    """Stop this process; after so many seconds it goes on, after 0 never.
+
+    Nothing of this thread runs in between.
+    """
+    if not seconds:
+        # To the thread itself: the others stop with it, but it would run on while one of them took the signal.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+        return
+    # The shell stops us too, so that it cannot let us go on before we are stopped.
+    script = 'kill -STOP "$1"; sleep "$0"; kill -CONT "$1"'
+    subprocess.run(
+        ["/bin/sh", "-c", script, f"{seconds:f}", str(os.getpid())],
+        check=True,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # a Ctrl-C that ended it would leave us stopped for ever
+    )

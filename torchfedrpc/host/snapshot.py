@@ -1,0 +1,272 @@
+"""Snapshots: what a learner has become since its constructor, as bytes that another process can go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import pickle
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchfedrpc.errors import SerializationError, SnapshotError, UntrustedTypeError
+from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.packing import pack
+from torchfedrpc.wire.serializer import ParameterSerializer
+
+# Layout: magic, version of the format, a checksum of all that follows; then the fields, by ParameterSerializer.
+_MAGIC = b"TFRSNAP\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<8sII")
+_REMEDY = "define state_dict()/load_state_dict() so that they leave it out and make it anew"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A client's learner between two calls.
+
+    Attributes:
+        client_id: whose learner.
+        learner: ``module.qualname`` of the run's learner, as its `LearnerSpec` names it.
+        counts: how often each method was called; they seed the calls that follow.
+        state: what `capture` gave; None where the learner was not made yet.
+    """
+
+    client_id: str
+    learner: str
+    counts: dict[str, int]
+    state: Any
+
+    @property
+    def made(self) -> bool:
+        """Whether the learner was made."""
+        return self.state is not None
+
+
+def capture(learner: Any, client_id: str = "a client") -> Any:
+    """A learner's state, for `dump`; it may alias the learner's objects, so dump it before the next call.
+
+    It is ``state_dict()`` where the learner's class has that and ``load_state_dict``, else what pickle would take:
+    ``__getstate__()``, by default the attributes. What a class merely inherits from `torch.nn.Module` does not
+    count, since it knows nothing of plain attributes. Gradients and autograd history are never part of it.
+
+    Args:
+        learner: the learner, which must not run meanwhile.
+        client_id: whose it is, for messages.
+
+    Raises:
+        SnapshotError: its own method raised (the cause) or is async, or the state refers to the learner.
+    """
+    name = f"{client_id}'s {type(learner).__qualname__}"
+    by_dict = _has_state_dict(type(learner))
+    if by_dict and any(map(inspect.iscoroutinefunction, (learner.state_dict, learner.load_state_dict))):
+        raise SnapshotError(
+            f"state_dict() and load_state_dict() of {name} must not be async: make them plain methods"
+        )
+    method = learner.state_dict if by_dict else learner.__getstate__
+    try:
+        content = method()
+        if not by_dict and not hasattr(type(learner), "__setstate__"):
+            _split(content)
+    except Exception as error:
+        raise SnapshotError(f"{method.__name__}() of {name} failed: {type(error).__name__}: {error}") from error
+    for part, value in _parts(content):
+        if _refers_to(value, learner):
+            raise SnapshotError(f"{name} refers to itself in {part}, and restored would refer to a copy: {_REMEDY}")
+    return "state_dict" if by_dict else "getstate", content
+
+
+def reinstate(learner: Any, state: Any, client_id: str = "a client") -> None:
+    """Give a newly made learner the state that `capture` took.
+
+    A default ``__getstate__`` replaces all attributes. What a ``__getstate__`` of the learner's own leaves out
+    stays as the constructor made it, unless there is a ``__setstate__`` to decide.
+
+    Args:
+        learner: the learner.
+        state: what `capture` gave; it belongs to the learner afterwards.
+        client_id: whose it is, for messages.
+
+    Raises:
+        SnapshotError: the learner does not take it; what it raised is the cause.
+    """
+    try:
+        kind, content = state
+        if kind == "state_dict":
+            learner.load_state_dict(content)
+        elif hasattr(type(learner), "__setstate__"):
+            learner.__setstate__(content)
+        else:
+            attributes, slots = _split(content)
+            default: Any = object.__getstate__
+            if type(learner).__getstate__ is default:
+                getattr(learner, "__dict__", {}).clear()
+            for name, value in (attributes | slots).items():
+                object.__setattr__(learner, name, value)  # also where the class forbids it, or has ideas of its own
+    except Exception as error:
+        raise SnapshotError(
+            f"{client_id}'s {type(learner).__qualname__} cannot take the state of its snapshot "
+            f"({type(error).__name__}: {error}): its class must be the one that the snapshot was taken of, and must "
+            f"accept what it gave"
+        ) from error
+
+
+def dump(snapshot: Snapshot, allow: AllowList) -> bytes:
+    """A snapshot as bytes, which share no memory with the learner.
+
+    Args:
+        snapshot: whose state is as `capture` gave it.
+        allow: the types that `load` will allow: a state that could never be restored is an error now, not once its
+            worker is lost.
+
+    Raises:
+        SnapshotError: the state holds what cannot be pickled, or read again; it names where.
+    """
+    try:
+        _try_to_read(snapshot.state, allow)
+        payload = ParameterSerializer.serialize(dict(vars(snapshot)))
+    except SerializationError as error:
+        part, cause = _culprit(snapshot.state, allow) or ("its whole", error)
+        untrusted = "or " if isinstance(cause, UntrustedTypeError) else ""
+        raise SnapshotError(
+            f"the state of {snapshot.client_id} ({snapshot.learner}) cannot be captured because of {part}: {cause}; "
+            f"{untrusted}{_REMEDY}"
+        ) from cause
+    return b"".join((_HEADER.pack(_MAGIC, _VERSION, zlib.crc32(payload)), payload))
+
+
+def load(data: bytes | bytearray | memoryview, allow: AllowList) -> Snapshot:
+    """The snapshot that `dump` made these bytes of, on memory of its own.
+
+    Raises:
+        UntrustedTypeError: a type outside the allow-list. It is no `SnapshotError`, since nothing is wrong with
+            the bytes: the reader's ``runtime.trusted_modules`` decides.
+        SnapshotError: the bytes are damaged, of something else, or of another version of the format.
+    """
+    try:
+        view = memoryview(data).cast("B")
+    except TypeError as error:
+        raise SnapshotError(
+            f"a snapshot is bytes as proxy.snapshots() gives them, not {type(data).__name__}"
+        ) from error
+    if len(view) < _HEADER.size or view[: len(_MAGIC)] != _MAGIC:
+        raise SnapshotError("these bytes are no snapshot, or cut short: give those that proxy.snapshots() gave")
+    _, version, checksum = _HEADER.unpack_from(view)
+    if version != _VERSION:
+        raise SnapshotError(
+            f"this snapshot has format {version} and this version of torchfedrpc reads format {_VERSION}: "
+            f"restore it with the version that took it"
+        )
+    payload = view[_HEADER.size :]
+    if zlib.crc32(payload) != checksum:
+        raise SnapshotError("this snapshot is damaged, its checksum differs: take another")
+    try:
+        fields = ParameterSerializer.deserialize(payload, trusted_modules=allow.trusted)
+    except UntrustedTypeError as error:
+        raise UntrustedTypeError(
+            f"this snapshot holds a type that runtime.trusted_modules does not cover: {error}"
+        ) from error
+    except SerializationError as error:
+        raise SnapshotError(
+            f"this snapshot cannot be read: {error}; its learner's classes may have changed"
+        ) from error
+    return _snapshot_of(fields)
+
+
+def check_belongs(snapshot: Snapshot, client_id: str, learner: str) -> None:
+    """Refuse the snapshot of another client, or of another learner class.
+
+    Args:
+        snapshot: what is to be restored.
+        client_id: to whom.
+        learner: ``module.qualname`` of the run's learner.
+
+    Raises:
+        SnapshotError: so it is.
+    """
+    if snapshot.client_id != client_id:
+        raise SnapshotError(
+            f"this is a snapshot of {snapshot.client_id!r} and not of {client_id!r}: restore each to its own client"
+        )
+    if snapshot.learner != learner:
+        raise SnapshotError(
+            f"this snapshot of {client_id!r} is of a {snapshot.learner}, and the run's learner is {learner}: "
+            f"open the proxy with the learner that it was taken of"
+        )
+
+
+def _has_state_dict(cls: type) -> bool:
+    own = getattr(cls, "state_dict", None)
+    return callable(own) and own is not nn.Module.state_dict and callable(getattr(cls, "load_state_dict", None))
+
+
+def _split(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The attributes and the slots of a plain object's state: as pickle has it, a dict, None, or a pair of these."""
+    attributes, slots = content if isinstance(content, tuple) and len(content) == 2 else (content, None)
+    attributes, slots = attributes or {}, slots or {}
+    if not isinstance(attributes, dict) or not isinstance(slots, dict):
+        raise TypeError(f"it gave {type(content).__name__} instead of a dict: define __setstate__ beside it")
+    return attributes, slots
+
+
+def _snapshot_of(fields: Any) -> Snapshot:
+    """The fields as a snapshot: whoever can write a checksum can write anything."""
+    match fields:
+        case {"client_id": str(), "learner": str(), "counts": dict(counts), "state": None | (_, _)} if len(
+            fields
+        ) == 4 and all(type(name) is str and type(count) is int and count >= 0 for name, count in counts.items()):
+            return Snapshot(**fields)
+    raise SnapshotError("these bytes hold something else than a snapshot: give those that proxy.snapshots() gave")
+
+
+# What goes wrong, and where.
+
+
+def _parts(content: Any) -> Iterator[tuple[str, Any]]:
+    """A state's attributes or keys one by one, each with its name; the state itself where it has none."""
+    parts = [part for part in content if part] if isinstance(content, tuple) else [content]
+    if not all(isinstance(part, dict) for part in parts):
+        yield "its state", content
+        return
+    for part in parts:
+        for name, value in part.items():
+            yield repr(name), value
+
+
+def _culprit(state: Any, allow: AllowList) -> tuple[str, SerializationError] | None:
+    """The first part of a state that cannot travel by itself, and why."""
+    for part, value in _parts(state[1]) if state is not None else ():
+        try:
+            _try_to_read(value, allow)
+        except SerializationError as error:
+            return part, error
+    return None
+
+
+def _try_to_read(obj: Any, allow: AllowList) -> None:
+    pack(obj, copy=False).open(allow)
+
+
+def _refers_to(value: Any, learner: Any) -> bool:
+    probe = _Probe(learner)
+    with contextlib.suppress(Exception):  # what cannot be pickled is for `dump` to say
+        probe.dump(value)
+    return probe.found
+
+
+class _Probe(pickle.Pickler):
+    """Walks an object as the serializer will, tensors and large buffers left out, and notices a learner in it."""
+
+    def __init__(self, learner: Any) -> None:
+        super().__init__(io.BytesIO(), protocol=5, buffer_callback=lambda buffer: None)
+        self._learner = learner
+        self.found = False
+
+    def persistent_id(self, obj: Any) -> str | None:
+        self.found = self.found or obj is self._learner
+        return "" if obj is self._learner or isinstance(obj, Tensor) else None

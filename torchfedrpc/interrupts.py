@@ -1,0 +1,190 @@
+"""How a signal ends a run: its main coroutine is cancelled, and what has not ended by then is ended."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import functools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torchfedrpc.host.deadlines import debugger_attached
+
+T = TypeVar("T")
+
+_BLOCKED_S = 0.5  # a main thread that does not come back to its event loop for so long is interrupted where it stands
+_LIMIT_S = 3.0  # the process ends so long after the signal, unless the run has; the interpreter takes a while as well
+_THREADS_S = 0.5
+_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+def run_interruptible(main: Callable[[], Coroutine[Any, Any, T]], *, notice: str = "") -> T:
+    """`asyncio.run` for a run that Ctrl-C and SIGTERM end in order, and within 5 seconds.
+
+    The first signal cancels the main coroutine, which is its chance to clean up; a second one of the same kind ends
+    the process at once. In other threads than the main one, and for a signal that has a handler already, nothing is
+    changed.
+
+    Args:
+        main: makes the main coroutine.
+        notice: a line for stderr where a signal ends the run.
+
+    Raises:
+        KeyboardInterrupt: SIGINT came, whatever the main coroutine made of its cancellation.
+        SystemExit: SIGTERM came; the exit status is 143.
+        Exception: whatever the main coroutine raised.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return asyncio.run(main())
+    interrupts = _Interrupts(notice)
+    with interrupts.handled():
+        return asyncio.run(interrupts.follow(main))
+
+
+class _Interrupts:
+    """The signals that come in the course of one run.
+
+    Args:
+        notice: what `run_interruptible` was given.
+    """
+
+    def __init__(self, notice: str) -> None:
+        self._notice = notice
+        self._came: list[int] = []
+        self._before: dict[int, Any] = {}
+        self._main_thread = threading.get_ident()
+        self._task: asyncio.Task[Any] | None = None
+        self._loop_turns = self._forcing = False
+        self._over = threading.Event()
+
+    async def follow(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run the main coroutine in the task that a signal cancels."""
+        self._task = asyncio.current_task()
+        return await main()
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle signals inside, and at the end raise what stands for the one that came."""
+        cause: BaseException | None = None
+        with self._watched():
+            try:
+                yield
+            except BaseException as error:
+                if not self._came or isinstance(error, KeyboardInterrupt):
+                    raise
+                cause = error
+            finally:
+                self._loop_turns = True
+                _end_learner_threads()
+                if self._came:
+                    self._tell()
+        if self._came:
+            raise self._exception() from cause
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        global _current
+        signals, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        watcher = threading.Thread(target=self._watch, args=(signals,), name="torchfedrpc-interrupts", daemon=True)
+        watcher.start()
+        _leave_forks_alone()
+        current_before, _current = _current, self
+        wakeup_before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        try:
+            for number, default in _DEFAULTS.items():
+                if signal.getsignal(number) == default:
+                    self._before[number] = signal.signal(number, self._handle)
+            yield
+        finally:
+            self._over.set()
+            self.restore(wakeup_before)
+            _current = current_before
+            os.close(wakeup)
+            watcher.join()
+            os.close(signals)
+
+    def restore(self, wakeup_fd: int = -1) -> None:
+        """Put the handlers from before back, but for those that the run itself has replaced."""
+        signal.set_wakeup_fd(wakeup_fd)
+        for number, handler in self._before.items():
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._forcing:
+            self._forcing = False
+            raise self._exception()
+        if number in self._came:
+            self._leave(number)
+        self._came.append(number)
+        if len(self._came) > 1:  # a launcher follows up a Ctrl-C with SIGTERM
+            return
+        if self._task is None:
+            raise self._exception()
+        if not self._task.done():
+            self._task.cancel()
+            self._task.get_loop().call_soon_threadsafe(self._turned)  # also wakes a loop that waits
+
+    def _turned(self) -> None:
+        self._loop_turns = True
+
+    def _watch(self, signals: int) -> None:
+        """On a thread of its own, which hears of signals also while the main thread is in a long call of C."""
+        while byte := os.read(signals, 1):
+            number = byte[0]
+            if number in self._before:
+                self._enforce(number)
+                return
+
+    def _enforce(self, number: int) -> None:
+        """Interrupt a main thread that blocks, then end the process."""
+        if self._over.wait(_BLOCKED_S):
+            return
+        if self._came and not self._loop_turns and not debugger_attached():
+            self._forcing = True
+            signal.pthread_kill(self._main_thread, number)  # wakes it from a system call
+        if not self._over.wait(_LIMIT_S - _BLOCKED_S) and not debugger_attached():
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        self._tell()
+        os._exit(128 + number)
+
+    def _tell(self) -> None:
+        notice, self._notice = self._notice, ""
+        if notice:
+            os.write(2, f"{notice}\n".encode())  # sys.stderr may be locked by what was interrupted
+
+    def _exception(self) -> BaseException:
+        return KeyboardInterrupt() if self._came[0] == signal.SIGINT else SystemExit(128 + self._came[0])
+
+
+_current: _Interrupts | None = None
+
+
+@functools.cache
+def _leave_forks_alone() -> None:
+    """Have forked processes, those of a DataLoader for one, end by signals as they did before."""
+
+    def restore() -> None:
+        if _current is not None:
+            _current.restore()
+
+    os.register_at_fork(after_in_child=restore)
+
+
+def _end_learner_threads() -> None:
+    """Stop methods that go on regardless: a thread that is in torch would break the end of the interpreter."""
+    deadline = time.monotonic() + _THREADS_S
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("torchfedrpc-learners")]
+    for thread in threads:
+        assert thread.ident is not None
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0.0))

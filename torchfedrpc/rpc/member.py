@@ -1,0 +1,73 @@
+"""A worker as its driver knows it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.rpc.link import Link, Message
+from torchfedrpc.rpc.pulse import Loss
+
+
+class RefusalError(WorkerLostError):
+    """A worker that is there cannot do what it is told."""
+
+
+@dataclass(eq=False)
+class Member:
+    """One worker process.
+
+    Attributes:
+        label: its name, such as ``worker1``; a replacement has the name of the one that it replaces.
+        link: the driver's end of the control link.
+        pulse: the driver's end of the socket on which its sidecar beats.
+        machine: the name of the machine that it runs on.
+        dismiss: ends the process, where it was lost.
+        how_it_ended: what else is known of the process's end, as a clause behind "it ended"; empty for nothing.
+        elsewhere: whether it is on another machine than the driver's (names need not differ).
+        imports_main: whether it has to import the driver's script to know what is defined there.
+        learners: the clients whose learners it has.
+        device: its device.
+        visible_gpus: the GPUs that it is limited to.
+        lost: becomes how it was lost, once it is; made when a run begins.
+    """
+
+    label: str
+    link: Link
+    pulse: socket.socket
+    machine: str
+    dismiss: Callable[[], None]
+    how_it_ended: Callable[[], str] = lambda: ""
+    elsewhere: bool = False
+    imports_main: bool = False
+    learners: set[str] = field(default_factory=set)
+    device: str = "cpu"
+    visible_gpus: str | None = None
+    lost: asyncio.Future[Loss] = field(init=False)
+    _turn: asyncio.Lock = field(init=False)
+
+    def begin(self) -> None:
+        """Begin a run on the running event loop."""
+        self.learners = set()
+        self.lost = asyncio.get_running_loop().create_future()
+        self._turn = asyncio.Lock()
+
+    async def tell(self, message: Message) -> Message:
+        """Have the worker do something, and await its answer.
+
+        Raises:
+            ConfigError: it cannot prepare for a run.
+            RefusalError: it cannot do something else.
+            WorkerLostError: its link ended.
+        """
+        async with self._turn:
+            answer = await self.link.request(message, self.label)
+        if (reason := answer.get("error")) is None:
+            return answer
+        kind = ConfigError if message["do"] == "prepare" else RefusalError
+        error = kind(f"{self.label} could not {message['do']}: {reason}")
+        error.add_note(answer["traceback"])
+        raise error

@@ -1,0 +1,154 @@
+"""Faults in a run, for tests: workers killed, frozen, severed or slow at their n-th call, the driver at a round."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.host.faults import Fault, FaultKind, check_seconds, freeze, is_count, kill
+from torchfedrpc.observe.events import Event, RoundStarted, WorkerLost
+from torchfedrpc.proxy import LearnerProxy
+
+DRIVER = "driver"
+
+
+@dataclass(frozen=True)
+class DriverFault:
+    """What strikes the driver as a round starts.
+
+    Attributes:
+        kind: ``kill``, ``freeze`` or ``slow``.
+        at_round: the number of the round, from 0.
+        seconds: how long it is frozen, or its event loop blocked.
+    """
+
+    kind: FaultKind
+    at_round: int
+    seconds: float
+
+    def strike(self) -> None:
+        """Do it to this process."""
+        if self.kind == "kill":
+            kill()
+        elif self.kind == "freeze":
+            freeze(self.seconds)
+        else:
+            time.sleep(self.seconds)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What is to go wrong in a run, and when. Each method gives a new object with one fault more.
+
+        faults = Faults().kill("worker1", at_call=5).slow("worker2", at_call=1, seconds=0.2)
+        async with LearnerProxy(...) as proxy, faults.injected(proxy):
+            ...
+
+    A worker is named as messages name it: ``worker1``, ``worker2``, ..., and ``local`` where the driver has learners
+    itself. Its ``at_call`` counts, from 1, the calls that begin on it while the faults are injected; a process that
+    takes a lost worker's place has no faults. The driver is named ``driver``, and its ``at_round`` is the
+    ``round_num`` of `RoundStarted`, from 0, which the trainer's ``rounds()`` publishes: a trainer with a loop of
+    its own has to publish it too.
+
+    All methods raise `ConfigError` where the fault makes no sense.
+    """
+
+    of_workers: tuple[tuple[str, Fault], ...] = ()
+    of_driver: tuple[DriverFault, ...] = ()
+
+    def kill(self, target: str, *, at_call: int | None = None, at_round: int | None = None) -> Faults:
+        """Kill a worker (SIGKILL) as its call number ``at_call`` begins, or the driver at a round."""
+        return self._with("kill", target, at_call, at_round)
+
+    def freeze(
+        self, target: str, *, at_call: int | None = None, at_round: int | None = None, seconds: float = 0.0
+    ) -> Faults:
+        """Stop a worker (SIGSTOP) as its call number ``at_call`` begins, or the driver at a round.
+
+        Args:
+            target: a worker, or ``driver``.
+            at_call: of a worker, which call, from 1.
+            at_round: of the driver, which round, from 0.
+            seconds: after how long it goes on; 0 for never, which the driver cannot do: nobody would end it.
+        """
+        return self._with("freeze", target, at_call, at_round, seconds)
+
+    def sever(self, target: str, *, at_call: int) -> Faults:
+        """Cut a worker off as its call number ``at_call`` begins: it goes on, and the driver hears no more of it."""
+        return self._with("sever", target, at_call, None)
+
+    def slow(self, target: str, *, at_call: int | None = None, at_round: int | None = None, seconds: float) -> Faults:
+        """Have each call of a worker take longer, or block the driver's event loop at a round.
+
+        Args:
+            target: a worker, ``local`` included, or ``driver``.
+            at_call: of a worker, from which call on, from 1.
+            at_round: of the driver, at which round, from 0.
+            seconds: how much longer each of the calls takes, or how long the loop is blocked.
+        """
+        return self._with("slow", target, at_call, at_round, seconds)
+
+    @contextlib.asynccontextmanager
+    async def injected(self, proxy: LearnerProxy) -> AsyncIterator[None]:
+        """Let these faults strike an open proxy's run, in place of any that were injected before, until the end.
+
+        Raises:
+            ConfigError: the run has no such worker, or its mode no such fault.
+            AssertionError: at the end, a worker that was to be killed is alive: it ran fewer calls than that.
+        """
+        proxy._dispatcher.check_open()
+        router, of_worker = proxy._router, defaultdict[str, list[Fault]](list)
+        for worker, fault in self.of_workers:
+            of_worker[worker].append(fault)
+        await router.arm(of_worker)
+        lost: set[str] = set()
+
+        def notice(event: Event) -> None:
+            if isinstance(event, WorkerLost):
+                lost.add(event.worker)
+            self._strike_driver(event)
+
+        unsubscribe = proxy.subscribe(notice)
+        try:
+            yield
+            for worker, fault in self.of_workers:
+                if fault.kind == "kill" and worker not in lost:
+                    raise AssertionError(f"{worker} was to be killed at its call {fault.at_call}, which never came")
+        finally:
+            unsubscribe()
+            for worker in of_worker:
+                with contextlib.suppress(WorkerLostError):  # a fault has struck
+                    await router.arm({worker: []})
+
+    def _strike_driver(self, event: Event) -> None:
+        if isinstance(event, RoundStarted):
+            for fault in self.of_driver:
+                if fault.at_round == event.round_num:
+                    fault.strike()
+
+    def _with(
+        self, kind: FaultKind, target: str, at_call: int | None, at_round: int | None, seconds: float = 0.0
+    ) -> Faults:
+        if (at_call is None) == (at_round is None):
+            raise ConfigError(
+                f"{kind} of {target!r} needs to know when, by one of the two: a worker's at_call, or the driver's "
+                f"at_round"
+            )
+        if target != DRIVER:
+            if at_call is None:
+                raise ConfigError(f"{kind} of {target!r} is at a call of it, at_call=...: only the driver has rounds")
+            return replace(self, of_workers=(*self.of_workers, (target, Fault(kind, at_call, seconds))))
+        if kind == "sever":
+            raise ConfigError("the driver cannot be severed: sever each of its workers")
+        if at_round is None:
+            raise ConfigError(f"{kind} of the driver is at a round, at_round=...: only workers have calls")
+        if not is_count(at_round) or at_round < 0:
+            raise ConfigError(f"at_round counts rounds from 0, so it cannot be {at_round!r}")
+        check_seconds(kind, seconds)
+        if kind == "freeze" and not seconds:
+            raise ConfigError("a driver frozen for ever would hold up the test: freeze('driver', ..., seconds=5)")
+        return replace(self, of_driver=(*self.of_driver, DriverFault(kind, at_round, seconds)))

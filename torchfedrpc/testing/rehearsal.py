@@ -1,0 +1,148 @@
+"""One learner on a host of its own in this process, and a thread that waits for each of its calls."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from torchfedrpc.errors import ConfigError, MethodNotFoundError
+from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.wire.packing import Packed, pack
+
+_WORKER = "a rehearsal"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call to be made.
+
+    Attributes:
+        method: the method's name.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+
+    method: str
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, entry: str | Sequence[Any]) -> Step:
+        """Read a method's name, ``(method, args)``, ``(method, kwargs)`` or ``(method, args, kwargs)``.
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        match entry:
+            case str(method) | [str(method)]:
+                return cls(method)
+            case [str(method), Mapping() as kwargs]:
+                return cls(method, kwargs=kwargs)
+            case [str(method), list() | tuple() as args]:
+                return cls(method, args)
+            case [str(method), list() | tuple() as args, Mapping() as kwargs]:
+                return cls(method, args, kwargs)
+        raise ConfigError(
+            f"{entry!r} is no call: give a method's name, (method, args), (method, kwargs) or (method, args, kwargs) "
+            f"with a tuple and a dict"
+        )
+
+
+@contextlib.contextmanager
+def rehearsal(spec: LearnerSpec, client_id: str, kwargs: Packed) -> Iterator[Rehearsal]:
+    """A learner in a host that is closed in the end.
+
+    Args:
+        spec: what learner.
+        client_id: whose.
+        kwargs: keyword arguments for its constructor.
+    """
+    host = LearnerHost(spec, worker=_WORKER)
+    try:
+        yield Rehearsal(host, client_id, kwargs)
+    finally:
+        host.close()
+
+
+class Rehearsal:
+    """One learner, made at its first call or by `restore`."""
+
+    def __init__(self, host: LearnerHost, client_id: str, kwargs: Packed) -> None:
+        self._host = host
+        self._client_id = client_id
+        self._mailbox = host.register(client_id, kwargs)
+        self._call_ids = itertools.count()
+
+    @property
+    def learner(self) -> Any:
+        """The learner itself; None before it is made."""
+        return self._mailbox.learner
+
+    def call(self, step: Step) -> Any:
+        """The result of a method, or the list of the items of a generator method.
+
+        Raises:
+            Exception: what the constructor or the method raised.
+        """
+        self._make()
+        method = getattr(self.learner, step.method, None)
+        if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+            return list(self._items(step))
+        return self._ask("call", step.method, (tuple(step.args), dict(step.kwargs)))
+
+    def snapshot(self) -> bytes:
+        """The learner's snapshot.
+
+        Raises:
+            SnapshotError: its state cannot be captured.
+        """
+        return bytes(self._ask("snapshot", "snapshot", ()).numpy())
+
+    def restore(self, snapshot: bytes) -> None:
+        """Make the learner of a snapshot.
+
+        Raises:
+            SnapshotError: it does not take it.
+        """
+        self._ask("restore", "restore", (torch.frombuffer(bytearray(snapshot), dtype=torch.uint8), None))
+
+    def _make(self) -> None:
+        # Whether a method is a generator shows in the learner alone, which any call makes, a refused one too.
+        if not self._mailbox.made:
+            with contextlib.suppress(MethodNotFoundError):
+                self._ask("call", "_", ((), {}))
+
+    def _ask(self, kind: Literal["call", "snapshot", "restore"], method: str, arguments: Any) -> Any:
+        call = Call(next(self._call_ids), self._client_id, method, pack(arguments), kind=kind)
+        outcome = self._wait(call, partial(self._host.submit, call))
+        return outcome.result(call, self._host.allow, _WORKER)
+
+    def _items(self, step: Step) -> Iterator[Any]:
+        arguments = pack((tuple(step.args), dict(step.kwargs)))
+        call = Call(next(self._call_ids), self._client_id, step.method, arguments, kind="stream")
+        outcome = self._wait(call, partial(self._host.submit, call))
+        for number in itertools.count(1):
+            item = outcome.result(call, self._host.allow, _WORKER)
+            if outcome.kind == "end":
+                return
+            yield item
+            outcome = self._wait(call, partial(self._host.advance, call.call_id, number))
+
+    def _wait(self, call: Call, send: Callable[[Reply], None]) -> Outcome:
+        future: Future[Outcome] = Future()
+        send(future.set_result)
+        outcome = future.result()
+        if outcome.is_final:
+            self._host.acknowledge([call.call_id])
+        return outcome

@@ -1,0 +1,187 @@
+"""Proof by replay that a learner's snapshot is complete, so that it may lose its worker."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError, SnapshotError
+from torchfedrpc.host.snapshot import load
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.testing.fingerprint import difference
+from torchfedrpc.testing.rehearsal import Rehearsal, Step, rehearsal
+from torchfedrpc.wire.packing import Packed, pack
+
+
+def check_snapshot(
+    learner: Callable[..., Any] | str,
+    calls: Iterable[str | Sequence[Any]],
+    *,
+    client_id: str = "client_1",
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    trusted_modules: Sequence[str] = (),
+    ignore: Collection[str] = (),
+    repeat: int = 2,
+) -> None:
+    """Prove by replay that a learner goes on from its snapshot as if nothing had happened.
+
+    The calls run undisturbed; then, for each of them, a new learner is restored from the snapshot taken after it,
+    and the rest of the calls run there. Every result, and the state in the end, must be equal bit for bit. Give
+    it the calls that a trainer makes in a round, in their order: what no call shows is not proven.
+
+    All of it happens in this process, on threads, as in local mode; the calling thread, or its event loop, waits.
+    So what is outside the learner (a variable of its module, a class attribute, a cache) is found only where it
+    changes in the course of the calls; what is set once and lost with the process looks as if it were kept.
+
+    Example:
+        ``check_snapshot(MyLearner, ["train_epoch", ("evaluate", {"split": "test"})])``
+
+    Args:
+        learner: a class, a factory, or a registered name, as for `LearnerProxy`.
+        calls: method names, ``(method, args)``, ``(method, kwargs)`` or ``(method, args, kwargs)``. Of a generator
+            method all items are taken.
+        client_id: the learner's first argument.
+        kwargs: keyword arguments for its constructor.
+        seed: the run's seed.
+        trusted_modules: as ``runtime.trusted_modules``.
+        ignore: keys of a result, and attributes or keys of the state, that may differ, such as a duration.
+        repeat: how often the calls are made. Twice, since what a call has left behind shows at the next of its kind.
+
+    Raises:
+        SnapshotError: the state cannot be captured or restored, or a replay differs; it names the first call that
+            does, the snapshot before it, and the attributes that were lost.
+        ConfigError: there is no call, or an entry of ``calls`` is none.
+        Exception: what the constructor or a call raises in the undisturbed run.
+    """
+    runtime = RuntimeConfig(call_timeout_s=None, trusted_modules=list(trusted_modules))
+    spec, defaults = LearnerSpec.of(learner, seed, runtime)
+    if isinstance(calls, str):
+        raise ConfigError(f"check_snapshot takes a list of calls: [{calls!r}]")
+    steps = [Step.of(entry) for entry in calls] * repeat
+    if not steps:
+        raise ConfigError("check_snapshot needs at least one call: name the methods that a trainer calls")
+    _Check(spec, client_id, pack({**defaults, **(kwargs or {})}), steps, frozenset(ignore)).run()
+
+
+class _Differs(Exception):
+    """Its text says what the first difference is, its cause what was raised there."""
+
+
+@dataclass(frozen=True)
+class _Check:
+    spec: LearnerSpec
+    client_id: str
+    kwargs: Packed
+    steps: list[Step]
+    ignore: frozenset[str]
+
+    def run(self) -> None:
+        with self._opened() as undisturbed:
+            results = [undisturbed.call(step) for step in self.steps]
+            final = undisturbed.snapshot()
+        snapshots = self._observe(results, final)
+        # From the last to the first: each replay finds what is outside the learner as all the calls have left it.
+        for split in range(len(self.steps), 0, -1):
+            with self._opened() as restored:
+                restored.restore(snapshots[split - 1])
+                try:
+                    self._follow(restored, results, final, split)
+                except _Differs as reason:
+                    raise SnapshotError(
+                        f"the snapshot of {self.spec.name} after {self._name(split - 1)} is not complete: restored "
+                        f"from it, {reason}. {self._lost(split, snapshots[split - 1])}"
+                    ) from reason.__cause__
+
+    def _observe(self, results: list[Any], final: bytes) -> list[bytes]:
+        """The snapshot after each call of a second run, which must be like the first."""
+        snapshots: list[bytes] = []
+        try:
+            with self._opened() as observed:
+                self._follow(observed, results, final, 0, lambda: snapshots.append(observed.snapshot()))
+        except _Differs as reason:
+            raise SnapshotError(self._not_alike(str(reason), results, final)) from reason.__cause__
+        return snapshots
+
+    def _not_alike(self, text: str, results: list[Any], final: bytes) -> str:
+        try:
+            with self._opened() as plain:
+                self._follow(plain, results, final, 0)
+        except _Differs:
+            return (
+                f"{self.spec.name} cannot be replayed, snapshot or not: when the same calls run again, {text}. "
+                f"It depends on something outside the learner and its arguments, such as a variable of a module, a "
+                f"class attribute, a cache, a clock, or random numbers that are not seeded: keep it in an attribute, "
+                f"or name in ignore=[...] what may differ"
+            )
+        return (
+            f"taking a snapshot changes {self.spec.name}: when one is taken after each call, {text}. Its "
+            f"state_dict() or __getstate__() must leave the learner as it is"
+        )
+
+    def _follow(
+        self,
+        run: Rehearsal,
+        results: list[Any],
+        final: bytes,
+        first: int,
+        after_each: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make the calls from number ``first`` on, and notice the first difference."""
+        for number in range(first, len(self.steps)):
+            try:
+                result = run.call(self.steps[number])
+            except Exception as error:
+                raise _Differs(f"{self._name(number)} raises {type(error).__name__}: {error}") from error
+            if (path := difference(self._kept(result), self._kept(results[number]))) is not None:
+                raise _Differs(f"{self._name(number)} gives another result{path}")
+            after_each()
+        if (path := difference(self._state(run.snapshot()), self._state(final))) is not None:
+            raise _Differs(f"every result is the same, but in the end the state{path} is another")
+
+    def _lost(self, split: int, snapshot: bytes) -> str:
+        """Which attributes of a learner that is restored are not as they were."""
+        with self._opened() as original, self._opened() as restored:
+            for step in self.steps[:split]:
+                original.call(step)
+            restored.restore(snapshot)
+            now, before = (dict(getattr(run.learner, "__dict__", {})) for run in (restored, original))
+        names = [name for name in dict.fromkeys(itertools.chain(before, now)) if name not in self.ignore]
+        for of_what, with_gradients in (("", False), ("the gradients in ", True)):
+            if lost := [name for name in names if _is_lost(name, now, before, with_gradients=with_gradients)]:
+                return (
+                    f"Not restored: {of_what}{', '.join(map(repr, lost))}. state_dict() and load_state_dict(), or "
+                    f"__getstate__() and __setstate__(), must carry all that a later call depends on"
+                )
+        return (
+            "All its attributes are restored, so what was lost is outside of them (a variable of a module, a class "
+            "attribute, a cache, a closure), or that two of them share an object: keep it in an attribute"
+        )
+
+    def _state(self, snapshot: bytes) -> Any:
+        _, content = load(snapshot, self.spec.allow_list()).state
+        return [self._kept(part) for part in content] if isinstance(content, tuple) else self._kept(content)
+
+    def _kept(self, value: Any) -> Any:
+        if self.ignore and isinstance(value, dict):
+            return {key: part for key, part in value.items() if key not in self.ignore}
+        return value
+
+    def _name(self, number: int) -> str:
+        return f"call {number + 1} of {len(self.steps)} ({self.steps[number].method})"
+
+    def _opened(self) -> AbstractContextManager[Rehearsal]:
+        return rehearsal(self.spec, self.client_id, self.kwargs)
+
+
+def _is_lost(name: str, now: dict[str, Any], before: dict[str, Any], *, with_gradients: bool) -> bool:
+    if name not in now or name not in before:
+        return True
+    try:
+        return difference(now[name], before[name], with_gradients=with_gradients) is not None
+    except Exception:  # what cannot be pickled, a lock or a file, is made anew by whoever leaves it out of the state
+        return type(now[name]) is not type(before[name])
