@@ -161,7 +161,7 @@ def press(folder: Path, num_calls: int, num_clients: int, **runtime: int) -> tup
 def test_memory_stays_within_the_limit_while_snapshots_are_on_their_way(tmp_path: Path) -> None:
     before, after = press(tmp_path, 60, 20, max_inflight_bytes=200 * MIB, journal_max_bytes=0)
     grown = [there - here for here, there in zip(before, after, strict=True)]
-    assert max(grown) <= 250 * MIB  # of 2,300 that were sent
+    assert max(grown) <= 320 * MIB  # of 2,300 that were sent
 
 
 @pytest.mark.slow

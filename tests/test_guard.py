@@ -98,13 +98,6 @@ def test_an_error_of_rpc_itself_is_read(cls: type[Exception]) -> None:
     assert error.exception_type is cls
 
 
-@pytest.mark.parametrize("function", [api._gather_to_leader, api._broadcast_to_followers])
-def test_the_handshake_of_joining_is_read(function: Callable[..., Any]) -> None:
-    call = received(internal.PythonUDF(function, (0, "worker1", {"driver", "worker1"}), {}))
-    assert call.func is function
-    assert call.args[2] == {"driver", "worker1"}
-
-
 @pytest.mark.parametrize("name", ["_tensor_receiver", "_py_rref_receiver"])
 def test_the_receivers_of_tensors_and_rrefs_are_read(name: str) -> None:
     receiver = read(pickle.dumps(Reduced(getattr, (internal._InternalRPCPickler, name)), protocol=4))
@@ -118,6 +111,8 @@ def test_the_receivers_of_tensors_and_rrefs_are_read(name: str) -> None:
     "function",
     [
         os.system,
+        api._gather_to_leader,
+        api._broadcast_to_followers,
         subprocess.Popen,
         eval,
         exec,

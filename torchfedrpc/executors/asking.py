@@ -6,7 +6,6 @@ import asyncio
 import logging
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from torchfedrpc.executors.ledger import Asked, Ledger, Record
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
-from torchfedrpc.rpc.member import Member
+from torchfedrpc.host.runner import Report
 from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
 from torchfedrpc.wire.packing import Packed, pack
@@ -189,25 +188,21 @@ class AskingExecutor(CallExecutor):
         if reply is not None:
             reply(outcome)
 
-    def _reporter(self) -> Callable[[Member, Call, Packed], None]:
+    def _reporter(self) -> Report:
         loop = asyncio.get_running_loop()
 
-        def report(member: Member, call: Call, progress: Packed) -> None:
+        def report(call: Call, number: int, progress: Packed) -> None:
             """On a thread of RPC."""
-            call_on(loop, self._reported, member, call, progress)
+            call_on(loop, self._reported, call, number, progress)
 
         return report
 
-    def _reported(self, member: Member, call: Call, progress: Packed) -> None:
-        if self._group is None or self._group.members.get(member.label) is not member:
-            return  # late, from a lost worker: the learner that is rebuilt reports all of it again
+    def _reported(self, call: Call, number: int, progress: Packed) -> None:
         record = self._ledger.get(call.client_id)
         asked = record.asked.get(call.call_id) if record is not None else None
-        if asked is None or asked.is_own:
-            return
-        asked.num_reports_here += 1
-        if asked.num_reports_here > asked.num_reports:
-            asked.num_reports += 1
+        # A learner that is rebuilt reports all of it again, and so does a worker that was cut off as it did.
+        if asked is not None and not asked.is_own and number >= asked.num_reports:
+            asked.num_reports = number + 1
             self._spec.publish_progress(call, progress)
 
     # Snapshots.

@@ -60,7 +60,7 @@ class ExecutorSpec:
         """What takes methods' reports, on any thread, and publishes them on the event loop that runs now."""
         loop = asyncio.get_running_loop()
 
-        def report(call: Call, progress: Packed) -> None:
+        def report(call: Call, number: int, progress: Packed) -> None:
             call_on(loop, self.publish_progress, call, progress)
 
         return report

@@ -29,7 +29,6 @@ class Asked:
         num_items: items of a stream that were delivered.
         num_items_here: items that the learner has given which now has the call, after a loss again from the first.
         num_reports: what it reported of its progress and was published.
-        num_reports_here: the same of the learner which now has the call.
         asked_through: the worker in the world through which it was asked last.
     """
 
@@ -43,13 +42,12 @@ class Asked:
     num_items: int = 0
     num_items_here: int = 0
     num_reports: int = 0
-    num_reports_here: int = 0
     asked_through: RemoteHost | None = None
 
     def forget_worker(self) -> None:
         """The learner that had the call is lost."""
         self.asked_through = None
-        self.num_items_here = self.num_reports_here = 0
+        self.num_items_here = 0
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class LearnerHost:
             spec,
             device or torch.device("cpu"),
             by_value=self._by_value,
-            report=report or (lambda call, progress: None),
+            report=report or (lambda call, number, progress: None),
             activity=activity,
             deadlines=self._deadlines,
             done=self._done,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class Job:
         stepping: whether the call is running or due to; False where a stream is open and idle.
         num_items: items that the stream has given.
         last_item: the last of them, until the next is asked for.
+        num_reports: what it has reported of its progress.
+        reporting: held while it reports: its threads may do so at once.
     """
 
     call: Call
@@ -74,3 +77,5 @@ class Job:
     stepping: bool = True
     num_items: int = 0
     last_item: Outcome | None = None
+    num_reports: int = 0
+    reporting: threading.Lock = field(default_factory=threading.Lock)

@@ -33,7 +33,7 @@ from torchfedrpc.wire.packing import Packed, Reference, pack
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[Call, Packed], None]
+Report = Callable[[Call, int, Packed], None]  # a call, which of its reports this is, from 0, and its value
 Done = Callable[[Job, Outcome], None]
 
 _TAKEN = Reference(None)  # in place of arguments that are the method's own by now, to keep or to drop
@@ -315,7 +315,9 @@ class Runner:
         def report(progress: Any) -> None:
             value = self.take_value(progress)
             value.copy().open(self.allow)  # a type that may not travel is the method's error, not the driver's
-            self._report(job.call, value)
+            with job.reporting:
+                self._report(job.call, job.num_reports, value)
+                job.num_reports += 1
 
         return CallContext(
             client_id=job.call.client_id,

@@ -18,6 +18,7 @@ import torch
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.runner import Report
 from torchfedrpc.rpc.backend import async_entry, torch_rpc
 from torchfedrpc.rpc.in_order import InOrder
 from torchfedrpc.rpc.message import MappedDevices, outcome_message, parcel_message, read_call, read_parcel
@@ -25,6 +26,7 @@ from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.packing import Packed, Parcel
 
 _ARRIVAL_TIMEOUT_S = 1.0
+_Reported = tuple[Call, int, Packed]  # as a `Report` takes it
 
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class Endpoint:
         self.host: LearnerHost
         self.device = device
         self._world: _World | None = None
-        self._unsent: list[tuple[Call, Packed]] = []  # reports made while there is no world
+        self._unsent: list[_Reported] = []  # made while there is no world, or lost with one
         self._lock = threading.Lock()
 
     def connect(
@@ -64,8 +66,8 @@ class Endpoint:
         """Send what was reported while there was no world; to be called after it is joined."""
         with self._lock:
             unsent, self._unsent = self._unsent, []
-            for call, progress in unsent:
-                self._report(call, progress)
+            for reported in unsent:
+                self._report(reported)
 
     def disconnect(self) -> None:
         """Answer nobody any more; to be called before the world is left, which cuts off what is on its way.
@@ -81,20 +83,22 @@ class Endpoint:
         for future in unanswered:
             future.set_result(None)
         if world is not None:
-            _wait(world.on_their_way)
+            _wait([sent for sent, _ in world.on_their_way])
+            with self._lock:
+                self._unsent[:0] = [reported for sent, reported in world.on_their_way if not _has_arrived(sent)]
 
     def world(self, generation: int) -> _World | None:
         """The world of that number, if this worker is in it."""
         world = self._world
         return world if world is not None and world.generation == generation else None
 
-    def report(self, call: Call, progress: Packed) -> None:
+    def report(self, call: Call, number: int, progress: Packed) -> None:
         """Send what a method reports to the driver."""
         with self._lock:
             if self._unsent:  # it must not overtake these
-                self._unsent.append((call, progress))
+                self._unsent.append((call, number, progress))
             else:
-                self._report(call, progress)
+                self._report((call, number, progress))
 
     def replying(self, world: _World, call_id: int | None = None) -> tuple[Any, Reply]:
         """A future, and a reply callback that settles it: after that call's reports have arrived at the driver."""
@@ -126,21 +130,22 @@ class Endpoint:
 
         return future, reply
 
-    def _report(self, call: Call, progress: Packed) -> None:
+    def _report(self, reported: _Reported) -> None:
         world = self._world
-        message = (call.call_id, call.client_id, call.method, parcel_message(progress, frozenset()))
+        call, number, progress = reported
+        message = (call.call_id, call.client_id, call.method, number, parcel_message(progress, frozenset()))
         try:
             if world is None:
                 raise RuntimeError("between two worlds")
             args = (world.rank, world.num_reports, message)
             sent = torch_rpc().rpc_async(world.driver, report, args=args, timeout=0)
         except RuntimeError:
-            self._unsent.append((call, progress))
+            self._unsent.append(reported)
             return
         world.num_reports += 1
-        while world.on_their_way and world.on_their_way[0].done():
+        while world.on_their_way and _has_arrived(world.on_their_way[0][0]):
             world.on_their_way.popleft()
-        world.on_their_way.append(sent)
+        world.on_their_way.append((sent, reported))
         if call.call_id in world.reports:  # somebody waits for the call
             world.reports[call.call_id].append(sent)
 
@@ -156,9 +161,20 @@ class _World:
         self.requests = InOrder()
         self.numbers = itertools.count()
         self.num_reports = 0
-        self.on_their_way: deque[Any] = deque()  # reports, from the first that may not have arrived
+        self.on_their_way: deque[tuple[Any, _Reported]] = deque()  # from the first that has not arrived
         self.unanswered: dict[int, Any] = {}
         self.reports: dict[int, list[Any]] = {}  # call that is waited for -> its reports on their way
+
+
+def _has_arrived(sent: Any) -> bool:
+    """Whether a report is known to have arrived."""
+    if not sent.done():
+        return False
+    try:
+        sent.value()
+    except Exception:  # whatever RPC makes of a connection that broke
+        return False
+    return True
 
 
 def _wait(futures: Iterable[Any]) -> None:
@@ -174,11 +190,10 @@ class Listener:
     """The driver's side of what workers report.
 
     Args:
-        on_report: takes the rank of a worker and its report, each worker's in the order in which it sent them, on a
-            thread of RPC.
+        on_report: takes each report, a worker's in the order in which it sent them, on a thread of RPC.
     """
 
-    def __init__(self, on_report: Callable[[int, Call, Packed], None]) -> None:
+    def __init__(self, on_report: Report) -> None:
         self.on_report = on_report
         self._by_rank: dict[int, InOrder] = {}
 
@@ -244,11 +259,11 @@ def report(rank: int, number: int, message: Any) -> None:
     listener = listening
     if listener is None:
         return
-    call_id, client_id, method, parcel_parts = message
+    call_id, client_id, method, report_number, parcel_parts = message
     progress = read_parcel(parcel_parts, None)
     assert progress is not None
     call = Call(call_id, client_id, method, progress)
-    listener.reports(rank).put(number, lambda: listener.on_report(rank, call, progress))
+    listener.reports(rank).put(number, lambda: listener.on_report(call, report_number, progress))
 
 
 @dataclass(frozen=True)

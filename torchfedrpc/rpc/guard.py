@@ -5,9 +5,6 @@ from __future__ import annotations
 import builtins
 import io
 import pickle
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torchfedrpc.errors import SerializationError
@@ -15,18 +12,20 @@ from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.wire.scan import checked
 
 _INTERNAL = "torch.distributed.rpc.internal"
-_API = "torch.distributed.rpc.api"
 _ENTRIES = {"torchfedrpc.rpc.endpoint": ("submit", "advance", "cancel", "register", "acknowledge", "report")}
 _PLAIN = {
     _INTERNAL: ("PythonUDF", "RemoteException", "_InternalRPCPickler"),
-    _API: ("_gather_to_leader", "_broadcast_to_followers"),  # the handshake of init_rpc
-    "builtins": ("set",),
 }
 _RECEIVERS = ("_tensor_receiver", "_py_rref_receiver")
 
 
-class _StrictUnpickler(pickle.Unpickler):
-    """Reads what sets no attributes (those of our entry points and of RPC's classes are for all calls)."""
+class GuardedUnpickler(pickle.Unpickler):
+    """Reads requests and responses of torch RPC; any global that they do not need is refused.
+
+    It sets no attributes either: those of our entry points and of RPC's classes are for all calls. It stands where
+    RPC looks its unpickler up at each message. RPC's builtin operators pass no unpickler at all, so they are out of
+    its reach: only the network can keep strangers off the ports.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         try:
@@ -48,14 +47,6 @@ class _StrictUnpickler(pickle.Unpickler):
         except Exception as error:
             raise pickle.UnpicklingError(f"refused a message: {type(error).__name__}: {error}") from error
 
-
-class GuardedUnpickler(_StrictUnpickler):
-    """Reads requests and responses of torch RPC; any global that they do not need is refused.
-
-    It stands where RPC looks its unpickler up at each message. RPC's builtin operators pass no unpickler at all,
-    so they are out of its reach: only the network can keep strangers off the ports.
-    """
-
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _get_receiver
@@ -75,27 +66,6 @@ def _get_receiver(owner: Any, name: Any) -> Any:
     if owner is not pickler or name not in _RECEIVERS:
         raise pickle.UnpicklingError("refused builtins.getattr on anything but RPC's tensor and RRef receivers")
     return getattr(pickler, name)
-
-
-class HandshakeUnpickler(_StrictUnpickler):
-    """Reads what members tell each other of their devices as they join a world."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch", "device"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"refused {module}.{name} in the handshake of a world")
-
-
-@contextmanager
-def guarded_handshake() -> Iterator[None]:
-    """While a world is joined: torch unpickles there beside RPC, by its collectives' own unpickler."""
-    collectives: Any = sys.modules["torch.distributed.distributed_c10d"]  # torch.distributed.rpc has imported it
-    before = collectives._unpickler
-    collectives._unpickler = HandshakeUnpickler
-    try:
-        yield
-    finally:
-        collectives._unpickler = before
 
 
 def install() -> None:

@@ -90,8 +90,9 @@ def _listen(link: Link, messages: queue.SimpleQueue[Message]) -> None:
     """Take messages from the link; when the driver is gone, so is this process, whatever it is doing."""
     with contextlib.suppress(ValueError):  # the driver ended in the middle of a message
         while (message := link.receive()) is not None:
+            is_last = message["do"] == "stop"  # whoever takes it takes it apart
             messages.put(message)
-            if message["do"] == "stop":
+            if is_last:
                 return
     os._exit(_DRIVER_GONE)
 

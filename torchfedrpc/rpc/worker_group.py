@@ -21,6 +21,7 @@ from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.process import choose_device, torch_defaults, visible_gpus
+from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc import endpoint, world
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, interface_of
@@ -29,7 +30,6 @@ from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.member import Member, RefusalError
 from torchfedrpc.rpc.pulse import Loss, Watch
 from torchfedrpc.rpc.remote_host import RemoteHost, Traffic
-from torchfedrpc.wire.packing import Packed
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class WorkerGroup:
         members: the workers, by rank.
         learner: what learners they make.
         observer: is told what becomes of them.
-        report: takes what running methods of a worker report, on a thread of RPC.
+        report: takes what running methods report, on a thread of RPC.
         hire: starts a replacement for the worker of that label; None where there are none.
     """
 
@@ -79,7 +79,7 @@ class WorkerGroup:
         members: Sequence[Member],
         learner: LearnerSpec,
         observer: Observer,
-        report: Callable[[Member, Call, Packed], None],
+        report: Report,
         hire: Callable[[str], Member] | None = None,
     ) -> None:
         self.labels = [member.label for member in members]
@@ -271,7 +271,7 @@ class WorkerGroup:
             gpus_in_sight=all(member.visible_gpus == visible_gpus() for member in members),
             device_maps=[_device_pair(self._learner, torch.device(member.device)) for member in members],
         )
-        endpoint.listening = endpoint.Listener(lambda rank, *what: self._report(members[rank - 1], *what))
+        endpoint.listening = endpoint.Listener(self._report)
         self._joining = self._in_thread(partial(world.join, plan, 0, interface or interface_of(address)))
         message = {"do": "join", "plan": plan.to_message()}
         joining = [

@@ -6,8 +6,6 @@ import atexit
 import functools
 import os
 import socket
-import urllib.parse
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,14 +18,15 @@ from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.rpc import guard
 from torchfedrpc.rpc.backend import set_connection_warnings, torch_rpc
 
-_SCHEME = "torchfedrpc"
+_INTERFACE = "TP_SOCKET_IFNAME"
 _JOIN_TIMEOUT_S = 30.0
 _NUM_THREADS = 4  # more of them hand the GIL around more often and are slower
 _TRANSPORTS = {"auto": "uv", "uv": "uv", "shm": "shm"}
 
 _distributed: Any = torch.distributed  # exports less to type checkers than it has
-_autograd_rank: int | None = None
-_stores: dict[str, Any] = {}  # the store of a world that this process is joining, by its address
+_cuda: Any = torch.cuda
+_has_autograd = False
+_agents_store: _LettingStore | None = None  # an agent does not keep it alive
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,17 @@ def serve_store(host: str) -> tuple[Any, int]:
         wait_for_workers=False,
         timeout=timeout,
         master_listen_fd=listener.detach(),
+        use_libuv=False,  # torch's default backend now and then fails to wake a member that waits for a name
     )
     return store, port
 
 
 def join(plan: WorldPlan, rank: int, interface: str) -> None:
     """Join a world; returns when all its members have. It ends early where the world's store is closed.
+
+    This is what ``init_rpc`` does, without its process group: that asks all members for their device maps, which the
+    plan tells, and makes them wait for each other, which the driver does by their links. A member that freezes in it
+    would hold up the others for ever.
 
     Args:
         plan: the world.
@@ -100,36 +104,32 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
     Raises:
         WorkerLostError: a member did not come within 30 s, or died meanwhile.
     """
+    global _agents_store
     rpc = torch_rpc()
-    address = f"{plan.store_host}:{plan.store_port}"
     # The driver too is a client of the store that it serves: torch keeps the first agent of a process, and what the
     # agent holds, until the process ends.
     timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
-    _stores[address] = _distributed.TCPStore(plan.store_host, plan.store_port, is_master=False, timeout=timeout)
-    _register_rendezvous()
-    _leave_at_exit()
-    rpc._init_counter = 0  # members have lived through different numbers of worlds; the stores keep them apart
-    rpc.constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=_JOIN_TIMEOUT_S)  # torch's: 24.8 days
+    maps, reverse_maps, devices = _devices(plan, rank)
     options = rpc.TensorPipeRpcBackendOptions(
         num_worker_threads=_NUM_THREADS,
         rpc_timeout=_JOIN_TIMEOUT_S,
-        init_method=f"{_SCHEME}://{address}",
-        device_maps=_device_maps(plan, rank),
+        device_maps=maps,
         _transports=[_TRANSPORTS[plan.transport]],
         _channels=_channels(plan),
     )
-    # torch warns of its own deprecated calls; to catch_warnings here would meddle with what other threads catch.
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
+    if devices:
+        _cuda.init()  # requests with CUDA tensors may come before anything of this process uses CUDA
+    _start_autograd(rank)
+    _leave_at_exit()
     guard.install()
     set_connection_warnings(False)
     try:
-        with (
-            _bound_to(interface),
-            guard.guarded_handshake(),
-            _no_greetings(),
-            _first_rank(rank),
-        ):
-            rpc.init_rpc(plan.name(rank), rank=rank, world_size=len(plan.labels), rpc_backend_options=options)
+        client = _distributed.TCPStore(plan.store_host, plan.store_port, is_master=False, timeout=timeout)
+        _agents_store = store = _LettingStore(client)
+        with _bound_to(interface):
+            world_size = len(plan.labels)
+            agent = rpc.TensorPipeAgent(store, plan.name(rank), rank, world_size, options, reverse_maps, devices)
+        rpc.api._init_rpc_states(agent)
     except BaseException as error:
         if rpc.api._is_current_rpc_agent_set():  # it got as far as an agent that runs
             leave()
@@ -139,27 +139,63 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
                 f"a member did not join within {_JOIN_TIMEOUT_S:.0f} s, or ended: {error}"
             ) from error
         raise
-    finally:
-        del _stores[address]
 
 
 def leave() -> None:
     """Leave the world this process is in; never waits for the others (the graceful way can hang on a dead one)."""
     torch_rpc().shutdown(graceful=False)
-    torch_rpc().rendezvous_iterator = None  # it keeps the store
     _clean_up()
 
 
+class _LettingStore(_distributed.Store):  # type: ignore[misc]
+    """A store under which other threads run on while somebody waits at it.
+
+    The constructor of torch's agent waits at its store with the GIL held, for as long as a member is missing: the
+    event loop would stand still, and nobody would notice that the member is lost.
+
+    Args:
+        store: where everything is kept; its own methods let the GIL go.
+    """
+
+    def __init__(self, store: Any) -> None:
+        super().__init__()
+        self._store = store
+
+    def set(self, key: str, value: bytes) -> None:
+        """Store a value."""
+        self._store.set(key, value)
+
+    def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
+        """Store a value where the present one is as expected; gives what is there then."""
+        value: bytes = self._store.compare_set(key, expected, desired)
+        return value
+
+    def get(self, key: str) -> bytes:
+        """Wait for a value."""
+        value: bytes = self._store.get(key)
+        return value
+
+
 def _clean_up() -> None:
+    global _agents_store
+    _agents_store = None
     guard.remove()
     set_connection_warnings(True)
 
 
-def _device_maps(plan: WorldPlan, rank: int) -> dict[str, dict[str, str]]:
-    """The driver's maps; answers go back by their inverse, so workers need none."""
-    if rank != 0:
-        return {}
-    return {plan.name(worker): {pair[0]: pair[1]} for worker, pair in enumerate(plan.device_maps, start=1) if pair}
+def _devices(plan: WorldPlan, rank: int) -> tuple[Any, Any, list[torch.device]]:
+    """A member's device maps, the inverse of the others' maps to it, and its devices.
+
+    The driver alone has maps; answers go back by their inverse.
+    """
+    pairs = {number: pair for number, pair in enumerate(plan.device_maps, start=1) if pair}
+    if rank == 0:
+        maps = {plan.name(number): {ours: theirs} for number, (ours, theirs) in pairs.items()}
+        return maps, {}, [torch.device(ours) for ours in sorted({ours for ours, _ in pairs.values()})]
+    if rank not in pairs:
+        return {}, {}, []
+    theirs, ours = (torch.device(name) for name in pairs[rank])
+    return {}, {plan.name(0): {ours: theirs}}, [ours]
 
 
 def _channels(plan: WorldPlan) -> list[str]:
@@ -168,36 +204,15 @@ def _channels(plan: WorldPlan) -> list[str]:
     return [*shared, *gpu, "mpt_uv", "basic"]
 
 
-@contextmanager
-def _no_greetings() -> Iterator[None]:
-    """Leave out init_rpc's round of greetings by RPC: a member that dies meanwhile would keep all others waiting.
+def _start_autograd(rank: int) -> None:
+    """Start torch's distributed autograd, which RPC asks for at each message, though nothing here uses it.
 
-    Channels are set up by the first calls as well, and the driver knows from the links when all have joined.
+    It takes one rank for the life of the process, and a member of later worlds may have others.
     """
-    api = torch_rpc().api
-    before = api._all_gather
-    api._all_gather = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        api._all_gather = before
-
-
-@contextmanager
-def _first_rank(rank: int) -> Iterator[None]:
-    """Have torch's distributed autograd, which is not used here, see the rank that it was first started with.
-
-    It refuses another, and a smaller world gives some members another.
-    """
-    global _autograd_rank
-    _autograd_rank = rank if _autograd_rank is None else _autograd_rank
-    autograd = torch_rpc().dist_autograd
-    before = autograd._init
-    autograd._init = lambda _: before(_autograd_rank)
-    try:
-        yield
-    finally:
-        autograd._init = before
+    global _has_autograd
+    if not _has_autograd:
+        torch_rpc().dist_autograd._init(rank)
+        _has_autograd = True
 
 
 @functools.cache
@@ -211,28 +226,15 @@ def _leave_at_exit() -> None:
     atexit.register(leave_if_joined)
 
 
-@functools.cache
-def _register_rendezvous() -> None:
-    _distributed.register_rendezvous_handler(_SCHEME, _rendezvous)
-
-
-def _rendezvous(url: str, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    parts = urllib.parse.urlparse(url)
-    query = urllib.parse.parse_qs(parts.query)
-    yield _stores[parts.netloc], int(query["rank"][0]), int(query["world_size"][0])
-
-
 @contextmanager
 def _bound_to(interface: str) -> Iterator[None]:
-    """Let TensorPipe and gloo listen on that interface; they take it from the environment alone."""
-    names = ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, interface))
+    """Let TensorPipe listen on that interface, which it takes from the environment alone."""
+    before = os.environ.get(_INTERFACE)
+    os.environ[_INTERFACE] = interface
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        if before is None:
+            del os.environ[_INTERFACE]
+        else:
+            os.environ[_INTERFACE] = before
