@@ -129,7 +129,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
         with _bound_to(interface):
             world_size = len(plan.labels)
             agent = rpc.TensorPipeAgent(store, plan.name(rank), rank, world_size, options, reverse_maps, devices)
-        rpc.api._init_rpc_states(agent)
+            rpc.api._init_rpc_states(agent)
     except BaseException as error:
         if rpc.api._is_current_rpc_agent_set():  # it got as far as an agent that runs
             leave()
