@@ -84,7 +84,6 @@ def serve_store(host: str) -> tuple[Any, int]:
         wait_for_workers=False,
         timeout=timeout,
         master_listen_fd=listener.detach(),
-        use_libuv=False,  # torch's default backend now and then fails to wake a member that waits for a name
     )
     return store, port
 
