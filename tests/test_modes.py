@@ -330,11 +330,11 @@ def test_two_pseudo_runs_side_by_side_do_not_disturb_each_other(tmp_path: Path) 
     ("how", "busy"),
     [
         ("SIGKILL", True),
-        ("SIGKILL", False),
+        pytest.param("SIGKILL", False, marks=pytest.mark.slow),
         ("SIGKILL with a forked child", False),
-        ("SIGTERM", True),
+        pytest.param("SIGTERM", True, marks=pytest.mark.slow),
         ("SIGINT", True),
-        ("os._exit", False),
+        pytest.param("os._exit", False, marks=pytest.mark.slow),
     ],
 )
 def test_workers_end_within_5_s_of_their_driver_however_it_ends(tmp_path: Path, how: str, busy: bool) -> None:

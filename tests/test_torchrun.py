@@ -55,9 +55,9 @@ def test_the_result_is_rank_0s_alone(tmp_path: Path) -> None:
     "failing",
     [
         "raise ValueError('main fails')",
-        "sys.exit(5)",
+        pytest.param("sys.exit(5)", marks=pytest.mark.slow),
         "await proxy.custom_method('a', 'fail', 'value')",
-        "os._exit(3)",
+        pytest.param("os._exit(3)", marks=pytest.mark.slow),
     ],
 )
 def test_an_error_of_main_ends_all_ranks_with_a_nonzero_exit(tmp_path: Path, failing: str) -> None:

@@ -109,8 +109,11 @@ C10D += ["--local-addr={address}", "--rdzv-id=one"]
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("hostnames", [True, False], ids=["names of their own", "one name"])
-@pytest.mark.parametrize("launcher", [STATIC, C10D], ids=["static", "c10d"])
+@pytest.mark.parametrize(
+    ("launcher", "hostnames"),
+    [(STATIC, True), (C10D, False)],
+    ids=["static, names of their own", "c10d, one name"],
+)
 def test_a_proxy_reaches_workers_on_both_machines_and_the_bits_are_those_of_local_mode(
     nodes: dict[str, str], tmp_path: Path, launcher: list[str], hostnames: bool
 ) -> None:
