@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import faulthandler
 import itertools
+import logging
 import random
 import signal
 import statistics
@@ -31,7 +32,7 @@ HEARTBEATS_S = (1.0, 2.0)  # taken in turn
 HANG_S = 90.0  # for a round; a loss takes some seconds, a multiple of it on a machine with too much to do
 _QUICK = 6
 _RUN_SEED = 7
-_TIMED_ROUNDS = 4
+_TIMED_ROUNDS = 3
 _LINKS_EVERY = 25  # so many faults, one of a link
 
 
@@ -321,6 +322,7 @@ def main() -> int:
     if options.namespaces and (reason := chaos_nodes.missing()) is not None:
         parser.error(f"--namespaces {reason}")
     torch.set_num_threads(1)
+    logging.getLogger("torchfedrpc").setLevel(logging.ERROR)  # the losses are in the table
     report = Report()
     print(f"chaos: {num_faults} faults, seed {options.seed}, {NUM_WORKERS} workers, torch {torch.__version__}")
     try:

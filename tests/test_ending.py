@@ -19,6 +19,9 @@ from torchrun import environment, is_alive, run_launch, wait_for_end, write_scri
 
 STATUS = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143,)}  # a shell shows -SIGINT as 130
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+MOSTLY_SIGINT = pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 LIMIT_S = 5.0
 MARKER = "TORCHFEDRPC_TEST_RUN"
 MAIN = """
@@ -137,7 +140,7 @@ def test_a_signal_ends_a_run_though_a_sync_method_goes_on(tmp_path: Path, mode: 
     assert ("KeyboardInterrupt" in output) == (number == signal.SIGINT)
 
 
-@SIGNALS
+@MOSTLY_SIGINT
 @pytest.mark.parametrize("mode", ["local", "pseudo"])
 def test_the_command_says_where_its_outputs_are_when_a_signal_ends_it(
     tmp_path: Path, mode: str, number: signal.Signals
@@ -154,7 +157,7 @@ def test_the_command_says_where_its_outputs_are_when_a_signal_ends_it(
     assert history == list(range(len(history)))
 
 
-@SIGNALS
+@MOSTLY_SIGINT
 def test_a_signal_ends_a_whole_sweep(tmp_path: Path, number: signal.Signals) -> None:
     sweep = ("-m", "seed=1,2", "hydra.sweep.dir=sweep")
     with started(tmp_path, "-m", "torchfedrpc", *sweep, *ENDLESS, "runtime=local") as run:
@@ -165,7 +168,7 @@ def test_a_signal_ends_a_whole_sweep(tmp_path: Path, number: signal.Signals) -> 
     assert not (tmp_path / "sweep" / "1").exists()
 
 
-@SIGNALS
+@MOSTLY_SIGINT
 def test_a_signal_ends_a_run_whose_workers_are_only_starting(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, str(write_script(tmp_path, MAIN)), "pseudo", "b") as run:
         while len(run.members()) < 3:
@@ -200,7 +203,7 @@ def test_a_sigterm_that_follows_a_sigint_leaves_the_clean_up_alone(tmp_path: Pat
     assert "cleaned up" in output
 
 
-@SIGNALS
+@MOSTLY_SIGINT
 def test_a_run_whose_clean_up_never_ends_is_ended(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, str(write_script(tmp_path, SWALLOWING))) as run:
         run.wait_for("ready")
@@ -241,7 +244,7 @@ def test_a_signal_to_torchrun_ends_all_ranks(tmp_path: Path, number: signal.Sign
     assert "Unable to shutdown" not in output
 
 
-@SIGNALS
+@MOSTLY_SIGINT
 def test_a_signal_to_torchrun_ends_ranks_that_wait_for_a_driver_in_vain(
     tmp_path: Path, number: signal.Signals
 ) -> None:

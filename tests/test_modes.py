@@ -405,7 +405,7 @@ def _lines_until(process: subprocess.Popen[str], word: str) -> list[str]:
 # Scripts.
 
 
-@pytest.mark.parametrize("start", ["path", "module", "main of a package"])
+@pytest.mark.parametrize("start", ["path", pytest.param("module", marks=pytest.mark.slow), "main of a package"])
 def test_a_learner_of_the_script_loads_data_with_processes_of_its_own(tmp_path: Path, start: str) -> None:
     script = write_script(
         tmp_path,
