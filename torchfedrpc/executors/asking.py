@@ -73,8 +73,7 @@ class AskingExecutor(CallExecutor):
             reply(self._lost(call, record.given_up or "it was given up"))
             return
         asked.reply, asked.is_waiting = reply, True
-        if (host := self._host(record)) is asked.asked_through and asked.num_items_here == asked.num_items:
-            self._ask(host, record, asked)
+        self._ask_further(record, asked)
 
     def _cancel(self, call: Call) -> None:
         record = self._ledger.get(call.client_id)
@@ -85,8 +84,8 @@ class AskingExecutor(CallExecutor):
         asked.is_cancelled, asked.reply, asked.is_waiting = True, None, False
         if asked.asked_through is None and not asked.num_items:
             del record.asked[call.call_id]
-        elif (host := self._host(record)) is asked.asked_through and asked.num_items_here == asked.num_items:
-            self._ask(host, record, asked)
+        else:
+            self._ask_further(record, asked)
 
     def _record(self, client_id: str) -> Record:
         self._opened()
@@ -118,10 +117,14 @@ class AskingExecutor(CallExecutor):
             if asked.asked_through is not host:
                 self._ask(host, record, asked)
 
-    def _ask(self, host: RemoteHost | None, record: Record, asked: Asked) -> None:
+    def _ask_further(self, record: Record, asked: Asked) -> None:
+        """Ask anew for a call whose worker has it; where it is about to have it, it is asked for what holds then."""
+        host = self._host(record)
+        if host is not None and host is asked.asked_through and asked.num_items_here == asked.num_items:
+            self._ask(host, record, asked)
+
+    def _ask(self, host: RemoteHost, record: Record, asked: Asked) -> None:
         """Ask for the next outcome of a call; a stream is brought first to where it was."""
-        if host is None:
-            return
         asked.asked_through = host
         reply = self._replying(host, record, asked)
         if asked.num_items_here == asked.num_items:

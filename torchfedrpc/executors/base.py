@@ -213,7 +213,7 @@ class CallExecutor(AbstractExecutor):
         try:
             call = self._call(invocation)
             for remaining in range(invocation.retries, -1, -1):
-                outcome = await answer(partial(self._submit, call), partial(self._cancel, call))
+                outcome = await self._answered(call)
                 if not (remaining and _may_go_better(outcome)):
                     break
             return self._result(outcome, call)
@@ -223,7 +223,7 @@ class CallExecutor(AbstractExecutor):
     async def snapshot(self, client_id: str) -> bytes:
         """A learner's state between two calls."""
         call = Call(self._own_call_id(), client_id, "snapshot", self._take_value(None), kind="snapshot")
-        outcome = await answer(partial(self._submit, call), partial(self._cancel, call))
+        outcome = await self._answered(call)
         data: torch.Tensor = self._result(outcome, call)
         return data.numpy().tobytes()
 
@@ -236,7 +236,7 @@ class CallExecutor(AbstractExecutor):
         try:
             value = self._take_value((torch.frombuffer(bytearray(data), dtype=torch.uint8), constructor))
             call = Call(self._own_call_id(), client_id, "restore", value, kind="restore")
-            outcome = await answer(partial(self._submit, call), partial(self._cancel, call))
+            outcome = await self._answered(call)
             self._result(outcome, call)
         finally:
             self._admission.release(len(data))
@@ -265,6 +265,9 @@ class CallExecutor(AbstractExecutor):
 
     def _take_value(self, obj: Any) -> Packed:
         return pack(obj)
+
+    async def _answered(self, call: Call) -> Outcome:
+        return await answer(partial(self._submit, call), partial(self._cancel, call))
 
     def _own_call_id(self) -> int:
         return next(self._own_call_ids)
