@@ -6,6 +6,7 @@ import asyncio
 import logging
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -169,8 +170,7 @@ class AskingExecutor(CallExecutor):
             asked.reply(outcome)
         is_newer = asked.number > record.snapshot_number  # else the learner was rebuilt from its last snapshot
         if asked.call.kind == "restore" and outcome.kind == "value" and is_newer and record.journal:
-            data, _ = asked.call.arguments.copy().open(self._allow)
-            self._took_snapshot(record, asked, Outcome("value", pack(data)))
+            self._keep(record, asked.number, lambda: asked.call.arguments.copy().open(self._allow)[0])
         if self._ledger.needs_snapshot(record):
             self._request_snapshot(record)
         for largest in self._ledger.largest_journals():
@@ -214,20 +214,19 @@ class AskingExecutor(CallExecutor):
         record.awaits_snapshot = True
         call = Call(self._own_call_id(), record.client_id, "snapshot", pack(None), kind="snapshot")
         asked = self._ledger.ask(record, call, None, is_own=True)
-        asked.reply = partial(self._took_snapshot, record, asked)
+        asked.reply = lambda outcome: self._keep(record, asked.number, partial(self._result, outcome, call))
         self._push(record)
 
-    def _took_snapshot(self, record: Record, asked: Asked, outcome: Outcome) -> None:
-        """The learner's state as of that call has come."""
-        task = asyncio.ensure_future(self._store(record, asked, outcome))
+    def _keep(self, record: Record, number: int, read: Callable[[], torch.Tensor]) -> None:
+        """Store the learner's state as of call ``number``, which ``read`` gives as uint8 [num_bytes]."""
+        task = asyncio.ensure_future(self._store(record, number, read))
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
 
-    async def _store(self, record: Record, asked: Asked, outcome: Outcome) -> None:
+    async def _store(self, record: Record, number: int, read: Callable[[], torch.Tensor]) -> None:
         try:
-            data = self._result(outcome, asked.call)
-            await asyncio.to_thread(self._ledger.store, record, asked.number, data.numpy().data)
-            self._ledger.took(record, asked.number)
+            await asyncio.to_thread(self._ledger.store, record, number, read().numpy().data)
+            self._ledger.took(record, number)
         except Exception as error:
             self._cannot_capture(record, error)
         record.awaits_snapshot = False
