@@ -24,7 +24,7 @@ from torchfedrpc.federation.fedavg import FedAvgTrainer
 from torchfedrpc.federation.learner import ClassificationLearner
 from torchfedrpc.federation.model import build_model, initial_weights
 from torchfedrpc.observe.events import Event, ProgressReported
-from torchfedrpc.testing.fingerprint import fingerprint
+from torchfedrpc.wire.fingerprint import fingerprint
 
 NUM_CLIENTS = 12
 COHORT_SIZE = 10

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchfedrpc.testing.fingerprint import difference, fingerprint
+from torchfedrpc.wire.fingerprint import difference, fingerprint
 
 
 @pytest.mark.parametrize(

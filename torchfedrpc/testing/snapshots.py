@@ -12,8 +12,8 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SnapshotError
 from torchfedrpc.host.snapshot import load
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.testing.fingerprint import difference
 from torchfedrpc.testing.rehearsal import Rehearsal, Step, rehearsal
+from torchfedrpc.wire.fingerprint import difference
 from torchfedrpc.wire.packing import Packed, pack
 
 

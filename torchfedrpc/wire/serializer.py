@@ -37,20 +37,7 @@ class ParameterSerializer:
         Raises:
             SerializationError: it cannot be pickled, or holds a tensor without values (nested, mkldnn, meta).
         """
-        parcel = pack(obj, copy=False)
-        slots = [slot.cpu() for slot in parcel.slots]
-        layouts = [
-            (str(slot.dtype).removeprefix("torch."), tuple(slot.shape), slot.stride(), slot.nbytes) for slot in slots
-        ]
-        table = pickle.dumps((parcel.views, parcel.num_buffers, layouts), protocol=5)
-        prefix = _PREFIX.pack(_MAGIC, _checksum(table, parcel.head), len(table), len(parcel.head))
-        chunks: list[Any] = [prefix, table, parcel.head]
-        position = sum(len(chunk) for chunk in chunks)
-        for slot in slots:
-            padding = -position % _ALIGNMENT_BYTES
-            chunks += [bytes(padding), _storage_bytes(slot).numpy().data]
-            position += padding + slot.nbytes
-        return b"".join(chunks)
+        return b"".join(chunks_of(pack(obj, copy=False)))
 
     @staticmethod
     def deserialize(
@@ -78,6 +65,28 @@ class ParameterSerializer:
             raise SerializationError(
                 f"these bytes are damaged or not from ParameterSerializer.serialize: {error}"
             ) from error
+
+
+def chunks_of(parcel: Parcel) -> list[bytes | memoryview]:
+    """What `ParameterSerializer.serialize` gives for a parcel's object, in pieces: a file takes them one by one.
+
+    Those of tensors on the CPU share the parcel's memory; the parcel can be opened afterwards as before.
+    """
+    if parcel.ready is not None:
+        parcel.ready()
+    slots = [slot.cpu() for slot in parcel.slots]
+    layouts = [
+        (str(slot.dtype).removeprefix("torch."), tuple(slot.shape), slot.stride(), slot.nbytes) for slot in slots
+    ]
+    table = pickle.dumps((parcel.views, parcel.num_buffers, layouts), protocol=5)
+    prefix = _PREFIX.pack(_MAGIC, _checksum(table, parcel.head), len(table), len(parcel.head))
+    chunks: list[bytes | memoryview] = [prefix, table, parcel.head]
+    position = sum(len(chunk) for chunk in chunks)
+    for slot in slots:
+        padding = -position % _ALIGNMENT_BYTES
+        chunks += [bytes(padding), _storage_bytes(slot).numpy().data]
+        position += padding + slot.nbytes
+    return chunks
 
 
 def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
