@@ -8,7 +8,6 @@ import json
 import logging
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ import torch.distributed
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.launcher import Launch
+from torchfedrpc.rpc.greeter import Greeter
+from torchfedrpc.rpc.greeting import About, Greeted, GreetingError, RefusedError, dial
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, network_site
 from torchfedrpc.rpc.link import Link
 from torchfedrpc.rpc.member import Member
@@ -27,16 +28,15 @@ from torchfedrpc.rpc.member import Member
 logger = logging.getLogger(__name__)
 
 _KEY = "torchfedrpc/driver"
-_CHANNELS = ("link", "pulse")  # the connections of each worker
 _GATHER_TIMEOUT_S = 120.0  # ranks of one launch start together; importing torch from a cold disk takes a while
-_GREETING_TIMEOUT_S = 10.0
+_DIAL_TIMEOUT_S = 10.0
 _RETRY_S = 0.2
 
 
 class LaunchedWorkers:
     """Rank 0's side: publishes where it listens and collects the links of ranks 1 .. world_size - 1.
 
-    The launcher's store can hold keys of an earlier attempt, so workers check by a token whom they have reached.
+    The launcher's store can hold keys of an earlier attempt, so each attempt has a token of its own.
 
     Args:
         launch: this process's launch.
@@ -44,17 +44,16 @@ class LaunchedWorkers:
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
-        self._token = secrets.token_hex(16)
-        self._greetings: dict[int, dict[str, Link]] = {}  # rank -> its connections so far
         self._members: dict[int, Member] = {}
         self._lost: set[int] = set()
         self._complete: concurrent.futures.Future[None] = concurrent.futures.Future()
         host, bind = _listen_addresses(launch)
-        self._listener = socket.create_server((bind, 0))
+        listener = socket.create_server((bind, 0))
+        token = secrets.token_hex(16)
+        where = {"host": host, "port": listener.getsockname()[1], "token": token}
         self._store = _open_store(launch, serve=not launch.agent_store)
-        where = {"host": host, "port": self._listener.getsockname()[1], "token": self._token}
+        self._greeter = Greeter(listener, token.encode(), self._answer, self._admit)
         self._store.set(_KEY, json.dumps(where))
-        threading.Thread(target=self._accept, name="torchfedrpc-gather", daemon=True).start()
 
     async def members(self) -> list[Member]:
         """The workers by rank, once all are there, but for those that were lost since.
@@ -88,7 +87,7 @@ class LaunchedWorkers:
             concurrent.futures.wait(
                 [self._complete], _GATHER_TIMEOUT_S
             )  # one that is still importing would look for us in vain
-        self._listener.close()
+        self._greeter.close()
         for rank in set(self._members) - self._lost:
             member = self._members[rank]
             if failed:
@@ -105,37 +104,29 @@ class LaunchedWorkers:
         member.link.stop()
         member.pulse.close()
 
-    def _accept(self) -> None:
-        while len(self._members) < self._launch.world_size - 1:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:  # closed: the run is over
-                return
-            connection.settimeout(_GREETING_TIMEOUT_S)
-            link = Link(connection)
-            try:
-                hello = link.receive() or {}
-                if hello.get("token") != self._token:
-                    raise ValueError("not a rank of this launch")
-                link.send({"welcome": self._token})
-                self._greet(hello["rank"], hello, link)
-            except (OSError, ValueError, KeyError):  # a stranger, or one that went away
-                link.close()
-        self._complete.set_result(None)
+    def _answer(self, about: About) -> About:
+        if about["rank"] not in range(1, self._launch.world_size):
+            raise RefusedError(f"this launch has no rank {about['rank']}")
+        return {"role": "driver"}
 
-    def _greet(self, rank: int, hello: dict[str, Any], link: Link) -> None:
-        """A rank has come by one of its two connections."""
-        connections = self._greetings.setdefault(rank, {})
-        connections[hello["channel"]] = link
-        if len(connections) == len(_CHANNELS):
-            self._members[rank] = Member(
-                f"worker{rank}",
-                connections["link"],
-                connections["pulse"].detach(),
-                hello["machine"],
-                dismiss=partial(self._dismiss, rank),
-                elsewhere=hello["site"] != network_site(),
-            )
+    def _admit(self, guest: Greeted) -> None:
+        """A rank has come; one that comes again had not heard the end of its greeting."""
+        rank = guest.about["rank"]
+        former = self._members.get(rank)
+        if former is not None:
+            former.link.close()
+            former.pulse.close()
+        self._members[rank] = Member(
+            f"worker{rank}",
+            guest.link,
+            guest.pulse,
+            guest.about["machine"],
+            dismiss=partial(self._dismiss, rank),
+            elsewhere=guest.about["site"] != network_site(),
+        )
+        if len(self._members) == self._launch.world_size - 1:
+            self._greeter.close()
+            self._complete.set_result(None)
 
 
 _current: LaunchedWorkers | None = None
@@ -168,35 +159,23 @@ def dial_driver(launch: Launch) -> tuple[Link, socket.socket]:
 
     Returns:
         This worker's ends of the link and of the pulse.
+
+    Raises:
+        ConfigError: the driver refuses this process.
     """
     store = _open_store(launch, serve=False)
+    about = {"role": "worker", "rank": launch.rank}
     while True:
         where = json.loads(store.get(_KEY))
-        connections: list[Link] = []
+        address = f"{where['host']}:{where['port']}"
         try:
-            for channel in _CHANNELS:
-                connections.append(_dial(where, {"rank": launch.rank, "channel": channel}))
-            link, pulse = connections
-            return link, pulse.detach()
-        except (OSError, ValueError):  # an earlier attempt's address, where nobody is, or somebody else
-            logger.debug("no driver at %s:%s", where["host"], where["port"])
-        for connection in connections:
-            connection.close()
+            driver = asyncio.run(dial(address, where["token"].encode(), about, timeout_s=_DIAL_TIMEOUT_S))
+            return driver.link, driver.pulse
+        except RefusedError as error:
+            raise ConfigError(f"rank {launch.rank} cannot join the launch: {error}") from None
+        except GreetingError as error:  # an earlier attempt's address, where nobody is, or somebody else
+            logger.debug("no driver of this launch: %s", error)
         time.sleep(_RETRY_S)
-
-
-def _dial(where: dict[str, Any], hello: dict[str, Any]) -> Link:
-    connection = socket.create_connection((where["host"], where["port"]), timeout=_GREETING_TIMEOUT_S)
-    link = Link(connection)
-    try:
-        link.send({**hello, "machine": socket.gethostname(), "site": network_site(), "token": where["token"]})
-        if link.receive() != {"welcome": where["token"]}:
-            raise ValueError("not the driver of this launch")
-    except (OSError, ValueError):
-        link.close()
-        raise
-    connection.settimeout(None)
-    return link
 
 
 def _listen_addresses(launch: Launch) -> tuple[str, str]:

@@ -18,22 +18,73 @@ import json, os, select, sys, threading
 
 def end_with_driver():
     poll = select.poll()
-    poll.register(link, 0)  # for hang-ups alone
+    poll.register(link, select.POLLRDHUP)  # for its end alone
     poll.register(imported, 0)
     if any(descriptor == link for descriptor, _ in poll.poll()):
         os._exit(1)
     os.close(imported)
 
-link, (imported, importing) = int(sys.argv[1]), os.pipe()
+link, pulse, parent = map(int, sys.argv[1:4])
+if parent:
+    import ctypes, signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # they wait until they are handled
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+    if os.getppid() != parent:
+        os._exit(1)
+imported, importing = os.pipe()
 threading.Thread(target=end_with_driver, daemon=True).start()  # importing torch takes seconds
-sys.path[:] = json.loads(sys.argv[3])
-from torchfedrpc.rpc.worker import main
+sys.path[:] = json.loads(sys.argv[4])
+from torchfedrpc.rpc import worker
 os.close(importing)
-descriptors = int(sys.argv[1]), int(sys.argv[2])
-sys.argv[:] = json.loads(sys.argv[4])
-main(*descriptors)
+sys.argv[:] = json.loads(sys.argv[5])
+(worker.main_remote if parent else worker.main)(link, pulse)
 """
 _STOP_TIMEOUT_S = 4.0
+
+
+def start_worker(link: int, pulse: int, *, remote: bool = False) -> subprocess.Popen[bytes]:
+    """Start a worker process.
+
+    Args:
+        link: the descriptor of its end of the link, which stays open here.
+        pulse: the descriptor of its end of the pulse, likewise.
+        remote: whether it serves a driver that is not this process: it has signals of its own to handle, and it is
+            killed when the thread that calls this ends, whatever ends that.
+    """
+    parent = os.getpid() if remote else 0
+    # A process group of its own: Ctrl-C is for this process, which tells its workers.
+    return subprocess.Popen(
+        [sys.executable, "-c", _BOOT, *map(str, (link, pulse, parent)), json.dumps(sys.path), json.dumps(sys.argv)],
+        pass_fds=[link, pulse],
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+    )
+
+
+def how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    """The signal or the exit status by which a process ended, as a clause; empty while it runs."""
+    status = process.poll()
+    if status is None:
+        return ""
+    return f" by {signal.Signals(-status).name}" if status < 0 else f" with exit status {status}"
+
+
+async def ends_within(process: subprocess.Popen[bytes], timeout_s: float | None) -> bool:
+    """Whether a process ends in that time; no thread waits, of which the user's code may have left none."""
+    if process.poll() is not None:
+        return True
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    descriptor = os.pidfd_open(process.pid)
+    loop.add_reader(descriptor, ended.set)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+    return True
 
 
 class WorkerProcess:
@@ -42,14 +93,7 @@ class WorkerProcess:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         our_pulse, their_pulse = socket.socketpair()
-        descriptors = [theirs.fileno(), their_pulse.fileno()]
-        # A process group of its own: Ctrl-C is for the driver, which tells its workers.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, *map(str, descriptors), json.dumps(sys.path), json.dumps(sys.argv)],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            process_group=0,
-        )
+        self._process = start_worker(theirs.fileno(), their_pulse.fileno())
         theirs.close()
         their_pulse.close()
         self.link = Link(ours)
@@ -62,10 +106,7 @@ class WorkerProcess:
 
     def how_it_ended(self) -> str:
         """The signal or the exit status by which it ended, as a clause; empty while it runs."""
-        status = self._process.poll()
-        if status is None:
-            return ""
-        return f" by {signal.Signals(-status).name}" if status < 0 else f" with exit status {status}"
+        return how_it_ended(self._process)
 
     def kill(self) -> None:
         """End the worker at once; `stop` then only waits for that."""
@@ -76,24 +117,7 @@ class WorkerProcess:
         """Tell the worker that the run is over and wait for its end; kill it after 4 seconds."""
         self.link.stop()
         self.pulse.close()
-        if not await self._ends_within(_STOP_TIMEOUT_S):
+        if not await ends_within(self._process, _STOP_TIMEOUT_S):
             self._process.kill()
-            await self._ends_within(None)
+            await ends_within(self._process, None)
         self._process.wait()
-
-    async def _ends_within(self, timeout_s: float | None) -> bool:
-        """Whether the process ends in that time; no thread waits, of which the user's code may have left none."""
-        if self._process.poll() is not None:
-            return True
-        loop, ended = asyncio.get_running_loop(), asyncio.Event()
-        descriptor = os.pidfd_open(self._process.pid)
-        loop.add_reader(descriptor, ended.set)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await ended.wait()
-        except TimeoutError:
-            return False
-        finally:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
-        return True

@@ -1,0 +1,255 @@
+"""A worker that listens: one driver at a time, by a process that ends with it, and an end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from light import LightProcess, ends_within
+
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.rpc import listening
+from torchfedrpc.rpc.greeting import Greeted, RefusedError, UnreachableError, dial, greet
+from torchfedrpc.rpc.listening import listen
+
+TOKEN = b"the token that both ends have"
+DRIVER = {"role": "driver", "program": "train.py"}
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+# Says that it is up, and that it is to drain; ends with the exit status that it is told.
+CHILD = """
+import json, signal, socket, sys
+link, pulse = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[1:])
+signal.signal(signal.SIGTERM, lambda *_: link.sendall(b'{"do": "drain"}\\n'))
+link.sendall(b'{"do": "up"}\\n')
+sys.exit(json.loads(link.makefile().readline())["status"])
+"""
+
+
+def start(link: int, pulse: int, *, remote: bool) -> subprocess.Popen[bytes]:
+    assert remote
+    command = [sys.executable, "-I", "-S", "-c", CHILD, str(link), str(pulse)]
+    return subprocess.Popen(command, pass_fds=[link, pulse], process_group=0)
+
+
+class Worker:
+    """A worker that listens on the test's event loop."""
+
+    def __init__(self, address: str, status: asyncio.Task[int]) -> None:
+        self.address = address
+        self.status = status
+
+    async def driver(self) -> Greeted:
+        """A driver that is served."""
+        driver = await dial(self.address, TOKEN, DRIVER, timeout_s=5)
+        assert await asyncio.to_thread(driver.link.receive) == {"do": "up"}
+        return driver
+
+
+@contextlib.asynccontextmanager
+async def opened(capsys: pytest.CaptureFixture[str], start: Callable[..., Any] = start) -> AsyncIterator[Worker]:
+    status = asyncio.create_task(listen("127.0.0.1", 0, TOKEN, start=start))
+    await asyncio.sleep(0)  # as far as it gets without waiting
+    head, _, address = capsys.readouterr().out.strip().rpartition(" ")
+    assert head == "listening on"
+    try:
+        yield Worker(address, status)
+    finally:
+        status.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await status
+
+
+def close(driver: Greeted) -> None:
+    driver.link.close()
+    driver.pulse.close()
+
+
+@pytest.fixture(autouse=True)
+def _logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
+async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    async with asyncio.timeout(10):
+        while text not in caplog.text:
+            await asyncio.sleep(0.01)
+
+
+async def test_drivers_are_served_one_after_another(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(capsys) as worker:
+        for status in (0, 5):
+            driver = await worker.driver()
+            assert driver.about["role"] == "worker"
+            driver.link.send({"status": status})
+            assert await asyncio.to_thread(driver.link.receive) is None  # its process alone had the connection
+            assert await asyncio.to_thread(driver.pulse.recv, 1) == b""
+            close(driver)
+            await logged(caplog, f"ended with exit status {status}")
+        await logged(caplog, f"serves train.py (pid {os.getpid()} on {socket.gethostname()})")
+
+
+async def test_another_driver_is_told_who_has_the_worker(capsys: pytest.CaptureFixture[str]) -> None:
+    async with opened(capsys) as worker:
+        driver = await worker.driver()
+        with pytest.raises(
+            RefusedError,
+            match=rf"{worker.address} refused: the worker has served train.py \(pid {os.getpid()} on "
+            rf"{socket.gethostname()}\) for 0 s, .*name another worker",
+        ):
+            await dial(worker.address, TOKEN, {**DRIVER, "program": "other.py"}, timeout_s=5)
+        close(driver)
+
+
+async def channel(worker: Worker, session: str, name: str) -> socket.socket:
+    host, _, port = worker.address.rpartition(":")
+    connection = socket.create_connection((host, int(port)))
+    await greet(connection, TOKEN, {**DRIVER, "session": session, "channel": name}, address=worker.address)
+    return connection
+
+
+async def test_a_first_connection_keeps_the_place_for_the_second(capsys: pytest.CaptureFixture[str]) -> None:
+    async with opened(capsys) as worker:
+        with await channel(worker, "one", "link") as link:
+            with pytest.raises(RefusedError, match="has served train"):
+                await dial(worker.address, TOKEN, DRIVER, timeout_s=5)
+            with await channel(worker, "one", "pulse"):
+                assert await asyncio.to_thread(link.recv, 100) == b'{"do": "up"}\n'
+
+
+async def test_a_place_is_not_kept_for_ever(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listening, "PAIRING_TIMEOUT_S", 0.0)
+    async with opened(capsys) as worker:
+        with await channel(worker, "one", "link"):
+            driver = await worker.driver()
+            late = socket.create_connection(worker.address.split(":"))
+            with late, pytest.raises(RefusedError, match="has served train"):
+                await greet(late, TOKEN, {**DRIVER, "session": "one", "channel": "pulse"}, address=worker.address)
+            close(driver)
+
+
+async def test_a_worker_that_dials_a_worker_is_told_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    async with opened(capsys) as worker:
+        with pytest.raises(RefusedError, match=r"a worker listens there.*--join takes the address of a driver"):
+            await dial(worker.address, TOKEN, {"role": "worker"}, timeout_s=5)
+
+
+async def test_a_process_that_cannot_be_started_leaves_the_worker_free(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+
+    def start_later(*arguments: Any, **options: Any) -> Any:
+        tried.append(1)
+        if len(tried) == 1:
+            raise OSError("no more processes")
+        return start(*arguments, **options)
+
+    async with opened(capsys, start_later) as worker:
+        driver = await dial(worker.address, TOKEN, DRIVER, timeout_s=5)
+        assert await asyncio.to_thread(driver.link.receive) is None
+        close(driver)
+        close(await worker.driver())
+    assert "no more processes" in caplog.text
+
+
+# The end.
+
+
+@SIGNALS
+async def test_a_signal_ends_an_idle_worker_at_once(
+    capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    async with opened(capsys) as worker:
+        signal.raise_signal(number)
+        async with asyncio.timeout(5):
+            assert await worker.status == 0
+        with pytest.raises(UnreachableError):
+            await dial(worker.address, TOKEN, DRIVER, timeout_s=5)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@SIGNALS
+async def test_a_signal_lets_the_process_drain_and_no_other_driver_in(
+    capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    async with opened(capsys) as worker:
+        driver = await worker.driver()
+        signal.raise_signal(number)
+        assert await asyncio.to_thread(driver.link.receive) == {"do": "drain"}
+        with pytest.raises(RefusedError, match="stopping"):
+            await dial(worker.address, TOKEN, DRIVER, timeout_s=5)
+        assert not worker.status.done()
+        driver.link.send({"status": 3})
+        assert await asyncio.to_thread(driver.link.receive) is None  # and told nothing more
+        async with asyncio.timeout(5):
+            assert await worker.status == 0
+        close(driver)
+
+
+@SIGNALS
+async def test_a_second_signal_kills_the_process(capsys: pytest.CaptureFixture[str], number: signal.Signals) -> None:
+    async with opened(capsys) as worker:
+        driver = await worker.driver()
+        signal.raise_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(driver.link.receive) == {"do": "drain"}
+        signal.raise_signal(number)
+        async with asyncio.timeout(5):
+            assert await worker.status == 128 + number
+        assert await asyncio.to_thread(driver.link.receive) is None
+        close(driver)
+
+
+async def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} \(Address already in use\).*a free port"):
+            await listen("127.0.0.1", port, TOKEN)
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.77:0 .*an address of this machine"):
+        await listen("192.0.2.77", 0, TOKEN)
+
+
+PARENT = """
+import time
+from torchfedrpc.rpc.processes import start_worker
+link, pulse, folder = sys.argv[1:]
+sys.path.insert(0, folder)
+sys.argv[:] = ["torchfedrpc-worker", "--listen"]
+print(start_worker(int(link), int(pulse), remote=True).pid, flush=True)
+time.sleep(60)
+"""
+REMOTE = """
+import json, signal, socket, sys
+def main_remote(link, pulse):
+    socket.socket(fileno=link).sendall(json.dumps([sys.path[0], sys.argv]).encode())
+    signal.pause()
+"""
+
+
+def test_the_process_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    package = tmp_path / "torchfedrpc" / "rpc"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "worker.py").write_text(REMOTE)
+    ours, theirs = socket.socketpair()
+    ours.settimeout(20)
+    with ours, theirs:
+        parent = LightProcess(PARENT, theirs.fileno(), theirs.fileno(), tmp_path, pass_fds=[theirs.fileno()])
+        pid = int(parent.line())
+        assert ours.recv(4096).decode() == f'["{tmp_path}", ["torchfedrpc-worker", "--listen"]]'
+        parent.close()
+        assert ends_within(pid, 5)
