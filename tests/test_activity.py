@@ -41,13 +41,23 @@ def test_ids_of_64_bits_are_shown_whole(activity: Activity) -> None:
 
 
 def test_calls_beyond_the_page_are_left_out_and_end_without_harm(activity: Activity) -> None:
-    slots = [activity.enter(number) for number in range(1, 515)]
+    slots = [activity.enter(number) for number in range(1, 514)]
     assert slots[-2:] == [None, None]
-    assert running(activity) == list(range(1, 513))
+    assert running(activity) == list(range(1, 512))
     for slot in slots:
         activity.leave(slot)
     assert running(activity) == []
     assert activity.enter(9) is not None
+
+
+def test_asking_to_leave_is_seen_and_is_no_call(activity: Activity) -> None:
+    assert not sidecar.wants_to_leave(activity.descriptor)
+    slot = activity.enter(7)
+    activity.ask_to_leave()
+    assert sidecar.wants_to_leave(activity.descriptor)
+    assert running(activity) == [7]
+    activity.leave(slot)
+    assert sidecar.wants_to_leave(activity.descriptor)
 
 
 def test_threads_that_enter_and_leave_do_not_disturb_each_other(activity: Activity) -> None:

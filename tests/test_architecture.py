@@ -20,6 +20,7 @@ FLOORS = [
     {"observe"},
     {"wire"},
     {"host"},
+    {"interrupts"},
     {"rpc"},
     {"executors"},
     {"options"},
@@ -28,9 +29,8 @@ FLOORS = [
     {"proxy"},
     {"data", "models"},
     {"federation", "testing"},
-    {"interrupts"},
     {"run"},
-    {"cli"},
+    {"cli", "worker_cli"},
     {"__init__", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

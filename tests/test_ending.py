@@ -158,6 +158,7 @@ def test_the_command_says_where_its_outputs_are_when_a_signal_ends_it(
 
 
 @MOSTLY_SIGINT
+@pytest.mark.slow
 def test_a_signal_ends_a_whole_sweep(tmp_path: Path, number: signal.Signals) -> None:
     sweep = ("-m", "seed=1,2", "hydra.sweep.dir=sweep")
     with started(tmp_path, "-m", "torchfedrpc", *sweep, *ENDLESS, "runtime=local") as run:
@@ -228,6 +229,7 @@ if __name__ == "__main__":
 
 
 @SIGNALS
+@pytest.mark.slow
 def test_a_run_that_blocks_for_ever_outside_python_is_ended(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, str(write_script(tmp_path, BLOCKED_IN_C))) as run:
         run.wait_for("ready")
@@ -245,6 +247,7 @@ def test_a_signal_to_torchrun_ends_all_ranks(tmp_path: Path, number: signal.Sign
 
 
 @MOSTLY_SIGINT
+@pytest.mark.slow
 def test_a_signal_to_torchrun_ends_ranks_that_wait_for_a_driver_in_vain(
     tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.executors.placement import Endpoint, place_again, place_clients
+from torchfedrpc.executors.placement import Endpoint, even_out, place_again, place_clients
 
 THREE = {"worker1": "alpha", "worker2": "beta", "worker3": "alpha"}
 TWO = {"worker1": "m", "worker2": "m"}
@@ -23,8 +23,8 @@ TWO = {"worker1": "m", "worker2": "m"}
         ("worker1", Endpoint("rank", rank=1)),
         ("worker12", Endpoint("rank", rank=12)),
         ("rank:2", Endpoint("rank", rank=2)),
-        ("host:gpu-7.example.org", Endpoint("host", machine="gpu-7.example.org")),
-        ("host:local", Endpoint("host", machine="local")),
+        ("host:gpu-7.example.org", Endpoint("host", name="gpu-7.example.org")),
+        ("host:local", Endpoint("host", name="local")),
     ],
 )
 def test_an_endpoint_is_read(text: str, endpoint: Endpoint) -> None:
@@ -37,14 +37,30 @@ def test_an_endpoint_is_read(text: str, endpoint: Endpoint) -> None:
      "host:a:1", "host:a/b", "LOCAL", "local ", " worker1", "somewhere", "rank:²"],
 )  # fmt: skip
 def test_a_malformed_endpoint_names_the_client_and_the_forms(text: str) -> None:
-    expected = re.escape(f"client_endpoints.client_9 is {text!r}: ") + ".*worker1, rank:2 or host:NAME, or local"
+    expected = (
+        re.escape(f"client_endpoints.client_9 is {text!r}: ")
+        + ".*worker1, rank:2 or host:NAME, one that listens as HOST:PORT, or local"
+    )
     with pytest.raises(ConfigError, match=expected):
         Endpoint.parse("client_9", text)
 
 
-@pytest.mark.parametrize("text", ["10.0.0.1:5000", "tcp://site:5000", "http://site:8080", "[::1]:5000"])
-def test_an_address_is_told_to_be_one(text: str) -> None:
-    with pytest.raises(ConfigError, match="an address cannot be dialled by this version"):
+@pytest.mark.parametrize("text", ["site:8080", "tcp://site:8080", "http://site:8080", "http://site:8080/"])
+def test_an_address_may_have_a_scheme(text: str) -> None:
+    assert Endpoint.parse("client_1", text) == Endpoint("address", name="site:8080")
+
+
+def test_machines_of_certain_names_have_addresses_with_a_scheme() -> None:
+    assert Endpoint.parse("client_1", "tcp://rank:8080") == Endpoint("address", name="rank:8080")
+    assert Endpoint.parse("client_1", "worker1:8080") == Endpoint("address", name="worker1:8080")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["https://site:8080", "site:0", "site:65536", "[::1]:5000", "http://site", "http://site:8080/x", "tcp://local"],
+)
+def test_what_cannot_be_dialled_is_no_address(text: str) -> None:
+    with pytest.raises(ConfigError, match="one that listens as HOST:PORT"):
         Endpoint.parse("client_1", text)
 
 
@@ -105,6 +121,42 @@ def test_clients_of_a_lost_worker_go_to_the_least_loaded_of_those_that_are_left(
     places = {"a": "worker1", "b": "worker2", "c": "worker1", "d": "worker1", "e": "worker3"}
     left = {"worker2": "beta", "worker3": "alpha"}
     assert place_again(["a", "c", "d"], {}, left, places) == {"a": "worker2", "c": "worker3", "d": "worker2"}
+
+
+def test_clients_of_an_address_wait_for_it_and_others_do_not_go_there() -> None:
+    endpoints = {"a": "http://site:80", "b": "site:80", "c": "host:alpha"}
+    machines = {"worker1": "alpha", "site:80": "beta"}
+    places = place_clients(list("abcde"), endpoints, machines)
+    assert places == {"a": "site:80", "b": "site:80", "c": "worker1", "d": "worker1", "e": "worker1"}
+    assert place_again(list("ab"), endpoints, {"worker1": "alpha"}, places) == {}
+    assert place_again(["d"], endpoints, machines, places) == {"d": "worker1"}
+    assert place_clients(list("ad"), {"a": "site:80"}, {"site:80": "beta"}) == {"a": "site:80", "d": "site:80"}
+
+
+@given(num_clients=st.integers(0, 40), num_workers=st.integers(1, 6), draw=st.data())
+def test_whoever_comes_gets_a_share_and_no_client_moves_that_need_not(
+    num_clients: int, num_workers: int, draw: st.DataObject
+) -> None:
+    clients = [f"client_{number}" for number in range(num_clients)]
+    workers = [f"worker{number}" for number in range(num_workers)]
+    before = {client: draw.draw(st.sampled_from([*workers, "gone"])) for client in clients}
+    moved = even_out(clients, {}, workers, before, is_cheap=lambda client: client.endswith("7"))
+    after = before | moved
+    counts = {worker: list(after.values()).count(worker) for worker in workers}
+    assert sum(counts.values()) == num_clients
+    assert max(counts.values()) - min(counts.values()) <= 1
+    held = Counter(before.values())
+    excess = sum(max(0, held[worker] - counts[worker]) for worker in workers) + held["gone"]
+    assert len(moved) == excess
+    assert all(before[client] != label for client, label in moved.items())
+
+
+def test_clients_without_a_learner_move_first_and_named_ones_stay() -> None:
+    before = dict.fromkeys("abcdef", "worker1")
+    moved = even_out(
+        list("abcdef"), {"f": "worker1"}, ["worker1", "worker2"], before, is_cheap=lambda one: one in "ac"
+    )
+    assert moved == {"a": "worker2", "c": "worker2"}
 
 
 def test_a_client_that_a_worker_was_named_for_goes_elsewhere_and_one_of_a_machine_stays_there() -> None:

@@ -166,6 +166,7 @@ async def test_a_world_of_survivors_is_formed_in_no_time_and_runs_nothing_twice(
     assert min(world.seconds for world in seen.formed) < 0.3
 
 
+@pytest.mark.slow
 async def test_two_workers_lost_at_once_are_both_replaced(
     proxy: tfr.LearnerProxy, steps: Steps, seen: Losses, on_1: Iterator[str], on_2: Iterator[str]
 ) -> None:
@@ -178,6 +179,7 @@ async def test_two_workers_lost_at_once_are_both_replaced(
     assert sorted(seen.workers) == ["worker1", "worker2"]
 
 
+@pytest.mark.slow
 async def test_a_worker_may_be_lost_while_another_is_replaced(
     proxy: tfr.LearnerProxy, steps: Steps, seen: Losses, on_1: Iterator[str], on_2: Iterator[str]
 ) -> None:
@@ -217,6 +219,7 @@ async def test_a_worker_may_be_lost_while_all_leave_their_world(
     assert seen.workers == ["worker2"]
 
 
+@pytest.mark.slow
 async def test_a_replacement_may_be_lost_as_it_starts(
     proxy: tfr.LearnerProxy, steps: Steps, seen: Losses, on_1: Iterator[str], on_2: Iterator[str]
 ) -> None:

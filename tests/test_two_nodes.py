@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nodes import NEEDS_NAMESPACES, nodes
 from torchrun import environment, run_script, write_script
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"),
-]
+pytestmark = NEEDS_NAMESPACES
+__all__ = ["nodes"]  # a fixture
 
 SCRIPT = """
 import socket
@@ -40,33 +36,6 @@ async def main():
 if __name__ == "__main__":
     tfr.run(main)
 """
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-@pytest.fixture
-def nodes() -> Iterator[dict[str, str]]:
-    """Two network namespaces: name -> address."""
-    tag = f"tfr{os.getpid() % 100_000}"
-    names = [f"{tag}a", f"{tag}b"]
-    addresses = ["10.99.0.1", "10.99.0.2"]
-    try:
-        try:
-            for name in names:
-                _run("ip", "netns", "add", name)
-            _run(*f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}".split())
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-        for name, address in zip(names, addresses, strict=True):
-            _run(*f"ip -n {name} addr add {address}/24 dev {name}".split())
-            _run(*f"ip -n {name} link set {name} up".split())
-            _run(*f"ip -n {name} link set lo up".split())
-        yield dict(zip(names, addresses, strict=True))
-    finally:
-        for name in names:  # their cable goes with them
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 def _launch(nodes: dict[str, str], script: Path, *, hostnames: bool, launcher: list[str]) -> tuple[list[int], str]:
@@ -111,7 +80,7 @@ C10D += ["--local-addr={address}", "--rdzv-id=one"]
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("launcher", "hostnames"),
-    [(STATIC, True), (C10D, False)],
+    [(STATIC, True), pytest.param(C10D, False, marks=pytest.mark.slow)],
     ids=["static, names of their own", "c10d, one name"],
 )
 def test_a_proxy_reaches_workers_on_both_machines_and_the_bits_are_those_of_local_mode(

@@ -32,6 +32,7 @@ from torchfedrpc.executors.local import LocalExecutor
 from torchfedrpc.executors.pseudo import PseudoExecutor
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.federation.base import Learner
+from torchfedrpc.federation.checkpoints import Checkpoints
 from torchfedrpc.federation.fedavg import FedAvgTrainer
 from torchfedrpc.federation.fedprox import FedProxTrainer
 from torchfedrpc.federation.learner import ClassificationLearner
@@ -42,10 +43,13 @@ from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.observe.events import (
     CallEnded,
     CallStarted,
+    CheckpointSaved,
     Event,
     ProgressReported,
     RoundEnded,
     RoundStarted,
+    WorkerJoined,
+    WorkerLeft,
     WorkerLost,
     WorldFormed,
 )
@@ -62,6 +66,8 @@ __all__ = [
     "CallStarted",
     "CallTimeoutError",
     "CapacityError",
+    "CheckpointSaved",
+    "Checkpoints",
     "ClassificationLearner",
     "ConfigError",
     "DistributedExecutor",
@@ -94,6 +100,8 @@ __all__ = [
     "TorchFedRpcError",
     "UnknownClientError",
     "UntrustedTypeError",
+    "WorkerJoined",
+    "WorkerLeft",
     "WorkerLost",
     "WorkerLostError",
     "WorldFormed",

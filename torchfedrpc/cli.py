@@ -23,11 +23,13 @@ ConfigStore.instance().store(group="runtime", name="schema", node=RuntimeConfig)
 def _task(config: DictConfig) -> float:
     """Run one job; sweepers optimise what it returns, the final test accuracy."""
     output_dir = Path(HydraConfig.get().runtime.output_dir)
-    OmegaConf.save(config, output_dir / "config.yaml", resolve=True)
     experiment = ExperimentConfig.of(plain(config))
-    accuracy = run_interruptible(
-        lambda: run_experiment(experiment, output_dir), notice=f"interrupted; outputs so far: {output_dir}"
-    )
+    with experiment.checkpoints(output_dir) as checkpoints:
+        OmegaConf.save(config, output_dir / "config.yaml", resolve=True)
+        accuracy = run_interruptible(
+            lambda: run_experiment(experiment, output_dir, checkpoints=checkpoints),
+            notice=f"interrupted; outputs so far: {output_dir}",
+        )
     print(f"outputs: {output_dir}", flush=True)
     return accuracy
 

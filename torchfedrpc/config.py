@@ -40,15 +40,17 @@ class RuntimeConfig:
         execution_mode: ``auto``, ``local``, ``pseudo``, ``distributed``, or a name registered with
             ``@tfr.executor``. ``auto`` takes distributed where a launcher's WORLD_SIZE is above 1 or
             ``client_endpoints`` are given, pseudo where ``use_multiprocessing`` or ``num_processes`` > 0,
-            else local.
+            distributed where ``join_at`` is given, else local.
         num_clients: how many clients a proxy makes (``client_1 .. client_N``) when it is given no ids. Without
             it, the keys of ``client_endpoints``, else one client for each of ``num_processes``.
         num_processes: worker processes of pseudo mode; ignored in the others. Default: one for each core, and
             no more than clients.
         use_multiprocessing: makes ``auto`` choose pseudo mode.
-        client_endpoints: client id -> ``worker1``, ``rank:2``, ``host:NAME`` (any worker on that machine) or
-            ``local`` (the driver's own process). Clients not named here are spread over all workers. Local mode has
-            no workers and takes no notice of it.
+        client_endpoints: client id -> ``worker1``, ``rank:2``, ``host:NAME`` (any worker on that machine),
+            ``local`` (the driver's own process), or the address of a worker that listens
+            (``torchfedrpc-worker --listen``): ``HOST:PORT`` or ``tcp://HOST:PORT``, and ``http://HOST:PORT`` too,
+            though no HTTP is spoken. Clients not named here are spread over the workers that no address names, or
+            over all where there are no others. Local mode has no workers and takes no notice of it.
         call_timeout_s: seconds a method may run, its time in queues not counted; None for no limit. In local
             mode it is not applied while a debugger is attached.
         heartbeat_timeout_s: seconds without a sign of life after which a frozen or unreachable worker counts as lost,
@@ -74,6 +76,14 @@ class RuntimeConfig:
         isolation: ``value`` copies arguments and results also in local mode, ``none`` passes references there.
         interface: network interface that workers of several machines use, such as ``wg0``. Default: loopback
             where all are on one machine, else the interface that routes to the driver.
+        token_file: file with the shared token of the driver and the workers that listen or join, which nobody else
+            may read. Default: the one that the environment variable TORCHFEDRPC_TOKEN_FILE names.
+        join_at: ``HOST:PORT`` where the driver takes workers in that join a running job
+            (``torchfedrpc-worker --join HOST:PORT``); port 0 lets the system choose, ``proxy.join_address`` tells.
+            Default: nobody can join.
+        rejoin_timeout_s: seconds that calls wait for a worker where theirs is lost and no other may take its clients:
+            for one that listens to be started again, or for one to join. Then they raise WorkerLostError, until one
+            is there. The default is enough to start a process on a busy machine.
         deterministic: use torch's deterministic algorithms in every process that runs learners (CUDA).
         torch_threads: intra-op threads of each process; 1 gives the same bits on every machine size.
         max_concurrent_calls: sync methods that run at once in one process.
@@ -102,6 +112,9 @@ class RuntimeConfig:
     max_inflight_bytes: int = 512 * _MIB
     isolation: str = "value"
     interface: str | None = None
+    token_file: str | None = None
+    join_at: str | None = None
+    rejoin_timeout_s: float = 30.0
     deterministic: bool = False
     torch_threads: int = 1
     max_concurrent_calls: int = 1
@@ -127,6 +140,10 @@ class RuntimeConfig:
         if self.call_timeout_s is not None and not 0 < self.call_timeout_s < math.inf:
             raise ConfigError(
                 f"runtime.call_timeout_s must be above 0 seconds (None for no limit), but it is {self.call_timeout_s}"
+            )
+        if not 0 < self.rejoin_timeout_s < math.inf:
+            raise ConfigError(
+                f"runtime.rejoin_timeout_s must be above 0 seconds and finite, but it is {self.rejoin_timeout_s}"
             )
         if not 1 <= self.heartbeat_timeout_s < math.inf:
             raise ConfigError(

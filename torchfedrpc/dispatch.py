@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torchfedrpc.errors import (
     suggest,
 )
 from torchfedrpc.executors.base import Invocation
+from torchfedrpc.executors.cut import Cut
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import call_on
@@ -47,6 +48,7 @@ class Dispatcher:
         self._known = frozenset(client_ids)
         self._router = router
         self._call_ids = itertools.count(1)
+        self.called: set[str] = set()  # clients whose learners may have changed since somebody cleared this
         self.open_streams: dict[int, str] = {}  # call id of each stream that is being read -> its client
         self._num_calls = self._num_failed = self._num_pending = 0
 
@@ -125,8 +127,22 @@ class Dispatcher:
 
     async def restore(self, options: CallOptions, client_id: str, data: bytes) -> None:
         """Make a client's learner anew, with the state of a snapshot."""
+        self.called.add(client_id)
         restore = self._router.get_executor(client_id).restore(client_id, data)
         await self._apart(options, client_id, "restore", restore)
+
+    def cut(self, client_ids: Iterable[str]) -> Cut:
+        """The states of these clients' learners as of now, one by one, while calls go on.
+
+        Raises:
+            LearnerBusyError: a stream is open, so that a learner is in the middle of something.
+        """
+        if self.open_streams:
+            client_id = next(iter(self.open_streams.values()))
+            raise LearnerBusyError(
+                f"a stream of {client_id} is open: close it before the state of its learner is taken"
+            )
+        return self._router.cut(client_ids)
 
     async def _apart(self, options: CallOptions, client_id: str, what: str, answer: Coroutine[Any, Any, T]) -> T:
         """Await what is no call of a method, under the options' deadline."""
@@ -179,6 +195,7 @@ class Dispatcher:
         self.events.publish(CallStarted(invocation.call_id, client_id, method))
         began, failure = time.perf_counter(), None
         self._num_calls += 1
+        self.called.add(client_id)
         self._num_pending += 1
         try:
             async with asyncio.timeout(options.timeout_s) as deadline:

@@ -18,6 +18,7 @@ from torchfedrpc.host.deadlines import debugger_attached
 T = TypeVar("T")
 
 _BLOCKED_S = 0.5  # a main thread that does not come back to its event loop for so long is interrupted where it stands
+_FINISH_S = 1.5  # what is nearly done, such as a round, may end within so long
 _LIMIT_S = 3.0  # the process ends so long after the signal, unless the run has; the interpreter takes a while as well
 _THREADS_S = 0.5
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -26,9 +27,9 @@ _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.S
 def run_interruptible(main: Callable[[], Coroutine[Any, Any, T]], *, notice: str = "") -> T:
     """`asyncio.run` for a run that Ctrl-C and SIGTERM end in order, and within 5 seconds.
 
-    The first signal cancels the main coroutine, which is its chance to clean up; a second one of the same kind ends
-    the process at once. In other threads than the main one, and for a signal that has a handler already, nothing is
-    changed.
+    The first signal cancels the main coroutine, which is its chance to clean up, at once or when what asked for time
+    (`Finishing`) has had it; a second one of the same kind ends the process at once. In other threads than the main
+    one, and for a signal that has a handler already, nothing is changed.
 
     Args:
         main: makes the main coroutine.
@@ -61,6 +62,7 @@ class _Interrupts:
         self._task: asyncio.Task[Any] | None = None
         self._loop_turns = self._forcing = False
         self._over = threading.Event()
+        self.finishing: set[Finishing] = set()
 
     async def follow(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run the main coroutine in the task that a signal cancels."""
@@ -127,12 +129,23 @@ class _Interrupts:
             return
         if self._task is None:
             raise self._exception()
-        if not self._task.done():
+        if self._task.done():
+            return
+        for one in self.finishing:
+            one.is_requested = True
+        if not self.finishing:
             self._task.cancel()
-            self._task.get_loop().call_soon_threadsafe(self._turned)  # also wakes a loop that waits
+        self._task.get_loop().call_soon_threadsafe(self._turned)  # also wakes a loop that waits
 
     def _turned(self) -> None:
         self._loop_turns = True
+        if self.finishing:
+            asyncio.get_running_loop().call_later(_FINISH_S, self.cancel)
+
+    def cancel(self) -> None:
+        """Cancel the main coroutine, if it runs."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
 
     def _watch(self, signals: int) -> None:
         """On a thread of its own, which hears of signals also while the main thread is in a long call of C."""
@@ -144,12 +157,13 @@ class _Interrupts:
 
     def _enforce(self, number: int) -> None:
         """Interrupt a main thread that blocks, then end the process."""
-        if self._over.wait(_BLOCKED_S):
+        blocked_s = _FINISH_S if self.finishing else _BLOCKED_S
+        if self._over.wait(blocked_s):
             return
         if self._came and not self._loop_turns and not debugger_attached():
             self._forcing = True
             signal.pthread_kill(self._main_thread, number)  # wakes it from a system call
-        if not self._over.wait(_LIMIT_S - _BLOCKED_S) and not debugger_attached():
+        if not self._over.wait(_LIMIT_S - blocked_s) and not debugger_attached():
             self._leave(number)
 
     def _leave(self, number: int) -> None:
@@ -166,6 +180,30 @@ class _Interrupts:
 
 
 _current: _Interrupts | None = None
+
+
+class Finishing:
+    """Asks for a little time when a signal comes: for the end of a round, and a checkpoint of it.
+
+    From `__init__` to `close` the first signal does not cancel the run at once but sets ``is_requested``, and cancels
+    it after 1.5 s, or as soon as `done` says so. Where no run can be interrupted it is never requested.
+    """
+
+    def __init__(self) -> None:
+        self.is_requested = False
+        self._interrupts = _current
+        if _current is not None:
+            _current.finishing.add(self)
+
+    def done(self) -> None:
+        """Cancel the run now, after a signal."""
+        if self._interrupts is not None and self.is_requested:
+            self._interrupts.cancel()
+
+    def close(self) -> None:
+        """Ask for no time any more."""
+        if self._interrupts is not None:
+            self._interrupts.finishing.discard(self)
 
 
 @functools.cache

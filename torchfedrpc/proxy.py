@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import operator
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
@@ -13,6 +14,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.dispatch import Dispatcher, LearnerStream
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import ExecutorSpec
+from torchfedrpc.executors.cut import Cut
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.group import LearnerGroup
 from torchfedrpc.host.methods import public_methods
@@ -21,6 +23,9 @@ from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.launcher import check_is_driver
 from torchfedrpc.observe.events import Event, EventBus, Subscriber
 from torchfedrpc.options import CALL_OPTIONS, CallOptions
+from torchfedrpc.wire.fingerprint import fingerprint
+
+_SETTINGS_OF_BITS = ("deterministic", "max_concurrent_calls", "torch_threads")
 
 
 class LearnerHandle:
@@ -107,6 +112,7 @@ class LearnerProxy:
         self._spec = ExecutorSpec(spec, kwargs_by_client, self._events.publish)
         self._options = CallOptions()
         self._exit = AsyncExitStack()
+        self._before_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     async def __aenter__(self) -> LearnerProxy:
         check_is_driver()
@@ -130,8 +136,13 @@ class LearnerProxy:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        self._dispatcher.is_open = False
+        self._exit.callback(self._take_no_calls)
+        while self._before_close:
+            self._exit.push_async_callback(self._before_close.pop(0))
         await _to_its_end(self._exit.aclose())
+
+    def _take_no_calls(self) -> None:
+        self._dispatcher.is_open = False
 
     def _closed(self) -> None:
         LearnerProxy._open_in_process = None
@@ -145,6 +156,11 @@ class LearnerProxy:
     def mode(self) -> str:
         """Where learners run: ``local``, ``pseudo``, ``distributed``, or a mode of the user's own."""
         return self._router.mode
+
+    @property
+    def join_address(self) -> str | None:
+        """Where workers can join this run, ``HOST:PORT``; None where ``runtime.join_at`` is not set."""
+        return self._router.join_address
 
     def options(self, **changes: Any) -> LearnerProxy:
         """A view of this proxy with other options: ``timeout_s``, ``retries``; for groups ``on_error`` and more.
@@ -257,6 +273,43 @@ class LearnerProxy:
         for outcome in await asyncio.gather(*restoring, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
+
+    @property
+    def trusted_modules(self) -> frozenset[str]:
+        """The packages whose classes may travel."""
+        return self._spec.learner.allow_list().trusted
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must have in common for the state of one's learners to be of use to the other's."""
+        ids, arguments = hashlib.sha256(), hashlib.sha256()
+        for client_id, kwargs in self._spec.clients.items():
+            ids.update(f"{client_id!r},".encode())
+            arguments.update(fingerprint(kwargs))
+        learner = self._spec.learner
+        return {
+            "learner": learner.name,
+            "seed": learner.seed,
+            "clients": f"{len(self._spec.clients)} ({ids.hexdigest()[:16]})",
+            "constructor_arguments": arguments.hexdigest()[:16],
+            **{name: getattr(learner.runtime, name) for name in _SETTINGS_OF_BITS},
+        }
+
+    def changed(self) -> set[str]:
+        """The clients that were called or restored since this was asked last: no other learner has changed."""
+        changed, self._dispatcher.called = self._dispatcher.called, set()
+        return changed
+
+    def cut(self, client_ids: Iterable[str]) -> Cut:
+        """The states of learners as of now, all at one moment, which `Checkpoints` saves while calls go on.
+
+        Raises:
+            LearnerBusyError: a stream is open.
+        """
+        return self._dispatcher.cut(client_ids)
+
+    def before_close(self, callback: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Await ``callback()`` as the proxy closes, while learners can still be called."""
+        self._before_close.append(callback)
 
     def subscribe(self, callback: Subscriber) -> Callable[[], None]:
         """Call ``callback(event)`` on the event loop for each event of the run; returns what ends that."""

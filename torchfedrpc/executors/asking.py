@@ -59,10 +59,18 @@ class AskingExecutor(CallExecutor):
     def _new_record(self, client_id: str) -> Record:
         """The record of a client that was not called before."""
 
+    @abstractmethod
+    def _unreachable(self, record: Record) -> str | None:
+        """Why a learner's worker cannot be called now, nor soon; None where it can, or is waited for."""
+
+    @abstractmethod
+    def _went_on(self, record: Record) -> None:
+        """A call of a learner was answered, or a snapshot of it stored."""
+
     def _submit(self, call: Call, reply: Reply) -> None:
         record = self._record(call.client_id)
-        if record.given_up is not None:
-            reply(self._lost(call, record.given_up))
+        if (reason := record.given_up or self._unreachable(record)) is not None:
+            reply(self._lost(call, reason))
             return
         self._ledger.ask(record, call, reply)
         self._push(record)
@@ -71,7 +79,7 @@ class AskingExecutor(CallExecutor):
         record = self._record(call.client_id)
         asked = record.asked.get(call.call_id)
         if asked is None:
-            reply(self._lost(call, record.given_up or "it was given up"))
+            reply(self._lost(call, record.given_up or self._unreachable(record) or "it was given up"))
             return
         asked.reply, asked.is_waiting = reply, True
         self._ask_further(record, asked)
@@ -109,13 +117,13 @@ class AskingExecutor(CallExecutor):
         if record.client_id not in member.learners:
             if not self._plan_rebuild(record):
                 return
-            host.register(record.client_id, record.constructor)
+            host.register(record.client_id, record.constructor, anew=True)
             member.learners.add(record.client_id)
         elif record.client_id not in host:
             # The request that registered it may have got lost with an earlier world.
             host.register(record.client_id, None if record.is_registered else record.constructor)
         for asked in list(record.asked.values()):
-            if asked.asked_through is not host:
+            if asked.asked_through is not host and not record.holds_back(asked):
                 self._ask(host, record, asked)
 
     def _ask_further(self, record: Record, asked: Asked) -> None:
@@ -175,6 +183,7 @@ class AskingExecutor(CallExecutor):
             self._request_snapshot(record)
         for largest in self._ledger.largest_journals():
             self._request_snapshot(largest)
+        self._went_on(record)
 
     def _item_arrived(self, host: RemoteHost, record: Record, asked: Asked, outcome: Outcome) -> None:
         asked.num_items_here += 1
@@ -214,6 +223,7 @@ class AskingExecutor(CallExecutor):
         record.awaits_snapshot = True
         call = Call(self._own_call_id(), record.client_id, "snapshot", pack(None), kind="snapshot")
         asked = self._ledger.ask(record, call, None, is_own=True)
+        self._ledger.put_behind(record, [one for one in record.asked.values() if record.holds_back(one)])
         asked.reply = lambda outcome: self._keep(record, asked.number, partial(self._result, outcome, call))
         self._push(record)
 
@@ -228,13 +238,19 @@ class AskingExecutor(CallExecutor):
             await asyncio.to_thread(self._ledger.store, record, number, read().numpy().data)
             self._ledger.took(record, number)
         except Exception as error:
-            self._cannot_capture(record, error)
+            record.awaits_snapshot = False
+            self._cannot_move(record, error) if record.moving_to is not None else self._cannot_capture(record, error)
         record.awaits_snapshot = False
         if self._ledger.needs_snapshot(record):  # again, for what has happened since it was asked for
             self._request_snapshot(record)
         held, record.held = record.held, []
         for answer in held:
             self._arrived(answer[0], record, *answer[1:])
+        self._went_on(record)
+
+    @abstractmethod
+    def _cannot_move(self, record: Record, error: Exception) -> None:
+        """The state of a learner that is to move cannot be captured."""
 
     def _cannot_capture(self, record: Record, error: Exception) -> None:
         record.unrecoverable = str(error)
@@ -262,6 +278,7 @@ class AskingExecutor(CallExecutor):
 
     def _give_up(self, record: Record, reason: str) -> None:
         record.given_up = reason
+        record.moving_to = None
         record.held = []
         self._ledger.drop_journal(record)
         asked, record.asked = record.asked, {}

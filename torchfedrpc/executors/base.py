@@ -16,6 +16,7 @@ from torchfedrpc import errors
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
 from torchfedrpc.executors.admission import Admission, estimate
+from torchfedrpc.executors.cut import Cut
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import answer, call_on
 from torchfedrpc.host.call import Call, CallKind, Outcome
@@ -161,9 +162,17 @@ class AbstractExecutor(ABC):
         """
         raise ConfigError(f"{type(self).__name__} has no snapshots: override its snapshot() and restore()")
 
+    def follow(self, cut: Cut) -> None:  # noqa: B027
+        """Let calls that are submitted from now on come behind this cut; it takes the place of any before."""
+
     def worker_of(self, client_id: str) -> str:
         """The name of the process that has this client's learner, for messages."""
         return type(self).__name__
+
+    @property
+    def join_address(self) -> str | None:
+        """Where workers can join a run, ``HOST:PORT``; None where they cannot."""
+        return None
 
     def workers(self) -> list[str]:
         """The names of the processes that run learners, as messages have them; none where the mode has no names."""
@@ -192,6 +201,7 @@ class CallExecutor(AbstractExecutor):
         super().__init__(config)
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no proxy numbered
         self._admission = Admission(self.config.max_inflight_bytes)
+        self._cut: Cut | None = None
 
     async def open(self, spec: ExecutorSpec) -> None:
         """Remember what the run is; subclasses reach their hosts here."""
@@ -212,6 +222,7 @@ class CallExecutor(AbstractExecutor):
         await self._admission.admit(num_bytes)
         try:
             call = self._call(invocation)
+            await self._passed(call.client_id)
             for remaining in range(invocation.retries, -1, -1):
                 outcome = await self._answered(call)
                 if not (remaining and _may_go_better(outcome)):
@@ -236,6 +247,7 @@ class CallExecutor(AbstractExecutor):
         try:
             value = self._take_value((torch.frombuffer(bytearray(data), dtype=torch.uint8), constructor))
             call = Call(self._own_call_id(), client_id, "restore", value, kind="restore")
+            await self._passed(client_id)
             outcome = await self._answered(call)
             self._result(outcome, call)
         finally:
@@ -249,7 +261,12 @@ class CallExecutor(AbstractExecutor):
             advance=self._advance,
             cancel=self._cancel,
             result=self._result,
+            passed=self._passed,
         )
+
+    def follow(self, cut: Cut) -> None:
+        """Let calls that are submitted from now on come behind this cut."""
+        self._cut = cut
 
     @abstractmethod
     def _submit(self, call: Call, reply: Reply) -> None:
@@ -262,6 +279,10 @@ class CallExecutor(AbstractExecutor):
     @abstractmethod
     def _cancel(self, call: Call) -> None:
         """Tell the host that nobody waits for this call any more."""
+
+    async def _passed(self, client_id: str) -> None:
+        if self._cut is not None:
+            await self._cut.passed(client_id)
 
     def _take_value(self, obj: Any) -> Packed:
         return pack(obj)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torchfedrpc.config import RuntimeConfig
@@ -86,6 +86,8 @@ class Record:
         awaits_snapshot: whether one is on its way.
         held: answers that wait for the snapshot of a cut-off before them, each with the worker that gave it.
         is_registered: whether its worker has answered a call of it, and so has room for it.
+        changed_number: place of the last call that may have changed it, among those that are answered.
+        moving_to: the worker that is to have it once the calls that its present one has are answered.
     """
 
     client_id: str
@@ -102,6 +104,12 @@ class Record:
     awaits_snapshot: bool = False
     held: list[tuple[RemoteHost, Asked, Outcome]] = field(default_factory=list)
     is_registered: bool = False
+    changed_number: int = 0
+    moving_to: str | None = None
+
+    def holds_back(self, asked: Asked) -> bool:
+        """Whether a call waits for the worker that is to have the learner."""
+        return self.moving_to is not None and asked.asked_through is None and not asked.is_own
 
 
 class Ledger:
@@ -138,6 +146,12 @@ class Ledger:
         record.asked[call.call_id] = asked = Asked(call, next(self._numbers), reply, is_own)
         return asked
 
+    def put_behind(self, record: Record, waiting: Iterable[Asked]) -> None:
+        """Note calls that no worker has yet behind what was asked since they came: it does not contain them."""
+        for asked in waiting:
+            asked.number = next(self._numbers)
+            record.asked[asked.call.call_id] = record.asked.pop(asked.call.call_id)
+
     def settle(self, record: Record, asked: Asked, outcome: Outcome) -> None:
         """Note the end of a call."""
         del record.asked[asked.call.call_id]
@@ -149,6 +163,8 @@ class Ledger:
             record.unrecoverable = None
         is_contained = asked.number < record.snapshot_number
         changes_nothing = kind == "snapshot" or (kind == "restore" and outcome.kind != "value") or outcome.never_ran
+        if not changes_nothing:
+            record.changed_number = max(record.changed_number, asked.number)
         if changes_nothing or is_contained or not self._keeps_journal or record.unrecoverable:
             return
         is_cut_off = outcome.cut_off or asked.was_waiting
@@ -170,6 +186,11 @@ class Ledger:
         if not self._keeps_journal or record.awaits_snapshot or record.unrecoverable or record.given_up:
             return False
         return record.cut_off_number > record.snapshot_number or len(record.journal) > self._max_calls
+
+    def has_all(self, record: Record) -> bool:
+        """Whether snapshot and journal together have all that the learner has done."""
+        is_kept = self._keeps_journal and record.unrecoverable is None
+        return is_kept and record.cut_off_number <= record.snapshot_number
 
     def holds(self, record: Record, asked: Asked) -> bool:
         """Whether a call's answer is not told yet: its effects build on a cut-off's, which would be lost today."""

@@ -1,28 +1,38 @@
-"""What pseudo and distributed mode have in common: learners on worker ranks, and where they go when one is lost."""
+"""What pseudo and distributed mode have in common: learners on workers, and where they go as those come and go."""
 
 from __future__ import annotations
 
 import asyncio
-from abc import abstractmethod
+import itertools
+import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import WorkerLostError
-from torchfedrpc.executors.asking import AskingExecutor
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.ledger import Record
-from torchfedrpc.executors.placement import place_again, place_clients
+from torchfedrpc.executors.moving import MovingExecutor
+from torchfedrpc.executors.placement import addresses, even_out, place_again, place_clients
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.faults import Fault
-from torchfedrpc.observe.events import WorkerLost, WorldFormed
+from torchfedrpc.observe.events import WorkerJoined, WorkerLeft, WorkerLost, WorldFormed
+from torchfedrpc.rpc.backend import torch_rpc
+from torchfedrpc.rpc.dialled import DialledSource
+from torchfedrpc.rpc.joined import JoinedSource
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.pulse import Loss
+from torchfedrpc.rpc.remote_host import RemoteHost
+from torchfedrpc.rpc.source import Source
+from torchfedrpc.rpc.token import load_token
 from torchfedrpc.rpc.worker_group import WorkerGroup
 
+logger = logging.getLogger(__name__)
 
-class RemoteExecutor(AskingExecutor):
-    """Places clients on workers, in a world of torch RPC, and places them again when a worker is lost.
+
+class RemoteExecutor(MovingExecutor):
+    """Places clients on workers, in a world of torch RPC, and places them again as workers come and go.
 
     Args:
         config: the run's configuration.
@@ -30,8 +40,16 @@ class RemoteExecutor(AskingExecutor):
 
     def __init__(self, config: RuntimeConfig | None = None) -> None:
         super().__init__(config)
+        self._sources: list[Source] = []
+        self._joined: JoinedSource | None = None
+        self._is_open = False
+        self._source_of: dict[str, Source] = {}  # label of each worker there ever was -> where it came from
+        self._in_world: set[str] = set()  # workers that could be called last
         self._places: dict[str, str] = {}  # client id -> label of its worker
         self._machines: dict[str, str] = {}  # label of each worker -> its machine
+        self._leaving: set[str] = set()  # workers that get no more calls
+        self._waited_for: dict[str, asyncio.TimerHandle] = {}  # label of a worker that may come again -> until when
+        self._missed: dict[str, str] = {}  # label of one that has not come in time -> what callers are told
         self._restoring: asyncio.Task[None] | None = None
         self._num_lost = 0
         self._gone: dict[str, str] = {}  # label of a worker that was lost for good -> what its clients are told
@@ -40,25 +58,44 @@ class RemoteExecutor(AskingExecutor):
     async def open(self, spec: ExecutorSpec) -> None:
         """Gather the workers, form a world with them and place the clients."""
         await super().open(spec)
-        members = await self._gather(spec)
-        self._machines = {member.label: member.machine for member in members}
+        torch_rpc()  # refuse before any process is started
+        self._sources = self._make_sources(spec)
+        members = await self._gather()
         self._places = place_clients(list(spec.clients), self.config.client_endpoints, self._machines)
-        self._group = self._make_group(members, spec)
+        self._group = WorkerGroup(members, spec.learner, self, self._reporter())
         await self._group.open()
+        self._is_open = True
+        self._in_world = set(self._group.members)
+        for source in self._sources:
+            source.start(partial(self._admit, source))
 
     async def close(self) -> None:
-        """End the world."""
+        """End the world, and let the workers go."""
+        if not self._is_open:
+            for source in self._sources:
+                source.abandon()
+        self._is_open = False
+        for timer in self._waited_for.values():
+            timer.cancel()
         if self._restoring is not None:
             self._restoring.cancel()
-        await super().close()
+        try:
+            await super().close()
+        finally:
+            await asyncio.gather(*(source.close() for source in self._sources))
 
     def worker_of(self, client_id: str) -> str:
-        """``worker1`` and so on."""
+        """``worker1`` and so on, or the address of a worker that listens."""
         return self._places[client_id]
 
     def workers(self) -> list[str]:
-        """``worker1`` and so on."""
+        """``worker1`` and so on, and the addresses of those that listen."""
         return list(self._machines)
+
+    @property
+    def join_address(self) -> str | None:
+        """Where workers can join, as ``HOST:PORT``."""
+        return self._joined.address if self._joined is not None else None
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         """Let faults strike workers at calls to come."""
@@ -67,22 +104,44 @@ class RemoteExecutor(AskingExecutor):
     def stats(self) -> dict[str, Any]:
         """Bytes sent and received, and for each worker how many learners it has; how many workers were lost."""
         group = self._group
-        traffic = group.traffic.values() if group is not None else []
+        traffic = list(group.traffic.values()) if group is not None else []
         members = group.members.values() if group is not None else []
         return {
             "bytes_sent": sum(one.num_sent_bytes for one in traffic),
             "bytes_received": sum(one.num_received_bytes for one in traffic),
+            "snapshot_bytes": sum(one.num_snapshot_bytes for one in traffic),
             "journal_bytes": self._ledger.num_journal_bytes,
             "workers_lost": self._num_lost,
             "workers": {member.label: {"learners": len(member.learners)} for member in members},
         }
 
-    @abstractmethod
-    async def _gather(self, spec: ExecutorSpec) -> Sequence[Member]:
-        """The workers, by rank."""
+    async def _gather(self) -> list[Member]:
+        """The workers of all sources, by rank."""
+        is_only = len(self._sources) == 1
+        gathering = [asyncio.ensure_future(source.gather(is_only=is_only)) for source in self._sources]
+        try:
+            gathered = await asyncio.gather(*gathering)
+        finally:
+            for task in gathering:
+                task.cancel()
+            await asyncio.gather(*gathering, return_exceptions=True)
+        for source, members in zip(self._sources, gathered, strict=True):
+            for member in members:
+                self._name(source, member)
+        return [member for members in gathered for member in members]
 
-    def _make_group(self, members: Sequence[Member], spec: ExecutorSpec) -> WorkerGroup:
-        return WorkerGroup(members, spec.learner, self, self._reporter())
+    def _make_sources(self, spec: ExecutorSpec) -> list[Source]:
+        """Where workers come from; a mode may have others besides."""
+        sources: list[Source] = []
+        listening = addresses(self.config.client_endpoints)
+        if listening or self.config.join_at is not None:
+            token = load_token(self.config.token_file)
+            if listening:
+                sources.append(DialledSource(listening, token))
+            if self.config.join_at is not None:
+                self._joined = JoinedSource(self.config.join_at, token)
+                sources.append(self._joined)
+        return sources
 
     def _new_record(self, client_id: str) -> Record:
         constructor = self._spec.constructor_arguments(client_id)
@@ -90,22 +149,100 @@ class RemoteExecutor(AskingExecutor):
         record.given_up = self._gone.get(record.label) or self._failed
         return record
 
-    # What the group tells.
+    def _host(self, record: Record) -> RemoteHost | None:
+        return None if record.label in self._leaving and record.moving_to is None else super()._host(record)
+
+    def _unreachable(self, record: Record) -> str | None:
+        return self._missed.get(record.label)
+
+    # Workers come and go.
+
+    def _name(self, source: Source, member: Member) -> None:
+        if not member.label:
+            numbers = (f"worker{number}" for number in itertools.count(1))
+            member.label = next(label for label in numbers if label not in self._source_of)
+        self._source_of[member.label] = source
+        self._machines[member.label] = member.machine
+
+    def _admit(self, source: Source, member: Member) -> None:
+        if self._is_open:
+            self._name(source, member)
+            self._opened().admit(member)
+
+    @property
+    def expects_workers(self) -> bool:
+        """Whether others may come where none is left."""
+        return any(source.expects_workers for source in self._sources)
+
+    def worker_leaving(self, member: Member) -> None:
+        """A worker asks to be released: its learners move to others, or wait until it comes again."""
+        logger.info("%s leaves: its learners are moved", member.label)
+        self._leaving.add(member.label)
+        clients = self._clients_of(member.label)
+        targets = place_again(clients, self.config.client_endpoints, self._present(), self._places)
+        for client_id in clients:
+            self._relocate(client_id, targets.get(client_id, member.label))
+        self._release_if_idle(member.label)
 
     def worker_lost(self, member: Member, loss: Loss) -> None:
         """A worker is gone: whose calls it ran, and where its learners go."""
         self._num_lost += 1
+        self._in_world.discard(member.label)
+        self._leaving.discard(member.label)
         self._spec.publish(WorkerLost(member.label, loss.reason))
-        clients = [client_id for client_id, label in self._places.items() if label == member.label]
-        records = [record for client_id in clients if (record := self._ledger.get(client_id)) is not None]
+        records = [record for record in self._ledger if record.label == member.label]
         running = loss.running if loss.running is not None else _first_sent(records)
         where = f"{member.label} was lost ({loss.reason})"
         if self.config.on_worker_lost == "fail":
             self._gone[member.label] = f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it"
         for record in records:
             self._suffer(record, member, where, frozenset(running))
-        if self.config.on_worker_lost == "recover" and not self._opened().replaces:
-            self._move(clients)
+        for record in records:
+            record.label = self._places[record.client_id]  # another, if it was moving there
+        if self.config.on_worker_lost == "recover":
+            self._do_without(member, where)
+
+    def _do_without(self, member: Member, where: str) -> bool:
+        """A worker is gone, and its learners with it: their clients wait for the next of its name, or have others.
+
+        Returns:
+            Whether one of its name is to come.
+        """
+        source, label = self._source_of[member.label], member.label
+        keeps_place = source.lost(member)
+        clients = self._clients_of(label)
+        if not keeps_place:
+            targets = place_again(clients, self.config.client_endpoints, self._present(), self._places)
+            for client_id, place in targets.items():
+                record = self._ledger.get(client_id)
+                if record is not None and record.label == label:  # its learner is gone as well
+                    self._places[client_id] = record.label = place
+                else:
+                    self._relocate(client_id, place)
+            clients = [client_id for client_id in clients if client_id not in targets]
+            if not self.expects_workers and self._present():
+                for client_id in clients:
+                    endpoint = self.config.client_endpoints[client_id]
+                    self._give_up(self._record(client_id), f"no worker is left where {endpoint!r} wants it")
+        is_sure = keeps_place and source.is_sure
+        if clients and self.expects_workers and not is_sure and label not in self._waited_for:
+            timeout_s = self.config.rejoin_timeout_s
+            self._waited_for[label] = asyncio.get_running_loop().call_later(timeout_s, self._miss, label, where)
+        return keeps_place
+
+    def _miss(self, label: str, where: str) -> None:
+        """Nobody has come in the place of a worker: whoever waits has waited long enough."""
+        del self._waited_for[label]
+        reason = (
+            f"{where}, and none has come in its place within {self.config.rejoin_timeout_s:g} s "
+            f"(runtime.rejoin_timeout_s): start one again; later calls are answered once it is there"
+        )
+        self._missed[label] = reason
+        for record in [record for record in self._ledger if record.label == label]:
+            asked, record.asked = record.asked, {}
+            for one in asked.values():
+                if one.reply is not None and not one.is_own:
+                    one.reply(self._lost(one.call, reason))
 
     def _suffer(self, record: Record, member: Member, where: str, running: frozenset[int]) -> None:
         """A learner's worker was lost: note it, or give the learner up."""
@@ -114,6 +251,7 @@ class RemoteExecutor(AskingExecutor):
         for asked in record.asked.values():
             asked.forget_worker()
         record.awaits_snapshot = record.is_registered = False
+        record.moving_to = None
         record.held = []
         if member.label in self._gone:
             self._give_up(record, self._gone[member.label])
@@ -127,33 +265,90 @@ class RemoteExecutor(AskingExecutor):
                 f"{self.config.max_recoveries} is how often it is rebuilt",
             )
 
-    def _move(self, clients: Sequence[str]) -> None:
-        """Place clients on the workers that are left."""
-        group = self._opened()
-        machines = {label: self._machines[label] for label in group.members}
-        moved = place_again(clients, self.config.client_endpoints, machines, self._places)
-        for client_id in clients:
-            record = self._ledger.get(client_id)
-            if client_id in moved:
-                self._places[client_id] = moved[client_id]
-                if record is not None:
-                    record.label = moved[client_id]
-            elif group.members:
-                endpoint = self.config.client_endpoints[client_id]
-                self._give_up(self._record(client_id), f"no worker is left where {endpoint!r} wants it")
+    def _present(self) -> dict[str, str]:
+        """The workers that clients can be placed on: label -> machine."""
+        members = self._opened().members
+        return {label: member.machine for label, member in members.items() if label not in self._leaving}
+
+    def _clients_of(self, label: str) -> list[str]:
+        return [client_id for client_id, place in self._places.items() if place == label]
+
+    def _relocate(self, client_id: str, label: str) -> None:
+        """Give a client another worker; its learner moves there between two calls."""
+        self._places[client_id] = label
+        record = self._ledger.get(client_id)
+        if record is None:
+            return
+        if record.given_up is not None:
+            record.label = label
+        elif record.label != label or label in self._leaving:
+            self._begin_move(record, label)
+        elif record.moving_to is not None:  # it stays after all
+            record.moving_to = None
+            self._push_again(record)
+
+    def _moved(self, record: Record, left: str) -> None:
+        self._release_if_idle(left)
+
+    def _stays(self, record: Record, reason: str) -> None:
+        if record.label in self._leaving:
+            self._give_up(record, f"{record.label} left, and its learner could not be moved: {reason}")
+            self._release_if_idle(record.label)
+        else:
+            self._places[record.client_id] = record.label
+
+    def _release_if_idle(self, label: str) -> None:
+        """Let a worker go that has asked for it, once no learner is left there."""
+        member = self._opened().members.get(label)
+        if member is None or label not in self._leaving:
+            return
+        records = (self._ledger.get(client_id) for client_id in member.learners)
+        if any(record is not None and record.given_up is None and record.label == label for record in records):
+            return
+        self._in_world.discard(label)
+        self._leaving.discard(label)
+        self._opened().release(label)
+        self._spec.publish(WorkerLeft(label))
+        if not self._do_without(member, f"{label} has left"):
+            del self._machines[label]
+        for record in self._ledger:
+            if record.asked and record.label != label:
+                self._push_again(record)  # what waited for a place
 
     def world_formed(self, generation: int, seconds: float) -> None:
         """The workers can be called again: ask for everything that was not answered."""
         self._spec.publish(WorldFormed(generation, seconds))
+        members = self._opened().members
+        newcomers, self._in_world = members.keys() - self._in_world, set(members)
+        for label in newcomers:
+            self._missed.pop(label, None)
+            if (timer := self._waited_for.pop(label, None)) is not None:
+                timer.cancel()
+            self._spec.publish(WorkerJoined(label))
+        if newcomers:
+            self._balance()
         waiting = [record for record in self._ledger if record.asked]
         waiting.sort(key=lambda record: min(asked.number for asked in record.asked.values()))
-        members = self._opened().members
         for record in waiting:
-            if record.client_id in members[record.label].learners or not record.snapshot_number:
+            member = members.get(record.label)
+            if member is not None and (record.client_id in member.learners or not record.snapshot_number):
                 self._push_again(record)
         if self._restoring is not None:
             self._restoring.cancel()
         self._restoring = asyncio.ensure_future(self._restore_in_turn(waiting))
+
+    def _balance(self) -> None:
+        """Give those who have come their share of the clients."""
+
+        def is_cheap(client_id: str) -> bool:
+            return self._ledger.get(client_id) is None
+
+        clients = [client_id for client_id in self._spec.clients if client_id in self._places]
+        moved = even_out(clients, self.config.client_endpoints, list(self._present()), self._places, is_cheap)
+        for client_id, label in moved.items():
+            self._relocate(client_id, label)
+        for label in [label for label in self._waited_for if not self._clients_of(label)]:
+            self._waited_for.pop(label).cancel()
 
     async def _restore_in_turn(self, records: Sequence[Record]) -> None:
         """Rebuild learners one after another: all of their snapshots at once may be more than memory holds."""

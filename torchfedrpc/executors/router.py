@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
-from torchfedrpc.executors.placement import LOCAL, Endpoint
+from torchfedrpc.executors.cut import Cut
+from torchfedrpc.executors.placement import HTTP, LOCAL, Endpoint
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.launcher import Launch
 from torchfedrpc.registry import executors
@@ -49,12 +50,24 @@ class ExecutorRouter:
         """Close all that were begun."""
         await self._begun.aclose()
 
+    def cut(self, client_ids: Iterable[str]) -> Cut:
+        """The states of learners as of now, one by one, while calls go on; one cut at a time."""
+        cut = Cut(client_ids, lambda client_id: self.get_executor(client_id).snapshot(client_id))
+        for executor in self._executors():
+            executor.follow(cut)
+        return cut
+
     def stats(self) -> dict[str, Any]:
         """The numbers of all executors together."""
-        names = ("bytes_sent", "bytes_received", "journal_bytes", "workers_lost")
+        names = ("bytes_sent", "bytes_received", "journal_bytes", "workers_lost", "snapshot_bytes")
         each = [executor.stats() for executor in self._executors()]
         workers = {label: own for numbers in each for label, own in numbers.get("workers", {}).items()}
         return {name: sum(numbers.get(name, 0) for numbers in each) for name in names} | {"workers": workers}
+
+    @property
+    def join_address(self) -> str | None:
+        """Where workers can join, ``HOST:PORT``; None where they cannot."""
+        return self._main.join_address
 
     def workers(self) -> list[str]:
         """The names of the processes that run learners."""
@@ -98,6 +111,8 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
             mode = "distributed"
         elif config.use_multiprocessing or config.num_processes:
             mode = "pseudo"
+        elif config.join_at is not None:
+            mode = "distributed"
         else:
             mode = "local"
     if mode == "pseudo" and config.num_processes == 0:
@@ -105,18 +120,27 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
             "runtime.num_processes is 0, and pseudo mode needs at least one worker process: set "
             "runtime.num_processes=1 or more, or runtime.execution_mode=local"
         )
+    if mode != "local" and any(text.startswith(HTTP) for text in config.client_endpoints.values()):
+        warnings.warn(
+            "client_endpoints has addresses with http://: they are dialled, and no HTTP is spoken; write HOST:PORT",
+            stacklevel=2,
+        )
     if mode != "distributed":
         return mode
-    remote = {client: endpoint for client, endpoint in endpoints.items() if endpoint.kind != "local"}
     if launch is not None:
         return mode
-    if remote:
-        client = next(iter(remote))
+    ranks = [client for client, endpoint in endpoints.items() if endpoint.kind == "rank"]
+    others = [client for client, endpoint in endpoints.items() if endpoint.kind == "host"]
+    comes_by_itself = config.join_at is not None or any(one.kind == "address" for one in endpoints.values())
+    if ranks or (others and not comes_by_itself):
+        client = (ranks or others)[0]
         raise ConfigError(
             f"client_endpoints puts {client} on {config.client_endpoints[client]!r}, a worker of a launch, and this "
-            f"process is in none: start it with torchrun --nproc-per-node={len(remote) + 1} script.py (one of the "
-            f"processes is the driver)"
+            f"process is in none: start it with torchrun --nproc-per-node={len(ranks + others) + 1} script.py (one "
+            f"of the processes is the driver), or name a worker that listens by its address, HOST:PORT"
         )
+    if comes_by_itself:
+        return mode
     if config.execution_mode == "auto":  # it was local endpoints alone that spoke for distributed mode
         return "local"
     warnings.warn(

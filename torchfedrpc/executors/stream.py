@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ class CallStream:
         advance: asks for the item of that number, from 1.
         cancel: closes the stream at its host.
         result: gives the item of an outcome, or raises what it holds.
+        passed: awaited before the call is sent.
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class CallStream:
         advance: Callable[[Call, int, Reply], None],
         cancel: Callable[[Call], None],
         result: Callable[[Outcome, Call], Any],
+        passed: Callable[[str], Awaitable[None]],
     ) -> None:
         self._call = call
         self._submit = submit
         self._advance = advance
         self._cancel = cancel
         self._result = result
+        self._passed = passed
         self._num_items = 0
         self._sent = self._ended = self._closed = False
 
@@ -48,8 +51,12 @@ class CallStream:
         """
         if self._ended or self._closed:
             raise StopAsyncIteration
-        self._sent = True
         try:
+            if not self._num_items:
+                await self._passed(self._call.client_id)
+                if self._closed:
+                    raise StopAsyncIteration
+            self._sent = True
             ask = (
                 partial(self._advance, self._call, self._num_items)
                 if self._num_items

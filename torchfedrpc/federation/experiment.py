@@ -17,6 +17,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.data.samples import Samples, TrainTest
 from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.federation.baseline import train_centrally
+from torchfedrpc.federation.checkpoints import SUBFOLDER, Checkpoints
 from torchfedrpc.federation.model import build_model, initial_weights
 from torchfedrpc.federation.recipe import build, locate
 from torchfedrpc.federation.training import Score, score
@@ -44,6 +45,8 @@ class ExperimentConfig:
         trainer: the class of the trainer as ``_target_``, and its settings. It is made as ``FedAvgTrainer``
             is, and its ``train`` returns the final weights.
         baseline: settings of `train_centrally`; None for no baseline.
+        checkpoint_every: rounds from one checkpoint to the next; None for none.
+        resume: ``never``, ``auto`` or an output folder, as `Checkpoints` has it.
     """
 
     seed: int
@@ -54,6 +57,8 @@ class ExperimentConfig:
     learner: Recipe
     trainer: Recipe
     baseline: Recipe | None = None
+    checkpoint_every: int | None = 1
+    resume: str = "never"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ExperimentConfig:
@@ -66,14 +71,30 @@ class ExperimentConfig:
         for key in values:
             if key not in known:
                 raise ConfigError(f"unknown key {key}{suggest(key, known)}")
-        missing = [key for key in known if key not in values and key != "baseline"]
+        missing = [item.name for item in dataclasses.fields(cls) if item.name not in values and _is_required(item)]
         if missing:
             raise ConfigError(f"the configuration lacks {', '.join(missing)}")
         return cls(**{**values, "runtime": RuntimeConfig.of(values["runtime"])})
 
+    def checkpoints(self, output_dir: Path) -> Checkpoints:
+        """The checkpoints of a run with these outputs; it goes on with equal seed, data, model, learner and trainer.
 
-async def run_experiment(config: ExperimentConfig, output_dir: Path, *, stream: TextIO | None = None) -> float:
-    """Run an experiment from beginning to end.
+        Raises:
+            ConfigError: ``checkpoint_every`` or ``resume`` cannot be met.
+        """
+        names = ("seed", "dataset", "partition", "model", "learner", "trainer")
+        config = {name: getattr(self, name) for name in names}
+        return Checkpoints(output_dir / SUBFOLDER, every=self.checkpoint_every, resume=self.resume, config=config)
+
+
+async def run_experiment(
+    config: ExperimentConfig,
+    output_dir: Path,
+    *,
+    checkpoints: Checkpoints | None = None,
+    stream: TextIO | None = None,
+) -> float:
+    """Run an experiment from beginning to end, or from a checkpoint.
 
     Writes ``history.jsonl`` (round by round), ``model.pt`` (the final weights) and, where matplotlib is
     installed, ``metrics.png``.
@@ -81,6 +102,7 @@ async def run_experiment(config: ExperimentConfig, output_dir: Path, *, stream: 
     Args:
         config: what to run.
         output_dir: an existing folder for these files.
+        checkpoints: what ``config.checkpoints(output_dir)`` gives, where it is open already.
         stream: where progress and the final table are shown. Default: stdout.
 
     Returns:
@@ -89,12 +111,15 @@ async def run_experiment(config: ExperimentConfig, output_dir: Path, *, stream: 
     Raises:
         ConfigError: a setting cannot be met.
     """
+    if checkpoints is None:
+        with config.checkpoints(output_dir) as opened:
+            return await run_experiment(config, output_dir, checkpoints=opened, stream=stream)
     stream = stream or sys.stdout
     if note := extras.missing_line([("live bar", "rich"), ("picture", "matplotlib")]):
         print(note, file=stream)
     data: TrainTest = build(config.dataset)
     scorer = _Scorer(build_model(config.model, config.seed), data.test)
-    weights, history = await _train(config, data, scorer, output_dir / "history.jsonl", stream)
+    weights, history = await _train(config, data, scorer, output_dir / "history.jsonl", checkpoints, stream)
     torch.save(weights, output_dir / "model.pt")
     with process_settings(config.runtime):
         baseline = _train_baseline(config, data)
@@ -108,13 +133,20 @@ async def run_experiment(config: ExperimentConfig, output_dir: Path, *, stream: 
 
 
 async def _train(
-    config: ExperimentConfig, data: TrainTest, scorer: _Scorer, history_path: Path, stream: TextIO
+    config: ExperimentConfig,
+    data: TrainTest,
+    scorer: _Scorer,
+    history_path: Path,
+    checkpoints: Checkpoints,
+    stream: TextIO,
 ) -> tuple[dict[str, Tensor], list[RoundRecord]]:
     """Let the trainer train; gives the final weights and the rounds."""
     clients = _divide(config, data.train)
     async with LearnerProxy(locate(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
-        print(f"{len(clients)} clients, {proxy.mode} mode", file=stream, flush=True)
-        history = History(history_path, proxy.stats)
+        found = checkpoints.open()
+        going_on = f", going on from round {found.round_num}" if found is not None else ""
+        print(f"{len(clients)} clients, {proxy.mode} mode{going_on}", file=stream, flush=True)
+        history = History(history_path, proxy.stats, goes_on=found is not None)
         trainer = locate(config.trainer)(
             _settings(config.trainer),
             proxy,
@@ -122,6 +154,7 @@ async def _train(
             score=scorer.metrics,
             history=history,
         )
+        trainer.checkpoints, checkpoints.parts["history"] = checkpoints, history
         with live_progress(stream) as show:
             proxy.subscribe(show)
             weights = await trainer.train()
@@ -131,6 +164,10 @@ async def _train(
             f"it returned a {type(weights).__name__}"
         )
     return dict(weights), history.records
+
+
+def _is_required(item: dataclasses.Field[Any]) -> bool:
+    return item.default is dataclasses.MISSING
 
 
 class _Scorer:

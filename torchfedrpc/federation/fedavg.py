@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -37,6 +37,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
         weights: the global weights; None before the first round where none were given.
         history: as given, else a list.
     """
+
+    not_state: ClassVar[frozenset[str]] = AbstractFederationTrainer.not_state | {"_score"}
 
     def __init__(
         self,

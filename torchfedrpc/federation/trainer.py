@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from torchfedrpc.errors import ConfigError
+from torchfedrpc.errors import ConfigError, SerializationError
 from torchfedrpc.federation.aggregation import weighted_mean
+from torchfedrpc.federation.checkpoints import Checkpoints, Saver
 from torchfedrpc.federation.sampling import sample_clients
 from torchfedrpc.federation.settings import as_settings
 from torchfedrpc.observe.events import RoundStarted
 from torchfedrpc.proxy import LearnerProxy
+from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.packing import pack
+
+logger = logging.getLogger(__name__)
 
 
 class AbstractFederationTrainer(ABC):
     """A federated algorithm: it decides who trains when, on which weights, and what becomes of the results.
 
-    Subclasses write `train`. The same trainer runs in every execution mode.
+    Subclasses write `train`. The same trainer runs in every execution mode. One that loops over `rounds`, and keeps
+    in attributes of its own what later rounds depend on, can be saved and resumed: see `Checkpoints`.
 
     Args:
         config: a mapping or an object. The base reads ``num_rounds`` (for `rounds`), ``clients_per_round``
@@ -30,12 +37,20 @@ class AbstractFederationTrainer(ABC):
     Attributes:
         config: the settings; keys of a mapping, and of mappings within, are attributes too.
         learner_proxy: as given.
+        checkpoints: where the run is saved; None, unless it is set before `train`.
+        not_state: names of attributes that are no part of the trainer's state; a subclass may have more.
 
     Raises:
         ConfigError: one of the settings above cannot be met.
     """
 
+    not_state: ClassVar[frozenset[str]] = frozenset(
+        {"config", "learner_proxy", "checkpoints", "_not_saved", "_seed", "_cohort_size"}
+    )
+
     def __init__(self, config: Any, learner_proxy: LearnerProxy) -> None:
+        self.checkpoints: Checkpoints | None = None
+        self._not_saved: set[str] = set()  # attributes that were warned of
         self.config = as_settings(config)
         self.learner_proxy = learner_proxy
         num_clients = len(learner_proxy.client_ids)
@@ -72,13 +87,65 @@ class AbstractFederationTrainer(ABC):
     async def rounds(self) -> AsyncIterator[int]:
         """Count the rounds, from 0 to ``num_rounds - 1``, and tell subscribers when one begins.
 
+        With ``checkpoints`` the run is saved between two rounds, and goes on from a checkpoint: trainer and learners
+        get their state back before the first round that is left. What `train` has done before its loop is then done
+        again, so the loop must depend on attributes of the trainer and on learners alone, not on local variables.
+
         Raises:
-            ConfigError: the config has no usable ``num_rounds``.
+            ConfigError: the config has no usable ``num_rounds``, or the checkpoint does not fit this run.
+            SnapshotError: the checkpoint cannot be read.
         """
         num_rounds = self.num_rounds
-        for round_num in range(num_rounds):
+        saver = await Saver.begin(self.checkpoints, self) if self.checkpoints is not None else None
+        for round_num in range(saver.num_done if saver is not None else 0, num_rounds):
             self.learner_proxy.publish(RoundStarted(round_num, num_rounds))
             yield round_num
+            if saver is not None:
+                await saver.round_done(round_num + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later rounds depend on, for a checkpoint; a subclass may say it better.
+
+        It has every attribute but those in ``not_state``: the ``state_dict()`` of those that have one which can be
+        loaded (a module, an optimiser), else the value itself. One that cannot be saved is warned of once.
+        """
+        state: dict[str, Any] = {"states": {}, "values": {}}
+        for name, value in vars(self).items():
+            if name in self.not_state:
+                continue
+            if _has_state_dict(value):
+                state["states"][name] = value.state_dict()
+            elif self._is_data(name, value):
+                state["values"][name] = value
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        for name, inner in state["states"].items():
+            getattr(self, name).load_state_dict(inner)
+        for name, value in state["values"].items():
+            setattr(self, name, value)
+
+    @property
+    def trusted_modules(self) -> list[str]:
+        """Packages whose classes may be part of its state: its own, the learner's and ``runtime.trusted_modules``."""
+        return [type(self).__module__, *self.learner_proxy.trusted_modules]
+
+    def _is_data(self, name: str, value: Any) -> bool:
+        try:
+            pack(value, copy=False).open(AllowList(self.trusted_modules))
+        except SerializationError as error:
+            if name not in self._not_saved:
+                self._not_saved.add(name)
+                logger.warning(
+                    "%s.%s is no part of checkpoints: %s; name it in not_state if a run need not have it to go on, "
+                    "else define state_dict() and load_state_dict()",
+                    type(self).__qualname__,
+                    name,
+                    error,
+                )
+            return False
+        return True
 
     @property
     def num_rounds(self) -> int:
@@ -97,3 +164,7 @@ class AbstractFederationTrainer(ABC):
             return value
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}, the number of clients"
         raise ConfigError(f"the trainer's {name} must be a whole number {bounds}, not {value!r}")
+
+
+def _has_state_dict(value: Any) -> bool:
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))

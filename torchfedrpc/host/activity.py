@@ -13,6 +13,8 @@ _NUM_BYTES = 4096
 class Activity:
     """A page of call ids (int64, 0 for none) that another process can read, whatever becomes of this one.
 
+    The last of them is no call's: it is not 0 once this process asks to leave its run.
+
     Attributes:
         descriptor: the memory's file descriptor, to be passed on.
     """
@@ -22,7 +24,11 @@ class Activity:
         os.ftruncate(self.descriptor, _NUM_BYTES)
         self._ids: MutableSequence[int] | memoryview[int] = memoryview(mmap.mmap(self.descriptor, 0)).cast("q")
         # No lock, since a lock is what a call can hold when it is stopped: pop and append are atomic.
-        self._free = list(range(_NUM_BYTES // 8))
+        self._free = list(range(_NUM_BYTES // 8 - 1))
+
+    def ask_to_leave(self) -> None:
+        """Say that this process wants to leave, as soon as it can be done without."""
+        self._ids[-1] = 1
 
     def enter(self, call_id: int) -> int | None:
         """Say that a call begins.

@@ -88,12 +88,13 @@ class LearnerHost:
         """The types that may travel in this run."""
         return self._runner.allow
 
-    def register(self, client_id: str, kwargs: Packed | None) -> Mailbox:
+    def register(self, client_id: str, kwargs: Packed | None, *, anew: bool = False) -> Mailbox:
         """Make room for a learner; its first call makes the learner itself.
 
         Args:
             client_id: whose learner.
             kwargs: keyword arguments for its constructor; None where it is registered already.
+            anew: whether one that was here before, and was elsewhere since, is of no use.
 
         Returns:
             Its mailbox; the one it has, where it is registered already.
@@ -101,7 +102,14 @@ class LearnerHost:
         with self._lock:
             if kwargs is None:
                 return self._mailboxes[client_id]
+            if anew:
+                self._mailboxes.pop(client_id, None)
             return self._mailboxes.setdefault(client_id, Mailbox(client_id, kwargs))
+
+    def forget(self, client_id: str) -> None:
+        """Let go of a learner that has moved elsewhere; no call of it is here."""
+        with self._lock:
+            self._mailboxes.pop(client_id, None)
 
     def submit(self, call: Call, reply: Reply) -> None:
         """Queue a call of a registered learner; ``reply`` is called with its (next) outcome, on some thread."""

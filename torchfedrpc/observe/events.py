@@ -57,8 +57,22 @@ class WorkerLost(Event):
 
 
 @dataclass(frozen=True)
+class WorkerJoined(Event):
+    """The worker of that name can be called: it has joined the run, or come in the place of one that was gone."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class WorkerLeft(Event):
+    """The worker of that name has left in order; its learners were moved, or wait until it comes again."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
 class WorldFormed(Event):
-    """After a loss the workers can be called again, ``seconds`` after it was noticed, as the world ``generation``."""
+    """After a loss or a joining the workers can be called again, ``seconds`` later, as the world ``generation``."""
 
     generation: int
     seconds: float
@@ -79,6 +93,20 @@ class RoundEnded(Event):
     round_num: int
     num_rounds: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """The run can go on from the end of round ``round_num``.
+
+    Of ``num_learners`` the state had changed and was written, ``num_bytes`` in all; it took ``seconds``, beside the
+    rounds that followed.
+    """
+
+    round_num: int
+    num_learners: int
+    num_bytes: int
+    seconds: float
 
 
 Subscriber = Callable[[Event], object]

@@ -42,9 +42,10 @@ class History:
     """Keeps the rounds of a run, in memory and in a file to which each is written as it ends.
 
     Args:
-        path: the file; what it holds is replaced.
+        path: the file; what it holds is replaced, at once or by `load_state_dict`.
         traffic: gives ``bytes_sent`` and ``bytes_received`` so far, as ``proxy.stats`` does.
         clock: seconds from some fixed point.
+        goes_on: whether `load_state_dict` follows, so that the file is left as it is until then.
 
     Attributes:
         records: the rounds so far.
@@ -55,6 +56,8 @@ class History:
         path: Path,
         traffic: Callable[[], Mapping[str, Any]],
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        goes_on: bool = False,
     ) -> None:
         self.records: list[RoundRecord] = []
         self._path = path
@@ -62,7 +65,8 @@ class History:
         self._clock = clock
         self._last_time = clock()
         self._last_traffic = dict(traffic())
-        path.write_text("", encoding="utf-8")
+        if not goes_on:
+            path.write_text("", encoding="utf-8")
 
     def append(self, ended: RoundEnded) -> None:
         """Record a round that ends now."""
@@ -82,7 +86,23 @@ class History:
         self._last_time, self._last_traffic = now, traffic
         self.records.append(record)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(_line(record))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rounds so far, as plain data."""
+        return {"records": [asdict(record) for record in self.records]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from these rounds, in the file as well: it is replaced as a whole."""
+        self.records[:] = [RoundRecord(**record) for record in state["records"]]
+        beside = self._path.with_suffix(".tmp")
+        beside.write_text("".join(map(_line, self.records)), encoding="utf-8")
+        beside.replace(self._path)
+        self._last_time, self._last_traffic = self._clock(), dict(self._traffic())
+
+
+def _line(record: RoundRecord) -> str:
+    return json.dumps(asdict(record)) + "\n"
 
 
 def _finite(value: float) -> float | None:

@@ -238,14 +238,24 @@ def cancel(header: tuple[Any, ...], call_id: int) -> Any:
 
 
 @async_entry
-def register(header: tuple[Any, ...], client_id: str, kwargs: Any) -> Any:
+def register(header: tuple[Any, ...], client_id: str, kwargs: Any, anew: bool) -> Any:
     """Make room for a learner; the future's value is an RRef to its mailbox."""
     if (request := _Request.of(header)) is None:
         return _nothing()
     arguments = read_parcel(kwargs, request.endpoint.device)
     future: Any = torch.futures.Future()
-    request.in_turn(lambda host: future.set_result(torch_rpc().RRef(host.register(client_id, arguments))))
+
+    def make_room(host: LearnerHost) -> None:
+        future.set_result(torch_rpc().RRef(host.register(client_id, arguments, anew=anew)))
+
+    request.in_turn(make_room)
     return future
+
+
+def forget(header: tuple[Any, ...], client_id: str) -> None:
+    """A learner has moved elsewhere."""
+    if (request := _Request.of(header)) is not None:
+        request.in_turn(lambda host: host.forget(client_id))
 
 
 def acknowledge(header: tuple[Any, ...]) -> None:

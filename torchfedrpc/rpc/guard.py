@@ -12,7 +12,9 @@ from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.wire.scan import checked
 
 _INTERNAL = "torch.distributed.rpc.internal"
-_ENTRIES = {"torchfedrpc.rpc.endpoint": ("submit", "advance", "cancel", "register", "acknowledge", "report")}
+_ENTRIES = {
+    "torchfedrpc.rpc.endpoint": ("submit", "advance", "cancel", "register", "forget", "acknowledge", "report")
+}
 _PLAIN = {
     _INTERNAL: ("PythonUDF", "RemoteException", "_InternalRPCPickler"),
 }

@@ -12,8 +12,11 @@ from torchfedrpc.errors import ConfigError
 _NAME = "__mp_main__"  # as multiprocessing calls it, so that guards of other libraries know it
 
 
-def describe_main() -> dict[str, str]:
-    """Where the running script comes from, for another process on this machine to import it.
+def describe_main(*, by_name: bool = False) -> dict[str, str]:
+    """Where the running script comes from, for another process to import it.
+
+    Args:
+        by_name: whether the other process may be on another machine, and has to find a module of the script's name.
 
     Raises:
         ConfigError: it is no file (an interactive session).
@@ -27,7 +30,7 @@ def describe_main() -> dict[str, str]:
             "a learner that is defined in an interactive session lives in local mode alone: move its class to a "
             "module for worker processes to import, or set runtime.execution_mode=local"
         )
-    return {"path": str(Path(path).resolve())}
+    return {"module": Path(path).stem} if by_name else {"path": str(Path(path).resolve())}
 
 
 def adopt_main(description: dict[str, str]) -> None:
@@ -36,7 +39,10 @@ def adopt_main(description: dict[str, str]) -> None:
     if name := description.get("module"):
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:
-            raise ImportError(f"cannot find {name}, the script that the driver runs")
+            raise ImportError(
+                f"cannot find {name}, the script that the driver runs: start this worker in the folder that has it, "
+                f"or move the learner to a module that is installed on all machines"
+            )
         path, package = found.origin, name.rpartition(".")[0]
     else:
         path = description["path"]

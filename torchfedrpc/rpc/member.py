@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.rpc.link import Link, Message
@@ -21,14 +22,16 @@ class Member:
     """One worker process.
 
     Attributes:
-        label: its name, such as ``worker1``; a replacement has the name of the one that it replaces.
+        label: its name, such as ``worker1``, or the address where it listens; a replacement has the name of the one
+            that it replaces.
         link: the driver's end of the control link.
         pulse: the driver's end of the socket on which its sidecar beats.
         machine: the name of the machine that it runs on.
         dismiss: ends the process, where it was lost.
         how_it_ended: what else is known of the process's end, as a clause behind "it ended"; empty for nothing.
         elsewhere: whether it is on another machine than the driver's (names need not differ).
-        imports_main: whether it has to import the driver's script to know what is defined there.
+        imports_main: how it comes to know what the driver's script defines: it has to import it, by its ``path`` or
+            by its ``name``; None: it runs the script itself.
         learners: the clients whose learners it has.
         device: its device.
         visible_gpus: the GPUs that it is limited to.
@@ -42,7 +45,7 @@ class Member:
     dismiss: Callable[[], None]
     how_it_ended: Callable[[], str] = lambda: ""
     elsewhere: bool = False
-    imports_main: bool = False
+    imports_main: Literal["path", "name"] | None = None
     learners: set[str] = field(default_factory=set)
     device: str = "cpu"
     visible_gpus: str | None = None

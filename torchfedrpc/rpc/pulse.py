@@ -89,6 +89,7 @@ class _Pulse:
         self.seen_at = seen_at
         self.running: tuple[int, ...] | None = None
         self.ended = False
+        self.asks_to_leave = False
         self._unfinished = b""
 
     def take(self, data: bytes) -> None:
@@ -102,6 +103,8 @@ class _Pulse:
                 self.running = tuple(map(int, ids.split()))
                 self.ended = mark == sidecar.ENDED
                 self.seen_at = min(self.seen_at, time.monotonic())  # its sidecar has started: no allowance any more
+            elif mark == sidecar.LEAVING:
+                self.asks_to_leave = True
             # else it is the rest of a line that an earlier watch has begun to read
 
 
@@ -111,11 +114,18 @@ class Watch:
     Args:
         timeout_s: seconds without a beat after which a worker is lost.
         on_lost: called on the loop, once for each worker that is lost, with its key.
+        on_leaving: called on the loop, once for each worker that asks to leave, with its key.
     """
 
-    def __init__(self, timeout_s: float, on_lost: Callable[[Hashable, Loss], None]) -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        on_lost: Callable[[Hashable, Loss], None],
+        on_leaving: Callable[[Hashable], None] = lambda key: None,
+    ) -> None:
         self._timeout_s = timeout_s
         self._on_lost = on_lost
+        self._on_leaving = on_leaving
         self._pulses: dict[Hashable, _Pulse] = {}
         self._loop = asyncio.get_running_loop()
         self._period_s = min(sidecar.INTERVAL_S, timeout_s / 4)
@@ -193,8 +203,12 @@ class Watch:
             self._lose(key, "its process ended")
         elif not data:
             self._lose(key, "its sidecar ended")
+        elif pulse.asks_to_leave:
+            pulse.asks_to_leave = False
+            self._on_leaving(key)
 
     def _lose(self, key: Hashable, reason: str) -> None:
         running = self._pulses[key].running
-        self.remove(key)
-        self._on_lost(key, Loss(reason, running))
+        # Closed at the end: its sidecar would wake a stopped worker for its last seconds, unless it is killed before.
+        with self.release(key):
+            self._on_lost(key, Loss(reason, running))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -22,15 +23,23 @@ from torchfedrpc.wire.packing import Packed
 
 logger = logging.getLogger(__name__)
 
+_METHODS = ("call", "stream")
 _MAX_KEPT_BYTES = 8 << 20  # outcomes that a worker keeps until the next request to it acknowledges them
 
 
 @dataclass
 class Traffic:
-    """Bytes of arguments sent to a worker and of results received from it, in all worlds."""
+    """What went to a worker and came from it, in all worlds.
+
+    Attributes:
+        num_sent_bytes: of calls' arguments.
+        num_received_bytes: of their results.
+        num_snapshot_bytes: of snapshots, both ways: when they are taken is no matter of the calls.
+    """
 
     num_sent_bytes: int = 0
     num_received_bytes: int = 0
+    num_snapshot_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -72,23 +81,34 @@ class RemoteHost:
     def __contains__(self, client_id: str) -> bool:
         return client_id in self._learners
 
-    def register(self, client_id: str, kwargs: Packed | None) -> None:
+    def register(self, client_id: str, kwargs: Packed | None, *, anew: bool = False) -> None:
         """Make room for a learner; calls may follow at once, they arrive behind this.
 
         Args:
             client_id: whose.
             kwargs: for the learner's constructor; None where the worker has the learner from an earlier world.
+            anew: whether one that the worker had before is of no use.
         """
         self._learners[client_id] = None
         try:
-            future = self._send(endpoint.register, client_id, parcel_message(kwargs, self._covered))
+            future = self._send(endpoint.register, client_id, parcel_message(kwargs, self._covered), anew)
         except RuntimeError:  # the call behind this fails likewise, and is asked again together with this
             return
         future.add_done_callback(partial(self._registered, client_id))
 
+    def forget(self, client_id: str) -> None:
+        """A learner has moved elsewhere, and all of its calls here were answered."""
+        self._learners.pop(client_id, None)
+        with contextlib.suppress(RuntimeError):  # where it does not get there, the learner lies there for nothing
+            self._send(endpoint.forget, client_id)
+
     def submit(self, call: Call, reply: Reply) -> None:
         """Send a call."""
-        self._traffic.num_sent_bytes += call.arguments.num_bytes
+        if call.kind in _METHODS:
+            self._traffic.num_sent_bytes += call.arguments.num_bytes
+        else:
+            with self._traffic.lock:
+                self._traffic.num_snapshot_bytes += call.arguments.num_bytes
         self._ask(call, reply, endpoint.submit, call_message(call, self._covered))
 
     def advance(self, call: Call, step: int, reply: Reply) -> None:
@@ -166,7 +186,10 @@ class RemoteHost:
             return
         if outcome.parcel is not None:
             with self._traffic.lock:  # several threads of RPC come here
-                self._traffic.num_received_bytes += outcome.parcel.num_bytes
+                if call.kind in _METHODS:
+                    self._traffic.num_received_bytes += outcome.parcel.num_bytes
+                else:
+                    self._traffic.num_snapshot_bytes += outcome.parcel.num_bytes
         reply(outcome)
 
     def _registered(self, client_id: str, future: Any) -> None:

@@ -2,6 +2,7 @@
 
 It is run by its path and imports little, so that it is small and starts fast. It writes lines: an empty one is a
 beat, and one of call ids tells what the worker was running, after a mark for a worker that is stopped or has ended.
+A mark of its own tells that the worker asks to leave.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ GRACE_S = 3.0
 BEAT = b"\n"
 STOPPED = b"="
 ENDED = b"."
+LEAVING = b"-"
 
 _READ_BYTES = 4096
 
@@ -35,7 +37,12 @@ def look(stat: bytes) -> tuple[str, int]:
 
 def running(activity: int) -> list[int]:
     """The ids of the calls that run in the process whose `Activity` has that descriptor, in order."""
-    return sorted(call_id for call_id in memoryview(os.pread(activity, _READ_BYTES, 0)).cast("q") if call_id)
+    return sorted(call_id for call_id in memoryview(os.pread(activity, _READ_BYTES, 0)).cast("q")[:-1] if call_id)
+
+
+def wants_to_leave(activity: int) -> bool:
+    """Whether the process of that `Activity` has asked to leave."""
+    return any(os.pread(activity, 8, _READ_BYTES - 8))
 
 
 def record(mark: bytes, activity: int) -> bytes:
@@ -77,7 +84,7 @@ def watch(pulse: int, activity: int, process: int, stat: int, interval_s: float,
     poll = select.poll()
     poll.register(process, select.POLLIN)
     poll.register(pulse, select.POLLIN)
-    unsent, worked = b"", 0
+    unsent, worked, has_told = b"", 0, False
     while True:
         had_worked = worked
         try:
@@ -91,6 +98,8 @@ def watch(pulse: int, activity: int, process: int, stat: int, interval_s: float,
         else:
             line = b""
         # Where there is no room, since nobody reads, what has waited longest says as much as all that came after.
+        if not has_told and not unsent and wants_to_leave(activity):
+            line, has_told = line + LEAVING + b"\n", True
         unsent = send(pulse, unsent or line)
         ready = [descriptor for descriptor, _ in poll.poll(interval_s * 1000)]
         if process in ready:

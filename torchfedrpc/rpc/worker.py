@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,9 +21,9 @@ from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.process import adopt_torch_defaults, choose_device, process_settings, visible_gpus
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.rpc import endpoint, world
+from torchfedrpc.rpc import endpoint, reach, world
 from torchfedrpc.rpc.endpoint import Endpoint
-from torchfedrpc.rpc.interfaces import interface_of
+from torchfedrpc.rpc.interfaces import address_of, interface_of
 from torchfedrpc.rpc.link import Link, Message, end_when_cut_off
 from torchfedrpc.rpc.main_module import adopt_main
 from torchfedrpc.rpc.pulse import Sidecar
@@ -42,13 +42,52 @@ def main(descriptor: int, pulse_descriptor: int) -> None:
     os.set_inheritable(descriptor, False)
     os.set_inheritable(pulse_descriptor, False)
     launcher.become_worker()
-    with _ignoring(signal.SIGINT):
+    with _handling({signal.SIGINT: signal.SIG_IGN}):
         clean = serve(Link(socket.socket(fileno=descriptor)), socket.socket(fileno=pulse_descriptor))
+    _end_process(clean)
+
+
+def _end_process(clean: bool) -> None:
     if clean:
         atexit._run_exitfuncs()  # the rest of the interpreter's end takes a second, and the driver waits
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if clean else _ABANDONED)
+
+
+def main_remote(descriptor: int, pulse_descriptor: int) -> None:
+    """Body of a worker process that somebody else than its driver started, on whichever machine.
+
+    Args:
+        descriptor: its end of the link.
+        pulse_descriptor: its end of the socket for its sidecar's beats.
+    """
+    os.set_inheritable(descriptor, False)
+    os.set_inheritable(pulse_descriptor, False)
+    clean = serve_remote(Link(socket.socket(fileno=descriptor)), socket.socket(fileno=pulse_descriptor))
+    _end_process(clean)
+
+
+def serve_remote(link: Link, pulse: socket.socket) -> bool:
+    """Serve learners until the driver says stop; returns what `serve` does.
+
+    SIGTERM and SIGINT ask the driver to do without this worker: it moves the learners elsewhere and then says stop.
+    A second signal ends the process at once.
+    """
+    launcher.become_worker()
+    activity = Activity()
+
+    def leave(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
+        activity.ask_to_leave()
+
+    def end(number: int, frame: object) -> None:
+        os._exit(128 + number)
+
+    with _handling({signal.SIGTERM: leave, signal.SIGINT: leave}):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})  # see processes.py
+        return serve(link, pulse, activity=activity, notice="the driver is gone, or has given this worker up\n")
 
 
 def serve_launch(link: Link, pulse: socket.socket, local_index: int) -> bool:
@@ -57,24 +96,32 @@ def serve_launch(link: Link, pulse: socket.socket, local_index: int) -> bool:
     A launcher passes Ctrl-C and SIGTERM on to every rank: the driver handles them and tells its workers, or takes
     them along when it ends.
     """
-    with _ignoring(signal.SIGINT, signal.SIGTERM):
+    with _handling({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
         return serve(link, pulse, local_index)
 
 
-def serve(link: Link, pulse: socket.socket, local_index: int | None = None) -> bool:
+def serve(
+    link: Link,
+    pulse: socket.socket,
+    local_index: int | None = None,
+    activity: Activity | None = None,
+    notice: str = "",
+) -> bool:
     """Serve learners until the driver says stop.
 
     Args:
         link: this worker's end of the link.
         pulse: this worker's end of the socket for its sidecar's beats.
         local_index: this worker's number on its machine, for its share of the GPUs; None lets the driver tell.
+        activity: tells what this process does; made unless given.
+        notice: a line for stderr where the driver is gone.
 
     Returns:
         Whether all of this process's threads ended in time.
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(link, messages), name="torchfedrpc-link", daemon=True).start()
-    worker = _Worker(link, pulse, local_index)
+    threading.Thread(target=_listen, args=(link, messages, notice), name="torchfedrpc-link", daemon=True).start()
+    worker = _Worker(link, pulse, local_index, activity or Activity())
     while (message := messages.get())["do"] != "stop":
         number = message.pop("number")
         try:
@@ -86,7 +133,7 @@ def serve(link: Link, pulse: socket.socket, local_index: int | None = None) -> b
     return worker.end()
 
 
-def _listen(link: Link, messages: queue.SimpleQueue[Message]) -> None:
+def _listen(link: Link, messages: queue.SimpleQueue[Message], notice: str) -> None:
     """Take messages from the link; when the driver is gone, so is this process, whatever it is doing."""
     with contextlib.suppress(ValueError):  # the driver ended in the middle of a message
         while (message := link.receive()) is not None:
@@ -94,12 +141,13 @@ def _listen(link: Link, messages: queue.SimpleQueue[Message]) -> None:
             messages.put(message)
             if is_last:
                 return
+    os.write(2, notice.encode())  # sys.stderr may be locked by what is running
     os._exit(_DRIVER_GONE)
 
 
 @contextlib.contextmanager
-def _ignoring(*numbers: signal.Signals) -> Iterator[None]:
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
@@ -110,13 +158,13 @@ def _ignoring(*numbers: signal.Signals) -> Iterator[None]:
 class _Worker:
     """What a worker has at hand between messages: its host for a run, its endpoint for the worlds of that run."""
 
-    def __init__(self, link: Link, pulse: socket.socket, local_index: int | None) -> None:
+    def __init__(self, link: Link, pulse: socket.socket, local_index: int | None, activity: Activity) -> None:
         self._clean = True
         self._is_joined = False
         self._link = link
         self._pulse = pulse
         self._local_index = local_index
-        self._activity = Activity()
+        self._activity = activity
         self._sidecar: Sidecar | None = None
         self._host: LearnerHost | None = None
         self._endpoint: Endpoint | None = None
@@ -130,6 +178,7 @@ class _Worker:
             "leave": self.leave,
             "close": self.close,
             "arm": self.arm,
+            "reach": self.reach,
         }
         return verbs[message.pop("do")](**message)
 
@@ -157,12 +206,26 @@ class _Worker:
         endpoint.serving = self._endpoint
         return {"device": str(device), "visible_gpus": visible_gpus()}
 
-    def join(self, plan: Message, rank: int, asked: list[int]) -> Message:
+    def reach(self, host: str, port: int, interface: str | None) -> Message:
+        """Find out whether this worker and the driver reach each other, as members of a world have to.
+
+        Args:
+            host: an address of the driver.
+            port: where it listens there now.
+            interface: this worker's network interface; None: the one with which it reaches the driver.
+        """
+        address = address_of(interface) if interface is not None else self._link.local_address()
+        listener = self._stack.enter_context(socket.create_server((address, 0)))
+        reach.dial(host, port)
+        return {"host": address, "port": listener.getsockname()[1]}
+
+    def join(self, plan: Message, rank: int, interface: str | None, asked: list[int]) -> Message:
         """Join a world and serve in it.
 
         Args:
             plan: the world.
             rank: this worker's rank in it.
+            interface: its network interface for it; None: the one with which it reaches the driver.
             asked: ids of the calls to this worker that the driver has had no answer to.
         """
         assert self._host is not None
@@ -171,7 +234,7 @@ class _Worker:
         covered = frozenset([self._endpoint.device] if world_plan.device_maps[rank - 1] else [])
         self._host.keep_only(asked)
         self._endpoint.connect(world_plan.generation, world_plan.name(0), rank, covered, asked)
-        world.join(world_plan, rank, world_plan.interface or interface_of(self._link.local_address()))
+        world.join(world_plan, rank, interface or interface_of(self._link.local_address()))
         self._is_joined = True
         self._endpoint.flush()
         return {}

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 import torch
 
-from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.process import choose_device, torch_defaults, visible_gpus
 from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.rpc import endpoint, world
+from torchfedrpc.rpc import endpoint, reach, world
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, interface_of
 from torchfedrpc.rpc.link import Message, end_when_cut_off
 from torchfedrpc.rpc.main_module import describe_main
@@ -44,8 +44,15 @@ _MAX_FAILURES = 5  # so often in succession the world cannot be formed, or one c
 class Observer(Protocol):
     """Whoever has the calls; told of what becomes of the workers, on the event loop."""
 
+    @property
+    def expects_workers(self) -> bool:
+        """Whether others may come where none is left."""
+
     def worker_lost(self, member: Member, loss: Loss) -> None:
-        """A worker is gone, and what it still answers will not arrive."""
+        """A worker is gone, and what it still answers will not arrive; another may be admitted in its place."""
+
+    def worker_leaving(self, member: Member) -> None:
+        """A worker asks to be released."""
 
     def world_formed(self, generation: int, seconds: float) -> None:
         """The workers can be called again, after so long."""
@@ -63,15 +70,19 @@ class Observer(Protocol):
 class WorkerGroup:
     """The workers of a run in their world.
 
-    A world is never mended: when a worker is lost, all others leave it and form the next one, with a replacement
-    where one can be had. Workers keep their learners, and go on with the calls that they have.
+    A world is never mended: when a worker is lost, or another is admitted, all others leave it and form the next
+    one. Workers keep their learners, and go on with the calls that they have.
 
     Args:
-        members: the workers, by rank.
+        members: the workers to begin with, by rank.
         learner: what learners they make.
         observer: is told what becomes of them.
         report: takes what running methods report, on a thread of RPC.
-        hire: starts a replacement for the worker of that label; None where there are none.
+
+    Attributes:
+        members: label -> worker, of those that are there.
+        hosts: label -> how it is reached in the present world; empty while the world is re-formed.
+        traffic: label -> bytes, also of those that are gone.
     """
 
     def __init__(
@@ -80,16 +91,14 @@ class WorkerGroup:
         learner: LearnerSpec,
         observer: Observer,
         report: Report,
-        hire: Callable[[str], Member] | None = None,
     ) -> None:
-        self.labels = [member.label for member in members]
         self.members = {member.label: member for member in members}
-        self.hosts: dict[str, RemoteHost] = {}  # empty while the world is re-formed
-        self.traffic = {label: Traffic() for label in self.labels}
+        self.hosts: dict[str, RemoteHost] = {}
+        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self._learner = learner
         self._observer = observer
         self._report = report
-        self._hire = hire if learner.runtime.on_worker_lost == "recover" else None
+        self._newcomers: list[Member] = []  # admitted, and not yet in hand
         # A thread of its own: the user's code may have filled those of the event loop.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchfedrpc-world")
         self._watch: Watch
@@ -103,24 +112,37 @@ class WorkerGroup:
         self._suspicions: set[asyncio.Task[None]] = set()
         self._num_suspicions: Counter[int] = Counter()  # call id -> how often RPC has failed it
 
-    @property
-    def replaces(self) -> bool:
-        """Whether lost workers are replaced."""
-        return self._hire is not None
-
     async def open(self) -> None:
         """Let all workers import the learner, then form the first world with them.
 
         Raises:
             ConfigError: a worker cannot import the learner, or the interface does not exist.
-            WorkerLostError: a worker ended meanwhile.
+            WorkerLostError: a worker ended meanwhile, or cannot be reached.
         """
-        self._watch = Watch(self._learner.runtime.heartbeat_timeout_s, self._lose)
+        self._watch = Watch(self._learner.runtime.heartbeat_timeout_s, self._lose, self._leaves)
         for member in self.members.values():
             self._take_on(member)
         await _all([self._prepare(member) for member in self.members.values()])
         await self._form()
         self._is_open = True
+        if self._newcomers:
+            self._break()
+
+    def admit(self, member: Member) -> None:
+        """Take a worker into the next world, which is formed for it."""
+        self._newcomers.append(member)
+        if self._is_open:
+            self._break()
+
+    def release(self, label: str) -> None:
+        """Let a worker go that has no learner any more; the world goes on without it."""
+        member = self.members.pop(label)
+        if (host := self.hosts.pop(label, None)) is not None:
+            host.close()
+        elif self._mending is not None and not self._mending.done():
+            self._is_whole = False  # it may be in the world that is being formed
+        self._watch.remove(label)
+        member.dismiss()
 
     async def close(self) -> None:
         """End the run; the workers that are still there stay at hand for another."""
@@ -170,6 +192,10 @@ class WorkerGroup:
         self.members[member.label] = member
         self._watch.add(member.label, member.pulse, allowance_s=_START_S)
 
+    def _leaves(self, key: Hashable) -> None:
+        if self._is_open:
+            self._observer.worker_leaving(self.members[str(key)])
+
     def _lose(self, key: Hashable, loss: Loss) -> None:
         label = str(key)
         member = self.members.pop(label)
@@ -182,9 +208,9 @@ class WorkerGroup:
             member.dismiss()
             return
         reason = f"{loss.reason}{member.how_it_ended()}"
+        member.dismiss()
         logger.warning("%s is lost: %s", label, reason)
         loss = replace(loss, reason=reason)
-        member.dismiss()
         self._observer.worker_lost(member, loss)
         if self._learner.runtime.on_worker_lost == "recover":
             self._break()
@@ -215,38 +241,40 @@ class WorkerGroup:
 
     async def _mend(self) -> None:
         began, num_failures = time.monotonic(), 0
-        while not self._is_whole:
+        while not self._is_whole or self._newcomers:
             self._is_whole = True
+            error: Exception | None
             try:
-                await self._fill_up()
+                error = await self._take_in()
                 if self._is_whole:
                     await self._form()
-            except Exception as error:
+            except Exception as exception:
+                error = exception
+            if error is not None:
                 self._is_whole = False
                 num_failures += 1
                 logger.info("the world could not be re-formed: %s", error)
-                if num_failures > _MAX_FAILURES or not (self.members or self._hire):
-                    self._close_hosts()
-                    self._observer.world_failed(_no_world(error))
-                    return
-        self._observer.world_formed(self._generation, time.monotonic() - began)
+            if not (self.members or self._newcomers or self._observer.expects_workers):
+                error = error or WorkerLostError("no worker is left")
+            elif num_failures <= _MAX_FAILURES:
+                continue
+            if error is not None:
+                self._close_hosts()
+                self._observer.world_failed(_no_world(error))
+                return
+        if self.hosts:
+            self._observer.world_formed(self._generation, time.monotonic() - began)
 
-    async def _fill_up(self) -> None:
-        """Start replacements for those who are lost; the others go on in their world meanwhile."""
-        if self._hire is None:
-            if not self.members:
-                raise WorkerLostError("no worker is left")
-            return
-        missing = [label for label in self.labels if label not in self.members]
-        for label in missing:
-            self._take_on(self._hire(label))
-        newcomers = [self.members[label] for label in missing]
-        try:
-            await _all([self._prepare(member) for member in newcomers])
-        except ConfigError as error:  # it lives, and is of no use
-            for member in newcomers:
-                self._give_up(member, str(error))
-            raise
+    async def _take_in(self) -> Exception | None:
+        """Prepare those who were admitted, while the others go on in their world; gives why one is of no use."""
+        newcomers, self._newcomers = self._newcomers, []
+        for member in newcomers:
+            self._take_on(member)
+        outcomes = await asyncio.gather(*map(self._prepare, newcomers), return_exceptions=True)
+        for member, error in zip(newcomers, outcomes, strict=True):
+            if isinstance(error, Exception):
+                self._give_up(member, str(error))  # if it is not lost already
+        return next((error for error in outcomes if isinstance(error, Exception)), None)
 
     async def _form(self) -> None:
         """Leave the world, if there is one, and form one of all members.
@@ -255,27 +283,36 @@ class WorkerGroup:
             WorkerLostError: a member was lost meanwhile, or could not join.
         """
         self._close_hosts()
-        members = [self.members[label] for label in self.labels if label in self.members]
+        members = list(self.members.values())
         await _all([self._tell(member, {"do": "leave"}) for member in members])
         await self._leave()
         self._check_whole()
-        interface, address = self._interface()
+        if not members:
+            return
+        address = self._address()
         self._store, port = world.serve_store(address)
         plan = world.WorldPlan(
             generation=next(_generations),
             labels=["driver", *(member.label for member in members)],
             store_host=address,
             store_port=port,
-            interface=interface,
             transport=self._learner.runtime.transport,
             gpus_in_sight=all(member.visible_gpus == visible_gpus() for member in members),
             device_maps=[_device_pair(self._learner, torch.device(member.device)) for member in members],
         )
         endpoint.listening = endpoint.Listener(self._report)
-        self._joining = self._in_thread(partial(world.join, plan, 0, interface or interface_of(address)))
+        self._joining = self._in_thread(partial(world.join, plan, 0, interface_of(address)))
         message = {"do": "join", "plan": plan.to_message()}
         joining = [
-            self._tell(member, {**message, "rank": rank, "asked": self._observer.asked(member.label)})
+            self._tell(
+                member,
+                {
+                    **message,
+                    "rank": rank,
+                    "interface": self._interface(member, address),
+                    "asked": self._observer.asked(member.label),
+                },
+            )
             for rank, member in enumerate(members, start=1)
         ]
         await _all([asyncio.shield(self._joining), *joining], on_failure=self._drop_store)
@@ -331,21 +368,28 @@ class WorkerGroup:
         return on_error
 
     async def _prepare(self, member: Member) -> None:
-        """Let a worker import the learner."""
+        """Let a worker import the learner, and see that it and the driver reach each other."""
         learner = self._learner
-        imports_main = member.imports_main and "__main__" in learner.allow_list().trusted
+        imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
         answer = await self._tell(
             member,
             {
                 "do": "prepare",
                 "spec": learner.to_message(),
                 "label": member.label,
-                "local_index": self.labels.index(member.label),
-                "main": describe_main() if imports_main else None,
+                "local_index": self._local_index(member),
+                "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
                 "defaults": torch_defaults(),
             },
         )
         member.device, member.visible_gpus = answer["device"], answer["visible_gpus"]
+        if member.elsewhere:
+            address = self._address()
+            await reach.check(member, address, self._interface(member, address))
+
+    def _local_index(self, member: Member) -> int:
+        """The worker's number on its machine."""
+        return [one for one in self.members.values() if one.machine == member.machine].index(member)
 
     async def _tell(self, member: Member, message: Message) -> Message:
         try:
@@ -363,13 +407,17 @@ class WorkerGroup:
             self._watch.remove(member.label)
             self._lose(member.label, Loss(reason, None))
 
-    def _interface(self) -> tuple[str | None, str]:
-        """The interface on which this world listens (None: each its own), and the driver's address there."""
-        name = self._learner.runtime.interface
-        if name is not None:
-            return name, address_of(name)
+    def _address(self) -> str:
+        """The driver's address for a world of the present members."""
+        if (name := self._learner.runtime.interface) is not None:
+            return address_of(name)
         elsewhere = [member.link for member in self.members.values() if member.elsewhere]
-        return (None, elsewhere[0].local_address()) if elsewhere else (LOOPBACK, address_of(LOOPBACK))
+        return elsewhere[0].local_address() if elsewhere else address_of(LOOPBACK)
+
+    def _interface(self, member: Member, address: str) -> str | None:
+        """The interface on which a worker listens; None: the one by which it reaches the driver."""
+        name = self._learner.runtime.interface
+        return name if name is not None or member.elsewhere else interface_of(address)
 
 
 async def _all(doing: Sequence[Awaitable[Any]], on_failure: Callable[[], None] | None = None) -> None:

@@ -38,7 +38,6 @@ class WorldPlan:
         labels: its members by rank: ``driver``, ``worker1``, ...
         store_host: where the driver serves the world's store.
         store_port: its port there.
-        interface: network interface to listen on; None: the one with which a member reaches the driver.
         transport: TensorPipe's transport.
         gpus_in_sight: whether all members see the same GPUs, without which they cannot share GPU memory.
         device_maps: per worker the driver's device and the worker's, between which tensors go directly.
@@ -48,14 +47,13 @@ class WorldPlan:
     labels: list[str]
     store_host: str
     store_port: int
-    interface: str | None
     transport: str
     gpus_in_sight: bool
     device_maps: list[tuple[str, str] | None]
 
     def name(self, rank: int) -> str:
-        """The RPC name of a member; other generations have other names."""
-        return f"{self.labels[rank]}_{self.generation}"
+        """The RPC name of a member (of letters and digits, as a label need not be); other generations have others."""
+        return f"rank{rank}_{self.generation}"
 
     def to_message(self) -> dict[str, Any]:
         """As plain data, for JSON."""

@@ -36,6 +36,7 @@ _LISTED = {
     "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
     "numpy.random.bit_generator": "SeedSequence __pyx_unpickle_SeedSequence",
     "torch": "Size device",
+    "torchfedrpc.observe.events": "RoundEnded",
     "torch._C": "Generator",
     "torch.serialization": "_get_layout",
     # Exceptions that learners let through from the standard library; builtins, torch and numpy have theirs by rule.

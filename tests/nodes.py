@@ -1,0 +1,47 @@
+"""Two machines for a test: network namespaces of this one, joined by a cable of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+NEEDS_NAMESPACES = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"),
+]
+
+
+def inside(name: str) -> list[str]:
+    """What a command that runs in a namespace begins with."""
+    return ["ip", "netns", "exec", name]
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def nodes() -> Iterator[dict[str, str]]:
+    """Two network namespaces: name -> address."""
+    tag = f"tfr{os.getpid() % 100_000}"
+    names = [f"{tag}a", f"{tag}b"]
+    addresses = ["10.99.0.1", "10.99.0.2"]
+    try:
+        try:
+            for name in names:
+                _run("ip", "netns", "add", name)
+            _run(*f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}".split())
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        for name, address in zip(names, addresses, strict=True):
+            _run(*f"ip -n {name} addr add {address}/24 dev {name}".split())
+            _run(*f"ip -n {name} link set {name} up".split())
+            _run(*f"ip -n {name} link set lo up".split())
+        yield dict(zip(names, addresses, strict=True))
+    finally:
+        for name in names:  # their cable goes with them
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)

@@ -1,0 +1,337 @@
+"""Workers come and go while a job runs: they listen, join, leave in order, and die."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MODES, Latch
+from learners import Mortal
+from losses import SEED, Losses, Steps, undisturbed
+from torchrun import children_of, wait_for_end
+from workers import joining, listening, make_token
+
+import torchfedrpc as tfr
+from torchfedrpc.observe.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
+
+pytestmark = pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
+
+CLIENTS = [f"client_{number}" for number in range(6)]
+
+
+class Comings(Losses):
+    """The events of a proxy, among them who came and left."""
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, CallStarted | CallEnded):  # too many to look through
+            super().__call__(event)
+
+    def names(self, kind: type) -> list[str]:
+        return [event.worker for event in self.events if isinstance(event, kind)]
+
+    async def joined(self, count: int = 1) -> str:
+        await self.until(lambda: len(self.names(WorkerJoined)) >= count, timeout_s=60.0)
+        return self.names(WorkerJoined)[count - 1]
+
+    async def left(self, count: int = 1) -> str:
+        await self.until(lambda: len(self.names(WorkerLeft)) >= count, timeout_s=60.0)
+        return self.names(WorkerLeft)[count - 1]
+
+
+@pytest.fixture(scope="module")
+def expected(runner: asyncio.Runner) -> dict[str, dict[str, Any]]:
+    return runner.run(undisturbed(CLIENTS))
+
+
+@pytest.fixture(scope="module")
+def token(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_token(tmp_path_factory.mktemp("token"))
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    expected: dict[str, dict[str, Any]], **runtime: Any
+) -> AsyncIterator[tuple[tfr.LearnerProxy, Steps, Comings]]:
+    async with tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime, seed=SEED) as proxy:
+        seen = Comings()
+        proxy.subscribe(seen)
+        yield proxy, Steps(proxy, expected), seen
+
+
+def where(proxy: tfr.LearnerProxy) -> dict[str, str]:
+    return {client: proxy._router.get_executor(client).worker_of(client) for client in CLIENTS}
+
+
+@pytest.mark.filterwarnings("default:client_endpoints has addresses with http")
+async def test_the_configuration_of_a_deployment_works_as_it_stands(
+    token: str, expected: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHFEDRPC_TOKEN_FILE", token)
+    with listening(token) as (first, one), listening(token) as (second, other):
+        runtime = {
+            "execution_mode": "distributed",
+            "client_endpoints": {
+                client: f"http://{(one, other)[number % 2]}" for number, client in enumerate(CLIENTS)
+            },
+        }
+        for times in (1, 2):  # a worker is free again for the next job
+            async with opened(expected, **runtime) as (proxy, steps, _):
+                assert proxy.mode == "distributed"
+                assert where(proxy) == {client: (one, other)[n % 2] for n, client in enumerate(CLIENTS)}
+                await steps.check(*CLIENTS)
+                processes = await proxy.clients().call("process_id")
+                serving = [*children_of(first.process.pid), *children_of(second.process.pid)]
+                assert processes == {client: serving[n % 2] for n, client in enumerate(CLIENTS)}
+            first.line("free again", times)
+            second.line("free again", times)
+        first.signal(signal.SIGTERM)
+        second.signal(signal.SIGINT)
+        assert first.ended() == second.ended() == 0
+
+
+async def test_a_listening_worker_that_is_killed_and_started_again_goes_on(
+    token: str, expected: dict[str, dict[str, Any]]
+) -> None:
+    with listening(token) as (first, address):
+        endpoints = dict.fromkeys(CLIENTS, address)
+        async with opened(expected, client_endpoints=endpoints, token_file=token) as (_, steps, seen):
+            await steps.check(*CLIENTS)
+            (process,) = children_of(first.process.pid)
+            os.kill(process, signal.SIGKILL)  # the one that serves, and not the one that listens
+            await steps.check(*CLIENTS)
+            assert await seen.joined() == address
+            children = children_of(first.process.pid)
+            first.signal(signal.SIGKILL)
+            first.ended()
+            wait_for_end(children, 5.0)
+            step = asyncio.ensure_future(steps.check(*CLIENTS))
+            with listening(token, address):
+                await step
+                assert seen.names(WorkerLost) == [address, address]
+
+
+async def test_a_second_driver_is_told_who_has_the_worker_and_a_dead_one_frees_it(
+    token: str, expected: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    script = tmp_path / "holder.py"
+    script.write_text(
+        "import asyncio, sys\n"
+        "import torchfedrpc as tfr\n"
+        "from learners import Mortal\n"
+        "async def main():\n"
+        "    runtime = {'client_endpoints': {'a': sys.argv[1]}, 'token_file': sys.argv[2]}\n"
+        "    async with tfr.LearnerProxy(Mortal, ['a'], runtime=runtime) as proxy:\n"
+        "        await proxy.custom_method('a', 'step')\n"
+        "        print('here', flush=True)\n"
+        "        await asyncio.Event().wait()\n"
+        "if __name__ == '__main__':\n"
+        "    tfr.run(main)\n"
+    )
+    with listening(token) as (worker, address):
+        holder = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(script), address, token),
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            assert holder.stdout is not None
+            assert await holder.stdout.readline() == b"here\n"
+            began = time.monotonic()
+            with pytest.raises(tfr.WorkerLostError, match=rf"has served holder\.py \(pid {holder.pid} on "):
+                async with opened(expected, client_endpoints={CLIENTS[0]: address}, token_file=token):
+                    raise AssertionError("it is busy")
+            assert time.monotonic() - began < 10.0
+        finally:
+            holder.kill()
+            await holder.wait()
+        began = time.monotonic()
+        await asyncio.to_thread(worker.line, "free again")
+        assert time.monotonic() - began < 5.0
+
+
+async def test_a_dead_endpoint_is_named_within_10_s(token: str, expected: dict[str, dict[str, Any]]) -> None:
+    began = time.monotonic()
+    with pytest.raises(tfr.WorkerLostError, match=r"no worker at 127\.0\.0\.1:9: .*--listen 127\.0\.0\.1:9"):
+        async with opened(expected, client_endpoints={CLIENTS[0]: "127.0.0.1:9"}, token_file=token):
+            raise AssertionError("nobody is there")
+    assert time.monotonic() - began < 10.0
+
+
+async def test_a_wrong_token_is_refused_by_both(
+    token: str, expected: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    other = make_token(tmp_path)
+    with listening(token) as (worker, address):
+        with pytest.raises(tfr.ConfigError, match=rf"{address} refused the token"):
+            async with opened(expected, client_endpoints={CLIENTS[0]: address}, token_file=other):
+                raise AssertionError("it has another token")
+        worker.line("it has another token")
+        runtime = {"client_endpoints": {CLIENTS[0]: address}, "join_at": "127.0.0.1:0", "token_file": token}
+        async with opened(expected, **runtime) as (proxy, steps, seen):
+            assert proxy.join_address is not None
+            with joining(proxy.join_address, other) as stranger:
+                assert await asyncio.to_thread(stranger.ended) == 1
+                assert "refused the token" in stranger.output
+            await steps.check(*CLIENTS)
+            assert seen.names(WorkerJoined) == []
+
+
+async def test_workers_join_and_leave_a_running_job_and_no_call_is_lost_or_run_twice(
+    token: str, expected: dict[str, dict[str, Any]], latch: Latch, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    runtime = {"execution_mode": "pseudo", "num_processes": 1, "join_at": "127.0.0.1:0", "token_file": token}
+    async with opened(expected, **runtime) as (proxy, steps, seen):
+        assert proxy.join_address is not None
+        await steps.check(*CLIENTS)
+        with joining(proxy.join_address, token) as first, joining(proxy.join_address, token) as second:
+            await seen.joined(2)
+            await steps.check(*CLIENTS)
+            places = where(proxy)
+            assert sorted(places.values()) == ["worker1"] * 2 + ["worker2"] * 2 + ["worker3"] * 2
+            processes = await proxy.clients().call("process_id")
+            process_of = {places[client]: processes[client] for client in CLIENTS}
+            assert {process_of["worker2"], process_of["worker3"]} == {first.process.pid, second.process.pid}
+            leaving = next(worker for worker in process_of if process_of[worker] == first.process.pid)
+            held, queued = [client for client in CLIENTS if places[client] == leaving]
+            holding = asyncio.ensure_future(proxy.custom_method(held, "note_and_hold", str(notes), latch.path))
+            while not notes.exists():
+                await asyncio.sleep(0.01)
+            waiting = asyncio.ensure_future(proxy.custom_method(queued, "note", str(notes), "queued"))
+            first.signal(signal.SIGTERM)
+            behind = asyncio.ensure_future(proxy.custom_method(held, "note", str(notes), "behind"))
+            await asyncio.sleep(0.5)
+            assert not holding.done()
+            latch.open()
+            await asyncio.gather(holding, waiting, behind)
+            assert await seen.left() == leaving
+            assert await asyncio.to_thread(first.ended) == 0
+            assert sorted(notes.read_text().splitlines()) == sorted(
+                [f"{held} ", f"{queued} queued", f"{held} behind"]
+            )
+            await steps.check(*CLIENTS)
+            assert leaving not in where(proxy).values()
+            second.signal(signal.SIGKILL)
+            await seen.loss()
+            await steps.check(*CLIENTS)
+            assert set(where(proxy).values()) == {"worker1"}
+    assert seen.names(WorkerLost) == [other for other in ("worker2", "worker3") if other != leaving]
+
+
+async def test_learners_move_under_load_and_each_of_their_calls_is_made_once_and_in_order(
+    token: str, expected: dict[str, dict[str, Any]]
+) -> None:
+    runtime = {"execution_mode": "pseudo", "num_processes": 1, "join_at": "127.0.0.1:0", "token_file": token}
+    async with opened(expected, **runtime, journal_max_calls=2) as (proxy, _, seen):
+        assert proxy.join_address is not None
+        is_over = False
+
+        async def load(client: str) -> int:
+            num_calls = 0
+            while not is_over:
+                calls = [proxy.custom_method(client, "append", num_calls + number) for number in range(3)]
+                assert await asyncio.gather(*calls) == [num_calls + 1, num_calls + 2, num_calls + 3]
+                num_calls += 3
+            return num_calls
+
+        loads = [asyncio.ensure_future(load(client)) for client in CLIENTS]
+        with joining(proxy.join_address, token) as first, joining(proxy.join_address, token) as second:
+            await seen.joined(2)
+            first.signal(signal.SIGTERM)
+            await seen.left()
+            assert await asyncio.to_thread(first.ended) == 0
+            with joining(proxy.join_address, token):
+                await seen.joined(3)
+                second.signal(signal.SIGINT)
+                await seen.left(2)
+                assert await asyncio.to_thread(second.ended) == 0
+                is_over = True
+                num_calls = await asyncio.gather(*loads)
+                happened = await proxy.clients().call("what_happened")
+        assert [happened[client] for client in CLIENTS] == [list(range(count)) for count in num_calls]
+        assert seen.names(WorkerLost) == []
+
+
+async def test_workers_of_all_kinds_serve_one_run(token: str, expected: dict[str, dict[str, Any]]) -> None:
+    with listening(token) as (_, address):
+        runtime = {
+            "execution_mode": "pseudo",
+            "num_processes": 1,
+            "client_endpoints": {CLIENTS[0]: address, CLIENTS[1]: "local", CLIENTS[2]: "worker1"},
+            "join_at": "127.0.0.1:0",
+            "token_file": token,
+        }
+        async with opened(expected, **runtime) as (proxy, steps, seen):
+            assert proxy.join_address is not None
+            with joining(proxy.join_address, token):
+                await seen.joined()
+                await steps.check(*CLIENTS)
+                places = where(proxy)
+                assert [places[client] for client in CLIENTS[:3]] == [address, "local", "worker1"]
+                assert sorted(places[client] for client in CLIENTS[3:]) == ["worker1", "worker1", "worker2"]
+                processes = await proxy.clients().call("process_id")
+                assert len(set(processes.values())) == 4
+
+
+async def test_a_run_of_nobody_waits_for_the_first_to_join_and_for_the_next_when_all_have_gone(
+    token: str, expected: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with joining(address, token) as first:
+        async with opened(expected, join_at=address, token_file=token, rejoin_timeout_s=3.0) as (proxy, steps, seen):
+            assert proxy.mode == "distributed"
+            await steps.check(*CLIENTS)
+            first.signal(signal.SIGTERM)
+            assert await seen.left() == "worker1"
+            began = time.monotonic()
+            with pytest.raises(
+                tfr.WorkerLostError, match=r"worker1 has left, and none has come in its place within 3 s"
+            ):
+                await proxy.custom_method(CLIENTS[0], "step")
+            assert time.monotonic() - began < 5.0
+            with joining(address, token) as second:
+                await seen.joined()
+                await steps.check(*CLIENTS)
+                second.signal(signal.SIGTERM)
+                second.signal(signal.SIGTERM)
+
+
+async def test_a_listening_worker_that_is_asked_to_stop_leaves_its_learners_for_its_next_life(
+    token: str, expected: dict[str, dict[str, Any]]
+) -> None:
+    with listening(token) as (first, address):
+        endpoints = dict.fromkeys(CLIENTS, address)
+        async with opened(expected, client_endpoints=endpoints, token_file=token) as (_, steps, seen):
+            await steps.check(*CLIENTS)
+            first.signal(signal.SIGTERM)
+            assert await asyncio.to_thread(first.ended) == 0
+            step = asyncio.ensure_future(steps.check(*CLIENTS))
+            with listening(token, address):
+                await step
+            assert seen.names(WorkerLeft) == [address]
+            assert seen.names(WorkerLost) == []
+
+
+async def test_a_worker_that_dies_as_it_joins_does_no_harm(token: str, expected: dict[str, dict[str, Any]]) -> None:
+    runtime = {"execution_mode": "pseudo", "num_processes": 1, "join_at": "127.0.0.1:0", "token_file": token}
+    async with opened(expected, **runtime) as (proxy, steps, seen):
+        assert proxy.join_address is not None
+        await steps.check(*CLIENTS)
+        with joining(proxy.join_address, token) as worker:
+            await asyncio.to_thread(worker.line, "joined the run of")
+            worker.signal(signal.SIGKILL)
+            await seen.loss()
+        await steps.check(*CLIENTS)
+        with joining(proxy.join_address, token):
+            assert await seen.joined() in ("worker2", "worker3")
+            await steps.check(*CLIENTS)

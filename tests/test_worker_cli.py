@@ -1,0 +1,208 @@
+"""The ``torchfedrpc-worker`` command, as a user runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchfedrpc import worker_cli
+from torchfedrpc.rpc import worker
+from torchfedrpc.rpc.greeter import Greeter
+from torchfedrpc.rpc.greeting import Greeted, RefusedError
+from torchfedrpc.rpc.token import VARIABLE
+
+TOKEN = "the token that both ends have"
+Message = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "token"
+    path.write_text(TOKEN)
+    path.chmod(0o600)
+    return str(path)
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """Bound to a port, at which nobody listens yet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        yield listener
+
+
+def address_of(listener: socket.socket) -> str:
+    return "{}:{}".format(*listener.getsockname())
+
+
+class Driver:
+    """Lets workers in; ``guests`` holds them."""
+
+    def __init__(self, listener: socket.socket, answer: Callable[[Message], Message], token: str = TOKEN) -> None:
+        self.guests: queue.SimpleQueue[Greeted] = queue.SimpleQueue()
+        listener.listen()
+        self._greeter = Greeter(listener, token.encode(), answer, self.guests.put)
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._greeter.close()
+
+
+def welcome(about: Message) -> Message:
+    assert about["role"] == "worker"
+    return {"role": "driver", "program": "train.py", "machine": "hub", "label": "worker4"}
+
+
+def busy(about: Message) -> Message:
+    raise RefusedError("this run takes no more workers: raise its number")
+
+
+# Joining.
+
+
+async def test_joining_serves_until_the_driver_says_stop(
+    listener: socket.socket, token_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def serve(link: Any, pulse: socket.socket) -> bool:
+        assert link.receive() == {"do": "stop"}
+        assert sys.path[0] == os.getcwd()
+        link.close()
+        pulse.close()
+        return True
+
+    monkeypatch.setattr(worker, "serve_remote", serve, raising=False)
+    with Driver(listener, welcome) as driver:
+        command = ["--join", address_of(listener), "--token-file", token_file]
+        running = asyncio.create_task(asyncio.to_thread(worker_cli.main, command))
+        guest = await asyncio.to_thread(driver.guests.get, timeout=5)
+        assert guest.about["pid"] == os.getpid()
+        guest.link.stop()
+        assert await running == 0
+        guest.pulse.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "joined the run of train.py on hub",
+        "the run of train.py on hub needs this worker no more",
+    ]
+
+
+async def test_a_driver_that_is_starting_is_waited_for(
+    listener: socket.socket, token_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    dial = worker_cli.dial
+
+    async def dial_and_tell(*arguments: Any, **options: Any) -> Greeted:
+        try:
+            return await dial(*arguments, **options)
+        finally:
+            loop.call_soon_threadsafe(tried.set)
+
+    monkeypatch.setattr(worker_cli, "dial", dial_and_tell)
+    monkeypatch.setattr(worker, "serve_remote", lambda *ends: [end.close() for end in ends], raising=False)
+    command = ["--join", address_of(listener), "--token-file", token_file]
+    running = asyncio.create_task(asyncio.to_thread(worker_cli.main, command))
+    await tried.wait()
+    with Driver(listener, welcome) as driver:
+        assert await running == 0
+        guest = driver.guests.get(timeout=5)
+        guest.link.close()
+        guest.pulse.close()
+
+
+def test_a_driver_that_is_not_there_is_an_error_that_names_it(
+    listener: socket.socket, token_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker_cli, "_RETRY_FOR_S", 0.1)
+    assert worker_cli.main(["--join", address_of(listener), "--token-file", token_file]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"torchfedrpc-worker: {address_of(listener)} cannot be reached (Connection refused)")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "token", "told"),
+    [(busy, TOKEN, "refused: this run takes no more workers"), (welcome, "another token", "refused the token")],
+)
+def test_a_driver_that_refuses_is_not_asked_again(
+    listener: socket.socket,
+    token_file: str,
+    capsys: pytest.CaptureFixture[str],
+    answer: Callable[[Message], Message],
+    token: str,
+    told: str,
+) -> None:
+    with Driver(listener, answer, token):
+        assert worker_cli.main(["--join", address_of(listener), "--token-file", token_file]) == 1
+        assert f"torchfedrpc-worker: {address_of(listener)} {told}" in capsys.readouterr().err
+
+
+# Settings.
+
+
+def test_a_wrong_setting_is_a_line_and_exit_status_2(token_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, told in [
+        (["--join", "nowhere", "--token-file", token_file], "'nowhere' is no address of the form HOST:PORT"),
+        (["--join", "host:0", "--token-file", token_file], "'host:0' is no address"),
+        (["--listen", "http://host:1", "--token-file", token_file], "'http://host:1' is no address"),
+        (["--listen", "127.0.0.1:0"], "need a shared token"),
+        (["--listen", "127.0.0.1:0", "--token-file", "none"], "token file none: No such file"),
+    ]:
+        assert worker_cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("torchfedrpc-worker: ")
+        assert told in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["--listen", "a:1", "--join", "b:1"], ["--token-file", "f"]])
+def test_exactly_one_way_is_taken(command: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        worker_cli.main(command)
+
+
+def test_the_help_says_what_the_network_must_allow(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        worker_cli.main(["--help"])
+    told = capsys.readouterr().out
+    for word in ("only greets", "NAT", "WireGuard", "in both directions"):
+        assert word in told
+
+
+# End to end.
+
+
+def test_a_worker_listens_until_sigterm(tmp_path: Path, token_file: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torchfedrpc.worker_cli", "--listen", "127.0.0.1:0"],
+        cwd=tmp_path,
+        env={**os.environ, VARIABLE: token_file},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert re.fullmatch(r"listening on 127\.0\.0\.1:[1-9]\d*\n", line), process.communicate()
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=10) == ("", "")
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()

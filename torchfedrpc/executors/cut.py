@@ -1,0 +1,115 @@
+"""A consistent cut: the states of many learners as of one moment, taken while the run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any
+
+_BUDGET_BYTES = 32 << 20  # of states that are on their way at once, if they are as large as the largest so far
+_FIRST_GUESS_BYTES = 8 << 20
+_MAX_AT_ONCE = 64
+
+
+class Cut(AsyncIterator[tuple[str, bytes]]):
+    """The states of some learners as of now: ``async for client_id, data in cut``, in whichever order they come.
+
+    Few are taken at a time, so that they are never all in memory. A call of a learner whose state was not asked for
+    yet waits for that (`passed`), and brings it to the front. Nobody waits once the states are taken, or after
+    `close`.
+
+    Args:
+        client_ids: whose.
+        take: gives a learner's state behind the calls that were submitted before; asks for it at its first step.
+    """
+
+    def __init__(self, client_ids: Iterable[str], take: Callable[[str], Coroutine[Any, Any, bytes]]) -> None:
+        self._untaken = {client_id: _Gate() for client_id in client_ids}
+        self._wanted: deque[str] = deque()
+        self._opened: dict[str, _Gate] = {}  # through which not all that waited have gone
+        self._taking: dict[asyncio.Task[bytes], str] = {}
+        self._take = take
+        self._largest_bytes = 0
+
+    async def passed(self, client_id: str) -> None:
+        """Wait until the state of this learner was asked for; calls go on in the order in which they came here."""
+        gate = self._untaken.get(client_id)
+        if gate is not None:
+            self._wanted.append(client_id)
+            self._fill()
+        if (gate := gate or self._opened.get(client_id)) is not None:
+            await gate.passed()
+            if gate.is_idle:
+                self._opened.pop(client_id, None)
+
+    async def __anext__(self) -> tuple[str, bytes]:
+        self._fill()
+        if not self._taking:
+            raise StopAsyncIteration
+        done, _ = await asyncio.wait(self._taking, return_when=asyncio.FIRST_COMPLETED)
+        task = done.pop()
+        client_id, data = self._taking.pop(task), task.result()
+        self._largest_bytes = max(self._largest_bytes, len(data))
+        return client_id, data
+
+    def close(self) -> None:
+        """Take no more states, and keep nobody back."""
+        for task in self._taking:
+            task.cancel()
+        for client_id in list(self._untaken):
+            self._open(client_id)
+
+    def _fill(self) -> None:
+        while self._untaken and self._has_room():
+            wanted = self._wanted.popleft() if self._wanted else next(iter(self._untaken))
+            if wanted not in self._untaken:  # it was wanted by several calls
+                continue
+            self._taking[asyncio.ensure_future(self._take(wanted))] = wanted
+            # The task asks at its first step, which the loop takes before this.
+            asyncio.get_running_loop().call_soon(self._open, wanted)
+            self._opened[wanted] = self._untaken.pop(wanted)
+
+    def _has_room(self) -> bool:
+        num_taking = len(self._taking)
+        expected_bytes = (num_taking + 1) * (self._largest_bytes or _FIRST_GUESS_BYTES)
+        return not num_taking or (num_taking < _MAX_AT_ONCE and expected_bytes <= _BUDGET_BYTES)
+
+    def _open(self, client_id: str) -> None:
+        gate = self._untaken.pop(client_id, None) or self._opened[client_id]
+        self._opened[client_id] = gate
+        gate.open()
+        if gate.is_idle:
+            del self._opened[client_id]
+
+
+class _Gate:
+    """Keeps callers back until it is opened, and lets them through in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._is_open = False
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is open and nobody is on the way through."""
+        return self._is_open and not self._waiting
+
+    def open(self) -> None:
+        """Let the first one through, who lets the next."""
+        self._is_open = True
+        if self._waiting and not self._waiting[0].done():
+            self._waiting[0].set_result(None)
+
+    async def passed(self) -> None:
+        """Wait for one's turn."""
+        if self.is_idle:
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        finally:
+            self._waiting.remove(turn)
+            if self._is_open:
+                self.open()

@@ -1,0 +1,107 @@
+"""The ``torchfedrpc-worker`` command: a worker on another machine, which waits for drivers or joins one."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.rpc import worker
+from torchfedrpc.rpc.greeting import Greeted, GreetingError, UnreachableError, dial, parse_address
+from torchfedrpc.rpc.listening import listen
+from torchfedrpc.rpc.token import VARIABLE, load_token
+
+_NAME = "torchfedrpc-worker"
+_DIAL_TIMEOUT_S = 5.0
+_RETRY_FOR_S = 10.0  # a driver may be starting as well
+_RETRY_S = 0.2
+
+_EPILOG = """\
+Learners' modules are found in the folder where the worker is started.
+
+The port of --listen and --join only greets: both ends prove that they have the same token, and compare versions. What
+follows goes by other ports, which the system chooses, in both directions; nothing of it is encrypted. So driver and
+workers have to reach each other on ports 32768 to 60999 (/proc/sys/net/ipv4/ip_local_port_range), on a network that
+is trusted. Sites behind NAT need an interface of a VPN, such as WireGuard's, between them: listen on its address, and
+name it to the driver by runtime.interface=wg0.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: those behind the command's name; None takes the process's.
+
+    Returns:
+        The exit status: 0 where the driver, or a signal to a worker that listens, ended the work; 1 where a driver
+        to join is not there or refuses; 2 for a setting that is wrong; 128 and its number for a signal that cut work
+        off.
+    """
+    parser = argparse.ArgumentParser(
+        prog=_NAME,
+        description="Serve learners on this machine for a driver on another one.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help="wait to be dialled, by one driver after another; port 0: any that is free",
+    )
+    way.add_argument("--join", metavar="HOST:PORT", help="dial a driver that is running")
+    parser.add_argument(
+        "--token-file", metavar="FILE", help=f"the token that driver and workers share (default: ${VARIABLE})"
+    )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format=f"{_NAME}: %(message)s")
+    sys.path.insert(0, os.getcwd())
+    try:
+        token = load_token(options.token_file)
+        if options.listen is not None:
+            return asyncio.run(listen(*parse_address(options.listen, any_port=True), token))
+        return _join(options.join, token)
+    except ConfigError as error:
+        return _fail(error, 2)
+    except GreetingError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _join(address: str, token: bytes) -> int:
+    driver = _dial(address, token)
+    run = f"the run of {driver.about.get('program', 'a driver')} on {driver.about['machine']}"
+    print(f"joined {run}", flush=True)
+    in_time = worker.serve_remote(driver.link, driver.pulse)
+    print(f"{run} needs this worker no more", flush=True)
+    if not in_time:  # a learner's method goes on regardless, and its thread would break the interpreter's end
+        os._exit(0)
+    return 0
+
+
+def _dial(address: str, token: bytes) -> Greeted:
+    give_up_at = time.monotonic() + _RETRY_FOR_S
+    while True:
+        try:
+            return asyncio.run(dial(address, token, {"role": "worker"}, timeout_s=_DIAL_TIMEOUT_S))
+        except UnreachableError:
+            if time.monotonic() > give_up_at:
+                raise
+        time.sleep(_RETRY_S)
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"{_NAME}: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
