@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
 import re
+import signal
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+
+from chaos_report import Report
 
 _MARK = "TORCHFEDRPC_CHAOS"
 _TIMEOUT_S = 10.0  # a worker has 4 s to stop, its sidecar 3 s more
@@ -21,18 +25,30 @@ _KEPT = ("torchinductor_", "torchelastic_")  # torch's own, which it does not cl
 
 @contextlib.contextmanager
 def marked() -> Iterator[None]:
-    """Mark all processes that are started from here on, orphans too, and give them a folder of temporary files."""
-    with tempfile.TemporaryDirectory(prefix="torchfedrpc-chaos-") as folder:
+    """Mark all processes that are started from here on, orphans too, and give them a folder of temporary files.
+
+    Those that are there at the end are killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="torchfedrpc-chaos-", ignore_cleanup_errors=True) as folder:
         os.environ[_MARK] = str(os.getpid())
         tempfile.tempdir = os.environ["TMPDIR"] = folder
         try:
             yield
         finally:
+            _kill_marked()
             tempfile.tempdir = None
             del os.environ["TMPDIR"], os.environ[_MARK]
 
 
-def held() -> Counter[str]:
+@contextlib.asynccontextmanager
+async def nothing_left(report: Report) -> AsyncIterator[None]:
+    """Tell what is held at the end of this and was not at its beginning."""
+    before = _held()
+    yield
+    report.left_over(sorted(await asyncio.to_thread(_left_over, before)))
+
+
+def _held() -> Counter[str]:
     """What this process and those it started hold now."""
     # A loop's pool of threads grows as it is used, up to its bound, and ends with the loop.
     pool = re.compile(r"asyncio_\d+")
@@ -40,24 +56,38 @@ def held() -> Counter[str]:
     return _processes() + threads + _descriptors() + _shared_memory() + _temporary_files()
 
 
-def left_over(before: Counter[str]) -> Counter[str]:
+def _left_over(before: Counter[str]) -> Counter[str]:
     """What is held beyond what was before, after it has had some seconds to go."""
     gc.collect()
     deadline = time.monotonic() + _TIMEOUT_S
-    while (more := held() - before) and time.monotonic() < deadline:
+    while (more := _held() - before) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     return more
 
 
-def _processes() -> Counter[str]:
+def marked_processes() -> dict[int, str]:
+    """The processes that bear the mark, from process id to command line."""
     mark = f"{_MARK}={os.getpid()}".encode()
-    found: Counter[str] = Counter()
+    found: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
                 command = (entry / "cmdline").read_text(errors="replace").replace("\0", " ")
-                found[f"process {entry.name} ({' '.join(command.split())[:100]})"] += 1
+                found[int(entry.name)] = " ".join(command.split())[:100]
     return found
+
+
+def _kill_marked() -> None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while (found := marked_processes()) and time.monotonic() < deadline:  # one may be about to start another
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_S)
+
+
+def _processes() -> Counter[str]:
+    return Counter(f"process {pid} ({command})" for pid, command in marked_processes().items())
 
 
 def _descriptors() -> Counter[str]:

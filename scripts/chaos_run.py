@@ -7,10 +7,9 @@ import faulthandler
 import hashlib
 import random
 import signal
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -116,6 +115,8 @@ class ChaosTrainer(FedAvgTrainer):
         digests: of each finished round, hashes of all that its calls gave.
     """
 
+    not_state: ClassVar[frozenset[str]] = FedAvgTrainer.not_state | {"_disturbed", "_updates"}
+
     def __init__(self, proxy: tfr.LearnerProxy, num_rounds: int, disturbed: Disturbed) -> None:
         config = {"num_rounds": num_rounds, "clients_per_round": COHORT_SIZE, "local_epochs": LOCAL_EPOCHS}
         super().__init__(config, proxy, initial_weights=initial_weights(_MODEL, seed=0))
@@ -123,7 +124,7 @@ class ChaosTrainer(FedAvgTrainer):
         self._disturbed = disturbed
         self._updates: Any = None
         self._snapshots: dict[str, bytes] = {}
-        self._reports: dict[str, list[Any]] = defaultdict(list)
+        self._reports: dict[str, list[Any]] = {}
         proxy.subscribe(self._note)
 
     def streaming(self, round_num: int) -> str:
@@ -150,7 +151,7 @@ class ChaosTrainer(FedAvgTrainer):
             scores, self._snapshots = await asyncio.gather(
                 scored.evaluate(model_weights=self.weights), self._take_snapshots(captured)
             )
-            reports, self._reports = sorted(self._reports.items()), defaultdict(list)
+            reports, self._reports = sorted(self._reports.items()), {}
             self.digests.append(
                 {
                     "updates": digest((self._updates, training.result())),
@@ -176,7 +177,7 @@ class ChaosTrainer(FedAvgTrainer):
 
     def _note(self, event: Event) -> None:
         if isinstance(event, ProgressReported):
-            self._reports[event.client_id].append(event.progress)
+            self._reports.setdefault(event.client_id, []).append(event.progress)
 
 
 @asynccontextmanager
@@ -200,21 +201,33 @@ def open_proxy(runtime: Mapping[str, Any], seed: int) -> tfr.LearnerProxy:
     return tfr.LearnerProxy(make_learner, clients, runtime=runtime, seed=seed)
 
 
-async def federate(proxy: tfr.LearnerProxy, num_rounds: int, disturbed: Disturbed = undisturbed) -> list[Digests]:
+async def federate(
+    proxy: tfr.LearnerProxy,
+    num_rounds: int,
+    disturbed: Disturbed = undisturbed,
+    checkpoints: tfr.Checkpoints | None = None,
+) -> list[Digests]:
     """Run it.
 
     Args:
         proxy: what `open_proxy` gave, open.
         num_rounds: of how many rounds.
         disturbed: what happens to them.
+        checkpoints: where the run is saved, and goes on from.
 
     Returns:
-        Those of each round, and one more of the final weights and the state of every learner.
+        Those of each round, and one more as `end_of` gives it.
     """
     trainer = ChaosTrainer(proxy, num_rounds, disturbed)
-    weights = await trainer.train()
-    states = [(client_id, data) async for client_id, data in proxy.snapshots()]
-    return [*trainer.digests, {"weights": digest(dict(weights or {})), "snapshots": digest(states)}]
+    trainer.checkpoints = checkpoints
+    await trainer.train()
+    return [*trainer.digests, await end_of(trainer)]
+
+
+async def end_of(trainer: ChaosTrainer) -> Digests:
+    """Those of the global weights and of the state of every learner, between two rounds."""
+    states = [(client_id, data) async for client_id, data in trainer.learner_proxy.snapshots()]
+    return {"weights": digest(dict(trainer.weights or {})), "snapshots": digest(states)}
 
 
 def differing(digests: Digests, expected: Digests) -> list[str]:
