@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -341,3 +342,66 @@ def test_a_history_goes_on_in_its_file(tmp_path: Path) -> None:
 def test_a_wrong_setting_is_refused(tmp_path: Path, setting: str, value: Any) -> None:
     with pytest.raises(tfr.ConfigError, match=f"{setting} must be a whole number of at least 1"):
         tfr.Checkpoints(tmp_path, **{setting: value})
+
+
+async def test_a_call_that_waits_over_the_end_of_a_round_is_in_a_later_checkpoint(tmp_path: Path) -> None:
+    """Its learner changes after the snapshot for this round was asked for."""
+    large = torch.zeros(1000)
+
+    class Late(tfr.AbstractFederationTrainer):
+        async def train(self) -> None:
+            waiting: list[asyncio.Task[Any]] = []
+            async for round_num in self.rounds():
+                if round_num == 0:
+                    first = asyncio.ensure_future(self.learner_proxy.custom_method("a", "append", large))
+                    waiting.append(asyncio.ensure_future(self.learner_proxy.custom_method("b", "append", large)))
+                    await first  # the other has no room before
+                else:
+                    await asyncio.gather(*waiting)
+
+    async def once(num_rounds: int) -> list[int]:
+        runtime = {"execution_mode": "local", "max_inflight_bytes": 10}
+        async with tfr.LearnerProxy(Mortal, ["a", "b"], runtime=runtime) as proxy:
+            trainer = Late({"num_rounds": num_rounds}, proxy)
+            trainer.checkpoints = tfr.Checkpoints(tmp_path, resume="auto")
+            await trainer.train()
+            return [len(await proxy.custom_method(client, "what_happened")) for client in ("a", "b")]
+
+    assert await once(2) == [1, 1]
+    assert await once(2) == [1, 1]
+
+
+async def test_a_snapshot_comes_behind_calls_that_wait_for_a_cut() -> None:
+    async with tfr.LearnerProxy(Mortal, CLIENTS, runtime="local") as proxy:
+        await proxy.clients().call("append", 0)
+        cut = proxy.cut(CLIENTS)
+        calls = [asyncio.ensure_future(proxy.custom_method(client, "append", 1)) for client in CLIENTS]
+        await asyncio.sleep(0)
+        reading = asyncio.ensure_future(anext(proxy.snapshots([CLIENTS[-1]])))
+        before = {client: load(data, AllowList(proxy.trusted_modules)) async for client, data in cut}
+        await asyncio.gather(*calls)
+        _, data = await reading
+        assert load(data, AllowList(proxy.trusted_modules)).counts["append"] == 2
+        assert {snapshot.counts["append"] for snapshot in before.values()} == {1}
+
+
+async def test_an_optimiser_that_is_made_too_late_is_named(tmp_path: Path) -> None:
+    class Lazy(Trainer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.optimiser = None  # type: ignore[assignment]
+
+        async def train(self) -> list[Any]:
+            async for _ in self.rounds():
+                self.optimiser = torch.optim.Adam(self.server.parameters())
+            return []
+
+    for expectation in (
+        contextlib.nullcontext(),
+        pytest.raises(tfr.ConfigError, match=r"Lazy\.optimiser has a state"),
+    ):
+        async with tfr.LearnerProxy(Mortal, CLIENTS, runtime="local") as proxy:
+            trainer = Lazy({"num_rounds": 1}, proxy)
+            trainer.checkpoints = tfr.Checkpoints(tmp_path, resume="auto")
+            with expectation:
+                await trainer.train()

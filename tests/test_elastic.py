@@ -22,6 +22,7 @@ from workers import joining, listening, make_token
 
 import torchfedrpc as tfr
 from torchfedrpc.observe.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
+from torchfedrpc.rpc.greeting import Greeted, dial
 
 pytestmark = pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
 
@@ -335,3 +336,51 @@ async def test_a_worker_that_dies_as_it_joins_does_no_harm(token: str, expected:
         with joining(proxy.join_address, token):
             assert await seen.joined() in ("worker2", "worker3")
             await steps.check(*CLIENTS)
+
+
+async def test_workers_that_are_of_no_use_do_a_run_no_harm(
+    token: str, expected: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """As many as it takes for a world that cannot be formed to be given up."""
+    runtime = {"execution_mode": "pseudo", "num_processes": 1, "join_at": "127.0.0.1:0", "token_file": token}
+    async with opened(expected, **runtime) as (proxy, steps, seen):
+        assert proxy.join_address is not None
+        await steps.check(*CLIENTS)
+        for number in range(1, 8):
+            # It has no learner: what a worker that is started in another folder finds.
+            guest = await dial(proxy.join_address, Path(token).read_bytes(), {"role": "worker"}, timeout_s=5.0)
+            answering = asyncio.ensure_future(asyncio.to_thread(_refuse, guest))
+            await seen.loss(number)
+            await answering
+        await steps.check(*CLIENTS)
+    assert set(where(proxy).values()) == {"worker1"}
+
+
+def _refuse(guest: Greeted) -> None:
+    message = guest.link.receive()
+    assert message is not None
+    guest.link.send({"number": message["number"], "error": "no module named learners", "traceback": ""})
+    while (message := guest.link.receive()) is not None and message["do"] != "stop":
+        pass
+    guest.link.close()
+    guest.pulse.close()
+
+
+async def test_a_worker_that_is_asked_to_stop_as_the_run_begins_leaves_once_it_has_begun(
+    token: str, expected: dict[str, dict[str, Any]]
+) -> None:
+    with listening(token) as (first, address):
+        runtime = {"client_endpoints": {CLIENTS[0]: address}, "execution_mode": "pseudo", "num_processes": 1}
+        opening = tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime | {"token_file": token}, seed=SEED)
+        seen = Comings()
+        opening.subscribe(seen)
+        entering = asyncio.ensure_future(opening.__aenter__())
+        await asyncio.to_thread(first.line, "worker process")
+        first.signal(signal.SIGTERM)
+        proxy = await entering
+        try:
+            assert await seen.left() == address
+            assert await asyncio.to_thread(first.ended) == 0
+            await Steps(proxy, expected).check(*CLIENTS[1:])
+        finally:
+            await proxy.__aexit__(None, None, None)

@@ -152,7 +152,7 @@ async def test_two_hundred_that_stall_at_once_keep_a_guest_out_for_a_moment_alon
         assert await asyncio.to_thread(closed, stranger)
     await door.lets_in()
     assert warnings() == [
-        "refused a connection from 127.0.0.1: 128 others are being greeted",
+        "refused a connection from 127.0.0.1: 128 others are being greeted, of which the first was let go",
         "refused a connection from 127.0.0.1: it did not greet within 1 s",
     ]
 

@@ -132,7 +132,7 @@ async def test_a_first_connection_keeps_the_place_for_the_second(capsys: pytest.
 async def test_a_place_is_not_kept_for_ever(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listening, "PAIRING_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(listening, "_PAIRING_TIMEOUT_S", 0.0)
     async with opened(capsys) as worker:
         with await channel(worker, "one", "link"):
             driver = await worker.driver()

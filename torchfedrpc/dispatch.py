@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -48,7 +50,8 @@ class Dispatcher:
         self._known = frozenset(client_ids)
         self._router = router
         self._call_ids = itertools.count(1)
-        self.called: set[str] = set()  # clients whose learners may have changed since somebody cleared this
+        self._called: set[str] = set()  # clients whose learners may have changed since `changed` was asked
+        self._changing: Counter[str] = Counter()  # client -> calls and restores that are not finished
         self.open_streams: dict[int, str] = {}  # call id of each stream that is being read -> its client
         self._num_calls = self._num_failed = self._num_pending = 0
 
@@ -127,9 +130,26 @@ class Dispatcher:
 
     async def restore(self, options: CallOptions, client_id: str, data: bytes) -> None:
         """Make a client's learner anew, with the state of a snapshot."""
-        self.called.add(client_id)
         restore = self._router.get_executor(client_id).restore(client_id, data)
-        await self._apart(options, client_id, "restore", restore)
+        with self._changes(client_id):
+            await self._apart(options, client_id, "restore", restore)
+
+    def changed(self) -> set[str]:
+        """The clients that were called or restored since this was asked last, or are in the middle of it."""
+        changed, self._called = self._called | self._changing.keys(), set()
+        return changed
+
+    @contextmanager
+    def _changes(self, client_id: str) -> Iterator[None]:
+        """Around what may change a client's learner, at some time between the beginning and the end."""
+        self._changing[client_id] += 1
+        try:
+            yield
+        finally:
+            self._called.add(client_id)
+            self._changing[client_id] -= 1
+            if not self._changing[client_id]:
+                del self._changing[client_id]
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
         """The states of these clients' learners as of now, one by one, while calls go on.
@@ -195,11 +215,11 @@ class Dispatcher:
         self.events.publish(CallStarted(invocation.call_id, client_id, method))
         began, failure = time.perf_counter(), None
         self._num_calls += 1
-        self.called.add(client_id)
         self._num_pending += 1
         try:
-            async with asyncio.timeout(options.timeout_s) as deadline:
-                return await answer
+            with self._changes(client_id):
+                async with asyncio.timeout(options.timeout_s) as deadline:
+                    return await answer
         except StopAsyncIteration:
             raise
         except BaseException as error:

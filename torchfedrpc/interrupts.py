@@ -60,7 +60,8 @@ class _Interrupts:
         self._before: dict[int, Any] = {}
         self._main_thread = threading.get_ident()
         self._task: asyncio.Task[Any] | None = None
-        self._loop_turns = self._forcing = False
+        self._loop_turns = self._forcing = self._is_cancelled = False
+        self._timer: asyncio.TimerHandle | None = None
         self._over = threading.Event()
         self.finishing: set[Finishing] = set()
 
@@ -134,16 +135,21 @@ class _Interrupts:
         for one in self.finishing:
             one.is_requested = True
         if not self.finishing:
-            self._task.cancel()
+            self.cancel()
         self._task.get_loop().call_soon_threadsafe(self._turned)  # also wakes a loop that waits
 
     def _turned(self) -> None:
         self._loop_turns = True
         if self.finishing:
-            asyncio.get_running_loop().call_later(_FINISH_S, self.cancel)
+            self._timer = asyncio.get_running_loop().call_later(_FINISH_S, self.cancel)
+        elif not self._is_cancelled:
+            self.cancel()
 
     def cancel(self) -> None:
-        """Cancel the main coroutine, if it runs."""
+        """Cancel the main coroutine, if it runs; once only, since it may be cleaning up."""
+        self._is_cancelled = True
+        if self._timer is not None:
+            self._timer.cancel()
         if self._task is not None and not self._task.done():
             self._task.cancel()
 

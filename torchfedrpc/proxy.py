@@ -296,8 +296,7 @@ class LearnerProxy:
 
     def changed(self) -> set[str]:
         """The clients that were called or restored since this was asked last: no other learner has changed."""
-        changed, self._dispatcher.called = self._dispatcher.called, set()
-        return changed
+        return self._dispatcher.changed()
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
         """The states of learners as of now, all at one moment, which `Checkpoints` saves while calls go on.

@@ -238,8 +238,10 @@ class AskingExecutor(CallExecutor):
             await asyncio.to_thread(self._ledger.store, record, number, read().numpy().data)
             self._ledger.took(record, number)
         except Exception as error:
-            record.awaits_snapshot = False
-            self._cannot_move(record, error) if record.moving_to is not None else self._cannot_capture(record, error)
+            if record.moving_to is not None:
+                self._cannot_move(record, error)
+            else:
+                self._cannot_capture(record, error)
         record.awaits_snapshot = False
         if self._ledger.needs_snapshot(record):  # again, for what has happened since it was asked for
             self._request_snapshot(record)

@@ -153,6 +153,10 @@ class AbstractExecutor(ABC):
         """
         raise ConfigError(f"{type(self).__name__} has no snapshots: override its snapshot() and restore()")
 
+    async def capture(self, client_id: str) -> bytes:
+        """A snapshot for a cut, ahead of the calls that wait for it."""
+        return await self.snapshot(client_id)
+
     async def restore(self, client_id: str, data: bytes) -> None:
         """Make a client's learner anew, with the state that `snapshot` gave.
 
@@ -233,6 +237,11 @@ class CallExecutor(AbstractExecutor):
 
     async def snapshot(self, client_id: str) -> bytes:
         """A learner's state between two calls."""
+        await self._passed(client_id)
+        return await self.capture(client_id)
+
+    async def capture(self, client_id: str) -> bytes:
+        """A snapshot for a cut, ahead of the calls that wait for it."""
         call = Call(self._own_call_id(), client_id, "snapshot", self._take_value(None), kind="snapshot")
         outcome = await self._answered(call)
         data: torch.Tensor = self._result(outcome, call)

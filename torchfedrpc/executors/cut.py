@@ -57,6 +57,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         """Take no more states, and keep nobody back."""
         for task in self._taking:
             task.cancel()
+            task.add_done_callback(_retrieve)
         for client_id in list(self._untaken):
             self._open(client_id)
 
@@ -81,6 +82,12 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         gate.open()
         if gate.is_idle:
             del self._opened[client_id]
+
+
+def _retrieve(task: asyncio.Task[bytes]) -> None:
+    """Take notice of what a task that nobody awaits has come to."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _Gate:

@@ -88,6 +88,7 @@ class Record:
         is_registered: whether its worker has answered a call of it, and so has room for it.
         changed_number: place of the last call that may have changed it, among those that are answered.
         moving_to: the worker that is to have it once the calls that its present one has are answered.
+        moves_by_journal: whether its calls are made again there, since it cannot be captured.
     """
 
     client_id: str
@@ -106,6 +107,7 @@ class Record:
     is_registered: bool = False
     changed_number: int = 0
     moving_to: str | None = None
+    moves_by_journal: bool = False
 
     def holds_back(self, asked: Asked) -> bool:
         """Whether a call waits for the worker that is to have the learner."""

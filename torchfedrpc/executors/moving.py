@@ -19,7 +19,7 @@ class MovingExecutor(AskingExecutor):
 
     def _begin_move(self, record: Record, label: str) -> None:
         """Give a learner another worker as soon as its calls allow; it may be the same, which is about to leave."""
-        record.moving_to = label
+        record.moving_to, record.moves_by_journal = label, False
         self._go_on_moving(record)
 
     @abstractmethod
@@ -39,7 +39,7 @@ class MovingExecutor(AskingExecutor):
             return  # answers may overtake each other, and that of the snapshot those before it
         member = self._opened().members.get(record.label)
         is_there = member is not None and record.client_id in member.learners
-        if is_there and record.changed_number > record.snapshot_number:
+        if is_there and record.changed_number > record.snapshot_number and not record.moves_by_journal:
             if record.unrecoverable is None:
                 self._request_snapshot(record)
             else:
@@ -50,7 +50,7 @@ class MovingExecutor(AskingExecutor):
     def _cannot_move(self, record: Record, error: Exception) -> None:
         if self._ledger.has_all(record):
             logger.warning("%s moves without a snapshot, its calls are made again: %s", record.client_id, error)
-            self._move(record)
+            record.moves_by_journal = True
         else:
             self._cannot_capture(record, error)
             self._stop_moving(record, str(error))

@@ -123,13 +123,14 @@ def place_again(
     loads = Counter(dict.fromkeys(machines, 0))
     loads.update(label for label in places.values() if label in machines)
     moved: dict[str, str] = {}
+    everywhere, for_all = list(machines), open_to_all(list(machines), endpoints)
     for client_id in client_ids:
-        there = list(machines)
+        there = everywhere
         if client_id in endpoints:
             endpoint = Endpoint.parse(client_id, endpoints[client_id])
             there = _workers_at(endpoint, machines) if endpoint.kind in ("host", "address") else there
         else:
-            there = open_to_all(there, endpoints)
+            there = for_all
         if there:
             moved[client_id] = min(there, key=lambda label: loads[label])
             loads[moved[client_id]] += 1

@@ -68,6 +68,7 @@ class RemoteExecutor(MovingExecutor):
         self._in_world = set(self._group.members)
         for source in self._sources:
             source.start(partial(self._admit, source))
+        self._group.hear_leavers()
 
     async def close(self) -> None:
         """End the world, and let the workers go."""
@@ -201,6 +202,11 @@ class RemoteExecutor(MovingExecutor):
             record.label = self._places[record.client_id]  # another, if it was moving there
         if self.config.on_worker_lost == "recover":
             self._do_without(member, where)
+            return
+        for client_id in self._clients_of(member.label):
+            moving = self._ledger.get(client_id)
+            if moving is not None and moving.label != member.label:  # it stays where it is
+                self._relocate(client_id, moving.label)
 
     def _do_without(self, member: Member, where: str) -> bool:
         """A worker is gone, and its learners with it: their clients wait for the next of its name, or have others.
@@ -239,10 +245,15 @@ class RemoteExecutor(MovingExecutor):
         )
         self._missed[label] = reason
         for record in [record for record in self._ledger if record.label == label]:
-            asked, record.asked = record.asked, {}
-            for one in asked.values():
-                if one.reply is not None and not one.is_own:
-                    one.reply(self._lost(one.call, reason))
+            self._answer_missed(record, reason)
+
+    def _answer_missed(self, record: Record, reason: str) -> None:
+        """Tell all who wait for a learner whose worker has not come."""
+        asked, record.asked = record.asked, {}
+        record.awaits_snapshot = False
+        for one in asked.values():
+            if one.reply is not None and not one.is_own:
+                one.reply(self._lost(one.call, reason))
 
     def _suffer(self, record: Record, member: Member, where: str, running: frozenset[int]) -> None:
         """A learner's worker was lost: note it, or give the learner up."""
@@ -288,12 +299,17 @@ class RemoteExecutor(MovingExecutor):
             self._push_again(record)
 
     def _moved(self, record: Record, left: str) -> None:
+        if (reason := self._unreachable(record)) is not None:
+            self._answer_missed(record, reason)
         self._release_if_idle(left)
+
+    def _give_up(self, record: Record, reason: str) -> None:
+        super()._give_up(record, reason)
+        self._release_if_idle(record.label)
 
     def _stays(self, record: Record, reason: str) -> None:
         if record.label in self._leaving:
             self._give_up(record, f"{record.label} left, and its learner could not be moved: {reason}")
-            self._release_if_idle(record.label)
         else:
             self._places[record.client_id] = record.label
 
@@ -387,6 +403,7 @@ class RemoteExecutor(MovingExecutor):
             asked.reply(self._lost(call, reason))
         if self._ledger.needs_snapshot(record):
             self._request_snapshot(record)
+        self._went_on(record)
 
     def asked(self, label: str) -> list[int]:
         """Ids of the calls to a worker that were sent and not answered."""

@@ -52,7 +52,7 @@ class ExecutorRouter:
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
         """The states of learners as of now, one by one, while calls go on; one cut at a time."""
-        cut = Cut(client_ids, lambda client_id: self.get_executor(client_id).snapshot(client_id))
+        cut = Cut(client_ids, lambda client_id: self.get_executor(client_id).capture(client_id))
         for executor in self._executors():
             executor.follow(cut)
         return cut

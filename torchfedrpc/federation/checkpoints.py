@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_PATIENCE_S = 1.0
+_LAST_PATIENCE_S = 30.0  # for a learner that a cancelled call still has
 _RESTORED_AT_ONCE_BYTES = 32 << 20
 SUBFOLDER = "checkpoints"
 """Where an output folder has its checkpoints."""
@@ -174,8 +176,10 @@ class Checkpoints:
         if (found := self._own.load()) is not None:
             return found
         if self._other is not None:
-            self._other.lock()
-            if (found := self._other.load()) is None:
+            if self._other.path.is_dir():
+                self._other.lock()
+                found = self._other.load()
+            if found is None:
                 raise ConfigError(f"resume={self._other.path}: there is no checkpoint; resume=never begins anew")
             return found
         if self._own.is_used:
@@ -205,6 +209,7 @@ class Saver:
         self._base: Checkpoint | None = None
         self._unsaved: set[str] = set()  # learners whose state is in no checkpoint
         self._saving: asyncio.Task[None] | None = None
+        self._is_due = False
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="torchfedrpc-checkpoints")
         self._finishing = Finishing()
         if self._every is None:
@@ -231,28 +236,38 @@ class Saver:
     async def round_done(self, num_done: int) -> None:
         """A round has ended, and the next has not begun: save it, if it is time to.
 
-        Does not wait for the disk, but for the save before, after the last round, and after a signal; then the run
-        is cancelled.
+        Does not wait for the disk, but after the last round, and after a signal; then the run is cancelled. Where the
+        save before takes longer than the round and a second more, this one is put off until the next round ends.
         """
-        is_last, is_interrupted = num_done >= self._trainer.num_rounds, self._finishing.is_requested
-        if self._every is not None and (is_last or is_interrupted or num_done % self._every == 0):
+        is_interrupted = self._finishing.is_requested
+        must_be = is_interrupted or num_done >= self._trainer.num_rounds
+        self._is_due |= must_be or (self._every is not None and num_done % self._every == 0)
+        if self._every is not None and self._is_due and (must_be or await self._is_settled(_PATIENCE_S)):
             await self._settled()
+            self._is_due = False
             self._start(num_done)
-            if is_last or is_interrupted:
+            if must_be:
                 await self._settled()
         if is_interrupted:
             self._finishing.done()
             await asyncio.get_running_loop().create_future()  # until that gets here
 
     async def close(self) -> None:
-        """Finish what is being saved."""
+        """Finish what is being saved, unless that takes too long; a second time does nothing."""
         try:
-            await self._settled()
+            if self._saving is not None and not await self._is_settled(_LAST_PATIENCE_S):
+                self._saving.cancel()
+                await asyncio.wait([self._saving])
         finally:
             self._finishing.close()
             self._disk.shutdown(wait=False)
             if self._owns_folder:
                 self._checkpoints.close()
+                self._owns_folder = False
+
+    async def _is_settled(self, timeout_s: float) -> bool:
+        """Whether the save that is under way ends in that time."""
+        return self._saving is None or bool((await asyncio.wait([self._saving], timeout=timeout_s))[0])
 
     async def _settled(self) -> None:
         if self._saving is not None:

@@ -102,6 +102,8 @@ class AbstractFederationTrainer(ABC):
             yield round_num
             if saver is not None:
                 await saver.round_done(round_num + 1)
+        if saver is not None:
+            await saver.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What later rounds depend on, for a checkpoint; a subclass may say it better.
@@ -122,7 +124,13 @@ class AbstractFederationTrainer(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         for name, inner in state["states"].items():
-            getattr(self, name).load_state_dict(inner)
+            attribute: Any = getattr(self, name, None)
+            if not _has_state_dict(attribute):
+                raise ConfigError(
+                    f"{type(self).__qualname__}.{name} has a state in the checkpoint, and is {attribute!r} here: "
+                    f"make it in __init__, or before the loop over self.rounds()"
+                )
+            attribute.load_state_dict(inner)
         for name, value in state["values"].items():
             setattr(self, name, value)
 

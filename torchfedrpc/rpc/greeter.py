@@ -120,12 +120,13 @@ class Greeter:
                 continue
             close_in_children(connection)
             if len(self._greetings) >= _MAX_GREETINGS:
-                self._warn(address[0], f"{_MAX_GREETINGS} others are being greeted")
-                connection.close()
-                continue
+                oldest = next(iter(self._greetings))
+                self._warn(address[0], f"{_MAX_GREETINGS} others are being greeted, of which the first was let go")
+                oldest.cancel()
+                self._greetings.pop(oldest).close()
             task = loop.create_task(self._greet(connection, address[0]))
             self._greetings[task] = connection
-            task.add_done_callback(self._greetings.pop)
+            task.add_done_callback(lambda task: self._greetings.pop(task, None))
 
     async def _greet(self, connection: socket.socket, host: str) -> None:
         try:

@@ -14,13 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.rpc.greeter import PAIRING_TIMEOUT_S, Greeter
+from torchfedrpc.rpc.greeter import Greeter
 from torchfedrpc.rpc.greeting import About, BusyError, Greeted, RefusedError, in_words
 from torchfedrpc.rpc.processes import ends_within, how_it_ended, start_worker
 
 logger = logging.getLogger(__name__)
 
 Start = Callable[..., subprocess.Popen[bytes]]
+
+_PAIRING_TIMEOUT_S = 3.0  # of a driver that may have died between its two greetings
 
 
 async def listen(host: str, port: int, token: bytes, *, start: Start = start_worker) -> int:
@@ -107,7 +109,7 @@ class _Desk:
         with self._lock:
             holder = self._holder
             if holder is None or now >= holder.until:
-                self._holder = _Holder(about, now, now + PAIRING_TIMEOUT_S)
+                self._holder = _Holder(about, now, now + _PAIRING_TIMEOUT_S)
             elif holder.about["session"] != about["session"]:
                 raise BusyError(
                     f"the worker has served {holder} for {now - holder.since:.0f} s, and serves one at a time: wait "
@@ -150,7 +152,13 @@ class _Desk:
                 _let_go(guest)
         return self._status
 
+    def _stops(self) -> bool:
+        return self._is_stopping
+
     async def _serve(self, guest: Greeted) -> None:
+        if self._stops():  # since it was asked for
+            _let_go(guest)
+            return
         driver = str(self._holder)
         try:
             process = self._start(guest.link.fileno(), guest.pulse.fileno(), remote=True)

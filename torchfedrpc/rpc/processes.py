@@ -26,8 +26,7 @@ def end_with_driver():
 
 link, pulse, parent = map(int, sys.argv[1:4])
 if parent:
-    import ctypes, signal
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # they wait until they are handled
+    import ctypes
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != parent:
         os._exit(1)
@@ -52,13 +51,25 @@ def start_worker(link: int, pulse: int, *, remote: bool = False) -> subprocess.P
             killed when the thread that calls this ends, whatever ends that.
     """
     parent = os.getpid() if remote else 0
-    # A process group of its own: Ctrl-C is for this process, which tells its workers.
-    return subprocess.Popen(
-        [sys.executable, "-c", _BOOT, *map(str, (link, pulse, parent)), json.dumps(sys.path), json.dumps(sys.argv)],
-        pass_fds=[link, pulse],
-        stdin=subprocess.DEVNULL,
-        process_group=0,
-    )
+    # What it inherits: a signal that comes before it can handle it waits until then.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT} if remote else set())
+    try:
+        # A process group of its own: Ctrl-C is for this process, which tells its workers.
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                _BOOT,
+                *map(str, (link, pulse, parent)),
+                json.dumps(sys.path),
+                json.dumps(sys.argv),
+            ],
+            pass_fds=[link, pulse],
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def how_it_ended(process: subprocess.Popen[bytes]) -> str:

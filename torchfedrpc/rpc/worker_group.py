@@ -111,6 +111,9 @@ class WorkerGroup:
         self._mending: asyncio.Task[None] | None = None
         self._suspicions: set[asyncio.Task[None]] = set()
         self._num_suspicions: Counter[int] = Counter()  # call id -> how often RPC has failed it
+        self._num_useless: Counter[str] = Counter()  # name -> workers in succession that could not be prepared
+        self._useless = Exception()  # why the last of them could not
+        self._want_to_leave: list[str] = []  # while the run was being opened
 
     async def open(self) -> None:
         """Let all workers import the learner, then form the first world with them.
@@ -192,9 +195,18 @@ class WorkerGroup:
         self.members[member.label] = member
         self._watch.add(member.label, member.pulse, allowance_s=_START_S)
 
+    def hear_leavers(self) -> None:
+        """Tell of the workers that have asked to leave before the run was open."""
+        labels, self._want_to_leave = self._want_to_leave, []
+        for label in labels:
+            if label in self.members:
+                self._observer.worker_leaving(self.members[label])
+
     def _leaves(self, key: Hashable) -> None:
         if self._is_open:
             self._observer.worker_leaving(self.members[str(key)])
+        else:
+            self._want_to_leave.append(str(key))
 
     def _lose(self, key: Hashable, loss: Loss) -> None:
         label = str(key)
@@ -243,38 +255,45 @@ class WorkerGroup:
         began, num_failures = time.monotonic(), 0
         while not self._is_whole or self._newcomers:
             self._is_whole = True
-            error: Exception | None
+            error: Exception | None = None
             try:
-                error = await self._take_in()
+                num_failures = max(num_failures, await self._take_in())
                 if self._is_whole:
                     await self._form()
             except Exception as exception:
                 error = exception
-            if error is not None:
-                self._is_whole = False
-                num_failures += 1
                 logger.info("the world could not be re-formed: %s", error)
+                # That somebody is lost or comes meanwhile is no fault of the others'.
+                num_failures += self._is_whole and not self._newcomers
+                self._is_whole = False
             if not (self.members or self._newcomers or self._observer.expects_workers):
                 error = error or WorkerLostError("no worker is left")
             elif num_failures <= _MAX_FAILURES:
                 continue
-            if error is not None:
-                self._close_hosts()
-                self._observer.world_failed(_no_world(error))
-                return
+            self._close_hosts()
+            self._observer.world_failed(_no_world(error or self._useless))
+            return
         if self.hosts:
+            self._num_useless.clear()
             self._observer.world_formed(self._generation, time.monotonic() - began)
 
-    async def _take_in(self) -> Exception | None:
-        """Prepare those who were admitted, while the others go on in their world; gives why one is of no use."""
+    async def _take_in(self) -> int:
+        """Prepare those who were admitted, while the others go on in their world.
+
+        Returns:
+            How often in succession one of a name was of no use, at most.
+        """
         newcomers, self._newcomers = self._newcomers, []
         for member in newcomers:
             self._take_on(member)
         outcomes = await asyncio.gather(*map(self._prepare, newcomers), return_exceptions=True)
         for member, error in zip(newcomers, outcomes, strict=True):
             if isinstance(error, Exception):
+                logger.info("%s is of no use: %s", member.label, error)
+                self._useless = error
+                self._num_useless[member.label] += 1
                 self._give_up(member, str(error))  # if it is not lost already
-        return next((error for error in outcomes if isinstance(error, Exception)), None)
+        return max(self._num_useless.values(), default=0)
 
     async def _form(self) -> None:
         """Leave the world, if there is one, and form one of all members.
