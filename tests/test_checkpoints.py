@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import errno
 import json
 import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from conftest import MODES
 from learners import Mortal
 
 import torchfedrpc as tfr
+from torchfedrpc.federation.checkpoints import plain
 from torchfedrpc.host.snapshot import load
 from torchfedrpc.observe.events import CheckpointSaved, RoundEnded
 from torchfedrpc.observe.history import History
@@ -153,6 +156,7 @@ async def test_num_rounds_may_grow_and_not_shrink_below_what_is_done(
     [
         ({"config": {"clients_per_round": 3}}, r"clients_per_round was 4 and is 3"),
         ({"config": {"optimizer": {"lr": 0.1}}}, r"optimizer\.lr was 'not set' and is 0\.1"),
+        ({"config": {"clip": np.float32(2.0)}}, r"clip was 'not set' and is 'numpy\.float32 "),
         ({"seed": 4}, r"proxy\.seed was 3 and is 4"),
         ({"clients": CLIENTS[:5]}, r"proxy\.clients was '6 "),
         ({"runtime": {"execution_mode": "local", "torch_threads": 2}}, r"proxy\.torch_threads was 1 and is 2"),
@@ -405,3 +409,47 @@ async def test_an_optimiser_that_is_made_too_late_is_named(tmp_path: Path) -> No
             trainer.checkpoints = tfr.Checkpoints(tmp_path, resume="auto")
             with expectation:
                 await trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (SimpleNamespace(lr=SimpleNamespace(start=1.0)), SimpleNamespace(lr=SimpleNamespace(start=2.0))),
+        ({"path": Path("a")}, {"path": Path("b")}),
+        ({"weights": torch.zeros(2)}, {"weights": torch.ones(2)}),
+        ({"names": {"a", "b"}}, {"names": {"a", "c"}}),
+        ({"scale": np.float32(1)}, {"scale": np.float32(2)}),
+    ],
+)
+def test_settings_of_all_kinds_are_told_apart(one: Any, other: Any) -> None:
+    assert plain(one) != plain(other)
+    assert plain(one) == plain(copy.deepcopy(one))
+
+
+@pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
+async def test_a_learner_that_was_given_up_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved: list[CheckpointSaved] = []
+
+    def note(event: Any) -> None:
+        if isinstance(event, CheckpointSaved):
+            saved.append(event)
+
+    class Losing(tfr.AbstractFederationTrainer):
+        async def train(self) -> None:
+            async for round_num in self.rounds():
+                group = self.learner_proxy.clients().options(on_error="collect")
+                await group.call("step")
+                if round_num == 0:
+                    with pytest.raises(tfr.WorkerLostError):
+                        await self.learner_proxy.custom_method("a", "die")
+
+    runtime = {**PSEUDO, "max_recoveries": 0}
+    async with tfr.LearnerProxy(Mortal, ["a", "b"], runtime=runtime) as proxy:
+        proxy.subscribe(note)
+        trainer = Losing({"num_rounds": 3}, proxy)
+        trainer.checkpoints = tfr.Checkpoints(tmp_path)
+        await trainer.train()
+    assert [event.round_num for event in saved] == [0, 1, 2]
+    assert caplog.text.count("a was given up, and is in no checkpoint any more") == 1

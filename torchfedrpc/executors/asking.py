@@ -67,6 +67,13 @@ class AskingExecutor(CallExecutor):
     def _went_on(self, record: Record) -> None:
         """A call of a learner was answered, or a snapshot of it stored."""
 
+    async def capture(self, client_id: str) -> bytes:
+        """A snapshot for a cut; empty for a learner that was given up, which has no state any more."""
+        record = self._ledger.get(client_id)
+        if record is not None and record.given_up is not None:
+            return b""
+        return await super().capture(client_id)
+
     def _submit(self, call: Call, reply: Reply) -> None:
         record = self._record(call.client_id)
         if (reason := record.given_up or self._unreachable(record)) is not None:

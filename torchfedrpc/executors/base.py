@@ -154,7 +154,7 @@ class AbstractExecutor(ABC):
         raise ConfigError(f"{type(self).__name__} has no snapshots: override its snapshot() and restore()")
 
     async def capture(self, client_id: str) -> bytes:
-        """A snapshot for a cut, ahead of the calls that wait for it."""
+        """A snapshot for a cut, ahead of the calls that wait for it; empty where the learner is lost for good."""
         return await self.snapshot(client_id)
 
     async def restore(self, client_id: str, data: bytes) -> None:

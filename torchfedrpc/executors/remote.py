@@ -14,7 +14,7 @@ from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.ledger import Record
 from torchfedrpc.executors.moving import MovingExecutor
-from torchfedrpc.executors.placement import addresses, even_out, place_again, place_clients
+from torchfedrpc.executors.placement import LOCAL, addresses, even_out, place_again, place_clients
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.observe.events import WorkerJoined, WorkerLeft, WorkerLost, WorldFormed
@@ -360,6 +360,12 @@ class RemoteExecutor(MovingExecutor):
             return self._ledger.get(client_id) is None
 
         clients = [client_id for client_id in self._spec.clients if client_id in self._places]
+        endpoints, members = self.config.client_endpoints, self._opened().members
+        stranded = [
+            client_id for client_id in endpoints if self._places.get(client_id, LOCAL) not in {*members, LOCAL}
+        ]
+        for client_id, label in place_again(stranded, endpoints, self._present(), self._places).items():
+            self._relocate(client_id, label)
         moved = even_out(clients, self.config.client_endpoints, list(self._present()), self._places, is_cheap)
         for client_id, label in moved.items():
             self._relocate(client_id, label)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import dataclasses
+import hashlib
 import logging
 import random
 import time
@@ -10,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +25,7 @@ from torchfedrpc.federation.checkpoint_folder import Checkpoint, CheckpointFolde
 from torchfedrpc.interrupts import Finishing
 from torchfedrpc.observe.events import CheckpointSaved
 from torchfedrpc.proxy import LearnerProxy
+from torchfedrpc.wire.fingerprint import fingerprint
 from torchfedrpc.wire.packing import Parcel, pack
 
 logger = logging.getLogger(__name__)
@@ -35,7 +40,7 @@ SUBFOLDER = "checkpoints"
 
 _FACTS = "proxy."  # prefix of what is compared in any case
 _MISSING = object()
-_MAY_DIFFER = ("num_rounds",)  # it may grow
+_MAY_DIFFER = ("num_rounds", "trainer.num_rounds")  # it may grow
 
 
 class Stateful(Protocol):
@@ -208,6 +213,7 @@ class Saver:
         self.num_done = 0
         self._base: Checkpoint | None = None
         self._unsaved: set[str] = set()  # learners whose state is in no checkpoint
+        self._lost: set[str] = set()  # those that were warned of, since they were given up
         self._saving: asyncio.Task[None] | None = None
         self._is_due = False
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="torchfedrpc-checkpoints")
@@ -299,7 +305,11 @@ class Saver:
             try:
                 async for client_id, data in cut:
                     num_bytes += len(data)
-                    await self._on_disk(partial(files.add, client_id, data))
+                    if data:
+                        await self._on_disk(partial(files.add, client_id, data))
+                    elif client_id not in self._lost:
+                        self._lost.add(client_id)
+                        logger.warning("%s was given up, and is in no checkpoint any more", client_id)
                 self._base = await self._on_disk(partial(files.commit, self._config, state))
             except BaseException:
                 await self._on_disk(files.abort)
@@ -353,8 +363,8 @@ class Saver:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Settings by dotted key, with plain values; of anything else the type's name."""
-    return dict(_flattened("", config if isinstance(config, Mapping) else getattr(config, "__dict__", {})))
+    """Settings by dotted key, with plain values; of anything else its type and a hash of it."""
+    return dict(_flattened("", _items(config) or getattr(config, "__dict__", {})))
 
 
 def check_equal(found: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -372,7 +382,7 @@ def check_equal(found: Checkpoint, config: Mapping[str, Any]) -> None:
     differing = [
         f"{key} was {found.config.get(key, 'not set')!r} and is {config.get(key, 'not set')!r}"
         for key in keys
-        if key.rpartition(".")[2] not in _MAY_DIFFER and found.config.get(key, _MISSING) != config.get(key, _MISSING)
+        if key not in _MAY_DIFFER and found.config.get(key, _MISSING) != config.get(key, _MISSING)
     ]
     if differing:
         raise ConfigError(
@@ -383,8 +393,8 @@ def check_equal(found: Checkpoint, config: Mapping[str, Any]) -> None:
 
 def _flattened(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flattened(f"{prefix}{key}.", value)
+        if inner := _items(value):
+            yield from _flattened(f"{prefix}{key}.", inner)
         else:
             yield f"{prefix}{key}", _plain(value)
 
@@ -396,7 +406,20 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    try:
+        return f"{name} {hashlib.sha256(fingerprint(value)).hexdigest()[:16]}"
+    except Exception:  # whatever its pickling raises: one of that type is as good as another
+        return name
+
+
+def _items(value: Any) -> Mapping[str, Any] | None:
+    """What a setting has inside, where it is a mapping or an object of plain attributes."""
+    if isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    return vars(value) if isinstance(value, SimpleNamespace | argparse.Namespace) else None
 
 
 def _next_batch(snapshots: Iterator[tuple[str, bytes]]) -> dict[str, bytes]:

@@ -286,7 +286,8 @@ class WorkerGroup:
         newcomers, self._newcomers = self._newcomers, []
         for member in newcomers:
             self._take_on(member)
-        outcomes = await asyncio.gather(*map(self._prepare, newcomers), return_exceptions=True)
+        preparing = [asyncio.wait_for(self._prepare(member), _START_S) for member in newcomers]
+        outcomes = await asyncio.gather(*preparing, return_exceptions=True)
         for member, error in zip(newcomers, outcomes, strict=True):
             if isinstance(error, Exception):
                 logger.info("%s is of no use: %s", member.label, error)
