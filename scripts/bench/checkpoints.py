@@ -124,14 +124,14 @@ def measured(plan: Plan, folder: Path) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had, without what is in files."""
+    """The most memory that this process has had."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def rounds_and_costs(result: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Seconds of the rounds without a save beside them, and what each save added to those that it was beside."""
-    ends, saves = result["ends"], result["saves"]
+    ends, saves = result["ends"], result["saves"][1:]  # the first is of all learners in any case
     lasted = [later - earlier for earlier, later in itertools.pairwise([0.0, *ends])]
     clean: list[float] = []
     cycles: list[list[float]] = []
@@ -164,9 +164,9 @@ def in_mb(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:.1f} MB"
 
 
-def column(plan: Plan, folder: Path) -> dict[str, str]:
-    """A run with saves, and the same without."""
-    saving, plain = measured(plan, folder), measured(replace(plan, saves=False), folder)
+def column(plan: Plan, folder: Path, plain: dict[str, Any]) -> dict[str, str]:
+    """A run with saves, beside the same without."""
+    saving = measured(plan, folder)
     assert saving["log"] == plain["log"], "saving has changed the results"
     clean, costs = rounds_and_costs(saving)
     saves = saving["saves"][1:-1]  # the last had no round beside it
@@ -181,11 +181,10 @@ def column(plan: Plan, folder: Path) -> dict[str, str]:
     }
 
 
-def resumed(plan: Plan, folder: Path) -> dict[str, str]:
+def resumed(plan: Plan, folder: Path, plain: dict[str, Any]) -> dict[str, str]:
     """A first round and its save, which is beside nothing, and a resume from it."""
-    first = measured(replace(plan, num_rounds=1), folder)
-    second, plain = measured(plan, folder), measured(replace(plan, saves=False), folder)
-    assert second["log"] == plain["log"], "a resumed run has other results"
+    first, second = (measured(replace(plan, num_rounds=number, every=1), folder) for number in (1, 2))
+    assert second["log"] == plain["log"][: len(second["log"])], "a resumed run has other results"
     (save,) = first["saves"]
     return {
         "a first save, of all, beside nothing": f"{save['seconds']:.3f} s, {in_mb(save['disk_bytes'])} on disk",
@@ -197,25 +196,29 @@ def resumed(plan: Plan, folder: Path) -> dict[str, str]:
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="half a minute instead of three: 20 learners of 1 MB")
+    parser.add_argument("--quick", action="store_true", help="half a minute instead of two: 20 learners of 1 MB")
     parser.add_argument("--run", nargs=2, metavar=("PLAN", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run is not None:
         print(json.dumps(tfr.run(run, Plan(**json.loads(options.run[0])), Path(options.run[1]))))
         return
-    num_learners, num_floats, num_saves = (20, 250_000, 4) if options.quick else (100, 1_000_000, 12)
-    plan = Plan(num_learners, num_floats, num_learners, num_rounds=4 * num_saves, every=4)
+    num_learners, num_floats, num_saves = (20, 250_000, 5) if options.quick else (100, 1_000_000, 12)
+    all_called = Plan(num_learners, num_floats, num_learners, num_rounds=10 * num_saves, every=10)
+    three_called = replace(all_called, num_called=3, num_rounds=20 * num_saves, every=20)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(
             f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores; {num_learners} "
             f"learners of {4 * num_floats / 1e6:g} MB in 2 workers"
         )
-        all_called = column(plan, folder / "all")
-        three_called = column(replace(plan, num_called=3, num_rounds=10 * num_saves, every=10), folder / "three")
-        for label, text in all_called.items():
-            print(f"{label:38}{text:30}{three_called[label]}")
-        for label, text in resumed(replace(plan, num_rounds=2, every=1), folder / "resumed").items():
+        plains = [measured(replace(plan, saves=False), folder) for plan in (all_called, three_called)]
+        columns = [
+            column(plan, folder / f"{plan.num_called}", plain)
+            for plan, plain in zip((all_called, three_called), plains, strict=True)
+        ]
+        for label, text in columns[0].items():
+            print(f"{label:38}{text:30}{columns[1][label]}")
+        for label, text in resumed(all_called, folder / "resumed", plains[0]).items():
             print(f"{label:38}{text}")
 
 
