@@ -228,6 +228,7 @@ async def test_workers_join_and_leave_a_running_job_and_no_call_is_lost_or_run_t
     assert seen.names(WorkerLost) == [other for other in ("worker2", "worker3") if other != leaving]
 
 
+@pytest.mark.slow
 async def test_learners_move_under_load_and_each_of_their_calls_is_made_once_and_in_order(
     token: str, expected: dict[str, dict[str, Any]]
 ) -> None:

@@ -114,6 +114,7 @@ def test_the_configuration_of_a_deployment_works_on_machines_of_its_own(
         assert output.count("no HTTP is spoken") == 1
 
 
+@pytest.mark.slow
 def test_a_worker_of_another_machine_joins(nodes: dict[str, str], tmp_path: Path) -> None:
     script, token = write_script(tmp_path, SCRIPT), make_token(tmp_path)
     here, there = nodes

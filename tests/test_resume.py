@@ -138,7 +138,8 @@ def test_the_first_signal_lets_the_round_end_and_saves_it(tmp_path: Path, number
     assert_equal(result(tmp_path / "run"), expected)
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_launch_that_is_started_again_goes_on_whichever_rank_was_killed(tmp_path: Path, rank: int) -> None:
     expected = undisturbed(tmp_path / "undisturbed", "runtime=local")
     with Command(tmp_path / "run", start=(*TORCHRUN, "-m", "torchfedrpc")) as command:

@@ -286,8 +286,7 @@ class WorkerGroup:
         newcomers, self._newcomers = self._newcomers, []
         for member in newcomers:
             self._take_on(member)
-        preparing = [asyncio.wait_for(self._prepare(member), _START_S) for member in newcomers]
-        outcomes = await asyncio.gather(*preparing, return_exceptions=True)
+        outcomes = await asyncio.gather(*map(self._prepare_in_time, newcomers), return_exceptions=True)
         for member, error in zip(newcomers, outcomes, strict=True):
             if isinstance(error, Exception):
                 logger.info("%s is of no use: %s", member.label, error)
@@ -406,6 +405,10 @@ class WorkerGroup:
         if member.elsewhere:
             address = self._address()
             await reach.check(member, address, self._interface(member, address))
+
+    async def _prepare_in_time(self, member: Member) -> None:
+        async with asyncio.timeout(_START_S):
+            await self._prepare(member)
 
     def _local_index(self, member: Member) -> int:
         """The worker's number on its machine."""
