@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ from chaos_run import Digests, differing
 
 IN_A_ROUND = "kill the driver in a round"
 AS_IT_SAVES = "kill the driver as it saves a round"
-_SAVE_S = 0.05  # after the end of a round; about what it takes to save one
+# What is told, and the seconds after it of which one is drawn; None: those of a round.
+_MOMENTS: Mapping[str, tuple[str, float | None]] = {
+    IN_A_ROUND: ("RoundStarted", None),
+    AS_IT_SAVES: ("RoundEnded", 0.05),  # about what it takes to save one
+}
+_MODES: Mapping[str, dict[str, Any]] = {
+    "pseudo 2": pseudo(2, heartbeat_timeout_s=2.0),
+    "local": {"execution_mode": "local"},
+    "pseudo 1": pseudo(1, heartbeat_timeout_s=2.0),
+}
 _MAX_ROUNDS = 2  # of a life that ends by a kill
 _MAX_AGAIN = 2  # a round may end before the one before it is saved
 _GONE_S = 5.0
@@ -134,7 +143,7 @@ class Killer:
         self._expected = expected
         self._draw = draw
         self._round_s = round_s
-        self._modes = itertools.cycle(_modes())
+        self._modes = itertools.cycle(_MODES.items())  # from life to life
 
     async def run(self, faults: Sequence[str]) -> int:
         """A run from beginning to end, of which each life but the last ends by a kill.
@@ -157,14 +166,17 @@ class Killer:
         mode, runtime = next(self._modes)
         life, before = Life(mode), past.last
         job = Job(runtime, SEED, len(self._expected) - 1, checkpoints=folder)
-        with running(sys.executable, *job.script()) as command:
-            try:
+        try:
+            with running(sys.executable, *job.script()) as command:
                 await self._live(life, command, fault)
                 num_again = past.num_again(life, job.num_rounds)
-                different = life.differing(self._expected)
-            except Exception as error:
-                await self._failed(command, before, life, error)
-                return False
+        except Exception as error:
+            if before is not None and before.killed_by is not None:
+                self._report.failed_fault(before.killed_by, [f"{before.mode} > {mode}"], error)
+            else:
+                self._report.failed("the first driver", error)
+            return False
+        different = life.differing(self._expected)
         if before is not None and before.killed_by is not None:
             felt = Felt((before.gone_s, life.back_s), num_again)
             self._report.fault(before.killed_by, [f"{before.mode} > {mode}"], felt, different)
@@ -175,7 +187,7 @@ class Killer:
 
     async def _live(self, life: Life, command: Command, fault: str | None) -> None:
         struck_round: int | None = None
-        while (told := await command.told(HANG_S)) is not None:
+        while (told := await self._next(command)) is not None:
             life.told.append(told)
             if fault is None or life.killed_by is not None:
                 continue
@@ -202,29 +214,13 @@ class Killer:
         else:
             life.gone_s = time.monotonic() - at
 
-    async def _failed(self, command: Command, before: Life | None, life: Life, error: Exception) -> None:
-        if isinstance(error, HangError):
-            command.signal(signal.SIGUSR2)  # its stacks
+    async def _next(self, command: Command) -> dict[str, Any] | None:
+        try:
+            return await command.told(HANG_S)
+        except HangError:
+            command.signal(signal.SIGUSR2)  # for its stacks
             await asyncio.sleep(_DUMP_S)
-        print(command.output, file=sys.stderr)
-        if before is not None and before.killed_by is not None:
-            self._report.failed_fault(before.killed_by, [f"{before.mode} > {life.mode}"], error)
-        else:
-            self._report.failed("the first driver", error)
-
-
-_MOMENTS: Mapping[str, tuple[str, float | None]] = {
-    IN_A_ROUND: ("RoundStarted", None),
-    AS_IT_SAVES: ("RoundEnded", _SAVE_S),
-}
-
-
-def _modes() -> Iterator[tuple[str, dict[str, Any]]]:
-    for num_workers in (2, 0, 1):
-        if num_workers:
-            yield f"pseudo {num_workers}", pseudo(num_workers, heartbeat_timeout_s=2.0)
-        else:
-            yield "local", {"execution_mode": "local"}
+            raise
 
 
 async def kill_drivers(

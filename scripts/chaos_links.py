@@ -60,13 +60,9 @@ class Run:
             RuntimeError: it ends by itself.
         """
         while not self._told or self._told[-1]["what"] != ALL_DIGESTS:
-            try:
-                told = await self._driver.told(HANG_S if self._told else _START_S)
-                if told is None:
-                    raise RuntimeError("the driver has ended by itself")
-            except Exception:
-                print(self._driver.output, file=sys.stderr)
-                raise
+            told = await self._driver.told(HANG_S if self._told else _START_S)
+            if told is None:
+                raise RuntimeError("the driver has ended by itself")
             self._told.append(told)
             if told["what"] == "RoundStarted" and told["round_num"] == _CUT_ROUND:
                 before, now = self.times("RoundStarted")[-2:]

@@ -147,10 +147,13 @@ class Command:
 
 @contextmanager
 def running(*command: str) -> Iterator[Command]:
-    """A process for so long."""
+    """A process for so long; where that ends by an error, what the process has printed is shown."""
     process = Command(*command)
     try:
         yield process
+    except Exception:
+        print(f"process {process.pid} has printed:\n{process.output}", file=sys.stderr)
+        raise
     finally:
         process.close()
 

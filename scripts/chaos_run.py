@@ -139,7 +139,8 @@ class ChaosTrainer(FedAvgTrainer):
     async def train_round(self, round_num: int) -> dict[str, float]:
         """Run one round, and digest it.
 
-        Some learners' snapshots are taken beside the others' evaluation, and restored as the next round begins.
+        Some learners' snapshots are taken beside the others' evaluation, before their own, and restored as the next
+        round begins.
         """
         async with self._disturbed(self, round_num):
             await self.learner_proxy.restore(self._snapshots)
@@ -147,16 +148,15 @@ class ChaosTrainer(FedAvgTrainer):
                 reading = both.create_task(self._read(self.streaming(round_num)))
                 training = both.create_task(super().train_round(round_num))
             cohort = self.select_clients(round_num)
-            captured, scored = cohort[:_NUM_SNAPSHOTS], self.learner_proxy.clients(cohort[_NUM_SNAPSHOTS:])
-            scores, self._snapshots = await asyncio.gather(
-                scored.evaluate(model_weights=self.weights), self._take_snapshots(captured)
-            )
+            captured, others = cohort[:_NUM_SNAPSHOTS], cohort[_NUM_SNAPSHOTS:]
+            scores, self._snapshots = await asyncio.gather(self._evaluated(others), self._take_snapshots(captured))
+            scores |= await self._evaluated(captured)
             reports, self._reports = sorted(self._reports.items()), {}
             self.digests.append(
                 {
                     "updates": digest((self._updates, training.result())),
                     "items": digest(reading.result()),
-                    "scores": digest(dict(scores)),
+                    "scores": digest(scores),
                     "snapshots": digest(self._snapshots),
                     "reports": digest(reports),
                     "weights": digest(dict(self.weights)),
@@ -168,6 +168,9 @@ class ChaosTrainer(FedAvgTrainer):
         """As ever; what came from the clients is part of the digest."""
         self._updates = (weights_list, num_samples)
         return await super().aggregate_weights(weights_list, num_samples)
+
+    async def _evaluated(self, client_ids: list[str]) -> dict[str, Any]:
+        return dict(await self.learner_proxy.clients(client_ids).evaluate(model_weights=self.weights))
 
     async def _take_snapshots(self, client_ids: list[str]) -> dict[str, bytes]:
         return {client_id: data async for client_id, data in self.learner_proxy.snapshots(client_ids)}

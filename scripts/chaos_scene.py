@@ -174,19 +174,22 @@ class Scene:
 
         Args:
             results_at: when the round had all of its results.
+
+        Raises:
+            RuntimeError: a worker was lost that should have left or joined.
         """
         log = self.log
         for strike in self._strikes:
-            await log.until(lambda strike=strike: log.times(strike.leads_to, strike.at, strike.label))
+            await log.until(lambda strike=strike: self._outcomes(strike) or self._outcomes(strike, WorkerLost))
+            if not self._outcomes(strike):
+                raise RuntimeError(f"{strike.label} was lost, and no {strike.leads_to.__name__} came of it")
         await log.until(lambda: not (lost := log.times(WorkerLost, self._began)) or log.times(WorldFormed, max(lost)))
         num_lost = len(log.times(WorkerLost, self._began))
         if not self._strikes:
             return Felt((None, None, None), num_lost)
         last = max(strike.at for strike in self._strikes)
         noticed = [
-            min(log.times(strike.leads_to, strike.at, strike.label)) - strike.at
-            for strike in self._strikes
-            if strike.leads_to is not WorkerJoined
+            min(self._outcomes(strike)) - strike.at for strike in self._strikes if strike.leads_to is not WorkerJoined
         ]
         formed = log.times(WorldFormed, last)
         return Felt(
@@ -197,6 +200,9 @@ class Scene:
             ),
             num_lost,
         )
+
+    def _outcomes(self, strike: Strike, kind: type[Event] | None = None) -> list[float]:
+        return self.log.times(kind or strike.leads_to, strike.at, strike.label)
 
     def _pid(self, label: str, *, at_sidecar: bool = False) -> int | None:
         # The library does not tell its processes' ids: nobody else needs them.

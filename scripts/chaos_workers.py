@@ -23,6 +23,7 @@ import torchfedrpc as tfr
 
 LISTENING = "listening on "
 FREE = "free again"
+_SERVES = " serves "
 _POLL_S = 0.005
 _PORTS = 5000  # so many below those that the system gives
 
@@ -121,7 +122,8 @@ class Crew(contextlib.AbstractAsyncContextManager["Crew"]):
         for worker in self.joined.values():
             await _good_end(worker)
         for worker in self.listening.values():
-            await worker.line(FREE, 1, HANG_S)
+            num_served = sum(_SERVES in line for line in worker.lines)
+            await worker.line(FREE, num_served, HANG_S)
             worker.signal(signal.SIGTERM)
             await _good_end(worker)
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from nodes import NEEDS_NAMESPACES, inside, nodes
 from torchrun import environment, run_script, write_script
 from workers import joining, listening, make_token
