@@ -140,7 +140,7 @@ async def dial(address: str, token: bytes, about: About, *, timeout_s: float) ->
         for connection in connections:
             connection.close()
         if isinstance(error, TimeoutError):
-            raise _unreachable(address, f"no answer within {max(timeout_s, 1):.0f} s") from None
+            raise _unreachable(address, f"no answer within {round(timeout_s, 1):g} s") from None
         if isinstance(error, OSError | UnicodeError):  # a name can be none, too
             raise _unreachable(address, error) from None
         raise

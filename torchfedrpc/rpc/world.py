@@ -140,7 +140,10 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
 
 def leave() -> None:
     """Leave the world this process is in; never waits for the others (the graceful way can hang on a dead one)."""
-    torch_rpc().shutdown(graceful=False)
+    rpc = torch_rpc()
+    # RPC's own shutdown looks through the RRefs of others first, under no lock, as its threads may be deleting them.
+    rpc.api._get_current_rpc_agent().shutdown()
+    rpc.shutdown(graceful=False)
     _clean_up()
 
 
