@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from torchfedrpc.executors import cut as module
+from torchfedrpc.executors import room as module
 from torchfedrpc.executors.cut import Cut
 
 

@@ -88,9 +88,9 @@ def test_a_snapshot_outlives_that_a_learner_is_rebuilt_from_it(ledger: Ledger) -
 def test_what_never_ran_is_not_repeated_and_what_was_cut_off_asks_for_a_snapshot(ledger: Ledger) -> None:
     record = recorded(ledger)
     ledger.settle(record, ledger.ask(record, call(1), None), Outcome("failed", never_ran=True))
-    assert not ledger.needs_snapshot(record)
+    assert not ledger.is_cut_off(record)
     ledger.settle(record, ledger.ask(record, call(2), None), Outcome("cancelled", cut_off=True))
-    assert ledger.needs_snapshot(record)
+    assert ledger.is_cut_off(record)
     assert rebuilt(ledger, record) == []
 
 
@@ -99,7 +99,7 @@ def test_too_many_calls_of_a_learner_ask_for_a_snapshot(ledger: Ledger) -> None:
     asks = []
     for call_id in range(1, 5):
         ledger.settle(record, ledger.ask(record, call(call_id), None), VALUE)
-        asks.append(ledger.needs_snapshot(record))
+        asks.append(ledger.has_long_journal(record))
     assert asks == [False, False, False, True]
 
 
@@ -110,7 +110,7 @@ def test_a_snapshot_from_before_a_cut_off_does_not_do_for_it(ledger: Ledger) -> 
     ledger.settle(record, ledger.ask(record, call(2), None), Outcome("cancelled", cut_off=True))
     ledger.store(record, snapshot.number, memoryview(b"state"))
     ledger.took(record, snapshot.number)
-    assert ledger.needs_snapshot(record)
+    assert ledger.is_cut_off(record)
 
 
 def test_a_restore_is_repeated_until_its_snapshot_is_stored(ledger: Ledger) -> None:
@@ -136,7 +136,8 @@ def test_nothing_is_kept_where_nothing_is_rebuilt() -> None:
     ledger = Ledger(RuntimeConfig(on_worker_lost="fail"), hold=lambda num_bytes: None)
     record = recorded(ledger)
     ledger.settle(record, ledger.ask(record, call(1, num_floats=100), None), VALUE)
-    assert not ledger.needs_snapshot(record)
+    assert not ledger.is_cut_off(record)
+    assert not ledger.has_long_journal(record)
     assert ledger.num_journal_bytes == 0
     assert record.journal == []
     ledger.close()

@@ -15,6 +15,8 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.executors.base import CallExecutor
 from torchfedrpc.executors.ledger import Asked, Ledger, Record
+from torchfedrpc.executors.room import Room
+from torchfedrpc.executors.turns import Turns
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
@@ -41,6 +43,8 @@ class AskingExecutor(CallExecutor):
         self._group: WorkerGroup | None = None
         self._ledger = Ledger(self.config, self._admission.hold)
         self._storing: set[asyncio.Task[None]] = set()
+        self._room = Room()
+        self._turns: dict[str, Turns] = {}  # label of a worker -> whose state is on its way to or from it
         self._has_warned = False
 
     async def close(self) -> None:
@@ -122,13 +126,16 @@ class AskingExecutor(CallExecutor):
             return
         member = self._opened().members[record.label]
         if record.client_id not in member.learners:
+            if record.snapshot_number and not self._has_turn(record, self._push_again):
+                return
             if not self._plan_rebuild(record):
                 return
-            host.register(record.client_id, record.constructor, anew=True)
+            record.num_builds += 1
             member.learners.add(record.client_id)
-        elif record.client_id not in host:
+        if record.client_id not in host:
             # The request that registered it may have got lost with an earlier world.
-            host.register(record.client_id, None if record.is_registered else record.constructor)
+            constructor = None if record.is_registered else record.constructor
+            host.register(record.client_id, constructor, record.num_builds)
         for asked in list(record.asked.values()):
             if asked.asked_through is not host and not record.holds_back(asked):
                 self._ask(host, record, asked)
@@ -177,8 +184,6 @@ class AskingExecutor(CallExecutor):
         self._ledger.settle(record, asked, outcome)
         if asked.is_own and outcome.kind == "failed" and (outcome.never_ran or asked.call.kind == "restore"):
             assert outcome.failure is not None
-            if asked.reply is not None and asked.call.kind == "restore":  # the next learner's turn waits for this
-                asked.reply(outcome)
             self._give_up(record, f"it could not be rebuilt on {record.label}: {outcome.failure.message}")
             return
         if asked.reply is not None:
@@ -186,11 +191,14 @@ class AskingExecutor(CallExecutor):
         is_newer = asked.number > record.snapshot_number  # else the learner was rebuilt from its last snapshot
         if asked.call.kind == "restore" and outcome.kind == "value" and is_newer and record.journal:
             self._keep(record, asked.number, lambda: asked.call.arguments.copy().open(self._allow)[0])
-        if self._ledger.needs_snapshot(record):
+        if self._ledger.is_cut_off(record):
             self._request_snapshot(record)
+        elif self._ledger.has_long_journal(record):
+            self._snapshot_in_turn(record)
         for largest in self._ledger.largest_journals():
-            self._request_snapshot(largest)
+            self._snapshot_in_turn(largest)
         self._went_on(record)
+        self._call_next()
 
     def _item_arrived(self, host: RemoteHost, record: Record, asked: Asked, outcome: Outcome) -> None:
         asked.num_items_here += 1
@@ -224,7 +232,31 @@ class AskingExecutor(CallExecutor):
             asked.num_reports = number + 1
             self._spec.publish_progress(call, progress)
 
-    # Snapshots.
+    def _push_again(self, record: Record) -> None:
+        try:
+            self._push(record)
+        except Exception as error:  # nobody would hear of it, and the record's callers would wait for ever
+            self._give_up(record, f"it could not be rebuilt on {record.label}: {type(error).__name__}: {error}")
+
+    # Snapshots. Few are on their way to or from a worker at once; other workers wait for none of them.
+
+    def _has_turn(self, record: Record, follow: Callable[[Record], None]) -> bool:
+        """Whether a learner's state may be on its way now; where not, ``follow`` is called once it may."""
+        if record.label not in self._turns:
+            self._turns[record.label] = Turns(record.label, self._room)
+        return self._turns[record.label].take(record, follow)
+
+    def _call_next(self) -> None:
+        """Let those go on whose turn has come."""
+        for turns in list(self._turns.values()):
+            turns.go_on()
+
+    def _snapshot_in_turn(self, record: Record) -> None:
+        """Have a snapshot take the place of a learner's journal."""
+        if record.awaits_snapshot or record.given_up is not None or record.unrecoverable is not None:
+            return
+        if self._has_turn(record, self._snapshot_in_turn):
+            self._request_snapshot(record)
 
     def _request_snapshot(self, record: Record) -> None:
         record.awaits_snapshot = True
@@ -242,7 +274,9 @@ class AskingExecutor(CallExecutor):
 
     async def _store(self, record: Record, number: int, read: Callable[[], torch.Tensor]) -> None:
         try:
-            await asyncio.to_thread(self._ledger.store, record, number, read().numpy().data)
+            data = read().numpy().data
+            self._room.saw(len(data))
+            await asyncio.to_thread(self._ledger.store, record, number, data)
             self._ledger.took(record, number)
         except Exception as error:
             if record.moving_to is not None:
@@ -250,12 +284,13 @@ class AskingExecutor(CallExecutor):
             else:
                 self._cannot_capture(record, error)
         record.awaits_snapshot = False
-        if self._ledger.needs_snapshot(record):  # again, for what has happened since it was asked for
+        if self._ledger.is_cut_off(record):  # again, since it was asked for
             self._request_snapshot(record)
         held, record.held = record.held, []
         for answer in held:
             self._arrived(answer[0], record, *answer[1:])
         self._went_on(record)
+        self._call_next()
 
     @abstractmethod
     def _cannot_move(self, record: Record, error: Exception) -> None:
@@ -280,6 +315,7 @@ class AskingExecutor(CallExecutor):
             return False
         restore = None
         if data is not None:
+            self._room.saw(len(data))
             arguments = pack((torch.frombuffer(bytearray(data), dtype=torch.uint8), None))
             restore = Call(self._own_call_id(), record.client_id, "restore", arguments, kind="restore")
         self._ledger.plan_rebuild(record, restore)
@@ -292,8 +328,9 @@ class AskingExecutor(CallExecutor):
         self._ledger.drop_journal(record)
         asked, record.asked = record.asked, {}
         for one in asked.values():
-            if one.reply is not None and (not one.is_own or one.call.kind == "restore"):
+            if one.reply is not None and not one.is_own:
                 one.reply(self._lost(one.call, reason))
+        self._call_next()
 
     def _lost(self, call: Call, reason: str) -> Outcome:
         where = f"{call.client_id}.{call.method} on {self.worker_of(call.client_id)}"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
-_BUDGET_BYTES = 32 << 20  # of states that are on their way at once, if they are as large as the largest so far
-_FIRST_GUESS_BYTES = 8 << 20
-_MAX_AT_ONCE = 64
+from torchfedrpc.executors.room import Room
 
 
 class Cut(AsyncIterator[tuple[str, bytes]]):
@@ -25,23 +23,23 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
     """
 
     def __init__(self, client_ids: Iterable[str], take: Callable[[str], Coroutine[Any, Any, bytes]]) -> None:
-        self._untaken = {client_id: _Gate() for client_id in client_ids}
+        self._untaken = OrderedDict.fromkeys(client_ids)
         self._wanted: deque[str] = deque()
-        self._opened: dict[str, _Gate] = {}  # through which not all that waited have gone
+        self._gates: dict[str, _Gate] = {}  # of learners whose calls wait, or are on their way through
         self._taking: dict[asyncio.Task[bytes], str] = {}
         self._take = take
-        self._largest_bytes = 0
+        self._room = Room()
 
     async def passed(self, client_id: str) -> None:
         """Wait until the state of this learner was asked for; calls go on in the order in which they came here."""
-        gate = self._untaken.get(client_id)
-        if gate is not None:
+        if client_id in self._untaken:
+            self._gates.setdefault(client_id, _Gate())
             self._wanted.append(client_id)
             self._fill()
-        if (gate := gate or self._opened.get(client_id)) is not None:
+        if (gate := self._gates.get(client_id)) is not None:
             await gate.passed()
             if gate.is_idle:
-                self._opened.pop(client_id, None)
+                self._gates.pop(client_id, None)
 
     async def __anext__(self) -> tuple[str, bytes]:
         self._fill()
@@ -50,7 +48,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         done, _ = await asyncio.wait(self._taking, return_when=asyncio.FIRST_COMPLETED)
         task = done.pop()
         client_id, data = self._taking.pop(task), task.result()
-        self._largest_bytes = max(self._largest_bytes, len(data))
+        self._room.saw(len(data))
         return client_id, data
 
     def close(self) -> None:
@@ -58,30 +56,26 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         for task in self._taking:
             task.cancel()
             task.add_done_callback(_retrieve)
-        for client_id in list(self._untaken):
+        self._untaken.clear()
+        for client_id in list(self._gates):
             self._open(client_id)
 
     def _fill(self) -> None:
-        while self._untaken and self._has_room():
+        while self._untaken and self._room.fits(len(self._taking)):
             wanted = self._wanted.popleft() if self._wanted else next(iter(self._untaken))
             if wanted not in self._untaken:  # it was wanted by several calls
                 continue
+            del self._untaken[wanted]
+            self._gates.setdefault(wanted, _Gate())
             self._taking[asyncio.ensure_future(self._take(wanted))] = wanted
             # The task asks at its first step, which the loop takes before this.
             asyncio.get_running_loop().call_soon(self._open, wanted)
-            self._opened[wanted] = self._untaken.pop(wanted)
-
-    def _has_room(self) -> bool:
-        num_taking = len(self._taking)
-        expected_bytes = (num_taking + 1) * (self._largest_bytes or _FIRST_GUESS_BYTES)
-        return not num_taking or (num_taking < _MAX_AT_ONCE and expected_bytes <= _BUDGET_BYTES)
 
     def _open(self, client_id: str) -> None:
-        gate = self._untaken.pop(client_id, None) or self._opened[client_id]
-        self._opened[client_id] = gate
-        gate.open()
-        if gate.is_idle:
-            del self._opened[client_id]
+        if (gate := self._gates.get(client_id)) is not None:
+            gate.open()
+            if gate.is_idle:
+                del self._gates[client_id]
 
 
 def _retrieve(task: asyncio.Task[bytes]) -> None:

@@ -89,6 +89,7 @@ class Record:
         changed_number: place of the last call that may have changed it, among those that are answered.
         moving_to: the worker that is to have it once the calls that its present one has are answered.
         moves_by_journal: whether its calls are made again there, since it cannot be captured.
+        num_builds: how often it was made on some worker.
     """
 
     client_id: str
@@ -108,6 +109,14 @@ class Record:
     changed_number: int = 0
     moving_to: str | None = None
     moves_by_journal: bool = False
+    num_builds: int = 0
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether a snapshot of it, or one to rebuild it from, is on its way."""
+        return self.awaits_snapshot or any(
+            asked.is_own and asked.call.kind == "restore" for asked in self.asked.values()
+        )
 
     def holds_back(self, asked: Asked) -> bool:
         """Whether a call waits for the worker that is to have the learner."""
@@ -183,11 +192,17 @@ class Ledger:
         record.num_journal_bytes += call.arguments.num_bytes
         self._count(call.arguments.num_bytes)
 
-    def needs_snapshot(self, record: Record) -> bool:
-        """Whether a snapshot has to hold what the journal cannot repeat, or does not hold any more."""
-        if not self._keeps_journal or record.awaits_snapshot or record.unrecoverable or record.given_up:
-            return False
-        return record.cut_off_number > record.snapshot_number or len(record.journal) > self._max_calls
+    def is_cut_off(self, record: Record) -> bool:
+        """Whether a snapshot has to hold what the journal cannot repeat: a call that was cut off."""
+        return self._may_need_snapshot(record) and record.cut_off_number > record.snapshot_number
+
+    def has_long_journal(self, record: Record) -> bool:
+        """Whether a snapshot is to take the place of a learner's journal."""
+        return self._may_need_snapshot(record) and len(record.journal) > self._max_calls
+
+    def _may_need_snapshot(self, record: Record) -> bool:
+        is_lost = record.unrecoverable is not None or record.given_up is not None
+        return self._keeps_journal and not record.awaits_snapshot and not is_lost
 
     def has_all(self, record: Record) -> bool:
         """Whether snapshot and journal together have all that the learner has done."""

@@ -40,10 +40,10 @@ class MovingExecutor(AskingExecutor):
         member = self._opened().members.get(record.label)
         is_there = member is not None and record.client_id in member.learners
         if is_there and record.changed_number > record.snapshot_number and not record.moves_by_journal:
-            if record.unrecoverable is None:
-                self._request_snapshot(record)
-            else:
+            if record.unrecoverable is not None:
                 self._stop_moving(record, record.unrecoverable)
+            elif self._has_turn(record, self._went_on):
+                self._request_snapshot(record)
             return
         self._move(record)
 

@@ -50,7 +50,6 @@ class RemoteExecutor(MovingExecutor):
         self._leaving: set[str] = set()  # workers that get no more calls
         self._waited_for: dict[str, asyncio.TimerHandle] = {}  # label of a worker that may come again -> until when
         self._missed: dict[str, str] = {}  # label of one that has not come in time -> what callers are told
-        self._restoring: asyncio.Task[None] | None = None
         self._num_lost = 0
         self._gone: dict[str, str] = {}  # label of a worker that was lost for good -> what its clients are told
         self._failed: str | None = None  # why no worker can be called any more
@@ -78,8 +77,6 @@ class RemoteExecutor(MovingExecutor):
         self._is_open = False
         for timer in self._waited_for.values():
             timer.cancel()
-        if self._restoring is not None:
-            self._restoring.cancel()
         try:
             await super().close()
         finally:
@@ -346,12 +343,8 @@ class RemoteExecutor(MovingExecutor):
         waiting = [record for record in self._ledger if record.asked]
         waiting.sort(key=lambda record: min(asked.number for asked in record.asked.values()))
         for record in waiting:
-            member = members.get(record.label)
-            if member is not None and (record.client_id in member.learners or not record.snapshot_number):
-                self._push_again(record)
-        if self._restoring is not None:
-            self._restoring.cancel()
-        self._restoring = asyncio.ensure_future(self._restore_in_turn(waiting))
+            self._push_again(record)
+        self._call_next()
 
     def _balance(self) -> None:
         """Give those who have come their share of the clients."""
@@ -372,22 +365,6 @@ class RemoteExecutor(MovingExecutor):
         for label in [label for label in self._waited_for if not self._clients_of(label)]:
             self._waited_for.pop(label).cancel()
 
-    async def _restore_in_turn(self, records: Sequence[Record]) -> None:
-        """Rebuild learners one after another: all of their snapshots at once may be more than memory holds."""
-        for record in records:
-            self._push_again(record)
-            restores = [asked for asked in record.asked.values() if asked.is_own and asked.call.kind == "restore"]
-            if restores and restores[0].asked_through is self._host(record):
-                restored = asyncio.Event()
-                restores[0].reply = lambda outcome, restored=restored: restored.set()
-                await restored.wait()
-
-    def _push_again(self, record: Record) -> None:
-        try:
-            self._push(record)
-        except Exception as error:  # nobody would hear of it, and the record's callers would wait for ever
-            self._give_up(record, f"it could not be rebuilt on {record.label}: {type(error).__name__}: {error}")
-
     def world_failed(self, error: WorkerLostError) -> None:
         """No worker can be called any more."""
         self._failed = str(error)
@@ -407,9 +384,10 @@ class RemoteExecutor(MovingExecutor):
         self._ledger.settle(record, asked, Outcome("failed", cut_off=True))
         if asked.reply is not None:
             asked.reply(self._lost(call, reason))
-        if self._ledger.needs_snapshot(record):
+        if self._ledger.is_cut_off(record):
             self._request_snapshot(record)
         self._went_on(record)
+        self._call_next()
 
     def asked(self, label: str) -> list[int]:
         """Ids of the calls to a worker that were sent and not answered."""

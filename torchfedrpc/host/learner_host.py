@@ -88,23 +88,24 @@ class LearnerHost:
         """The types that may travel in this run."""
         return self._runner.allow
 
-    def register(self, client_id: str, kwargs: Packed | None, *, anew: bool = False) -> Mailbox:
+    def register(self, client_id: str, kwargs: Packed | None, build: int = 0) -> Mailbox:
         """Make room for a learner; its first call makes the learner itself.
 
         Args:
             client_id: whose learner.
             kwargs: keyword arguments for its constructor; None where it is registered already.
-            anew: whether one that was here before, and was elsewhere since, is of no use.
+            build: which one of this client's learners it is; one that was here before it was elsewhere is of no use.
 
         Returns:
-            Its mailbox; the one it has, where it is registered already.
+            Its mailbox; the one it has, where that build is registered already.
         """
         with self._lock:
             if kwargs is None:
                 return self._mailboxes[client_id]
-            if anew:
-                self._mailboxes.pop(client_id, None)
-            return self._mailboxes.setdefault(client_id, Mailbox(client_id, kwargs))
+            mailbox = self._mailboxes.get(client_id)
+            if mailbox is None or mailbox.build != build:
+                mailbox = self._mailboxes[client_id] = Mailbox(client_id, kwargs, build)
+            return mailbox
 
     def forget(self, client_id: str) -> None:
         """Let go of a learner that has moved elsewhere; no call of it is here."""

@@ -25,6 +25,7 @@ class Mailbox:
     Attributes:
         client_id: whose learner.
         kwargs: arguments for the learner's constructor, until it is made.
+        build: which one of this client's learners it is.
         learner: the learner, once its first call has made it.
         current: the job that has the learner now; an open stream keeps it between its steps.
         queue: the jobs behind it.
@@ -33,6 +34,7 @@ class Mailbox:
 
     client_id: str
     kwargs: Packed | None
+    build: int = 0
     learner: Any = None
     current: Job | None = None
     queue: deque[Job] = field(default_factory=deque)

@@ -238,7 +238,7 @@ def cancel(header: tuple[Any, ...], call_id: int) -> Any:
 
 
 @async_entry
-def register(header: tuple[Any, ...], client_id: str, kwargs: Any, anew: bool) -> Any:
+def register(header: tuple[Any, ...], client_id: str, kwargs: Any, build: int) -> Any:
     """Make room for a learner; the future's value is an RRef to its mailbox."""
     if (request := _Request.of(header)) is None:
         return _nothing()
@@ -246,7 +246,7 @@ def register(header: tuple[Any, ...], client_id: str, kwargs: Any, anew: bool) -
     future: Any = torch.futures.Future()
 
     def make_room(host: LearnerHost) -> None:
-        future.set_result(torch_rpc().RRef(host.register(client_id, arguments, anew=anew)))
+        future.set_result(torch_rpc().RRef(host.register(client_id, arguments, build)))
 
     request.in_turn(make_room)
     return future

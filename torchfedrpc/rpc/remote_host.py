@@ -81,17 +81,17 @@ class RemoteHost:
     def __contains__(self, client_id: str) -> bool:
         return client_id in self._learners
 
-    def register(self, client_id: str, kwargs: Packed | None, *, anew: bool = False) -> None:
+    def register(self, client_id: str, kwargs: Packed | None, build: int) -> None:
         """Make room for a learner; calls may follow at once, they arrive behind this.
 
         Args:
             client_id: whose.
             kwargs: for the learner's constructor; None where the worker has the learner from an earlier world.
-            anew: whether one that the worker had before is of no use.
+            build: which one of this client's learners it is to be; another one that the worker has is of no use.
         """
         self._learners[client_id] = None
         try:
-            future = self._send(endpoint.register, client_id, parcel_message(kwargs, self._covered), anew)
+            future = self._send(endpoint.register, client_id, parcel_message(kwargs, self._covered), build)
         except RuntimeError:  # the call behind this fails likewise, and is asked again together with this
             return
         future.add_done_callback(partial(self._registered, client_id))
