@@ -58,7 +58,7 @@ class Plan:
         return self.num_faults + self.num_elastic + self.num_kills + self.num_launches + self.num_listeners
 
 
-_QUICK = Plan(6, 4, 2, 0, 0, num_rounds=6, num_listening=1)
+_QUICK = Plan(6, 3, 2, 0, 0, num_rounds=6, num_listening=1)
 
 
 def schedule(names: Iterable[str], num_faults: int, draw: random.Random) -> Iterator[str]:

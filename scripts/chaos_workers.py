@@ -123,7 +123,9 @@ class Crew(contextlib.AbstractAsyncContextManager["Crew"]):
             await _good_end(worker)
         for worker in self.listening.values():
             num_served = sum(_SERVES in line for line in worker.lines)
-            await worker.line(FREE, num_served, HANG_S)
+            freed = await worker.line(FREE, num_served, HANG_S)
+            if not freed.endswith("with exit status 0"):
+                raise RuntimeError(f"the last that a worker has to say of its run is {freed!r}")
             worker.signal(signal.SIGTERM)
             await _good_end(worker)
 
@@ -164,10 +166,11 @@ async def label_of(worker: Command, proxy: tfr.LearnerProxy) -> str:
     group: Any = proxy._router._main._group
     while True:
         ports = _ports_of(worker.pid)
-        for member in [*group.members.values(), *group._newcomers]:
-            peer = member.link._socket.getpeername()
-            if peer and peer[1] in ports:
-                return member.label
+        for member in [*group.members.values(), *group._newcomers.values()]:
+            with contextlib.suppress(OSError):  # it is gone, which is not noticed yet
+                peer = member.link._socket.getpeername()
+                if peer and peer[1] in ports:
+                    return member.label
         await asyncio.sleep(_POLL_S)
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torchrun import children_of, wait_for_end
 from workers import joining, listening, make_token
 
 import torchfedrpc as tfr
+from torchfedrpc.executors import room
+from torchfedrpc.executors.ledger import Asked
 from torchfedrpc.observe.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
 from torchfedrpc.rpc.greeting import Greeted, dial
 
@@ -352,19 +355,79 @@ async def test_workers_that_are_of_no_use_do_a_run_no_harm(
             guest = await dial(proxy.join_address, Path(token).read_bytes(), {"role": "worker"}, timeout_s=5.0)
             answering = asyncio.ensure_future(asyncio.to_thread(_refuse, guest))
             await seen.loss(number)
-            await answering
+            assert "no module named learners" in await answering
         await steps.check(*CLIENTS)
+        assert proxy.stats()["workers"].keys() == {"worker1"}
     assert set(where(proxy).values()) == {"worker1"}
 
 
-def _refuse(guest: Greeted) -> None:
-    message = guest.link.receive()
-    assert message is not None
+async def test_few_states_are_in_the_driver_at_once_as_learners_move(
+    token: str, expected: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_MAX_AT_ONCE", 1)
+    runtime = {"execution_mode": "pseudo", "num_processes": 1, "join_at": "127.0.0.1:0", "token_file": token}
+    async with opened(expected, **runtime) as (proxy, steps, seen):
+        assert proxy.join_address is not None
+        await steps.check(*CLIENTS)
+        ledger = proxy._router.get_executor(CLIENTS[0])._ledger
+        most: Counter[str] = Counter()
+        plan_rebuild, ask = ledger.plan_rebuild, ledger.ask
+
+        def note(*arguments: Any) -> None:
+            plan_rebuild(*arguments)
+            count()
+
+        def note_asked(*arguments: Any, **options: Any) -> Asked:
+            asked = ask(*arguments, **options)
+            count()
+            return asked
+
+        def count() -> None:
+            under_way = Counter(record.label for record in ledger if record.carries_state)
+            for label, number in under_way.items():
+                most[label] = max(most[label], number)
+
+        monkeypatch.setattr(ledger, "plan_rebuild", note)
+        monkeypatch.setattr(ledger, "ask", note_asked)
+        with joining(proxy.join_address, token) as worker:
+            await seen.joined()
+            await steps.check(*CLIENTS)
+            worker.signal(signal.SIGTERM)
+            await seen.left()
+            await steps.check(*CLIENTS)
+            os.kill(await proxy.custom_method(CLIENTS[0], "process_id"), signal.SIGKILL)
+            await steps.check(*CLIENTS)
+        assert most == {"worker1": 1, "worker2": 1}
+
+
+async def test_nobody_waits_for_one_who_takes_long_to_get_ready(
+    token: str, expected: dict[str, dict[str, Any]]
+) -> None:
+    runtime = {"execution_mode": "pseudo", "num_processes": 2, "join_at": "127.0.0.1:0", "token_file": token}
+    async with opened(expected, **runtime) as (proxy, steps, seen):
+        assert proxy.join_address is not None
+        guest = await dial(proxy.join_address, Path(token).read_bytes(), {"role": "worker"}, timeout_s=5.0)
+        message = await asyncio.to_thread(guest.link.receive)  # which it does not answer yet
+        assert message is not None
+        assert message["do"] == "prepare"
+        for killed in (["worker1"], ["worker1", "worker2"]):
+            client = next(client for client, label in where(proxy).items() if label == killed[-1])
+            os.kill(await proxy.custom_method(client, "process_id"), signal.SIGKILL)
+            await steps.check(*CLIENTS)
+            assert seen.names(WorkerJoined) == killed
+        await asyncio.to_thread(_refuse, guest, message)
+
+
+def _refuse(guest: Greeted, message: Any = None) -> str:
+    """Answer that this worker has no learner; gives what it is told then."""
+    message = message or guest.link.receive()
     guest.link.send({"number": message["number"], "error": "no module named learners", "traceback": ""})
     while (message := guest.link.receive()) is not None and message["do"] != "stop":
         pass
     guest.link.close()
     guest.pulse.close()
+    assert message is not None
+    return str(message["reason"])
 
 
 async def test_a_worker_that_is_asked_to_stop_as_the_run_begins_leaves_once_it_has_begun(

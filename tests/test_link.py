@@ -249,7 +249,7 @@ async def test_closing_ends_a_request_that_waits_for_its_answer(pair: tuple[Link
 def test_stopping_tells_the_worker_and_closes(pair: tuple[Link, Link]) -> None:
     driver, worker = pair
     driver.stop()
-    assert worker.receive() == {"do": "stop"}
+    assert worker.receive() == {"do": "stop", "reason": ""}
     assert worker.receive() is None
     assert driver.fileno() == -1
 
@@ -268,7 +268,7 @@ async def test_stopping_after_a_request_is_still_told(pair: tuple[Link, Link]) -
     await driver.request({"do": "join"}, "worker1")
     driver.stop()
     worker.join()
-    assert worker.told[-1] == {"do": "stop"}
+    assert worker.told[-1] == {"do": "stop", "reason": ""}
 
 
 def test_a_link_knows_its_descriptor_and_address() -> None:

@@ -75,29 +75,48 @@ def busy(about: Message) -> Message:
 # Joining.
 
 
-async def test_joining_serves_until_the_driver_says_stop(
-    listener: socket.socket, token_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("reason", "status", "out", "err"),
+    [
+        ("", 0, ["the run of train.py on hub needs this worker no more"], ""),
+        (
+            "it has no learner",
+            1,
+            [],
+            "torchfedrpc-worker: the run of train.py on hub does without this worker: it has no learner\n",
+        ),
+    ],
+)
+async def test_joining_serves_until_the_driver_says_stop_or_why_it_gives_the_worker_up(
+    listener: socket.socket,
+    token_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reason: str,
+    status: int,
+    out: list[str],
+    err: str,
 ) -> None:
-    def serve(link: Any, pulse: socket.socket) -> bool:
-        assert link.receive() == {"do": "stop"}
+    def serve(link: Any, pulse: socket.socket) -> worker.Ending:
+        message = link.receive()
+        assert message["do"] == "stop"
         assert sys.path[0] == os.getcwd()
         link.close()
         pulse.close()
-        return True
+        return worker.Ending(True, message["reason"])
 
-    monkeypatch.setattr(worker, "serve_remote", serve, raising=False)
+    monkeypatch.setattr(worker, "serve_remote", serve)
     with Driver(listener, welcome) as driver:
         command = ["--join", address_of(listener), "--token-file", token_file]
         running = asyncio.create_task(asyncio.to_thread(worker_cli.main, command))
         guest = await asyncio.to_thread(driver.guests.get, timeout=5)
         assert guest.about["pid"] == os.getpid()
-        guest.link.stop()
-        assert await running == 0
+        guest.link.stop(reason)
+        assert await running == status
         guest.pulse.close()
-    assert capsys.readouterr().out.splitlines() == [
-        "joined the run of train.py on hub",
-        "the run of train.py on hub needs this worker no more",
-    ]
+    said = capsys.readouterr()
+    assert said.out.splitlines() == ["joined the run of train.py on hub", *out]
+    assert said.err == err
 
 
 async def test_a_driver_that_is_starting_is_waited_for(
@@ -114,7 +133,13 @@ async def test_a_driver_that_is_starting_is_waited_for(
             loop.call_soon_threadsafe(tried.set)
 
     monkeypatch.setattr(worker_cli, "dial", dial_and_tell)
-    monkeypatch.setattr(worker, "serve_remote", lambda *ends: [end.close() for end in ends], raising=False)
+
+    def serve(*ends: Any) -> worker.Ending:
+        for end in ends:
+            end.close()
+        return worker.Ending(True, "")
+
+    monkeypatch.setattr(worker, "serve_remote", serve)
     command = ["--join", address_of(listener), "--token-file", token_file]
     running = asyncio.create_task(asyncio.to_thread(worker_cli.main, command))
     await tried.wait()

@@ -49,7 +49,7 @@ def drive(job: Callable[[], T]) -> T | None:
     if launch is not None and launch.rank != 0:
         with _ended_by_ctrl_c():
             link, pulse = dial_driver(launch)
-        if not serve_launch(link, pulse, launch.local_rank):
+        if not serve_launch(link, pulse, launch.local_rank).is_clean:
             _leave_behind()
         return None
     check_is_driver()

@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 where the driver, or a signal to a worker that listens, ended the work; 1 where a driver
-        to join is not there or refuses; 2 for a setting that is wrong; 128 and its number for a signal that cut work
-        off.
+        to join is not there, refuses, or gives this worker up; 2 for a setting that is wrong; 128 and its number for
+        a signal that cut work off.
     """
     parser = argparse.ArgumentParser(
         prog=_NAME,
@@ -80,11 +80,15 @@ def _join(address: str, token: bytes) -> int:
     driver = _dial(address, token)
     run = f"the run of {driver.about.get('program', 'a driver')} on {driver.about['machine']}"
     print(f"joined {run}", flush=True)
-    in_time = worker.serve_remote(driver.link, driver.pulse)
-    print(f"{run} needs this worker no more", flush=True)
-    if not in_time:  # a learner's method goes on regardless, and its thread would break the interpreter's end
-        os._exit(0)
-    return 0
+    ending = worker.serve_remote(driver.link, driver.pulse)
+    if ending.reason:
+        status = _fail(f"{run} does without this worker: {ending.reason}", 1)
+    else:
+        status = 0
+        print(f"{run} needs this worker no more", flush=True)
+    if not ending.is_clean:  # a learner's method goes on regardless, and its thread would break the interpreter's end
+        os._exit(status)
+    return status
 
 
 def _dial(address: str, token: bytes) -> Greeted:
@@ -98,8 +102,8 @@ def _dial(address: str, token: bytes) -> Greeted:
         time.sleep(_RETRY_S)
 
 
-def _fail(error: Exception, status: int) -> int:
-    print(f"{_NAME}: {error}", file=sys.stderr)
+def _fail(error: object, status: int) -> int:
+    print(f"{_NAME}: {error}", file=sys.stderr, flush=True)
     return status
 
 

@@ -76,7 +76,7 @@ class DialledSource:
             task.cancel()
         await asyncio.gather(*self._dialling.values(), return_exceptions=True)
         for member in self._members.values():
-            member.dismiss()
+            member.dismiss("")
         self._members.clear()
 
     async def _reach(self, address: str, deadline: float) -> None:

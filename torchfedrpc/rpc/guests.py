@@ -23,8 +23,8 @@ def member_of(guest: Greeted, label: str = "") -> Member:
         label: its name; empty lets the run name it.
     """
 
-    def dismiss() -> None:
-        guest.link.stop()
+    def dismiss(reason: str) -> None:
+        guest.link.stop(reason)
         guest.pulse.close()
 
     return Member(

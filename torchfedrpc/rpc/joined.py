@@ -97,7 +97,7 @@ class JoinedSource:
         self._is_closed = True
         await asyncio.to_thread(self._greeter.close)
         for member in self._members:
-            member.dismiss()
+            member.dismiss("")
         self._members.clear()
 
     def _answer(self, about: About) -> About:
@@ -113,7 +113,7 @@ class JoinedSource:
     def _came(self, guest: Greeted) -> None:
         member = member_of(guest)
         if self._is_closed:
-            member.dismiss()
+            member.dismiss("")
             return
         self._members.append(member)
         if self._admit is not None:

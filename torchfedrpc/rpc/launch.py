@@ -97,11 +97,11 @@ class LaunchedWorkers:
                 member.link.stop()
                 member.pulse.close()
 
-    def _dismiss(self, rank: int) -> None:
+    def _dismiss(self, rank: int, reason: str) -> None:
         """A worker was lost: should it come back to life, it ends in order, and its launcher ends no other."""
         self._lost.add(rank)
         member = self._members[rank]
-        member.link.stop()
+        member.link.stop(reason)
         member.pulse.close()
 
     def _answer(self, about: About) -> About:

@@ -81,10 +81,10 @@ class Link:
                 self._socket.close()
         return answer
 
-    def stop(self) -> None:
-        """Tell a worker, if it is still there, that the run is over, and close the link."""
+    def stop(self, reason: str = "") -> None:
+        """Tell a worker, if it is still there, that the run is over, or why it is without it; and close the link."""
         with contextlib.suppress(OSError):  # it is gone already
-            self.send({"do": "stop"})
+            self.send({"do": "stop", "reason": reason})
         self.close()
 
     def close(self) -> None:

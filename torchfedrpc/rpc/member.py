@@ -27,7 +27,7 @@ class Member:
         link: the driver's end of the control link.
         pulse: the driver's end of the socket on which its sidecar beats.
         machine: the name of the machine that it runs on.
-        dismiss: ends the process, where it was lost.
+        dismiss: lets it go, wherever it is; takes why it was given up, empty where it was not.
         how_it_ended: what else is known of the process's end, as a clause behind "it ended"; empty for nothing.
         elsewhere: whether it is on another machine than the driver's (names need not differ).
         imports_main: how it comes to know what the driver's script defines: it has to import it, by its ``path`` or
@@ -42,7 +42,7 @@ class Member:
     link: Link
     pulse: socket.socket
     machine: str
-    dismiss: Callable[[], None]
+    dismiss: Callable[[str], None]
     how_it_ended: Callable[[], str] = lambda: ""
     elsewhere: bool = False
     imports_main: Literal["path", "name"] | None = None

@@ -64,7 +64,7 @@ class ProcessSource:
             process.link,
             process.pulse,
             socket.gethostname(),
-            dismiss=lambda: self._kill(member),
+            dismiss=lambda reason: self._kill(member),
             how_it_ended=process.how_it_ended,
             imports_main="path",
         )

@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from torchfedrpc import launcher
@@ -29,7 +30,21 @@ from torchfedrpc.rpc.main_module import adopt_main
 from torchfedrpc.rpc.pulse import Sidecar
 
 _DRIVER_GONE = 1  # exit status
+_GIVEN_UP = 1  # exit status
 _ABANDONED = 3  # exit status: a method went on regardless of the end, so its thread had to be left behind
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a worker's work ended.
+
+    Attributes:
+        is_clean: whether all threads ended in time.
+        reason: why the driver gave this worker up; empty where it did not.
+    """
+
+    is_clean: bool
+    reason: str
 
 
 def main(descriptor: int, pulse_descriptor: int) -> None:
@@ -43,16 +58,16 @@ def main(descriptor: int, pulse_descriptor: int) -> None:
     os.set_inheritable(pulse_descriptor, False)
     launcher.become_worker()
     with _handling({signal.SIGINT: signal.SIG_IGN}):
-        clean = serve(Link(socket.socket(fileno=descriptor)), socket.socket(fileno=pulse_descriptor))
-    _end_process(clean)
+        ending = serve(Link(socket.socket(fileno=descriptor)), socket.socket(fileno=pulse_descriptor))
+    _end_process(ending, 0)
 
 
-def _end_process(clean: bool) -> None:
-    if clean:
+def _end_process(ending: Ending, status: int) -> None:
+    if ending.is_clean:
         atexit._run_exitfuncs()  # the rest of the interpreter's end takes a second, and the driver waits
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0 if clean else _ABANDONED)
+    os._exit(status if ending.is_clean else _ABANDONED)
 
 
 def main_remote(descriptor: int, pulse_descriptor: int) -> None:
@@ -64,11 +79,13 @@ def main_remote(descriptor: int, pulse_descriptor: int) -> None:
     """
     os.set_inheritable(descriptor, False)
     os.set_inheritable(pulse_descriptor, False)
-    clean = serve_remote(Link(socket.socket(fileno=descriptor)), socket.socket(fileno=pulse_descriptor))
-    _end_process(clean)
+    ending = serve_remote(Link(socket.socket(fileno=descriptor)), socket.socket(fileno=pulse_descriptor))
+    if ending.reason:
+        print(f"the driver does without this worker: {ending.reason}", file=sys.stderr)
+    _end_process(ending, _GIVEN_UP if ending.reason else 0)
 
 
-def serve_remote(link: Link, pulse: socket.socket) -> bool:
+def serve_remote(link: Link, pulse: socket.socket) -> Ending:
     """Serve learners until the driver says stop; returns what `serve` does.
 
     SIGTERM and SIGINT ask the driver to do without this worker: it moves the learners elsewhere and then says stop.
@@ -90,7 +107,7 @@ def serve_remote(link: Link, pulse: socket.socket) -> bool:
         return serve(link, pulse, activity=activity, notice="the driver is gone, or has given this worker up\n")
 
 
-def serve_launch(link: Link, pulse: socket.socket, local_index: int) -> bool:
+def serve_launch(link: Link, pulse: socket.socket, local_index: int) -> Ending:
     """Serve learners as a rank of a launch; returns what `serve` does.
 
     A launcher passes Ctrl-C and SIGTERM on to every rank: the driver handles them and tells its workers, or takes
@@ -106,7 +123,7 @@ def serve(
     local_index: int | None = None,
     activity: Activity | None = None,
     notice: str = "",
-) -> bool:
+) -> Ending:
     """Serve learners until the driver says stop.
 
     Args:
@@ -117,7 +134,7 @@ def serve(
         notice: a line for stderr where the driver is gone.
 
     Returns:
-        Whether all of this process's threads ended in time.
+        How that ended.
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(link, messages, notice), name="torchfedrpc-link", daemon=True).start()
@@ -130,7 +147,7 @@ def serve(
             answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         with contextlib.suppress(OSError):  # the driver is gone, which the link's thread sees too
             link.send({**answer, "number": number})
-    return worker.end()
+    return Ending(worker.end(), message["reason"])
 
 
 def _listen(link: Link, messages: queue.SimpleQueue[Message], notice: str) -> None:

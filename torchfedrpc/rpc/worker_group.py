@@ -98,7 +98,8 @@ class WorkerGroup:
         self._learner = learner
         self._observer = observer
         self._report = report
-        self._newcomers: list[Member] = []  # admitted, and not yet in hand
+        self._newcomers: dict[str, Member] = {}  # label -> one that was admitted and is being prepared
+        self._preparing: set[asyncio.Task[None]] = set()
         # A thread of its own: the user's code may have filled those of the event loop.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchfedrpc-world")
         self._watch: Watch
@@ -111,8 +112,8 @@ class WorkerGroup:
         self._mending: asyncio.Task[None] | None = None
         self._suspicions: set[asyncio.Task[None]] = set()
         self._num_suspicions: Counter[int] = Counter()  # call id -> how often RPC has failed it
-        self._num_useless: Counter[str] = Counter()  # name -> workers in succession that could not be prepared
-        self._useless = Exception()  # why the last of them could not
+        self._num_useless: Counter[str] = Counter()  # name -> workers in succession that were lost before any call
+        self._has_failed = False
         self._want_to_leave: list[str] = []  # while the run was being opened
 
     async def open(self) -> None:
@@ -124,18 +125,20 @@ class WorkerGroup:
         """
         self._watch = Watch(self._learner.runtime.heartbeat_timeout_s, self._lose, self._leaves)
         for member in self.members.values():
-            self._take_on(member)
+            self._take_on(member, self.members)
         await _all([self._prepare(member) for member in self.members.values()])
         await self._form()
         self._is_open = True
-        if self._newcomers:
-            self._break()
 
     def admit(self, member: Member) -> None:
-        """Take a worker into the next world, which is formed for it."""
-        self._newcomers.append(member)
-        if self._is_open:
-            self._break()
+        """Prepare a worker, however long that takes it, and take it into a world that is formed for it then."""
+        if self._has_failed:
+            member.dismiss("the run has no world any more")
+            return
+        self._take_on(member, self._newcomers)
+        task = asyncio.ensure_future(self._take_in(member))
+        self._preparing.add(task)
+        task.add_done_callback(self._preparing.discard)
 
     def release(self, label: str) -> None:
         """Let a worker go that has no learner any more; the world goes on without it."""
@@ -145,12 +148,12 @@ class WorkerGroup:
         elif self._mending is not None and not self._mending.done():
             self._is_whole = False  # it may be in the world that is being formed
         self._watch.remove(label)
-        member.dismiss()
+        member.dismiss("")
 
     async def close(self) -> None:
         """End the run; the workers that are still there stay at hand for another."""
         self._is_open = False
-        tasks = [task for task in (self._mending, *self._suspicions) if task is not None]
+        tasks = [task for task in (self._mending, *self._suspicions, *self._preparing) if task is not None]
         for task in tasks:
             task.cancel()
         self._store = None  # lets whoever is joining give up
@@ -159,13 +162,13 @@ class WorkerGroup:
         # One that is gone, or frozen, does not answer; the world ends without it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                closing = [member.tell({"do": "close"}) for member in self.members.values()]
+                closing = [member.tell({"do": "close"}) for member in self._everybody()]
                 await asyncio.gather(*closing, return_exceptions=True)
         await self._leave()
         self._thread.shutdown(wait=False)
         endpoint.listening = None
-        for label in self.members:
-            self._watch.release(label)
+        for member in self._everybody():
+            self._watch.release(member.label)
         self._watch.close()
 
     async def arm(self, label: str, faults: Sequence[Fault]) -> None:
@@ -187,12 +190,15 @@ class WorkerGroup:
 
     # Noticing.
 
-    def _take_on(self, member: Member) -> None:
+    def _everybody(self) -> list[Member]:
+        return [*self.members.values(), *self._newcomers.values()]
+
+    def _take_on(self, member: Member, among: dict[str, Member]) -> None:
         timeout_s = self._learner.runtime.heartbeat_timeout_s
         member.begin()
         member.link.end_when_cut_off(timeout_s)
         end_when_cut_off(member.pulse, timeout_s)
-        self.members[member.label] = member
+        among[member.label] = member
         self._watch.add(member.label, member.pulse, allowance_s=_START_S)
 
     def hear_leavers(self) -> None:
@@ -203,28 +209,33 @@ class WorkerGroup:
                 self._observer.worker_leaving(self.members[label])
 
     def _leaves(self, key: Hashable) -> None:
-        if self._is_open:
+        if self._is_open and key in self.members:
             self._observer.worker_leaving(self.members[str(key)])
         else:
             self._want_to_leave.append(str(key))
 
     def _lose(self, key: Hashable, loss: Loss) -> None:
         label = str(key)
-        member = self.members.pop(label)
+        is_new = label in self._newcomers
+        member = (self._newcomers if is_new else self.members).pop(label)
         if (host := self.hosts.pop(label, None)) is not None:
             host.close()
         member.lost.set_result(loss)
-        self._is_whole = False
-        self._store = None  # whoever is joining need not wait for it
+        if not is_new:
+            self._is_whole = False
+            self._store = None  # whoever is joining need not wait for it
         if not self._is_open:
-            member.dismiss()
+            member.dismiss(loss.reason)
             return
         reason = f"{loss.reason}{member.how_it_ended()}"
-        member.dismiss()
+        member.dismiss(reason)
         logger.warning("%s is lost: %s", label, reason)
         loss = replace(loss, reason=reason)
         self._observer.worker_lost(member, loss)
-        if self._learner.runtime.on_worker_lost == "recover":
+        self._num_useless[label] += host is None
+        if self._num_useless[label] > _MAX_FAILURES:
+            self._fail(WorkerLostError(f"{label} was lost {_MAX_FAILURES + 1} times in succession: {reason}"))
+        elif self._learner.runtime.on_worker_lost == "recover" and not is_new:
             self._break()
 
     async def _examine(self, host: RemoteHost, call: Call, error: Exception) -> None:
@@ -253,47 +264,42 @@ class WorkerGroup:
 
     async def _mend(self) -> None:
         began, num_failures = time.monotonic(), 0
-        while not self._is_whole or self._newcomers:
+        while not self._is_whole:
             self._is_whole = True
-            error: Exception | None = None
             try:
-                num_failures = max(num_failures, await self._take_in())
-                if self._is_whole:
-                    await self._form()
-            except Exception as exception:
-                error = exception
+                await self._form()
+            except Exception as error:
                 logger.info("the world could not be re-formed: %s", error)
-                # That somebody is lost or comes meanwhile is no fault of the others'.
-                num_failures += self._is_whole and not self._newcomers
+                num_failures += self._is_whole  # that somebody is lost or comes meanwhile is no fault of the others'
                 self._is_whole = False
-            if not (self.members or self._newcomers or self._observer.expects_workers):
-                error = error or WorkerLostError("no worker is left")
-            elif num_failures <= _MAX_FAILURES:
-                continue
-            self._close_hosts()
-            self._observer.world_failed(_no_world(error or self._useless))
-            return
+                if num_failures > _MAX_FAILURES:
+                    self._fail(error)
+                    return
         if self.hosts:
             self._num_useless.clear()
             self._observer.world_formed(self._generation, time.monotonic() - began)
+            self.hear_leavers()
+        elif not (self._newcomers or self._observer.expects_workers):
+            self._fail(WorkerLostError("no worker is left"))
 
-    async def _take_in(self) -> int:
-        """Prepare those who were admitted, while the others go on in their world.
+    async def _take_in(self, member: Member) -> None:
+        """Prepare one who was admitted, while the others go on in their world."""
+        label = member.label
+        try:
+            async with asyncio.timeout(_START_S):
+                await self._prepare(member)
+        except Exception as error:  # whatever its preparation comes to, the others go on
+            logger.info("%s is of no use: %s", label, error)
+            self._give_up(member, str(error) or f"it was not ready within {_START_S:.0f} s")
+            return
+        if self._newcomers.get(label) is member:  # not lost meanwhile
+            self.members[label] = self._newcomers.pop(label)
+            self._break()
 
-        Returns:
-            How often in succession one of a name was of no use, at most.
-        """
-        newcomers, self._newcomers = self._newcomers, []
-        for member in newcomers:
-            self._take_on(member)
-        outcomes = await asyncio.gather(*map(self._prepare_in_time, newcomers), return_exceptions=True)
-        for member, error in zip(newcomers, outcomes, strict=True):
-            if isinstance(error, Exception):
-                logger.info("%s is of no use: %s", member.label, error)
-                self._useless = error
-                self._num_useless[member.label] += 1
-                self._give_up(member, str(error))  # if it is not lost already
-        return max(self._num_useless.values(), default=0)
+    def _fail(self, error: Exception) -> None:
+        self._has_failed = True
+        self._close_hosts()
+        self._observer.world_failed(_no_world(error))
 
     async def _form(self) -> None:
         """Leave the world, if there is one, and form one of all members.
@@ -308,7 +314,7 @@ class WorkerGroup:
         self._check_whole()
         if not members:
             return
-        address = self._address()
+        address = self._address(members)
         self._store, port = world.serve_store(address)
         plan = world.WorldPlan(
             generation=next(_generations),
@@ -403,16 +409,12 @@ class WorkerGroup:
         )
         member.device, member.visible_gpus = answer["device"], answer["visible_gpus"]
         if member.elsewhere:
-            address = self._address()
+            address = self._address([*self.members.values(), member])
             await reach.check(member, address, self._interface(member, address))
-
-    async def _prepare_in_time(self, member: Member) -> None:
-        async with asyncio.timeout(_START_S):
-            await self._prepare(member)
 
     def _local_index(self, member: Member) -> int:
         """The worker's number on its machine."""
-        return [one for one in self.members.values() if one.machine == member.machine].index(member)
+        return [one for one in self._everybody() if one.machine == member.machine].index(member)
 
     async def _tell(self, member: Member, message: Message) -> Message:
         try:
@@ -426,15 +428,15 @@ class WorkerGroup:
 
     def _give_up(self, member: Member, reason: str) -> None:
         """Count a worker as lost, unless the watch did already."""
-        if self.members.get(member.label) is member:
+        if member in self._everybody():
             self._watch.remove(member.label)
             self._lose(member.label, Loss(reason, None))
 
-    def _address(self) -> str:
-        """The driver's address for a world of the present members."""
+    def _address(self, members: Sequence[Member]) -> str:
+        """The driver's address for a world of these members."""
         if (name := self._learner.runtime.interface) is not None:
             return address_of(name)
-        elsewhere = [member.link for member in self.members.values() if member.elsewhere]
+        elsewhere = [member.link for member in members if member.elsewhere]
         return elsewhere[0].local_address() if elsewhere else address_of(LOOPBACK)
 
     def _interface(self, member: Member, address: str) -> str | None:
