@@ -229,6 +229,19 @@ async def test_only_learners_that_were_called_are_written_and_the_number_kept_ho
     assert len(list(tmp_path.glob("*.checkpoint"))) == 2
 
 
+async def test_a_second_trainer_of_the_proxy_saves_learners_that_only_the_first_has_called(tmp_path: Path) -> None:
+    runs = {}
+    async with tfr.LearnerProxy(Mortal, CLIENTS, seed=3) as proxy:
+        for name, num_clients in (("first", 6), ("second", 2)):
+            trainer = Trainer({"num_rounds": 1, "clients_per_round": num_clients}, proxy)
+            trainer.checkpoints = runs[name] = tfr.Checkpoints(tmp_path / name)
+            await trainer.train()
+        expected = {client: data async for client, data in proxy.snapshots()}
+    found = runs["second"].folder.load()
+    assert found is not None
+    assert dict(found.snapshots()) == expected
+
+
 async def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, undisturbed: tuple[list[Any], dict[str, bytes]], caplog: pytest.LogCaptureFixture
 ) -> None:

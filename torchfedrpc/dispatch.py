@@ -50,8 +50,7 @@ class Dispatcher:
         self._known = frozenset(client_ids)
         self._router = router
         self._call_ids = itertools.count(1)
-        self._called: set[str] = set()  # clients whose learners may have changed since `changed` was asked
-        self._changing: Counter[str] = Counter()  # client -> calls and restores that are not finished
+        self._num_changes: Counter[str] = Counter()  # client -> calls and restores that have begun or ended
         self.open_streams: dict[int, str] = {}  # call id of each stream that is being read -> its client
         self._num_calls = self._num_failed = self._num_pending = 0
 
@@ -134,22 +133,18 @@ class Dispatcher:
         with self._changes(client_id):
             await self._apart(options, client_id, "restore", restore)
 
-    def changed(self) -> set[str]:
-        """The clients that were called or restored since this was asked last, or are in the middle of it."""
-        changed, self._called = self._called | self._changing.keys(), set()
-        return changed
+    def changes(self) -> dict[str, int]:
+        """For each client a number, which is another after each call or restore, and in the middle of one."""
+        return dict(self._num_changes)
 
     @contextmanager
     def _changes(self, client_id: str) -> Iterator[None]:
         """Around what may change a client's learner, at some time between the beginning and the end."""
-        self._changing[client_id] += 1
+        self._num_changes[client_id] += 1
         try:
             yield
         finally:
-            self._called.add(client_id)
-            self._changing[client_id] -= 1
-            if not self._changing[client_id]:
-                del self._changing[client_id]
+            self._num_changes[client_id] += 1
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
         """The states of these clients' learners as of now, one by one, while calls go on.

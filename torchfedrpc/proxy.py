@@ -294,9 +294,9 @@ class LearnerProxy:
             **{name: getattr(learner.runtime, name) for name in _SETTINGS_OF_BITS},
         }
 
-    def changed(self) -> set[str]:
-        """The clients that were called or restored since this was asked last: no other learner has changed."""
-        return self._dispatcher.changed()
+    def changes(self) -> dict[str, int]:
+        """For each client whose learner may have changed a number; where it is the same later, it has not since."""
+        return self._dispatcher.changes()
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
         """The states of learners as of now, all at one moment, which `Checkpoints` saves while calls go on.

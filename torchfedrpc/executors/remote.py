@@ -83,8 +83,9 @@ class RemoteExecutor(MovingExecutor):
             await asyncio.gather(*(source.close() for source in self._sources))
 
     def worker_of(self, client_id: str) -> str:
-        """``worker1`` and so on, or the address of a worker that listens."""
-        return self._places[client_id]
+        """``worker1`` and so on, or the address of one that listens; of a learner that moves, the one it leaves."""
+        record = self._ledger.get(client_id)
+        return record.label if record is not None else self._places[client_id]
 
     def workers(self) -> list[str]:
         """``worker1`` and so on, and the addresses of those that listen."""
@@ -205,16 +206,13 @@ class RemoteExecutor(MovingExecutor):
             if moving is not None and moving.label != member.label:  # it stays where it is
                 self._relocate(client_id, moving.label)
 
-    def _do_without(self, member: Member, where: str) -> bool:
-        """A worker is gone, and its learners with it: their clients wait for the next of its name, or have others.
-
-        Returns:
-            Whether one of its name is to come.
-        """
+    def _do_without(self, member: Member, where: str) -> None:
+        """A worker is gone, and its learners with it: their clients wait for the next of its name, or have others."""
         source, label = self._source_of[member.label], member.label
         keeps_place = source.lost(member)
         clients = self._clients_of(label)
         if not keeps_place:
+            del self._machines[label]
             targets = place_again(clients, self.config.client_endpoints, self._present(), self._places)
             for client_id, place in targets.items():
                 record = self._ledger.get(client_id)
@@ -231,7 +229,6 @@ class RemoteExecutor(MovingExecutor):
         if clients and self.expects_workers and not is_sure and label not in self._waited_for:
             timeout_s = self.config.rejoin_timeout_s
             self._waited_for[label] = asyncio.get_running_loop().call_later(timeout_s, self._miss, label, where)
-        return keeps_place
 
     def _miss(self, label: str, where: str) -> None:
         """Nobody has come in the place of a worker: whoever waits has waited long enough."""
@@ -322,8 +319,7 @@ class RemoteExecutor(MovingExecutor):
         self._leaving.discard(label)
         self._opened().release(label)
         self._spec.publish(WorkerLeft(label))
-        if not self._do_without(member, f"{label} has left"):
-            del self._machines[label]
+        self._do_without(member, f"{label} has left")
         for record in self._ledger:
             if record.asked and record.label != label:
                 self._push_again(record)  # what waited for a place

@@ -212,7 +212,7 @@ class Saver:
         self._config = config
         self.num_done = 0
         self._base: Checkpoint | None = None
-        self._unsaved: set[str] = set()  # learners whose state is in no checkpoint
+        self._saved: dict[str, int] = {}  # of each learner in the last checkpoint, which number its changes had
         self._lost: set[str] = set()  # those that were warned of, since they were given up
         self._saving: asyncio.Task[None] | None = None
         self._is_due = False
@@ -230,9 +230,10 @@ class Saver:
             ConfigError: the folder is another run's, or the checkpoint does not fit this one.
             SnapshotError: a learner's state cannot be restored.
         """
+        config = await asyncio.to_thread(checkpoints.config_of, trainer)
         owns_folder = not checkpoints.is_open
         found = await asyncio.to_thread(checkpoints.open)
-        saver = cls(checkpoints, trainer, await asyncio.to_thread(checkpoints.config_of, trainer))
+        saver = cls(checkpoints, trainer, config)
         saver._owns_folder = owns_folder
         trainer.learner_proxy.before_close(saver.close)
         if found is not None:
@@ -286,8 +287,8 @@ class Saver:
                 "calls are under way as round %d ends: its checkpoint has what they do to learners, not the results",
                 num_done - 1,
             )
-        self._unsaved |= self._proxy.changed()
-        changed = sorted(self._unsaved)
+        changes = self._proxy.changes()
+        changed = {client_id: number for client_id, number in changes.items() if self._saved.get(client_id) != number}
         try:
             states = {name: part.state_dict() for name, part in self._checkpoints.parts.items()}
             trainer = self._trainer.state_dict()
@@ -298,7 +299,7 @@ class Saver:
             return
         self._saving = asyncio.ensure_future(self._save(num_done, state, cut, changed))
 
-    async def _save(self, num_done: int, state: Parcel, cut: Cut, changed: list[str]) -> None:
+    async def _save(self, num_done: int, state: Parcel, cut: Cut, changed: Mapping[str, int]) -> None:
         began, num_bytes = time.monotonic(), 0
         try:
             files = await self._on_disk(partial(self._folder.begin, num_done, self._base))
@@ -320,15 +321,14 @@ class Saver:
         finally:
             cut.close()
         self.num_done = num_done
-        self._unsaved.difference_update(changed)
+        self._saved.update(changed)
         seconds = time.monotonic() - began
         self._proxy.publish(CheckpointSaved(num_done - 1, len(changed), num_bytes, seconds))
 
     def _failed(self, num_done: int, error: Exception) -> None:
         """The run goes on; the checkpoint before stays the last."""
         if isinstance(error, SnapshotError) and self._base is not None:  # it may be damaged: the next builds on none
-            self._unsaved.update(self._base.client_ids)
-            self._base = None
+            self._saved, self._base = {}, None
         last = f"the last one is of round {self.num_done - 1}" if self.num_done else "there is none yet"
         logger.error(
             "no checkpoint of round %d in %s: %s: %s; the run goes on, and %s",
@@ -358,7 +358,7 @@ class Saver:
         for name in self._checkpoints.parts.keys() & state["parts"].keys():
             self._checkpoints.parts[name].load_state_dict(state["parts"][name])
         _set_random_streams(state["streams"])
-        self._proxy.changed()
+        self._saved = self._proxy.changes()
         self._base, self.num_done = found, found.round_num
 
 

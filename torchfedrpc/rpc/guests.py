@@ -12,7 +12,8 @@ from torchfedrpc.rpc.member import Member
 
 def about_driver() -> About:
     """What a driver tells about itself, beside what is common to all."""
-    return {"role": "driver", "program": Path(sys.argv[0]).name}
+    script = Path(sys.argv[0])
+    return {"role": "driver", "program": script.parent.name if script.name == "__main__.py" else script.name}
 
 
 def member_of(guest: Greeted, label: str = "") -> Member:

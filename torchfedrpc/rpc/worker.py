@@ -30,6 +30,7 @@ from torchfedrpc.rpc.main_module import adopt_main
 from torchfedrpc.rpc.pulse import Sidecar
 
 _DRIVER_GONE = 1  # exit status
+_PATIENCE_S = 15.0  # with a driver that is out of reach before it has told its heartbeat_timeout_s
 _GIVEN_UP = 1  # exit status
 _ABANDONED = 3  # exit status: a method went on regardless of the end, so its thread had to be left behind
 
@@ -102,6 +103,8 @@ def serve_remote(link: Link, pulse: socket.socket) -> Ending:
     def end(number: int, frame: object) -> None:
         os._exit(128 + number)
 
+    link.end_when_cut_off(_PATIENCE_S)
+    end_when_cut_off(pulse, _PATIENCE_S)
     with _handling({signal.SIGTERM: leave, signal.SIGINT: leave}):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})  # see processes.py
         return serve(link, pulse, activity=activity, notice="the driver is gone, or has given this worker up\n")
@@ -186,6 +189,7 @@ class _Worker:
         self._host: LearnerHost | None = None
         self._endpoint: Endpoint | None = None
         self._stack = ExitStack()
+        self._door = socket.socket()  # which the driver tries, to find out whether it reaches this worker
 
     def obey(self, message: Message) -> Message:
         """Do what a message says, and answer it."""
@@ -232,9 +236,10 @@ class _Worker:
             interface: this worker's network interface; None: the one with which it reaches the driver.
         """
         address = address_of(interface) if interface is not None else self._link.local_address()
-        listener = self._stack.enter_context(socket.create_server((address, 0)))
+        self._door.close()
+        self._door = socket.create_server((address, 0))
         reach.dial(host, port)
-        return {"host": address, "port": listener.getsockname()[1]}
+        return {"host": address, "port": self._door.getsockname()[1]}
 
     def join(self, plan: Message, rank: int, interface: str | None, asked: list[int]) -> Message:
         """Join a world and serve in it.
@@ -247,6 +252,7 @@ class _Worker:
         """
         assert self._host is not None
         assert self._endpoint is not None
+        self._door.close()
         world_plan = world.WorldPlan.from_message(plan)
         covered = frozenset([self._endpoint.device] if world_plan.device_maps[rank - 1] else [])
         self._host.keep_only(asked)
@@ -270,6 +276,7 @@ class _Worker:
         if self._host is not None:
             self._clean &= self._host.close()
         self.leave()
+        self._door.close()
         self._host = self._endpoint = endpoint.serving = None
         self._stack.close()
         return {}
