@@ -150,7 +150,7 @@ class Scene:
     async def joining(self) -> None:
         """Wait until the members of the next world join it."""
         group = self.trainer.learner_proxy._router._main._group
-        while group.hosts or group._store is None:
+        while group.hosts or group._place._store is None:
             await asyncio.sleep(_POLL_S)
 
     async def struck_by_itself(self, label: str, kind: FaultKind) -> None:

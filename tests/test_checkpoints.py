@@ -21,7 +21,7 @@ from conftest import MODES
 from learners import Mortal
 
 import torchfedrpc as tfr
-from torchfedrpc.federation.checkpoints import plain
+from torchfedrpc.federation.checkpoint_config import plain
 from torchfedrpc.host.snapshot import load
 from torchfedrpc.observe.events import CheckpointSaved, RoundEnded
 from torchfedrpc.observe.history import History

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from torchfedrpc.errors import ConfigError, SerializationError
 from torchfedrpc.federation.aggregation import weighted_mean
-from torchfedrpc.federation.checkpoints import Checkpoints, Saver
+from torchfedrpc.federation.checkpoints import Checkpoints
 from torchfedrpc.federation.sampling import sample_clients
+from torchfedrpc.federation.saver import Saver
 from torchfedrpc.federation.settings import as_settings
 from torchfedrpc.observe.events import RoundStarted
 from torchfedrpc.proxy import LearnerProxy

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -20,11 +17,12 @@ from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call
 from torchfedrpc.host.faults import Fault
-from torchfedrpc.host.process import choose_device, torch_defaults, visible_gpus
+from torchfedrpc.host.process import torch_defaults
 from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.rpc import endpoint, reach, world
-from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, interface_of
+from torchfedrpc.rpc import reach
+from torchfedrpc.rpc.all_of import all_of
+from torchfedrpc.rpc.driver_place import DriverPlace
 from torchfedrpc.rpc.link import Message, end_when_cut_off
 from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.member import Member, RefusalError
@@ -33,8 +31,6 @@ from torchfedrpc.rpc.remote_host import RemoteHost, Traffic
 
 logger = logging.getLogger(__name__)
 
-# Over all runs of this process, since torch RPC remembers a world by the names of its members.
-_generations = itertools.count(1)
 _START_S = 120.0  # a new process imports torch before its sidecar beats, from a cold disk perhaps
 _NOTICE_S = 1.0  # a worker whose link or RPC connection broke is usually found to be dead as soon
 _CLOSE_TIMEOUT_S = 4.0
@@ -97,15 +93,10 @@ class WorkerGroup:
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self._learner = learner
         self._observer = observer
-        self._report = report
         self._newcomers: dict[str, Member] = {}  # label -> one that was admitted and is being prepared
         self._preparing: set[asyncio.Task[None]] = set()
-        # A thread of its own: the user's code may have filled those of the event loop.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchfedrpc-world")
+        self._place = DriverPlace(learner, report)
         self._watch: Watch
-        self._store: Any = None
-        self._joining: asyncio.Future[None] | None = None  # the driver's own joining of its present world
-        self._leaving: asyncio.Future[None] | None = None
         self._generation = 0
         self._is_open = False
         self._is_whole = True  # whether the world, or the one that is being formed, has lost nobody
@@ -126,7 +117,7 @@ class WorkerGroup:
         self._watch = Watch(self._learner.runtime.heartbeat_timeout_s, self._lose, self._leaves)
         for member in self.members.values():
             self._take_on(member, self.members)
-        await _all([self._prepare(member) for member in self.members.values()])
+        await all_of([self._prepare(member) for member in self.members.values()])
         await self._form()
         self._is_open = True
 
@@ -156,7 +147,7 @@ class WorkerGroup:
         tasks = [task for task in (self._mending, *self._suspicions, *self._preparing) if task is not None]
         for task in tasks:
             task.cancel()
-        self._store = None  # lets whoever is joining give up
+        self._place.let_go()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._close_hosts()
         # One that is gone, or frozen, does not answer; the world ends without it.
@@ -164,9 +155,7 @@ class WorkerGroup:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 closing = [member.tell({"do": "close"}) for member in self._everybody()]
                 await asyncio.gather(*closing, return_exceptions=True)
-        await self._leave()
-        self._thread.shutdown(wait=False)
-        endpoint.listening = None
+        await self._place.close()
         for member in self._everybody():
             self._watch.release(member.label)
         self._watch.close()
@@ -223,7 +212,7 @@ class WorkerGroup:
         member.lost.set_result(loss)
         if not is_new:
             self._is_whole = False
-            self._store = None  # whoever is joining need not wait for it
+            self._place.let_go()  # whoever is joining need not wait for it
         if not self._is_open:
             member.dismiss(loss.reason)
             return
@@ -309,38 +298,12 @@ class WorkerGroup:
         """
         self._close_hosts()
         members = list(self.members.values())
-        await _all([self._tell(member, {"do": "leave"}) for member in members])
-        await self._leave()
+        await all_of([self._tell(member, {"do": "leave"}) for member in members])
+        await self._place.leave()
         self._check_whole()
         if not members:
             return
-        address = self._address(members)
-        self._store, port = world.serve_store(address)
-        plan = world.WorldPlan(
-            generation=next(_generations),
-            labels=["driver", *(member.label for member in members)],
-            store_host=address,
-            store_port=port,
-            transport=self._learner.runtime.transport,
-            gpus_in_sight=all(member.visible_gpus == visible_gpus() for member in members),
-            device_maps=[_device_pair(self._learner, torch.device(member.device)) for member in members],
-        )
-        endpoint.listening = endpoint.Listener(self._report)
-        self._joining = self._in_thread(partial(world.join, plan, 0, interface_of(address)))
-        message = {"do": "join", "plan": plan.to_message()}
-        joining = [
-            self._tell(
-                member,
-                {
-                    **message,
-                    "rank": rank,
-                    "interface": self._interface(member, address),
-                    "asked": self._observer.asked(member.label),
-                },
-            )
-            for rank, member in enumerate(members, start=1)
-        ]
-        await _all([asyncio.shield(self._joining), *joining], on_failure=self._drop_store)
+        plan = await self._place.join(members, self._tell, self._observer.asked)
         self._check_whole()
         self._generation = plan.generation
         self.hosts = {
@@ -354,26 +317,6 @@ class WorkerGroup:
             )
             for rank, (member, pair) in enumerate(zip(members, plan.device_maps, strict=True), start=1)
         }
-
-    async def _leave(self) -> None:
-        """Leave the driver's own world, if it is in one."""
-        if self._joining is not None and self._leaving is None:
-            self._leaving = asyncio.ensure_future(self._end_world(self._joining))
-        if self._leaving is not None:
-            await asyncio.shield(self._leaving)
-            self._joining = self._leaving = self._store = None
-
-    async def _end_world(self, joining: asyncio.Future[None]) -> None:
-        # Where joining was cut short it still goes on in its thread; what it makes must be unmade.
-        await asyncio.wait([joining])
-        if joining.exception() is None:
-            await self._in_thread(world.leave)
-
-    def _in_thread(self, function: Callable[[], None]) -> asyncio.Future[None]:
-        return asyncio.get_running_loop().run_in_executor(self._thread, function)
-
-    def _drop_store(self) -> None:
-        self._store = None
 
     def _check_whole(self) -> None:
         if not self._is_whole:
@@ -409,8 +352,8 @@ class WorkerGroup:
         )
         member.device, member.visible_gpus = answer["device"], answer["visible_gpus"]
         if member.elsewhere:
-            address = self._address([*self.members.values(), member])
-            await reach.check(member, address, self._interface(member, address))
+            address = self._place.address([*self.members.values(), member])
+            await reach.check(member, address, self._place.interface(member, address))
 
     def _local_index(self, member: Member) -> int:
         """The worker's number on its machine."""
@@ -432,43 +375,6 @@ class WorkerGroup:
             self._watch.remove(member.label)
             self._lose(member.label, Loss(reason, None))
 
-    def _address(self, members: Sequence[Member]) -> str:
-        """The driver's address for a world of these members."""
-        if (name := self._learner.runtime.interface) is not None:
-            return address_of(name)
-        elsewhere = [member.link for member in members if member.elsewhere]
-        return elsewhere[0].local_address() if elsewhere else address_of(LOOPBACK)
-
-    def _interface(self, member: Member, address: str) -> str | None:
-        """The interface on which a worker listens; None: the one by which it reaches the driver."""
-        name = self._learner.runtime.interface
-        return name if name is not None or member.elsewhere else interface_of(address)
-
-
-async def _all(doing: Sequence[Awaitable[Any]], on_failure: Callable[[], None] | None = None) -> None:
-    """Await all of them; if one fails, raise its error once all have ended."""
-    tasks = [asyncio.ensure_future(one) for one in doing]
-    if not tasks:
-        return
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        errors = [error for task in done if (error := task.exception()) is not None]
-        if errors and on_failure is not None:
-            on_failure()
-        await asyncio.wait(tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-    if errors:
-        raise errors[0]
-
 
 def _no_world(error: Exception) -> WorkerLostError:
     return WorkerLostError(f"the workers could not be brought together again: {error}; see their output for why")
-
-
-def _device_pair(learner: LearnerSpec, device: torch.device) -> tuple[str, str] | None:
-    """The driver's device and a worker's, between which tensors go directly."""
-    if device.type != "cuda" or not torch.cuda.is_available() or learner.runtime.device_map == "none":
-        return None
-    return str(choose_device(torch.cuda.current_device())), str(device)
