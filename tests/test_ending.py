@@ -130,8 +130,7 @@ def started(folder: Path, *arguments: str) -> Iterator[Run]:
 # Whole processes, and what is left of them.
 
 
-@SIGNALS
-@pytest.mark.parametrize("mode", ["local", "pseudo"])
+@pytest.mark.parametrize(("mode", "number"), [("local", signal.SIGINT), ("pseudo", signal.SIGTERM)])
 def test_a_signal_ends_a_run_though_a_sync_method_goes_on(tmp_path: Path, mode: str, number: signal.Signals) -> None:
     with started(tmp_path, str(write_script(tmp_path, MAIN)), mode, "b") as run:
         run.wait_for("ready")

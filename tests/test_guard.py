@@ -204,7 +204,6 @@ def test_any_other_name_is_refused(module: str, name: str) -> None:
         ("text", "format"),
         ({}, "update"),
     ],
-    ids=str,
 )
 def test_getattr_gives_no_other_attribute(owner: Any, name: str) -> None:
     data = pickle.dumps(Reduced(getattr, (owner, name)), protocol=4)

@@ -672,7 +672,7 @@ def test_buffers_and_tensors_are_not_mixed_up() -> None:
     assert [float(part[0]) for part in sent(parts)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("make", [np.random.default_rng, np.random.RandomState, random.Random], ids=str)
+@pytest.mark.parametrize("make", [np.random.default_rng, np.random.RandomState, random.Random])
 def test_a_generator_goes_on_where_it_was(make: Callable[[int], Any]) -> None:
     generator = make(7)
     draw = "normal" if hasattr(generator, "normal") else "random"

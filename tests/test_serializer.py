@@ -262,7 +262,7 @@ def test_a_pickle_that_would_run_something_does_not(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("build", [lambda: torch.float32, lambda: AllowList, lambda: print, Runs], ids=str)
+@pytest.mark.parametrize("build", [lambda: torch.float32, lambda: AllowList, lambda: print, Runs])
 def test_the_table_may_name_nothing_at_all(build: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SerializationError, match="the table of a serialized object names"):
         deserialize(forged(table=pickle.dumps(([], 0, build()))))

@@ -120,7 +120,7 @@ class Faults:
                     raise AssertionError(f"{worker} was to be killed at its call {fault.at_call}, which never came")
         finally:
             unsubscribe()
-            for worker in of_worker:
+            for worker in of_worker.keys() & set(router.workers()):  # the others are lost for good
                 with contextlib.suppress(WorkerLostError):  # a fault has struck
                     await router.arm({worker: []})
 
