@@ -115,7 +115,9 @@ def test_the_search_path_can_be_shown(tmp_path: Path) -> None:
 def test_a_setting_that_cannot_be_met_ends_the_command_with_its_error(tmp_path: Path) -> None:
     done = _command(tmp_path, *SMOKE, "trainer.clients_per_round=5")
     assert done.returncode == 1
-    assert "clients_per_round must be a whole number from 1 to 4, the number of clients, not 5" in done.stderr
+    message = "the trainer's clients_per_round must be a whole number from 1 to 4, the number of clients, not 5"
+    assert done.stderr.splitlines()[-1] == f"torchfedrpc: {message}"
+    assert "Traceback" not in done.stderr
 
 
 def test_options_of_ones_own_come_from_a_folder_of_ones_own(tmp_path: Path) -> None:

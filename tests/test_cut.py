@@ -107,7 +107,7 @@ async def test_a_caller_that_is_cancelled_holds_up_nobody() -> None:
 
 
 async def test_large_states_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BUDGET_BYTES", 100)
+    monkeypatch.setattr(module, "BUDGET_BYTES", 100)
     monkeypatch.setattr(module, "_FIRST_GUESS_BYTES", 1)
     learners = Learners(num_bytes=60)
     cut = Cut("abcd", learners.take)

@@ -26,6 +26,7 @@ from torchfedrpc.executors import room
 from torchfedrpc.executors.ledger import Asked
 from torchfedrpc.observe.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
 from torchfedrpc.rpc.greeting import Greeted, dial
+from torchfedrpc.rpc.sidecar import LEAVING
 
 pytestmark = pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
 
@@ -350,7 +351,9 @@ async def test_workers_that_are_of_no_use_do_a_run_no_harm(
     async with opened(expected, **runtime) as (proxy, steps, seen):
         assert proxy.join_address is not None
         await steps.check(*CLIENTS)
+        executor: Any = proxy._router._main
         for number in range(1, 8):
+            executor._group._num_useless[f"worker{number + 1}"] = 6  # as at an address, where each has the same name
             # It has no learner: what a worker that is started in another folder finds.
             guest = await dial(proxy.join_address, Path(token).read_bytes(), {"role": "worker"}, timeout_s=5.0)
             answering = asyncio.ensure_future(asyncio.to_thread(_refuse, guest))
@@ -410,17 +413,27 @@ async def test_nobody_waits_for_one_who_takes_long_to_get_ready(
         message = await asyncio.to_thread(guest.link.receive)  # which it does not answer yet
         assert message is not None
         assert message["do"] == "prepare"
+        executor: Any = proxy._router._main
         for killed in (["worker1"], ["worker1", "worker2"]):
             client = next(client for client, label in where(proxy).items() if label == killed[-1])
             os.kill(await proxy.custom_method(client, "process_id"), signal.SIGKILL)
             await steps.check(*CLIENTS)
             assert seen.names(WorkerJoined) == killed
-        await asyncio.to_thread(_refuse, guest, message)
+            guest.pulse.send(LEAVING + b"\n")
+        group = executor._group
+        await seen.until(lambda: group._newcomers["worker3"].wants_to_leave)
+        group.hear_leavers()  # as a world of others is formed
+        assert group._newcomers["worker3"].wants_to_leave
+        group._fail(tfr.WorkerLostError("a test wants it"))
+        message = await asyncio.to_thread(guest.link.receive)
+        assert message == {"do": "stop", "reason": "the run has no world any more"}
+        guest.link.close()
+        guest.pulse.close()
 
 
-def _refuse(guest: Greeted, message: Any = None) -> str:
+def _refuse(guest: Greeted) -> str:
     """Answer that this worker has no learner; gives what it is told then."""
-    message = message or guest.link.receive()
+    message: Any = guest.link.receive()
     guest.link.send({"number": message["number"], "error": "no module named learners", "traceback": ""})
     while (message := guest.link.receive()) is not None and message["do"] != "stop":
         pass

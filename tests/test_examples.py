@@ -95,7 +95,7 @@ def test_the_elastic_example_ends_the_same_whoever_comes_goes_and_dies(tmp_path:
     shutil.copy(ELASTIC, tmp_path)
     token, start = make_token(tmp_path), ["env", "-C", str(tmp_path)]
     with driving(tmp_path, "disturbed", "127.0.0.1:0") as driver:
-        address = driver.line("waiting for a worker").rpartition(" ")[2]
+        address = driver.line("waiting for a worker").split()[-3]
         with joining(address, token, start) as leaving, joining(address, token, start) as staying:
             driver.line("worker2")
             driver.line("round ")
@@ -109,7 +109,7 @@ def test_the_elastic_example_ends_the_same_whoever_comes_goes_and_dies(tmp_path:
     rounds = f"--rounds={num_rounds}"
     with driving(tmp_path, "undisturbed", rounds) as alone:
         with driving(tmp_path, "disturbed", "127.0.0.1:0", rounds) as driver:
-            address = driver.line("waiting for a worker").rpartition(" ")[2]
+            address = driver.line("waiting for a worker").split()[-3]
             with joining(address, token, start):
                 last = driver.line("loss after")
                 assert driver.process.wait(30) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -20,6 +21,7 @@ from losses import NUM_ITEMS, SEED, Losses, Steps, kill, kill_once_started, pid_
 
 import torchfedrpc as tfr
 from torchfedrpc.observe.events import Event, WorkerLost
+from torchfedrpc.rpc import process_source
 from torchfedrpc.testing import Faults
 
 HEARTBEAT_TIMEOUT_S = 1.5
@@ -179,6 +181,24 @@ async def test_two_workers_lost_at_once_are_both_replaced(
     assert sorted(seen.workers) == ["worker1", "worker2"]
 
 
+async def test_a_process_that_cannot_be_started_is_tried_again(
+    proxy: tfr.LearnerProxy, steps: Steps, on_1: Iterator[str], on_2: Iterator[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = next(on_1), next(on_2)
+    await steps.check(*clients)
+
+    def start() -> None:
+        monkeypatch.undo()
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(process_source, "WorkerProcess", start)
+    kill(proxy, "worker1")
+    await steps.check(*clients)
+    executor: Any = proxy._router._main
+    numbers = {label: member.local_index for label, member in executor._group.members.items()}
+    assert numbers == {"worker1": 0, "worker2": 1}  # of its name, for its share of the GPUs
+
+
 @pytest.mark.slow
 async def test_a_worker_may_be_lost_while_another_is_replaced(
     proxy: tfr.LearnerProxy, steps: Steps, seen: Losses, on_1: Iterator[str], on_2: Iterator[str]
@@ -189,12 +209,15 @@ async def test_a_worker_may_be_lost_while_another_is_replaced(
 
     clients = [*islice(on_1, 2), *islice(on_2, 2)]
     await steps.check(*clients)
+    executor: Any = proxy._router._main
+    places = dict(executor._places)
     unsubscribe = proxy.subscribe(on_event)
     kill(proxy, "worker1")
     await steps.check(*clients)
     unsubscribe()
     await steps.check(*clients)
     assert seen.workers == ["worker1", "worker2"]
+    assert executor._places == places  # nobody moves to and fro
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

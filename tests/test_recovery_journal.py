@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from learners import Mortal
 from losses import SEED, Losses, kill, pseudo
 
 import torchfedrpc as tfr
+from torchfedrpc.executors import room
 
 MAX_CALLS, MAX_BYTES = 3, 20_000
 CLIENTS = [f"client_{number}" for number in range(60)]
@@ -173,3 +177,52 @@ async def test_a_snapshot_that_was_on_its_way_as_the_worker_was_lost_is_taken_ag
     client, data = await taking
     await proxy.restore({client: data})
     assert await proxy.custom_method(one, "what_happened") == ["hold begins", "hold released"]
+
+
+async def test_a_call_in_the_loop_over_a_stream_waits_for_nobody_elses_snapshot(
+    proxy: tfr.LearnerProxy, clients: Iterator[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "BUDGET_BYTES", 1)  # one state at a time
+    read, called = next(clients), next(clients)
+    for client in [called] * (MAX_CALLS + 1) + [read] * MAX_CALLS:
+        await proxy.custom_method(client, "step")
+    await snapshots_are_stored(proxy)
+    assert ledger_of(proxy).get(called).snapshot_number
+    too_many = asyncio.ensure_future(proxy.custom_method(read, "step"))
+    await asyncio.sleep(0)  # it is sent, and so the snapshot comes behind the stream
+    async with aclosing(proxy.stream(read, "count", 3)) as items:
+        assert await anext(items) == 0
+        await too_many
+        assert ledger_of(proxy).get(read).awaits_snapshot
+        kill(proxy, "worker1")
+        async with asyncio.timeout(30):
+            await proxy.custom_method(called, "step")
+        assert [item async for item in items] == [1, 2]
+    await snapshots_are_stored(proxy)
+
+
+async def test_a_learner_that_is_given_up_holds_no_others_snapshot_up(proxy: tfr.LearnerProxy, one: str) -> None:
+    await proxy.custom_method(one, "step")
+    executor: Any = proxy._router._main
+    record = ledger_of(proxy).get(one)
+    executor._request_snapshot(record)
+    executor._give_up(record, "a test wants it")
+    assert not record.awaits_state
+
+
+async def test_a_snapshot_that_cannot_be_stored_as_its_worker_is_lost_costs_no_call(
+    proxy: tfr.LearnerProxy, one: str, seen: Losses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+
+    def store(*arguments: Any) -> None:
+        """On a thread of its own."""
+        monkeypatch.undo()
+        kill(proxy, "worker1")
+        asyncio.run_coroutine_threadsafe(seen.loss(), loop).result(30)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ledger_of(proxy), "store", store)
+    counts = [await proxy.custom_method(one, "append", number) for number in range(MAX_CALLS + 3)]
+    assert counts == list(range(1, MAX_CALLS + 4))
+    await snapshots_are_stored(proxy)

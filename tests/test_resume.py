@@ -113,7 +113,7 @@ def test_a_killed_driver_goes_on_and_no_round_is_there_twice(tmp_path: Path, run
         command.wait_for_rounds(4)
         command.kill()
         command.start()
-        assert "going on from round" in command.end()
+        assert "going on after round" in command.end()
     assert_equal(result(tmp_path / "run"), expected)
     assert [record["round"] for record in result(tmp_path / "run")[0]] == list(range(10))
 
@@ -134,7 +134,7 @@ def test_the_first_signal_lets_the_round_end_and_saves_it(tmp_path: Path, number
         num_done = int(saved.stem.removeprefix("round_"))
         assert num_done == len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) < 10
         command.start()
-        assert f"going on from round {num_done}" in command.end()
+        assert f"going on after round {num_done}" in command.end()
     assert_equal(result(tmp_path / "run"), expected)
 
 
@@ -147,7 +147,7 @@ def test_a_launch_that_is_started_again_goes_on_whichever_rank_was_killed(tmp_pa
         command.wait_for_rounds(3)  # of which one at least is saved
         os.kill(_rank(command.process.pid, rank), signal.SIGKILL)
         output = command.end()
-        assert output.count("going on from round") == 1, output
+        assert output.count("going on after round") == 1, output
     history, weights = expected
     traffic = ("bytes_sent", "bytes_received")
     without = [{key: value for key, value in record.items() if key not in traffic} for record in history]

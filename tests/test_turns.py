@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from torchfedrpc.executors.ledger import Record
+from torchfedrpc.executors.ledger import Asked, Record
 from torchfedrpc.executors.room import Room
 from torchfedrpc.executors.turns import Turns
+from torchfedrpc.host.call import Call, CallKind
 from torchfedrpc.wire.packing import pack
 
 MIB = 1 << 20
@@ -79,3 +80,27 @@ def test_one_that_has_gone_to_another_worker_takes_no_room(turns: Turns) -> None
         record.awaits_snapshot = True
     second.label = "worker2"
     assert turns.take(third, lambda one: None)
+
+
+def test_a_snapshot_behind_an_open_stream_takes_no_room(turns: Turns) -> None:
+    streaming, *others = records(4)
+    kinds: list[CallKind] = ["stream", "snapshot"]
+    for call_id, kind in enumerate(kinds, start=1):
+        call = Call(call_id, streaming.client_id, kind, pack(None), kind=kind)
+        streaming.asked[call_id] = Asked(call, call_id, is_own=kind == "snapshot")
+    streaming.awaits_snapshot = True
+
+    def refuse(record: Record) -> None:
+        raise AssertionError(f"{record.client_id} was kept waiting")
+
+    assert turns.take(streaming, refuse)
+    for record in others[:2]:
+        record.awaits_snapshot = True
+        assert turns.take(record, refuse)
+    del streaming.asked[1]  # now its state is the next to come
+    others[0].awaits_snapshot = False
+    assert not turns.take(others[2], refuse)
+    del streaming.asked[2]  # it is stored
+    assert not turns.take(others[2], refuse)
+    streaming.awaits_snapshot = False
+    assert turns.take(others[2], refuse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError, SnapshotError, WorkerLostError
 from torchfedrpc.federation.experiment import ExperimentConfig, run_experiment
 from torchfedrpc.interrupts import run_interruptible
 from torchfedrpc.run import drive
@@ -22,7 +25,15 @@ ConfigStore.instance().store(group="runtime", name="schema", node=RuntimeConfig)
 @hydra.main(version_base="1.3", config_path="pkg://torchfedrpc.conf", config_name="config")
 def _task(config: DictConfig) -> float:
     """Run one job; sweepers optimise what it returns, the final test accuracy."""
-    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        return _run(config, Path(HydraConfig.get().runtime.output_dir))
+    except (ConfigError, SnapshotError, WorkerLostError) as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN or "HYDRA_FULL_ERROR" in os.environ:
+            raise  # the other jobs go on
+        sys.exit("\n".join([f"torchfedrpc: {error}", *getattr(error, "__notes__", [])]))
+
+
+def _run(config: DictConfig, output_dir: Path) -> float:
     experiment = ExperimentConfig.of(plain(config))
     with experiment.checkpoints(output_dir) as checkpoints:
         OmegaConf.save(config, output_dir / "config.yaml", resolve=True)

@@ -119,6 +119,11 @@ class AskingExecutor(CallExecutor):
         """The learner's worker in the present world; None while the world is re-formed."""
         return self._group.hosts.get(record.label) if self._group is not None else None
 
+    def _is_there(self, record: Record) -> bool:
+        """Whether its worker has the learner, as far as it was told."""
+        member = self._group.members.get(record.label) if self._group is not None else None
+        return member is not None and record.client_id in member.learners
+
     def _push(self, record: Record) -> None:
         """Ask the learner's worker for all that it was not asked for in the present world."""
         host = self._host(record)
@@ -238,7 +243,8 @@ class AskingExecutor(CallExecutor):
         except Exception as error:  # nobody would hear of it, and the record's callers would wait for ever
             self._give_up(record, f"it could not be rebuilt on {record.label}: {type(error).__name__}: {error}")
 
-    # Snapshots. Few are on their way to or from a worker at once; other workers wait for none of them.
+    # Snapshots. Few of those that can wait are on their way to or from a worker at once; other workers wait for none
+    # of them. That of a cut-off call cannot: answers are held back until it has come.
 
     def _has_turn(self, record: Record, follow: Callable[[Record], None]) -> bool:
         """Whether a learner's state may be on its way now; where not, ``follow`` is called once it may."""
@@ -281,8 +287,10 @@ class AskingExecutor(CallExecutor):
         except Exception as error:
             if record.moving_to is not None:
                 self._cannot_move(record, error)
-            else:
+            elif self._is_there(record) and record.given_up is None:
                 self._cannot_capture(record, error)
+            else:  # it was lost meanwhile: its journal still has all that it has done
+                logger.info("a snapshot of %s could not be stored: %s", record.client_id, error)
         record.awaits_snapshot = False
         if self._ledger.is_cut_off(record):  # again, since it was asked for
             self._request_snapshot(record)
@@ -323,6 +331,7 @@ class AskingExecutor(CallExecutor):
 
     def _give_up(self, record: Record, reason: str) -> None:
         record.given_up = reason
+        record.awaits_snapshot = False
         record.moving_to = None
         record.held = []
         self._ledger.drop_journal(record)

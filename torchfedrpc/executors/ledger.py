@@ -112,15 +112,24 @@ class Record:
     num_builds: int = 0
 
     @property
+    def awaits_state(self) -> bool:
+        """Whether a snapshot of it, or one to rebuild it from, is on its way, or is about to be."""
+        return self.awaits_snapshot or any(_is_state(asked) for asked in self.asked.values())
+
+    @property
     def carries_state(self) -> bool:
-        """Whether a snapshot of it, or one to rebuild it from, is on its way."""
-        return self.awaits_snapshot or any(
-            asked.is_own and asked.call.kind == "restore" for asked in self.asked.values()
-        )
+        """Whether that is so now: it is stored, or no call comes before it, such as a stream that stays open."""
+        first = next(iter(self.asked.values()), None)
+        is_asked_for = any(_is_state(asked) for asked in self.asked.values())
+        return (first is not None and _is_state(first)) or (self.awaits_snapshot and not is_asked_for)
 
     def holds_back(self, asked: Asked) -> bool:
         """Whether a call waits for the worker that is to have the learner."""
         return self.moving_to is not None and asked.asked_through is None and not asked.is_own
+
+
+def _is_state(asked: Asked) -> bool:
+    return asked.is_own and asked.call.kind in ("restore", "snapshot")
 
 
 class Ledger:

@@ -37,9 +37,7 @@ class MovingExecutor(AskingExecutor):
     def _go_on_moving(self, record: Record) -> None:
         if record.awaits_snapshot or any(asked.asked_through is not None for asked in record.asked.values()):
             return  # answers may overtake each other, and that of the snapshot those before it
-        member = self._opened().members.get(record.label)
-        is_there = member is not None and record.client_id in member.learners
-        if is_there and record.changed_number > record.snapshot_number and not record.moves_by_journal:
+        if self._is_there(record) and record.changed_number > record.snapshot_number and not record.moves_by_journal:
             if record.unrecoverable is not None:
                 self._stop_moving(record, record.unrecoverable)
             elif self._has_turn(record, self._went_on):

@@ -30,6 +30,8 @@ from torchfedrpc.rpc.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)
 
+_REPLACED_WITHIN_S = 120.0  # by a process that the run starts itself
+
 
 class RemoteExecutor(MovingExecutor):
     """Places clients on workers, in a world of torch RPC, and places them again as workers come and go.
@@ -49,6 +51,7 @@ class RemoteExecutor(MovingExecutor):
         self._machines: dict[str, str] = {}  # label of each worker -> its machine
         self._leaving: set[str] = set()  # workers that get no more calls
         self._waited_for: dict[str, asyncio.TimerHandle] = {}  # label of a worker that may come again -> until when
+        self._why_waited_for: dict[str, str] = {}  # label of one that was lost -> the last loss of its name
         self._missed: dict[str, str] = {}  # label of one that has not come in time -> what callers are told
         self._num_lost = 0
         self._gone: dict[str, str] = {}  # label of a worker that was lost for good -> what its clients are told
@@ -225,17 +228,23 @@ class RemoteExecutor(MovingExecutor):
                 for client_id in clients:
                     endpoint = self.config.client_endpoints[client_id]
                     self._give_up(self._record(client_id), f"no worker is left where {endpoint!r} wants it")
-        is_sure = keeps_place and source.is_sure
-        if clients and self.expects_workers and not is_sure and label not in self._waited_for:
-            timeout_s = self.config.rejoin_timeout_s
-            self._waited_for[label] = asyncio.get_running_loop().call_later(timeout_s, self._miss, label, where)
+        self._why_waited_for[label] = where
+        if clients and self.expects_workers and label not in self._waited_for:
+            timeout_s = _REPLACED_WITHIN_S if keeps_place and source.replaces else self.config.rejoin_timeout_s
+            loop = asyncio.get_running_loop()
+            self._waited_for[label] = loop.call_later(timeout_s, self._miss, label, timeout_s)
 
-    def _miss(self, label: str, where: str) -> None:
+    def _miss(self, label: str, timeout_s: float) -> None:
         """Nobody has come in the place of a worker: whoever waits has waited long enough."""
         del self._waited_for[label]
+        how = (
+            "see its output for why"
+            if self._source_of[label].replaces
+            else "start one again, or raise runtime.rejoin_timeout_s"
+        )
         reason = (
-            f"{where}, and none has come in its place within {self.config.rejoin_timeout_s:g} s "
-            f"(runtime.rejoin_timeout_s): start one again; later calls are answered once it is there"
+            f"{self._why_waited_for[label]}, and none has come in its place within {timeout_s:g} s: {how}; later "
+            f"calls are answered once it is there"
         )
         self._missed[label] = reason
         for record in [record for record in self._ledger if record.label == label]:
@@ -355,7 +364,9 @@ class RemoteExecutor(MovingExecutor):
         ]
         for client_id, label in place_again(stranded, endpoints, self._present(), self._places).items():
             self._relocate(client_id, label)
-        moved = even_out(clients, self.config.client_endpoints, list(self._present()), self._places, is_cheap)
+        present = self._present()  # and those who are about to be there again
+        labels = [label for label in self._machines if label in present or self._source_of[label].replaces]
+        moved = even_out(clients, endpoints, labels, self._places, is_cheap)
         for client_id, label in moved.items():
             self._relocate(client_id, label)
         for label in [label for label in self._waited_for if not self._clients_of(label)]:

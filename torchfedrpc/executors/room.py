@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-_BUDGET_BYTES = 32 << 20
+BUDGET_BYTES = 32 << 20
+"""What the states on their way may have, unless a single one is larger."""
+
 _FIRST_GUESS_BYTES = 8 << 20
 _MAX_AT_ONCE = 64
 
@@ -20,4 +22,4 @@ class Room:
     def fits(self, num_taken: int) -> bool:
         """Whether there is room for another beside so many."""
         expected_bytes = (num_taken + 1) * (self._largest_bytes or _FIRST_GUESS_BYTES)
-        return not num_taken or (num_taken < _MAX_AT_ONCE and expected_bytes <= _BUDGET_BYTES)
+        return not num_taken or (num_taken < _MAX_AT_ONCE and expected_bytes <= BUDGET_BYTES)

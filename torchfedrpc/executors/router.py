@@ -123,7 +123,7 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
     if mode != "local" and any(text.startswith(HTTP) for text in config.client_endpoints.values()):
         warnings.warn(
             "client_endpoints has addresses with http://: they are dialled, and no HTTP is spoken; write HOST:PORT",
-            stacklevel=2,
+            stacklevel=4,  # the line that makes the proxy
         )
     if mode != "distributed":
         return mode
@@ -146,6 +146,6 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
     warnings.warn(
         "execution_mode=distributed without a launcher, and no endpoint that needs one: running in local mode. For "
         "workers, start with torchrun --nproc-per-node=3 script.py",
-        stacklevel=2,
+        stacklevel=4,  # the line that makes the proxy
     )
     return "local"

@@ -41,6 +41,7 @@ class Turns:
             follow(record)
 
     def _has_room(self) -> bool:
-        if not self._room.fits(len(self._taken)):
-            self._taken = {one for one in self._taken if one.label == self._label and one.carries_state}
-        return self._room.fits(len(self._taken))
+        if self._room.fits(len(self._taken)):
+            return True
+        self._taken = {one for one in self._taken if one.label == self._label and one.awaits_state}
+        return self._room.fits(sum(one.carries_state for one in self._taken))

@@ -25,28 +25,32 @@ def plain(config: Any) -> dict[str, Any]:
     return dict(_flattened("", _items(config) or getattr(config, "__dict__", {})))
 
 
-def check_equal(found: Checkpoint, config: Mapping[str, Any]) -> None:
+def check_equal(found: Checkpoint, config: Mapping[str, Any], *, with_facts: bool) -> None:
     """Refuse a checkpoint of another configuration.
 
     Args:
         found: the checkpoint.
-        config: this run's, by dotted key; what it does not have of the learners (``proxy.*``) is not compared.
+        config: this run's, by dotted key.
+        with_facts: whether it has what is known of the proxy too; else ``proxy.*`` is not compared.
 
     Raises:
         ConfigError: they differ; the keys are named.
     """
-    has_facts = any(key.startswith(FACTS) for key in config)
-    keys = [key for key in {**found.config, **config} if has_facts or not key.startswith(FACTS)]
+    keys = [key for key in {**found.config, **config} if with_facts or not key.startswith(FACTS)]
     differing = [
-        f"{key} was {found.config.get(key, 'not set')!r} and is {config.get(key, 'not set')!r}"
+        f"{key} was {_shown(found.config, key)} and is {_shown(config, key)}"
         for key in keys
         if key not in _MAY_DIFFER and found.config.get(key, _MISSING) != config.get(key, _MISSING)
     ]
     if differing:
         raise ConfigError(
-            f"the checkpoint of round {found.round_num - 1} is of another configuration: {'; '.join(differing)}. Set "
+            f"the checkpoint of round {found.round_num} is of another configuration: {'; '.join(differing)}. Set "
             f"these as they were, choose another folder, or begin anew with resume=never"
         )
+
+
+def _shown(config: Mapping[str, Any], key: str) -> str:
+    return repr(config[key]) if key in config else "not set"
 
 
 def _flattened(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

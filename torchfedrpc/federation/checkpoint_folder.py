@@ -156,7 +156,7 @@ class CheckpointFolder:
         Args:
             round_num: rounds that are done.
             base: the last checkpoint that this run has written or loaded, here or in another folder; learners that
-                are not added are as they are there.
+                are neither added nor left out are as they are there.
         """
         return Save(self, round_num, base)
 
@@ -243,6 +243,7 @@ class Save:
         self._round_num = round_num
         self._base = base
         self._added: dict[str, Entry] = {}
+        self._left_out: set[str] = set()
         self._pack: PackWriter | None = None
         self._files: list[Path] = []  # what `abort` has to remove, from the last
 
@@ -253,6 +254,10 @@ class Save:
             OSError: it cannot be written.
         """
         self._added[client_id] = self._append([data])
+
+    def leave_out(self, client_id: str) -> None:
+        """Do not take over what the base has of a learner."""
+        self._left_out.add(client_id)
 
     def commit(self, config: Mapping[str, Any], state: Parcel) -> Checkpoint:
         """Make it a checkpoint, and remove those that are no longer kept.
@@ -302,11 +307,12 @@ class Save:
         return self._pack.add(pieces)
 
     def _taken_over(self) -> dict[str, Entry]:
-        """The base's snapshots that were not added anew; those that cannot stay where they are are copied."""
+        """The base's snapshots of the other learners; those that cannot stay where they are are copied."""
         if self._base is None:
             return {}
         folder = self._base.folder
-        entries = {name: entry for name, entry in self._base.entries.items() if name not in self._added}
+        done = self._added.keys() | self._left_out
+        entries = {name: entry for name, entry in self._base.entries.items() if name not in done}
         try:
             if folder.resolve() == self._folder.path.resolve():
                 new_bytes = sum(entry.num_bytes for entry in self._added.values())

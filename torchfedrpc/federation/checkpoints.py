@@ -80,7 +80,7 @@ class Checkpoints:
         resume: str | Path = "never",
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, value in (("every", every), ("num_kept", num_kept)):
+        for name, value in (("every (checkpoint_every)", every), ("num_kept", num_kept)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"checkpoints: {name} must be a whole number of at least 1, not {value!r}")
         self.every = every
@@ -117,7 +117,7 @@ class Checkpoints:
         try:
             self._found = self._find()
             if self._found is not None and self._config is not None:
-                check_equal(self._found, plain(self._config))
+                check_equal(self._found, plain(self._config), with_facts=False)
         except BaseException:
             self.close()
             raise
@@ -160,7 +160,10 @@ class Checkpoints:
                 self._other.lock()
                 found = self._other.load()
             if found is None:
-                raise ConfigError(f"resume={self._other.path}: there is no checkpoint; resume=never begins anew")
+                raise ConfigError(
+                    f"resume={self._other.path}: there is no checkpoint; resume is never, auto, or a folder that "
+                    f"has some"
+                )
             return found
         if self._own.is_used:
             logger.warning(

@@ -144,7 +144,7 @@ async def _train(
     clients = _divide(config, data.train)
     async with LearnerProxy(locate(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
-        going_on = f", going on from round {found.round_num}" if found is not None else ""
+        going_on = f", going on after round {found.round_num}" if found is not None else ""
         print(f"{len(clients)} clients, {proxy.mode} mode{going_on}", file=stream, flush=True)
         history = History(history_path, proxy.stats, goes_on=found is not None)
         trainer = locate(config.trainer)(

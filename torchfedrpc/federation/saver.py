@@ -16,6 +16,7 @@ import torch
 
 from torchfedrpc.errors import ConfigError, SnapshotError, TorchFedRpcError
 from torchfedrpc.executors.cut import Cut
+from torchfedrpc.executors.room import BUDGET_BYTES
 from torchfedrpc.federation.checkpoint_config import check_equal
 from torchfedrpc.federation.checkpoint_folder import Checkpoint
 from torchfedrpc.federation.checkpoints import Checkpoints, Resumable
@@ -29,7 +30,6 @@ T = TypeVar("T")
 
 _PATIENCE_S = 1.0
 _LAST_PATIENCE_S = 30.0  # for a learner that a cancelled call still has
-_RESTORED_AT_ONCE_BYTES = 32 << 20
 
 
 class Saver:
@@ -121,7 +121,7 @@ class Saver:
         if self._proxy.stats()["pending_calls"]:
             logger.warning(
                 "calls are under way as round %d ends: its checkpoint has what they do to learners, not the results",
-                num_done - 1,
+                num_done,
             )
         changes = self._proxy.changes()
         changed = {client_id: number for client_id, number in changes.items() if self._saved.get(client_id) != number}
@@ -144,9 +144,15 @@ class Saver:
                     num_bytes += len(data)
                     if data:
                         await self._on_disk(partial(files.add, client_id, data))
-                    elif client_id not in self._lost:
+                        continue
+                    files.leave_out(client_id)
+                    if client_id not in self._lost:
                         self._lost.add(client_id)
-                        logger.warning("%s was given up, and is in no checkpoint any more", client_id)
+                        logger.warning(
+                            "%s was given up, and is in no checkpoint any more: a run that goes on from one makes it "
+                            "anew",
+                            client_id,
+                        )
                 self._base = await self._on_disk(partial(files.commit, self._config, state))
             except BaseException:
                 await self._on_disk(files.abort)
@@ -165,10 +171,10 @@ class Saver:
         """The run goes on; the checkpoint before stays the last."""
         if isinstance(error, SnapshotError) and self._base is not None:  # it may be damaged: the next builds on none
             self._saved, self._base = {}, None
-        last = f"the last one is of round {self.num_done - 1}" if self.num_done else "there is none yet"
+        last = f"the last one is of round {self.num_done}" if self.num_done else "there is none yet"
         logger.error(
             "no checkpoint of round %d in %s: %s: %s; the run goes on, and %s",
-            num_done - 1,
+            num_done,
             self._folder.path,
             type(error).__name__,
             error,
@@ -180,12 +186,13 @@ class Saver:
         return await asyncio.get_running_loop().run_in_executor(self._disk, function)
 
     async def _go_on_from(self, found: Checkpoint) -> None:
-        check_equal(found, self._config)
+        check_equal(found, self._config, with_facts=True)
         if found.round_num > self._trainer.num_rounds:
             raise ConfigError(
                 f"the checkpoint has done {found.round_num} rounds, and num_rounds is {self._trainer.num_rounds}: it "
                 f"may grow, not shrink"
             )
+        logger.info("going on after round %d, from %s", found.round_num, found.folder)
         state = await self._on_disk(partial(found.read_state, self._trainer.trusted_modules))
         snapshots = found.snapshots()
         while batch := await self._on_disk(partial(_next_batch, snapshots)):
@@ -202,7 +209,7 @@ def _next_batch(snapshots: Iterator[tuple[str, bytes]]) -> dict[str, bytes]:
     """The next learners' states, as many as may be on their way at once."""
     batch: dict[str, bytes] = {}
     num_bytes = 0
-    while num_bytes < _RESTORED_AT_ONCE_BYTES and (following := next(snapshots, None)) is not None:
+    while num_bytes < BUDGET_BYTES and (following := next(snapshots, None)) is not None:
         batch[following[0]] = following[1]
         num_bytes += len(following[1])
     return batch

@@ -11,13 +11,13 @@ from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.rpc.greeting import BusyError, GreetingError, MistrustError, UnreachableError, dial
 from torchfedrpc.rpc.guests import about_driver, member_of
 from torchfedrpc.rpc.member import Member
+from torchfedrpc.rpc.retries import Retries
 from torchfedrpc.rpc.source import Admit
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 8.0  # for one that still ends an earlier job, which takes it up to 5 s
 _RETRY_S = 0.25
-_MAX_RETRY_S = 2.0
 
 
 class DialledSource:
@@ -29,13 +29,14 @@ class DialledSource:
     """
 
     expects_workers = True
-    is_sure = False
+    replaces = False
 
     def __init__(self, addresses: Sequence[str], token: bytes) -> None:
         self._addresses = addresses
         self._token = token
         self._members: dict[str, Member] = {}  # those that are there, by address
         self._dialling: dict[str, asyncio.Task[None]] = {}
+        self._retries = Retries()
         self._admit: Admit | None = None
 
     async def gather(self, *, is_only: bool) -> Sequence[Member]:
@@ -63,6 +64,8 @@ class DialledSource:
         self._members.pop(member.label, None)
         if self._admit is None:
             return False
+        if member.has_served:  # else it is there again at once, and of no use again
+            self._retries.succeeded(member.label)
         self._dialling[member.label] = asyncio.ensure_future(self._dial_again(member.label, self._admit))
         return True
 
@@ -81,6 +84,7 @@ class DialledSource:
 
     async def _reach(self, address: str, deadline: float) -> None:
         """Dial one until the deadline, while it is busy."""
+        was_busy = False
         while True:
             try:
                 await self._dial(address, deadline - time.monotonic())
@@ -88,13 +92,17 @@ class DialledSource:
             except BusyError as error:
                 if time.monotonic() + _RETRY_S > deadline:
                     raise _unusable(address, error) from error
+                if not was_busy:
+                    logger.warning("%s is waited for, up to %.0f s: %s", address, _PATIENCE_S, error)
+                was_busy = True
             except GreetingError as error:
                 raise _unusable(address, error) from error
             await asyncio.sleep(_RETRY_S)
 
     async def _dial_again(self, address: str, admit: Admit) -> None:
-        pause_s, said = _RETRY_S, ""
+        said = ""
         while True:
+            await self._retries.pause(address)
             try:
                 await self._dial(address, _PATIENCE_S)
                 break
@@ -102,8 +110,6 @@ class DialledSource:
                 if str(error) != said:
                     logger.info("%s is dialled until it is there: %s", address, error)
                 said = str(error)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MAX_RETRY_S)
         del self._dialling[address]
         admit(self._members[address])
 

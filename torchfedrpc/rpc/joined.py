@@ -33,7 +33,7 @@ class JoinedSource:
     """
 
     expects_workers = True
-    is_sure = False
+    replaces = False
 
     def __init__(self, address: str, token: bytes) -> None:
         host, port = parse_address(address, any_port=True)
@@ -64,14 +64,14 @@ class JoinedSource:
             ConfigError: nobody joined within 120 s.
         """
         if is_only:
-            print(f"waiting for a worker: torchfedrpc-worker --join {self.address}", file=sys.stderr, flush=True)
+            command = f"torchfedrpc-worker --join {self.address} --token-file FILE"
+            print(f"waiting for a worker: {command}", file=sys.stderr, flush=True)
             try:
                 async with asyncio.timeout(_FIRST_TIMEOUT_S):
                     await self._somebody.wait()
             except TimeoutError:
                 raise ConfigError(
-                    f"nobody joined within {_FIRST_TIMEOUT_S:.0f} s: start a worker by torchfedrpc-worker --join "
-                    f"{self.address} --token-file FILE"
+                    f"nobody joined within {_FIRST_TIMEOUT_S:.0f} s: start a worker by {command}"
                 ) from None
         members, self._waiting = self._waiting, []
         return members

@@ -17,7 +17,7 @@ class LaunchSource:
     """
 
     expects_workers = False
-    is_sure = False
+    replaces = False
 
     def __init__(self, workers: LaunchedWorkers) -> None:
         self._workers = workers

@@ -35,6 +35,9 @@ class Member:
         learners: the clients whose learners it has.
         device: its device.
         visible_gpus: the GPUs that it is limited to.
+        local_index: its number among the run's workers on its machine, from 0.
+        has_served: whether it could be called at some time.
+        wants_to_leave: whether it has asked to be released, and nobody was told yet.
         lost: becomes how it was lost, once it is; made when a run begins.
     """
 
@@ -49,12 +52,16 @@ class Member:
     learners: set[str] = field(default_factory=set)
     device: str = "cpu"
     visible_gpus: str | None = None
+    local_index: int = -1
+    has_served: bool = False
+    wants_to_leave: bool = False
     lost: asyncio.Future[Loss] = field(init=False)
     _turn: asyncio.Lock = field(init=False)
 
     def begin(self) -> None:
         """Begin a run on the running event loop."""
         self.learners = set()
+        self.has_served = self.wants_to_leave = False
         self.lost = asyncio.get_running_loop().create_future()
         self._turn = asyncio.Lock()
 

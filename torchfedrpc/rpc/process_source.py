@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Sequence
 
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.processes import WorkerProcess
+from torchfedrpc.rpc.retries import Retries
 from torchfedrpc.rpc.source import Admit
+
+logger = logging.getLogger(__name__)
 
 
 class ProcessSource:
@@ -22,11 +26,13 @@ class ProcessSource:
     """
 
     expects_workers = True
-    is_sure = True
+    replaces = True
 
     def __init__(self, count: int) -> None:
         self.processes: dict[Member, WorkerProcess] = {}
         self._labels = [f"worker{number}" for number in range(1, count + 1)]
+        self._retries = Retries()
+        self._starting: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._admit: Admit | None = None
 
@@ -42,7 +48,11 @@ class ProcessSource:
         """Start another in its place."""
         if self._admit is None:
             return False
-        self._admit(self._start(member.label))
+        if member.has_served:
+            self._retries.succeeded(member.label)
+        task = asyncio.ensure_future(self._start_again(member.label, self._admit))
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
         return True
 
     def abandon(self) -> None:
@@ -53,9 +63,26 @@ class ProcessSource:
     async def close(self) -> None:
         """End the processes."""
         self._admit = None
+        for task in self._starting:
+            task.cancel()
+        await asyncio.gather(*self._starting, return_exceptions=True)
         for member in list(self.processes):
             self._end(member)
         await asyncio.gather(*self._ending)
+
+    async def _start_again(self, label: str, admit: Admit) -> None:
+        """Start one in the place of another; where the machine has no memory or no process left, once it has."""
+        said = ""
+        while True:
+            await self._retries.pause(label)
+            try:
+                member = self._start(label)
+                break
+            except OSError as error:
+                if str(error) != said:
+                    logger.warning("no process can be started for %s (%s): trying on", label, error)
+                said = str(error)
+        admit(member)
 
     def _start(self, label: str) -> Member:
         process = WorkerProcess()

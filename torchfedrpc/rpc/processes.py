@@ -104,9 +104,13 @@ class WorkerProcess:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         our_pulse, their_pulse = socket.socketpair()
-        self._process = start_worker(theirs.fileno(), their_pulse.fileno())
-        theirs.close()
-        their_pulse.close()
+        with theirs, their_pulse:
+            try:
+                self._process = start_worker(theirs.fileno(), their_pulse.fileno())
+            except OSError:  # no memory, or no process left
+                ours.close()
+                our_pulse.close()
+                raise
         self.link = Link(ours)
         self.pulse = our_pulse
 

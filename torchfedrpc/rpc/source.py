@@ -17,11 +17,11 @@ class Source(Protocol):
 
     Attributes:
         expects_workers: whether one may come that is not there now.
-        is_sure: whether one that is lost is sure to be followed by another of its name.
+        replaces: whether it starts another itself in the place of one that is lost, under the same name.
     """
 
     expects_workers: bool
-    is_sure: bool
+    replaces: bool
 
     async def gather(self, *, is_only: bool) -> Sequence[Member]:
         """The workers to begin with; one without a name gets it from the run.
@@ -38,7 +38,10 @@ class Source(Protocol):
         """From now on hand over whoever comes."""
 
     def lost(self, member: Member) -> bool:
-        """A worker of this source is gone, lost or released; whether its place is kept for another of its name."""
+        """A worker of this source is gone, lost or released; whether its place is kept for another of its name.
+
+        Nobody is handed over before this has returned.
+        """
 
     def abandon(self) -> None:
         """Opening was cut short: whoever is still starting need not."""

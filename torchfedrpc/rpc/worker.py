@@ -82,8 +82,12 @@ def main_remote(descriptor: int, pulse_descriptor: int) -> None:
     os.set_inheritable(pulse_descriptor, False)
     ending = serve_remote(Link(socket.socket(fileno=descriptor)), socket.socket(fileno=pulse_descriptor))
     if ending.reason:
-        print(f"the driver does without this worker: {ending.reason}", file=sys.stderr)
+        print(_given_up(ending.reason), file=sys.stderr)
     _end_process(ending, _GIVEN_UP if ending.reason else 0)
+
+
+def _given_up(reason: str) -> str:
+    return f"the driver does without this worker: {reason}"
 
 
 def serve_remote(link: Link, pulse: socket.socket) -> Ending:
@@ -117,7 +121,7 @@ def serve_launch(link: Link, pulse: socket.socket, local_index: int) -> Ending:
     them along when it ends.
     """
     with _handling({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
-        return serve(link, pulse, local_index)
+        return serve(link, pulse, local_index, owns_process=False)
 
 
 def serve(
@@ -126,6 +130,8 @@ def serve(
     local_index: int | None = None,
     activity: Activity | None = None,
     notice: str = "",
+    *,
+    owns_process: bool = True,
 ) -> Ending:
     """Serve learners until the driver says stop.
 
@@ -135,29 +141,40 @@ def serve(
         local_index: this worker's number on its machine, for its share of the GPUs; None lets the driver tell.
         activity: tells what this process does; made unless given.
         notice: a line for stderr where the driver is gone.
+        owns_process: whether this process is there for nothing else, so that it may end while it imports.
 
     Returns:
         How that ended.
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(link, messages, notice), name="torchfedrpc-link", daemon=True).start()
     worker = _Worker(link, pulse, local_index, activity or Activity())
+    threading.Thread(
+        target=_listen, args=(link, messages, worker, notice, owns_process), name="torchfedrpc-link", daemon=True
+    ).start()
     while (message := messages.get())["do"] != "stop":
         number = message.pop("number")
         try:
             answer = worker.obey(message)
         except (Exception, SystemExit) as error:  # a script may call sys.exit as it is imported
             answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        worker.is_preparing = False
         with contextlib.suppress(OSError):  # the driver is gone, which the link's thread sees too
             link.send({**answer, "number": number})
     return Ending(worker.end(), message["reason"])
 
 
-def _listen(link: Link, messages: queue.SimpleQueue[Message], notice: str) -> None:
+def _listen(
+    link: Link, messages: queue.SimpleQueue[Message], worker: _Worker, notice: str, owns_process: bool
+) -> None:
     """Take messages from the link; when the driver is gone, so is this process, whatever it is doing."""
     with contextlib.suppress(ValueError):  # the driver ended in the middle of a message
         while (message := link.receive()) is not None:
             is_last = message["do"] == "stop"  # whoever takes it takes it apart
+            worker.is_preparing |= message["do"] == "prepare"
+            if is_last and worker.is_preparing and owns_process:  # an import may take for ever
+                reason = message["reason"]
+                os.write(2, f"{_given_up(reason)}\n".encode() if reason else b"")
+                os._exit(_GIVEN_UP if reason else 0)
             messages.put(message)
             if is_last:
                 return
@@ -176,9 +193,14 @@ def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
 
 
 class _Worker:
-    """What a worker has at hand between messages: its host for a run, its endpoint for the worlds of that run."""
+    """What a worker has at hand between messages: its host for a run, its endpoint for the worlds of that run.
+
+    Attributes:
+        is_preparing: whether it is told to begin a run, and has not answered yet.
+    """
 
     def __init__(self, link: Link, pulse: socket.socket, local_index: int | None, activity: Activity) -> None:
+        self.is_preparing = False
         self._clean = True
         self._is_joined = False
         self._link = link

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import Counter, defaultdict
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _START_S = 120.0  # a new process imports torch before its sidecar beats, from a cold disk perhaps
 _NOTICE_S = 1.0  # a worker whose link or RPC connection broke is usually found to be dead as soon
 _CLOSE_TIMEOUT_S = 4.0
+_WORLDLESS = "the run has no world any more"
 _MAX_FAILURES = 5  # so often in succession the world cannot be formed, or one call cannot be carried
 
 
@@ -104,8 +106,8 @@ class WorkerGroup:
         self._suspicions: set[asyncio.Task[None]] = set()
         self._num_suspicions: Counter[int] = Counter()  # call id -> how often RPC has failed it
         self._num_useless: Counter[str] = Counter()  # name -> workers in succession that were lost before any call
+        self._said: dict[str, str] = {}  # name -> how one of that name was lost last
         self._has_failed = False
-        self._want_to_leave: list[str] = []  # while the run was being opened
 
     async def open(self) -> None:
         """Let all workers import the learner, then form the first world with them.
@@ -124,7 +126,7 @@ class WorkerGroup:
     def admit(self, member: Member) -> None:
         """Prepare a worker, however long that takes it, and take it into a world that is formed for it then."""
         if self._has_failed:
-            member.dismiss("the run has no world any more")
+            member.dismiss(_WORLDLESS)
             return
         self._take_on(member, self._newcomers)
         task = asyncio.ensure_future(self._take_in(member))
@@ -150,13 +152,14 @@ class WorkerGroup:
         self._place.let_go()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._close_hosts()
+        self._send_newcomers_away("")
         # One that is gone, or frozen, does not answer; the world ends without it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                closing = [member.tell({"do": "close"}) for member in self._everybody()]
+                closing = [member.tell({"do": "close"}) for member in self.members.values()]
                 await asyncio.gather(*closing, return_exceptions=True)
         await self._place.close()
-        for member in self._everybody():
+        for member in self.members.values():
             self._watch.release(member.label)
         self._watch.close()
 
@@ -187,21 +190,23 @@ class WorkerGroup:
         member.begin()
         member.link.end_when_cut_off(timeout_s)
         end_when_cut_off(member.pulse, timeout_s)
+        taken = {one.local_index for one in self._everybody() if one.machine == member.machine}
+        member.local_index = next(number for number in itertools.count() if number not in taken)
         among[member.label] = member
         self._watch.add(member.label, member.pulse, allowance_s=_START_S)
 
     def hear_leavers(self) -> None:
-        """Tell of the workers that have asked to leave before the run was open."""
-        labels, self._want_to_leave = self._want_to_leave, []
-        for label in labels:
-            if label in self.members:
-                self._observer.worker_leaving(self.members[label])
+        """Tell of the workers that have asked to leave before they could be called."""
+        for member in list(self.members.values()):
+            if member.wants_to_leave:
+                member.wants_to_leave = False
+                self._observer.worker_leaving(member)
 
     def _leaves(self, key: Hashable) -> None:
-        if self._is_open and key in self.members:
-            self._observer.worker_leaving(self.members[str(key)])
-        else:
-            self._want_to_leave.append(str(key))
+        for member in self._everybody():
+            member.wants_to_leave |= member.label == key
+        if self._is_open:
+            self.hear_leavers()
 
     def _lose(self, key: Hashable, loss: Loss) -> None:
         label = str(key)
@@ -218,10 +223,14 @@ class WorkerGroup:
             return
         reason = f"{loss.reason}{member.how_it_ended()}"
         member.dismiss(reason)
-        logger.warning("%s is lost: %s", label, reason)
+        is_news = not is_new or self._said.get(label) != reason
+        self._said[label] = reason
+        logger.log(logging.WARNING if is_news else logging.INFO, "%s is lost: %s", label, reason)
         loss = replace(loss, reason=reason)
         self._observer.worker_lost(member, loss)
         self._num_useless[label] += host is None
+        if is_new and self.members:
+            return  # whatever its preparation came to, the others go on
         if self._num_useless[label] > _MAX_FAILURES:
             self._fail(WorkerLostError(f"{label} was lost {_MAX_FAILURES + 1} times in succession: {reason}"))
         elif self._learner.runtime.on_worker_lost == "recover" and not is_new:
@@ -248,7 +257,7 @@ class WorkerGroup:
     def _break(self) -> None:
         """The world is not what it should be: form the next."""
         self._is_whole = False
-        if self._mending is None or self._mending.done():
+        if not self._has_failed and (self._mending is None or self._mending.done()):
             self._mending = asyncio.ensure_future(self._mend())
 
     async def _mend(self) -> None:
@@ -277,7 +286,7 @@ class WorkerGroup:
         try:
             async with asyncio.timeout(_START_S):
                 await self._prepare(member)
-        except Exception as error:  # whatever its preparation comes to, the others go on
+        except Exception as error:
             logger.info("%s is of no use: %s", label, error)
             self._give_up(member, str(error) or f"it was not ready within {_START_S:.0f} s")
             return
@@ -285,9 +294,16 @@ class WorkerGroup:
             self.members[label] = self._newcomers.pop(label)
             self._break()
 
+    def _send_newcomers_away(self, reason: str) -> None:
+        while self._newcomers:
+            label, member = self._newcomers.popitem()
+            self._watch.remove(label)
+            member.dismiss(reason)
+
     def _fail(self, error: Exception) -> None:
         self._has_failed = True
         self._close_hosts()
+        self._send_newcomers_away(_WORLDLESS)
         self._observer.world_failed(_no_world(error))
 
     async def _form(self) -> None:
@@ -306,6 +322,8 @@ class WorkerGroup:
         plan = await self._place.join(members, self._tell, self._observer.asked)
         self._check_whole()
         self._generation = plan.generation
+        for member in members:
+            member.has_served = True
         self.hosts = {
             member.label: RemoteHost(
                 member.label,
@@ -345,7 +363,7 @@ class WorkerGroup:
                 "do": "prepare",
                 "spec": learner.to_message(),
                 "label": member.label,
-                "local_index": self._local_index(member),
+                "local_index": member.local_index,
                 "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
                 "defaults": torch_defaults(),
             },
@@ -354,10 +372,6 @@ class WorkerGroup:
         if member.elsewhere:
             address = self._place.address([*self.members.values(), member])
             await reach.check(member, address, self._place.interface(member, address))
-
-    def _local_index(self, member: Member) -> int:
-        """The worker's number on its machine."""
-        return [one for one in self._everybody() if one.machine == member.machine].index(member)
 
     async def _tell(self, member: Member, message: Message) -> Message:
         try:
