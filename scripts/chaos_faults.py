@@ -132,9 +132,10 @@ async def _strike_in_joining(scene: Scene, number: signal.Signals) -> None:
     await scene.moment()
     await scene.strike(first, signal.SIGKILL)
     await scene.lost(first)
-    await scene.joining()
+    label = scene.draw.choice([first, second])
+    await scene.joining(label)
     await scene.moment(_JOIN_S)
-    await scene.strike(scene.draw.choice([first, second]), number)
+    await scene.strike(label, number)
 
 
 async def kill_all(scene: Scene) -> None:

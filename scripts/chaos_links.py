@@ -15,8 +15,8 @@ from typing import Any
 from chaos_driver import ALL_DIGESTS, ROUND_DIGESTS, Job
 from chaos_leftovers import nothing_left
 from chaos_nodes import ADDRESSES, Nodes
-from chaos_process import Command, command_of, running
-from chaos_report import HANG_S, Felt, Report
+from chaos_process import Command, children_of, command_of, running
+from chaos_report import HANG_S, Felt, HangError, Report
 from chaos_rounds import SEED, pseudo
 from chaos_run import NUM_CLIENTS, Digests, differing
 from chaos_workers import FREE, LISTENING, Token, drained
@@ -149,9 +149,13 @@ async def _ranks(nodes: Nodes, node: int, job: Job) -> AsyncIterator[Command]:
     torchrun += [f"--node-rank={node}", f"--master-addr={ADDRESSES[0]}", f"--master-port={_PORT}", *job.script()]
     with running(*nodes.on(node, *torchrun)) as command:
         yield command
-        # After the cut torchrun would wait five minutes for the other node.
+        # After the cut torchrun waits five minutes for the other node, for part of which it heeds no signal.
         command.signal(signal.SIGTERM)
-        await command.ended(_TORCHRUN_S)
+        deadline = time.monotonic() + _TORCHRUN_S
+        while children_of(command.pid):
+            if time.monotonic() > deadline:
+                raise HangError(f"ranks of process {command.pid} do not end", _TORCHRUN_S)
+            await asyncio.sleep(_POLL_S)
 
 
 async def _beyond(nodes: Nodes, timeout_s: float) -> list[str]:

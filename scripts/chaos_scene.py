@@ -147,10 +147,10 @@ class Scene:
         at = max(strike.at for strike in self._strikes if strike.label == label)
         await self.log.until(lambda: self.log.times(WorkerLost, at, label))
 
-    async def joining(self) -> None:
-        """Wait until the members of the next world join it."""
+    async def joining(self, label: str) -> None:
+        """Wait until this worker, or its replacement, and all others join a world."""
         group = self.trainer.learner_proxy._router._main._group
-        while group.hosts or group._place._store is None:
+        while group.hosts or group._place._store is None or label not in group.members:
             await asyncio.sleep(_POLL_S)
 
     async def struck_by_itself(self, label: str, kind: FaultKind) -> None:
