@@ -61,6 +61,12 @@ class Weighing:
         for _ in range(2):
             yield weights + 1
 
+    def let_go(self, weights: torch.Tensor) -> Iterator[int]:
+        self._see(weights)
+        del weights
+        for _ in range(2):
+            yield self.alive()
+
     def give(self, beside: bool) -> Any:
         weights = torch.ones(NUM_LARGE)
         self._see(weights)
@@ -93,6 +99,11 @@ async def test_a_learners_arguments_are_freed_with_its_call_and_not_with_the_nex
     async for _ in proxy.stream("a", "yield_some", weights):
         break
     assert await proxy.custom_method("a", "alive") == 0
+
+
+async def test_a_streams_arguments_are_freed_as_its_generator_drops_them(proxy: tfr.LearnerProxy) -> None:
+    counts = [count async for count in proxy.stream("b", "let_go", torch.ones(NUM_LARGE))]
+    assert counts[-1] == 0
 
 
 async def test_a_learners_arguments_are_freed_where_its_method_fails(proxy: tfr.LearnerProxy) -> None:

@@ -56,12 +56,11 @@ class CallStream:
                 await self._passed(self._call.client_id)
                 if self._closed:
                     raise StopAsyncIteration
+            if self._num_items:
+                ask = partial(self._advance, self._call, self._num_items)
+            else:
+                ask, self._call = partial(self._submit, self._call), self._call.taken()
             self._sent = True
-            ask = (
-                partial(self._advance, self._call, self._num_items)
-                if self._num_items
-                else partial(self._submit, self._call)
-            )
             outcome = await answer(ask, partial(self._cancel, self._call))
         except BaseException:
             self._ended = True

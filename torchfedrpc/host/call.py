@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torchfedrpc.errors import SerializationError, WorkerLostError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.failure import Failure
-from torchfedrpc.wire.packing import Packed
+from torchfedrpc.wire.packing import Packed, Reference
+
+_TAKEN = Reference(None)
 
 CallKind = Literal["call", "stream", "snapshot", "restore"]
 
@@ -35,6 +37,10 @@ class Call:
     arguments: Packed
     run_timeout_s: float | None = None
     kind: CallKind = "call"
+
+    def taken(self) -> Call:
+        """This call without its arguments, which are its method's own by now, to keep or to drop."""
+        return replace(self, arguments=_TAKEN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -35,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 Report = Callable[[Call, int, Packed], None]  # a call, which of its reports this is, from 0, and its value
 Done = Callable[[Job, Outcome], None]
-
-_TAKEN = Reference(None)  # in place of arguments that are the method's own by now, to keep or to drop
 
 
 class Runner:
@@ -144,7 +141,7 @@ class Runner:
         except BaseException as error:
             self._end(job, self.failed(error, never_ran=True))
             return
-        call = job.call = replace(call, arguments=_TAKEN)
+        call = job.call = call.taken()
         seed = call_seed(self._spec.seed, call.client_id, call.method, mailbox.counts[call.method])
         mailbox.counts[call.method] += 1
         job.context = self._context(job, call.method, seed)
