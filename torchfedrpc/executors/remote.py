@@ -51,7 +51,7 @@ class RemoteExecutor(MovingExecutor):
         self._machines: dict[str, str] = {}  # label of each worker -> its machine
         self._leaving: set[str] = set()  # workers that get no more calls
         self._waited_for: dict[str, asyncio.TimerHandle] = {}  # label of a worker that may come again -> until when
-        self._why_waited_for: dict[str, str] = {}  # label of one that was lost -> the last loss of its name
+        self._why_waited_for: dict[str, str] = {}  # its label -> how the last of its name was lost
         self._missed: dict[str, str] = {}  # label of one that has not come in time -> what callers are told
         self._num_lost = 0
         self._gone: dict[str, str] = {}  # label of a worker that was lost for good -> what its clients are told
@@ -228,11 +228,12 @@ class RemoteExecutor(MovingExecutor):
                 for client_id in clients:
                     endpoint = self.config.client_endpoints[client_id]
                     self._give_up(self._record(client_id), f"no worker is left where {endpoint!r} wants it")
-        self._why_waited_for[label] = where
-        if clients and self.expects_workers and label not in self._waited_for:
-            timeout_s = _REPLACED_WITHIN_S if keeps_place and source.replaces else self.config.rejoin_timeout_s
-            loop = asyncio.get_running_loop()
-            self._waited_for[label] = loop.call_later(timeout_s, self._miss, label, timeout_s)
+        if clients and self.expects_workers:
+            self._why_waited_for[label] = where
+            if label not in self._waited_for:
+                timeout_s = _REPLACED_WITHIN_S if source.replaces else self.config.rejoin_timeout_s
+                loop = asyncio.get_running_loop()
+                self._waited_for[label] = loop.call_later(timeout_s, self._miss, label, timeout_s)
 
     def _miss(self, label: str, timeout_s: float) -> None:
         """Nobody has come in the place of a worker: whoever waits has waited long enough."""
@@ -358,13 +359,13 @@ class RemoteExecutor(MovingExecutor):
             return self._ledger.get(client_id) is None
 
         clients = [client_id for client_id in self._spec.clients if client_id in self._places]
-        endpoints, members = self.config.client_endpoints, self._opened().members
+        endpoints, members, present = self.config.client_endpoints, self._opened().members, self._present()
         stranded = [
             client_id for client_id in endpoints if self._places.get(client_id, LOCAL) not in {*members, LOCAL}
         ]
-        for client_id, label in place_again(stranded, endpoints, self._present(), self._places).items():
+        for client_id, label in place_again(stranded, endpoints, present, self._places).items():
             self._relocate(client_id, label)
-        present = self._present()  # and those who are about to be there again
+        # Those who are about to be there again keep their share.
         labels = [label for label in self._machines if label in present or self._source_of[label].replaces]
         moved = even_out(clients, endpoints, labels, self._places, is_cheap)
         for client_id, label in moved.items():

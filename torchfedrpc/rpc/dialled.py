@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.rpc.greeting import BusyError, GreetingError, MistrustError, UnreachableError, dial
@@ -100,16 +101,10 @@ class DialledSource:
             await asyncio.sleep(_RETRY_S)
 
     async def _dial_again(self, address: str, admit: Admit) -> None:
-        said = ""
-        while True:
-            await self._retries.pause(address)
-            try:
-                await self._dial(address, _PATIENCE_S)
-                break
-            except GreetingError as error:
-                if str(error) != said:
-                    logger.info("%s is dialled until it is there: %s", address, error)
-                said = str(error)
+        def tell(error: Exception) -> None:
+            logger.info("%s is dialled until it is there: %s", address, error)
+
+        await self._retries.until_done(address, partial(self._dial, address, _PATIENCE_S), GreetingError, tell)
         del self._dialling[address]
         admit(self._members[address])
 

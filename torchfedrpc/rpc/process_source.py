@@ -72,17 +72,14 @@ class ProcessSource:
 
     async def _start_again(self, label: str, admit: Admit) -> None:
         """Start one in the place of another; where the machine has no memory or no process left, once it has."""
-        said = ""
-        while True:
-            await self._retries.pause(label)
-            try:
-                member = self._start(label)
-                break
-            except OSError as error:
-                if str(error) != said:
-                    logger.warning("no process can be started for %s (%s): trying on", label, error)
-                said = str(error)
-        admit(member)
+
+        async def start() -> Member:
+            return self._start(label)
+
+        def tell(error: Exception) -> None:
+            logger.warning("no process can be started for %s (%s): trying on", label, error)
+
+        admit(await self._retries.until_done(label, start, OSError, tell))
 
     def _start(self, label: str) -> Member:
         process = WorkerProcess()

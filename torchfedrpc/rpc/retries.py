@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _FIRST_PAUSE_S = 0.25
 _MAX_PAUSE_S = 2.0
@@ -18,8 +22,32 @@ class Retries:
         """The next try is the first again."""
         self._pauses_s.pop(label, None)
 
-    async def pause(self, label: str) -> None:
-        """Wait until it is time to try."""
+    async def until_done(
+        self,
+        label: str,
+        attempt: Callable[[], Awaitable[T]],
+        failure: type[Exception],
+        tell: Callable[[Exception], None],
+    ) -> T:
+        """Try until it goes well.
+
+        Args:
+            label: the worker's name.
+            attempt: tries once.
+            failure: what it raises where another try may go better.
+            tell: is told of a failure, unless the one before said the same.
+        """
+        told = ""
+        while True:
+            await self._pause(label)
+            try:
+                return await attempt()
+            except failure as error:
+                if str(error) != told:
+                    tell(error)
+                told = str(error)
+
+    async def _pause(self, label: str) -> None:
         pause_s = self._pauses_s.get(label, 0.0)
         self._pauses_s[label] = min(2 * pause_s, _MAX_PAUSE_S) or _FIRST_PAUSE_S
         await asyncio.sleep(pause_s)

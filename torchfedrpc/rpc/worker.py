@@ -173,7 +173,8 @@ def _listen(
             worker.is_preparing |= message["do"] == "prepare"
             if is_last and worker.is_preparing and owns_process:  # an import may take for ever
                 reason = message["reason"]
-                os.write(2, f"{_given_up(reason)}\n".encode() if reason else b"")
+                if reason:
+                    os.write(2, f"{_given_up(reason)}\n".encode())
                 os._exit(_GIVEN_UP if reason else 0)
             messages.put(message)
             if is_last:

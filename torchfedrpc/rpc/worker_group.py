@@ -106,7 +106,7 @@ class WorkerGroup:
         self._suspicions: set[asyncio.Task[None]] = set()
         self._num_suspicions: Counter[int] = Counter()  # call id -> how often RPC has failed it
         self._num_useless: Counter[str] = Counter()  # name -> workers in succession that were lost before any call
-        self._said: dict[str, str] = {}  # name -> how one of that name was lost last
+        self._told: dict[str, str] = {}  # name -> how the last newcomer of that name was lost
         self._has_failed = False
 
     async def open(self) -> None:
@@ -223,9 +223,10 @@ class WorkerGroup:
             return
         reason = f"{loss.reason}{member.how_it_ended()}"
         member.dismiss(reason)
-        is_news = not is_new or self._said.get(label) != reason
-        self._said[label] = reason
-        logger.log(logging.WARNING if is_news else logging.INFO, "%s is lost: %s", label, reason)
+        is_told = is_new and self._told.get(label) == reason
+        if is_new:
+            self._told[label] = reason
+        logger.log(logging.INFO if is_told else logging.WARNING, "%s is lost: %s", label, reason)
         loss = replace(loss, reason=reason)
         self._observer.worker_lost(member, loss)
         self._num_useless[label] += host is None
