@@ -41,6 +41,7 @@ def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = F
         head, views, slots, num_buffers, staged = message
         if not (isinstance(head, bytes) and all(isinstance(slot, torch.Tensor) for slot in slots)):
             raise SerializationError("what arrived is no parcel of torchfedrpc's")
+        slots = [_taken(slot) for slot in slots]
         if device is not None and device.type == "cuda":
             slots = [
                 slot.to(device) if (move_all and slot.is_cuda) or (staged and staged[index]) else slot
@@ -49,6 +50,17 @@ def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = F
         return Parcel(head, views, slots, num_buffers, fence(slots))
     except Exception as error:
         return Unreadable(error)
+
+
+def _taken(received: torch.Tensor) -> torch.Tensor:
+    """A tensor that has arrived, on its memory; RPC, which still holds what it has delivered, is left without.
+
+    Its thread lets go of that when it has the GIL once more, which on a busy machine is after the method has run.
+    """
+    slot = received.detach()
+    rest: Any = received  # torch's type stubs lack the form without arguments, which takes a tensor's memory from it
+    rest.set_()
+    return slot
 
 
 def home_device(parcel: Packed) -> torch.device | None:

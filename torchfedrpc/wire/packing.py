@@ -63,7 +63,9 @@ class Parcel:
             return replace(self, slots=[slot.clone() for slot in self.slots], ready=None)
 
     def open(self, allow: AllowList) -> Any:
-        """The object, built on the parcel's own memory: a parcel is opened once.
+        """The object, built on the parcel's own memory, which it has alone afterwards: a parcel is opened once.
+
+        Whoever else still holds the parcel, or the message that it came with, holds none of its tensors any more.
 
         Raises:
             UntrustedTypeError: it names a type outside the allow-list.
@@ -73,11 +75,13 @@ class Parcel:
             self.ready()
         try:
             with torch.inference_mode(False):
-                return _Unpickler(self.head, self._buffers(), _Builder(self.views, self.slots), allow).load()
+                obj = _Unpickler(self.head, self._buffers(), _Builder(self.views, self.slots), allow).load()
         except (SerializationError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise SerializationError(f"{type(error).__name__}: {error}") from error
+        self.slots.clear()
+        return obj
 
     def _buffers(self) -> list[memoryview]:
         first = len(self.slots) - self.num_buffers
