@@ -347,13 +347,12 @@ def test_a_copy_of_a_parcel_is_opened_on_memory_of_its_own(make: Callable[[], An
 @pytest.mark.parametrize("make", [lambda: torch.zeros(3), lambda: np.zeros(LARGE)])
 def test_an_opened_parcel_holds_on_to_nothing(make: Callable[[], Any]) -> None:
     parcel = pack(make())
-    message = parcel.slots
     memory = weakref.ref(parcel.slots[0].untyped_storage())
     opened = parcel.open(ALLOW)
     assert memory() is not None
     del opened
     assert memory() is None
-    assert not message
+    assert not parcel.slots
 
 
 def test_a_copy_of_a_parcel_keeps_ties() -> None:

@@ -65,7 +65,7 @@ class Parcel:
     def open(self, allow: AllowList) -> Any:
         """The object, built on the parcel's own memory, which it has alone afterwards: a parcel is opened once.
 
-        Whoever else still holds the parcel, or the message that it came with, holds none of its tensors any more.
+        Whoever still holds the parcel holds none of its tensors any more.
 
         Raises:
             UntrustedTypeError: it names a type outside the allow-list.
