@@ -61,12 +61,12 @@ class MovingExecutor(AskingExecutor):
 
     def _move(self, record: Record) -> None:
         """No call is under way: the next goes to the new worker."""
-        left, record.label, record.moving_to = record.label, record.moving_to or record.label, None
-        member = self._opened().members.get(left)
-        if member is not None and record.client_id in member.learners:
-            member.learners.discard(record.client_id)
+        left = record.label
+        if self._is_there(record):
+            self._opened().members[left].learners.discard(record.client_id)
             if (host := self._opened().hosts.get(left)) is not None:
                 host.forget(record.client_id)
+        record.label, record.moving_to = record.moving_to or left, None
         record.is_registered = False
         self._moved(record, left)
         if record.asked:

@@ -65,8 +65,7 @@ class DialledSource:
         self._members.pop(member.label, None)
         if self._admit is None:
             return False
-        if member.has_served:  # else it is there again at once, and of no use again
-            self._retries.succeeded(member.label)
+        self._retries.lost(member)
         self._dialling[member.label] = asyncio.ensure_future(self._dial_again(member.label, self._admit))
         return True
 

@@ -48,8 +48,7 @@ class ProcessSource:
         """Start another in its place."""
         if self._admit is None:
             return False
-        if member.has_served:
-            self._retries.succeeded(member.label)
+        self._retries.lost(member)
         task = asyncio.ensure_future(self._start_again(member.label, self._admit))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from torchfedrpc.rpc.member import Member
+
 T = TypeVar("T")
 
 _FIRST_PAUSE_S = 0.25
@@ -18,9 +20,10 @@ class Retries:
     def __init__(self) -> None:
         self._pauses_s: dict[str, float] = {}
 
-    def succeeded(self, label: str) -> None:
-        """The next try is the first again."""
-        self._pauses_s.pop(label, None)
+    def lost(self, member: Member) -> None:
+        """A worker is gone: the next try is the first again, unless it was there at once and of no use."""
+        if member.has_served:
+            self._pauses_s.pop(member.label, None)
 
     async def until_done(
         self,
