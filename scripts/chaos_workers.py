@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import secrets
 import signal
 import socket
@@ -23,7 +24,7 @@ import torchfedrpc as tfr
 
 LISTENING = "listening on "
 FREE = "free again"
-_SERVES = " serves "
+_SERVES = re.compile(r"worker process \d+ serves ")  # a refusal of another driver has the word too
 _POLL_S = 0.005
 _PORTS = 5000  # so many below those that the system gives
 
@@ -122,7 +123,7 @@ class Crew(contextlib.AbstractAsyncContextManager["Crew"]):
         for worker in self.joined.values():
             await _good_end(worker)
         for worker in self.listening.values():
-            num_served = sum(_SERVES in line for line in worker.lines)
+            num_served = sum(_SERVES.search(line) is not None for line in worker.lines)
             freed = await worker.line(FREE, num_served, HANG_S)
             if not freed.endswith("with exit status 0"):
                 raise RuntimeError(f"the last that a worker has to say of its run is {freed!r}")
