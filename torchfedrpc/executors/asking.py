@@ -17,10 +17,8 @@ from torchfedrpc.executors.base import CallExecutor
 from torchfedrpc.executors.ledger import Asked, Ledger, Record
 from torchfedrpc.executors.room import Room
 from torchfedrpc.executors.turns import Turns
-from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
-from torchfedrpc.host.runner import Report
 from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
 from torchfedrpc.wire.packing import Packed, pack
@@ -154,7 +152,7 @@ class AskingExecutor(CallExecutor):
     def _ask(self, host: RemoteHost, record: Record, asked: Asked) -> None:
         """Ask for the next outcome of a call; a stream is brought first to where it was."""
         asked.asked_through = host
-        reply = self._replying(host, record, asked)
+        reply = partial(self._arrived, host, record, asked)
         if asked.num_items_here == asked.num_items:
             if asked.is_cancelled:
                 host.cancel(asked.call, reply)
@@ -165,15 +163,6 @@ class AskingExecutor(CallExecutor):
             host.submit(asked.call, reply)
         else:
             host.advance(asked.call, asked.num_items_here, reply)
-
-    def _replying(self, host: RemoteHost, record: Record, asked: Asked) -> Reply:
-        loop = asyncio.get_running_loop()
-
-        def reply(outcome: Outcome) -> None:
-            """On a thread of RPC."""
-            call_on(loop, self._arrived, host, record, asked, outcome)
-
-        return reply
 
     def _arrived(self, host: RemoteHost, record: Record, asked: Asked, outcome: Outcome) -> None:
         if self._host(record) is not host or record.asked.get(asked.call.call_id) is not asked:
@@ -219,15 +208,6 @@ class AskingExecutor(CallExecutor):
         reply, asked.reply = asked.reply, None
         if reply is not None:
             reply(outcome)
-
-    def _reporter(self) -> Report:
-        loop = asyncio.get_running_loop()
-
-        def report(call: Call, number: int, progress: Packed) -> None:
-            """On a thread of RPC."""
-            call_on(loop, self._reported, call, number, progress)
-
-        return report
 
     def _reported(self, call: Call, number: int, progress: Packed) -> None:
         record = self._ledger.get(call.client_id)

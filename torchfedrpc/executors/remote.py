@@ -64,7 +64,7 @@ class RemoteExecutor(MovingExecutor):
         self._sources = self._make_sources(spec)
         members = await self._gather()
         self._places = place_clients(list(spec.clients), self.config.client_endpoints, self._machines)
-        self._group = WorkerGroup(members, spec.learner, self, self._reporter())
+        self._group = WorkerGroup(members, spec.learner, self, self._reported)
         await self._group.open()
         self._is_open = True
         self._in_world = set(self._group.members)

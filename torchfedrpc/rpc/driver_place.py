@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from torchfedrpc.host.process import choose_device, visible_gpus
-from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.rpc import endpoint, world
+from torchfedrpc.rpc import world
 from torchfedrpc.rpc.all_of import all_of
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, interface_of
 from torchfedrpc.rpc.link import Message
@@ -31,12 +30,10 @@ class DriverPlace:
 
     Args:
         learner: what learners the workers make.
-        report: takes what running methods report, on a thread of RPC.
     """
 
-    def __init__(self, learner: LearnerSpec, report: Report) -> None:
+    def __init__(self, learner: LearnerSpec) -> None:
         self._learner = learner
-        self._report = report
         # A thread of its own: the user's code may have filled those of the event loop.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchfedrpc-world")
         self._store: Any = None
@@ -65,7 +62,6 @@ class DriverPlace:
             gpus_in_sight=all(member.visible_gpus == visible_gpus() for member in members),
             device_maps=[_device_pair(self._learner, torch.device(member.device)) for member in members],
         )
-        endpoint.listening = endpoint.Listener(self._report)
         self._joining = self._in_thread(partial(world.join, plan, 0, interface_of(address)))
         message = {"do": "join", "plan": plan.to_message()}
         joining = [
@@ -99,7 +95,6 @@ class DriverPlace:
         """Leave, and join no other."""
         await self.leave()
         self._thread.shutdown(wait=False)
-        endpoint.listening = None
 
     def address(self, members: Sequence[Member]) -> str:
         """The driver's address for a world of these members."""

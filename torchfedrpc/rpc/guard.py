@@ -12,13 +12,11 @@ from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.wire.scan import checked
 
 _INTERNAL = "torch.distributed.rpc.internal"
-_ENTRIES = {
-    "torchfedrpc.rpc.endpoint": ("submit", "advance", "cancel", "register", "forget", "acknowledge", "report")
-}
+_ENTRIES = {"torchfedrpc.rpc.endpoint": ("serve", "acknowledge")}
 _PLAIN = {
     _INTERNAL: ("PythonUDF", "RemoteException", "_InternalRPCPickler"),
 }
-_RECEIVERS = ("_tensor_receiver", "_py_rref_receiver")
+_RECEIVER = "_tensor_receiver"
 
 
 class GuardedUnpickler(pickle.Unpickler):
@@ -63,10 +61,10 @@ class GuardedUnpickler(pickle.Unpickler):
 
 
 def _get_receiver(owner: Any, name: Any) -> Any:
-    """RPC's pickles fetch the pickler's receivers by getattr; they get these and no other attribute."""
+    """RPC's pickles fetch the receiver of tensors by getattr from the pickler; they get no other attribute."""
     pickler = torch_rpc().internal._InternalRPCPickler
-    if owner is not pickler or name not in _RECEIVERS:
-        raise pickle.UnpicklingError("refused builtins.getattr on anything but RPC's tensor and RRef receivers")
+    if owner is not pickler or name != _RECEIVER:
+        raise pickle.UnpicklingError("refused builtins.getattr on anything but RPC's receiver of tensors")
     return getattr(pickler, name)
 
 

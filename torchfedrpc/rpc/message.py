@@ -91,6 +91,19 @@ def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
     return outcome.kind, outcome.never_ran, outcome.cut_off, parts, parcel_message(outcome.parcel, covered)
 
 
+def report_message(call: Call, number: int, progress: Packed) -> Any:
+    """What a method reports of its progress, as a tuple; tensors in it go through host memory."""
+    return call.call_id, call.client_id, call.method, number, parcel_message(progress, frozenset())
+
+
+def read_report(message: Any) -> tuple[Call, int, Packed]:
+    """The call, which of its reports this is, and the progress."""
+    call_id, client_id, method, number, parts = message
+    progress = read_parcel(parts, None)
+    assert progress is not None
+    return Call(call_id, client_id, method, progress), number, progress
+
+
 def read_outcome(message: Any, home: torch.device | None) -> Outcome:
     """The outcome of such a tuple."""
     kind, never_ran, cut_off, parts, parcel = message

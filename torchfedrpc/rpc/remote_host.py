@@ -1,13 +1,11 @@
-"""The driver's stand-in for the host of one worker in one world: the same verbs, each an rpc_async."""
+"""The driver's stand-in for the host of one worker in one world: the same verbs, gathered into few rpc_asyncs."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,15 +14,25 @@ import torch
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.runner import Report
 from torchfedrpc.rpc import endpoint
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.rpc.message import MappedDevices, call_message, home_device, parcel_message, read_outcome
+from torchfedrpc.rpc.in_order import InOrder
+from torchfedrpc.rpc.message import (
+    MappedDevices,
+    call_message,
+    home_device,
+    parcel_message,
+    read_outcome,
+    read_report,
+)
 from torchfedrpc.wire.packing import Packed
-
-logger = logging.getLogger(__name__)
 
 _METHODS = ("call", "stream")
 _MAX_KEPT_BYTES = 8 << 20  # outcomes that a worker keeps until the next request to it acknowledges them
+_MAX_ITEMS = 64  # in one request: the worker begins with the first as the next are packed
+_LARGE_BYTES = 256 << 10  # an item so large goes alone: those after it need not wait until it is there
+_MAX_OPEN = 2  # requests that wait for an answer, where no other need for them is
 
 
 @dataclass
@@ -40,11 +48,20 @@ class Traffic:
     num_sent_bytes: int = 0
     num_received_bytes: int = 0
     num_snapshot_bytes: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    call: Call
+    reply: Reply
+    home: torch.device | None
 
 
 class RemoteHost:
-    """The host of one worker, as the driver reaches it while a world lasts.
+    """The host of one worker, as the driver reaches it while a world lasts; of the driver's event loop alone.
+
+    What is said in one tick of the loop goes in one request, in order. The worker answers a request once it has
+    anything to tell, and tells all it has; so there is always one open while an answer is due.
 
     Args:
         label: the worker's name in messages, such as ``worker1``.
@@ -52,7 +69,10 @@ class RemoteHost:
         generation: number of the world.
         covered: the driver's devices that the world's device map takes to this worker.
         traffic: counts bytes.
-        on_error: takes this host, the call, and the exception, where a request or its answer got lost; on any thread.
+        report: takes what running methods report.
+        suspects: ids of calls that RPC has failed once: they go alone, and so do their answers.
+        on_error: takes this host, the calls that were asked for, and the exception, where a request or its answer
+            got lost.
     """
 
     def __init__(
@@ -62,19 +82,30 @@ class RemoteHost:
         generation: int,
         covered: MappedDevices,
         traffic: Traffic,
-        on_error: Callable[[RemoteHost, Call, Exception], None],
+        *,
+        report: Report,
+        suspects: Container[int],
+        on_error: Callable[[RemoteHost, Sequence[Call], Exception], None],
     ) -> None:
         self.label = label
+        self._loop = asyncio.get_running_loop()
         self._worker: Any = torch_rpc().get_worker_info(name)
         self._generation = generation
         self._covered = covered
         self._traffic = traffic
+        self._report = report
+        self._suspects = suspects
         self._on_error = on_error
         self._is_open = True
-        self._next_number = 0
-        # Client id -> RRef of its mailbox, None until it has come. An RRef tells its owner by the first world that
-        # this process was ever in, so calls go to the worker and not to rref.owner().
-        self._learners: dict[str, Any] = {}
+        self._learners: set[str] = set()
+        self._outgoing: list[tuple[Any, ...]] = []
+        self._will_flush = False
+        self._next_request = 0
+        self._num_open = 0
+        self._numbers = itertools.count()
+        self._questions: dict[int, _Question] = {}
+        self._in_order = InOrder()
+        self._num_heard = 0
         self._acknowledged: list[int] = []
         self._num_kept_bytes = 0
 
@@ -89,35 +120,30 @@ class RemoteHost:
             kwargs: for the learner's constructor; None where the worker has the learner from an earlier world.
             build: which one of this client's learners it is to be; another one that the worker has is of no use.
         """
-        self._learners[client_id] = None
-        try:
-            future = self._send(endpoint.register, client_id, parcel_message(kwargs, self._covered), build)
-        except RuntimeError:  # the call behind this fails likewise, and is asked again together with this
-            return
-        future.add_done_callback(partial(self._registered, client_id))
+        self._learners.add(client_id)
+        self._put(("register", client_id, parcel_message(kwargs, self._covered), build))
 
     def forget(self, client_id: str) -> None:
         """A learner has moved elsewhere, and all of its calls here were answered."""
-        self._learners.pop(client_id, None)
-        with contextlib.suppress(RuntimeError):  # where it does not get there, the learner lies there for nothing
-            self._send(endpoint.forget, client_id)
+        self._learners.discard(client_id)
+        self._put(("forget", client_id))
 
     def submit(self, call: Call, reply: Reply) -> None:
         """Send a call."""
+        num_bytes = call.arguments.num_bytes
         if call.kind in _METHODS:
-            self._traffic.num_sent_bytes += call.arguments.num_bytes
+            self._traffic.num_sent_bytes += num_bytes
         else:
-            with self._traffic.lock:
-                self._traffic.num_snapshot_bytes += call.arguments.num_bytes
-        self._ask(call, reply, endpoint.submit, call_message(call, self._covered))
+            self._traffic.num_snapshot_bytes += num_bytes
+        self._ask(call, reply, "submit", call_message(call, self._covered), num_bytes=num_bytes)
 
     def advance(self, call: Call, step: int, reply: Reply) -> None:
         """Ask an open stream for its item number ``step``."""
-        self._ask(call, reply, endpoint.advance, call.call_id, step)
+        self._ask(call, reply, "advance", call.call_id, step)
 
     def cancel(self, call: Call, reply: Reply) -> None:
         """Tell the worker that nobody waits for this call any more; ``reply`` takes what became of it."""
-        self._ask(call, reply, endpoint.cancel, call.call_id)
+        self._ask(call, reply, "cancel", call.call_id)
 
     def acknowledge(self, call: Call, outcome: Outcome) -> None:
         """The worker need not keep this outcome; it is told with the next request, or at once where it keeps much."""
@@ -128,51 +154,91 @@ class RemoteHost:
 
     async def is_reached(self) -> bool:
         """Whether the worker answers; ends when it does, or when the connection to it breaks."""
-        loop = asyncio.get_running_loop()
-        answered: asyncio.Future[bool] = loop.create_future()
+        answered: asyncio.Future[bool] = self._loop.create_future()
 
         def settle(reached: bool) -> None:
             if not answered.done():
                 answered.set_result(reached)
 
-        def done(future: Any) -> None:
-            call_on(loop, settle, _is_value(future))
-
         if (sent := self._ping()) is None:
             return False
-        sent.add_done_callback(done)
+        sent.add_done_callback(lambda future: call_on(self._loop, settle, _is_value(future)))
         return await answered
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._is_open = False
+        self._learners.clear()
+        self._questions.clear()
+        self._outgoing.clear()
+
+    # Asking.
+
+    def _ask(self, call: Call, reply: Reply, verb: str, *arguments: Any, num_bytes: int = 0) -> None:
+        number = next(self._numbers)
+        self._questions[number] = _Question(call, reply, home_device(call.arguments))
+        if call.call_id in self._suspects:
+            self._flush()
+            self._request([(verb, number, *arguments)], alone=number)
+        else:
+            self._put((verb, number, *arguments), num_bytes)
+
+    def _put(self, item: tuple[Any, ...], num_bytes: int = 0) -> None:
+        if num_bytes > _LARGE_BYTES:
+            self._flush()
+        self._outgoing.append(item)
+        if num_bytes > _LARGE_BYTES or len(self._outgoing) >= _MAX_ITEMS:
+            self._flush()
+        elif not self._will_flush:
+            self._will_flush = True
+            self._loop.call_soon(self._flush_tick)
+
+    def _flush_tick(self) -> None:
+        self._will_flush = False
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._outgoing:
+            items, self._outgoing = self._outgoing, []
+            self._request(items)
+
+    def _keep_open(self) -> None:
+        """See that the worker can answer; what is about to be said anyway opens a request by itself."""
+        if self._is_open and not self._outgoing:
+            while self._num_open < min(len(self._questions), _MAX_OPEN) and self._request([]):
+                pass
+
+    def _request(self, items: Sequence[tuple[Any, ...]], alone: int | None = None) -> bool:
+        if not self._is_open:
+            return False
+        try:
+            sent = self._send(endpoint.serve, alone, items)
+        except RuntimeError as error:
+            self._failed(alone, error)
+            return False
+        self._num_open += alone is None
+        sent.add_done_callback(partial(self._answered, alone))
+        return True
 
     def _ping(self) -> Any:
         """Send a request without content, which carries what is acknowledged; None where it cannot be sent."""
         try:
-            return self._send(endpoint.acknowledge)
+            return self._send(endpoint.acknowledge, None)
         except RuntimeError:
             return None
 
-    def close(self) -> None:
-        """Answer nobody any more, and drop the RRefs before the world ends that they belong to."""
-        self._is_open = False
-        self._learners.clear()
-
-    def _send(self, entry: Any, *args: Any) -> Any:
+    def _send(self, entry: Any, alone: int | None, *args: Any) -> Any:
         acknowledged, self._acknowledged = tuple(self._acknowledged), []
         self._num_kept_bytes = 0
         # Deadlines are kept by the caller's event loop, so RPC's own is off.
-        header = (self._generation, self._next_number, acknowledged)
+        header = (self._generation, self._next_request, self._num_heard, acknowledged, alone)
         sent = torch_rpc().rpc_async(self._worker, entry, args=(header, *args), timeout=0)
-        self._next_number += 1  # not for what could not be sent: the worker would wait for it
+        self._next_request += 1  # not for what could not be sent: the worker would wait for it
         return sent
 
-    def _ask(self, call: Call, reply: Reply, entry: Any, *args: Any) -> None:
-        try:
-            future = self._send(entry, *args)
-        except RuntimeError as error:
-            self._on_error(self, call, error)
-            return
-        future.add_done_callback(partial(self._answered, call, reply, home_device(call.arguments)))
+    # Answers.
 
-    def _answered(self, call: Call, reply: Reply, home: torch.device | None, future: Any) -> None:
+    def _answered(self, alone: int | None, future: Any) -> None:
         """On a thread of RPC."""
         if not self._is_open:
             return
@@ -180,27 +246,46 @@ class RemoteHost:
             message = future.wait()
             if message is None:  # the worker is leaving this world
                 return
-            outcome = read_outcome(message, home)
+            number, parts = message
+            answers = [self._read(question, part) for question, part in parts]
         except Exception as error:  # whatever RPC makes of a connection that broke
-            self._on_error(self, call, error)
+            call_on(self._loop, self._failed, alone, error)
             return
-        if outcome.parcel is not None:
-            with self._traffic.lock:  # several threads of RPC come here
-                if call.kind in _METHODS:
-                    self._traffic.num_received_bytes += outcome.parcel.num_bytes
-                else:
-                    self._traffic.num_snapshot_bytes += outcome.parcel.num_bytes
-        reply(outcome)
+        self._in_order.put(number, partial(call_on, self._loop, self._deliver, alone, answers))
 
-    def _registered(self, client_id: str, future: Any) -> None:
-        """On a thread of RPC."""
-        try:
-            rref = future.wait()
-        except Exception as error:  # the worker is lost; the call behind this tells
-            logger.debug("registering %s on %s failed: %s", client_id, self.label, error)
+    def _read(self, number: int | None, part: Any) -> tuple[int | None, Any]:
+        if number is None:
+            return None, read_report(part)
+        question = self._questions.get(number)
+        return number, read_outcome(part, question.home if question is not None else None)
+
+    def _deliver(self, alone: int | None, answers: list[tuple[int | None, Any]]) -> None:
+        if not self._is_open:
             return
-        if self._is_open and client_id in self._learners:
-            self._learners[client_id] = rref
+        self._num_open -= alone is None
+        self._num_heard += 1
+        for number, answer in answers:
+            if number is None:
+                self._report(*answer)
+            elif (question := self._questions.pop(number, None)) is not None:
+                self._count(question.call, answer)
+                question.reply(answer)
+        # Those who were answered have something to ask now, more often than not: let them ask first.
+        self._loop.call_soon(self._keep_open)
+
+    def _count(self, call: Call, outcome: Outcome) -> None:
+        if outcome.parcel is None:
+            return
+        if call.kind in _METHODS:
+            self._traffic.num_received_bytes += outcome.parcel.num_bytes
+        else:
+            self._traffic.num_snapshot_bytes += outcome.parcel.num_bytes
+
+    def _failed(self, alone: int | None, error: Exception) -> None:
+        """A request got lost, or its answer: it may be that of any call that is asked for, unless it went alone."""
+        if self._is_open:
+            lost = self._questions if alone is None else {alone} & self._questions.keys()
+            self._on_error(self, [self._questions[number].call for number in lost], error)
 
 
 def _is_value(future: Any) -> bool:

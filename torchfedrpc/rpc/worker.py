@@ -279,10 +279,9 @@ class _Worker:
         world_plan = world.WorldPlan.from_message(plan)
         covered = frozenset([self._endpoint.device] if world_plan.device_maps[rank - 1] else [])
         self._host.keep_only(asked)
-        self._endpoint.connect(world_plan.generation, world_plan.name(0), rank, covered, asked)
+        self._endpoint.connect(world_plan.generation, covered)
         world.join(world_plan, rank, interface or interface_of(self._link.local_address()))
         self._is_joined = True
-        self._endpoint.flush()
         return {}
 
     def leave(self) -> Message:

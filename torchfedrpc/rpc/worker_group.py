@@ -8,14 +8,13 @@ import itertools
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, replace
 from typing import Protocol
 
 import torch
 
 from torchfedrpc.errors import WorkerLostError
-from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.process import torch_defaults
@@ -75,7 +74,7 @@ class WorkerGroup:
         members: the workers to begin with, by rank.
         learner: what learners they make.
         observer: is told what becomes of them.
-        report: takes what running methods report, on a thread of RPC.
+        report: takes what running methods report.
 
     Attributes:
         members: label -> worker, of those that are there.
@@ -97,7 +96,8 @@ class WorkerGroup:
         self._observer = observer
         self._newcomers: dict[str, Member] = {}  # label -> one that was admitted and is being prepared
         self._preparing: set[asyncio.Task[None]] = set()
-        self._place = DriverPlace(learner, report)
+        self._place = DriverPlace(learner)
+        self._report = report
         self._watch: Watch
         self._generation = 0
         self._is_open = False
@@ -173,10 +173,10 @@ class WorkerGroup:
             raise WorkerLostError(f"{label} is lost, so that no fault can strike it")
         await self.members[label].tell({"do": "arm", "faults": [asdict(fault) for fault in faults]})
 
-    def suspect(self, host: RemoteHost, call: Call, error: Exception) -> None:
-        """RPC lost this call, or its answer: find out why; it is asked again, or told to be undeliverable."""
+    def suspect(self, host: RemoteHost, calls: Sequence[Call], error: Exception) -> None:
+        """RPC lost one of these calls, or its answer: find out why; ask again, or tell that it is undeliverable."""
         if self.hosts.get(host.label) is host:
-            task = asyncio.ensure_future(self._examine(host, call, error))
+            task = asyncio.ensure_future(self._examine(host, calls, error))
             self._suspicions.add(task)
             task.add_done_callback(self._suspicions.discard)
 
@@ -237,7 +237,7 @@ class WorkerGroup:
         elif self._learner.runtime.on_worker_lost == "recover" and not is_new:
             self._break()
 
-    async def _examine(self, host: RemoteHost, call: Call, error: Exception) -> None:
+    async def _examine(self, host: RemoteHost, calls: Sequence[Call], error: Exception) -> None:
         if (member := self.members.get(host.label)) is not None:
             await asyncio.wait([member.lost], timeout=_NOTICE_S)
         if member is None or self.hosts.get(host.label) is not host:
@@ -245,10 +245,12 @@ class WorkerGroup:
         is_reached = await host.is_reached()
         if self.hosts.get(host.label) is not host:
             return
-        self._num_suspicions[call.call_id] += 1
-        if is_reached or self._num_suspicions[call.call_id] > _MAX_FAILURES:
-            del self._num_suspicions[call.call_id]
-            self._observer.undeliverable(call, error)
+        is_found = is_reached and len(calls) == 1
+        for call in calls:
+            self._num_suspicions[call.call_id] += 1
+            if is_found or self._num_suspicions[call.call_id] > _MAX_FAILURES:
+                del self._num_suspicions[call.call_id]
+                self._observer.undeliverable(call, error)
         # In this world the worker might wait for the request that it could not read, before it takes the next.
         logger.info("a request to %s failed: %s", host.label, error)
         self._break()
@@ -332,7 +334,9 @@ class WorkerGroup:
                 plan.generation,
                 frozenset([torch.device(pair[0])] if pair else []),
                 self.traffic[member.label],
-                self._on_error(),
+                report=self._report,
+                suspects=self._num_suspicions,
+                on_error=self.suspect,
             )
             for rank, (member, pair) in enumerate(zip(members, plan.device_maps, strict=True), start=1)
         }
@@ -345,14 +349,6 @@ class WorkerGroup:
         for host in self.hosts.values():
             host.close()
         self.hosts = {}
-
-    def _on_error(self) -> Callable[[RemoteHost, Call, Exception], None]:
-        loop = asyncio.get_running_loop()
-
-        def on_error(host: RemoteHost, call: Call, error: Exception) -> None:
-            call_on(loop, self.suspect, host, call, error)
-
-        return on_error
 
     async def _prepare(self, member: Member) -> None:
         """Let a worker import the learner, and see that it and the driver reach each other."""
