@@ -1,0 +1,174 @@
+"""The calls by torch.distributed.rpc alone: the least that one can write, on the transport that torchfedrpc uses."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import platform
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed.rpc as rpc
+import workload
+from protocol import Cannot, Measured, Repeat, seconds_of, seconds_of_plain, serve
+from workload import Weights
+
+received: Weights = {}  # on a worker: what was pushed last
+stocked: list[Weights] = []  # on a worker: what ``pull_given`` is to give
+
+
+def no_op() -> None:
+    """Nothing."""
+
+
+def push(weights: Weights) -> None:
+    """Take weights and keep them until the next."""
+    global received
+    received = weights
+
+
+def received_digest() -> str:
+    """Of what was pushed last."""
+    return workload.digest(received)
+
+
+@functools.cache
+def kept() -> Weights:
+    """The worker's own weights."""
+    return workload.model_weights()
+
+
+def pull() -> Weights:
+    """Give the worker's own weights; no copy is taken."""
+    return kept()
+
+
+def stock(count: int) -> None:
+    """Make what so many ``pull_given`` are to give."""
+    stocked[:] = [{name: tensor.clone() for name, tensor in kept().items()} for _ in range(count)]
+
+
+def pull_given() -> Weights:
+    """Give weights away."""
+    return stocked.pop()
+
+
+async def bridged(worker: str, function: Callable[..., object], *args: object) -> Any:
+    """The least that awaits an rpc_async: one callback, one hop to the loop."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[object] = loop.create_future()
+    sent = rpc.rpc_async(worker, function, args=args, timeout=0)
+    sent.add_done_callback(lambda done: loop.call_soon_threadsafe(future.set_result, done.value()))
+    return await future
+
+
+def join(rank: int, world_size: int, port: int) -> None:
+    """Join the world."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TP_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo")
+    options = rpc.TensorPipeRpcBackendOptions(num_worker_threads=4, _transports=["uv"], _channels=["mpt_uv", "basic"])
+    rpc.init_rpc(f"raw{rank}", rank=rank, world_size=world_size, rpc_backend_options=options)
+
+
+def work(rank: int, world_size: int, port: int) -> None:
+    """A worker, until rank 0 leaves."""
+    join(rank, world_size, port)
+    rpc.shutdown()
+
+
+@contextmanager
+def world(num_workers: int) -> Iterator[None]:
+    """This process as rank 0, and so many workers."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    del store
+    context = torch.multiprocessing.get_context("spawn")
+    ranks = range(1, num_workers + 1)
+    workers = [context.Process(target=work, args=(rank, num_workers + 1, port), daemon=True) for rank in ranks]
+    for worker in workers:
+        worker.start()
+    join(0, num_workers + 1, port)
+    try:
+        yield
+    finally:
+        rpc.shutdown()
+        for worker in workers:
+            worker.join()
+
+
+@asynccontextmanager
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+    """All workloads that are calls."""
+    known: dict[str, Callable[[], Repeat]] = {
+        "noop": lambda: repeat_no_op,
+        "gathered": lambda: repeat_gathered,
+        "push": lambda: pushing(workload.model_weights()),
+        "small": lambda: pushing(workload.small_weights()),
+        "pull": lambda: repeat_pull,
+        "pull_given": lambda: repeat_pull_given,
+    }
+    with world(2 if "gathered" in workloads else 1):
+        repeats = {name: known[name]() if name in known else Cannot(f"no {name} here") for name in workloads}
+        for name, repeat in repeats.items():
+            if not isinstance(repeat, Cannot) and isinstance(
+                warm_up := repeat(1 if name == "gathered" else 3), Awaitable
+            ):
+                await warm_up
+        yield repeats
+
+
+async def repeat_no_op(count: int) -> Measured:
+    """``noop``."""
+    seconds = await seconds_of(lambda: bridged("raw1", no_op), count)
+    return Measured(seconds, str(await bridged("raw1", no_op)))
+
+
+def repeat_gathered(count: int) -> Measured:
+    """``gathered``: all are sent before the first answer is waited for; a worker has no learners here."""
+
+    def pipelined() -> list[object]:
+        workers = [f"raw{1 + number % 2}" for number in range(workload.NUM_GATHERED_CALLS)]
+        sent = [rpc.rpc_async(worker, no_op, timeout=0) for worker in workers]
+        return list(torch.futures.wait_all(sent))
+
+    seconds = seconds_of_plain(pipelined, count)
+    return Measured(seconds, str(rpc.rpc_sync("raw1", no_op)))
+
+
+def pushing(weights: Weights) -> Repeat:
+    """``push`` and ``small``."""
+
+    async def repeat(count: int) -> Measured:
+        seconds = await seconds_of(lambda: bridged("raw1", push, weights), count)
+        return Measured(seconds, await bridged("raw1", received_digest))
+
+    return repeat
+
+
+async def repeat_pull(count: int) -> Measured:
+    """``pull``."""
+    return await pulling(pull, count)
+
+
+async def repeat_pull_given(count: int) -> Measured:
+    """``pull_given``: what is given is made before the time is taken."""
+    await bridged("raw1", stock, count)
+    return await pulling(pull_given, count)
+
+
+async def pulling(function: Callable[[], Weights], count: int) -> Measured:
+    """Await weights so many times."""
+    weights: Weights = {}
+
+    async def once() -> None:
+        nonlocal weights
+        weights = await bridged("raw1", function)
+
+    return Measured(await seconds_of(once, count), workload.digest(weights))
+
+
+if __name__ == "__main__":
+    serve(prepare, {"torch": torch.__version__, "python": platform.python_version()})

@@ -1,0 +1,149 @@
+"""The work that all contenders do: weights, data, models, a training step, digests; needs torch and numpy only.
+
+Workloads that a peer may serve, and what one repetition of each is:
+
+- ``noop``: one awaited call of a method without arguments that returns None, on one worker. Check: ``NO_OP_CHECK``.
+- ``gathered``: ``NUM_GATHERED_CALLS`` such calls at once over ``NUM_GATHERED_LEARNERS`` learners on two workers,
+  until all have their results. Check: ``NO_OP_CHECK``.
+- ``push``: `model_weights` (40 MB) as the argument of a call on one worker, which has it in its own memory when the
+  call ends. Check: `digest` of what arrived last, taken on the worker.
+- ``pull``: a call that returns the `model_weights` that its worker keeps. Check: `digest` of what arrived last.
+- ``small``: the same as ``push`` with `small_weights`.
+- ``mlp``, ``cnn``: one round of FedAvg, in one process: the weights go to the `selected` clients, each runs
+  `train_client`, and the results are averaged, weighted by samples. The first round of a request has number 0 and
+  starts from `initial_weights`. Check: `fingerprint` of the weights after the last round.
+- ``mlp_two``, ``cnn_two``: the same with the clients on two workers.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+
+NO_OP_CHECK = "None"
+NUM_GATHERED_CALLS = 3000
+NUM_GATHERED_LEARNERS = 100
+
+NUM_CLIENTS = 100
+NUM_SELECTED = 20
+NUM_SAMPLES = 50
+BATCH_SIZE = 10
+LEARNING_RATE = 0.05
+
+
+def model_weights() -> Weights:
+    """A state dict of 40 MB: ten float32 tensors of shape (1000, 1000)."""
+    generator = torch.Generator().manual_seed(1)
+    return {f"layer{number}": torch.rand(1000, 1000, generator=generator) for number in range(10)}
+
+
+def small_weights() -> Weights:
+    """300 float32 tensors of shape (1000,)."""
+    generator = torch.Generator().manual_seed(2)
+    return {f"tensor{number}": torch.rand(1000, generator=generator) for number in range(300)}
+
+
+def digest(weights: Weights) -> str:
+    """Names, shapes, dtypes and bytes of weights, as a hash."""
+    state = hashlib.sha256()
+    for name, tensor in weights.items():
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        state.update(tensor.numpy().tobytes())
+    return state.hexdigest()
+
+
+def fingerprint(weights: Weights) -> list[float]:
+    """Two numbers for each tensor, which differ little where the order of additions alone was another."""
+    numbers = []
+    for tensor in weights.values():
+        values = tensor.detach().double().flatten()
+        waves = torch.cos(torch.arange(len(values), dtype=torch.float64))
+        numbers += [float(values.norm()), float(values @ waves)]
+    return numbers
+
+
+def make_model(kind: str) -> nn.Module:
+    """A new model, ``mlp`` or ``cnn``, for images of 28x28 and ten classes."""
+    if kind == "mlp":
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 32, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * 7 * 7, 10),
+    )
+
+
+def initial_weights(kind: str) -> Weights:
+    """The weights before round 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return {name: tensor.clone() for name, tensor in make_model(kind).state_dict().items()}
+
+
+@functools.cache
+def shared_model(kind: str) -> nn.Module:
+    """The model that all clients of a process train one after another; `train_client` gives it its weights."""
+    return make_model(kind)
+
+
+@functools.cache
+def client_data(client: int) -> tuple[Tensor, Tensor]:
+    """A client's images [50, 1, 28, 28] and labels [50], made once in a process.
+
+    Args:
+        client: 0 .. NUM_CLIENTS - 1.
+    """
+    generator = torch.Generator().manual_seed(1000 + client)
+    labels = torch.randint(10, (NUM_SAMPLES,), generator=generator)
+    images = torch.rand(NUM_SAMPLES, 1, 28, 28, generator=generator)
+    images[torch.arange(NUM_SAMPLES), 0, labels * 2] += 1.0  # a bright line tells the class
+    return images, labels
+
+
+def selected(round_num: int) -> list[int]:
+    """The clients of a round, numbers 0 .. NUM_CLIENTS - 1."""
+    chosen = np.random.default_rng((4, round_num)).choice(NUM_CLIENTS, NUM_SELECTED, replace=False)
+    return [int(client) for client in np.sort(chosen)]
+
+
+def train_client(kind: str, weights: Weights, client: int) -> Weights:
+    """One local epoch of a client from ``weights``, which stay as they are; the result is the caller's own.
+
+    A client has NUM_SAMPLES samples. Their order is fixed, so that the result depends on the arguments alone.
+    """
+    model = shared_model(kind)
+    model.load_state_dict(weights)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    images, labels = client_data(client)
+    for first in range(0, NUM_SAMPLES, BATCH_SIZE):
+        optimizer.zero_grad()
+        logits = model(images[first : first + BATCH_SIZE])
+        nn.functional.cross_entropy(logits, labels[first : first + BATCH_SIZE]).backward()
+        optimizer.step()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def weighted_average(results: Iterable[tuple[Weights, int]]) -> Weights:
+    """The average of weights, each with its number of samples; one pass, so that they need not all be kept."""
+    total: Weights = {}
+    num_samples = 0
+    for weights, count in results:
+        num_samples += count
+        for name, tensor in weights.items():
+            if name in total:
+                total[name].add_(tensor, alpha=count)
+            else:
+                total[name] = tensor * count
+    return {name: tensor / num_samples for name, tensor in total.items()}

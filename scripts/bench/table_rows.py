@@ -1,0 +1,257 @@
+"""The rows of the table: which contenders do which work, and what torchfedrpc is to reach beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Kind = Literal["time", "speed", "difference", "value"]
+"""What a number is: ``time``: ours / theirs, ``speed``: theirs / ours, ``difference``: ours less theirs, ``value``.
+
+A target of a speed is the least, one of the others the most.
+"""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A contender's program.
+
+    Attributes:
+        label: who it is, in the table.
+        file: its name in ``contenders/``.
+        peer: the environment in ``.peers/`` that it runs in; None for that of torchfedrpc.
+    """
+
+    label: str
+    file: str
+    peer: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender in a row.
+
+    Attributes:
+        program: which.
+        workload: what it does, by the name that its command line takes.
+        label: who it is, in the table.
+        apart: names a process of its own; without, one process does all of a program's work of a setting.
+    """
+
+    program: Program
+    workload: str
+    label: str
+    apart: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: one number of ours, alone or beside another contender's.
+
+    Attributes:
+        against: label of the other entry; None for a ``value``.
+        kind: what is made of the two.
+        target: what it is to be at least (``speed``) or at most; None where the line is for orientation.
+        what: what is measured, where that is not the row's title.
+        quantity: ``seconds`` of a repetition, or the name of another number that the contenders give.
+    """
+
+    against: str | None
+    kind: Kind
+    target: float | None = None
+    what: str = ""
+    quantity: str = "seconds"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some contenders that do the same work. The first entry is torchfedrpc's.
+
+    Attributes:
+        name: for ``--rows``.
+        title: what is measured.
+        setting: rows with the same setting follow one another and share processes; ``--quick`` goes by what is
+            before the colon.
+        entries: the contenders.
+        lines: what is printed.
+        count: repetitions in each batch; None to fit a batch into a given time. With ``quick_count`` for ``--quick``.
+        tolerance: how far numbers that tell a result may differ, relatively and absolutely.
+    """
+
+    name: str
+    title: str
+    setting: str
+    entries: tuple[Entry, ...]
+    lines: tuple[Line, ...]
+    count: int | None = None
+    quick_count: int | None = None
+    tolerance: float = 5e-4
+
+
+US = "torchfedrpc"
+CALLS = Program(US, "torchfedrpc_contender")
+FEDAVG = Program(US, "torchfedrpc_fedavg")
+MANY = Program(US, "torchfedrpc_many")
+IMPORTS = Program(US, "imports")
+RAW = Program("raw RPC", "raw_rpc")
+MEMCPY = Program("memcpy", "memcpy")
+PLAIN = Program("plain loop", "plain_loop")
+BY_HAND = Program("two processes by hand", "two_processes")
+RAY = Program("Ray", "ray_contender", "ray")
+MONARCH = Program("Monarch", "monarch_contender", "monarch")
+FLOWER = Program("Flower", "flower_contender", "flower")
+PFL = Program("pfl-research", "pfl_contender", "pfl")
+ONE_WORKER = "calls: one worker"
+ALL_PEERS = (RAY, MONARCH, FLOWER, PFL)
+
+
+def rows(*, quick: bool = False) -> list[Row]:
+    """All rows, those of one setting together.
+
+    Args:
+        quick: let as many rows as can share processes, which the memory that they measure shows a little.
+    """
+    apart = [*_calls(), *_models(), *_sums(), *_fedavg(), *_many(), _imports()]
+    return [_merged(row) for row in apart] if quick else apart
+
+
+def _merged(row: Row) -> Row:
+    entries = [replace(entry, apart="") if entry.program is CALLS else entry for entry in row.entries]
+    return replace(row, setting=row.setting.partition(":")[0], entries=tuple(entries))
+
+
+def without_peers(row: Row) -> Row:
+    """The row without contenders that need an environment of their own."""
+    entries = tuple(entry for entry in row.entries if entry.program.peer is None)
+    labels = {None, *(entry.label for entry in entries)}
+    return replace(row, entries=entries, lines=tuple(line for line in row.lines if line.against in labels))
+
+
+def _entry(program: Program, workload: str, label: str = "", apart: str = "") -> Entry:
+    return Entry(program, workload, label or program.label, apart)
+
+
+def _calls() -> list[Row]:
+    def same(workload: str, *programs: Program) -> tuple[Entry, ...]:
+        return tuple(_entry(program, workload) for program in (CALLS, RAW, *programs))
+
+    def moved(workload: str, title: str) -> Row:
+        lines = (
+            Line("raw RPC", "speed", 0.6),
+            Line("memcpy", "speed"),
+            Line("Ray", "speed", 4.0),
+            Line("Monarch", "speed", 4.0),
+        )
+        return Row(workload, title, ONE_WORKER, same(workload, MEMCPY, RAY, MONARCH), lines)
+
+    def spared(workload: str, raw_workload: str, title: str) -> Row:
+        entries = (_entry(CALLS, workload), _entry(RAW, raw_workload))
+        return Row(workload, title, ONE_WORKER, entries, (Line("raw RPC", "speed", 0.9),))
+
+    return [
+        Row(
+            "noop",
+            "awaited no-op call, one worker",
+            ONE_WORKER,
+            same("noop", RAY, MONARCH),
+            (Line("raw RPC", "time", 1.25), Line("Ray", "time", 0.6), Line("Monarch", "time")),
+        ),
+        moved("push", "40 MB state dict, push by value"),
+        moved("pull", "40 MB state dict, pull by value"),
+        spared("push_shared", "push", "40 MB, push by a SharedRef that is there"),
+        spared("push_anew", "push", "40 MB, push by a SharedRef made for the call"),
+        spared("pull_given", "pull_given", "40 MB, pull of what its learner does not keep"),
+        Row(
+            "small",
+            "300 tensors of 1000 floats, push",
+            ONE_WORKER,
+            same("small", MEMCPY, RAY, MONARCH),
+            (Line("raw RPC", "time", 0.5), Line("memcpy", "time"), Line("Ray", "time"), Line("Monarch", "time")),
+        ),
+        Row(
+            "gathered",
+            "3,000 no-op calls gathered over 100 learners on 2 workers",
+            "calls: two workers",
+            same("gathered", RAY, MONARCH),
+            (Line("raw RPC", "speed", 2.0), Line("Ray", "speed", 5.0), Line("Monarch", "speed", 5.0)),
+        ),
+    ]
+
+
+def _models() -> list[Row]:
+    def fan(name: str, how: str) -> Row:
+        entries = (_entry(CALLS, f"{name}_64"), _entry(CALLS, f"{name}_2", "ours, 2 learners"))
+        title = f"40 MB model to 64 learners on 2 workers, {how}"
+        return Row(name, title, "calls: models", entries, (Line("ours, 2 learners", "time", 1.5),))
+
+    return [fan("fan_group", "group call"), fan("fan_loop", "the seed's loop")]
+
+
+def _sums() -> list[Row]:
+    gather, few = "ours, gathered", "ours, 16 learners"
+    received, growth = "bytes to the driver", "driver's peak growth"
+    entries = (
+        _entry(CALLS, "reduce_64"),
+        _entry(CALLS, "gather_64", gather, apart="gathering"),
+        _entry(CALLS, "reduce_16", few, apart="few"),
+    )
+    lines = (
+        Line(gather, "speed", 3.0),
+        Line(few, "time", None),
+        Line(few, "time", 1.1, received, "received_mb"),
+        Line(gather, "time", None, received, "received_mb"),
+        Line(few, "difference", 40.0, growth, "growth_mb"),
+        Line(gather, "time", None, growth, "growth_mb"),
+    )
+    return [
+        Row(
+            "reduce", "FedAvg reduce, 64 learners x 40 MB on 2 workers", "calls: sums", entries, lines, tolerance=1e-2
+        )
+    ]
+
+
+def _fedavg() -> list[Row]:
+    def rounds(kind: str, in_words: str, local: float, two: float) -> list[Row]:
+        ahead = tuple(Line(peer.label, "time", 1.0) for peer in ALL_PEERS)
+        alone = tuple(_entry(program, kind) for program in (FEDAVG, PLAIN, PFL))  # others run in workers only
+        both = tuple(_entry(program, f"{kind}_two") for program in (BY_HAND, *ALL_PEERS))
+        return [
+            Row(
+                kind,
+                f"FedAvg round, 20 of 100 clients, {in_words}, local",
+                "rounds: local",
+                alone,
+                (Line("plain loop", "time", local), Line(PFL.label, "time")),
+            ),
+            Row(
+                f"{kind}_two",
+                f"FedAvg round, 20 of 100 clients, {in_words}, 2 workers",
+                "rounds: two workers",
+                (_entry(FEDAVG, f"{kind}_two", apart="two workers"), _entry(PLAIN, kind), *both),
+                (Line("plain loop", "time", two), Line(BY_HAND.label, "time"), *ahead),
+            ),
+        ]
+
+    unsorted = [*rounds("mlp", "MLP", 1.15, 0.65), *rounds("cnn", "CNN", 1.03, 0.55)]
+    return sorted(unsorted, key=lambda row: row.setting)
+
+
+def _many() -> list[Row]:
+    def row(name: str, where: str, opens: str) -> Row:
+        lines = (
+            Line(None, "value", 1.0, f"proxy opens{opens}", "opens_s"),
+            Line(None, "value", 5.0, "growth of memory over the rounds", "growth_percent"),
+            Line(None, "value", None, "memory after the second round", "resident_mb"),
+            Line(None, "value", None, "a round"),
+        )
+        title = f"100,000 clients, 1,000 a round, 100 resident, {where}"
+        return Row(name, title, name, (_entry(MANY, name),), lines, count=20, quick_count=4)
+
+    return [row("many", "local", ""), row("many_two", "2 workers", ", beside one of two clients")]
+
+
+def _imports() -> Row:
+    entries = (_entry(IMPORTS, "import_torchfedrpc"), _entry(IMPORTS, "import_torch", "import torch"))
+    return Row(
+        "import", "import torchfedrpc", "imports", entries, (Line("import torch", "difference", 0.05),), count=1
+    )
