@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from torchfedrpc.federation.aggregation import weighted_mean
+from torchfedrpc.host.reducers import WeightedMean
+from torchfedrpc.host.reduction import Forest
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def test_clients_count_alike_without_weights() -> None:
@@ -103,3 +107,44 @@ def test_unusable_weights_are_refused(weights: list[float]) -> None:
 def test_a_missing_weight_is_refused() -> None:
     with pytest.raises(ValueError, match="2 state dicts need as many weights, not 1"):
         weighted_mean([{"w": torch.ones(1)}] * 2, [1])
+
+
+def test_a_client_of_weight_zero_does_not_count_whatever_its_values() -> None:
+    states = [{"w": torch.tensor([float("nan")])}, {"w": torch.tensor([1.0])}, {"w": torch.tensor([float("inf")])}]
+    assert weighted_mean(states, [0, 2, 0])["w"].item() == 1.0
+
+
+def test_different_kinds_of_dtype_are_refused_and_shown() -> None:
+    """Which client comes first would else decide whether the mean is rounded."""
+    with pytest.raises(ValueError, match="'n' is float in the state dict at 1, and integer in the one at 0"):
+        weighted_mean([{"n": torch.tensor(1)}, {"n": torch.tensor(1.5)}])
+
+
+def test_dtypes_of_one_kind_may_be_mixed() -> None:
+    states = [{"w": torch.tensor([value], dtype=dtype)} for value, dtype in zip((1, 2, 3), FLOATS, strict=True)]
+    mean = weighted_mean(states, [1, 3, 2])["w"]
+    assert mean.dtype == torch.float32
+    assert mean.item() == torch.tensor(13 / 6).item()
+
+
+@pytest.mark.parametrize("num_states", [1, 2, 3, 5, 8, 13, 100])
+def test_the_bits_are_those_of_a_reduce(num_states: int) -> None:
+    generator = torch.Generator().manual_seed(num_states)
+    states = [
+        {
+            "w": torch.randn(50, generator=generator) * 10.0 ** (place % 5),
+            "half": torch.randn(50, generator=generator).bfloat16(),
+            "double": torch.randn(50, generator=generator).double(),
+            "complex": torch.randn(50, dtype=torch.complex64, generator=generator),
+            "count": torch.randint(1000, (50,), generator=generator),
+            "mask": torch.rand(50, generator=generator) > 0.5,
+        }
+        for place in range(num_states)
+    ]
+    for weights in ([place % 3 + 1 for place in range(num_states)], [0.1 + place % 3 for place in range(num_states)]):
+        forest = Forest(WeightedMean(), range(num_states))
+        for place in reversed(range(num_states)):
+            forest.add(place, {"model_weights": states[place], "num_samples": weights[place]})
+        mean, reduced = weighted_mean(states, weights), forest.finish()[0]
+        assert all(torch.equal(mean[name], reduced[name]) for name in mean)
+        assert all(mean[name].dtype == reduced[name].dtype for name in mean)

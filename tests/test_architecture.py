@@ -27,7 +27,7 @@ FLOORS = [
     {"dispatch"},
     {"group"},
     {"proxy"},
-    {"data", "models"},
+    {"data", "models", "info"},
     {"federation", "testing"},
     {"run"},
     {"cli", "worker_cli"},

@@ -125,3 +125,11 @@ def test_options_of_ones_own_come_from_a_folder_of_ones_own(tmp_path: Path) -> N
     (tmp_path / "conf" / "trainer" / "short.yaml").write_text("defaults: [fedavg, _self_]\nnum_rounds: 1\n")
     done = _command(tmp_path, "--config-dir", "conf", *SMOKE, "trainer=short", "trainer.num_rounds=2")
     assert len((_output_dir(done) / "history.jsonl").read_text().splitlines()) == 2
+
+
+def test_info_tells_versions_and_the_road_between_processes(tmp_path: Path) -> None:
+    done = _command(tmp_path, "info")
+    assert done.returncode == 0, done.stderr
+    assert f"torch:                   {torch.__version__}" in done.stdout
+    assert "transport uv, channels mpt_uv basic" in done.stdout
+    assert list(tmp_path.iterdir()) == []

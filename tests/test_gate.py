@@ -23,12 +23,12 @@ class Holder:
         self.leave = threading.Event()
         self._log = log
         self._name = name
-        self._take: Callable[[], AbstractContextManager[None]] = getattr(gate, kind)
+        self._side: AbstractContextManager[None] = getattr(gate, kind)
         self._thread = threading.Thread(target=self._hold)
         self._thread.start()
 
     def _hold(self) -> None:
-        with self._take():
+        with self._side:
             self._log.append(self._name)
             self.entered.set()
             assert self.leave.wait(_TIMEOUT_S)
@@ -137,13 +137,13 @@ def test_shared_holders_behind_an_exclusive_one_enter_together(crowd: Crowd) -> 
 @pytest.mark.parametrize("kind", ["shared", "exclusive"])
 def test_a_holder_that_raises_leaves_the_gate(kind: str) -> None:
     gate = Gate()
-    take: Any = getattr(gate, kind)
-    with pytest.raises(ZeroDivisionError), take():
+    side: Any = getattr(gate, kind)
+    with pytest.raises(ZeroDivisionError), side:
         _ = 1 / 0
     entered = threading.Event()
 
     def enter() -> None:
-        with gate.exclusive():
+        with gate.exclusive:
             entered.set()
 
     thread = threading.Thread(target=enter, daemon=True)
@@ -163,7 +163,7 @@ def test_no_exclusive_holder_meets_another_in_a_crowd_of_threads() -> None:
         start.wait(_TIMEOUT_S)
         for turn in range(60):
             exclusive = (number + turn) % 3 == 0
-            with gate.exclusive() if exclusive else gate.shared():
+            with gate.exclusive if exclusive else gate.shared:
                 with lock:
                     alone, sharing = alone + exclusive, sharing + (not exclusive)
                     if alone > 1 or (alone and sharing):

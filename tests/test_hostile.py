@@ -216,7 +216,7 @@ async def test_a_worker_refuses_it_and_serves_the_next_call(
 ) -> None:
     parcel = HOSTILE_ARGUMENTS[name]()
     with monkeypatch.context() as patch:
-        patch.setattr(CallExecutor, "_take_value", lambda self, obj: parcel)
+        patch.setattr(CallExecutor, "_take_arguments", lambda self, args, kwargs: parcel)
         with pytest.raises(SerializationError):
             await workers.custom_method("client_1", "echo", 1)
     assert await workers.custom_method("client_1", "harm") == []

@@ -542,6 +542,75 @@ def test_a_tensor_that_cannot_travel_is_refused_deep_inside() -> None:
         pack({"model": [nn.LazyLinear(3)]})
 
 
+# Many small tensors.
+
+
+def many() -> dict[str, Tensor]:
+    return {f"layer{number}": torch.full((10, 7), float(number)) for number in range(30)}
+
+
+def test_many_small_tensors_are_one_slot_for_each_dtype() -> None:
+    state = {**many(), "steps": torch.tensor(3), "seen": torch.tensor([4, 5]), "large": torch.zeros(100_000)}
+    parcel = pack(state)
+    sizes = {(slot.dtype, slot.numel()) for slot in parcel.slots}
+    assert sizes == {(torch.float32, 2100), (torch.float32, 100_000), (torch.int64, 3)}
+    assert len(parcel.slots) == 3
+    received = parcel.open(ALLOW)
+    assert list(received) == list(state)
+    assert all(torch.equal(received[name], tensor) for name, tensor in state.items())
+
+
+def test_small_tensors_arrive_as_if_each_had_come_alone() -> None:
+    received = list(sent(many()).values())
+    for number, tensor in enumerate(received):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert tensor.storage_offset() == 0
+        assert tensor.stride() == (7, 1)
+        assert tensor.data_ptr() % 64 == 0
+        assert tensor.is_leaf
+        assert not tensor._is_view()
+        tensor.fill_(-1)
+        assert all(bool((other == place).all()) for place, other in enumerate(received) if place > number)
+    received[0].resize_(1000)
+    received[0].requires_grad_()
+    received[1].untyped_storage().resize_(0)
+    assert received[2].eq(-1).all()
+
+
+def test_one_of_many_small_tensors_keeps_no_memory_of_the_others() -> None:
+    received = list(sent(many()).values())
+    there = [weakref.ref(tensor.untyped_storage()) for tensor in received]
+    kept = received[3]
+    del received
+    assert [place for place, memory in enumerate(there) if memory() is not None] == [3]
+    assert kept[0, 0] == 3
+
+
+def test_changes_of_small_tensors_made_after_packing_are_not_seen() -> None:
+    state = many()
+    parcel = pack(state)
+    for tensor in state.values():
+        tensor.fill_(-1)
+    assert all(bool((tensor >= 0).all()) for tensor in parcel.open(ALLOW).values())
+
+
+def test_small_tensors_of_every_kind_go_together() -> None:
+    base = torch.arange(30.0)
+    state = [
+        nn.Parameter(torch.ones(3)), torch.ones(2, requires_grad=True), torch.ones(2).as_subclass(Labelled),
+        base[:4], base[2:6], torch.tensor(7.0), torch.ones(2, 3).t(), torch.ones(1, 3).t(), torch.empty(0, 3),
+        torch.arange(6.0)[::2], torch.ones(1).expand(4), torch.tensor([1 + 2j]).conj(), torch.eye(2).to_sparse(),
+    ]  # fmt: skip
+    received = sent(state)
+    for one, other in zip(received, state, strict=True):
+        assert type(one) is type(other)
+        assert one.requires_grad is other.requires_grad
+        assert torch.equal(one.to_dense(), other.to_dense())
+    assert [part.stride() for part in received[6:9]] == [(1, 3), (1, 3), (3, 1)]
+    received[3].fill_(9)
+    assert received[4].tolist() == [9, 9, 4, 5]
+
+
 # Modules and optimisers.
 
 
@@ -581,7 +650,7 @@ def test_a_state_dict_keeps_order_metadata_and_ties() -> None:
         received["first.weight"].untyped_storage().data_ptr()
         == received["second.weight"].untyped_storage().data_ptr()
     )
-    assert len(pack(state).slots) == len(state) - 1
+    assert sum(slot.nbytes for slot in pack(state).slots) == sum(part.nbytes for part in state.values()) - 9 * 4
 
 
 def test_a_model_and_its_optimiser_sent_together_stay_together() -> None:
@@ -668,6 +737,22 @@ def test_large_arrays_leave_the_pickle_and_small_ones_stay() -> None:
     assert parcel.num_buffers == 1
     assert [slot.nbytes for slot in parcel.slots] == [8 * LARGE]
     assert len(parcel.head) < 1000
+
+
+@pytest.mark.parametrize("name", sorted(set(ARRAYS) - {"texts", "objects", "dates", "no_rows"}))
+def test_a_large_array_leaves_the_pickle_in_any_order_and_arrives_aligned(name: str) -> None:
+    parcel = pack(ARRAYS[name](LARGE))
+    assert parcel.num_bytes - len(parcel.head) == ARRAYS[name](LARGE).nbytes
+    received = parcel.open(ALLOW)
+    assert received.ctypes.data % 64 == 0
+    assert received.flags.writeable
+
+
+def test_two_arrays_on_common_memory_arrive_on_memory_of_their_own() -> None:
+    array = np.zeros(LARGE)
+    first, second = sent([array[: LARGE - 1], array[1:]])
+    first.fill(1)
+    assert not second.any()
 
 
 def test_tensors_in_an_array_of_objects_are_left_out_of_the_pickle() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.wire.tensors import check_can_travel, gather_slots, restore_special, take_apart, view_slot
+from torchfedrpc.wire.tensors import check_can_travel, gather_slots, lay_out, restore_special, take_apart
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Sparse \w+ tensor support is in beta state"),
@@ -47,10 +47,10 @@ def bits(tensor: Tensor) -> list[int]:
 
 def sent(*tensors: Tensor, copy: bool = True) -> tuple[list[Tensor], int]:
     """The tensors as they come out of their slots, and the bytes of the slots."""
-    views, slots = gather_slots(list(tensors), copy=copy)
+    views, slots = gather_slots(list(tensors), copy=copy, join=copy)
     if not copy:  # such slots are for a reader that copies their memory
         slots = [slot.clone() for slot in slots]
-    return [view_slot(view, slots) for view in views], sum(slot.nbytes for slot in slots)
+    return lay_out(views, slots), sum(slot.nbytes for slot in slots)
 
 
 def assert_same(received: Tensor, tensor: Tensor) -> None:
@@ -133,8 +133,30 @@ def test_a_copy_is_memory_of_its_own() -> None:
 
 def test_without_a_copy_a_whole_storage_is_taken_as_it_is() -> None:
     tensor = torch.zeros(4)
-    _, (slot,) = gather_slots([tensor], copy=False)
+    _, (slot,) = gather_slots([tensor], copy=False, join=True)
     assert slot.data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("copy", [True, False], ids=["copied", "aliased"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_tensors_of_every_dtype_come_back_from_one_slot(dtype: torch.dtype, copy: bool) -> None:
+    tensors = [filled(dtype, *shape) for shape in [(5,), (2, 3), (), (1, 1), (7, 1, 3)]]
+    views, slots = gather_slots(tensors, copy=copy, join=True)
+    assert len(slots) == 1
+    for received, tensor in zip(lay_out(views, slots), tensors, strict=True):
+        assert_same(received, tensor)
+        assert received.stride() == tensor.stride()
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_slots_are_laid_out_alike_with_a_copy_and_without(join: bool) -> None:
+    base = torch.arange(10.0)
+    tensors = [base[:4], base[4:], torch.ones(3), torch.ones(2, 2).t(), torch.ones(5), torch.ones(99_999)]
+    views, slots = gather_slots(tensors, copy=True, join=join)
+    other_views, other_slots = gather_slots(tensors, copy=False, join=join)
+    assert other_views == views
+    assert [slot.shape for slot in other_slots] == [slot.shape for slot in slots]
+    assert len(slots) == (4 if join else 5)
 
 
 # Tensors tied by a common storage.
@@ -236,7 +258,7 @@ def test_a_view_of_a_freed_storage_is_refused(copy: bool, num_views: int, left_b
     views = [base[:4], base[4:8]][:num_views]
     base.untyped_storage().resize_(left_bytes)
     with pytest.raises(SerializationError, match="storage of this tensor was freed or resized"):
-        gather_slots(views, copy=copy)
+        gather_slots(views, copy=copy, join=True)
 
 
 # Views as they arrive.
@@ -257,7 +279,7 @@ def test_a_view_of_a_freed_storage_is_refused(copy: bool, num_views: int, left_b
 )
 def test_a_view_that_cannot_be_gives_an_error(view: Any) -> None:
     with pytest.raises((SerializationError, RuntimeError, IndexError, ValueError)):
-        view_slot(view, [torch.zeros(16, dtype=torch.uint8)])
+        lay_out([view], [torch.zeros(16, dtype=torch.uint8)])
 
 
 @pytest.mark.parametrize(
@@ -272,13 +294,40 @@ def test_a_view_that_cannot_be_gives_an_error(view: Any) -> None:
 )
 def test_a_view_beyond_its_slot_shows_no_other_memory(view: Any) -> None:
     with pytest.raises((SerializationError, RuntimeError)):
-        view_slot(view, [torch.zeros(16, dtype=torch.uint8)])
+        lay_out([view], [torch.zeros(16, dtype=torch.uint8)])
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(4,)],
+        [(2,), (2,)],
+        [(-1,), (4,)],
+        [(-1, -3)],
+        [(3, -1), (6,)],
+        [(0, -1), (3,)],
+        [(1.5,), (1.5,)],
+        ["abc"],
+        [None],
+        [()],
+    ],
+    ids=str,
+)
+def test_small_tensors_that_do_not_fill_their_slot_give_an_error(shapes: list[Any]) -> None:
+    with pytest.raises((SerializationError, RuntimeError, TypeError)):
+        lay_out([(0, shape) for shape in shapes], [torch.zeros(3)])
+
+
+@pytest.mark.parametrize("number", [1, -2, None, 0.5, "0", []], ids=str)
+def test_small_tensors_of_no_slot_give_an_error(number: Any) -> None:
+    with pytest.raises((IndexError, TypeError)):
+        lay_out([(number, (3,))], [torch.zeros(3)])
 
 
 @pytest.mark.parametrize("name", ["system", "load", "Tensor", "float99", ""])
 def test_a_view_of_no_dtype_is_refused(name: str) -> None:
     with pytest.raises(SerializationError, match="unknown dtype"):
-        view_slot((0, name, (1,), (1,), 0), [torch.zeros(4)])
+        lay_out([(0, name, (1,), (1,), 0)], [torch.zeros(4)])
 
 
 # Special layouts.

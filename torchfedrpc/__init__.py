@@ -31,15 +31,17 @@ from torchfedrpc.executors.distributed import DistributedExecutor
 from torchfedrpc.executors.local import LocalExecutor
 from torchfedrpc.executors.pseudo import PseudoExecutor
 from torchfedrpc.executors.router import ExecutorRouter
+from torchfedrpc.executors.sharing import SharedRef
 from torchfedrpc.federation.base import Learner
 from torchfedrpc.federation.checkpoints import Checkpoints
 from torchfedrpc.federation.fedavg import FedAvgTrainer
 from torchfedrpc.federation.fedprox import FedProxTrainer
 from torchfedrpc.federation.learner import ClassificationLearner
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
-from torchfedrpc.group import GroupResult, LearnerGroup
+from torchfedrpc.group import GroupResult, LearnerGroup, ReduceResult
 from torchfedrpc.host.context import current_call
 from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.host.reducers import Mean, Sum, WeightedMean
 from torchfedrpc.observe.events import (
     CallEnded,
     CallStarted,
@@ -86,20 +88,25 @@ __all__ = [
     "LearnerProxy",
     "LearnerStream",
     "LocalExecutor",
+    "Mean",
     "MethodNotFoundError",
     "ParameterSerializer",
     "ProgressReported",
     "PseudoExecutor",
     "QuorumError",
+    "ReduceResult",
     "RemoteError",
     "RoundEnded",
     "RoundStarted",
     "RuntimeConfig",
     "SerializationError",
+    "SharedRef",
     "SnapshotError",
+    "Sum",
     "TorchFedRpcError",
     "UnknownClientError",
     "UntrustedTypeError",
+    "WeightedMean",
     "WorkerJoined",
     "WorkerLeft",
     "WorkerLost",

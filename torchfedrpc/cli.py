@@ -1,4 +1,4 @@
-"""The ``torchfedrpc`` command: one experiment, or a sweep of them, configured by hydra."""
+"""The ``torchfedrpc`` command: one experiment, or a sweep of them, configured by hydra; ``torchfedrpc info``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SnapshotError, WorkerLostError
 from torchfedrpc.federation.experiment import ExperimentConfig, run_experiment
+from torchfedrpc.info import describe
 from torchfedrpc.interrupts import run_interruptible
 from torchfedrpc.run import drive
 
@@ -47,6 +48,9 @@ def _run(config: DictConfig, output_dir: Path) -> float:
 
 def main() -> None:
     """Run the command line; on the other ranks of a launch, serve learners until rank 0 ends."""
+    if sys.argv[1:] == ["info"]:
+        print(describe())
+        return
     try:
         drive(_task)
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ _CHOICES = {
     "device_map": ("auto", "none"),
     "on_worker_lost": ("recover", "fail"),
 }
+_CHANNELS = ("mpt_uv", "cma", "basic")
 _LEAST = {
     "num_clients": 1,
     "torch_threads": 1,
@@ -28,6 +29,7 @@ _LEAST = {
     "journal_max_bytes": 0,
     "max_pending_calls": 1,
     "max_inflight_bytes": 1,
+    "max_resident_learners": 1,
 }
 _MIB = 1024 * 1024
 
@@ -65,14 +67,18 @@ class RuntimeConfig:
         journal_max_calls: calls kept for each learner since its last snapshot, at least 1; beyond that a snapshot is
             taken. It bounds what a recovery has to run again; the default makes snapshots rare beside the calls.
         journal_max_bytes: bytes of those calls' arguments that the driver keeps, of all learners together; beyond
-            that snapshots are taken. The default holds a 40 MB model six times; 0 takes a snapshot after each call
-            that has arguments.
+            that snapshots are taken. What many of them have in common counts once, and goes to disk first, up to
+            eight times as much. The default holds a 40 MB model six times; 0 takes a snapshot after each call that
+            has arguments.
         max_pending_calls: calls that may wait for their results at once, in the whole run; one more raises
             CapacityError. None for no limit: waiting calls cost little beside their arguments, which
             ``max_inflight_bytes`` bounds.
         max_inflight_bytes: bytes of arguments that the driver has in its hands at once; whoever submits more waits.
             The value of their arguments is taken when it is their turn. A single call that is larger goes alone. The
             default keeps the links busy and the driver small.
+        max_resident_learners: learners that each process keeps in memory, beside those that are running; the least
+            recently used of the others wait on disk, as snapshots in `tempfile`'s folder, until they are called
+            again. None keeps all.
         isolation: ``value`` copies arguments and results also in local mode, ``none`` passes references there.
         interface: network interface that workers of several machines use, such as ``wg0``. Default: loopback
             where all are on one machine, else the interface that routes to the driver.
@@ -92,6 +98,9 @@ class RuntimeConfig:
         trusted_modules: top-level packages, beside the learner's own, whose classes may travel.
         transport: TensorPipe's transport. ``auto`` is ``uv``: torch's own choice, ``shm``, has less latency but
             keeps one core busy in every process.
+        channels: TensorPipe's channels for tensors in host memory, the preferred one first: ``mpt_uv``, ``cma``
+            (workers of this machine alone, which may read each other's memory), ``basic``, which has to be among
+            them. Default: ``mpt_uv`` and ``basic``. Those for CUDA tensors come before them where there are any.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range.
@@ -110,6 +119,7 @@ class RuntimeConfig:
     journal_max_bytes: int = 256 * _MIB
     max_pending_calls: int | None = None
     max_inflight_bytes: int = 512 * _MIB
+    max_resident_learners: int | None = None
     isolation: str = "value"
     interface: str | None = None
     token_file: str | None = None
@@ -121,6 +131,7 @@ class RuntimeConfig:
     device_map: str = "auto"
     trusted_modules: list[str] = field(default_factory=list)
     transport: str = "auto"
+    channels: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(RuntimeConfig)
@@ -135,6 +146,11 @@ class RuntimeConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"runtime.{name} must be at least {least}, not {value}")
+        if self.channels and ("basic" not in self.channels or not {*self.channels} <= {*_CHANNELS}):
+            raise ConfigError(
+                f"runtime.channels must be among {', '.join(_CHANNELS)}, the last of them included, not "
+                f"{self.channels!r}"
+            )
         if self.num_processes is not None and self.num_processes < 0:
             raise ConfigError(f"runtime.num_processes must not be negative, it is {self.num_processes}")
         if self.call_timeout_s is not None and not 0 < self.call_timeout_s < math.inf:

@@ -22,9 +22,13 @@ from torchfedrpc.errors import (
 )
 from torchfedrpc.executors.base import Invocation
 from torchfedrpc.executors.cut import Cut
+from torchfedrpc.executors.reduction import GroupReduction, Reduction
 from torchfedrpc.executors.router import ExecutorRouter
+from torchfedrpc.executors.sharing import SharedRef, submits_first
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import call_on
+from torchfedrpc.host.call import Part
+from torchfedrpc.host.reducers import Reducer
 from torchfedrpc.observe.events import CallEnded, CallStarted, EventBus
 from torchfedrpc.options import CallOptions
 
@@ -47,7 +51,7 @@ class Dispatcher:
         self.client_ids = client_ids
         self.events = events
         self.is_open = False
-        self._known = frozenset(client_ids)
+        self._places = {client_id: place for place, client_id in enumerate(client_ids)}
         self._router = router
         self._call_ids = itertools.count(1)
         self._num_changes: Counter[str] = Counter()  # client -> calls and restores that have begun or ended
@@ -69,7 +73,7 @@ class Dispatcher:
         Raises:
             UnknownClientError: so it is.
         """
-        if client_id not in self._known:
+        if client_id not in self._places:
             raise UnknownClientError(f"no client {client_id!r}{suggest(str(client_id), self.client_ids)}")
 
     def check_not_reading(self, client_id: str, method: str) -> None:
@@ -97,10 +101,17 @@ class Dispatcher:
                 f"runtime.max_pending_calls={limit} allows no more; raise it, or await some calls first"
             )
 
+    @submits_first
     async def call(
-        self, options: CallOptions, client_id: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        options: CallOptions,
+        client_id: str,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        part: Part | None = None,
     ) -> Any:
-        """Run a method of a client's learner.
+        """Run a method of a client's learner; its result may be a part of a reduction, and stay where it is.
 
         Raises:
             UnknownClientError: no such client.
@@ -109,7 +120,7 @@ class Dispatcher:
             CallTimeoutError: ``options.timeout_s`` passed.
             Exception: what the method raised.
         """
-        invocation = self._invocation(options, client_id, method, args, kwargs)
+        invocation = self._invocation(options, client_id, method, args, kwargs, part)
         self.check_not_reading(client_id, method)
         self.check_capacity(client_id, method)
         executor = self._router.get_executor(client_id)
@@ -132,6 +143,26 @@ class Dispatcher:
         restore = self._router.get_executor(client_id).restore(client_id, data)
         with self._changes(client_id):
             await self._apart(options, client_id, "restore", restore)
+
+    def plan(self, client_ids: Iterable[str], method: str) -> list[str]:
+        """The clients of a group's call in the order in which to submit it, before it is."""
+        return self._router.plan(sorted(client_ids, key=self._places.__getitem__), method)
+
+    def reduction(self, prototype: Reducer, client_ids: Iterable[str]) -> GroupReduction:
+        """Begin a reduction over these clients, whose results are added up in the order of `client_ids`.
+
+        Raises:
+            SerializationError: the reducer cannot be sent.
+        """
+        self.check_open()
+        reduction = Reduction(prototype, sorted(client_ids, key=self._places.__getitem__))
+        reduction.prototype.copy().open(self._router.allow)  # as the workers will, whose refusal would come late
+        return GroupReduction(reduction, self._router.reduction(reduction))
+
+    def share(self, obj: Any) -> SharedRef:
+        """An object as it is now, for the arguments of calls to come."""
+        self.check_open()
+        return self._router.share(obj)
 
     def changes(self) -> dict[str, int]:
         """For each client a number, which is another after each call or restore, and in the middle of one."""
@@ -192,7 +223,13 @@ class Dispatcher:
         }
 
     def _invocation(
-        self, options: CallOptions, client_id: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        options: CallOptions,
+        client_id: str,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        part: Part | None = None,
     ) -> Invocation:
         self.check_open()
         self.check_client(client_id)
@@ -201,33 +238,38 @@ class Dispatcher:
         run_timeout_s = self._router.config.call_timeout_s if options.timeout_s is None else None
         # Plain strings: numpy's, which are strings too, would not get past the guard of RPC.
         return Invocation(
-            next(self._call_ids), str(client_id), str(method), args, kwargs, run_timeout_s, options.retries
+            next(self._call_ids), str(client_id), str(method), args, kwargs, run_timeout_s, options.retries, part
         )
 
     async def observed(self, options: CallOptions, invocation: Invocation, answer: Any) -> Any:
         """Await an answer under the options' deadline, and tell subscribers of its start and end."""
         client_id, method = invocation.client_id, invocation.method
-        self.events.publish(CallStarted(invocation.call_id, client_id, method))
+        if self.events.has_subscribers:
+            self.events.publish(CallStarted(invocation.call_id, client_id, method))
         began, failure = time.perf_counter(), None
         self._num_calls += 1
         self._num_pending += 1
+        self._num_changes[client_id] += 1
         try:
-            with self._changes(client_id):
-                async with asyncio.timeout(options.timeout_s) as deadline:
-                    return await answer
+            if options.timeout_s is None:
+                return await answer
+            async with asyncio.timeout(options.timeout_s) as deadline:
+                return await answer
         except StopAsyncIteration:
             raise
         except BaseException as error:
             failure = error
-            if isinstance(error, TimeoutError) and deadline.expired():
+            if isinstance(error, TimeoutError) and options.timeout_s is not None and deadline.expired():
                 failure = self._late(options, client_id, method)
                 raise failure from None
             raise
         finally:
+            self._num_changes[client_id] += 1
             self._num_pending -= 1
             self._num_failed += failure is not None
-            seconds = time.perf_counter() - began
-            self.events.publish(CallEnded(invocation.call_id, client_id, method, seconds, failure))
+            if self.events.has_subscribers:
+                seconds = time.perf_counter() - began
+                self.events.publish(CallEnded(invocation.call_id, client_id, method, seconds, failure))
             failure = None  # its traceback has this frame, and the arguments: a circle that would keep them
 
 

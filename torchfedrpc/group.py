@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchfedrpc.dispatch import Dispatcher
 from torchfedrpc.errors import CallTimeoutError, ConfigError, GroupCallError, QuorumError
+from torchfedrpc.executors.reduction import GroupReduction
+from torchfedrpc.host.reduction import MergeError, prototype_of
 from torchfedrpc.options import CallOptions
 
 
@@ -35,6 +38,22 @@ class GroupResult(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"GroupResult({self._results!r}, failures={self.failures!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class ReduceResult:
+    """What the results of a group come to.
+
+    Attributes:
+        value: what the reducer's ``finish`` gave.
+        count: the number of clients whose results are in it.
+        failures: client id -> exception, of the clients that failed (with ``on_error="collect"`` or
+            ``min_results``).
+    """
+
+    value: Any
+    count: int
+    failures: dict[str, Exception] = field(default_factory=dict)
 
 
 class LearnerGroup:
@@ -83,15 +102,98 @@ class LearnerGroup:
             GroupCallError: some clients failed, and neither ``on_error="collect"`` nor ``min_results`` is set.
             QuorumError: fewer than ``min_results`` succeeded, or did within ``timeout_s``.
         """
+        return GroupResult(*await self._gathered(method, args, kwargs))
+
+    async def reduce(self, method: str, reducer: Any, /, *args: Any, **kwargs: Any) -> ReduceResult:
+        """Call a method of every client's learner and add the results up where they are.
+
+        Partial results are formed on the workers, so what comes to the driver grows with their number and not with
+        that of the clients. Results are added up by a fixed binary tree over the clients in the order of
+        ``proxy.client_ids``: the value has the same bits in every mode, with any number of workers.
+
+        Args:
+            method: the method's name.
+            reducer: `WeightedMean`, `Mean`, `Sum`, or an object (or a class) with ``add(result)``, ``merge(other)``
+                and ``finish()``, which pickles. A learner's result is given to ``add`` by value.
+            *args: for the method.
+            **kwargs: for the method.
+
+        Raises:
+            TypeError: the reducer lacks a method.
+            ValueError: the results of two clients do not go together, or no client counts.
+            UntrustedTypeError: the reducer's type may not travel.
+            GroupCallError: as of `call`; its results have no values.
+            QuorumError: the same.
+            CallTimeoutError: the results of the calls could not be added up in time.
+        """
+        reduction = self._dispatcher.reduction(prototype_of(reducer), self._clients)
+        try:
+            results, failures = await self._gathered(method, args, kwargs, reduction)
+            value, counted, lost = await self._finished(method, reduction, self._clients.keys() - results.keys())
+        except MergeError as error:
+            left, right = (reduction.reduction.client_ids[place] for place in error.places)
+            text = f"{method} of {left} and {right}: their results do not go together, {error.reason}"
+            raise ValueError(text) from error.reason
+        finally:
+            reduction.close()
+        failures = {one: error for one, error in {**failures, **lost}.items() if one not in counted}
+        results = dict.fromkeys(one for one in self._clients if one in counted)
+        self._check_quorum(method, results, failures)
+        self._check(method, failures, results)
+        if not counted:
+            text = f"{method}: there is nothing to reduce, since no client counts"
+            reason = GroupCallError(f"{method} failed for all clients", failures, {}) if failures else None
+            raise ValueError(text) from reason
+        return ReduceResult(value, len(counted), failures)
+
+    async def _finished(
+        self, method: str, reduction: GroupReduction, failed: Iterable[str]
+    ) -> tuple[Any, set[str], dict[str, Exception]]:
+        """The value of a reduction whose calls have ended, the clients that are in it, and those that were lost.
+
+        It has another ``timeout_s`` for that: clients that are late are found out only when their time is over.
+        """
+        timeout_s = self._options.timeout_s
+        try:
+            async with asyncio.timeout(timeout_s) as deadline:
+                value, counted, lost = await reduction.finish(failed)
+        except MergeError:
+            raise
+        except TimeoutError as error:
+            if not deadline.expired():
+                error.add_note(f"as the results of {method} were added up")
+                raise
+            where = ", ".join(reduction.awaited()) or "the driver"
+            raise CallTimeoutError(
+                f"{method}: the results of {len(self._clients)} clients were not added up on {where} within "
+                f"timeout_s={timeout_s} of the last call's end: raise it, or see what the reducer does"
+            ) from None
+        except Exception as error:
+            error.add_note(f"as the results of {method} were added up")
+            raise
+        return value, set(counted), lost
+
+    async def _gathered(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reduction: GroupReduction | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Exception]]:
+        """Results and failures of a group call; as of `call`."""
         results: dict[str, Any] = {}
         failures: dict[str, Exception] = {}
         needed = self._options.min_results
         if needed is not None and needed > len(self._clients):
             raise QuorumError(f"min_results={needed} of a group of {len(self._clients)} clients can never be met")
-        async with aclosing(self._completed(method, args, kwargs)) as completed:
+        async with aclosing(self._completed(method, args, kwargs, reduction)) as completed:
             async for client_id, result, error in completed:
+                if error is None and reduction is not None:
+                    error = _taken(reduction, client_id, method, result)
                 if error is None:
-                    results[client_id] = result
+                    results[client_id] = result if reduction is None else None
+                elif isinstance(error, MergeError):
+                    raise error
                 else:
                     failures[client_id] = error
                 out_of_reach = needed is not None and len(self._clients) - len(failures) < needed
@@ -99,6 +201,12 @@ class LearnerGroup:
                     break
         results = {client_id: results[client_id] for client_id in self._clients if client_id in results}
         failures = {client_id: failures[client_id] for client_id in self._clients if client_id in failures}
+        self._check_quorum(method, results, failures)
+        self._check(method, failures, results)
+        return results, failures
+
+    def _check_quorum(self, method: str, results: dict[str, Any], failures: dict[str, Exception]) -> None:
+        needed = self._options.min_results
         if needed is not None and len(results) < needed:
             late = any(isinstance(error, CallTimeoutError) for error in failures.values())
             when = f" within {self._options.timeout_s} s" if late else ""
@@ -108,14 +216,15 @@ class LearnerGroup:
                 results,
                 failures,
             )
-        if failures and needed is None and self._options.on_error == "raise":
+
+    def _check(self, method: str, failures: dict[str, Exception], results: dict[str, Any]) -> None:
+        if failures and self._options.min_results is None and self._options.on_error == "raise":
             raise GroupCallError(
                 f"{method} failed for {', '.join(failures)}; options(on_error='collect') returns the other "
                 f"{len(results)} results all the same",
                 failures,
                 results,
             )
-        return GroupResult(results, failures)
 
     async def as_completed(self, method: str, /, *args: Any, **kwargs: Any) -> AsyncIterator[tuple[str, Any]]:
         """Call a method of every client's learner and yield ``(client_id, result)`` as each completes.
@@ -135,15 +244,21 @@ class LearnerGroup:
                 yield client_id, result if error is None else error
 
     async def _completed(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reduction: GroupReduction | None = None,
     ) -> AsyncGenerator[tuple[str, Any, Exception | None], None]:
         """Yield (client, result, error) in the order of completion; leaving it cancels the other calls."""
-        tasks: dict[asyncio.Future[Any], str] = {
-            asyncio.ensure_future(
-                self._dispatcher.call(self._options, client_id, method, args, {**kwargs, **own})
-            ): client_id
-            for client_id, own in self._clients.items()
-        }
+        tasks: dict[asyncio.Future[Any], str] = {}
+        # Neighbours of a reduction one after another: their results are merged as they come.
+        clients = self._clients if reduction is None else reduction.reduction.client_ids
+        for client_id in self._dispatcher.plan(clients, method):
+            own = self._clients[client_id]
+            part = reduction.reduction.part(client_id) if reduction is not None else None
+            call = self._dispatcher.call(self._options, client_id, method, args, {**kwargs, **own}, part)
+            tasks[asyncio.ensure_future(call)] = client_id
         ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
         for task in tasks:
             task.add_done_callback(ended.put_nowait)
@@ -160,3 +275,13 @@ class LearnerGroup:
         finally:
             unfinished = [task for task in tasks if task.cancel()]
             await asyncio.gather(*unfinished, return_exceptions=True)
+
+
+def _taken(reduction: GroupReduction, client_id: str, method: str, result: Any) -> Exception | None:
+    """Take a result into a reduction; what goes wrong is an error of that client's call."""
+    try:
+        reduction.take(client_id, result)
+    except Exception as error:
+        error.add_note(f"in {client_id}.{method}, as its result was added up")
+        return error
+    return None

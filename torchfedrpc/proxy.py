@@ -16,6 +16,7 @@ from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.cut import Cut
 from torchfedrpc.executors.router import ExecutorRouter
+from torchfedrpc.executors.sharing import SharedRef, submits_first
 from torchfedrpc.group import LearnerGroup
 from torchfedrpc.host.methods import public_methods
 from torchfedrpc.host.process import process_settings
@@ -56,6 +57,7 @@ class LearnerHandle:
         if method.startswith("_"):
             raise AttributeError(method)
 
+        @submits_first
         async def call(*args: Any, **kwargs: Any) -> Any:
             return await self._dispatcher.call(self._options, self.client_id, method, args, kwargs)
 
@@ -172,6 +174,7 @@ class LearnerProxy:
         view._exit = AsyncExitStack()
         return view
 
+    @submits_first
     async def execute_remote_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call any public method of a client's learner.
 
@@ -184,22 +187,27 @@ class LearnerProxy:
         """
         return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
 
+    @submits_first
     async def custom_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         """The same as `execute_remote_method`."""
         return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
 
+    @submits_first
     async def train_epoch(self, /, client_id: str, **kwargs: Any) -> Any:
         """Call the learner's ``train_epoch(**kwargs)``."""
         return await self._dispatcher.call(self._options, client_id, "train_epoch", (), kwargs)
 
+    @submits_first
     async def evaluate(self, /, client_id: str, **kwargs: Any) -> Any:
         """Call the learner's ``evaluate(**kwargs)``."""
         return await self._dispatcher.call(self._options, client_id, "evaluate", (), kwargs)
 
+    @submits_first
     async def get_model_weights(self, client_id: str) -> Any:
         """Call the learner's ``get_model_weights()``."""
         return await self._dispatcher.call(self._options, client_id, "get_model_weights", (), {})
 
+    @submits_first
     async def set_model_weights(self, client_id: str, weights: Any) -> Any:
         """Call the learner's ``set_model_weights(weights)``."""
         return await self._dispatcher.call(self._options, client_id, "set_model_weights", (weights,), {})
@@ -237,6 +245,19 @@ class LearnerProxy:
             SerializationError: an argument cannot be sent.
         """
         return self._dispatcher.stream(self._options, client_id, method, args, kwargs)
+
+    async def share(self, obj: Any) -> SharedRef:
+        """Place an object once for all workers: given as an argument of calls, the reference arrives as the object.
+
+        The value is taken now; it travels to a worker with the first call there that has it. Each call has an object
+        of its own, which costs memory only where it is written. It is freed when the reference is dropped, or by
+        ``await ref.release()``.
+
+        Raises:
+            SerializationError: it cannot be sent.
+            ConfigError: the mode has no such references.
+        """
+        return self._dispatcher.share(obj)
 
     async def snapshots(self, ids: Iterable[str] | None = None) -> AsyncIterator[tuple[str, bytes]]:
         """The learners' states as bytes, one client at a time: ``async for client_id, data in proxy.snapshots()``.

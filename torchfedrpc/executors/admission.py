@@ -41,7 +41,7 @@ class Admission:
         """Bytes admitted and not released."""
         return self._num_bytes
 
-    async def admit(self, num_bytes: int) -> None:
+    async def admit(self, num_bytes: int) -> bool:
         """Wait until there is room, and take it; `release` gives it back.
 
         Returns without a task switch where there is room and nobody waits, so that calls which are submitted at
@@ -50,10 +50,13 @@ class Admission:
 
         Args:
             num_bytes: size of the call's arguments.
+
+        Returns:
+            Whether it had to wait.
         """
         if not self._waiting and not self._num_waking and self._has_room(num_bytes):
             self._num_bytes += num_bytes
-            return
+            return False
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((turn, num_bytes))
         try:
@@ -66,6 +69,12 @@ class Admission:
             raise
         self._num_waking -= 1
         self._wake()  # those who came while this one was waking
+        return True
+
+    def take(self, num_bytes: int) -> int:
+        """Take more than was admitted, without a wait, since whoever was admitted holds up nobody; how much it is."""
+        self._num_bytes += max(num_bytes, 0)
+        return max(num_bytes, 0)
 
     def release(self, num_bytes: int) -> None:
         """Give back what `admit` took, and admit who waits for it."""

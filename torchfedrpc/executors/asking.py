@@ -6,8 +6,9 @@ import asyncio
 import logging
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
 from torchfedrpc.wire.packing import Packed, pack
+from torchfedrpc.wire.shared import SharedValue
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class AskingExecutor(CallExecutor):
 
     async def close(self) -> None:
         """Answer nobody any more."""
+        self._sharing.close()
         for record in self._ledger:
             for asked in record.asked.values():
                 if asked.reply is not None and not asked.is_own:
@@ -76,13 +79,22 @@ class AskingExecutor(CallExecutor):
             return b""
         return await super().capture(client_id)
 
+    def _unshare(self, value: SharedValue) -> None:
+        if self._group is not None:
+            for host in self._group.hosts.values():
+                host.unshare(value)
+
     def _submit(self, call: Call, reply: Reply) -> None:
         record = self._record(call.client_id)
         if (reason := record.given_up or self._unreachable(record)) is not None:
             reply(self._lost(call, reason))
             return
-        self._ledger.ask(record, call, reply)
-        self._push(record)
+        asked = self._ledger.ask(record, call, reply)
+        host = self._host(record)
+        if host is not None and record.client_id in host and self._is_there(record) and record.moving_to is None:
+            self._ask(host, record, asked)
+        else:
+            self._push(record)
 
     def _advance(self, call: Call, step: int, reply: Reply) -> None:
         record = self._record(call.client_id)
@@ -184,11 +196,17 @@ class AskingExecutor(CallExecutor):
             asked.reply(outcome)
         is_newer = asked.number > record.snapshot_number  # else the learner was rebuilt from its last snapshot
         if asked.call.kind == "restore" and outcome.kind == "value" and is_newer and record.journal:
-            self._keep(record, asked.number, lambda: asked.call.arguments.copy().open(self._allow)[0])
+            self._keep(record, asked.number, lambda: asked.call.arguments.copy().open(self.allow)[0])
+        self._settled(record)
+
+    def _settled(self, record: Record) -> None:
+        """A call of a learner is over: see whether its journal has become too long, and let others go on."""
         if self._ledger.is_cut_off(record):
             self._request_snapshot(record)
         elif self._ledger.has_long_journal(record):
             self._snapshot_in_turn(record)
+        for value in self._ledger.to_spill():
+            self._in_background(self._spill(value))
         for largest in self._ledger.largest_journals():
             self._snapshot_in_turn(largest)
         self._went_on(record)
@@ -254,9 +272,18 @@ class AskingExecutor(CallExecutor):
 
     def _keep(self, record: Record, number: int, read: Callable[[], torch.Tensor]) -> None:
         """Store the learner's state as of call ``number``, which ``read`` gives as uint8 [num_bytes]."""
-        task = asyncio.ensure_future(self._store(record, number, read))
+        self._in_background(self._store(record, number, read))
+
+    def _in_background(self, storing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(storing)
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
+
+    async def _spill(self, value: SharedValue) -> None:
+        try:
+            await asyncio.to_thread(value.spill)
+        except OSError as error:
+            logger.warning("journals take more memory than journal_max_bytes allows: %s", error)
 
     async def _store(self, record: Record, number: int, read: Callable[[], torch.Tensor]) -> None:
         try:
@@ -272,6 +299,8 @@ class AskingExecutor(CallExecutor):
             else:  # it was lost meanwhile: its journal still has all that it has done
                 logger.info("a snapshot of %s could not be stored: %s", record.client_id, error)
         record.awaits_snapshot = False
+        if self._group is None:  # closed meanwhile
+            return
         if self._ledger.is_cut_off(record):  # again, since it was asked for
             self._request_snapshot(record)
         held, record.held = record.held, []

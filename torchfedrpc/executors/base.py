@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +16,13 @@ from torchfedrpc import errors
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
 from torchfedrpc.executors.admission import Admission, estimate
+from torchfedrpc.executors.balance import Durations, longest_first
 from torchfedrpc.executors.cut import Cut
+from torchfedrpc.executors.reduction import Collecting, Gathering, Reduction
+from torchfedrpc.executors.sharing import SharedRef, Sharing, held
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import answer, call_on
-from torchfedrpc.host.call import Call, CallKind, Outcome
+from torchfedrpc.host.call import Call, CallKind, Outcome, Part
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
@@ -27,7 +30,10 @@ from torchfedrpc.host.process import choose_device
 from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.observe.events import Event, ProgressReported
-from torchfedrpc.wire.packing import Packed, Reference, pack
+from torchfedrpc.wire.packing import Packed, Reference, pack, pack_nothing
+from torchfedrpc.wire.shared import SharedValue, shared_values
+
+_MAX_PLAIN_ARGUMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Invocation:
         kwargs: its keyword arguments.
         run_timeout_s: seconds the method may run; None for no limit.
         retries: how often to ask again where the method was not begun.
+        part: of a reduction, where the result is one.
     """
 
     call_id: int
@@ -105,6 +112,7 @@ class Invocation:
     kwargs: dict[str, Any]
     run_timeout_s: float | None = None
     retries: int = 0
+    part: Part | None = None
 
 
 class AbstractExecutor(ABC):
@@ -169,6 +177,22 @@ class AbstractExecutor(ABC):
     def follow(self, cut: Cut) -> None:  # noqa: B027
         """Let calls that are submitted from now on come behind this cut; it takes the place of any before."""
 
+    def share(self, obj: Any) -> SharedRef:
+        """An object as it is now, for the arguments of calls to come.
+
+        Raises:
+            ConfigError: the mode has no such references.
+        """
+        raise ConfigError(f"{type(self).__name__} shares nothing: override its share(), or pass the object itself")
+
+    def plan(self, client_ids: Sequence[str], method: str) -> list[str]:
+        """The clients of a group's call in the order in which to submit it, before it is."""
+        return list(client_ids)
+
+    def reduction(self, reduction: Reduction) -> Collecting:
+        """Take part in a reduction; by default with the results that calls return."""
+        return Gathering(reduction)
+
     def worker_of(self, client_id: str) -> str:
         """The name of the process that has this client's learner, for messages."""
         return type(self).__name__
@@ -206,11 +230,18 @@ class CallExecutor(AbstractExecutor):
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no proxy numbered
         self._admission = Admission(self.config.max_inflight_bytes)
         self._cut: Cut | None = None
+        self._durations = Durations()
+        self._holders: dict[
+            SharedValue, list[int]
+        ] = {}  # value of a tick -> calls that have it, bytes admitted for it
+        self._plain_arguments: dict[bytes, Packed] = {}  # such as have no tensors, by what they are
+        self._sharing = Sharing(self._take_value, self._unshare)
 
     async def open(self, spec: ExecutorSpec) -> None:
         """Remember what the run is; subclasses reach their hosts here."""
         self._spec = spec
-        self._allow = spec.learner.allow_list()
+        self._sharing = Sharing(self._take_value, self._unshare)
+        self.allow = spec.learner.allow_list()
 
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Run a learner's method with the configuration's ``call_timeout_s``."""
@@ -222,18 +253,58 @@ class CallExecutor(AbstractExecutor):
 
         Its arguments' value is taken once ``max_inflight_bytes`` has room for it.
         """
-        num_bytes = estimate(invocation.args, invocation.kwargs)
-        await self._admission.admit(num_bytes)
+        given = held(invocation.args, invocation.kwargs)
+        args, kwargs = self._sharing.recognised(*given)
+        num_bytes = estimate(args, kwargs)
+        if await self._admission.admit(num_bytes):  # it had to wait, and may have to take what others had then
+            args, kwargs = self._sharing.recognised(*given)
+            num_bytes += self._admission.take(estimate(args, kwargs) - num_bytes)
+        values: tuple[SharedValue, ...] = ()
         try:
-            call = self._call(invocation)
+            call = self._call(invocation, args, kwargs)
+            values = tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
+            num_bytes -= self._holds(values, num_bytes)
             await self._passed(call.client_id)
             for remaining in range(invocation.retries, -1, -1):
                 outcome = await self._answered(call)
                 if not (remaining and _may_go_better(outcome)):
                     break
+            if outcome.kind == "value":
+                self._durations.saw(call.client_id, call.method, outcome.seconds)
+            if (error := outcome.error) is not None:
+                try:
+                    del outcome  # its error would have this frame, and so itself: a circle that would keep the call
+                    raise error
+                finally:
+                    del error
             return self._result(outcome, call)
         finally:
-            self._admission.release(num_bytes)
+            self._admission.release(num_bytes + self._holds_no_more(values))
+
+    def _holds(self, values: Iterable[SharedValue], num_bytes: int) -> int:
+        """One more call has these values; how many of its bytes were admitted for those that no other has."""
+        num_own = 0
+        for value in values:
+            holders = self._holders.get(value)
+            if holders is None:
+                admitted = min(value.num_bytes, num_bytes - num_own)
+                holders = self._holders[value] = [0, admitted]
+                num_own += admitted
+            holders[0] += 1
+        return num_own
+
+    def _holds_no_more(self, values: Iterable[SharedValue]) -> int:
+        """A call that had these values has ended; how many bytes were admitted for those that no other has now."""
+        num_bytes = 0
+        for value in values:
+            self._holders[value][0] -= 1
+            if not self._holders[value][0]:
+                num_bytes += self._holders.pop(value)[1]
+        return num_bytes
+
+    def plan(self, client_ids: Sequence[str], method: str) -> list[str]:
+        """The clients of a group's call in the order in which to submit it: the longest first, by times seen."""
+        return longest_first(self._durations.expected(client_ids, method))
 
     async def snapshot(self, client_id: str) -> bytes:
         """A learner's state between two calls."""
@@ -265,7 +336,7 @@ class CallExecutor(AbstractExecutor):
     def stream(self, invocation: Invocation) -> CallStream:
         """Open a stream; nothing is sent before its first item is asked for."""
         return CallStream(
-            self._call(invocation, kind="stream"),
+            self._call(invocation, invocation.args, invocation.kwargs, kind="stream"),
             submit=self._submit,
             advance=self._advance,
             cancel=self._cancel,
@@ -276,6 +347,10 @@ class CallExecutor(AbstractExecutor):
     def follow(self, cut: Cut) -> None:
         """Let calls that are submitted from now on come behind this cut."""
         self._cut = cut
+
+    def share(self, obj: Any) -> SharedRef:
+        """An object as it is now, for the arguments of calls to come."""
+        return self._sharing.place(obj)
 
     @abstractmethod
     def _submit(self, call: Call, reply: Reply) -> None:
@@ -289,6 +364,9 @@ class CallExecutor(AbstractExecutor):
     def _cancel(self, call: Call) -> None:
         """Tell the host that nobody waits for this call any more."""
 
+    def _unshare(self, value: SharedValue) -> None:
+        """No call that is to come refers to this value."""
+
     async def _passed(self, client_id: str) -> None:
         if self._cut is not None:
             await self._cut.passed(client_id)
@@ -296,15 +374,30 @@ class CallExecutor(AbstractExecutor):
     def _take_value(self, obj: Any) -> Packed:
         return pack(obj)
 
+    def _take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
+        if not args and not kwargs:
+            return pack_nothing()
+        parcel = pack((args, kwargs), may_refer=True)
+        if parcel.slots or parcel.apart:
+            return parcel
+        # Journals keep arguments, and those of a round's calls are often the same few numbers.
+        if len(self._plain_arguments) >= _MAX_PLAIN_ARGUMENTS:
+            self._plain_arguments.clear()
+        return self._plain_arguments.setdefault(parcel.head, parcel)
+
     async def _answered(self, call: Call) -> Outcome:
         return await answer(partial(self._submit, call), partial(self._cancel, call))
 
     def _own_call_id(self) -> int:
         return next(self._own_call_ids)
 
-    def _call(self, invocation: Invocation, kind: CallKind = "call") -> Call:
+    def _call(
+        self, invocation: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any], kind: CallKind = "call"
+    ) -> Call:
         try:
-            arguments = self._take_value((invocation.args, invocation.kwargs))
+            if kind == "call":
+                args, kwargs = self._sharing.shared(args, kwargs)
+            arguments = self._take_arguments(args, kwargs)
         except SerializationError as error:
             raise type(error)(
                 f"the arguments of {invocation.client_id}.{invocation.method} cannot be sent: {error}"
@@ -316,10 +409,11 @@ class CallExecutor(AbstractExecutor):
             arguments,
             invocation.run_timeout_s,
             kind,
+            invocation.part,
         )
 
     def _result(self, outcome: Outcome, call: Call) -> Any:
-        return outcome.result(call, self._allow, self.worker_of(call.client_id))
+        return outcome.result(call, self.allow, self.worker_of(call.client_id))
 
 
 def _may_go_better(outcome: Outcome) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.host.call import Call, Outcome
@@ -12,9 +13,13 @@ from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.host.spool import Spool
 from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.wire.packing import Packed
+from torchfedrpc.wire.shared import SharedValue, shared_values
+
+_MANY_USES = 4  # of a value, from which on it costs less to write it to disk than to take snapshots
+_DISK_SHARE = 8  # times as much as in memory
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Asked:
     """A call that its worker has not finished, as far as the driver knows.
 
@@ -50,7 +55,7 @@ class Asked:
         self.num_items_here = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Entry:
     """A call that has changed its learner, as the journal keeps it.
 
@@ -67,7 +72,7 @@ class Entry:
     was_closed: bool
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Record:
     """One client's learner.
 
@@ -79,7 +84,7 @@ class Record:
         journal: the calls since then, in the order in which they ran.
         asked: the calls that are not finished, by id, in order.
         num_losses: how often in succession its worker was lost as a call of it ran.
-        num_journal_bytes: bytes of the arguments that its journal keeps.
+        num_journal_bytes: bytes of the arguments that its journal keeps, without what they share with others.
         given_up: why it takes no calls any more.
         unrecoverable: why it could not be rebuilt, should its worker be lost.
         cut_off_number: place of the last call that was cut off, so that the journal cannot repeat it.
@@ -89,7 +94,10 @@ class Record:
         changed_number: place of the last call that may have changed it, among those that are answered.
         moving_to: the worker that is to have it once the calls that its present one has are answered.
         moves_by_journal: whether its calls are made again there, since it cannot be captured.
+        may_stay: whether it need not move if it cannot be captured.
+        is_immovable: whether that was so.
         num_builds: how often it was made on some worker.
+        move_began: when it began to move last, by `time.monotonic`.
     """
 
     client_id: str
@@ -109,7 +117,10 @@ class Record:
     changed_number: int = 0
     moving_to: str | None = None
     moves_by_journal: bool = False
+    may_stay: bool = False
+    is_immovable: bool = False
     num_builds: int = 0
+    move_began: float = 0.0
 
     @property
     def awaits_state(self) -> bool:
@@ -148,6 +159,9 @@ class Ledger:
         self._records: dict[str, Record] = {}
         self._numbers = itertools.count(1)
         self._spool = Spool()
+        self._num_uses: Counter[SharedValue] = Counter()  # of each shared value, by the entries of all journals
+        self._on_disk: set[SharedValue] = set()  # those that are on disk, or on their way there
+        self._num_disk_bytes = 0
         self.num_journal_bytes = 0
 
     def __iter__(self) -> Iterator[Record]:
@@ -192,14 +206,14 @@ class Ledger:
             record.cut_off_number = asked.number
             if not asked.num_items:
                 return
-        # The journal's calls have no deadline: they have run in time already.
-        call = replace(asked.call, run_timeout_s=None)
+        call = asked.call.repeated()
         was_closed = is_cut_off or outcome.kind == "cancelled"
-        record.journal.append(Entry(call, asked.number, asked.num_items, was_closed))
         # A learner's calls run in the order of their numbers; their answers may overtake each other.
-        record.journal.sort(key=lambda entry: entry.number)
-        record.num_journal_bytes += call.arguments.num_bytes
-        self._count(call.arguments.num_bytes)
+        is_in_order = not record.journal or record.journal[-1].number < asked.number
+        record.journal.append(Entry(call, asked.number, asked.num_items, was_closed))
+        if not is_in_order:
+            record.journal.sort(key=lambda entry: entry.number)
+        self._count(record, [call])
 
     def is_cut_off(self, record: Record) -> bool:
         """Whether a snapshot has to hold what the journal cannot repeat: a call that was cut off."""
@@ -225,18 +239,42 @@ class Ledger:
 
     def largest_journals(self) -> list[Record]:
         """The learners whose snapshots bring the journals' arguments under their bound, once they have come."""
-        excess = self.num_journal_bytes - self._max_bytes
+        beyond_disk = max(self._num_disk_bytes - _DISK_SHARE * self._max_bytes, 0)
+        excess = float(self.num_journal_bytes - self._max_bytes + beyond_disk)
         if excess <= 0:
             return []
-        excess -= sum(record.num_journal_bytes for record in self if record.awaits_snapshot)
+        shares = {record: self._share(record) for record in self if record.journal}
+        excess -= sum(share for record, share in shares.items() if record.awaits_snapshot)
         chosen = []
-        for record in sorted(self, key=lambda record: record.num_journal_bytes, reverse=True):
-            if excess <= 0 or not record.num_journal_bytes:
+        for record, share in sorted(shares.items(), key=lambda item: item[1], reverse=True):
+            if excess <= 0 or not share:
                 break
             if not record.awaits_snapshot:
                 chosen.append(record)
-                excess -= record.num_journal_bytes
+                excess -= share
         return chosen
+
+    def to_spill(self) -> list[SharedValue]:
+        """Values that many calls of the journals have in common, whose way to disk brings these under their bound.
+
+        Snapshots of all the learners that had them would cost more.
+        """
+        excess, chosen = self.num_journal_bytes - self._max_bytes, []
+        for value in list(self._num_uses) if excess > 0 else ():
+            if excess <= 0 or self._num_disk_bytes > _DISK_SHARE * self._max_bytes:
+                break
+            if self._num_uses[value] >= _MANY_USES and value not in self._on_disk:
+                chosen.append(value)
+                self._on_disk.add(value)
+                self._num_disk_bytes += value.num_bytes
+                self.num_journal_bytes -= value.num_bytes
+                excess -= value.num_bytes
+        return chosen
+
+    def _share(self, record: Record) -> float:
+        """Bytes that a learner's journal keeps; of what several entries share, each has its part."""
+        shared = (value for entry in record.journal for value in shared_values(entry.call.arguments))
+        return record.num_journal_bytes + sum(value.num_bytes / self._num_uses[value] for value in shared)
 
     def store(self, record: Record, number: int, data: memoryview) -> None:
         """Write a snapshot to disk, on any thread; `took` makes it the record's own.
@@ -302,14 +340,30 @@ class Ledger:
     def close(self) -> None:
         """Give memory and disk back."""
         self._records.clear()
+        self._num_uses.clear()
+        self._on_disk.clear()
         self._spool.close()
 
     def _cut(self, record: Record, journal: list[Entry]) -> None:
-        before = record.num_journal_bytes
+        kept = set(journal)
+        self._count(record, [entry.call for entry in record.journal if entry not in kept], sign=-1)
         record.journal = journal
-        record.num_journal_bytes = sum(entry.call.arguments.num_bytes for entry in journal)
-        self._count(record.num_journal_bytes - before)
 
-    def _count(self, num_bytes: int) -> None:
-        self.num_journal_bytes += num_bytes
+    def _count(self, record: Record, calls: Iterable[Call], *, sign: int = 1) -> None:
+        """Note that a learner's journal has these calls now, or has them no more."""
+        for call in calls:
+            num_bytes = call.arguments.num_bytes
+            record.num_journal_bytes += sign * num_bytes
+            for value in shared_values(call.arguments):
+                if not self._num_uses[value]:
+                    num_bytes += value.num_bytes
+                self._num_uses[value] += sign
+                if not self._num_uses[value]:
+                    del self._num_uses[value]
+                    if value in self._on_disk:
+                        self._on_disk.discard(value)
+                        self._num_disk_bytes -= value.num_bytes
+                    else:
+                        num_bytes += value.num_bytes
+            self.num_journal_bytes += sign * num_bytes
         self._hold(max(self.num_journal_bytes - self._max_bytes, 0))

@@ -5,21 +5,27 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 
-from torchfedrpc.executors.asking import AskingExecutor
 from torchfedrpc.executors.ledger import Record
+from torchfedrpc.executors.reducing import ReducingExecutor
 
 logger = logging.getLogger(__name__)
 
 
-class MovingExecutor(AskingExecutor):
+class MovingExecutor(ReducingExecutor):
     """Takes a learner's snapshot behind the calls that its worker has, and makes it anew from that elsewhere.
 
     Calls that come meanwhile wait for the next worker. It makes the learner at its next call, as after a loss.
     """
 
-    def _begin_move(self, record: Record, label: str) -> None:
-        """Give a learner another worker as soon as its calls allow; it may be the same, which is about to leave."""
-        record.moving_to, record.moves_by_journal = label, False
+    def _begin_move(self, record: Record, label: str, *, if_easy: bool = False) -> None:
+        """Give a learner another worker as soon as its calls allow; it may be the same, which is about to leave.
+
+        Args:
+            record: whose learner.
+            label: the worker.
+            if_easy: whether it may stay as well, where its state cannot be captured.
+        """
+        record.moving_to, record.moves_by_journal, record.may_stay = label, False, if_easy
         self._go_on_moving(record)
 
     @abstractmethod
@@ -36,6 +42,7 @@ class MovingExecutor(AskingExecutor):
 
     def _go_on_moving(self, record: Record) -> None:
         if record.awaits_snapshot or any(asked.asked_through is not None for asked in record.asked.values()):
+            self._hurry(record)
             return  # answers may overtake each other, and that of the snapshot those before it
         if self._is_there(record) and record.changed_number > record.snapshot_number and not record.moves_by_journal:
             if record.unrecoverable is not None:
@@ -46,7 +53,10 @@ class MovingExecutor(AskingExecutor):
         self._move(record)
 
     def _cannot_move(self, record: Record, error: Exception) -> None:
-        if self._ledger.has_all(record):
+        if record.may_stay:
+            record.is_immovable = True
+            self._stop_moving(record, str(error))
+        elif self._ledger.has_all(record):
             logger.warning("%s moves without a snapshot, its calls are made again: %s", record.client_id, error)
             record.moves_by_journal = True
         else:

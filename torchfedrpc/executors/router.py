@@ -12,6 +12,8 @@ from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
 from torchfedrpc.executors.cut import Cut
 from torchfedrpc.executors.placement import HTTP, LOCAL, Endpoint
+from torchfedrpc.executors.reduction import Collecting, Reduction
+from torchfedrpc.executors.sharing import SharedRef
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.launcher import Launch
 from torchfedrpc.registry import executors
@@ -42,6 +44,7 @@ class ExecutorRouter:
 
     async def open(self, spec: ExecutorSpec) -> None:
         """Open every executor that has clients; close them also where one fails."""
+        self.allow = spec.learner.allow_list()
         for executor in self._executors():
             self._begun.push_async_callback(executor.close)
             await executor.open(spec)
@@ -49,6 +52,28 @@ class ExecutorRouter:
     async def close(self) -> None:
         """Close all that were begun."""
         await self._begun.aclose()
+
+    def plan(self, client_ids: Iterable[str], method: str) -> list[str]:
+        """The clients of a group's call in the order in which to submit it, before it is."""
+        by_executor: dict[AbstractExecutor, list[str]] = {}
+        for client_id in client_ids:
+            by_executor.setdefault(self.get_executor(client_id), []).append(client_id)
+        return [one for executor, of_one in by_executor.items() for one in executor.plan(of_one, method)]
+
+    def reduction(self, reduction: Reduction) -> dict[str, Collecting]:
+        """For each client of a reduction the share of its executor."""
+        shares: dict[AbstractExecutor, Collecting] = {}
+        of_clients = {}
+        for client_id in reduction.client_ids:
+            executor = self.get_executor(client_id)
+            if executor not in shares:
+                shares[executor] = executor.reduction(reduction)
+            of_clients[client_id] = shares[executor]
+        return of_clients
+
+    def share(self, obj: Any) -> SharedRef:
+        """An object as it is now, for the arguments of calls to come, whichever executor sends them."""
+        return self._main.share(obj)
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
         """The states of learners as of now, one by one, while calls go on; one cut at a time."""

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
+
+from torchfedrpc.host.reduction import fold
+from torchfedrpc.host.sums import added, kind_of, mean_from, plain_tensors, weighted
 
 StateDict = Mapping[str, Tensor]
 """A model's parameters and buffers by name, as ``Module.state_dict()`` gives them."""
 
+_Part = tuple[Tensor, int]  # a weighted sum, and how many sums are on the longest way to it
 
-@torch.no_grad()
+
 def weighted_mean(states: Sequence[StateDict], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """Average state dicts entry by entry, as FedAvg does (McMahan et al. 2017).
 
-    Additions follow the order of ``states``, so equal arguments give equal bits. Sums are kept in the
-    entry's own dtype, those of floats below 32 bits in float32 and those of integers in float64; beside the
-    sum there is at most one temporary of an entry's size.
+    Additions follow the tree over the places in ``states`` that `torchfedrpc.host.reduction` describes, so equal
+    arguments give equal bits, and those that a group's ``reduce`` with `WeightedMean` gives for clients that have
+    these places. `torchfedrpc.host.sums` says in which dtypes they are done. Beside the means there are at most about
+    log2 of the number of states temporaries of an entry's size.
 
     Args:
-        states: at least one state dict; all have the same names and shapes.
-        weights: one number >= 0 for each, such as its count of samples. Default: all count alike.
+        states: at least one state dict; all have the same names and shapes, and the same kinds of dtype (bool,
+            integer, float, complex).
+        weights: one number >= 0 for each, such as its count of samples. Default: all count alike. Where it is 0 the
+            state dict does not count, whatever its values.
 
     Returns:
         The mean, on the device and in the dtype of the first state dict. Integers are rounded to the
@@ -35,31 +41,32 @@ def weighted_mean(states: Sequence[StateDict], weights: Sequence[float] | None =
     factors = _checked_weights(len(states), weights)
     for place, state in enumerate(states):
         _check_match(states[0], state, place)
-    return {name: _mean([state[name] for state in states], factors) for name in states[0]}
+    total_weight = fold(factors, lambda left, right: left + right)
+    assert total_weight is not None
+    with plain_tensors():
+        return {name: _mean([state[name] for state in states], factors, total_weight) for name in states[0]}
 
 
-def _mean(tensors: list[Tensor], factors: list[float]) -> Tensor:
+def _mean(tensors: list[Tensor], factors: list[float], total_weight: float) -> Tensor:
     first = tensors[0]
-    dtype = _sum_dtype(first.dtype)
-    total = torch.zeros_like(first, dtype=dtype, requires_grad=False)
-    for tensor, factor in zip(tensors, factors, strict=True):
-        total.add_(tensor.to(device=first.device, dtype=dtype), alpha=factor)
-    total /= math.fsum(factors)
-    if first.dtype == torch.bool:
-        return total > 0.5
-    return total.to(first.dtype) if _is_inexact(first.dtype) else total.round_().to(first.dtype)
+    spare: list[Tensor] = []  # to be written over: fresh memory costs more than the sums
 
+    def parts() -> Iterator[_Part | None]:
+        for tensor, factor in zip(tensors, factors, strict=True):
+            if factor == 0:
+                yield None
+            else:
+                yield weighted(tensor.to(first.device), factor, out=spare.pop() if spare else None), 0
 
-def _is_inexact(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
+    def merge(left: _Part, right: _Part) -> _Part:
+        num_sums = max(left[1], right[1]) + 1
+        total = added(left[0], right[0], num_sums)
+        spare.extend(tensor for tensor, _ in (left, right) if tensor is not total)
+        return total, num_sums
 
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    if not _is_inexact(dtype):
-        return torch.float64
-    if dtype.is_complex:
-        return torch.complex64 if dtype.itemsize < torch.complex64.itemsize else dtype
-    return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
+    root = fold(parts(), merge)
+    assert root is not None
+    return mean_from(root[0], total_weight, first.dtype)
 
 
 def _checked_weights(num_states: int, weights: Sequence[float] | None) -> list[float]:
@@ -86,4 +93,9 @@ def _check_match(first: StateDict, other: StateDict, place: int) -> None:
             raise ValueError(
                 f"entry {name!r} has shape {list(tensor.shape)} in the state dict at {place}, "
                 f"and {list(first[name].shape)} in the one at 0"
+            )
+        if kind_of(tensor.dtype) != kind_of(first[name].dtype):
+            raise ValueError(
+                f"entry {name!r} is {kind_of(tensor.dtype)} in the state dict at {place}, and "
+                f"{kind_of(first[name].dtype)} in the one at 0"
             )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
+from torchfedrpc.host.reducers import WeightedMean
 from torchfedrpc.observe.events import RoundEnded
 from torchfedrpc.proxy import LearnerProxy
 from torchfedrpc.registry import trainer
@@ -24,6 +25,8 @@ class RoundLog(Protocol):
 @trainer("fedavg")
 class FedAvgTrainer(AbstractFederationTrainer):
     """Train a cohort from the global weights, average, begin again (McMahan et al. 2017).
+
+    Updates are averaged on the workers; a subclass that overrides `aggregate_weights` is given them all.
 
     Args:
         config: ``num_rounds``, ``local_epochs`` (default: 1), ``clients_per_round`` and ``seed``.
@@ -74,17 +77,27 @@ class FedAvgTrainer(AbstractFederationTrainer):
             ``train_loss`` (mean over the cohort's samples), ``num_clients``, and what ``score`` gives.
         """
         cohort = self.learner_proxy.clients(self.select_clients(round_num))
-        results = await cohort.train_epoch(model_weights=self.weights, round_num=round_num, **self.local_settings())
-        updates = list(results.values())
-        num_samples = [update["num_samples"] for update in updates]
-        losses = [update["train_loss"] * update["num_samples"] for update in updates]
-        self.weights = await self.aggregate_weights([update["model_weights"] for update in updates], num_samples)
+        arguments = {"model_weights": self.weights, "round_num": round_num, **self.local_settings()}
+        if _averages(type(self)):
+            mean = await cohort.reduce("train_epoch", WeightedMean(("model_weights", "train_loss")), **arguments)
+            self.weights, train_loss, num_clients = mean.value["model_weights"], mean.value["train_loss"], mean.count
+        else:
+            updates = list((await cohort.train_epoch(**arguments)).values())
+            num_samples = [update["num_samples"] for update in updates]
+            losses = [update["train_loss"] * update["num_samples"] for update in updates]
+            self.weights = await self.aggregate_weights([update["model_weights"] for update in updates], num_samples)
+            train_loss, num_clients = math.fsum(losses) / sum(num_samples), len(updates)
         return {
-            "train_loss": math.fsum(losses) / sum(num_samples),
-            "num_clients": len(updates),
+            "train_loss": train_loss,
+            "num_clients": num_clients,
             **(self._score(self.weights) if self._score else {}),
         }
 
     def local_settings(self) -> dict[str, Any]:
         """What every client's ``train_epoch`` is told beside weights and round."""
         return {"local_epochs": self._count("local_epochs", default=1, least=1)}
+
+
+def _averages(kind: type[FedAvgTrainer]) -> bool:
+    """Whether updates are aggregated as the base class does it: then nobody need see each."""
+    return kind.aggregate_weights is AbstractFederationTrainer.aggregate_weights

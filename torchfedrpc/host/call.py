@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torchfedrpc.errors import SerializationError, WorkerLostError
@@ -12,7 +12,20 @@ from torchfedrpc.wire.packing import Packed, Reference
 
 _TAKEN = Reference(None)
 
-CallKind = Literal["call", "stream", "snapshot", "restore"]
+CallKind = Literal["call", "stream", "snapshot", "restore", "collect"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a call's result is a part of, instead of going back.
+
+    Attributes:
+        reduction: number of the reduction, in a run.
+        place: the client's place in it.
+    """
+
+    reduction: int
+    place: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +41,9 @@ class Call:
             stream, each step has so long.
         kind: ``call`` a method; ``stream``: ask for a generator method's items one by one; ``snapshot``: take the
             learner's state, as uint8 [num_bytes]; ``restore`` it, the arguments being that tensor and the keyword
-            arguments of the constructor (None: those that the learner was registered with).
+            arguments of the constructor (None: those that the learner was registered with); ``collect`` what a host
+            has of a reduction, the arguments being its number and the places that count for nothing.
+        part: of a reduction, where the result is one.
     """
 
     call_id: int
@@ -37,10 +52,15 @@ class Call:
     arguments: Packed
     run_timeout_s: float | None = None
     kind: CallKind = "call"
+    part: Part | None = None
+
+    def repeated(self) -> Call:
+        """This call, to be made once more: it has run in time already, and its result has been taken."""
+        return Call(self.call_id, self.client_id, self.method, self.arguments, None, self.kind)
 
     def taken(self) -> Call:
         """This call without its arguments, which are its method's own by now, to keep or to drop."""
-        return replace(self, arguments=_TAKEN)
+        return Call(self.call_id, self.client_id, self.method, _TAKEN, self.run_timeout_s, self.kind, self.part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +76,7 @@ class Outcome:
         cut_off: whether it was begun and ended early by a deadline or a cancel, so that what it has done to its
             learner cannot be done again.
         error: what the caller's own process has to say, raised as it is.
+        seconds: how long the method ran, of a value.
     """
 
     kind: Literal["value", "item", "end", "failed", "cancelled"]
@@ -64,6 +85,7 @@ class Outcome:
     never_ran: bool = False
     cut_off: bool = False
     error: Exception | None = None
+    seconds: float = 0.0
 
     @property
     def is_final(self) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 
 class Gate:
-    """A fair lock with shared and exclusive holders, served strictly in the order of their arrival."""
+    """A fair lock with shared and exclusive holders, served strictly in the order of their arrival.
+
+    Attributes:
+        shared: ``with gate.shared:`` holds it beside other shared holders.
+        exclusive: ``with gate.exclusive:`` holds it alone.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -16,26 +20,11 @@ class Gate:
         self._serving = 0
         self._num_sharing = 0
         self._exclusive = False
+        self.shared = _Side(self, exclusive=False)
+        self.exclusive = _Side(self, exclusive=True)
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Hold the gate beside other shared holders."""
-        self._enter(exclusive=False)
-        try:
-            yield
-        finally:
-            self._leave(exclusive=False)
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the gate alone."""
-        self._enter(exclusive=True)
-        try:
-            yield
-        finally:
-            self._leave(exclusive=True)
-
-    def _enter(self, *, exclusive: bool) -> None:
+    def enter(self, *, exclusive: bool) -> None:
+        """Wait for one's turn, and hold it."""
         with self._changed:
             ticket = self._next_ticket
             self._next_ticket += 1
@@ -48,10 +37,29 @@ class Gate:
                 self._num_sharing += 1
                 self._changed.notify_all()
 
-    def _leave(self, *, exclusive: bool) -> None:
+    def leave(self, *, exclusive: bool) -> None:
+        """Hold it no more."""
         with self._changed:
             if exclusive:
                 self._exclusive = False
             else:
                 self._num_sharing -= 1
             self._changed.notify_all()
+
+
+class _Side:
+    """One way to hold a gate; of use to any number of threads at once."""
+
+    __slots__ = ("_exclusive", "_gate")
+
+    def __init__(self, gate: Gate, *, exclusive: bool) -> None:
+        self._gate = gate
+        self._exclusive = exclusive
+
+    def __enter__(self) -> None:
+        self._gate.enter(exclusive=self._exclusive)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._gate.leave(exclusive=self._exclusive)

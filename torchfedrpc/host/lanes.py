@@ -35,6 +35,11 @@ class SyncLane:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits for its turn."""
+        return self._jobs.empty()
+
     def put(self, job: Callable[[], None]) -> None:
         """Run ``job()`` when its turn comes."""
         self._jobs.put(job)

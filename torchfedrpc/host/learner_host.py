@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,10 +18,12 @@ from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.deadlines import Deadlines, debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
 from torchfedrpc.host.mailbox import Job, Mailbox, Reply
+from torchfedrpc.host.residents import Residents
 from torchfedrpc.host.runner import Report, Runner
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import Packed
+from torchfedrpc.wire.packing import Packed, Parcel, Reference
+from torchfedrpc.wire.shared import SharedValue
 
 
 class ConstructorArguments(Protocol):
@@ -68,19 +70,25 @@ class LearnerHost:
         self._is_remote = constructor_arguments is None
         self._by_value = self._is_remote or spec.runtime.isolation != "none"
         self._deadlines = Deadlines(self._expire)
+        self._residents = Residents(spec.runtime.max_resident_learners)
         self._runner = Runner(
             spec,
             device or torch.device("cpu"),
             by_value=self._by_value,
+            in_driver=not self._is_remote,
             report=report or (lambda call, number, progress: None),
             activity=activity,
             deadlines=self._deadlines,
+            residents=self._residents,
+            claim=self._claim,
+            release=self._release,
             done=self._done,
         )
         self._lock = threading.Lock()  # guards the mailboxes' queues, the jobs and their states, and the outcomes
         self._mailboxes: dict[str, Mailbox] = {}
         self._jobs: dict[int, Job] = {}
         self._outcomes: dict[int, Outcome] = {}  # final ones, which may be asked for again
+        self._shared: dict[int, _Shelved] = {}  # number -> a value that calls refer to; set in the order of requests
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no executor numbered
 
     @property
@@ -103,23 +111,67 @@ class LearnerHost:
             if kwargs is None:
                 return self._mailboxes[client_id]
             mailbox = self._mailboxes.get(client_id)
-            if mailbox is None or mailbox.build != build:
-                mailbox = self._mailboxes[client_id] = Mailbox(client_id, kwargs, build)
+            if mailbox is not None and mailbox.build == build:
+                return mailbox
+            self._residents.forget(client_id)
+            mailbox = self._mailboxes[client_id] = Mailbox(client_id, kwargs, build)
             return mailbox
 
     def forget(self, client_id: str) -> None:
         """Let go of a learner that has moved elsewhere; no call of it is here."""
         with self._lock:
             self._mailboxes.pop(client_id, None)
+        self._residents.forget(client_id)
 
-    def submit(self, call: Call, reply: Reply) -> None:
-        """Queue a call of a registered learner; ``reply`` is called with its (next) outcome, on some thread."""
-        if not self._is_remote and call.client_id not in self._mailboxes:
+    def share(self, number: int, parcel: Packed, num_calls: int | None) -> None:
+        """Keep a value that calls refer to by its number.
+
+        Args:
+            number: the value's.
+            parcel: the value.
+            num_calls: so many calls will refer to it; None keeps it until `unshare`.
+        """
+        self._shared[number] = _Shelved(SharedValue(parcel, number, num_calls), num_calls)
+
+    def unshare(self, number: int) -> None:
+        """No call that is to come refers to that value."""
+        self._shared.pop(number, None)
+
+    def unshare_all(self) -> None:
+        """The same of all values: whoever has shared them is about to begin anew."""
+        self._shared.clear()
+
+    def begin_reduction(
+        self, number: int, prototype: Packed, num_places: int, going_on: Iterable[int] | None
+    ) -> None:
+        """Take part in a reduction; as of `Reductions.begin`."""
+        self._runner.reductions.begin(number, prototype, num_places, going_on)
+
+    def end_reduction(self, number: int) -> None:
+        """A reduction is over."""
+        self._runner.reductions.end(number)
+
+    def submit(self, call: Call, reply: Reply, numbers: Iterable[int] = ()) -> None:
+        """Queue a call of a registered learner; ``reply`` is called with its (next) outcome, on some thread.
+
+        Args:
+            call: what is asked.
+            reply: takes the outcome.
+            numbers: of the values that its arguments refer to, where they do not have these themselves.
+        """
+        if numbers:
+            assert isinstance(call.arguments, Parcel)
+            values = tuple(self._take_shared(number) for number in numbers)
+            call = replace(call, arguments=replace(call.arguments, apart=values))
+        if not self._is_remote and call.client_id not in self._mailboxes and call.kind != "collect":
             self._register_here(call.client_id)
         with self._lock:
             known = self._known(call.call_id, 0, reply)
             if known is _UNKNOWN:
-                mailbox = self._mailboxes[call.client_id]
+                if call.kind == "collect":
+                    mailbox = Mailbox(call.client_id, None, made=True)
+                else:
+                    mailbox = self._mailboxes[call.client_id]
                 self._jobs[call.call_id] = job = Job(call, mailbox, reply)
                 if mailbox.current is not None:
                     mailbox.queue.append(job)
@@ -205,7 +257,7 @@ class LearnerHost:
     def stats(self) -> dict[str, int]:
         """How many learners are made here, and how many calls run or wait."""
         with self._lock:
-            made = sum(mailbox.made for mailbox in self._mailboxes.values())
+            made = sum(mailbox.made and not mailbox.is_stored for mailbox in self._mailboxes.values())
             return {"learners": made, "pending_calls": len(self._jobs)}
 
     def close(self, timeout_s: float = 2.0) -> bool:
@@ -218,7 +270,16 @@ class LearnerHost:
             self.cancel(call_id)
         ended = self._runner.close(timeout_s)
         self._deadlines.close()
+        self._residents.close()
         return ended
+
+    def _take_shared(self, number: int) -> SharedValue:
+        shelved = self._shared[number]
+        if shelved.num_calls is not None:
+            shelved.num_calls -= 1
+            if not shelved.num_calls:
+                del self._shared[number]
+        return shelved.value
 
     def _register_here(self, client_id: str) -> None:
         assert self._constructor_arguments is not None
@@ -262,6 +323,20 @@ class LearnerHost:
         if unread:
             self._runner.close_stream(job)
 
+    def _claim(self, mailbox: Mailbox) -> bool:
+        """Keep an idle learner's calls waiting; whether it is idle."""
+        with self._lock:
+            if mailbox.current is not None:
+                return False
+            mailbox.current = Job(_CLAIM, mailbox, None)
+            return True
+
+    def _release(self, mailbox: Mailbox) -> None:
+        with self._lock:
+            mailbox.current = following = mailbox.queue.popleft() if mailbox.queue else None
+        if following is not None:
+            self._runner.begin(following)
+
     def _expire(self, call_id: Any) -> None:
         job = self._jobs.get(call_id)
         if job is None or (not self._is_remote and debugger_attached()):
@@ -300,4 +375,11 @@ class LearnerHost:
             self._outcomes[job.call.call_id] = outcome
 
 
+@dataclass
+class _Shelved:
+    value: SharedValue
+    num_calls: int | None  # that are still to refer to it
+
+
 _UNKNOWN = Outcome("cancelled")
+_CLAIM = Call(0, "", "", Reference(None))  # of no call's: its job stands where a learner's present one does

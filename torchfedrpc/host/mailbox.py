@@ -18,15 +18,17 @@ from torchfedrpc.wire.packing import Packed
 Reply = Callable[[Outcome], None]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Mailbox:
     """One learner and the calls that wait for it.
 
     Attributes:
         client_id: whose learner.
-        kwargs: arguments for the learner's constructor, until it is made.
+        kwargs: arguments for the learner's constructor; None where it is made and will not be made again.
         build: which one of this client's learners it is.
         learner: the learner, once its first call has made it.
+        made: whether it is made.
+        is_stored: whether it is made and its snapshot is on disk, in place of `learner` and `counts`.
         current: the job that has the learner now; an open stream keeps it between its steps.
         queue: the jobs behind it.
         counts: how often each method has been called; they seed the calls.
@@ -36,17 +38,14 @@ class Mailbox:
     kwargs: Packed | None
     build: int = 0
     learner: Any = None
+    made: bool = False
+    is_stored: bool = False
     current: Job | None = None
     queue: deque[Job] = field(default_factory=deque)
     counts: Counter[str] = field(default_factory=Counter)
 
-    @property
-    def made(self) -> bool:
-        """Whether the learner is made."""
-        return self.kwargs is None
 
-
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Job:
     """A call in its host.
 
@@ -63,6 +62,7 @@ class Job:
         stepping: whether the call is running or due to; False where a stream is open and idle.
         num_items: items that the stream has given.
         last_item: the last of them, until the next is asked for.
+        began: when its method began, by `time.perf_counter`.
         num_reports: what it has reported of its progress.
         reporting: held while it reports: its threads may do so at once.
     """
@@ -73,11 +73,12 @@ class Job:
     cancelled: bool = False
     context: CallContext | None = None
     streams: RandomStreams | None = None
-    modes: TorchModes = field(default_factory=TorchModes)
+    modes: TorchModes | None = None
     task: asyncio.Task[None] | None = None
     iterator: Iterator[Any] | AsyncIterator[Any] | None = None
     stepping: bool = True
     num_items: int = 0
     last_item: Outcome | None = None
+    began: float = 0.0
     num_reports: int = 0
     reporting: threading.Lock = field(default_factory=threading.Lock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,13 @@ from torchfedrpc.config import RuntimeConfig
 def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
     """Set torch's threads and determinism as the configuration says; what was before comes back at the end.
 
+    Until then Python's garbage collector leaves alone what is there now: it would look through all of torch again
+    and again, as calls come and go, which takes as long as the calls.
+
     The driver needs the same settings as the workers: what it computes itself (an aggregate, a test score) has
     other last bits with another number of threads.
     """
+    gc.freeze()
     num_threads = torch.get_num_threads()
     makes_deterministic = runtime.deterministic and not torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(runtime.torch_threads)
@@ -27,6 +32,7 @@ def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.unfreeze()
         torch.set_num_threads(num_threads)
         if makes_deterministic:
             torch.use_deterministic_algorithms(False)

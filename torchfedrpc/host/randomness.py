@@ -31,6 +31,32 @@ class _State:
     numpy_gauss: dict[str, Any] | None  # the whole legacy state, where it holds a normal variate drawn ahead
 
 
+class ProcessStreams:
+    """The process's own streams, set aside while calls have the global generators.
+
+    To look at them costs more than all the rest of a call's seeding, so calls that follow each other at once leave
+    them aside together.
+
+    Args:
+        device: whose CUDA generator belongs to them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._aside: _State | None = None
+
+    def set_aside(self) -> None:
+        """Keep them, unless they are kept already."""
+        if self._aside is None:
+            self._aside = _capture(self._device)
+
+    def give_back(self) -> None:
+        """Put them in place again, if they were set aside."""
+        if self._aside is not None:
+            _restore(self._aside, self._device)
+            self._aside = None
+
+
 class RandomStreams:
     """The global generators of torch (CPU and one device), numpy and `random`, seeded for one call.
 
@@ -41,18 +67,31 @@ class RandomStreams:
         seed: from `call_seed`.
         device: whose CUDA generator is seeded too.
         resumable: whether there will be a second step.
+        outside: the streams outside, which are set aside and for somebody else to give back; unless given, those
+            that are in place before each step are in place after it.
     """
 
-    def __init__(self, seed: int, device: torch.device, *, resumable: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device,
+        *,
+        resumable: bool = False,
+        outside: ProcessStreams | None = None,
+    ) -> None:
         self._seed = seed
         self._device = device
         self._resumable = resumable
+        self._outside = outside
         self._numpy_generator: Any = None
         self._own: _State | None = None
         self._outer: _State | None = None
 
     def __enter__(self) -> None:
-        self._outer = _capture(self._device)
+        if self._outside is not None:
+            self._outside.set_aside()
+        else:
+            self._outer = _capture(self._device)
         if self._own is not None:
             _restore(self._own, self._device)
             return
@@ -70,13 +109,13 @@ class RandomStreams:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._outer is not None
         if self._resumable:
             self._own = _capture(self._device)
         else:
             _spare_generators.append(self._numpy_generator)
-        _restore(self._outer, self._device)
-        self._outer = None
+        if self._outer is not None:
+            _restore(self._outer, self._device)
+            self._outer = None
 
 
 def _capture(device: torch.device) -> _State:

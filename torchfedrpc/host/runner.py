@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -21,14 +23,16 @@ from torchfedrpc.host.deadlines import Deadlines
 from torchfedrpc.host.faults import Saboteur
 from torchfedrpc.host.gate import Gate
 from torchfedrpc.host.lanes import AsyncLane, SyncLane, stepped
-from torchfedrpc.host.mailbox import Job
+from torchfedrpc.host.mailbox import Job, Mailbox
 from torchfedrpc.host.methods import find_method
-from torchfedrpc.host.randomness import RandomStreams, call_seed
+from torchfedrpc.host.randomness import ProcessStreams, RandomStreams, call_seed
+from torchfedrpc.host.reductions import Reductions
+from torchfedrpc.host.residents import Residents
 from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, load, reinstate
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_modes import TorchModes
 from torchfedrpc.wire.failure import Failure
-from torchfedrpc.wire.packing import Packed, Reference, pack
+from torchfedrpc.wire.packing import Packed, Reference, pack, pack_only
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +47,13 @@ class Runner:
         spec: what learners to make, with which limits.
         device: what `current_call` names as device.
         by_value: whether results and reports are copied.
+        in_driver: whether this is the driver's own process, whose random streams must be in place between calls.
         report: takes what a method reports of its progress.
         activity: is told which calls are running; None where nobody asks.
         deadlines: told when a method, or a step of a stream, begins and ends.
+        residents: the learners in memory.
+        claim: takes an idle mailbox, whose calls wait until it is given to ``release``; whether it could.
+        release: see ``claim``.
         done: takes each outcome, on the thread where it came about. After ``item`` the stream is open.
     """
 
@@ -55,9 +63,13 @@ class Runner:
         device: torch.device,
         *,
         by_value: bool,
+        in_driver: bool,
         report: Report,
         activity: Activity | None,
         deadlines: Deadlines,
+        residents: Residents,
+        claim: Callable[[Mailbox], bool],
+        release: Callable[[Mailbox], None],
         done: Done,
     ) -> None:
         self.allow = spec.allow_list()
@@ -68,18 +80,30 @@ class Runner:
         self._report = report
         self._activity = activity
         self._deadlines = deadlines
+        self._residents = residents
+        self._claim = claim
+        self._release = release
         self._done = done
         self.saboteur: Saboteur | None = None
         self._seeds_streams = spec.runtime.max_concurrent_calls == 1
+        self._in_driver = in_driver
+        self._process_streams = ProcessStreams(device)
         self._shared = SharedObjects(spec.seed, device)
         torch.empty(0, device=device)  # a device that cannot be used fails here, not on the threads below
         self._gate = Gate()
         self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._prepare_thread)
         self._async = AsyncLane(self._prepare_thread)
+        self.reductions = Reductions(self.take_value, self.allow)
+        self._collecting: SyncLane | None = None  # made when the first job needs it
 
     def begin(self, job: Job) -> None:
         """Run a job up to its result or its first item; its learner is made before, where there is none."""
-        self._sync.put(partial(self._in_turn, self._begin, job))
+        if job.call.kind == "collect":  # of no learner, so it waits for none
+            if self._collecting is None:
+                self._collecting = SyncLane(1, self._prepare_thread)
+            self._collecting.put(partial(self._collect, job))
+        else:
+            self._sync.put(partial(self._in_turn, self._begin, job))
 
     def step(self, job: Job) -> None:
         """Run an open stream up to its next item."""
@@ -114,13 +138,20 @@ class Runner:
 
     def close(self, timeout_s: float) -> bool:
         """End the threads; whether all ended in time."""
-        return self._sync.close(timeout_s) & self._async.close(timeout_s)
+        have_ended = self._sync.close(timeout_s) & self._async.close(timeout_s)
+        if self._collecting is not None:
+            have_ended &= self._collecting.close(timeout_s)
+        if have_ended:
+            self._process_streams.give_back()
+        return have_ended
 
     # On the sync lane, the gate held shared.
 
     def _in_turn(self, function: Callable[[Job], None], job: Job) -> None:
-        with self._gate.shared(), self._shown(job):
+        with self._gate.shared, _Shown(self._activity, job.call.call_id):
             function(job)
+            self._make_room(job, 0)  # of those that were in use as it began
+            self._give_streams_back()
 
     def _begin(self, job: Job) -> None:
         if job.cancelled:
@@ -134,8 +165,7 @@ class Runner:
         if self.saboteur is not None:
             self.saboteur.begin(call.call_id)
         try:
-            if mailbox.kwargs is not None:
-                mailbox.learner, mailbox.kwargs = self._make_learner(job, mailbox.kwargs), None
+            self._make_present(job)
             method = find_method(mailbox.learner, call.method, call.client_id)
             args, kwargs = call.arguments.open(self.allow)
         except BaseException as error:
@@ -145,21 +175,56 @@ class Runner:
         seed = call_seed(self._spec.seed, call.client_id, call.method, mailbox.counts[call.method])
         mailbox.counts[call.method] += 1
         job.context = self._context(job, call.method, seed)
-        job.streams = RandomStreams(seed, self._device, resumable=True)
         try:
-            with self._inside(job.context, RandomStreams(seed, self._device)):
-                value = method(*args, **kwargs)
+            with self._inside(job.context, self._streams(seed)):
+                job.began = time.perf_counter()
+                box = [method(*args, **kwargs)]
                 del args, kwargs
-                goes_on = call.kind == "stream" or inspect.isawaitable(value)
-                outcome = None if goes_on else self._gave(job, "value", value)
+                goes_on = call.kind == "stream" or inspect.isawaitable(box[0])
+                outcome = None if goes_on else self._gave(job, "value", box)
         except BaseException as error:
             outcome = self.failed(error)
         if outcome is not None:
             self._end(job, outcome)
-        elif call.kind == "stream":
-            self._open_stream(job, value)
+            return
+        job.streams, job.modes = self._streams(seed, resumable=True), TorchModes()
+        if call.kind == "stream":
+            self._open_stream(job, box.pop())
         else:
-            self._async.start(self._await(job, value))
+            self._async.start(self._await(job, box.pop()))
+
+    def _make_present(self, job: Job) -> None:
+        """See that the job's learner is in memory, where there may be none yet, or on disk alone."""
+        mailbox = job.mailbox
+        if mailbox.learner is None or not mailbox.made:
+            self._make_room(job, 1)
+        if mailbox.is_stored:
+            self._restore(job, memoryview(self._residents.stored(mailbox.client_id)), None)
+        elif not mailbox.made:
+            assert mailbox.kwargs is not None
+            mailbox.learner = self._make_learner(job, mailbox.kwargs)
+            mailbox.made = True
+            if not self._residents.is_limited:
+                mailbox.kwargs = None
+        self._residents.used(mailbox)
+
+    def _make_room(self, job: Job, num_coming: int) -> None:
+        """Store learners that nobody uses, where there are too many once others have come."""
+        for mailbox in self._residents.surplus(num_coming):
+            if not self._residents.is_surplus(num_coming):
+                break
+            if mailbox is not job.mailbox and self._claim(mailbox):
+                self._store(job, mailbox)
+                self._release(mailbox)
+
+    def _store(self, job: Job, mailbox: Mailbox) -> None:
+        try:
+            self._residents.store(mailbox, self._snapshot(job, mailbox))
+        except Exception as error:
+            self._residents.cannot_store(mailbox, error)
+            return
+        mailbox.learner, mailbox.is_stored = None, True
+        mailbox.counts = Counter()
 
     def _make_learner(self, job: Job, packed: Packed) -> Any:
         kwargs = packed.copy().open(self.allow)
@@ -170,16 +235,32 @@ class Runner:
         """Take a snapshot of the job's learner, or restore it from one."""
         try:
             if job.call.kind == "snapshot":
-                return Outcome("value", pack(torch.frombuffer(bytearray(self._snapshot(job)), dtype=torch.uint8)))
+                return Outcome(
+                    "value", pack(torch.frombuffer(bytearray(self._snapshot(job, job.mailbox)), dtype=torch.uint8))
+                )
             data, kwargs = job.call.arguments.open(self.allow)
+            self._make_room(job, 1)
             self._restore(job, data.numpy().data, kwargs)
+            if job.mailbox.made:
+                self._residents.used(job.mailbox)
             return Outcome("value", pack(None))
         except BaseException as error:
             return self.failed(error)
 
-    def _snapshot(self, job: Job) -> bytes:
-        mailbox = job.mailbox
-        with self._apart(job, "state_dict"):
+    def _collect(self, job: Job) -> None:
+        try:
+            number, skipped = job.call.arguments.open(self.allow)
+            nodes, is_ours = self.reductions.collect(number, skipped)
+            outcome = Outcome("value", pack(nodes, copy=not is_ours) if self._by_value else Reference(nodes))
+        except BaseException as error:
+            outcome = self.failed(error)
+        self._done(job, outcome)
+
+    def _snapshot(self, job: Job, mailbox: Mailbox) -> bytes:
+        """A snapshot of a learner that no call has, on behalf of a job."""
+        if mailbox.is_stored:
+            return self._residents.stored(mailbox.client_id)
+        with self._apart(job, "state_dict", mailbox.client_id):
             state = capture(mailbox.learner, mailbox.client_id) if mailbox.made else None
             snapshot = Snapshot(mailbox.client_id, self._spec.name, dict(mailbox.counts), state)
             return dump(snapshot, self.allow)
@@ -189,13 +270,13 @@ class Runner:
         check_belongs(snapshot, mailbox.client_id, self._spec.name)
         constructor = mailbox.kwargs if kwargs is None else self.take_value(kwargs)
         assert constructor is not None
+        learner = None
         if snapshot.made:
             learner = self._make_learner(job, constructor)
             with self._apart(job, "load_state_dict"):
                 reinstate(learner, snapshot.state, mailbox.client_id)
-            mailbox.learner, mailbox.kwargs = learner, None
-        else:
-            mailbox.learner, mailbox.kwargs = None, constructor
+        mailbox.learner, mailbox.made, mailbox.is_stored = learner, snapshot.made, False
+        mailbox.kwargs = constructor if self._residents.is_limited or not snapshot.made else None
         mailbox.counts = Counter(snapshot.counts)
 
     def _open_stream(self, job: Job, value: Any) -> None:
@@ -222,7 +303,7 @@ class Runner:
     def _next(self, job: Job, iterator: Iterator[Any]) -> None:
         try:
             with self._inside(job.context, job.streams):
-                outcome = self._gave(job, "item", next(iterator))
+                outcome = self._gave(job, "item", [next(iterator)])
                 if outcome.kind == "failed" and (close := getattr(iterator, "close", None)):
                     close()
         except StopIteration:
@@ -251,9 +332,9 @@ class Runner:
                 if inspect.iscoroutine(awaitable):
                     awaitable.close()
                 raise asyncio.CancelledError
-            value = await stepped(awaitable, partial(self._alone, job))
+            box = [await stepped(awaitable, partial(self._alone, job))]
             with self._alone(job):
-                outcome = self._gave(job, "value", value)
+                outcome = self._gave(job, "value", box)
         except BaseException as error:
             outcome = self._cancelled_or_failed(job, error)
         self._end(job, outcome)
@@ -265,9 +346,9 @@ class Runner:
             return
         self._start_deadline(job)
         try:
-            item = await stepped(iterator.__anext__(), partial(self._alone, job))
+            box = [await stepped(iterator.__anext__(), partial(self._alone, job))]
             with self._alone(job):
-                outcome = self._gave(job, "item", item)
+                outcome = self._gave(job, "item", box)
             if outcome.kind == "failed" and (close := getattr(iterator, "aclose", None)):
                 await stepped(close(), partial(self._alone, job))
         except StopAsyncIteration:
@@ -308,7 +389,7 @@ class Runner:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
-    def _context(self, job: Job, method: str, seed: int) -> CallContext:
+    def _context(self, job: Job, method: str, seed: int, client_id: str | None = None) -> CallContext:
         def report(progress: Any) -> None:
             value = self.take_value(progress)
             value.copy().open(self.allow)  # a type that may not travel is the method's error, not the driver's
@@ -317,7 +398,7 @@ class Runner:
                 job.num_reports += 1
 
         return CallContext(
-            client_id=job.call.client_id,
+            client_id=client_id or job.call.client_id,
             method=method,
             call_id=job.call.call_id,
             device=self._device,
@@ -328,23 +409,15 @@ class Runner:
         )
 
     @contextmanager
-    def _apart(self, job: Job, method: str) -> Iterator[None]:
+    def _apart(self, job: Job, method: str, client_id: str | None = None) -> Iterator[None]:
         """Around what no call counts: the constructor, and the taking and giving back of state."""
-        seed = call_seed(self._spec.seed, job.call.client_id, method, 0)
-        with self._inside(self._context(job, method, seed), RandomStreams(seed, self._device)):
+        client_id = client_id or job.call.client_id
+        seed = call_seed(self._spec.seed, client_id, method, 0)
+        with self._inside(self._context(job, method, seed, client_id), self._streams(seed)):
             yield
 
-    @contextmanager
-    def _shown(self, job: Job) -> Iterator[None]:
-        """Let the activity of this process show the job's call."""
-        if self._activity is None:
-            yield
-            return
-        slot = self._activity.enter(job.call.call_id)
-        try:
-            yield
-        finally:
-            self._activity.leave(slot)
+    def _streams(self, seed: int, *, resumable: bool = False) -> RandomStreams:
+        return RandomStreams(seed, self._device, resumable=resumable, outside=self._process_streams)
 
     @contextmanager
     def _inside(self, context: CallContext | None, streams: RandomStreams | None) -> Iterator[None]:
@@ -353,35 +426,83 @@ class Runner:
         assert streams is not None
         token = bind(context)
         try:
-            with TorchModes(), streams if self._seeds_streams else nullcontext():
-                yield
+            with TorchModes():
+                if not self._seeds_streams:
+                    yield
+                    return
+                try:
+                    with streams:
+                        yield
+                finally:
+                    self._give_streams_back()
         finally:
             unbind(token)
+
+    def _give_streams_back(self) -> None:
+        """Put the process's own streams in place, where somebody may look; to be called with the gate held.
+
+        In a worker nobody does. The sync methods that wait behind this one would have them set aside again.
+        """
+        if self._in_driver and self._sync.is_idle:
+            self._process_streams.give_back()
 
     @contextmanager
     def _alone(self, job: Job) -> Iterator[None]:
         """Around a step of an async method: no sync method runs beside it."""
         assert job.context is not None
         assert job.streams is not None
+        assert job.modes is not None
         token = bind(job.context)
         remaining_s = self._deadlines.stop(job.call.call_id)  # waiting for the gate is no running
         try:
-            with self._gate.exclusive(), self._shown(job), job.modes, job.streams:
-                if remaining_s is not None:
-                    self._deadlines.start(job.call.call_id, remaining_s)
-                yield
+            with self._gate.exclusive, _Shown(self._activity, job.call.call_id):
+                try:
+                    with job.modes, job.streams:
+                        if remaining_s is not None:
+                            self._deadlines.start(job.call.call_id, remaining_s)
+                        yield
+                finally:
+                    self._give_streams_back()
         finally:
             unbind(token)
 
-    def _gave(self, job: Job, kind: Literal["value", "item"], value: Any) -> Outcome:
+    def _gave(self, job: Job, kind: Literal["value", "item"], box: list[Any]) -> Outcome:
+        """What came of the only object in a box, to which nothing of ours refers; the box is empty then."""
         try:
-            return Outcome(kind, self.take_value(value))
+            if job.call.part is not None and not job.cancelled:
+                self.reductions.add(job.call.part, box[0])
+                box[0] = None
+            taken = pack_only(box) if self._by_value else Reference(box[0])
+            return Outcome(kind, taken, seconds=time.perf_counter() - job.began)
         except SerializationError as error:
             where = f"{job.call.client_id}.{job.call.method}"
-            if inspect.isgenerator(value) or inspect.isasyncgen(value):
+            if inspect.isgenerator(box[0]) or inspect.isasyncgen(box[0]):
                 remedy = (
                     f"async for item in proxy.stream({job.call.client_id!r}, {job.call.method!r}) iterates over it"
                 )
             else:
                 remedy = "return plain data: tensors, numbers, strings, lists, dicts"
             return self.failed(type(error)(f"the result of {where} cannot be sent: {error}; {remedy}"))
+        finally:
+            box.clear()
+
+
+class _Shown:
+    """Lets the activity of this process, if it tells any, show a call."""
+
+    __slots__ = ("_activity", "_call_id", "_slot")
+
+    def __init__(self, activity: Activity | None, call_id: int) -> None:
+        self._activity = activity
+        self._call_id = call_id
+        self._slot: int | None = None
+
+    def __enter__(self) -> None:
+        if self._activity is not None:
+            self._slot = self._activity.enter(self._call_id)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._activity is not None:
+            self._activity.leave(self._slot)

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Hashable
 from typing import IO
 
-_BLOCK_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 12
+_Runs = list[tuple[int, int]]  # of blocks that follow each other: number of the first, how many
 
 
 class Spool:
@@ -24,7 +25,7 @@ class Spool:
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         self._closed = False
-        self._values: dict[Hashable, tuple[int, list[int]]] = {}  # key -> size in bytes, numbers of its blocks
+        self._values: dict[Hashable, tuple[int, _Runs]] = {}  # key -> size in bytes, where it lies
         self._free: list[int] = []
         self._num_blocks = 0
 
@@ -41,17 +42,18 @@ class Spool:
                 raise ValueError(f"the spool is closed and cannot take {key!r}: put it before close()")
             if self._file is None:
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-            blocks = self._take_blocks(-(-len(view) // _BLOCK_BYTES))
+            runs, start = self._take_blocks(-(-len(view) // _BLOCK_BYTES)), 0
             try:
-                for index, block in enumerate(blocks):
-                    start = index * _BLOCK_BYTES
-                    _write(self._file.fileno(), view[start : start + _BLOCK_BYTES], block * _BLOCK_BYTES)
+                for first, number in runs:
+                    stop = start + number * _BLOCK_BYTES
+                    _write(self._file.fileno(), view[start:stop], first * _BLOCK_BYTES)
+                    start = stop
             except BaseException:
-                self._free += blocks
+                self._free_blocks(runs)
                 raise
             _, replaced = self._values.get(key, (0, []))
-            self._values[key] = (len(view), blocks)
-            self._free += replaced
+            self._values[key] = (len(view), runs)
+            self._free_blocks(replaced)
 
     def get(self, key: Hashable) -> bytes:
         """The value of a key.
@@ -61,13 +63,12 @@ class Spool:
             OSError: the disk cannot be read.
         """
         with self._lock:
-            num_bytes, blocks = self._values[key]
+            num_bytes, runs = self._values[key]
             assert self._file is not None
-            descriptor = self._file.fileno()
-            chunks = [
-                os.pread(descriptor, min(_BLOCK_BYTES, num_bytes - index * _BLOCK_BYTES), block * _BLOCK_BYTES)
-                for index, block in enumerate(blocks)
-            ]
+            descriptor, left, chunks = self._file.fileno(), num_bytes, []
+            for first, number in runs:
+                chunks.append(_read(descriptor, min(number * _BLOCK_BYTES, left), first * _BLOCK_BYTES))
+                left -= number * _BLOCK_BYTES
         data = b"".join(chunks)
         if len(data) != num_bytes:
             raise OSError(f"the spool's file gave {len(data)} of the {num_bytes} bytes of {key!r}")
@@ -76,8 +77,8 @@ class Spool:
     def discard(self, key: Hashable) -> None:
         """Forget a key's value, if there is one."""
         with self._lock:
-            _, blocks = self._values.pop(key, (0, []))
-            self._free += blocks
+            _, runs = self._values.pop(key, (0, []))
+            self._free_blocks(runs)
 
     def close(self) -> None:
         """Give the disk's space back, and forget every value; a second time does nothing."""
@@ -88,12 +89,33 @@ class Spool:
                 self._file.close()
                 self._file = None
 
-    def _take_blocks(self, number: int) -> list[int]:
+    def _take_blocks(self, number: int) -> _Runs:
         num_new = max(0, number - len(self._free))
-        self._free += range(self._num_blocks, self._num_blocks + num_new)
-        self._num_blocks += num_new
-        blocks, self._free = self._free[:number], self._free[number:]
-        return blocks
+        taken = self._free[: number - num_new]
+        del self._free[: number - num_new]
+        runs: _Runs = []
+        for block in sorted(taken):
+            if runs and sum(runs[-1]) == block:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            else:
+                runs.append((block, 1))
+        if num_new:
+            runs.append((self._num_blocks, num_new))
+            self._num_blocks += num_new
+        return runs
+
+    def _free_blocks(self, runs: _Runs) -> None:
+        for first, number in runs:
+            self._free += range(first, first + number)
+
+
+def _read(descriptor: int, num_bytes: int, position: int) -> bytes:
+    """All of it, or as much as the file has: a single read gives no more than 2 GiB."""
+    chunks = []
+    while num_bytes and (chunk := os.pread(descriptor, num_bytes, position)):
+        chunks.append(chunk)
+        num_bytes, position = num_bytes - len(chunk), position + len(chunk)
+    return b"".join(chunks)
 
 
 def _write(descriptor: int, view: memoryview, position: int) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from types import TracebackType
+from typing import Any
 
 import torch
 
-_AUTOCAST_DEVICES = ("cpu", "cuda")
-_Autocast = tuple[int, list[tuple[bool, torch.dtype]]]  # open blocks; for each device whether enabled, and the dtype
+# For the CPU and for CUDA whether autocast is on, and its dtype; how many blocks of it are open.
+_Autocast = tuple[bool, torch.dtype, bool, torch.dtype, int]
 
 
 class TorchModes:
@@ -17,42 +17,54 @@ class TorchModes:
     A call begins with gradients enabled, out of inference mode and without autocast, whatever ran before it.
     """
 
+    __slots__ = ("_autocast", "_grad", "_guard", "_inference", "_outer_autocast", "_outer_grad")
+
     def __init__(self) -> None:
         self._grad, self._inference = True, False
         self._autocast: _Autocast | None = None
-        self._outer_autocast = _autocast()
-        self._stack = ExitStack()
+        self._outer_autocast: _Autocast
+        self._outer_grad: bool
+        self._guard: Any = None
 
     def __enter__(self) -> None:
-        self._outer_autocast = _autocast()
+        self._outer_autocast = outer = _autocast()
+        self._outer_grad = torch.is_grad_enabled()
         # Inference mode first: it sets grad mode too, and its end undoes what is enabled within it.
-        self._stack.enter_context(torch.inference_mode(self._inference))
-        self._stack.enter_context(torch.set_grad_enabled(self._grad))
-        _set_autocast(self._autocast or (0, [(False, dtype) for _, dtype in self._outer_autocast[1]]))
+        self._guard = torch.inference_mode(self._inference)
+        self._guard.__enter__()
+        torch._C._set_grad_enabled(self._grad)
+        _set_autocast(outer, self._autocast or (False, outer[1], False, outer[3], 0))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self._autocast = _autocast()
-        self._stack.close()
-        _set_autocast(self._outer_autocast)
+        guard, self._guard = self._guard, None
+        guard.__exit__(kind, error, trace)
+        torch._C._set_grad_enabled(self._outer_grad)
+        _set_autocast(self._autocast, self._outer_autocast)
 
 
 def _autocast() -> _Autocast:
-    modes = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
-    return _num_open_blocks(), modes
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        _num_open_blocks(),
+    )
 
 
-def _set_autocast(state: _Autocast) -> None:
-    num_open_blocks, modes = state
-    for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, modes, strict=True):
-        torch.set_autocast_enabled(device, enabled)
-        torch.set_autocast_dtype(device, dtype)
-    while _num_open_blocks() < num_open_blocks:
-        torch.autocast_increment_nesting()
-    while _num_open_blocks() > num_open_blocks:
-        torch.autocast_decrement_nesting()
+def _set_autocast(present: _Autocast, wanted: _Autocast) -> None:
+    if present != wanted:
+        for device, (enabled, dtype) in {"cpu": wanted[:2], "cuda": wanted[2:4]}.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        while _num_open_blocks() < wanted[4]:
+            torch.autocast_increment_nesting()
+        while _num_open_blocks() > wanted[4]:
+            torch.autocast_decrement_nesting()
     torch.clear_autocast_cache()  # of weights that another call has cast, and may have changed since
 
 

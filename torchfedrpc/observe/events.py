@@ -118,6 +118,11 @@ class EventBus:
     def __init__(self) -> None:
         self._subscribers: list[Subscriber] = []
 
+    @property
+    def has_subscribers(self) -> bool:
+        """Whether anybody hears what is published."""
+        return bool(self._subscribers)
+
     def subscribe(self, callback: Subscriber) -> Callable[[], None]:
         """Call ``callback(event)`` for each event from now on.
 

@@ -52,13 +52,15 @@ class DriverPlace:
             WorkerLostError: a member was lost meanwhile, or could not join.
         """
         address = self.address(members)
+        transport, channels = world.road(self._learner.runtime)
         self._store, port = world.serve_store(address)
         plan = world.WorldPlan(
             generation=next(_generations),
             labels=["driver", *(member.label for member in members)],
             store_host=address,
             store_port=port,
-            transport=self._learner.runtime.transport,
+            transport=transport,
+            channels=channels,
             gpus_in_sight=all(member.visible_gpus == visible_gpus() for member in members),
             device_maps=[_device_pair(self._learner, torch.device(member.device)) for member in members],
         )

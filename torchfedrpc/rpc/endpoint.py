@@ -48,6 +48,7 @@ class Endpoint:
             generation: the world's number.
             covered: the devices of this worker that the world's device map takes to the driver.
         """
+        self.host.unshare_all()
         with self._lock:
             self._world = _World(generation, Answers(self.device, covered, self._unheard))
             self._unheard = []
@@ -113,7 +114,10 @@ def serve(header: tuple[Any, ...], items: Sequence[tuple[Any, ...]]) -> Any:
 
     def run() -> None:
         for action in actions:
-            action(host)
+            try:
+                action(host)
+            except Exception:  # those behind must not suffer for it
+                logger.exception("a request could not be carried out")
 
     world.requests.put(number, run)
     return future
@@ -134,8 +138,8 @@ def acknowledge(header: tuple[Any, ...]) -> None:
 
 def _submit(endpoint: Endpoint, answers: Answers, question: int, message: Any) -> _Action:
     """Run a call, or join it; its (first) outcome is the answer."""
-    call, reply = read_call(message, endpoint.device), partial(answers.outcome, question)
-    return _answering(reply, lambda host: host.submit(call, reply))
+    (call, numbers), reply = read_call(message, endpoint.device), partial(answers.outcome, question)
+    return _answering(reply, lambda host: host.submit(call, reply, numbers))
 
 
 def _advance(endpoint: Endpoint, answers: Answers, question: int, call_id: int, step: int) -> _Action:
@@ -161,12 +165,47 @@ def _forget(endpoint: Endpoint, answers: Answers, client_id: str) -> _Action:
     return lambda host: host.forget(client_id)
 
 
+def _share(endpoint: Endpoint, answers: Answers, number: int, message: Any, num_calls: int | None) -> _Action:
+    """Keep a value for calls that refer to it."""
+    parcel = read_parcel(message, endpoint.device)
+    assert parcel is not None
+    return lambda host: host.share(number, parcel, num_calls)
+
+
+def _unshare(endpoint: Endpoint, answers: Answers, number: int) -> _Action:
+    """No call that is to come refers to that value."""
+    return lambda host: host.unshare(number)
+
+
+def _reduce(
+    endpoint: Endpoint,
+    answers: Answers,
+    number: int,
+    message: Any,
+    num_places: int,
+    going_on: tuple[int, ...],
+) -> _Action:
+    """Take part in a reduction."""
+    prototype = read_parcel(message, endpoint.device)
+    assert prototype is not None
+    return lambda host: host.begin_reduction(number, prototype, num_places, going_on)
+
+
+def _end_reduction(endpoint: Endpoint, answers: Answers, number: int) -> _Action:
+    """A reduction is over."""
+    return lambda host: host.end_reduction(number)
+
+
 _VERBS: dict[str, Callable[..., _Action]] = {
     "submit": _submit,
     "advance": _advance,
     "cancel": _cancel,
     "register": _register,
     "forget": _forget,
+    "share": _share,
+    "unshare": _unshare,
+    "reduce": _reduce,
+    "end_reduction": _end_reduction,
 }
 
 

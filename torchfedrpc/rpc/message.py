@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.call import Call, Outcome, Part
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.packing import Packed, Parcel, Unreadable
+from torchfedrpc.wire.shared import shared_values
 
 MappedDevices = frozenset[torch.device]  # devices that the world's device map takes to the peer
 
@@ -72,23 +73,29 @@ def home_device(parcel: Packed) -> torch.device | None:
 def call_message(call: Call, covered: MappedDevices) -> Any:
     """A call as a tuple."""
     timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # numpy's would not get through
-    fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind)
-    return fields, parcel_message(call.arguments, covered)
+    part = (call.part.reduction, call.part.place) if call.part is not None else None
+    fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind, part)
+    return (
+        fields,
+        parcel_message(call.arguments, covered),
+        tuple(value.number for value in shared_values(call.arguments)),
+    )
 
 
-def read_call(message: Any, device: torch.device) -> Call:
-    """The call of such a tuple."""
-    (call_id, client_id, method, run_timeout_s, kind), arguments = message
+def read_call(message: Any, device: torch.device) -> tuple[Call, tuple[int, ...]]:
+    """The call of such a tuple, and the numbers of the values that its arguments refer to."""
+    (call_id, client_id, method, run_timeout_s, kind, part), arguments, numbers = message
     parcel = read_parcel(arguments, device)
     assert parcel is not None
-    return Call(call_id, client_id, method, parcel, run_timeout_s, kind)
+    return Call(call_id, client_id, method, parcel, run_timeout_s, kind, Part(*part) if part else None), numbers
 
 
 def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
     """An outcome as a tuple."""
     failure = outcome.failure
     parts = failure and (failure.type_name, failure.message, failure.traceback, failure.body)
-    return outcome.kind, outcome.never_ran, outcome.cut_off, parts, parcel_message(outcome.parcel, covered)
+    flags = (outcome.kind, outcome.never_ran, outcome.cut_off, outcome.seconds)
+    return flags, parts, parcel_message(outcome.parcel, covered)
 
 
 def report_message(call: Call, number: int, progress: Packed) -> Any:
@@ -106,6 +113,6 @@ def read_report(message: Any) -> tuple[Call, int, Packed]:
 
 def read_outcome(message: Any, home: torch.device | None) -> Outcome:
     """The outcome of such a tuple."""
-    kind, never_ran, cut_off, parts, parcel = message
+    (kind, never_ran, cut_off, seconds), parts, parcel = message
     failure = Failure(*parts) if parts else None
-    return Outcome(kind, read_parcel(parcel, home, move_all=True), failure, never_ran, cut_off)
+    return Outcome(kind, read_parcel(parcel, home, move_all=True), failure, never_ran, cut_off, seconds=seconds)

@@ -27,11 +27,12 @@ from torchfedrpc.rpc.message import (
     read_report,
 )
 from torchfedrpc.wire.packing import Packed
+from torchfedrpc.wire.shared import SharedValue, shared_values
 
-_METHODS = ("call", "stream")
+_METHODS = ("call", "stream", "collect")
 _MAX_KEPT_BYTES = 8 << 20  # outcomes that a worker keeps until the next request to it acknowledges them
 _MAX_ITEMS = 64  # in one request: the worker begins with the first as the next are packed
-_LARGE_BYTES = 256 << 10  # an item so large goes alone: those after it need not wait until it is there
+_LARGE_BYTES = 256 << 10  # an item so large begins a request of its own: those before it need not wait for it
 _MAX_OPEN = 2  # requests that wait for an answer, where no other need for them is
 
 
@@ -48,6 +49,12 @@ class Traffic:
     num_sent_bytes: int = 0
     num_received_bytes: int = 0
     num_snapshot_bytes: int = 0
+
+
+@dataclass
+class _Share:
+    value: SharedValue
+    num_calls: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,10 @@ class RemoteHost:
         self._on_error = on_error
         self._is_open = True
         self._learners: set[str] = set()
-        self._outgoing: list[tuple[Any, ...]] = []
+        self._outgoing: list[tuple[int, tuple[Any, ...] | _Share]] = []  # each with its size in bytes
+        self._shares: dict[int, _Share] = {}  # of this tick, by the value's number
+        self._placed: set[int] = set()  # numbers of the values that the worker keeps
+        self._reductions: set[int] = set()  # numbers of those that the worker takes part in
         self._will_flush = False
         self._next_request = 0
         self._num_open = 0
@@ -129,7 +139,9 @@ class RemoteHost:
         self._put(("forget", client_id))
 
     def submit(self, call: Call, reply: Reply) -> None:
-        """Send a call."""
+        """Send a call, behind the values that its arguments refer to and that the worker does not have yet."""
+        for value in shared_values(call.arguments):
+            self._share(value)
         num_bytes = call.arguments.num_bytes
         if call.kind in _METHODS:
             self._traffic.num_sent_bytes += num_bytes
@@ -144,6 +156,10 @@ class RemoteHost:
     def cancel(self, call: Call, reply: Reply) -> None:
         """Tell the worker that nobody waits for this call any more; ``reply`` takes what became of it."""
         self._ask(call, reply, "cancel", call.call_id)
+
+    def calls(self) -> list[Call]:
+        """The calls of methods that the worker has been asked for and has not answered."""
+        return [question.call for question in self._questions.values() if question.call.kind == "call"]
 
     def acknowledge(self, call: Call, outcome: Outcome) -> None:
         """The worker need not keep this outcome; it is told with the next request, or at once where it keeps much."""
@@ -165,9 +181,30 @@ class RemoteHost:
         sent.add_done_callback(lambda future: call_on(self._loop, settle, _is_value(future)))
         return await answered
 
+    def unshare(self, value: SharedValue) -> None:
+        """No call that is to come refers to this value."""
+        if value.number in self._placed:
+            self._placed.discard(value.number)
+            self._put(("unshare", value.number))
+
+    def begin_reduction(self, number: int, prototype: Packed, num_places: int, going_on: tuple[int, ...]) -> None:
+        """Let the worker take part in a reduction, unless it does; as of `Reductions.begin`."""
+        if number not in self._reductions:
+            self._reductions.add(number)
+            self._put(("reduce", number, parcel_message(prototype, self._covered), num_places, going_on))
+
+    def end_reduction(self, number: int) -> None:
+        """A reduction is over."""
+        if number in self._reductions:
+            self._reductions.discard(number)
+            self._put(("end_reduction", number))
+
     def close(self) -> None:
         """Answer nobody any more."""
         self._is_open = False
+        self._shares.clear()
+        self._placed.clear()
+        self._reductions.clear()
         self._learners.clear()
         self._questions.clear()
         self._outgoing.clear()
@@ -177,17 +214,33 @@ class RemoteHost:
     def _ask(self, call: Call, reply: Reply, verb: str, *arguments: Any, num_bytes: int = 0) -> None:
         number = next(self._numbers)
         self._questions[number] = _Question(call, reply, home_device(call.arguments))
+        item = (verb, number, *arguments)
         if call.call_id in self._suspects:
             self._flush()
-            self._request([(verb, number, *arguments)], alone=number)
+            self._request([item], alone=number)
         else:
-            self._put((verb, number, *arguments), num_bytes)
+            self._put(item, num_bytes)
 
-    def _put(self, item: tuple[Any, ...], num_bytes: int = 0) -> None:
-        if num_bytes > _LARGE_BYTES:
-            self._flush()
-        self._outgoing.append(item)
-        if num_bytes > _LARGE_BYTES or len(self._outgoing) >= _MAX_ITEMS:
+    def _share(self, value: SharedValue) -> None:
+        if value.number in self._placed:
+            return
+        if (share := self._shares.get(value.number)) is not None:
+            share.num_calls += 1
+            return
+        self._traffic.num_sent_bytes += value.num_bytes
+        if value.is_for_tick:
+            self._shares[value.number] = share = _Share(value, 1)
+            self._put(share, value.num_bytes)
+        else:
+            self._placed.add(value.number)
+            self._put(self._share_item(value, None), value.num_bytes)
+
+    def _share_item(self, value: SharedValue, num_calls: int | None) -> tuple[Any, ...]:
+        return "share", value.number, parcel_message(value.parcel, self._covered), num_calls
+
+    def _put(self, item: tuple[Any, ...] | _Share, num_bytes: int = 0) -> None:
+        self._outgoing.append((num_bytes, item))
+        if len(self._outgoing) >= _MAX_ITEMS and not self._shares:  # of which the tick may have more calls
             self._flush()
         elif not self._will_flush:
             self._will_flush = True
@@ -198,8 +251,16 @@ class RemoteHost:
         self._flush()
 
     def _flush(self) -> None:
-        if self._outgoing:
-            items, self._outgoing = self._outgoing, []
+        """Send what there is, in requests of some items each; what follows a large item need not wait for it."""
+        outgoing, self._outgoing = self._outgoing, []
+        self._shares.clear()
+        items: list[tuple[Any, ...]] = []
+        for num_bytes, item in outgoing:
+            if items and (num_bytes > _LARGE_BYTES or len(items) >= _MAX_ITEMS):
+                self._request(items)
+                items = []
+            items.append(self._share_item(item.value, item.num_calls) if isinstance(item, _Share) else item)
+        if items:
             self._request(items)
 
     def _keep_open(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed
 
+from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.rpc import guard
 from torchfedrpc.rpc.backend import set_connection_warnings, torch_rpc
@@ -21,7 +22,6 @@ from torchfedrpc.rpc.backend import set_connection_warnings, torch_rpc
 _INTERFACE = "TP_SOCKET_IFNAME"
 _JOIN_TIMEOUT_S = 30.0
 _NUM_THREADS = 4  # more of them hand the GIL around more often and are slower
-_TRANSPORTS = {"auto": "uv", "uv": "uv", "shm": "shm"}
 
 _distributed: Any = torch.distributed  # exports less to type checkers than it has
 _cuda: Any = torch.cuda
@@ -39,6 +39,7 @@ class WorldPlan:
         store_host: where the driver serves the world's store.
         store_port: its port there.
         transport: TensorPipe's transport.
+        channels: TensorPipe's channels for tensors in host memory.
         gpus_in_sight: whether all members see the same GPUs, without which they cannot share GPU memory.
         device_maps: per worker the driver's device and the worker's, between which tensors go directly.
     """
@@ -48,6 +49,7 @@ class WorldPlan:
     store_host: str
     store_port: int
     transport: str
+    channels: list[str]
     gpus_in_sight: bool
     device_maps: list[tuple[str, str] | None]
 
@@ -64,6 +66,15 @@ class WorldPlan:
         """What `to_message` described."""
         maps = [tuple(pair) if pair else None for pair in message["device_maps"]]
         return cls(**{**message, "device_maps": maps})
+
+
+def road(runtime: RuntimeConfig) -> tuple[str, list[str]]:
+    """TensorPipe's transport, and its channels for tensors in host memory.
+
+    The default is what costs a whole round least: ``shm``, with which an empty call is quicker, has a thread of each
+    process spin on one core.
+    """
+    return "uv" if runtime.transport == "auto" else runtime.transport, runtime.channels or ["mpt_uv", "basic"]
 
 
 def serve_store(host: str) -> tuple[Any, int]:
@@ -111,7 +122,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
         num_worker_threads=_NUM_THREADS,
         rpc_timeout=_JOIN_TIMEOUT_S,
         device_maps=maps,
-        _transports=[_TRANSPORTS[plan.transport]],
+        _transports=[plan.transport],
         _channels=_channels(plan),
     )
     if devices:
@@ -201,7 +212,7 @@ def _devices(plan: WorldPlan, rank: int) -> tuple[Any, Any, list[torch.device]]:
 def _channels(plan: WorldPlan) -> list[str]:
     gpu = ["cuda_xth", "cuda_basic"] if any(plan.device_maps) else []
     shared = ["cuda_ipc"] if gpu and plan.gpus_in_sight else []
-    return [*shared, *gpu, "mpt_uv", "basic"]
+    return [*shared, *gpu, *plan.channels]
 
 
 def _start_autograd(rank: int) -> None:

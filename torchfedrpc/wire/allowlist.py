@@ -36,6 +36,8 @@ _LISTED = {
     "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
     "numpy.random.bit_generator": "SeedSequence __pyx_unpickle_SeedSequence",
     "torch": "Size device",
+    "torchfedrpc.host.reducers": "Entry Mean Sum WeightedMean",
+    "torchfedrpc.host.reduction": "MergeError",
     "torchfedrpc.observe.events": "RoundEnded",
     "torch._C": "Generator",
     "torch.serialization": "_get_layout",

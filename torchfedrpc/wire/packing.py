@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,18 +19,36 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.fence import fence
+from torchfedrpc.wire.owned import owned_storages
 from torchfedrpc.wire.scan import HARMLESS_ARRAYS, check_depth, checked
 from torchfedrpc.wire.state import set_state
 from torchfedrpc.wire.tensors import (
     View,
     check_can_travel,
     gather_slots,
+    is_plain,
+    lay_out,
     restore_special,
     take_apart,
-    view_slot,
 )
 
+_NONE = pickle.dumps(None, protocol=5)  # what most methods return
+_NOTHING = pickle.dumps(((), {}), protocol=5)  # a call's arguments, where it has none
+_PLAIN: dict[bytes, Callable[[], Any]] = {_NONE: lambda: None, _NOTHING: lambda: ((), {})}
 _INLINE_BYTES = 4096  # smaller numpy arrays stay in the pickle: a tensor of their own costs more than the copy
+
+
+class SentApart(ABC):
+    """Base of what stands in a call's arguments for a value that does not travel with them."""
+
+    @property
+    @abstractmethod
+    def value(self) -> SentApart:
+        """What opens it."""
+
+    @abstractmethod
+    def open(self, allow: AllowList) -> Any:
+        """The value itself, as one of the caller's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +61,7 @@ class Parcel:
         slots: dense tensors without gradient, of any dtype and device.
         num_buffers: so many of the last slots are the numpy buffers, as uint8 on the CPU.
         ready: makes the calling thread's CUDA streams wait for the slots' values; None where they are there.
+        apart: what the pickle names that is opened apart.
     """
 
     head: bytes
@@ -49,6 +69,7 @@ class Parcel:
     slots: list[Tensor]
     num_buffers: int
     ready: Callable[[], None] | None = None
+    apart: tuple[SentApart, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -71,11 +92,14 @@ class Parcel:
             UntrustedTypeError: it names a type outside the allow-list.
             SerializationError: it cannot be read.
         """
+        if self.head in _PLAIN:  # more often than not
+            return _PLAIN[self.head]()
         if self.ready is not None:
             self.ready()
         try:
-            with torch.inference_mode(False):
-                obj = _Unpickler(self.head, self._buffers(), _Builder(self.views, self.slots), allow).load()
+            with torch.inference_mode(False) if self.slots else nullcontext():
+                builder = _Builder(self.views, self.slots, self.apart, allow)
+                obj = _Unpickler(self.head, self._buffers(), builder, allow).load()
         except (SerializationError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -128,7 +152,14 @@ Packed = Parcel | Unreadable | Reference
 """An object on its way, in whichever of its forms: each has ``open``, ``copy`` and ``num_bytes``."""
 
 
-def pack(obj: Any, *, copy: bool = True) -> Parcel:
+def pack(
+    obj: Any,
+    *,
+    copy: bool = True,
+    join: bool | None = None,
+    owned: Collection[int] = (),
+    may_refer: bool = False,
+) -> Parcel:
     """Take the value of an object, as it is now.
 
     Tensors keep dtype, shape, strides (where they leave no gaps), requires_grad and Parameter-ness; those that
@@ -137,21 +168,56 @@ def pack(obj: Any, *, copy: bool = True) -> Parcel:
     Args:
         obj: anything that pickles; tensors anywhere in it.
         copy: False lets the slots alias the object's memory, for a caller that reads them at once.
+        join: whether small tensors become one slot together, which costs less to send; where there is a copy, if
+            not given.
+        owned: what `owned_storages` has just said of the object: those storages go with the parcel, without a copy.
+        may_refer: whether it may hold what is `SentApart`, as only the arguments of a call may.
 
     Raises:
         SerializationError: it holds something that cannot be pickled, or a tensor that cannot travel.
     """
+    if obj is None:
+        return Parcel(_NONE, [], [], 0)
     file, table = io.BytesIO(), _Table()
     try:
         _Pickler(file, table).dump(obj)
-        with _plain_tensors():
-            views, slots = gather_slots(table.tensors, copy=copy)
-            slots += [_copy_buffer(raw) for raw in table.buffers]
+        views: list[View] = []
+        slots: list[Tensor] = []
+        if table.tensors or table.buffers:
+            with _plain_tensors():
+                views, slots = gather_slots(
+                    table.tensors, copy=copy, join=copy if join is None else join, owned=owned
+                )
+                slots += [_copy_buffer(raw) for raw in table.buffers]
     except (SerializationError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise SerializationError(f"{type(error).__name__}: {error}") from error
-    return Parcel(file.getvalue(), views, slots, len(table.buffers), fence(slots))
+    if table.apart and not may_refer:
+        raise SerializationError("a SharedRef is for the arguments of a call, where it stands for its object")
+    return Parcel(file.getvalue(), views, slots, len(table.buffers), fence(slots), tuple(table.apart))
+
+
+def pack_nothing() -> Parcel:
+    """The arguments of a call that has none."""
+    return Parcel(_NOTHING, [], [], 0)
+
+
+def pack_only(box: list[Any]) -> Parcel:
+    """Take the value of the only object in a box, without a copy of what nobody can hold but through the box.
+
+    Afterwards the caller drops what is in the box, without a further look at its tensors.
+
+    Args:
+        box: a list into which the object was put as it was made, see `owned_storages`.
+
+    Raises:
+        SerializationError: as `pack` does.
+    """
+    if box[0] is None:
+        return pack(None)
+    owned = owned_storages(box)  # a reference to the content comes later, it would count
+    return pack(box[0], owned=owned)
 
 
 @contextmanager
@@ -176,6 +242,16 @@ class _Table:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.buffers: list[memoryview] = []
+        self.apart: list[SentApart] = []
+
+    def add_apart(self, value: SentApart) -> int:
+        if value not in self.apart:
+            self.apart.append(value)
+        return self.apart.index(value)
+
+    def add_tensor(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
 
     def add_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
@@ -191,9 +267,15 @@ class _Pickler(pickle.Pickler):
         self._table = table
 
     def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is Tensor and not obj.requires_grad and not obj.__dict__ and is_plain(obj):
+            return restore, ("plain", self._table.add_tensor(obj))
         if isinstance(obj, Tensor):
             with _plain_tensors(), torch._C.DisableTorchFunctionSubclass():
                 return restore, self._tensor(obj)
+        if isinstance(obj, SentApart):
+            return restore, ("apart", self._table.add_apart(obj.value))
+        if type(obj) is np.ndarray and obj.nbytes >= _INLINE_BYTES and not (obj.flags.forc or obj.dtype.hasobject):
+            return np.ascontiguousarray(obj).__reduce_ex__(5)  # with gaps it would stay in the pickle
         if isinstance(obj, BaseException):
             return restore, ("exception", type(obj), exception_args(obj), exception_state(obj))
         return NotImplemented
@@ -211,8 +293,7 @@ class _Pickler(pickle.Pickler):
             plain = plain.resolve_conj().resolve_neg()
         if plain._is_zerotensor():  # has no memory
             plain = plain.clone()
-        self._table.tensors.append(plain)
-        number = len(self._table.tensors) - 1
+        number = self._table.add_tensor(plain)
         if kind is None and state is None and not tensor.requires_grad:
             return "plain", number
         return "dense", tensor.requires_grad, kind, state, number
@@ -220,7 +301,7 @@ class _Pickler(pickle.Pickler):
 
 def _copy_buffer(raw: memoryview) -> Tensor:
     """A numpy buffer's bytes, as a uint8 tensor of shape (num_bytes,)."""
-    slot = torch.empty(raw.nbytes, dtype=torch.uint8)
+    slot = torch.empty(raw.nbytes, dtype=torch.uint8, device="cpu")
     slot.numpy()[:] = np.frombuffer(raw, dtype=np.uint8)
     return slot
 
@@ -232,17 +313,24 @@ class _Builder:
     tensors alive until the next collection.
     """
 
-    def __init__(self, views: list[View], slots: list[Tensor]) -> None:
-        self._views = views
-        self._slots = slots
+    def __init__(
+        self, views: list[View], slots: list[Tensor], apart: tuple[SentApart, ...], allow: AllowList
+    ) -> None:
+        self._apart = apart
+        self._opened: dict[int, Any] = {}  # of those apart, by number: what is twice in the object is the same there
+        self._allow = allow
+        with torch.no_grad() if views else nullcontext():
+            self._tensors = lay_out(views, slots)
 
     def restore(self, kind: str, *parts: Any) -> Any:
         if kind == "plain":
-            return view_slot(self._views[parts[0]], self._slots)
+            return self._tensors[parts[0]]
+        if kind == "apart":
+            return self._open_apart(parts[0])
         if kind == "exception":
             return rebuild_exception(*parts)
         requires_grad, cls, state, *rest = parts
-        plain = restore_special(*rest) if kind == "special" else view_slot(self._views[rest[0]], self._slots)
+        plain = restore_special(*rest) if kind == "special" else self._tensors[rest[0]]
         if cls == "parameter":
             tensor: Tensor = Parameter(plain, requires_grad=requires_grad)
         elif cls is None:
@@ -254,6 +342,11 @@ class _Builder:
         if state:
             tensor.__dict__.update(state)
         return tensor
+
+    def _open_apart(self, number: int) -> Any:
+        if number not in self._opened:
+            self._opened[number] = self._apart[number].open(self._allow)
+        return self._opened[number]
 
 
 class _Unpickler(pickle.Unpickler):

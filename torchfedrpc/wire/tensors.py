@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,10 +16,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchfedrpc.errors import SerializationError
 
 _SPARSE_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-_ALIGNMENT_BYTES = 64  # kernels may choose another path, and so other last bits, for memory that is aligned otherwise
+ALIGNMENT_BYTES = 64  # kernels may choose another path, and so other last bits, for memory that is aligned otherwise
 
-# A view of a slot: the slot's number alone where the view is all of it, else with dtype, shape, strides and offset.
-View = int | tuple[int, str, tuple[int, ...], tuple[int, ...], int]
+# Of up to so many bytes, to copy a tensor twice is faster than to send a tensor more.
+SMALL_BYTES = 65536
+
+_split: Any = torch.split_with_sizes_copy  # torch's type stubs have it return nothing
+
+# How a tensor lies in a slot: the slot's number alone where it is all of it; with its shape where it is one of the
+# small tensors that follow each other there, in the order of their views; else with dtype, shape, strides and offset.
+View = int | tuple[int, tuple[int, ...]] | tuple[int, str, tuple[int, ...], tuple[int, ...], int]
 
 
 def check_can_travel(tensor: Tensor) -> None:
@@ -86,15 +95,29 @@ def take_apart(tensor: Tensor) -> tuple[Any, ...] | None:
     return None
 
 
-def gather_slots(tensors: list[Tensor], *, copy: bool) -> tuple[list[View], list[Tensor]]:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense memory of the CPU's and no more, so that it needs no `check_can_travel`.
+
+    False where it may be anything else: in some mode, layout, or transform, or on another device.
+    """
+    keys: bool = torch._C._dispatch_keys(tensor) == _plain_keys()
+    return keys
+
+
+def gather_slots(
+    tensors: list[Tensor], *, copy: bool, join: bool, owned: Collection[int] = ()
+) -> tuple[list[View], list[Tensor]]:
     """Find the memory behind dense tensors, each part of it once, and how every tensor lies in it.
 
-    A tensor alone on its storage becomes a slot of its own, with its strides where they leave no gaps. Tensors
-    that overlap or adjoin on one storage share a slot, the bytes that they span, and so stay tied.
+    A tensor alone on its storage becomes a slot of its own, with its strides where they leave no gaps, or goes
+    together with others. Tensors that overlap or adjoin on one storage share a slot, the bytes that they span, and
+    so stay tied.
 
     Args:
-        tensors: detached dense tensors of any dtype and device.
+        tensors: dense tensors of any dtype and device.
         copy: whether the slots must be memory of their own; without it they may alias the tensors.
+        join: whether small tensors of a dtype that are alone on their storages become one slot together.
+        owned: addresses of storages that become slots as they are, with ``copy`` too.
 
     Returns:
         A view for each tensor, and the slots.
@@ -102,16 +125,22 @@ def gather_slots(tensors: list[Tensor], *, copy: bool) -> tuple[list[View], list
     views: list[View] = [0] * len(tensors)
     slots: list[Tensor] = []
     by_storage: dict[int, list[int]] = {}
+    small: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(tensors):
         if tensor.numel():
             by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(index)
         else:  # empty: nothing to share, and its storage may be no memory at all
             views[index] = len(slots)
             slots.append(tensor.clone() if copy else tensor)
-    for members in by_storage.values():
+    for storage, members in by_storage.items():
         if len(members) == 1:
-            views[members[0]] = len(slots)
-            slots.append(_dense(tensors[members[0]], copy=copy))
+            (index,) = members
+            tensor = tensors[index]
+            if join and _is_small(tensor):
+                small.setdefault(tensor.dtype, []).append(index)
+                continue
+            views[index] = len(slots)
+            slots.append(_dense(tensor, copy=copy and storage not in owned))
             continue
         for start, stop, cluster in _clusters(tensors, members):
             span = _span(tensors[cluster[0]], start, stop)
@@ -126,11 +155,37 @@ def gather_slots(tensors: list[Tensor], *, copy: bool) -> tuple[list[View], list
                     offset,
                 )
             slots.append(span.clone() if copy else span)
+    for members in small.values():
+        if len(members) == 1:
+            views[members[0]] = len(slots)
+            slots.append(_dense(tensors[members[0]], copy=copy))
+            continue
+        for index in members:
+            views[index] = (len(slots), tuple(tensors[index].shape))
+        slots.append(torch._C._nn.flatten_dense_tensors([tensors[index] for index in members]))
     return views, slots
 
 
-def view_slot(view: View, slots: list[Tensor]) -> Tensor:
-    """The tensor that a view describes."""
+def lay_out(views: list[View], slots: list[Tensor]) -> list[Tensor]:
+    """The tensors that the views describe; small ones that came together each get memory of their own."""
+    tensors: list[Any] = [None] * len(views)
+    joined: dict[int, list[int]] = {}
+    for index, view in enumerate(views):
+        if isinstance(view, tuple) and len(view) == 2:
+            joined.setdefault(view[0], []).append(index)
+        else:
+            tensors[index] = _view_slot(view, slots)
+    for number, members in joined.items():
+        shapes: list[Any] = [views[index][1] for index in members]  # type: ignore[index]
+        parts = _split(slots[number], [math.prod(shape) for shape in shapes])
+        for index, part, shape in zip(members, parts, shapes, strict=True):
+            if min(shape, default=0) < 0:
+                raise SerializationError(f"a tensor cannot have the shape {shape}")
+            tensors[index] = part if len(shape) == 1 else part.resize_(shape)
+    return tensors
+
+
+def _view_slot(view: Any, slots: list[Tensor]) -> Tensor:
     if isinstance(view, int):
         return slots[view]
     number, dtype_name, shape, stride, offset = view
@@ -163,7 +218,30 @@ def _dense(tensor: Tensor, *, copy: bool) -> Tensor:
         raise SerializationError("the storage of this tensor was freed or resized below its shape")
     if copy or not _fills_its_storage(tensor):
         return tensor.clone(memory_format=torch.preserve_format)
-    return tensor
+    return tensor.detach()
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether to join it with others; one whose storage was freed is left for `_dense` to refuse."""
+    num_bytes = tensor.nbytes
+    return (
+        num_bytes <= SMALL_BYTES
+        and tensor.is_cpu
+        and tensor.stride() == _row_major(tensor.shape)
+        and tensor.storage_offset() * tensor.itemsize + num_bytes <= tensor.untyped_storage().nbytes()
+    )
+
+
+@functools.lru_cache(1024)
+def _row_major(shape: torch.Size) -> tuple[int, ...]:
+    """The strides of a tensor whose elements lie in the order of their indices."""
+    return tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+
+
+@functools.cache
+def _plain_keys() -> Any:
+    with torch.inference_mode(False):
+        return torch._C._dispatch_keys(torch.empty(0, device="cpu"))
 
 
 def _fills_its_storage(tensor: Tensor) -> bool:
@@ -185,7 +263,7 @@ def _clusters(tensors: list[Tensor], members: list[int]) -> list[tuple[int, int,
             first, end, group = clusters[-1]
             clusters[-1] = (first, max(end, stop), [*group, index])
         else:
-            clusters.append((start - start % _ALIGNMENT_BYTES, stop, [index]))
+            clusters.append((start - start % ALIGNMENT_BYTES, stop, [index]))
     return clusters
 
 
@@ -195,3 +273,10 @@ def _span(tensor: Tensor, start: int, stop: int) -> Tensor:
     if stop > storage.nbytes():
         raise SerializationError("the storage of this tensor was freed or resized below its shape")
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (stop - start,), (1,))
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor whose strides leave no gaps, as a uint8 tensor of shape (num_bytes,)."""
+    start = tensor.storage_offset() * tensor.itemsize
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (tensor.nbytes,), (1,))

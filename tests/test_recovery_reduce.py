@@ -1,0 +1,408 @@
+"""A worker that is lost, or leaves, in the middle of a reduction: its results are made again, and counted once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MODES, Latch, opened
+from losses import SEED, Losses, kill, pseudo
+from summing import Adder, Brackets, Deadly, Noted, SlowToPack
+
+import torchfedrpc as tfr
+from torchfedrpc.host.reduction import fold
+from torchfedrpc.observe.events import CallEnded, Event
+from torchfedrpc.testing import Faults
+
+pytestmark = pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
+
+NUM_CLIENTS = 240
+NUM_DRAWS = 3
+ALL = [f"client_{number}" for number in range(NUM_CLIENTS)]
+ON_1, ON_2 = ALL[: NUM_CLIENTS // 2], ALL[NUM_CLIENTS // 2 :]
+
+
+async def draw(clients: list[str]) -> dict[str, list[str]]:
+    """Client -> what its `draw_text` gives, time after time, in an undisturbed run."""
+    async with tfr.LearnerProxy(Adder, clients, runtime="local", seed=SEED) as proxy:
+        rounds = [await proxy.clients().call("draw_text") for _ in range(NUM_DRAWS)]
+    return {client: [results[client] for results in rounds] for client in clients}
+
+
+@pytest.fixture(scope="module")
+def drawn(runner: asyncio.Runner) -> dict[str, list[str]]:
+    return runner.run(draw(ALL))
+
+
+@pytest.fixture(scope="module")
+def proxy(runner: asyncio.Runner, drawn: dict[str, list[str]]) -> Iterator[tfr.LearnerProxy]:
+    """Learners on two workers; every test takes clients of its own by `on_1` and `on_2`."""
+    with opened(runner, tfr.LearnerProxy(Adder, ALL, runtime=pseudo(heartbeat_timeout_s=1.5), seed=SEED)) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def on_1() -> Iterator[str]:
+    return iter(ON_1)
+
+
+@pytest.fixture(scope="module")
+def on_2() -> Iterator[str]:
+    return iter(ON_2)
+
+
+@pytest.fixture
+def seen(proxy: tfr.LearnerProxy) -> Iterator[Losses]:
+    seen = Losses()
+    unsubscribe = proxy.subscribe(seen)
+    yield seen
+    unsubscribe()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on(runner: asyncio.Runner, request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "proxy" in request.fixturenames:
+        runner.run(check_nothing_goes_on(request.getfixturevalue("proxy")))
+
+
+async def check_nothing_goes_on(proxy: tfr.LearnerProxy) -> None:
+    """No reduction is left on any worker, and no call at the driver."""
+    executor: Any = proxy._router._main
+    assert executor._reductions == {}
+    one_of_each = [proxy.client_ids[0], proxy.client_ids[-1]]
+    assert set((await proxy.clients(one_of_each).call("number_of_reductions")).values()) == {0}
+    async with asyncio.timeout(20):  # what was cancelled is answered in its time
+        while any(record.asked for record in executor._ledger):
+            await asyncio.sleep(0.01)
+
+
+def number(client_id: str) -> str:
+    return client_id.rpartition("_")[2]
+
+
+def brackets(texts: Any) -> str | None:
+    return fold(texts, "({}+{})".format)
+
+
+def of_draw(drawn: dict[str, list[str]], clients: list[str], count: int = 0) -> str | None:
+    """How the results of that draw come together."""
+    return brackets([drawn[client][count] for client in clients])
+
+
+async def check_draw(
+    proxy: tfr.LearnerProxy, drawn: dict[str, list[str]], clients: list[str], count: int, reducer: Any = Brackets
+) -> None:
+    """A reduction over the clients' next draws, with the bits of an undisturbed run."""
+    result = await proxy.clients(clients).reduce("draw_text", reducer)
+    assert (result.value, result.count, result.failures) == (of_draw(drawn, clients, count), len(clients), {})
+
+
+def once_ended(proxy: tfr.LearnerProxy, count: int, then: Any) -> Any:
+    """Call something as soon as so many calls have ended."""
+    num_ended = 0
+
+    def on_event(event: Event) -> None:
+        nonlocal num_ended
+        if isinstance(event, CallEnded):
+            num_ended += 1
+            if num_ended == count:
+                then()
+
+    return proxy.subscribe(on_event)
+
+
+# Lost workers.
+
+
+@pytest.mark.parametrize("at_call", [1, 3])
+async def test_a_worker_is_lost_while_its_calls_wait_or_run(
+    proxy: tfr.LearnerProxy,
+    drawn: dict[str, list[str]],
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    at_call: int,
+) -> None:
+    clients = [*islice(on_1, 4), *islice(on_2, 3)]
+    async with Faults().kill("worker1", at_call=at_call).injected(proxy):
+        await check_draw(proxy, drawn, clients, 0)
+    assert seen.workers == ["worker1"]
+    await check_draw(proxy, drawn, clients, 1)
+
+
+@pytest.mark.parametrize("killed", [["worker1"], ["worker1", "worker2"]], ids="-".join)
+async def test_workers_are_lost_once_all_results_are_added_and_before_they_are_collected(
+    proxy: tfr.LearnerProxy,
+    drawn: dict[str, list[str]],
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    killed: list[str],
+) -> None:
+    clients = [*islice(on_1, 3), *islice(on_2, 4)]
+    await check_draw(proxy, drawn, clients, 0)
+    unsubscribe = once_ended(proxy, len(clients), lambda: [kill(proxy, worker) for worker in killed])
+    await check_draw(proxy, drawn, clients, 1)
+    unsubscribe()
+    assert sorted(seen.workers) == killed
+    await check_draw(proxy, drawn, clients, 2)
+
+
+@pytest.mark.parametrize(("at", "times"), [("merge", 1), ("pack", 1), ("pack", 2)])
+async def test_a_worker_is_lost_as_results_are_merged_or_collected(
+    proxy: tfr.LearnerProxy,
+    drawn: dict[str, list[str]],
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    tmp_path: Path,
+    at: str,
+    times: int,
+) -> None:
+    clients = [*islice(on_1, 3), *islice(on_2, 3)]
+    await check_draw(proxy, drawn, clients, 0, Deadly(at, str(tmp_path / "killed"), times))
+    assert len(seen.workers) in range(1, times + 1)  # both workers may die at once
+    await check_draw(proxy, drawn, clients, 1)
+
+
+async def test_a_world_is_formed_again_while_results_lie_at_the_workers(
+    proxy: tfr.LearnerProxy,
+    drawn: dict[str, list[str]],
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    latch: Latch,
+    tmp_path: Path,
+) -> None:
+    """Those of the worker that lives are neither made again nor sent again nor counted twice."""
+    lost, survivors, holding = next(on_1), list(islice(on_2, 3)), next(on_2)
+    notes = tmp_path / "notes"
+    hold: Any = asyncio.ensure_future(proxy.custom_method(holding, "note_and_hold", str(notes), latch.path))
+    await seen.reported(holding)
+    clients = [lost, *survivors[:2]]
+    ended = asyncio.Event()
+    unsubscribe = once_ended(proxy, 1, ended.set)
+    reduction = asyncio.ensure_future(proxy.clients([lost, holding]).reduce("text", Noted(str(notes))))
+    await ended.wait()
+    unsubscribe()
+    group: Any = proxy._router._main._group
+    for world in range(1, 3):
+        group._break()
+        await seen.world(world)
+    kill(proxy, "worker1")
+    await seen.world(3)
+    latch.open()
+    assert (await reduction).value == brackets([number(lost), number(holding)])
+    await hold
+    assert sorted(notes.read_text().split()) == sorted([holding, number(lost), number(lost), number(holding)])
+    await check_draw(proxy, drawn, clients, 0)
+
+
+async def test_results_at_a_worker_are_not_sent_for_again_in_the_next_world(
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], on_2: Iterator[str], latch: Latch
+) -> None:
+    clients, slow = [*islice(on_1, 2), *islice(on_2, 2)], next(on_2)
+    arguments: dict[str, Any] = {one: {"until": None} for one in clients} | {slow: {"until": latch.path}}
+    ended = asyncio.Event()
+    unsubscribe = once_ended(proxy, len(clients), ended.set)
+    reduction = asyncio.ensure_future(proxy.clients(arguments).reduce("text_once_open_async", Brackets()))
+    await ended.wait()
+    unsubscribe()
+    executor: Any = proxy._router._main
+    asked_for = []
+    executor._group._break()
+    submits = []
+    while not executor._group.hosts or executor._group._mending is None or not executor._group._mending.done():
+        for host in executor._group.hosts.values():
+            if host not in submits:
+                submits.append(host)
+                submit = host.submit
+                host.submit = lambda call, reply, submit=submit: (asked_for.append(call), submit(call, reply))
+        await asyncio.sleep(0)
+    await seen.world()
+    latch.open()
+    assert (await reduction).value == brackets(map(number, [*clients, slow]))
+    assert not {call.client_id for call in asked_for if call.kind == "call"} & set(clients)
+
+
+async def test_learners_can_be_captured_while_their_results_lie_at_the_workers(
+    proxy: tfr.LearnerProxy,
+    drawn: dict[str, list[str]],
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    latch: Latch,
+) -> None:
+    clients, slow = [*islice(on_1, 2), *islice(on_2, 2)], next(on_2)
+    everybody = [*clients, slow]
+    await proxy.clients(clients).call("draw_text")
+    holding = asyncio.ensure_future(proxy.custom_method(slow, "text_once_open_async", latch.path))
+    await asyncio.sleep(0)
+    reduction = asyncio.ensure_future(proxy.clients(everybody).reduce("draw_text", Brackets()))
+    await asyncio.gather(*(seen.ended(one) for one in clients))
+    await asyncio.sleep(0.05)
+    snapshots = {one: data async for one, data in proxy.snapshots(clients)}
+    kill(proxy, "worker1")
+    await seen.loss()
+    latch.open()
+    assert (await reduction).value == brackets([*(drawn[one][1] for one in clients), drawn[slow][0]])
+    await holding
+    await proxy.clients(clients).call("draw_text")
+    await proxy.restore(snapshots)
+    assert dict(await proxy.clients(clients).call("draw_text")) == {one: drawn[one][2] for one in clients}
+
+
+async def test_a_result_behind_a_call_that_was_cut_off_is_made_again_on_the_right_state(
+    proxy: tfr.LearnerProxy,
+    drawn: dict[str, list[str]],
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    latch: Latch,
+) -> None:
+    clients = [next(on_1), next(on_1)]
+    await check_draw(proxy, drawn, clients, 0)
+    holding = [asyncio.ensure_future(proxy.custom_method(one, "hold_async", latch.path)) for one in clients]
+    await asyncio.gather(*map(seen.reported, clients))
+    for one in holding:
+        one.cancel()
+    await asyncio.gather(*holding, return_exceptions=True)
+    unsubscribe = once_ended(proxy, 2, lambda: kill(proxy, "worker1"))
+    await check_draw(proxy, drawn, clients, 1)
+    unsubscribe()
+    assert await proxy.clients(clients).call("draw_text") == {one: drawn[one][2] for one in clients}
+    assert seen.workers == ["worker1"]
+
+
+@pytest.mark.parametrize("kills", [False, True])
+async def test_calls_behind_one_that_was_cut_off_do_not_wait_for_a_reduction(
+    proxy: tfr.LearnerProxy,
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    latch: Latch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kills: bool,
+) -> None:
+    """Their snapshot must not be asked for again and again, since it has the result that lies at the worker."""
+    quick, slow = next(on_1), next(on_2)
+    arguments: dict[str, Any] = {quick: {"until": None}, slow: {"until": latch.path}}
+    reduction = asyncio.ensure_future(proxy.clients(arguments).reduce("text_once_open_async", Brackets()))
+    await seen.ended(quick)
+    executor: Any = proxy._router._main
+    request, requested = executor._request_snapshot, []
+    monkeypatch.setattr(executor, "_request_snapshot", lambda record: (requested.append(record), request(record)))
+    cut_off = asyncio.ensure_future(proxy.custom_method(quick, "hold_async", str(tmp_path / "never")))
+    await seen.reported(quick)
+    cut_off.cancel()
+    async with asyncio.timeout(20):
+        assert await proxy.custom_method(quick, "append", "x") == 3
+    assert not reduction.done()
+    if kills:
+        kill(proxy, "worker1")
+        await seen.loss()
+    latch.open()
+    assert (await reduction).value == brackets([number(quick), number(slow)])
+    assert len(requested) < 10
+    assert await proxy.custom_method(quick, "what_happened") == ["hold begins", ("hold cancelled", True), "x"]
+
+
+async def test_few_arguments_are_kept_for_results_that_lie_at_the_workers(
+    proxy: tfr.LearnerProxy,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    seen: Losses,
+    latch: Latch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients, slow = [*islice(on_1, 4), *islice(on_2, 4)], next(on_2)
+    executor: Any = proxy._router._main
+    monkeypatch.setattr(executor.config, "journal_max_bytes", 40_000)
+    arguments: dict[str, Any] = {one: {"until": None, "ballast": bytes(10_000)} for one in clients}
+    arguments[slow] = {"until": latch.path}
+    reduction = asyncio.ensure_future(proxy.clients(arguments).reduce("text_once_open_async", Brackets()))
+    await asyncio.gather(*map(seen.ended, clients))
+
+    def kept() -> int:
+        return sum(len(record.asked) for record in executor._ledger)
+
+    async with asyncio.timeout(20):
+        while kept() > 5:
+            await asyncio.sleep(0.01)
+    assert not reduction.done()
+    latch.open()
+    result = await reduction
+    assert (result.value, result.count) == (brackets(map(number, [*clients, slow])), 9)
+
+
+@pytest.mark.parametrize("kills", [False, True])
+async def test_a_result_that_is_collected_before_its_call_is_answered_counts_once(
+    proxy: tfr.LearnerProxy,
+    drawn: dict[str, list[str]],
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    latch: Latch,
+    monkeypatch: pytest.MonkeyPatch,
+    kills: bool,
+) -> None:
+    clients, others, slow = list(islice(on_1, 3)), list(islice(on_2, 2)), next(on_2)
+    executor: Any = proxy._router._main
+    host = executor._group.hosts["worker1"]
+    submit, late = host.submit, []
+
+    def submit_late(call: Any, reply: Any) -> None:
+        """Have the answer of one call wait."""
+        submit(call, (lambda outcome: late.append((reply, outcome))) if call.client_id == clients[1] else reply)
+
+    monkeypatch.setattr(host, "submit", submit_late)
+    holding = asyncio.ensure_future(proxy.custom_method(slow, "text_once_open_async", latch.path))
+    await asyncio.sleep(0)
+    reduction = asyncio.ensure_future(proxy.clients([*clients, *others, slow]).reduce("draw_text", Brackets()))
+    await asyncio.gather(seen.ended(clients[0]), seen.ended(clients[2]))
+    while not late:
+        await asyncio.sleep(0.01)
+    (collecting,) = executor._reductions.values()
+    assert collecting.hurry(executor._ledger.get(clients[0]))
+    while not collecting._collected_places:
+        await asyncio.sleep(0.01)
+    assert len(collecting._collected_places) == 3
+    monkeypatch.undo()
+    if kills:
+        kill(proxy, "worker1")
+        await seen.loss()
+    else:
+        for reply, outcome in late:
+            reply(outcome)
+    latch.open()
+    result = await reduction
+    assert (result.value, result.count) == (of_draw(drawn, [*clients, *others, slow]), 6)
+    await holding
+    await check_draw(proxy, drawn, [*clients, *others, slow], 1)
+
+
+async def test_a_reduction_that_is_cancelled_as_a_worker_is_replaced_leaves_the_learners_usable(
+    proxy: tfr.LearnerProxy,
+    drawn: dict[str, list[str]],
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    latch: Latch,
+) -> None:
+    clients = [*islice(on_1, 2), *islice(on_2, 2)]
+    await check_draw(proxy, drawn, clients, 0)
+    unsubscribe = once_ended(proxy, 4, lambda: kill(proxy, "worker1"))
+    reduction = asyncio.ensure_future(proxy.clients(clients).reduce("draw_text", SlowToPack(latch.path)))
+    await seen.loss()
+    unsubscribe()
+    reduction.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reduction
+    latch.open()
+    await check_draw(proxy, drawn, clients, 2)

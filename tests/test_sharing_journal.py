@@ -1,0 +1,84 @@
+"""Journals and memory where calls have much in common: neither grows with the rounds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from losses import kill, pid_of, pseudo
+from test_recovery_sharing import NUM_BYTES, SIZE, Adding, add
+
+import torchfedrpc as tfr
+
+NUM_ROUNDS = 200
+MODEL_BYTES = 4 << 20
+
+
+class Loading:
+    """A learner that takes the weights over, as ``load_state_dict`` does."""
+
+    def __init__(self, client_id: str) -> None:
+        self.weights = {f"layer{number}": torch.zeros(1 << 18) for number in range(4)}
+
+    def load(self, weights: dict[str, torch.Tensor]) -> float:
+        for name, tensor in self.weights.items():
+            tensor.copy_(weights[name])
+        return float(self.weights["layer3"][-1])
+
+
+def held_by(pid: int) -> tuple[int, int]:
+    """Resident bytes of a process, and how many mappings and descriptors of shared values it has."""
+    count = Path(f"/proc/{pid}/maps").read_text().count("torchfedrpc-shared")
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            count += "torchfedrpc-shared" in os.readlink(entry)
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), count
+
+
+@pytest.mark.parametrize("how", ["group", "reference"])
+async def test_rounds_leave_nothing_in_driver_and_workers(how: str) -> None:
+    runtime = pseudo(on_worker_lost="fail")
+    async with tfr.LearnerProxy(Loading, ["a", "b", "c", "d"], runtime=runtime) as proxy:
+        weights = {f"layer{number}": torch.zeros(MODEL_BYTES // 16) for number in range(4)}
+
+        async def rounds(count: int) -> None:
+            for _ in range(count):
+                for tensor in weights.values():
+                    tensor += 1
+                argument: Any = weights if how == "group" else await proxy.share(weights)
+                (loaded,) = set((await proxy.clients().call("load", argument)).values())
+                assert loaded == weights["layer0"][0]
+
+        processes = [os.getpid(), pid_of(proxy, "worker1"), pid_of(proxy, "worker2")]
+        await rounds(NUM_ROUNDS // 4)
+        before = [held_by(pid)[0] for pid in processes]
+        await rounds(NUM_ROUNDS)
+        async with asyncio.timeout(10):
+            while any(held_by(pid)[1] for pid in processes):
+                await proxy.clients().call("load", {f"layer{number}": torch.ones(()) for number in range(4)})
+        for pid, then in zip(processes, before, strict=True):
+            assert held_by(pid)[0] - then < 10 * MODEL_BYTES  # an allocator has its ups and downs
+
+
+async def test_the_journal_counts_what_its_calls_share_once() -> None:
+    runtime = pseudo(journal_max_bytes=10 * NUM_BYTES)
+    async with tfr.LearnerProxy(Adding, [f"client_{number}" for number in range(12)], runtime=runtime) as proxy:
+        ref, weights = await proxy.share(torch.ones(SIZE)), torch.ones(SIZE)
+        for _ in range(3):
+            await add(proxy, proxy.client_ids, ref)
+        assert NUM_BYTES <= proxy.stats()["journal_bytes"] < NUM_BYTES + 50_000
+        await add(proxy, proxy.client_ids, weights)
+        assert 2 * NUM_BYTES <= proxy.stats()["journal_bytes"] < 2 * NUM_BYTES + 50_000
+        for number in range(20):
+            weights.fill_(number)
+            await add(proxy, proxy.client_ids, weights)
+        async with asyncio.timeout(20):
+            while proxy.stats()["journal_bytes"] > 10 * NUM_BYTES:
+                await proxy.clients().call("process_id")
+        kill(proxy, "worker1")
+        assert await add(proxy, proxy.client_ids, ref) == {4.0 + 190 + 1}

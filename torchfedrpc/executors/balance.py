@@ -1,0 +1,103 @@
+"""Who should have which learners for a group's calls: so that all workers are done at about the same time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+
+_WORTH_SECONDS = 1e-3  # shorter calls are not remembered, client by client: they are all alike
+_WEIGHT_OF_LAST = 0.5  # of a client's last call, beside those before it
+_TOLERANCE = 0.06  # by which a worker may be later than all would be together; more is worth a move
+_NEARLY_BEST = 0.7  # of the gain of the best move, for which one is taken that keeps neighbours together
+
+
+class Durations:
+    """How long calls ran, by client and method, as far as they took long enough to matter."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, dict[str, float]] = {}  # method -> client -> seconds, of the last calls mostly
+
+    def saw(self, client_id: str, method: str, seconds: float) -> None:
+        """A call ran for so long."""
+        of_method = self._seconds.setdefault(method, {})
+        if seconds < _WORTH_SECONDS:
+            of_method.pop(client_id, None)
+        else:
+            before = of_method.get(client_id, seconds)
+            of_method[client_id] = before + _WEIGHT_OF_LAST * (seconds - before)
+
+    def expected(self, client_ids: Iterable[str], method: str) -> dict[str, float]:
+        """Seconds that each of these clients will take: as its last calls did, else as most of the others will.
+
+        Where no call of the method was seen, all take 0 seconds.
+        """
+        of_method = self._seconds.get(method, {})
+        seen = [of_method[client_id] for client_id in client_ids if client_id in of_method]
+        usual = statistics.median(seen) if seen else 0.0
+        return {client_id: of_method.get(client_id, usual) for client_id in client_ids}
+
+
+def longest_first(expected: Mapping[str, float]) -> list[str]:
+    """Clients by the time that they will take; those that will take as long in their order."""
+    return sorted(expected, key=lambda client_id: -expected[client_id])
+
+
+def moves(
+    expected: Mapping[str, float],
+    places: Mapping[str, str],
+    backlog: Mapping[str, float],
+    cost_s: Callable[[str], float | None],
+    most: int | None = None,
+) -> dict[str, str]:
+    """Which clients to move so that the last worker is done earlier, and no more of them than pay.
+
+    Of moves that are about as good those are taken at the border of two workers' clients, so that neighbours stay
+    together: what a reduction sends depends on it.
+
+    Args:
+        expected: client, in order -> seconds that it will take; where all are 0, each counts the same.
+        places: client -> its worker.
+        backlog: workers that clients may be moved to -> seconds of what they have to do first.
+        cost_s: seconds that moving this client takes; None where it cannot be moved.
+        most: of those whose move costs anything, move so many; None for all that pay.
+
+    Returns:
+        Client -> its new worker.
+    """
+    is_known = any(expected.values())
+    weights = expected if is_known else dict.fromkeys(expected, 1.0)
+    loads = dict(backlog) if is_known else dict.fromkeys(backlog, 0.0)
+    rank = {client_id: number for number, client_id in enumerate(expected)}
+    clients_of: dict[str, list[str]] = {label: [] for label in backlog}
+    for client_id, weight in weights.items():
+        if places[client_id] in clients_of:
+            loads[places[client_id]] += weight
+            clients_of[places[client_id]].append(client_id)
+    moved: dict[str, str] = {}
+    mean = sum(loads.values()) / max(len(loads), 1)
+    while len(loads) > 1:
+        busiest, idlest = max(loads, key=loads.__getitem__), min(loads, key=loads.__getitem__)
+        excess, gains = loads[busiest] - loads[idlest], {}
+        if loads[busiest] <= (1 + _TOLERANCE) * mean:
+            break
+        for client_id in clients_of[busiest]:
+            weight, cost = weights[client_id], cost_s(client_id)
+            if cost is None or not 0 < weight < excess or (cost and (most == 0 or not is_known)):
+                continue
+            gain = min(weight, excess - weight) - cost  # by which the later one of the two is done earlier
+            if gain > 0:
+                gains[client_id] = gain
+        if not gains:
+            break
+        others = clients_of[idlest]
+        centre = statistics.median(rank[client_id] for client_id in others) if others else 0
+        good = [one for one, gain in gains.items() if gain >= _NEARLY_BEST * max(gains.values())]
+        chosen = min(good, key=lambda client_id: abs(rank[client_id] - centre))
+        clients_of[busiest].remove(chosen)
+        others.append(chosen)
+        loads[busiest] -= weights[chosen]
+        loads[idlest] += weights[chosen]
+        moved[chosen] = idlest
+        if most and cost_s(chosen):
+            most -= 1
+    return moved

@@ -1,0 +1,143 @@
+"""Sums and means of tensors: the dtype in which each is kept, and what becomes of it at the end.
+
+| values | kept in | their mean | their sum |
+| --- | --- | --- | --- |
+| floats of at most 32 bits | float32, then float64 | in their dtype | in their dtype |
+| float64 | float64 | float64 | float64 |
+| complex | as of their parts | in their dtype | in their dtype |
+| integers | float64, for a sum int64 | the nearest integer, halves to even, in their dtype | exact, in their dtype |
+| bool | float64, for a sum bool | true where more than half of the weight is | true where any is, as of ``+`` |
+
+Every operation here works number by number, so its bits depend on its operands alone: not on strides, threads or
+the place in a vector register. A mean of integers is exact before it is rounded as long as the weights are integers
+and the weighted sum stays below 2**53.
+
+How exact: let u be half an ulp, 2**-24 in float32. A client's value ``w * x`` is rounded where the weight is no
+float32 (integers up to 2**24 are), in the product, in each of at most `NUM_FLOAT32_SUMS` sums on the way to the root,
+and in the quotient; above, sums are kept in float64, whose roundings are nothing beside these. So whatever the
+values and however many, a mean is within ``(1 + 1 + 5 + 1) u``, which is 4 ulp, of the exact one, relative to the
+mean of the magnitudes ``|x|``; a sum is within 3 ulp. (Pairwise summation: Higham, Accuracy and Stability of
+Numerical Algorithms, section 4.2.) Without float64 the bound would grow with log2 of the number of clients, and be
+met where one client's values dominate. A result of fewer bits is rounded once more, by half an ulp of its dtype. Of
+values in float64 the bound is ``(d + 3) u``, where d is the number of sums on the longest way and u is 2**-53.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+NUM_FLOAT32_SUMS = 5
+"""So many sums in a row are kept in float32: those of 32 clients, in a balanced tree."""
+
+_WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """New tensors are ordinary ones without history, in whichever mode the code around is."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def weighted(tensor: Tensor, weight: float = 1, *, exact: bool = False, out: Tensor | None = None) -> Tensor:
+    """A tensor times a weight, to add others to; one that is held in memory of its own.
+
+    Args:
+        tensor: dense or in COO layout, of any shape, dtype and device.
+        weight: finite; 1 gives a copy.
+        exact: for a sum rather than a mean: integers are kept as int64 and booleans as they are.
+        out: what `weighted` returned for another tensor of this shape and device, to be overwritten where it can be.
+    """
+    plain, dtype = tensor.detach(), _kept_dtype(tensor.dtype, exact=exact)
+    if type(plain) is not Tensor:
+        plain = plain.as_subclass(Tensor)
+    if out is not None and (out.dtype != dtype or out.layout is not torch.strided):
+        out = None
+    if weight != 1 and plain.dtype == dtype and not dtype.is_complex:
+        return torch.mul(plain, float(weight), out=out)
+    total = plain.to(dtype, copy=True).resolve_conj() if out is None else out.copy_(plain)
+    if weight != 1:
+        _parts(total).mul_(float(weight))
+    return total
+
+
+def added(total: Tensor, other: Tensor, num_sums: int) -> Tensor:
+    """The sum of two that were kept for tensors of one shape and kind, on the first one's device.
+
+    Args:
+        total: is used up, as a rule by being the sum.
+        other: what to add.
+        num_sums: how many sums are on the longest way from a client to this one, this one included.
+    """
+    if num_sums > NUM_FLOAT32_SUMS:
+        total = total.to(_WIDER.get(total.dtype, total.dtype))
+    if other.dtype != total.dtype or other.device != total.device:
+        other = other.to(device=total.device, dtype=total.dtype)
+    return total.add_(other)
+
+
+def mean_from(total: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
+    """The mean, of the weighted sum and the sum of the weights; ``total`` is used up.
+
+    Args:
+        total: a sum of what `weighted` returned.
+        weight: above 0.
+        dtype: that of the values.
+    """
+    divisor = torch.full((), float(weight), dtype=_parts(total).dtype)
+    if divisor.item() != weight:
+        total = total.to(_WIDER.get(total.dtype, total.dtype))
+        divisor = torch.full((), float(weight), dtype=torch.float64)
+    _parts(total).div_(divisor.to(total.device))  # by what lies beside it: CUDA multiplies by a number's reciprocal
+    if dtype == torch.bool:
+        return total > 0.5
+    return total.to(dtype) if _is_inexact(dtype) else total.round_().to(dtype)
+
+
+def sum_from(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum in the dtype of the values; it may be ``total`` itself.
+
+    Args:
+        total: a sum of what `weighted` returned with ``exact=True``. Sums of 64-bit integers wrap, as theirs do.
+        dtype: that of the values.
+
+    Raises:
+        ValueError: it does not fit into an integer of fewer bits.
+    """
+    if total.dtype == torch.int64 and dtype.itemsize < torch.int64.itemsize and total.numel():
+        bounds, least, most = torch.iinfo(dtype), int(total.min()), int(total.max())
+        if least < bounds.min or most > bounds.max:
+            raise ValueError(f"sums up to {most if most > bounds.max else least}, which does not fit into {dtype}")
+    return total.to(dtype)
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """What has to agree between the values of a sum; their numbers of bits need not."""
+    if dtype.is_complex:
+        return "complex"
+    if dtype.is_floating_point:
+        return "float"
+    return "bool" if dtype == torch.bool else "integer"
+
+
+def _is_inexact(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _kept_dtype(dtype: torch.dtype, *, exact: bool) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex64 if dtype.itemsize < torch.complex64.itemsize else dtype
+    if dtype.is_floating_point:
+        return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
+    if not exact:
+        return torch.float64
+    return dtype if dtype == torch.bool else torch.int64
+
+
+def _parts(tensor: Tensor) -> Tensor:
+    """Real and imaginary parts, to be scaled by a real number as such: complex arithmetic would round more often."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
