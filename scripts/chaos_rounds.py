@@ -26,12 +26,13 @@ SEED = 7
 
 
 def pseudo(num_processes: int, heartbeat_timeout_s: float) -> dict[str, Any]:
-    """A runtime to be disturbed; its journals are short, so that there are snapshots."""
+    """A runtime to be disturbed; its journals are short, so that there are snapshots, and few learners in memory."""
     return {
         "execution_mode": "pseudo",
         "num_processes": num_processes,
         "heartbeat_timeout_s": heartbeat_timeout_s,
         "journal_max_calls": 5,
+        "max_resident_learners": 2,
     }
 
 

@@ -1,4 +1,4 @@
-"""The federated run that chaos disturbs: FedAvg over clients of which half keep state, and a stream in each round."""
+"""The federated run that chaos disturbs: FedAvg over clients of which half keep state, a stream and a reduction."""
 
 from __future__ import annotations
 
@@ -170,7 +170,12 @@ class ChaosTrainer(FedAvgTrainer):
         return await super().aggregate_weights(weights_list, num_samples)
 
     async def _evaluated(self, client_ids: list[str]) -> dict[str, Any]:
-        return dict(await self.learner_proxy.clients(client_ids).evaluate(model_weights=self.weights))
+        group = self.learner_proxy.clients(client_ids)
+        weights = await self.learner_proxy.share(self.weights)
+        mean = tfr.WeightedMean(("accuracy", "loss"))
+        scores = await group.evaluate(model_weights=weights)
+        reduced = await group.reduce("evaluate", mean, model_weights=weights)
+        return {**scores, f"mean of {client_ids}": (reduced.value, reduced.count)}
 
     async def _take_snapshots(self, client_ids: list[str]) -> dict[str, bytes]:
         return {client_id: data async for client_id, data in self.learner_proxy.snapshots(client_ids)}
