@@ -99,12 +99,12 @@ class Sleeper:
 
 
 async def test_learners_move_to_where_they_are_done_earlier_and_keep_their_state() -> None:
-    clients = {client: {"seconds": 0.06 if number < 6 else 0.0} for number, client in enumerate(places(6, 6))}
+    clients = {client: {"seconds": 0.25 if number < 4 else 0.0} for number, client in enumerate(places(6, 6))}
     runtime = {"execution_mode": "pseudo", "num_processes": 2}
     async with tfr.LearnerProxy(Sleeper, clients, runtime=runtime) as proxy:
         executor: Any = proxy._router._main
-        counts = [list((await proxy.clients().call("work")).values()) for _ in range(6)]
-        assert counts == [[number] * 12 for number in range(1, 7)]
-        slow = [executor.worker_of(client) for client in list(clients)[:6]]
+        counts = [list((await proxy.clients().call("work")).values()) for _ in range(3)]
+        assert counts == [[number] * 12 for number in range(1, 4)]
+        slow = [executor.worker_of(client) for client in list(clients)[:4]]
         assert set(slow) == {"worker1", "worker2"}
         await asyncio.gather(*(proxy.custom_method(client, "work") for client in clients))

@@ -393,6 +393,6 @@ def test_a_value_stands_for_itself_in_arguments_alone() -> None:
 
 
 def test_no_tensors_are_no_files() -> None:
-    assert TensorFiles([]).tensors() == []
-    (empty,) = TensorFiles([torch.empty(3, 0)]).tensors()
+    assert TensorFiles.of([]).tensors() == []
+    (empty,) = TensorFiles.of([torch.empty(3, 0)]).tensors()
     assert empty.shape == (3, 0)

@@ -22,8 +22,9 @@ from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
+from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.packing import Packed, pack
-from torchfedrpc.wire.shared import SharedValue
+from torchfedrpc.wire.shared import SharedValue, take_into_files
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,11 @@ class AskingExecutor(CallExecutor):
         if record is not None and record.given_up is not None:
             return b""
         return await super().capture(client_id)
+
+    def _take_shared(self, obj: Any) -> tuple[Packed, TensorFiles | None]:
+        members = self._opened().members.values()
+        # In a file it need not be sent at all to those who can map that.
+        return take_into_files(obj) if any(one.sees_files for one in members) else super()._take_shared(obj)
 
     def _unshare(self, value: SharedValue) -> None:
         if self._group is not None:

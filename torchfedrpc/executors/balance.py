@@ -5,14 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 
-_WORTH_SECONDS = 1e-3  # shorter calls are not remembered, client by client: they are all alike
 _WEIGHT_OF_LAST = 0.5  # of a client's last call, beside those before it
 _TOLERANCE = 0.06  # by which a worker may be later than all would be together; more is worth a move
 _NEARLY_BEST = 0.7  # of the gain of the best move, for which one is taken that keeps neighbours together
 
 
 class Durations:
-    """How long calls ran, by client and method, as far as they took long enough to matter."""
+    """How long calls ran, by client and method."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, dict[str, float]] = {}  # method -> client -> seconds, of the last calls mostly
@@ -20,11 +19,8 @@ class Durations:
     def saw(self, client_id: str, method: str, seconds: float) -> None:
         """A call ran for so long."""
         of_method = self._seconds.setdefault(method, {})
-        if seconds < _WORTH_SECONDS:
-            of_method.pop(client_id, None)
-        else:
-            before = of_method.get(client_id, seconds)
-            of_method[client_id] = before + _WEIGHT_OF_LAST * (seconds - before)
+        before = of_method.get(client_id, seconds)
+        of_method[client_id] = before + _WEIGHT_OF_LAST * (seconds - before)
 
     def expected(self, client_ids: Iterable[str], method: str) -> dict[str, float]:
         """Seconds that each of these clients will take: as its last calls did, else as most of the others will.

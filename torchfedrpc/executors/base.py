@@ -30,6 +30,7 @@ from torchfedrpc.host.process import choose_device
 from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.observe.events import Event, ProgressReported
+from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.packing import Packed, Reference, pack, pack_nothing
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
@@ -235,12 +236,12 @@ class CallExecutor(AbstractExecutor):
             SharedValue, list[int]
         ] = {}  # value of a tick -> calls that have it, bytes admitted for it
         self._plain_arguments: dict[bytes, Packed] = {}  # such as have no tensors, by what they are
-        self._sharing = Sharing(self._take_value, self._unshare)
+        self._sharing = Sharing(self._take_shared, self._unshare)
 
     async def open(self, spec: ExecutorSpec) -> None:
         """Remember what the run is; subclasses reach their hosts here."""
         self._spec = spec
-        self._sharing = Sharing(self._take_value, self._unshare)
+        self._sharing = Sharing(self._take_shared, self._unshare)
         self.allow = spec.learner.allow_list()
 
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -373,6 +374,10 @@ class CallExecutor(AbstractExecutor):
 
     def _take_value(self, obj: Any) -> Packed:
         return pack(obj)
+
+    def _take_shared(self, obj: Any) -> tuple[Packed, TensorFiles | None]:
+        """An object as it is now, that calls will have in common; and in which files it lies, if in any."""
+        return self._take_value(obj), None
 
     def _take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         if not args and not kwargs:

@@ -20,13 +20,15 @@ from torchfedrpc.errors import ConfigError, SerializationError
 from torchfedrpc.executors.admission import estimate
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import Packed, SentApart, pack
-from torchfedrpc.wire.shared import SharedValue
+from torchfedrpc.wire.file import TensorFiles
+from torchfedrpc.wire.packing import Packed, SentApart
+from torchfedrpc.wire.shared import SharedValue, take_into_files
 
 _MIN_BYTES = 16 << 10  # a smaller argument goes along with its call
 _MAX_PARTS = 10_000  # of an object that is looked into; where it has more, comparing the bytes takes no longer
 _NUMBERS = (type(None), bool, int, float, complex)
 _TEXTS = (str, bytes)
+TakeValue = Callable[[Any], tuple[Packed, TensorFiles | None]]
 _Part = tuple[Any, int, int, bool]  # a tensor, its version, its address, whether it requires a gradient
 
 _numbers = itertools.count(1)  # of values, in this process
@@ -127,11 +129,11 @@ class Sharing:
     no code of the user's has run between the calls; else what has the same bytes.
 
     Args:
-        take_value: takes an object as it is now.
+        take_value: takes an object as it is now; and says in which files it lies, if in any.
         release: frees a value that was placed.
     """
 
-    def __init__(self, take_value: Callable[[Any], Packed], release: Callable[[SharedValue], None]) -> None:
+    def __init__(self, take_value: TakeValue, release: Callable[[SharedValue], None]) -> None:
         self._take_value = take_value
         self._release = release
         self.is_open = True
@@ -144,7 +146,8 @@ class Sharing:
         Raises:
             SerializationError: it cannot be sent.
         """
-        return SharedRef(SharedValue(self._take_value(obj), next(_numbers)), self)
+        parcel, files = self._take_value(obj)
+        return SharedRef(SharedValue(parcel, next(_numbers), files=files), self)
 
     def recognised(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a call, with what an earlier call of this tick has too in place of its own."""
@@ -165,7 +168,8 @@ class Sharing:
             if estimate((arg,), {}) < _MIN_BYTES:
                 continue
             try:
-                value = SharedValue(self._take_value(arg), next(_numbers), 0)
+                parcel, files = self._take_value(arg)
+                value = SharedValue(parcel, next(_numbers), 0, files)
             except SerializationError:  # a `SharedRef` is in it; else the call, which is packed next, says what is
                 continue
             if not self._seen:
@@ -179,7 +183,7 @@ class Sharing:
     def close(self) -> None:
         """Let no call have any more what was placed, and let go of whoever has calls."""
         self.is_open = False
-        self._take_value, self._release = pack, lambda value: None
+        self._take_value, self._release = take_into_files, lambda value: None
 
     def released(self, value: SharedValue) -> None:
         """Nobody refers to a value any more that was placed."""

@@ -123,15 +123,9 @@ class LearnerHost:
             self._mailboxes.pop(client_id, None)
         self._residents.forget(client_id)
 
-    def share(self, number: int, parcel: Packed, num_calls: int | None) -> None:
-        """Keep a value that calls refer to by its number.
-
-        Args:
-            number: the value's.
-            parcel: the value.
-            num_calls: so many calls will refer to it; None keeps it until `unshare`.
-        """
-        self._shared[number] = _Shelved(SharedValue(parcel, number, num_calls), num_calls)
+    def share(self, value: SharedValue) -> None:
+        """Keep a value that calls refer to by its number: for as many as will open it, else until `unshare`."""
+        self._shared[value.number] = _Shelved(value, value.num_openings)
 
     def unshare(self, number: int) -> None:
         """No call that is to come refers to that value."""

@@ -18,9 +18,10 @@ from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.rpc.answers import Answers, Reported
 from torchfedrpc.rpc.backend import async_entry
 from torchfedrpc.rpc.in_order import InOrder
-from torchfedrpc.rpc.message import MappedDevices, read_call, read_parcel
+from torchfedrpc.rpc.message import MappedDevices, read_call, read_files, read_parcel
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.packing import Packed
+from torchfedrpc.wire.shared import SharedValue
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,11 @@ class Endpoint:
 
     Args:
         device: this worker's device.
+        driver_pid: the driver's process, where this worker finds that one's files.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, driver_pid: int | None = None) -> None:
+        self.driver_pid = driver_pid
         self.host: LearnerHost
         self.device = device
         self._world: _World | None = None
@@ -169,7 +172,15 @@ def _share(endpoint: Endpoint, answers: Answers, number: int, message: Any, num_
     """Keep a value for calls that refer to it."""
     parcel = read_parcel(message, endpoint.device)
     assert parcel is not None
-    return lambda host: host.share(number, parcel, num_calls)
+    value = SharedValue(parcel, number, num_calls)
+    return lambda host: host.share(value)
+
+
+def _share_files(endpoint: Endpoint, answers: Answers, number: int, message: Any, num_calls: int | None) -> _Action:
+    """Keep a value that lies in files of the driver's process."""
+    parcel, files = read_files(message, endpoint.driver_pid)
+    value = SharedValue(parcel, number, num_calls, files)
+    return lambda host: host.share(value)
 
 
 def _unshare(endpoint: Endpoint, answers: Answers, number: int) -> _Action:
@@ -203,6 +214,7 @@ _VERBS: dict[str, Callable[..., _Action]] = {
     "register": _register,
     "forget": _forget,
     "share": _share,
+    "share_files": _share_files,
     "unshare": _unshare,
     "reduce": _reduce,
     "end_reduction": _end_reduction,

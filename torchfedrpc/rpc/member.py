@@ -35,6 +35,7 @@ class Member:
         learners: the clients whose learners it has.
         device: its device.
         visible_gpus: the GPUs that it is limited to.
+        sees_files: whether it finds the files of the driver's process.
         local_index: its number among the run's workers on its machine, from 0.
         has_served: whether it could be called at some time.
         wants_to_leave: whether it has asked to be released, and nobody was told yet.
@@ -52,6 +53,7 @@ class Member:
     learners: set[str] = field(default_factory=set)
     device: str = "cpu"
     visible_gpus: str | None = None
+    sees_files: bool = False
     local_index: int = -1
     has_served: bool = False
     wants_to_leave: bool = False

@@ -10,6 +10,7 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Call, Outcome, Part
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.fence import fence
+from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel, Unreadable
 from torchfedrpc.wire.shared import shared_values
 
@@ -51,6 +52,24 @@ def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = F
         return Parcel(head, views, slots, num_buffers, fence(slots))
     except Exception as error:
         return Unreadable(error)
+
+
+def file_message(parcel: Packed, addresses: list[Address]) -> Any:
+    """A parcel whose slots are in files that the receiver finds, as a tuple."""
+    assert isinstance(parcel, Parcel)
+    return parcel.head, parcel.views, addresses, parcel.num_buffers
+
+
+def read_files(message: Any, pid: int | None) -> tuple[Parcel | Unreadable, TensorFiles | None]:
+    """The parcel of such a tuple from a process of this machine, and the files."""
+    try:
+        if pid is None:
+            raise SerializationError("this process does not look into others")
+        head, views, addresses, num_buffers = message
+        files = TensorFiles.at(addresses, pid)
+        return Parcel(head, views, files.tensors(), num_buffers), files
+    except Exception as error:
+        return Unreadable(error), None
 
 
 def _taken(received: torch.Tensor) -> torch.Tensor:

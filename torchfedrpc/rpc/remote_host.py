@@ -21,11 +21,13 @@ from torchfedrpc.rpc.in_order import InOrder
 from torchfedrpc.rpc.message import (
     MappedDevices,
     call_message,
+    file_message,
     home_device,
     parcel_message,
     read_outcome,
     read_report,
 )
+from torchfedrpc.wire.file import Address
 from torchfedrpc.wire.packing import Packed
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
@@ -54,7 +56,8 @@ class Traffic:
 @dataclass
 class _Share:
     value: SharedValue
-    num_calls: int
+    addresses: list[Address] | None  # where the worker finds it, if it is not sent
+    num_calls: int | None  # that have it in this tick; None where it is kept for others
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class RemoteHost:
         covered: the driver's devices that the world's device map takes to this worker.
         traffic: counts bytes.
         report: takes what running methods report.
+        sees_files: whether the worker finds the files of this process.
         suspects: ids of calls that RPC has failed once: they go alone, and so do their answers.
         on_error: takes this host, the calls that were asked for, and the exception, where a request or its answer
             got lost.
@@ -91,6 +95,7 @@ class RemoteHost:
         traffic: Traffic,
         *,
         report: Report,
+        sees_files: bool,
         suspects: Container[int],
         on_error: Callable[[RemoteHost, Sequence[Call], Exception], None],
     ) -> None:
@@ -101,6 +106,7 @@ class RemoteHost:
         self._covered = covered
         self._traffic = traffic
         self._report = report
+        self._sees_files = sees_files
         self._suspects = suspects
         self._on_error = on_error
         self._is_open = True
@@ -225,18 +231,23 @@ class RemoteHost:
         if value.number in self._placed:
             return
         if (share := self._shares.get(value.number)) is not None:
+            assert share.num_calls is not None
             share.num_calls += 1
             return
         self._traffic.num_sent_bytes += value.num_bytes
+        addresses = value.addresses() if self._sees_files else None
+        share = _Share(value, addresses, 1 if value.is_for_tick else None)
         if value.is_for_tick:
-            self._shares[value.number] = share = _Share(value, 1)
-            self._put(share, value.num_bytes)
+            self._shares[value.number] = share
         else:
             self._placed.add(value.number)
-            self._put(self._share_item(value, None), value.num_bytes)
+        self._put(share, value.num_bytes if addresses is None else 0)
 
-    def _share_item(self, value: SharedValue, num_calls: int | None) -> tuple[Any, ...]:
-        return "share", value.number, parcel_message(value.parcel, self._covered), num_calls
+    def _share_item(self, share: _Share) -> tuple[Any, ...]:
+        value = share.value
+        if share.addresses is not None:
+            return "share_files", value.number, file_message(value.parcel, share.addresses), share.num_calls
+        return "share", value.number, parcel_message(value.parcel, self._covered), share.num_calls
 
     def _put(self, item: tuple[Any, ...] | _Share, num_bytes: int = 0) -> None:
         self._outgoing.append((num_bytes, item))
@@ -259,7 +270,7 @@ class RemoteHost:
             if items and (num_bytes > _LARGE_BYTES or len(items) >= _MAX_ITEMS):
                 self._request(items)
                 items = []
-            items.append(self._share_item(item.value, item.num_calls) if isinstance(item, _Share) else item)
+            items.append(self._share_item(item) if isinstance(item, _Share) else item)
         if items:
             self._request(items)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchfedrpc import launcher
+from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
@@ -28,6 +29,7 @@ from torchfedrpc.rpc.interfaces import address_of, interface_of
 from torchfedrpc.rpc.link import Link, Message, end_when_cut_off
 from torchfedrpc.rpc.main_module import adopt_main
 from torchfedrpc.rpc.pulse import Sidecar
+from torchfedrpc.wire.file import Address, TensorFile
 
 _DRIVER_GONE = 1  # exit status
 _PATIENCE_S = 15.0  # with a driver that is out of reach before it has told its heartbeat_timeout_s
@@ -193,6 +195,15 @@ def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _finds(pid: int, address: Address) -> bool:
+    """Whether this process finds a file of the driver's: they may see different processes, or have other rights."""
+    try:
+        TensorFile.at(address, pid)
+    except (OSError, SerializationError):
+        return False
+    return True
+
+
 class _Worker:
     """What a worker has at hand between messages: its host for a run, its endpoint for the worlds of that run.
 
@@ -227,7 +238,13 @@ class _Worker:
         return verbs[message.pop("do")](**message)
 
     def prepare(
-        self, spec: Message, label: str, local_index: int, main: Message | None, defaults: dict[str, str]
+        self,
+        spec: Message,
+        label: str,
+        local_index: int,
+        main: Message | None,
+        defaults: dict[str, str],
+        driver: list[Any] | None = None,
     ) -> Message:
         """Begin a run: import what its learners need; they are made later, one by one."""
         self.close()  # a run whose end did not get through
@@ -242,13 +259,14 @@ class _Worker:
         learner.load()
         adopt_torch_defaults(defaults)  # after the import, which may set its own
         self._stack.enter_context(process_settings(learner.runtime))
-        self._endpoint = Endpoint(device)
+        driver_pid = driver[0] if driver is not None and _finds(*driver) else None
+        self._endpoint = Endpoint(device, driver_pid)
         self._host = LearnerHost(
             learner, worker=label, device=device, report=self._endpoint.report, activity=self._activity
         )
         self._endpoint.host = self._host
         endpoint.serving = self._endpoint
-        return {"device": str(device), "visible_gpus": visible_gpus()}
+        return {"device": str(device), "visible_gpus": visible_gpus(), "sees_files": driver_pid is not None}
 
     def reach(self, host: str, port: int, interface: str | None) -> Message:
         """Find out whether this worker and the driver reach each other, as members of a world have to.

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
@@ -28,6 +29,7 @@ from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.member import Member, RefusalError
 from torchfedrpc.rpc.pulse import Loss, Watch
 from torchfedrpc.rpc.remote_host import RemoteHost, Traffic
+from torchfedrpc.wire.file import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -335,6 +337,7 @@ class WorkerGroup:
                 frozenset([torch.device(pair[0])] if pair else []),
                 self.traffic[member.label],
                 report=self._report,
+                sees_files=member.sees_files,
                 suspects=self._num_suspicions,
                 on_error=self.suspect,
             )
@@ -353,6 +356,7 @@ class WorkerGroup:
     async def _prepare(self, member: Member) -> None:
         """Let a worker import the learner, and see that it and the driver reach each other."""
         learner = self._learner
+        probe = TensorFile.of([torch.arange(4)])  # there for as long as the worker may look for it
         imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
         answer = await self._tell(
             member,
@@ -363,9 +367,11 @@ class WorkerGroup:
                 "local_index": member.local_index,
                 "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
                 "defaults": torch_defaults(),
+                "driver": None if member.elsewhere else (os.getpid(), probe.address()),
             },
         )
         member.device, member.visible_gpus = answer["device"], answer["visible_gpus"]
+        member.sees_files = answer["sees_files"]
         if member.elsewhere:
             address = self._place.address([*self.members.values(), member])
             await reach.check(member, address, self._place.interface(member, address))

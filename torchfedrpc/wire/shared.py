@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.file import TensorFiles
+from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel, SentApart, pack
 
 _FILE_BYTES = 1 << 20  # a smaller value is copied for each call: to map it would cost as much
@@ -29,6 +29,7 @@ class SharedValue(SentApart):
         parcel: the object, which is this one's alone from now on.
         number: what the driver calls it, in a run.
         num_openings: how often it will be opened at most; None where nobody knows.
+        files: where the parcel's tensors lie, if in files.
 
     Attributes:
         num_bytes: bytes of the pickle and the tensors together.
@@ -36,13 +37,20 @@ class SharedValue(SentApart):
             sent keeps it for those calls and no longer.
     """
 
-    def __init__(self, parcel: Packed, number: int = 0, num_openings: int | None = None) -> None:
+    def __init__(
+        self,
+        parcel: Packed,
+        number: int = 0,
+        num_openings: int | None = None,
+        files: TensorFiles | None = None,
+    ) -> None:
         self.number = number
         self.num_openings = num_openings
         self.is_for_tick = num_openings is not None
         self.num_bytes = parcel.num_bytes
         self._parcel = parcel
-        self._files: TensorFiles | None = None
+        self._files = files
+        self._is_on_disk = False
         self._lock = threading.Lock()
 
     @property
@@ -54,6 +62,10 @@ class SharedValue(SentApart):
     def parcel(self) -> Packed:
         """The packed object, to be sent; nothing may change it."""
         return self._parcel
+
+    def addresses(self) -> list[Address] | None:
+        """Where other processes of this machine find its tensors; None where they had better be sent."""
+        return self._files.addresses() if self._files is not None and not self._is_on_disk else None
 
     def open(self, allow: AllowList) -> Any:
         """The object, as one of the caller's own.
@@ -77,10 +89,11 @@ class SharedValue(SentApart):
             OSError: the disk is full, or cannot be written.
         """
         parcel = self._parcel
-        if self._files is None and isinstance(parcel, Parcel) and _is_large(parcel):
-            files = TensorFiles(parcel.slots, on_disk=True)
+        if isinstance(parcel, Parcel) and _is_large(parcel):
+            files = TensorFiles.of(parcel.slots, on_disk=True)
             with self._lock:
                 self._files, self._parcel = files, replace(parcel, slots=files.tensors())
+                self._is_on_disk = True
 
     def equals(self, obj: Any) -> bool:
         """Whether an object, as it is now, is the same to the last bit; False where that cannot be told cheaply.
@@ -104,9 +117,23 @@ class SharedValue(SentApart):
         if not isinstance(parcel, Parcel) or not _is_large(parcel):
             return parcel.copy()
         if self._files is None:
-            self._files = TensorFiles(parcel.slots)
+            self._files = TensorFiles.of(parcel.slots)
             parcel = self._parcel = replace(parcel, slots=self._files.tensors())
         return replace(parcel, slots=self._files.tensors())
+
+
+def take_into_files(obj: Any) -> tuple[Parcel, TensorFiles | None]:
+    """The value of an object, as it is now, its tensors in files that other processes find where it is large.
+
+    Raises:
+        SerializationError: it cannot be sent.
+        OSError: there is no memory for it.
+    """
+    parcel = pack(obj, copy=False, join=True)
+    if not _is_large(parcel):
+        return parcel.copy(), None
+    files = TensorFiles.of(parcel.slots)
+    return replace(parcel, slots=files.tensors()), files
 
 
 def shared_values(parcel: Packed) -> tuple[SharedValue, ...]:

@@ -1,0 +1,92 @@
+"""Files of tensors that other processes of this machine find, and what is refused as one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+
+import torchfedrpc as tfr
+from torchfedrpc.errors import SerializationError
+from torchfedrpc.wire.file import TensorFile, TensorFiles
+
+TENSORS = [torch.arange(5.0), torch.ones(3, 4).t(), torch.zeros(2, dtype=torch.bfloat16), torch.empty(0)]
+
+
+def test_it_is_found_by_its_address_and_has_what_was_put_in() -> None:
+    files = TensorFiles.of(TENSORS)
+    found = TensorFiles.at(files.addresses(), os.getpid())
+    del files
+    for tensor, original in zip(found.tensors(), TENSORS, strict=True):
+        assert torch.equal(tensor, original)
+        assert (tensor.dtype, tensor.stride()) == (original.dtype, original.stride())
+
+
+def test_nobody_can_change_it() -> None:
+    file = TensorFile.of(TENSORS)
+    descriptor = file.address()[0]
+    with pytest.raises(OSError, match="not permitted"):
+        os.ftruncate(descriptor, 1)
+    with pytest.raises(OSError, match="not permitted"):
+        os.pwrite(descriptor, b"x", 0)
+    mine, other = file.tensors()[0], file.tensors()[0]
+    mine.add_(1)
+    assert torch.equal(other, TENSORS[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda number, inode, size, places: (number, inode + 1, size, places),  # its number was given to another
+        lambda number, inode, size, places: (number, inode, size + 4096, places),
+        lambda number, inode, size, places: (number, inode, size, [(0, 1 << 20, "float32", (1 << 18,), (1,))]),
+        lambda number, inode, size, places: (number, inode, size, [(0, 4, "float32", (5,), (1,))]),
+        lambda number, inode, size, places: (number, inode, size, [(-64, 20, "float32", (5,), (1,))]),
+        lambda number, inode, size, places: (number, inode, size, [(0, 20, "nn", (5,), (1,))]),
+    ],
+)
+def test_an_address_that_does_not_fit_is_refused(change: Any) -> None:
+    file = TensorFile.of(TENSORS)
+    with pytest.raises(SerializationError):
+        TensorFile.at(change(*file.address()), os.getpid())
+
+
+def test_another_file_of_a_process_is_not_read() -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(b"secret")
+        file.flush()
+        status = os.fstat(file.fileno())
+        with pytest.raises((SerializationError, OSError)):
+            TensorFile.at((file.fileno(), status.st_ino, status.st_size, []), os.getpid())
+
+
+class Taker:
+    """Takes weights."""
+
+    def __init__(self, client_id: str) -> None:
+        self.weights: Any = None
+
+    def take(self, weights: torch.Tensor) -> float:
+        self.weights = weights
+        return float(weights.sum())
+
+    def write(self) -> float:
+        return float(self.weights.add_(1).sum())
+
+
+@pytest.mark.parametrize("sees_files", [True, False])
+async def test_workers_of_this_machine_map_what_is_large_and_others_are_sent_it(sees_files: bool) -> None:
+    ids = ["a", "b", "c", "d"]
+    async with tfr.LearnerProxy(Taker, ids, runtime={"execution_mode": "pseudo", "num_processes": 2}) as proxy:
+        executor: Any = proxy._router._main
+        for member in executor._group.members.values():
+            assert member.sees_files
+            executor._group.hosts[member.label]._sees_files = sees_files
+        weights = torch.ones(1 << 20)
+        assert set((await proxy.clients().call("take", weights)).values()) == {float(1 << 20)}
+        assert await proxy.custom_method("a", "write") == float(2 << 20)
+        assert await proxy.custom_method("b", "write") == float(2 << 20)
+        assert float(weights.sum()) == 1 << 20
