@@ -356,20 +356,20 @@ class WorkerGroup:
     async def _prepare(self, member: Member) -> None:
         """Let a worker import the learner, and see that it and the driver reach each other."""
         learner = self._learner
-        probe = TensorFile.of([torch.arange(4)])  # there for as long as the worker may look for it
         imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
-        answer = await self._tell(
-            member,
-            {
-                "do": "prepare",
-                "spec": learner.to_message(),
-                "label": member.label,
-                "local_index": member.local_index,
-                "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
-                "defaults": torch_defaults(),
-                "driver": None if member.elsewhere else (os.getpid(), probe.address()),
-            },
-        )
+        with contextlib.closing(TensorFile.of([torch.arange(4)])) as probe:
+            answer = await self._tell(
+                member,
+                {
+                    "do": "prepare",
+                    "spec": learner.to_message(),
+                    "label": member.label,
+                    "local_index": member.local_index,
+                    "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
+                    "defaults": torch_defaults(),
+                    "driver": None if member.elsewhere else (os.getpid(), probe.address()),
+                },
+            )
         member.device, member.visible_gpus = answer["device"], answer["visible_gpus"]
         member.sees_files = answer["sees_files"]
         if member.elsewhere:

@@ -92,7 +92,7 @@ class TensorFile:
         layout: Sequence[tuple[int, int, torch.dtype, tuple[int, ...], tuple[int, ...]]],
     ) -> None:
         self._descriptor = descriptor
-        weakref.finalize(self, os.close, descriptor)
+        self._close = weakref.finalize(self, os.close, descriptor)
         self._num_bytes = num_bytes
         self._layout = layout
 
@@ -148,6 +148,10 @@ class TensorFile:
             if min(start, num_tensor_bytes) < 0 or start + num_tensor_bytes > num_bytes:
                 raise SerializationError("a tensor reaches beyond the file that it lies in")
         return file
+
+    def close(self) -> None:
+        """Close the file now; nobody is to use this any more."""
+        self._close()
 
     def address(self) -> Address:
         """Where other processes of this machine find it, as long as it is kept here."""
