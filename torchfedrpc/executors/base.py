@@ -232,9 +232,7 @@ class CallExecutor(AbstractExecutor):
         self._admission = Admission(self.config.max_inflight_bytes)
         self._cut: Cut | None = None
         self._durations = Durations()
-        self._holders: dict[
-            SharedValue, list[int]
-        ] = {}  # value of a tick -> calls that have it, bytes admitted for it
+        self._holders: dict[SharedValue, list[int]] = {}  # of a tick -> calls that have it, bytes admitted for it
         self._plain_arguments: dict[bytes, Packed] = {}  # such as have no tensors, by what they are
         self._sharing = Sharing(self._take_shared, self._unshare)
 

@@ -116,9 +116,8 @@ class RemoteExecutor(MovingExecutor):
         """The clients in the order in which to submit; some learners move before, so that workers end together."""
         expected = self._durations.expected(client_ids, method)
         if len(self._machines) > 1 and self._opened().hosts:
-            backlog = dict.fromkeys(open_to_all(list(self._present()), self.config.client_endpoints), 0.0)
-            for label in backlog:
-                backlog[label] = self._backlog_s(label)
+            labels = open_to_all(list(self._present()), self.config.client_endpoints)
+            backlog = {label: self._backlog_s(label) for label in labels}
             for client_id, label in moves(
                 expected, self._places, backlog, self._cost_of_move_s, None if self._has_moved else 1
             ).items():

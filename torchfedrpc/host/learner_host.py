@@ -304,8 +304,7 @@ class LearnerHost:
                 del self._jobs[job.call.call_id]
                 if not job.cancelled:
                     self._keep(job, outcome)
-                mailbox = job.mailbox
-                mailbox.current = following = mailbox.queue.popleft() if mailbox.queue else None
+                following = job.mailbox.next_job()
             else:
                 job.stepping = unread = job.cancelled
                 job.num_items += 1
@@ -327,7 +326,7 @@ class LearnerHost:
 
     def _release(self, mailbox: Mailbox) -> None:
         with self._lock:
-            mailbox.current = following = mailbox.queue.popleft() if mailbox.queue else None
+            following = mailbox.next_job()
         if following is not None:
             self._runner.begin(following)
 

@@ -44,6 +44,11 @@ class Mailbox:
     queue: deque[Job] = field(default_factory=deque)
     counts: Counter[str] = field(default_factory=Counter)
 
+    def next_job(self) -> Job | None:
+        """Let the learner go to the first job that waits for it, which is given, if any does."""
+        self.current = self.queue.popleft() if self.queue else None
+        return self.current
+
 
 @dataclass(eq=False, slots=True)
 class Job:
