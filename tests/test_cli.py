@@ -131,5 +131,5 @@ def test_info_tells_versions_and_the_road_between_processes(tmp_path: Path) -> N
     done = _command(tmp_path, "info")
     assert done.returncode == 0, done.stderr
     assert f"torch:                   {torch.__version__}" in done.stdout
-    assert "transport uv, channels mpt_uv basic" in done.stdout
+    assert "transport uv, channels cma basic" in done.stdout
     assert list(tmp_path.iterdir()) == []

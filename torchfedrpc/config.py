@@ -98,9 +98,10 @@ class RuntimeConfig:
         trusted_modules: top-level packages, beside the learner's own, whose classes may travel.
         transport: TensorPipe's transport. ``auto`` is ``uv``: torch's own choice, ``shm``, has less latency but
             keeps one core busy in every process.
-        channels: TensorPipe's channels for tensors in host memory, the preferred one first: ``mpt_uv``, ``cma``
-            (workers of this machine alone, which may read each other's memory), ``basic``, which has to be among
-            them. Default: ``mpt_uv`` and ``basic``. Those for CUDA tensors come before them where there are any.
+        channels: TensorPipe's channels for tensors in host memory, the preferred one first: ``cma`` (between
+            processes of a machine that may read each other's memory, and not used between others), ``mpt_uv`` (many
+            connections, for large tensors over a fast network), ``basic``, which has to be among them. Default:
+            ``cma`` and ``basic``. Those for CUDA tensors come before them where there are any.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range.

@@ -339,6 +339,9 @@ class Ledger:
 
     def close(self) -> None:
         """Give memory and disk back."""
+        for record in self:  # a reply of its own may refer to it, and so to all that it has
+            record.journal.clear()
+            record.asked.clear()
         self._records.clear()
         self._num_uses.clear()
         self._on_disk.clear()

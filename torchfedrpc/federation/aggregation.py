@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from torchfedrpc.host.reduction import fold
-from torchfedrpc.host.sums import added, kind_of, mean_from, plain_tensors, weighted
+from torchfedrpc.host.sums import added, kind_of, mean_from, weighted
+from torchfedrpc.wire.tensors import PlainTensors
 
 StateDict = Mapping[str, Tensor]
 """A model's parameters and buffers by name, as ``Module.state_dict()`` gives them."""
@@ -43,7 +44,7 @@ def weighted_mean(states: Sequence[StateDict], weights: Sequence[float] | None =
         _check_match(states[0], state, place)
     total_weight = fold(factors, lambda left, right: left + right)
     assert total_weight is not None
-    with plain_tensors():
+    with PlainTensors():
         return {name: _mean([state[name] for state in states], factors, total_weight) for name in states[0]}
 
 

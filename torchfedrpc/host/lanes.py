@@ -36,9 +36,9 @@ class SyncLane:
             thread.start()
 
     @property
-    def is_idle(self) -> bool:
-        """Whether nothing waits for its turn."""
-        return self._jobs.empty()
+    def num_waiting(self) -> int:
+        """How many wait for their turn."""
+        return self._jobs.qsize()
 
     def put(self, job: Callable[[], None]) -> None:
         """Run ``job()`` when its turn comes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.deadlines import Deadlines, debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
 from torchfedrpc.host.mailbox import Job, Mailbox, Reply
+from torchfedrpc.host.replies import Replies
 from torchfedrpc.host.residents import Residents
 from torchfedrpc.host.runner import Report, Runner
 from torchfedrpc.host.spec import LearnerSpec
@@ -49,6 +51,7 @@ class LearnerHost:
         device: what `current_call` names as device.
         report: takes what a method reports of its progress, on the method's thread.
         activity: is told which calls are running.
+        together: a context in which several replies follow each other; whoever takes them may treat them as one.
         constructor_arguments: gives those of a client's learner, where the host is in the driver's own process
             and need not be told of each client by `register`. Then ``isolation=none`` passes references, run-time
             limits are not applied while a debugger is attached, and no outcome is kept.
@@ -62,6 +65,7 @@ class LearnerHost:
         device: torch.device | None = None,
         report: Report | None = None,
         activity: Activity | None = None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
         constructor_arguments: ConstructorArguments | None = None,
     ) -> None:
         self.worker = worker
@@ -84,6 +88,7 @@ class LearnerHost:
             release=self._release,
             done=self._done,
         )
+        self._replies = Replies(self._runner.num_waiting, together, self._deadlines)
         self._lock = threading.Lock()  # guards the mailboxes' queues, the jobs and their states, and the outcomes
         self._mailboxes: dict[str, Mailbox] = {}
         self._jobs: dict[int, Job] = {}
@@ -247,6 +252,7 @@ class LearnerHost:
             sever: cuts this process off from the driver's watch.
         """
         self._runner.saboteur = Saboteur(faults, sever) if faults else None
+        self._replies.are_held = not faults  # a fault must not take outcomes of calls before it along
 
     def stats(self) -> dict[str, int]:
         """How many learners are made here, and how many calls run or wait."""
@@ -311,8 +317,7 @@ class LearnerHost:
                 job.last_item = outcome if self._is_remote else None
         if following is not None:
             self._runner.begin(following)
-        if reply is not None:
-            reply(outcome)
+        self._replies.put(reply, outcome, is_part=job.call.part is not None)
         if unread:
             self._runner.close_stream(job)
 
@@ -330,7 +335,13 @@ class LearnerHost:
         if following is not None:
             self._runner.begin(following)
 
-    def _expire(self, call_id: Any) -> None:
+    def _expire(self, key: Any) -> None:
+        if key is self._replies:
+            self._replies.late()
+        else:
+            self._overran(key)
+
+    def _overran(self, call_id: int) -> None:
         job = self._jobs.get(call_id)
         if job is None or (not self._is_remote and debugger_attached()):
             return

@@ -10,7 +10,7 @@ one relative to the mean of the magnitudes, however many clients there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from torchfedrpc.host.sums import added, kind_of, mean_from, plain_tensors, sum_from, weighted
-from torchfedrpc.wire.tensors import check_can_travel
+from torchfedrpc.host.sums import added, kind_of, mean_from, sum_from, weighted
+from torchfedrpc.wire.tensors import PlainTensors, check_can_travel, fills_its_storage
 
 Key = str | int
 Keys = Key | Sequence[Key]
@@ -109,8 +109,12 @@ class BuiltinReducer:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(value={self.value!r})"
 
-    def add(self, result: Any, /) -> None:
+    def add(self, result: Any, /, owned: Collection[int] = ()) -> None:
         """Take a client's result.
+
+        Args:
+            result: of one client.
+            owned: addresses of storages in it that nobody else holds: they are not copied but overwritten.
 
         Raises:
             ValueError: it lacks a key or has an unusable weight, or does not match what was added before; then
@@ -120,8 +124,9 @@ class BuiltinReducer:
         weight = self._weigh(result)
         if weight == 0:
             return
-        with plain_tensors():
-            self._take(begin(self._pick(result), weight, (self._root,), exact=self._exact), weight, num_sums=0)
+        with PlainTensors():
+            entries = begin(self._pick(result), weight, (self._root,), exact=self._exact, owned=owned)
+            self._take(entries, weight, num_sums=0)
 
     def merge(self, other: Self, /) -> None:
         """Take what the other one has taken, and leave it empty.
@@ -129,7 +134,7 @@ class BuiltinReducer:
         Raises:
             ValueError: the values do not match; then nothing was taken.
         """
-        with plain_tensors():
+        with PlainTensors():
             self._take(other._entries, other._weight, other._num_sums)
         other._clear()
 
@@ -143,7 +148,7 @@ class BuiltinReducer:
         if entries is None:
             raise ValueError(f"{self!r}: {self._nothing()}")
         self._clear()
-        with plain_tensors():
+        with PlainTensors():
             return settle(entries, lambda entry: self._end(entry, weight), (self._root,))
 
     def _pick(self, result: Any) -> Any:
@@ -293,8 +298,10 @@ def checked_weight(weight: Any, name: str) -> float:
 Path = tuple[Any, ...]
 
 
-def begin(value: Any, weight: float, path: Path, *, exact: bool) -> Any:
+def begin(value: Any, weight: float, path: Path, *, exact: bool, owned: Collection[int] = ()) -> Any:
     """A client's value times its weight: its structure, with an `Entry` for each tensor, array and number.
+
+    What is in ``owned`` is overwritten: see `BuiltinReducer.add`.
 
     Raises:
         TypeError: something is neither these nor a dict, list or tuple.
@@ -305,11 +312,12 @@ def begin(value: Any, weight: float, path: Path, *, exact: bool) -> Any:
         if value.is_quantized or value.layout not in (torch.strided, torch.sparse_coo):
             kind = "quantised" if value.is_quantized else value.layout
             raise TypeError(f"{named(path)} is a {kind} tensor, and only dense and sparse_coo ones are added up")
-        return Entry(weighted(value, weight, exact=exact), value.dtype)
+        is_ours = bool(owned) and value.untyped_storage()._cdata in owned and fills_its_storage(value)
+        return Entry(weighted(value, weight, exact=exact, is_ours=is_ours), value.dtype)
     if isinstance(value, Mapping):
-        return {key: begin(item, weight, (*path, key), exact=exact) for key, item in value.items()}
+        return {key: begin(item, weight, (*path, key), exact=exact, owned=owned) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        items = [begin(item, weight, (*path, place), exact=exact) for place, item in enumerate(value)]
+        items = [begin(item, weight, (*path, place), exact=exact, owned=owned) for place, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, np.ndarray):
         tensor = _from_array(value, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torchfedrpc.host.reducers import Reducer, copies_what_it_adds
 from torchfedrpc.host.reduction import Forest, MergeError, Node
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.owned import owned_storages
 from torchfedrpc.wire.packing import Packed
 
 
@@ -63,8 +64,12 @@ class Reductions:
         with self._lock:
             self._begun.pop(number, None)
 
-    def add(self, part: Part, result: Any) -> None:
+    def add(self, part: Part, box: list[Any]) -> None:
         """Take a client's result, on its method's thread: a reducer of the user's has a value of its own.
+
+        Args:
+            part: what the result is.
+            box: a list into which the result was put as it was made, see `owned_storages`; the caller drops it.
 
         Raises:
             MergeError: it does not go together with another client's.
@@ -72,10 +77,13 @@ class Reductions:
             Exception: what the reducer raised.
         """
         reducer, forest = self._opened(part.reduction)
+        owned: Collection[int] = ()
         if not copies_what_it_adds(reducer):
-            result = self._take_value(result).open(self._allow)
+            box[0] = self._take_value(box[0]).open(self._allow)
+        else:
+            owned = owned_storages(box)
         with self._merging():
-            forest.add(part.place, result)
+            forest.add(part.place, box[0], owned)
 
     def collect(self, number: int, skipped: Iterable[int]) -> tuple[list[Node], bool]:
         """The partial results that are here, each as large as it can be; then this host has none.

@@ -105,6 +105,10 @@ class Runner:
         else:
             self._sync.put(partial(self._in_turn, self._begin, job))
 
+    def num_waiting(self) -> int:
+        """How many jobs wait for a thread."""
+        return self._sync.num_waiting
+
     def step(self, job: Job) -> None:
         """Run an open stream up to its next item."""
         if isinstance(job.iterator, AsyncIterator):
@@ -443,7 +447,7 @@ class Runner:
 
         In a worker nobody does. The sync methods that wait behind this one would have them set aside again.
         """
-        if self._in_driver and self._sync.is_idle:
+        if self._in_driver and not self._sync.num_waiting:
             self._process_streams.give_back()
 
     @contextmanager
@@ -470,7 +474,7 @@ class Runner:
         """What came of the only object in a box, to which nothing of ours refers; the box is empty then."""
         try:
             if job.call.part is not None and not job.cancelled:
-                self.reductions.add(job.call.part, box[0])
+                self.reductions.add(job.call.part, box)
                 box[0] = None
             taken = pack_only(box) if self._by_value else Reference(box[0])
             return Outcome(kind, taken, seconds=time.perf_counter() - job.began)

@@ -24,9 +24,6 @@ values in float64 the bound is ``(d + 3) u``, where d is the number of sums on t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -36,14 +33,9 @@ NUM_FLOAT32_SUMS = 5
 _WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
-@contextmanager
-def plain_tensors() -> Iterator[None]:
-    """New tensors are ordinary ones without history, in whichever mode the code around is."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def weighted(tensor: Tensor, weight: float = 1, *, exact: bool = False, out: Tensor | None = None) -> Tensor:
+def weighted(
+    tensor: Tensor, weight: float = 1, *, exact: bool = False, out: Tensor | None = None, is_ours: bool = False
+) -> Tensor:
     """A tensor times a weight, to add others to; one that is held in memory of its own.
 
     Args:
@@ -51,18 +43,19 @@ def weighted(tensor: Tensor, weight: float = 1, *, exact: bool = False, out: Ten
         weight: finite; 1 gives a copy.
         exact: for a sum rather than a mean: integers are kept as int64 and booleans as they are.
         out: what `weighted` returned for another tensor of this shape and device, to be overwritten where it can be.
+        is_ours: whether the tensor itself may be overwritten, since nobody else will look at it.
     """
     plain, dtype = tensor.detach(), _kept_dtype(tensor.dtype, exact=exact)
     if type(plain) is not Tensor:
         plain = plain.as_subclass(Tensor)
+    if is_ours and plain.dtype == dtype and not plain.is_conj():
+        return plain if weight == 1 else _scaled(plain, weight)
     if out is not None and (out.dtype != dtype or out.layout is not torch.strided):
         out = None
     if weight != 1 and plain.dtype == dtype and not dtype.is_complex:
         return torch.mul(plain, float(weight), out=out)
     total = plain.to(dtype, copy=True).resolve_conj() if out is None else out.copy_(plain)
-    if weight != 1:
-        _parts(total).mul_(float(weight))
-    return total
+    return total if weight == 1 else _scaled(total, weight)
 
 
 def added(total: Tensor, other: Tensor, num_sums: int) -> Tensor:
@@ -136,6 +129,11 @@ def _kept_dtype(dtype: torch.dtype, *, exact: bool) -> torch.dtype:
     if not exact:
         return torch.float64
     return dtype if dtype == torch.bool else torch.int64
+
+
+def _scaled(total: Tensor, weight: float) -> Tensor:
+    _parts(total).mul_(float(weight))
+    return total
 
 
 def _parts(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -70,6 +71,11 @@ class Endpoint:
         """The world of that number, if this worker is in it."""
         world = self._world
         return world if world is not None and world.generation == generation else None
+
+    def together(self) -> AbstractContextManager[None]:
+        """A context in which the host replies several times; its replies may go in one message."""
+        world = self._world
+        return world.answers.together() if world is not None else nullcontext()
 
     def report(self, call: Call, number: int, progress: Packed) -> None:
         """Tell the driver what a method reports: it hears that before the call's outcome."""

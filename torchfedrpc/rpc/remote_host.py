@@ -27,7 +27,7 @@ from torchfedrpc.rpc.message import (
     read_outcome,
     read_report,
 )
-from torchfedrpc.wire.file import Address
+from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
@@ -65,6 +65,7 @@ class _Question:
     call: Call
     reply: Reply
     home: torch.device | None
+    lent: list[TensorFiles | None]  # kept, whatever becomes of the values, as long as the worker may look for them
 
 
 class RemoteHost:
@@ -219,7 +220,8 @@ class RemoteHost:
 
     def _ask(self, call: Call, reply: Reply, verb: str, *arguments: Any, num_bytes: int = 0) -> None:
         number = next(self._numbers)
-        self._questions[number] = _Question(call, reply, home_device(call.arguments))
+        lent = [value.files for value in shared_values(call.arguments)]
+        self._questions[number] = _Question(call, reply, home_device(call.arguments), lent)
         item = (verb, number, *arguments)
         if call.call_id in self._suspects:
             self._flush()

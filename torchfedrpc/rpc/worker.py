@@ -262,7 +262,12 @@ class _Worker:
         driver_pid = driver[0] if driver is not None and _finds(*driver) else None
         self._endpoint = Endpoint(device, driver_pid)
         self._host = LearnerHost(
-            learner, worker=label, device=device, report=self._endpoint.report, activity=self._activity
+            learner,
+            worker=label,
+            device=device,
+            report=self._endpoint.report,
+            activity=self._activity,
+            together=self._endpoint.together,
         )
         self._endpoint.host = self._host
         endpoint.serving = self._endpoint

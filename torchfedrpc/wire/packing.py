@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,11 @@ from torchfedrpc.wire.owned import owned_storages
 from torchfedrpc.wire.scan import HARMLESS_ARRAYS, check_depth, checked
 from torchfedrpc.wire.state import set_state
 from torchfedrpc.wire.tensors import (
+    PlainTensors,
     View,
     check_can_travel,
     gather_slots,
+    is_joined,
     is_plain,
     lay_out,
     restore_special,
@@ -80,8 +82,10 @@ class Parcel:
         """The same parcel on memory of its own, for a second opening."""
         if self.ready is not None:
             self.ready()
-        with _plain_tensors():
-            return replace(self, slots=[slot.clone() for slot in self.slots], ready=None)
+        copied = {view[0] for view in self.views if is_joined(view)}  # by each opening
+        with PlainTensors():
+            slots = [slot if place in copied else slot.clone() for place, slot in enumerate(self.slots)]
+        return Parcel(self.head, self.views, slots, self.num_buffers, None, self.apart)
 
     def open(self, allow: AllowList) -> Any:
         """The object, built on the parcel's own memory, which it has alone afterwards: a parcel is opened once.
@@ -184,7 +188,7 @@ def pack(
         views: list[View] = []
         slots: list[Tensor] = []
         if table.tensors or table.buffers:
-            with _plain_tensors():
+            with PlainTensors():
                 views, slots = gather_slots(
                     table.tensors, copy=copy, join=copy if join is None else join, owned=owned
                 )
@@ -218,13 +222,6 @@ def pack_only(box: list[Any]) -> Parcel:
         return pack(None)
     owned = owned_storages(box)  # a reference to the content comes later, it would count
     return pack(box[0], owned=owned)
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Copies are ordinary tensors, in whichever mode the code around is."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def restore(kind: str, *parts: Any) -> Any:
@@ -270,7 +267,7 @@ class _Pickler(pickle.Pickler):
         if type(obj) is Tensor and not obj.requires_grad and not obj.__dict__ and is_plain(obj):
             return restore, ("plain", self._table.add_tensor(obj))
         if isinstance(obj, Tensor):
-            with _plain_tensors(), torch._C.DisableTorchFunctionSubclass():
+            with PlainTensors(), torch._C.DisableTorchFunctionSubclass():
                 return restore, self._tensor(obj)
         if isinstance(obj, SentApart):
             return restore, ("apart", self._table.add_apart(obj.value))

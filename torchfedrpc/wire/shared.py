@@ -63,6 +63,11 @@ class SharedValue(SentApart):
         """The packed object, to be sent; nothing may change it."""
         return self._parcel
 
+    @property
+    def files(self) -> TensorFiles | None:
+        """Where its tensors lie now, if in files."""
+        return self._files
+
     def addresses(self) -> list[Address] | None:
         """Where other processes of this machine find its tensors; None where they had better be sent."""
         return self._files.addresses() if self._files is not None and not self._is_on_disk else None

@@ -6,7 +6,8 @@ import functools
 import math
 import sys
 from collections.abc import Collection
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -26,6 +27,27 @@ _split: Any = torch.split_with_sizes_copy  # torch's type stubs have it return n
 # How a tensor lies in a slot: the slot's number alone where it is all of it; with its shape where it is one of the
 # small tensors that follow each other there, in the order of their views; else with dtype, shape, strides and offset.
 View = int | tuple[int, tuple[int, ...]] | tuple[int, str, tuple[int, ...], tuple[int, ...], int]
+
+
+class PlainTensors:
+    """Around what makes tensors: they are ordinary ones without history, in whichever mode the code around is."""
+
+    __slots__ = ("_grad", "_guard")
+
+    def __enter__(self) -> None:
+        self._guard: Any = None
+        if torch.is_inference_mode_enabled():
+            self._guard = torch.inference_mode(False)
+            self._guard.__enter__()
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        torch._C._set_grad_enabled(self._grad)
+        if self._guard is not None:
+            self._guard.__exit__(kind, error, trace)
 
 
 def check_can_travel(tensor: Tensor) -> None:
@@ -166,12 +188,17 @@ def gather_slots(
     return views, slots
 
 
+def is_joined(view: View) -> TypeGuard[tuple[int, tuple[int, ...]]]:
+    """Whether it is of a small tensor that came together with others."""
+    return isinstance(view, tuple) and len(view) == 2
+
+
 def lay_out(views: list[View], slots: list[Tensor]) -> list[Tensor]:
     """The tensors that the views describe; small ones that came together each get memory of their own."""
     tensors: list[Any] = [None] * len(views)
     joined: dict[int, list[int]] = {}
     for index, view in enumerate(views):
-        if isinstance(view, tuple) and len(view) == 2:
+        if is_joined(view):
             joined.setdefault(view[0], []).append(index)
         else:
             tensors[index] = _view_slot(view, slots)
@@ -216,7 +243,7 @@ def _dense(tensor: Tensor, *, copy: bool) -> Tensor:
     )
     if (needed + 1) * tensor.itemsize > tensor.untyped_storage().nbytes():
         raise SerializationError("the storage of this tensor was freed or resized below its shape")
-    if copy or not _fills_its_storage(tensor):
+    if copy or not fills_its_storage(tensor):
         return tensor.clone(memory_format=torch.preserve_format)
     return tensor.detach()
 
@@ -244,7 +271,8 @@ def _plain_keys() -> Any:
         return torch._C._dispatch_keys(torch.empty(0, device="cpu"))
 
 
-def _fills_its_storage(tensor: Tensor) -> bool:
+def fills_its_storage(tensor: Tensor) -> bool:
+    """Whether a dense tensor lies in the order of its indices, and in no more memory than it has elements."""
     return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
 
 

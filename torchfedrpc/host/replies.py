@@ -1,0 +1,98 @@
+"""When a host hands outcomes over: at once, or a moment later with others, where many calls wait for its threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from torchfedrpc.host.call import Outcome
+from torchfedrpc.host.deadlines import Deadlines
+from torchfedrpc.host.mailbox import Reply
+
+_ENOUGH_S = 0.01  # for which outcomes are held, where the calls between take less
+_MOST_S = 0.02  # the same where one takes longer
+
+
+class Replies:
+    """Outcomes on their way to those who wait for them.
+
+    Whoever is woken takes time from the methods: an event loop's thread has the interpreter for a while, or a message
+    is sent. So while calls wait for their turn, outcomes of short ones are held until as many are held as calls wait,
+    and some milliseconds at most. Thread-safe.
+
+    Args:
+        num_waiting: how many calls wait for a thread of the host.
+        together: a context in which replies are made that belong together.
+        deadlines: gives back held replies, by `late`, after a time.
+
+    Attributes:
+        are_held: False where each reply is to be made at once.
+    """
+
+    def __init__(
+        self,
+        num_waiting: Callable[[], int],
+        together: Callable[[], AbstractContextManager[None]],
+        deadlines: Deadlines,
+    ) -> None:
+        self.are_held = True
+        self._num_waiting = num_waiting
+        self._together = together
+        self._deadlines = deadlines
+        self._lock = threading.Lock()  # guards what follows
+        self._held: list[tuple[Reply, Outcome]] = []
+        self._since = 0.0  # when the first of these came
+        self._is_timed = False
+
+    def put(self, reply: Reply | None, outcome: Outcome, *, is_part: bool = False) -> None:
+        """Make a reply, soon.
+
+        Args:
+            reply: takes the outcome; None where nobody waits for it.
+            outcome: of a call, or a step of a stream.
+            is_part: whether it is of a call whose result stays here, so that nobody can do anything with it before
+                the others have come.
+        """
+        due: list[tuple[Reply, Outcome]] = []
+        with self._lock:
+            if reply is not None:
+                if not self._held:
+                    self._since = time.monotonic()
+                self._held.append((reply, outcome))
+            if not self._held:
+                return
+            if self._is_due(outcome, is_part):
+                due, self._held = self._held, []
+            starts_timer = not due and not self._is_timed
+            self._is_timed |= starts_timer
+        if starts_timer:
+            self._deadlines.start(self, _MOST_S)
+        self._reply(due)
+
+    def late(self) -> None:
+        """Time is up: make the replies that are held."""
+        with self._lock:
+            held, self._held = self._held, []
+            self._is_timed = False
+        self._reply(held)
+
+    def _is_due(self, outcome: Outcome, is_part: bool) -> bool:
+        num_waiting = self._num_waiting()
+        return (
+            not num_waiting
+            or not self.are_held
+            or outcome.seconds >= _ENOUGH_S
+            or time.monotonic() - self._since >= _ENOUGH_S
+            or (len(self._held) > num_waiting and not is_part)
+        )
+
+    def _reply(self, held: list[tuple[Reply, Outcome]]) -> None:
+        if len(held) == 1:
+            [(reply, outcome)] = held
+            reply(outcome)
+        elif held:
+            with self._together():
+                for reply, outcome in held:
+                    reply(outcome)
