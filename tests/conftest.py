@@ -19,6 +19,7 @@ import torch
 from learners import Probe
 
 import torchfedrpc as tfr
+from torchfedrpc.executors.reducing import RemoteCollecting
 from torchfedrpc.observe.events import CallEnded, Event, ProgressReported
 
 LAUNCHED = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -271,3 +272,9 @@ def _nothing_left_behind(_warm_torch: None) -> Iterator[None]:
     while (left := _held() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left, "left behind: " + "; ".join(left)
+
+
+@pytest.fixture
+def asked_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial results are asked for once all calls have ended, as where nobody knew before which worker has them."""
+    monkeypatch.setattr(RemoteCollecting, "_ask_in_advance", lambda collecting: None)

@@ -14,6 +14,7 @@ from losses import SEED, Losses, kill, pseudo
 from summing import Adder, Brackets, Deadly, Noted, SlowToPack
 
 import torchfedrpc as tfr
+from torchfedrpc.executors.reducing import ReducingExecutor
 from torchfedrpc.host.reduction import fold
 from torchfedrpc.observe.events import CallEnded, Event
 from torchfedrpc.testing import Faults
@@ -135,6 +136,7 @@ async def test_a_worker_is_lost_while_its_calls_wait_or_run(
     await check_draw(proxy, drawn, clients, 1)
 
 
+@pytest.mark.usefixtures("asked_when_due")
 @pytest.mark.parametrize("killed", [["worker1"], ["worker1", "worker2"]], ids="-".join)
 async def test_workers_are_lost_once_all_results_are_added_and_before_they_are_collected(
     proxy: tfr.LearnerProxy,
@@ -151,6 +153,36 @@ async def test_workers_are_lost_once_all_results_are_added_and_before_they_are_c
     unsubscribe()
     assert sorted(seen.workers) == killed
     await check_draw(proxy, drawn, clients, 2)
+
+
+async def test_partial_results_come_with_the_last_answers(
+    proxy: tfr.LearnerProxy, on_1: Iterator[str], on_2: Iterator[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker is asked once, with the calls, and not again once they have ended."""
+    clients, executor, asked = [*islice(on_1, 3), *islice(on_2, 4)], proxy._router._main, []
+    request = ReducingExecutor.request
+
+    def noted(self: Any, label: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append((label, kwargs, sum(len(record.asked) for record in executor._ledger)))
+        return request(self, label, *args, **kwargs)
+
+    monkeypatch.setattr(ReducingExecutor, "request", noted)
+    result = await proxy.clients(clients).reduce("text", Brackets())
+    assert result.value == brackets(map(number, clients))
+    assert asked == [("worker1", {"waits": True}, 7), ("worker2", {"waits": True}, 7)]
+
+
+async def test_partial_results_that_were_asked_for_with_a_call_that_goes_on_are_asked_for_again(
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], on_2: Iterator[str], latch: Latch
+) -> None:
+    """A quorum need not wait for what was asked for with all of its calls."""
+    clients, slow = [*islice(on_1, 3), *islice(on_2, 2)], next(on_2)
+    holding: Any = asyncio.ensure_future(proxy.custom_method(slow, "text_once_open_async", latch.path))
+    await asyncio.sleep(0)
+    result = await proxy.clients([*clients, slow]).options(min_results=5).reduce("text", Brackets())
+    assert (result.value, result.count) == (brackets(map(number, clients)), 5)
+    latch.open()
+    await holding
 
 
 @pytest.mark.parametrize(("at", "times"), [("merge", 1), ("pack", 1), ("pack", 2)])
@@ -170,6 +202,7 @@ async def test_a_worker_is_lost_as_results_are_merged_or_collected(
     await check_draw(proxy, drawn, clients, 1)
 
 
+@pytest.mark.usefixtures("asked_when_due")
 async def test_a_world_is_formed_again_while_results_lie_at_the_workers(
     proxy: tfr.LearnerProxy,
     drawn: dict[str, list[str]],
@@ -341,6 +374,7 @@ async def test_few_arguments_are_kept_for_results_that_lie_at_the_workers(
     assert (result.value, result.count) == (brackets(map(number, [*clients, slow])), 9)
 
 
+@pytest.mark.usefixtures("asked_when_due")
 @pytest.mark.parametrize("kills", [False, True])
 async def test_a_result_that_is_collected_before_its_call_is_answered_counts_once(
     proxy: tfr.LearnerProxy,

@@ -29,6 +29,7 @@ def drawn(runner: asyncio.Runner) -> dict[str, list[str]]:
 # Limits.
 
 
+@pytest.mark.usefixtures("asked_when_due")
 @pytest.mark.parametrize("options", [{}, {"on_error": "collect"}, {"min_results": 4}], ids=str)
 async def test_results_that_are_lost_are_errors_where_workers_are_not_replaced(options: dict[str, Any]) -> None:
     clients = ALL[:4]
@@ -60,7 +61,7 @@ async def test_a_reducer_that_kills_its_worker_each_time_is_given_up(tmp_path: P
             with pytest.raises(tfr.WorkerLostError, match=r"worker1.*max_recoveries=1") as caught:
                 await proxy.clients(clients).reduce("text", Deadly("pack", str(tmp_path / "killed"), 99))
         assert "text" in str(caught.value.__notes__)
-        assert len(list(tmp_path.glob("killed.*"))) == 2
+        assert len(list(tmp_path.glob("killed.*"))) == 3  # by what was asked in advance, and twice when it was due
         assert (await proxy.clients(clients).reduce("text", Brackets())).value == "((0+1)+2)"
 
 

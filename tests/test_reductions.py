@@ -10,6 +10,7 @@ from summing import Brackets, Failing, Unopenable
 
 import torchfedrpc as tfr
 from torchfedrpc.host.call import Part
+from torchfedrpc.host.reducers import Mean
 from torchfedrpc.host.reduction import MergeError
 from torchfedrpc.host.reductions import Reductions
 from torchfedrpc.wire.allowlist import AllowList
@@ -29,6 +30,15 @@ def collected(reductions: Reductions, *skipped: int, number: int = 1) -> list[tu
     nodes, is_ours = reductions.collect(number, skipped)
     assert not is_ours  # a user's reducer may have kept what it was given
     return [(reducer.finish(), places) for _, _, reducer, places in nodes]
+
+
+def test_of_a_reducer_of_the_users_collecting_may_take_any_time(reductions: Reductions) -> None:
+    begin(reductions, Brackets())
+    reductions.begin(2, pack(Mean()), 1, None)
+    assert not reductions.are_quick(2)
+    reductions.add(Part(1, 0), ["0"])
+    reductions.add(Part(2, 0), [1.0])
+    assert (reductions.are_quick(1), reductions.are_quick(2), reductions.are_quick(3)) == (False, True, False)
 
 
 def test_results_are_collected_once(reductions: Reductions) -> None:

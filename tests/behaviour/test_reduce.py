@@ -447,4 +447,4 @@ async def test_what_comes_to_the_driver_grows_with_the_workers(
         assert received == 0
     else:
         assert num_hosts * 4 * size <= received < (num_hosts + 1) * 4 * size
-        assert most == 0
+        assert most <= num_hosts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from torchfedrpc.errors import CallTimeoutError, WorkerLostError
 from torchfedrpc.executors.asking import AskingExecutor
 from torchfedrpc.executors.ledger import Asked, Record
 from torchfedrpc.executors.reduction import Collecting, Reduction
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.call import Call, Outcome, Part
 from torchfedrpc.host.reduction import MergeError, Node
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.remote_host import RemoteHost
@@ -49,16 +49,18 @@ class ReducingExecutor(AskingExecutor):
         group = self._group
         return (group.hosts.get(label), group.members.get(label)) if group is not None else (None, None)
 
-    def request(self, label: str, reduction: Reduction, skipped: Sequence[str]) -> Call:
+    def request(self, label: str, reduction: Reduction, skipped: Sequence[str] = (), *, waits: bool = False) -> Call:
         """What asks a worker for its partial results.
 
         Args:
             label: the worker.
             reduction: the reduction.
             skipped: clients that count for nothing.
+            waits: whether it waits there for the calls that were submitted before.
         """
         places = [reduction.part(one).place for one in skipped if self.worker_of(one) == label]
-        return Call(self._own_call_id(), label, "reduce", pack((reduction.number, places)), kind="collect")
+        arguments, part = pack((reduction.number, places)), Part(reduction.number, 0) if waits else None
+        return Call(self._own_call_id(), label, "reduce", arguments, kind="collect", part=part)
 
     def settle_absorbed(self, record: Record, asked: Asked) -> None:
         """What a call was absorbed by is here, or nobody wants it any more: the call is over."""
@@ -73,8 +75,7 @@ class ReducingExecutor(AskingExecutor):
 
     def collects(self, label: str) -> list[int]:
         """Ids of the requests to a worker for partial results that were not answered."""
-        asked = (collecting.asked.get(label) for collecting in self._reductions.values())
-        return [one.call.call_id for one in asked if one is not None]
+        return [call_id for collecting in self._reductions.values() for call_id in collecting.unanswered(label)]
 
     def end_reduction(self, reduction: Reduction) -> None:
         """A reduction is over."""
@@ -97,6 +98,7 @@ class ReducingExecutor(AskingExecutor):
         collecting = self._collecting(asked.call)
         if collecting is not None and not asked.is_cancelled:
             member = self._opened().members[record.label]
+            collecting.is_asked(record.label, asked.call)
             collecting.begin(host, member)
             if collecting.has(asked.call, member):  # since an earlier world
                 asked.asked_through = host
@@ -165,15 +167,15 @@ class _Absorbed:
     is_urgent: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Collect:
     """A request for partial results, to a worker in a world."""
 
     call: Call
     member: Member
     host: RemoteHost
-    places: frozenset[int]  # that are to be among them
-    timer: asyncio.TimerHandle | None
+    places: frozenset[int] = frozenset()  # that are to be among them
+    timer: asyncio.TimerHandle | None = None
 
 
 class RemoteCollecting(Collecting):
@@ -186,11 +188,17 @@ class RemoteCollecting(Collecting):
     Attributes:
         members: the workers that take part.
         asked: label of a worker -> the request to it for its partial results.
+        coming: the same for what was asked in advance, and is answered once the worker's calls have ended.
     """
 
     def __init__(self, executor: ReducingExecutor, reduction: Reduction) -> None:
         self.members: set[Member] = set()
         self.asked: dict[str, _Collect] = {}
+        self.coming: dict[str, _Collect] = {}
+        self._at: defaultdict[str, set[int]] = defaultdict(set)  # label -> places whose calls it was asked for
+        self._will_ask = False
+        self._asked_in_advance: set[str] = set()
+        self._is_over = False
         self._executor = executor
         self._reduction = reduction
         self._absorbed: dict[int, _Absorbed] = {}  # by place
@@ -202,6 +210,18 @@ class RemoteCollecting(Collecting):
         self._num_losses = 0  # of workers that were asked, in succession
         self._error: Exception | None = None
         self._changed = asyncio.Event()  # something came, or went wrong
+
+    def is_asked(self, label: str, call: Call) -> None:
+        """A worker is about to be asked for a call: behind the last of these for the partial results, too."""
+        assert call.part is not None
+        self._at[label].add(call.part.place)
+        if not self._will_ask:
+            self._will_ask = True
+            asyncio.get_running_loop().call_soon(self._ask_in_advance)
+
+    def unanswered(self, label: str) -> list[int]:
+        """The ids of the requests to a worker for its partial results."""
+        return [one.call.call_id for one in (self.asked.get(label), self.coming.get(label)) if one is not None]
 
     def begin(self, host: RemoteHost, member: Member) -> None:
         """Let a worker take part."""
@@ -264,8 +284,10 @@ class RemoteCollecting(Collecting):
 
     def close(self) -> None:
         """Let the calls be over, and the workers forget."""
-        for label in list(self.asked):
-            self._forget(label)
+        self._is_over = True
+        for among in (self.asked, self.coming):
+            for label in list(among):
+                self._forget(label, among)
         for place, one in list(self._absorbed.items()):
             if self._executor.reached(one.record.label)[1] is one.member:
                 self._settle(place)
@@ -276,7 +298,7 @@ class RemoteCollecting(Collecting):
 
     def fail(self, request: Call, error: Exception) -> None:
         """The partial results that were asked for with this request will not come."""
-        for label, collect in self.asked.items():
+        for label, collect in [*self.asked.items(), *self.coming.items()]:
             if collect.call is request:
                 self._fail(WorkerLostError(f"torch RPC cannot carry the partial results of {label}: {error}"))
 
@@ -289,35 +311,60 @@ class RemoteCollecting(Collecting):
             of_label[one.record.label].append(one)
         for label, earlier in list(self.asked.items()):
             if self._executor.reached(label)[1] is not earlier.member:
-                self._forget(label)
+                self._forget(label, self.asked)
                 if any(one.member is earlier.member for one in self._absorbed.values()):  # and not given up
                     self._count_loss(label)
+        for label, earlier in list(self.coming.items()):
+            host, member = self._executor.reached(label)
+            if member is not earlier.member:
+                self._forget(label, self.coming)
+            elif host is not None and host is not earlier.host:  # asked in an earlier world
+                self._ask(label, _Collect(earlier.call, member, host), self.coming)
         for label, here in of_label.items():
             host, member = self._executor.reached(label)
             if host is None or member is None:
                 continue
             if (collect := self.asked.get(label)) is not None:
                 if collect.host is not host:  # asked in an earlier world
-                    self._ask(label, member, host, collect.call, collect.places)
+                    self._ask(label, _Collect(collect.call, member, host, collect.places), self.asked)
                 continue
             present = [one for one in here if one.member is member]
             is_due = self._skipped is not None and len(present) == len(here)
-            if is_due or any(one.is_urgent for one in present):
+            if is_due and not self._skipped and label in self.coming:
+                self._time(label, self.coming[label])  # no call is left for which it waits
+            elif is_due or any(one.is_urgent for one in present):
                 request = self._executor.request(label, self._reduction, self._skipped or ())
                 places = frozenset(one.asked.call.part.place for one in present if one.asked.call.part is not None)
-                self._ask(label, member, host, request, places)
+                self._ask(label, _Collect(request, member, host, places), self.asked)
 
-    def _ask(self, label: str, member: Member, host: RemoteHost, call: Call, places: frozenset[int]) -> None:
-        self._forget(label)
-        timeout_s, timer = self._executor.config.call_timeout_s, None
-        if timeout_s is not None:
-            timer = asyncio.get_running_loop().call_later(timeout_s, self._late, label, timeout_s)
-        self.asked[label] = collect = _Collect(call, member, host, places, timer)
-        host.submit(call, partial(self._collected, label, collect))
+    def _ask_in_advance(self) -> None:
+        """Ask those workers that were asked for all calls of their learners; once, since their results are large."""
+        self._will_ask = False
+        if self._is_over or self._skipped is not None:
+            return
+        labels = Counter(map(self._executor.worker_of, self._reduction.client_ids))
+        for label, places in self._at.items():
+            host, member = self._executor.reached(label)
+            if len(places) == labels[label] and label not in self._asked_in_advance and host and member:
+                self._asked_in_advance.add(label)
+                request = self._executor.request(label, self._reduction, waits=True)
+                self._ask(label, _Collect(request, member, host), self.coming)
 
-    def _forget(self, label: str) -> None:
+    def _ask(self, label: str, collect: _Collect, among: dict[str, _Collect]) -> None:
+        self._forget(label, among)
+        among[label] = collect
+        if among is self.asked:
+            self._time(label, collect)
+        collect.host.submit(collect.call, partial(self._collected, label, collect))
+
+    def _time(self, label: str, collect: _Collect) -> None:
+        timeout_s = self._executor.config.call_timeout_s
+        if timeout_s is not None and collect.timer is None:
+            collect.timer = asyncio.get_running_loop().call_later(timeout_s, self._late, label, timeout_s)
+
+    def _forget(self, label: str, among: dict[str, _Collect]) -> None:
         """A request is answered, or asked anew, or will not be answered."""
-        collect = self.asked.pop(label, None)
+        collect = among.pop(label, None)
         if collect is not None and collect.timer is not None:
             collect.timer.cancel()
 
@@ -331,16 +378,18 @@ class RemoteCollecting(Collecting):
 
     def _collected(self, label: str, collect: _Collect, outcome: Outcome) -> None:
         collect.host.acknowledge(collect.call, outcome)
-        if self.asked.get(label) is not collect:
+        among = next((those for those in (self.asked, self.coming) if those.get(label) is collect), None)
+        if among is None:
             return
-        self._forget(label)
+        self._forget(label, among)
         try:
             nodes: list[Node] = outcome.result(collect.call, self._executor.allow, label)
         except Exception as error:
             self._fail(error)
             return
         counted = {place for _, _, _, places in nodes for place in places}
-        if missing := (collect.places & self._absorbed.keys()) - counted:
+        missing = (collect.places & self._absorbed.keys()) - counted
+        if missing and label not in self.coming:  # by which they may come
             clients = ", ".join(self._reduction.client_ids[place] for place in sorted(missing))
             self._fail(RuntimeError(f"{label} does not have the results of {clients} any more"))
             return

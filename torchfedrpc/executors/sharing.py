@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -164,14 +164,7 @@ class Sharing:
     def shared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a call, with what the next calls of this tick may have too in values of their own."""
         values = {}
-        for arg, parts in _untied(args, kwargs):
-            if estimate((arg,), {}) < _MIN_BYTES:
-                continue
-            try:
-                parcel, files = self._take_value(arg)
-                value = SharedValue(parcel, next(_numbers), 0, files)
-            except SerializationError:  # a `SharedRef` is in it; else the call, which is packed next, says what is
-                continue
+        for arg, parts, value in self._values(args, kwargs, num_calls=0):
             if not self._seen:
                 asyncio.get_running_loop().call_soon(self._end_tick)
             self._seen[id(arg)] = _Seen(arg, value, parts)
@@ -179,6 +172,27 @@ class Sharing:
         if values:
             self._next = _next_task()
         return _replaced(values, args, kwargs)
+
+    def common(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments that so many calls will have, as they are now: what is large in values of its own."""
+        values = {id(arg): value for arg, _, value in self._values(args, kwargs, num_calls)}
+        return _with(values, args, kwargs)
+
+    def _values(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int
+    ) -> Iterator[tuple[Any, _Parts | None, SharedValue]]:
+        """Of the arguments, those that are large, with their parts, and values that so many calls have so far."""
+        for arg, parts in _untied(args, kwargs):
+            if estimate((arg,), {}) < _MIN_BYTES:
+                continue
+            try:
+                parcel, files = self._take_value(arg)
+                value = SharedValue(parcel, next(_numbers), num_calls, files)
+            except SerializationError:  # a `SharedRef` is in it; else the call, which is packed next, says what is
+                continue
+            yield arg, parts, value
 
     def close(self) -> None:
         """Let no call have any more what was placed, and let go of whoever has calls."""
@@ -244,6 +258,12 @@ def _replaced(
     for value in values.values():
         if value.num_openings is not None:
             value.num_openings += 1
+    return _with(values, args, kwargs)
+
+
+def _with(
+    values: Mapping[int, SharedValue], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not values:
         return args, kwargs
     return (

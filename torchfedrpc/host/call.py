@@ -43,7 +43,7 @@ class Call:
             learner's state, as uint8 [num_bytes]; ``restore`` it, the arguments being that tensor and the keyword
             arguments of the constructor (None: those that the learner was registered with); ``collect`` what a host
             has of a reduction, the arguments being its number and the places that count for nothing.
-        part: of a reduction, where the result is one.
+        part: of a reduction, where the result is one; of a ``collect``, that for whose calls here it waits.
     """
 
     call_id: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -93,6 +94,8 @@ class LearnerHost:
         self._mailboxes: dict[str, Mailbox] = {}
         self._jobs: dict[int, Job] = {}
         self._outcomes: dict[int, Outcome] = {}  # final ones, which may be asked for again
+        self._num_parts: Counter[int] = Counter()  # reduction -> its calls that are here
+        self._collects: defaultdict[int, list[Job]] = defaultdict(list)  # reduction -> requests that wait for these
         self._shared: dict[int, _Shelved] = {}  # number -> a value that calls refer to; set in the order of requests
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no executor numbered
 
@@ -149,6 +152,10 @@ class LearnerHost:
     def end_reduction(self, number: int) -> None:
         """A reduction is over."""
         self._runner.reductions.end(number)
+        with self._lock:
+            waiting = self._collects.pop(number, [])
+        for job in waiting:
+            self._done(job, Outcome("cancelled", never_ran=True))
 
     def submit(self, call: Call, reply: Reply, numbers: Iterable[int] = ()) -> None:
         """Queue a call of a registered learner; ``reply`` is called with its (next) outcome, on some thread.
@@ -167,11 +174,16 @@ class LearnerHost:
         with self._lock:
             known = self._known(call.call_id, 0, reply)
             if known is _UNKNOWN:
-                if call.kind == "collect":
-                    mailbox = Mailbox(call.client_id, None, made=True)
-                else:
-                    mailbox = self._mailboxes[call.client_id]
+                is_collect = call.kind == "collect"
+                mailbox = Mailbox(call.client_id, None, made=True) if is_collect else self._mailboxes[call.client_id]
                 self._jobs[call.call_id] = job = Job(call, mailbox, reply)
+                if call.part is not None:
+                    if not is_collect:
+                        self._num_parts[call.part.reduction] += 1
+                    elif call.part.reduction in self._num_parts:
+                        mailbox.current = job
+                        self._collects[call.part.reduction].append(job)
+                        return
                 if mailbox.current is not None:
                     mailbox.queue.append(job)
                     return
@@ -258,7 +270,8 @@ class LearnerHost:
         """How many learners are made here, and how many calls run or wait."""
         with self._lock:
             made = sum(mailbox.made and not mailbox.is_stored for mailbox in self._mailboxes.values())
-            return {"learners": made, "pending_calls": len(self._jobs)}
+            num_collects = sum(map(len, self._collects.values()))
+            return {"learners": made, "pending_calls": len(self._jobs) - num_collects}
 
     def close(self, timeout_s: float = 2.0) -> bool:
         """Cancel what runs and end the host's threads.
@@ -271,6 +284,9 @@ class LearnerHost:
         ended = self._runner.close(timeout_s)
         self._deadlines.close()
         self._residents.close()
+        if ended:  # nothing waits for the next garbage collection, for which this host's own circles do
+            for kept in (self._mailboxes, self._outcomes, self._shared):
+                kept.clear()
         return ended
 
     def _take_shared(self, number: int) -> SharedValue:
@@ -303,11 +319,11 @@ class LearnerHost:
 
     def _done(self, job: Job, outcome: Outcome) -> None:
         """Answer who waits, and go on: to the learner's next call, or closing a stream that nobody reads."""
-        following, unread = None, False
+        following, unread, collects = None, False, []
         with self._lock:
             reply, job.reply = job.reply, None
             if outcome.is_final:
-                del self._jobs[job.call.call_id]
+                collects = self._remove(job)
                 if not job.cancelled:
                     self._keep(job, outcome)
                 following = job.mailbox.next_job()
@@ -317,7 +333,10 @@ class LearnerHost:
                 job.last_item = outcome if self._is_remote else None
         if following is not None:
             self._runner.begin(following)
-        self._replies.put(reply, outcome, is_part=job.call.part is not None)
+        with self._replies.gathered() if collects else nullcontext():
+            self._replies.put(reply, outcome, is_part=job.call.part is not None)
+            for collect in collects:
+                self._runner.collect(collect)  # what can be done at once goes with this very answer
         if unread:
             self._runner.close_stream(job)
 
@@ -362,17 +381,32 @@ class LearnerHost:
             reply, job.reply = job.reply, None
             idle_stream, job.stepping = not job.stepping, True
             queued = job is not job.mailbox.current
+            collects = []
             if queued:
                 job.mailbox.queue.remove(job)
-                del self._jobs[call_id]
+                collects = self._remove(job)
             outcome = replace(outcome, never_ran=queued, cut_off=not queued and not idle_stream)
             self._keep(job, outcome)
         if reply is not None:
             reply(outcome)
+        for collect in collects:
+            self._runner.begin(collect)
         if idle_stream:
             self._runner.close_stream(job)
         else:
             self._runner.cancel_task(job)
+
+    def _remove(self, job: Job) -> list[Job]:
+        """A job is over; those requests for partial results that have waited for it."""
+        del self._jobs[job.call.call_id]
+        part = job.call.part
+        if part is None or job.call.kind == "collect":
+            return []
+        self._num_parts[part.reduction] -= 1
+        if self._num_parts[part.reduction]:
+            return []
+        del self._num_parts[part.reduction]
+        return self._collects.pop(part.reduction, [])
 
     def _keep(self, job: Job, outcome: Outcome) -> None:
         if self._is_remote:

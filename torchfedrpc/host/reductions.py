@@ -85,6 +85,12 @@ class Reductions:
         with self._merging():
             forest.add(part.place, box[0], owned)
 
+    def are_quick(self, number: int) -> bool:
+        """Whether no code of the user's is run as the partial results of this reduction are collected and packed."""
+        with self._lock:
+            begun = self._begun.get(number)
+        return begun is not None and begun.opened is not None and copies_what_it_adds(begun.opened[0])
+
     def collect(self, number: int, skipped: Iterable[int]) -> tuple[list[Node], bool]:
         """The partial results that are here, each as large as it can be; then this host has none.
 

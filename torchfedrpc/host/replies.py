@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from torchfedrpc.host.call import Outcome
 from torchfedrpc.host.deadlines import Deadlines
@@ -45,6 +45,7 @@ class Replies:
         self._held: list[tuple[Reply, Outcome]] = []
         self._since = 0.0  # when the first of these came
         self._is_timed = False
+        self._num_gathering = 0
 
     def put(self, reply: Reply | None, outcome: Outcome, *, is_part: bool = False) -> None:
         """Make a reply, soon.
@@ -65,11 +66,23 @@ class Replies:
                 return
             if self._is_due(outcome, is_part):
                 due, self._held = self._held, []
-            starts_timer = not due and not self._is_timed
+            starts_timer = not due and not self._is_timed and not self._num_gathering
             self._is_timed |= starts_timer
         if starts_timer:
             self._deadlines.start(self, _MOST_S)
         self._reply(due)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within it replies are held, to be made together."""
+        with self._lock:
+            self._num_gathering += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_gathering -= 1
+            self.late()
 
     def late(self) -> None:
         """Time is up: make the replies that are held."""
@@ -79,6 +92,8 @@ class Replies:
         self._reply(held)
 
     def _is_due(self, outcome: Outcome, is_part: bool) -> bool:
+        if self._num_gathering:
+            return False
         num_waiting = self._num_waiting()
         return (
             not num_waiting
