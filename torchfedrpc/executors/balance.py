@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 
 _WEIGHT_OF_LAST = 0.5  # of a client's last call, beside those before it
-_TOLERANCE = 0.06  # by which a worker may be later than all would be together; more is worth a move
+_TOLERANCE = 0.1  # by which a worker may be later than all would be together; more is worth moves
+_BALANCED = 0.03  # with which moves end
+_MUCH = 1.5  # times as long as most clients take: so long ones are begun before the others
 _NEARLY_BEST = 0.7  # of the gain of the best move, for which one is taken that keeps neighbours together
 
 
@@ -34,8 +36,12 @@ class Durations:
 
 
 def longest_first(expected: Mapping[str, float]) -> list[str]:
-    """Clients by the time that they will take; those that will take as long in their order."""
-    return sorted(expected, key=lambda client_id: -expected[client_id])
+    """Clients by the time that they will take, those that will take about as long as most of the others in order.
+
+    For then results of neighbours come one after another, and a reduction holds few of them.
+    """
+    ordinary = _MUCH * statistics.median(expected.values()) if expected else 0.0
+    return sorted(expected, key=lambda client_id: -expected[client_id] if expected[client_id] > ordinary else 0.0)
 
 
 def moves(
@@ -71,11 +77,13 @@ def moves(
             clients_of[places[client_id]].append(client_id)
     moved: dict[str, str] = {}
     mean = sum(loads.values()) / max(len(loads), 1)
+    tolerance = _TOLERANCE
     while len(loads) > 1:
         busiest, idlest = max(loads, key=loads.__getitem__), min(loads, key=loads.__getitem__)
         excess, gains = loads[busiest] - loads[idlest], {}
-        if loads[busiest] <= (1 + _TOLERANCE) * mean:
+        if loads[busiest] <= (1 + tolerance) * mean:
             break
+        tolerance = _BALANCED
         for client_id in clients_of[busiest]:
             weight, cost = weights[client_id], cost_s(client_id)
             if cost is None or not 0 < weight < excess or (cost and (most == 0 or not is_known)):
