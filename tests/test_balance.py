@@ -85,6 +85,18 @@ def test_a_client_that_was_not_seen_takes_as_long_as_most() -> None:
     assert longest_first(durations.expected("abcd", "train")) == ["c", "a", "b", "d"]
 
 
+def test_one_call_that_took_long_does_not_make_its_client_a_slow_one() -> None:
+    durations = Durations()
+    for seconds in (0.1, 5.0):
+        durations.saw("a", "train", seconds)
+    assert durations.expected("a", "train") == {"a": 0.1}
+    durations.saw("a", "train", 5.0)
+    assert durations.expected("a", "train") == {"a": 5.0}
+    for _ in range(2):
+        durations.saw("a", "train", 0.2)
+    assert durations.expected("a", "train") == {"a": 0.2}
+
+
 class Sleeper:
     """Takes as long as its client is said to, and knows how often it was called."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 
-_WEIGHT_OF_LAST = 0.5  # of a client's last call, beside those before it
+_NUM_KEPT = 3  # times of a client's last calls: the middle one counts, since a worker may be disturbed for a while
 _TOLERANCE = 0.1  # by which a worker may be later than all would be together; more is worth moves
 _BALANCED = 0.03  # with which moves end
 _MUCH = 1.5  # times as long as most clients take: so long ones are begun before the others
@@ -16,23 +16,22 @@ class Durations:
     """How long calls ran, by client and method."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, dict[str, float]] = {}  # method -> client -> seconds, of the last calls mostly
+        self._seconds: dict[str, dict[str, tuple[float, ...]]] = {}  # method -> client -> of its last calls
 
     def saw(self, client_id: str, method: str, seconds: float) -> None:
         """A call ran for so long."""
         of_method = self._seconds.setdefault(method, {})
-        before = of_method.get(client_id, seconds)
-        of_method[client_id] = before + _WEIGHT_OF_LAST * (seconds - before)
+        of_method[client_id] = (*of_method.get(client_id, ()), seconds)[-_NUM_KEPT:]
 
     def expected(self, client_ids: Iterable[str], method: str) -> dict[str, float]:
-        """Seconds that each of these clients will take: as its last calls did, else as most of the others will.
+        """Seconds that each of these clients will take: as most of its last calls did, else as most others will.
 
         Where no call of the method was seen, all take 0 seconds.
         """
         of_method = self._seconds.get(method, {})
-        seen = [of_method[client_id] for client_id in client_ids if client_id in of_method]
-        usual = statistics.median(seen) if seen else 0.0
-        return {client_id: of_method.get(client_id, usual) for client_id in client_ids}
+        seen = {one: statistics.median_low(of_method[one]) for one in client_ids if one in of_method}
+        usual = statistics.median(seen.values()) if seen else 0.0
+        return {client_id: seen.get(client_id, usual) for client_id in client_ids}
 
 
 def longest_first(expected: Mapping[str, float]) -> list[str]:
