@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchfedrpc.host.call import Part
-from torchfedrpc.host.reducers import Reducer
+from torchfedrpc.host.reducers import Reducer, is_small
 from torchfedrpc.host.reduction import Forest, Node
 from torchfedrpc.wire.packing import Packed, pack
 
@@ -55,6 +55,9 @@ class Reduction:
             MergeError: two of them do not go together.
             Exception: what the reducer's ``finish`` raised.
         """
+        nodes = list(nodes)
+        if all(is_small(reducer) for _, _, reducer, _ in nodes):
+            return self._finish(nodes, torch.get_num_threads())
         return await asyncio.to_thread(self._finish, nodes, torch.get_num_threads())
 
     def _finish(self, nodes: Iterable[Node], num_threads: int) -> Any:

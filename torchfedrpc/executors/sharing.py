@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -193,6 +193,11 @@ class Sharing:
             except SerializationError:  # a `SharedRef` is in it; else the call, which is packed next, says what is
                 continue
             yield arg, parts, value
+
+    def is_gathering(self, call_values: Iterable[SharedValue]) -> bool:
+        """Whether later calls of this tick may have any of these values, too, so that who opens them is not known."""
+        gathering = [seen.value for seen in self._seen.values()]
+        return any(value in gathering for value in call_values)
 
     def close(self) -> None:
         """Let no call have any more what was placed, and let go of whoever has calls."""

@@ -22,6 +22,8 @@ from torch.nn.parameter import Parameter
 from torchfedrpc.host.sums import added, kind_of, mean_from, sum_from, weighted
 from torchfedrpc.wire.tensors import PlainTensors, check_can_travel, fills_its_storage
 
+_SMALL_BYTES = 1 << 20
+
 Key = str | int
 Keys = Key | Sequence[Key]
 
@@ -245,6 +247,17 @@ class Sum(BuiltinReducer):
 def copies_what_it_adds(reducer: Reducer) -> bool:
     """Whether its `add` may be given objects that their owner goes on changing; a user's class is not known to."""
     return type(reducer) in (WeightedMean, Mean, Sum)
+
+
+def is_small(reducer: Reducer) -> bool:
+    """Whether to merge or finish it takes no longer than to have a thread do so; a user's class may take any time."""
+    return copies_what_it_adds(reducer) and _num_bytes(reducer._entries) <= _SMALL_BYTES  # type: ignore[attr-defined]
+
+
+def _num_bytes(entries: Any) -> int:
+    if isinstance(entries, dict | list | tuple):
+        return sum(map(_num_bytes, entries.values() if isinstance(entries, dict) else entries))
+    return entries.total.nbytes if isinstance(entries, Entry) and isinstance(entries.total, Tensor) else 0
 
 
 def pick(result: Any, key: Key) -> Any:

@@ -30,7 +30,7 @@ class TorchModes:
         self._outer_autocast = outer = _autocast()
         self._outer_grad = torch.is_grad_enabled()
         # Inference mode first: it sets grad mode too, and its end undoes what is enabled within it.
-        self._guard = torch.inference_mode(self._inference)
+        self._guard = torch._C._InferenceMode(self._inference)
         self._guard.__enter__()
         torch._C._set_grad_enabled(self._grad)
         _set_autocast(outer, self._autocast or (False, outer[1], False, outer[3], 0))
@@ -65,7 +65,7 @@ def _set_autocast(present: _Autocast, wanted: _Autocast) -> None:
             torch.autocast_increment_nesting()
         while _num_open_blocks() > wanted[4]:
             torch.autocast_decrement_nesting()
-    torch.clear_autocast_cache()  # of weights that another call has cast, and may have changed since
+        torch.clear_autocast_cache()  # of weights that another call has cast, and may have changed since
 
 
 def _num_open_blocks() -> int:

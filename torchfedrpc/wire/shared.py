@@ -12,6 +12,7 @@ from torch import Tensor
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel, SentApart, pack
+from torchfedrpc.wire.twins import is_plain_structure, twin
 
 _FILE_BYTES = 1 << 20  # a smaller value is copied for each call: to map it would cost as much
 
@@ -51,6 +52,7 @@ class SharedValue(SentApart):
         self._parcel = parcel
         self._files = files
         self._is_on_disk = False
+        self._model: Any = None  # once opened, of a small plain structure: from then on it is copied
         self._lock = threading.Lock()
 
     @property
@@ -84,8 +86,17 @@ class SharedValue(SentApart):
             if self.num_openings is not None:
                 self.num_openings -= 1
             is_last = self._files is None and self.num_openings == 0
-            own = self._parcel if is_last else self._copy()
-        return own.open(allow)
+            model, own = self._model, None
+            if model is None:
+                own = self._parcel if is_last else self._copy()
+        if own is None:
+            return twin(model)
+        opened = own.open(allow)
+        if isinstance(own, Parcel) and not is_last and self._files is None and is_plain_structure(opened):
+            model = twin(opened)
+            with self._lock:
+                self._model = self._model or model
+        return opened
 
     def spill(self) -> None:
         """Keep it on disk from now on, if it is large; it may be opened and sent as before.
