@@ -68,6 +68,12 @@ def runtime(mode: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def lone_runtime(mode: str, runtime: dict[str, Any]) -> dict[str, Any]:
+    """The same with one worker where their number can be chosen: for tests that open proxies of their own."""
+    return runtime | ({"num_processes": 1} if mode == "pseudo" else {})
+
+
+@pytest.fixture(scope="module")
 def num_hosts(mode: str) -> int:
     return 1 if mode == "local" else 2
 

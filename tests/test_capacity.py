@@ -17,9 +17,10 @@ CLIENTS = [f"client_{number}" for number in range(8)]
 
 
 @pytest.fixture(scope="module")
-def proxy(runner: asyncio.Runner, runtime: dict[str, Any]) -> Iterator[tfr.LearnerProxy]:
+def proxy(runner: asyncio.Runner, lone_runtime: dict[str, Any]) -> Iterator[tfr.LearnerProxy]:
     """In place of the one without a limit."""
-    with opened(runner, tfr.LearnerProxy(Probe, CLIENTS, runtime=runtime | {"max_pending_calls": LIMIT})) as proxy:
+    runtime = lone_runtime | {"max_pending_calls": LIMIT}
+    with opened(runner, tfr.LearnerProxy(Probe, CLIENTS, runtime=runtime)) as proxy:
         yield proxy
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,16 +36,44 @@ def _output_dir(done: subprocess.CompletedProcess[str]) -> Path:
     return Path(done.stdout.splitlines()[-1].removeprefix("outputs: "))
 
 
-def test_a_run_leaves_everything_in_one_folder(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    done = _command(tmp_path, *SMOKE)
-    outputs = _output_dir(done)
-    assert outputs.parent.parent == tmp_path / "outputs"
+def _history(outputs: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (outputs / "history.jsonl").read_text().splitlines()]
 
-    history = [json.loads(line) for line in (outputs / "history.jsonl").read_text().splitlines()]
+
+def _without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in history]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `smoke` has run."""
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.fixture(scope="module")
+def smoke(folder: Path) -> subprocess.CompletedProcess[str]:
+    """One run for several tests."""
+    return _command(folder, *SMOKE)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a sweep of four jobs."""
+    folder = tmp_path_factory.mktemp("sweep")
+    done = _command(folder, "-m", *SMOKE, "seed=1,2", "trainer=fedavg,fedprox", "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    return folder / "sweep"
+
+
+def test_a_run_leaves_everything_in_one_folder(folder: Path, smoke: subprocess.CompletedProcess[str]) -> None:
+    pytest.importorskip("matplotlib")
+    outputs = _output_dir(smoke)
+    assert outputs.parent.parent == folder / "outputs"
+
+    history = _history(outputs)
     assert [record["round"] for record in history] == [0, 1, 2]
     assert history[-1]["test_accuracy"] > 0.9
-    assert f"final test accuracy: {history[-1]['test_accuracy']:.3f}" in done.stdout
+    assert f"final test accuracy: {history[-1]['test_accuracy']:.3f}" in smoke.stdout
     assert history[-1]["num_clients"] == 4
     assert history[-1]["bytes_sent"] == 0
 
@@ -58,31 +87,27 @@ def test_a_run_leaves_everything_in_one_folder(tmp_path: Path) -> None:
     assert (outputs / "metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_a_terminal_progress_is_a_line_a_round(tmp_path: Path) -> None:
-    lines = _command(tmp_path, *SMOKE).stdout.splitlines()
+def test_without_a_terminal_progress_is_a_line_a_round(smoke: subprocess.CompletedProcess[str]) -> None:
+    lines = smoke.stdout.splitlines()
     assert lines[0] == "4 clients, local mode"
     assert [line.split("  ")[0] for line in lines[1:4]] == ["round 1/3", "round 2/3", "round 3/3"]
 
 
-def test_the_same_seed_gives_the_same_history(tmp_path: Path) -> None:
-    def history(*arguments: str) -> list[dict[str, object]]:
-        outputs = _output_dir(_command(tmp_path, *SMOKE, *arguments))
-        records = [json.loads(line) for line in (outputs / "history.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-    first = history("hydra.run.dir=first")
-    assert first == history("hydra.run.dir=second")
-    assert first != history("hydra.run.dir=third", "seed=1")
+def test_the_same_seed_gives_the_same_history(
+    tmp_path: Path, smoke: subprocess.CompletedProcess[str], sweep: Path
+) -> None:
+    first = _without_times(_history(_output_dir(smoke)))
+    again = _output_dir(_command(tmp_path, *SMOKE, "hydra.run.dir=again"))
+    assert first == _without_times(_history(tmp_path / again))
+    assert first != _without_times(_history(sweep / "0"))
 
 
-def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    done = _command(tmp_path, "-m", *SMOKE, "seed=1,2", "trainer=fedavg,fedprox", "hydra.sweep.dir=sweep")
-    assert done.returncode == 0, done.stderr
+def test_a_sweep_runs_every_job_in_a_folder_of_its_own(sweep: Path) -> None:
     seen = []
     for job in range(4):
-        config = yaml.safe_load((tmp_path / "sweep" / str(job) / "config.yaml").read_text())
+        config = yaml.safe_load((sweep / str(job) / "config.yaml").read_text())
         seen.append((config["seed"], config["trainer"]["_target_"].rpartition(".")[2]))
-        assert len((tmp_path / "sweep" / str(job) / "history.jsonl").read_text().splitlines()) == 3
+        assert len(_history(sweep / str(job))) == 3
     assert seen == [(1, "FedAvgTrainer"), (1, "FedProxTrainer"), (2, "FedAvgTrainer"), (2, "FedProxTrainer")]
 
 
@@ -124,7 +149,7 @@ def test_options_of_ones_own_come_from_a_folder_of_ones_own(tmp_path: Path) -> N
     (tmp_path / "conf" / "trainer").mkdir(parents=True)
     (tmp_path / "conf" / "trainer" / "short.yaml").write_text("defaults: [fedavg, _self_]\nnum_rounds: 1\n")
     done = _command(tmp_path, "--config-dir", "conf", *SMOKE, "trainer=short", "trainer.num_rounds=2")
-    assert len((_output_dir(done) / "history.jsonl").read_text().splitlines()) == 2
+    assert len(_history(_output_dir(done))) == 2
 
 
 def test_info_tells_versions_and_the_road_between_processes(tmp_path: Path) -> None:

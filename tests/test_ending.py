@@ -140,7 +140,7 @@ def test_a_signal_ends_a_run_though_a_sync_method_goes_on(tmp_path: Path, mode: 
 
 
 @MOSTLY_SIGINT
-@pytest.mark.parametrize("mode", ["local", "pseudo"])
+@pytest.mark.parametrize("mode", [pytest.param("local", marks=pytest.mark.slow), "pseudo"])
 def test_the_command_says_where_its_outputs_are_when_a_signal_ends_it(
     tmp_path: Path, mode: str, number: signal.Signals
 ) -> None:
@@ -236,7 +236,7 @@ def test_a_run_that_blocks_for_ever_outside_python_is_ended(tmp_path: Path, numb
     assert status == 128 + number, output
 
 
-@SIGNALS
+@MOSTLY_SIGINT
 def test_a_signal_to_torchrun_ends_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, *TORCHRUN, str(write_script(tmp_path, MAIN)), "distributed", "b") as run:
         run.wait_for("ready")

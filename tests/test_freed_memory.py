@@ -80,8 +80,8 @@ class Weighing:
 
 
 @pytest.fixture(scope="module")
-def proxy(runner: asyncio.Runner, runtime: dict[str, Any]) -> Iterator[tfr.LearnerProxy]:
-    runtime = runtime | {"journal_max_calls": 1}
+def proxy(runner: asyncio.Runner, lone_runtime: dict[str, Any]) -> Iterator[tfr.LearnerProxy]:
+    runtime = lone_runtime | {"journal_max_calls": 1}
     with opened(runner, tfr.LearnerProxy(Weighing, ["a", "b"], runtime=runtime)) as proxy:
         runner.run(proxy.clients().call("stop_collecting"))
         yield proxy

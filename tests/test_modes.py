@@ -211,7 +211,7 @@ async def test_a_mixed_run_has_some_clients_in_the_drivers_process() -> None:
 
 
 async def test_a_killed_worker_ends_its_calls_and_no_others() -> None:
-    runtime = {"execution_mode": "pseudo", "num_processes": 2}
+    runtime = {"execution_mode": "pseudo", "num_processes": 2, "max_recoveries": 1}
     async with asyncio.timeout(60), tfr.LearnerProxy(Probe, ["a", "b"], runtime=runtime) as proxy:
         await proxy.clients().call("same", 1)
         queued = [asyncio.create_task(proxy.custom_method("a", name)) for name in ("die", "echo", "context_async")]
@@ -222,7 +222,7 @@ async def test_a_killed_worker_ends_its_calls_and_no_others() -> None:
         assert await proxy.custom_method("b", "same", 2) == 2
         with pytest.raises(tfr.WorkerLostError, match=r"a.*worker1"):
             await proxy.custom_method("a", "same", 1)
-    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime | {"num_processes": 1}) as proxy:
         assert await proxy.custom_method("a", "same", 3) == 3
 
 
@@ -301,7 +301,7 @@ def test_two_pseudo_runs_side_by_side_do_not_disturb_each_other(tmp_path: Path) 
         tmp_path,
         """
         async def main():
-            async with tfr.LearnerProxy(Probe, ["a", "b"], runtime={"num_processes": 2}, seed=4) as proxy:
+            async with tfr.LearnerProxy(Probe, ["a", "b"], runtime={"num_processes": 1}, seed=4) as proxy:
                 sys.stdout.write("open\\n")
                 sys.stdout.flush()
                 sys.stdin.readline()
@@ -336,7 +336,7 @@ def test_two_pseudo_runs_side_by_side_do_not_disturb_each_other(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("how", "busy"),
     [
-        ("SIGKILL", True),
+        pytest.param("SIGKILL", True, marks=pytest.mark.slow),  # test_field_guide.py has one like it
         pytest.param("SIGKILL", False, marks=pytest.mark.slow),
         ("SIGKILL with a forked child", False),
         pytest.param("SIGTERM", True, marks=pytest.mark.slow),
@@ -445,7 +445,7 @@ def test_a_learner_of_the_script_loads_data_with_processes_of_its_own(tmp_path: 
                     return error.args
 
         async def main():
-            return [await load("local"), await load({"num_processes": 2})]
+            return [await load("local"), await load({"num_processes": 1})]
         """,
         MAIN,
     )

@@ -17,52 +17,47 @@ import pytest
 from conftest import Latch, opened
 from learners import Mortal
 from light import ends_within
-from losses import NUM_ITEMS, SEED, Losses, Steps, kill, kill_once_started, pid_of, pseudo, undisturbed
+from losses import (
+    NUM_ITEMS,
+    SEED,
+    Losses,
+    Steps,
+    kill,
+    kill_once_started,
+    on_1,
+    on_2,
+    pid_of,
+    pseudo,
+    seen,
+    undisturbed,
+)
 
 import torchfedrpc as tfr
 from torchfedrpc.observe.events import Event, WorkerLost
 from torchfedrpc.rpc import process_source
 from torchfedrpc.testing import Faults
 
+__all__ = ["on_1", "on_2", "seen"]  # fixtures
 HEARTBEAT_TIMEOUT_S = 1.5
-ON_1 = [f"first_{number}" for number in range(40)]
-ON_2 = [f"second_{number}" for number in range(40)]
+CLIENTS = [f"{place}_{number}" for place in ("first", "second") for number in range(40)]
 
 
 @pytest.fixture(scope="module")
 def expected(runner: asyncio.Runner) -> dict[str, dict[str, Any]]:
-    return runner.run(undisturbed([*ON_1, *ON_2]))
+    return runner.run(undisturbed(CLIENTS))
 
 
 @pytest.fixture(scope="module")
 def proxy(runner: asyncio.Runner, expected: dict[str, dict[str, Any]]) -> Iterator[tfr.LearnerProxy]:
     """Learners on two workers; every test takes clients of its own by `on_1` and `on_2`."""
     runtime = pseudo(heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
-    with opened(runner, tfr.LearnerProxy(Mortal, [*ON_1, *ON_2], runtime=runtime, seed=SEED)) as proxy:
+    with opened(runner, tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime, seed=SEED)) as proxy:
         yield proxy
-
-
-@pytest.fixture(scope="module")
-def on_1() -> Iterator[str]:
-    return iter(ON_1)
-
-
-@pytest.fixture(scope="module")
-def on_2() -> Iterator[str]:
-    return iter(ON_2)
 
 
 @pytest.fixture(scope="module")
 def steps(proxy: tfr.LearnerProxy, expected: dict[str, dict[str, Any]]) -> Steps:
     return Steps(proxy, expected)
-
-
-@pytest.fixture
-def seen(proxy: tfr.LearnerProxy) -> Iterator[Losses]:
-    seen = Losses()
-    unsubscribe = proxy.subscribe(seen)
-    yield seen
-    unsubscribe()
 
 
 # Noticing.

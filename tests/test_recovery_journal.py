@@ -14,10 +14,12 @@ import pytest
 import torch
 from conftest import Latch, opened
 from learners import Mortal
-from losses import SEED, Losses, kill, pseudo
+from losses import SEED, Losses, kill, pseudo, seen
 
 import torchfedrpc as tfr
 from torchfedrpc.executors import room
+
+__all__ = ["seen"]  # a fixture
 
 MAX_CALLS, MAX_BYTES = 3, 20_000
 CLIENTS = [f"client_{number}" for number in range(60)]
@@ -38,14 +40,6 @@ def clients(proxy: tfr.LearnerProxy) -> Iterator[str]:
 @pytest.fixture
 def one(clients: Iterator[str]) -> str:
     return next(clients)
-
-
-@pytest.fixture
-def seen(proxy: tfr.LearnerProxy) -> Iterator[Losses]:
-    seen = Losses()
-    unsubscribe = proxy.subscribe(seen)
-    yield seen
-    unsubscribe()
 
 
 def ledger_of(proxy: tfr.LearnerProxy) -> Any:

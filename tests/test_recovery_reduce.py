@@ -10,28 +10,32 @@ from typing import Any
 
 import pytest
 from conftest import MODES, Latch, opened
-from losses import SEED, Losses, kill, pseudo
+from losses import (
+    SEED,
+    Losses,
+    brackets,
+    check_draw,
+    check_nothing_goes_on,
+    draw,
+    kill,
+    number,
+    of_draw,
+    on_1,
+    on_2,
+    once_ended,
+    pseudo,
+    seen,
+)
 from summing import Adder, Brackets, Deadly, Noted, SlowToPack
 
 import torchfedrpc as tfr
 from torchfedrpc.executors.reducing import ReducingExecutor
-from torchfedrpc.host.reduction import fold
-from torchfedrpc.observe.events import CallEnded, Event
 from torchfedrpc.testing import Faults
 
+__all__ = ["on_1", "on_2", "seen"]  # fixtures
 pytestmark = pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
 
-NUM_CLIENTS = 240
-NUM_DRAWS = 3
-ALL = [f"client_{number}" for number in range(NUM_CLIENTS)]
-ON_1, ON_2 = ALL[: NUM_CLIENTS // 2], ALL[NUM_CLIENTS // 2 :]
-
-
-async def draw(clients: list[str]) -> dict[str, list[str]]:
-    """Client -> what its `draw_text` gives, time after time, in an undisturbed run."""
-    async with tfr.LearnerProxy(Adder, clients, runtime="local", seed=SEED) as proxy:
-        rounds = [await proxy.clients().call("draw_text") for _ in range(NUM_DRAWS)]
-    return {client: [results[client] for results in rounds] for client in clients}
+ALL = [f"client_{number}" for number in range(240)]
 
 
 @pytest.fixture(scope="module")
@@ -46,75 +50,11 @@ def proxy(runner: asyncio.Runner, drawn: dict[str, list[str]]) -> Iterator[tfr.L
         yield proxy
 
 
-@pytest.fixture(scope="module")
-def on_1() -> Iterator[str]:
-    return iter(ON_1)
-
-
-@pytest.fixture(scope="module")
-def on_2() -> Iterator[str]:
-    return iter(ON_2)
-
-
-@pytest.fixture
-def seen(proxy: tfr.LearnerProxy) -> Iterator[Losses]:
-    seen = Losses()
-    unsubscribe = proxy.subscribe(seen)
-    yield seen
-    unsubscribe()
-
-
 @pytest.fixture(autouse=True)
 def _nothing_goes_on(runner: asyncio.Runner, request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "proxy" in request.fixturenames:
         runner.run(check_nothing_goes_on(request.getfixturevalue("proxy")))
-
-
-async def check_nothing_goes_on(proxy: tfr.LearnerProxy) -> None:
-    """No reduction is left on any worker, and no call at the driver."""
-    executor: Any = proxy._router._main
-    assert executor._reductions == {}
-    one_of_each = [proxy.client_ids[0], proxy.client_ids[-1]]
-    assert set((await proxy.clients(one_of_each).call("number_of_reductions")).values()) == {0}
-    async with asyncio.timeout(20):  # what was cancelled is answered in its time
-        while any(record.asked for record in executor._ledger):
-            await asyncio.sleep(0.01)
-
-
-def number(client_id: str) -> str:
-    return client_id.rpartition("_")[2]
-
-
-def brackets(texts: Any) -> str | None:
-    return fold(texts, "({}+{})".format)
-
-
-def of_draw(drawn: dict[str, list[str]], clients: list[str], count: int = 0) -> str | None:
-    """How the results of that draw come together."""
-    return brackets([drawn[client][count] for client in clients])
-
-
-async def check_draw(
-    proxy: tfr.LearnerProxy, drawn: dict[str, list[str]], clients: list[str], count: int, reducer: Any = Brackets
-) -> None:
-    """A reduction over the clients' next draws, with the bits of an undisturbed run."""
-    result = await proxy.clients(clients).reduce("draw_text", reducer)
-    assert (result.value, result.count, result.failures) == (of_draw(drawn, clients, count), len(clients), {})
-
-
-def once_ended(proxy: tfr.LearnerProxy, count: int, then: Any) -> Any:
-    """Call something as soon as so many calls have ended."""
-    num_ended = 0
-
-    def on_event(event: Event) -> None:
-        nonlocal num_ended
-        if isinstance(event, CallEnded):
-            num_ended += 1
-            if num_ended == count:
-                then()
-
-    return proxy.subscribe(on_event)
 
 
 # Lost workers.

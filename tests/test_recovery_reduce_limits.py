@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 from conftest import MODES
-from losses import SEED, Losses, kill, pseudo
+from losses import SEED, Losses, check_draw, check_nothing_goes_on, draw, kill, of_draw, once_ended, pseudo
 from summing import Adder, Brackets, Deadly, SlowToPack
-from test_recovery_reduce import ALL, check_draw, check_nothing_goes_on, draw, of_draw, once_ended
 from workers import joining, make_token
 
 import torchfedrpc as tfr
@@ -19,11 +18,13 @@ from torchfedrpc.observe.events import CallEnded, WorkerJoined, WorkerLeft
 
 pytestmark = pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
 
+ALL = [f"client_{number}" for number in range(6)]
+
 
 @pytest.fixture(scope="module")
 def drawn(runner: asyncio.Runner) -> dict[str, list[str]]:
     """Client -> what its `draw_text` gives, time after time, in an undisturbed run."""
-    return runner.run(draw(ALL[:6]))
+    return runner.run(draw(ALL))
 
 
 # Limits.
@@ -93,7 +94,7 @@ async def test_a_collection_that_never_ends_is_a_timeout_of_its_worker(tmp_path:
 async def test_workers_join_and_leave_in_the_middle_of_a_reduction(
     drawn: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    clients, token = ALL[:6], make_token(tmp_path)
+    clients, token = ALL, make_token(tmp_path)
     runtime = {"execution_mode": "pseudo", "num_processes": 1, "join_at": "127.0.0.1:0", "token_file": token}
     async with tfr.LearnerProxy(Adder, clients, runtime=runtime, seed=SEED) as proxy:
         seen = Losses()

@@ -14,10 +14,12 @@ import pytest
 import torch
 from conftest import Latch, opened
 from learners import Mortal
-from losses import SEED, Losses, kill, pid_of, pseudo
+from losses import SEED, Losses, kill, on_1, on_2, pid_of, pseudo, seen
 from torch import Tensor
 
 import torchfedrpc as tfr
+
+__all__ = ["on_1", "on_2", "seen"]  # fixtures
 
 SIZE = 300_000  # float32: large enough to lie in files
 NUM_BYTES = 4 * SIZE
@@ -47,24 +49,6 @@ def proxy(runner: asyncio.Runner) -> Iterator[tfr.LearnerProxy]:
     clients = [f"{place}_{number}" for place in ("first", "second") for number in range(40)]
     with opened(runner, tfr.LearnerProxy(Adding, clients, runtime=pseudo(), seed=SEED)) as proxy:
         yield proxy
-
-
-@pytest.fixture(scope="module")
-def on_1(proxy: tfr.LearnerProxy) -> Iterator[str]:
-    return iter(proxy.client_ids[:40])
-
-
-@pytest.fixture(scope="module")
-def on_2(proxy: tfr.LearnerProxy) -> Iterator[str]:
-    return iter(proxy.client_ids[40:])
-
-
-@pytest.fixture
-def seen(proxy: tfr.LearnerProxy) -> Iterator[Losses]:
-    seen = Losses()
-    unsubscribe = proxy.subscribe(seen)
-    yield seen
-    unsubscribe()
 
 
 def files_of(pid: int) -> int:

@@ -12,7 +12,7 @@ import torch
 
 import torchfedrpc as tfr
 
-MODES = {"local": {"execution_mode": "local"}, "pseudo": {"execution_mode": "pseudo", "num_processes": 2}}
+MODES = {"local": {"execution_mode": "local"}, "pseudo": {"execution_mode": "pseudo", "num_processes": 1}}
 CLIENTS = [f"client_{number}" for number in range(12)]
 
 
@@ -119,7 +119,7 @@ async def test_a_full_disk_keeps_learners_in_memory(monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_lost_workers_learners_are_rebuilt_wherever_they_were(tmp_path: Path) -> None:
-    runtime = {**MODES["pseudo"], "max_resident_learners": 2}
+    runtime = {**MODES["pseudo"], "num_processes": 2, "max_resident_learners": 2}
     expected = []
     async with tfr.LearnerProxy(Walker, CLIENTS, runtime="local", seed=5) as proxy:
         expected = [dict(await proxy.clients().call("walk")) for _ in range(4)]

@@ -22,7 +22,7 @@ from torchrun import children_of, environment, wait_for_end
 from torchfedrpc import cli, extras
 from torchfedrpc.federation.experiment import ExperimentConfig, run_experiment
 
-JOB = ("experiment=smoke", "trainer.num_rounds=10", "trainer.local_epochs=60")
+JOB = ("experiment=smoke", "trainer.num_rounds=10", "trainer.local_epochs=20")
 MODULE = (sys.executable, "-m", "torchfedrpc")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=3")
 Result = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
@@ -42,11 +42,12 @@ def assert_equal(one: Result, other: Result) -> None:
     assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
 
 
-def undisturbed(folder: Path, *overrides: str) -> Result:
-    """What the job gives in this process."""
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """What the job gives in this process, in local mode: the other modes give the same."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     with initialize_config_module("torchfedrpc.conf", version_base="1.3"):
-        config = ExperimentConfig.of(cli.plain(compose("config", overrides=[*JOB, "baseline=null", *overrides])))
+        config = ExperimentConfig.of(cli.plain(compose("config", overrides=[*JOB, "baseline=null", "runtime=local"])))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extras, "available", lambda name: False)  # pictures leave fonts open
         asyncio.run(run_experiment(config, folder, stream=io.StringIO()))
@@ -107,21 +108,23 @@ class Command:
     "runtime",
     [pytest.param(("runtime=local",), marks=pytest.mark.slow), ("runtime=pseudo", "runtime.num_processes=2")],
 )
-def test_a_killed_driver_goes_on_and_no_round_is_there_twice(tmp_path: Path, runtime: tuple[str, ...]) -> None:
-    expected = undisturbed(tmp_path / "undisturbed", *runtime)
+def test_a_killed_driver_goes_on_and_no_round_is_there_twice(
+    tmp_path: Path, undisturbed: Result, runtime: tuple[str, ...]
+) -> None:
     with Command(tmp_path / "run", *runtime) as command:
         command.start()
         command.wait_for_rounds(4)
         command.kill()
         command.start()
         assert "going on after round" in command.end()
-    assert_equal(result(tmp_path / "run"), expected)
+    assert_equal(result(tmp_path / "run"), undisturbed)
     assert [record["round"] for record in result(tmp_path / "run")[0]] == list(range(10))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_the_first_signal_lets_the_round_end_and_saves_it(tmp_path: Path, number: signal.Signals) -> None:
-    expected = undisturbed(tmp_path / "undisturbed", "runtime=local")
+def test_the_first_signal_lets_the_round_end_and_saves_it(
+    tmp_path: Path, undisturbed: Result, number: signal.Signals
+) -> None:
     with Command(tmp_path / "run", "runtime=local", "checkpoint_every=1000") as command:
         command.start()
         command.wait_for_rounds(2)
@@ -136,20 +139,21 @@ def test_the_first_signal_lets_the_round_end_and_saves_it(tmp_path: Path, number
         assert num_done == len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) < 10
         command.start()
         assert f"going on after round {num_done}" in command.end()
-    assert_equal(result(tmp_path / "run"), expected)
+    assert_equal(result(tmp_path / "run"), undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_launch_that_is_started_again_goes_on_whichever_rank_was_killed(tmp_path: Path, rank: int) -> None:
-    expected = undisturbed(tmp_path / "undisturbed", "runtime=local")
+def test_a_launch_that_is_started_again_goes_on_whichever_rank_was_killed(
+    tmp_path: Path, undisturbed: Result, rank: int
+) -> None:
     with Command(tmp_path / "run", start=(*TORCHRUN, "-m", "torchfedrpc")) as command:
         command.start()
         command.wait_for_rounds(3)  # of which one at least is saved
         os.kill(_rank(command.process.pid, rank), signal.SIGKILL)
         output = command.end()
         assert output.count("going on after round") == 1, output
-    assert_equal(result(tmp_path / "run"), expected)
+    assert_equal(result(tmp_path / "run"), undisturbed)
 
 
 def test_a_second_driver_of_the_folder_and_another_configuration_are_refused(tmp_path: Path) -> None:
@@ -164,10 +168,10 @@ def test_a_second_driver_of_the_folder_and_another_configuration_are_refused(tmp
         command.kill()
         history = (tmp_path / "run" / "history.jsonl").read_text()
         assert history
-        second.start("trainer.local_epochs=59", "learner.learning_rate=0.5", "seed=3")
+        second.start("trainer.local_epochs=19", "learner.learning_rate=0.5", "seed=3")
         output, _ = second.process.communicate(timeout=60)
         assert second.process.returncode == 1
-        for named in ("trainer.local_epochs was 60 and is 59", "learner.learning_rate was", "seed was 0 and is 3"):
+        for named in ("trainer.local_epochs was 20 and is 19", "learner.learning_rate was", "seed was 0 and is 3"):
             assert named in output
         assert (tmp_path / "run" / "history.jsonl").read_text() == history
 

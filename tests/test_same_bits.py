@@ -52,7 +52,9 @@ def test_three_rounds_agree_across_modes_and_workers(tmp_path: Path) -> None:
     runs(
         tmp_path,
         "dataset=synthetic",
+        "dataset.num_samples=600",
         "trainer.num_rounds=3",
+        "trainer.local_epochs=2",
         "trainer.clients_per_round=7",
         "baseline=null",
         counts=(2,),

@@ -66,8 +66,17 @@ def num_descriptors() -> int:
     return count
 
 
+@pytest.fixture(scope="module")
+def _few_objects() -> Iterator[None]:
+    """Collections look at what is made here alone: at all that pytest and torch hold, each would take long."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
-def _no_file_left() -> Iterator[None]:
+def _no_file_left(_few_objects: None) -> Iterator[None]:
     """No test leaves a mapping or a descriptor, and none waits for a collection to let go of them."""
     gc.collect()
     gc.disable()

@@ -30,8 +30,8 @@ async def test_calls_under_way_and_queued_end_with_the_proxy(
         assert "closing" in str(task.exception()) or "lost" in str(task.exception())
 
 
-async def test_an_open_stream_ends_with_the_proxy(runtime: dict[str, Any]) -> None:
-    async with tfr.LearnerProxy(Probe, ["a", "b"], runtime=runtime) as proxy:
+async def test_an_open_stream_ends_with_the_proxy(lone_runtime: dict[str, Any]) -> None:
+    async with tfr.LearnerProxy(Probe, ["a", "b"], runtime=lone_runtime) as proxy:
         streams = [proxy.stream("a", "count", 5), proxy.stream("b", "count_async", 5)]
         for stream in streams:
             assert await anext(stream) == 0
@@ -42,11 +42,11 @@ async def test_an_open_stream_ends_with_the_proxy(runtime: dict[str, Any]) -> No
 
 
 async def test_a_method_that_goes_on_regardless_does_not_hold_the_proxy_up_for_ever(
-    runtime: dict[str, Any], latch: Latch
+    lone_runtime: dict[str, Any], latch: Latch
 ) -> None:
     seen = Seen()
     async with asyncio.timeout(30), contextlib.AsyncExitStack() as stack:
-        proxy = await stack.enter_async_context(tfr.LearnerProxy(Probe, ["a"], runtime=runtime))
+        proxy = await stack.enter_async_context(tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime))
         proxy.subscribe(seen)
         call = asyncio.create_task(proxy.custom_method("a", "hold_regardless", latch.path))
         await seen.reported("a")
@@ -56,9 +56,11 @@ async def test_a_method_that_goes_on_regardless_does_not_hold_the_proxy_up_for_e
     latch.open()
 
 
-async def test_a_proxy_that_is_cancelled_while_it_opens_leaves_the_next_one_well(runtime: dict[str, Any]) -> None:
+async def test_a_proxy_that_is_cancelled_while_it_opens_leaves_the_next_one_well(
+    lone_runtime: dict[str, Any],
+) -> None:
     for delay_s in (0.0, 0.2, 0.7):  # a time in each of the stages
-        opening = asyncio.create_task(tfr.LearnerProxy(Probe, ["a"], runtime=runtime).__aenter__())
+        opening = asyncio.create_task(tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime).__aenter__())
         await asyncio.sleep(delay_s)
         opening.cancel()
         try:
@@ -67,11 +69,11 @@ async def test_a_proxy_that_is_cancelled_while_it_opens_leaves_the_next_one_well
             pass
         else:
             await proxy.__aexit__(None, None, None)
-    async with asyncio.timeout(60), tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+    async with asyncio.timeout(60), tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
         assert await proxy.custom_method("a", "same", 1) == 1
 
 
-async def test_proxies_one_after_another_open_as_fast_as_the_first(runtime: dict[str, Any]) -> None:
+async def test_proxies_one_after_another_open_as_fast_as_the_first(lone_runtime: dict[str, Any]) -> None:
     for number in range(3):
-        async with asyncio.timeout(20), tfr.LearnerProxy(Probe, ["a", "b"], runtime=runtime) as proxy:
+        async with asyncio.timeout(20), tfr.LearnerProxy(Probe, ["a", "b"], runtime=lone_runtime) as proxy:
             assert await proxy.clients().call("same", number) == {"a": number, "b": number}

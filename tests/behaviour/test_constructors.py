@@ -15,7 +15,7 @@ import torchfedrpc as tfr
 
 
 @pytest.fixture(scope="module")
-def nursery(runner: asyncio.Runner, runtime: dict[str, Any]) -> Iterator[tfr.LearnerProxy]:
+def nursery(runner: asyncio.Runner, lone_runtime: dict[str, Any]) -> Iterator[tfr.LearnerProxy]:
     """A proxy of learners that fail to be made."""
     clients = {
         "once": {"failures": 1},
@@ -29,7 +29,7 @@ def nursery(runner: asyncio.Runner, runtime: dict[str, Any]) -> Iterator[tfr.Lea
         "fine": {},
     }
 
-    with opened(runner, tfr.LearnerProxy(Nursery, clients, runtime=runtime)) as proxy:
+    with opened(runner, tfr.LearnerProxy(Nursery, clients, runtime=lone_runtime)) as proxy:
         yield proxy
 
 

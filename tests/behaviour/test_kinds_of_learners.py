@@ -26,30 +26,30 @@ tfr.learner("probe of the tests")(Probe)
     ids=["class", "factory", "registered name", "partial", "nested class"],
 )
 async def test_a_learner_is_a_class_a_factory_or_a_registered_name(
-    runtime: dict[str, Any], learner: Any, expected: dict[str, Any]
+    lone_runtime: dict[str, Any], learner: Any, expected: dict[str, Any]
 ) -> None:
-    async with tfr.LearnerProxy(learner, {"a": {"own": 2}, "b": {}}, runtime=runtime) as proxy:
+    async with tfr.LearnerProxy(learner, {"a": {"own": 2}, "b": {}}, runtime=lone_runtime) as proxy:
         assert proxy.client_ids == ["a", "b"]
         assert await proxy.custom_method("a", "constructor_kwargs") == expected
 
 
-async def test_constructor_arguments_are_taken_by_value(runtime: dict[str, Any]) -> None:
+async def test_constructor_arguments_are_taken_by_value(lone_runtime: dict[str, Any]) -> None:
     weights = torch.zeros(3)
-    async with tfr.LearnerProxy(Probe, {"a": {"weights": weights}}, runtime=runtime) as proxy:
+    async with tfr.LearnerProxy(Probe, {"a": {"weights": weights}}, runtime=lone_runtime) as proxy:
         kwargs = await proxy.custom_method("a", "constructor_kwargs")
         kwargs["weights"] += 1
         weights += 5
         assert (await proxy.custom_method("a", "constructor_kwargs"))["weights"].sum() == 0
 
 
-async def test_clients_default_to_num_clients(runtime: dict[str, Any]) -> None:
-    async with tfr.LearnerProxy(Probe, runtime={**runtime, "num_clients": 3}) as proxy:
+async def test_clients_default_to_num_clients(lone_runtime: dict[str, Any]) -> None:
+    async with tfr.LearnerProxy(Probe, runtime={**lone_runtime, "num_clients": 3}) as proxy:
         assert proxy.client_ids == ["client_1", "client_2", "client_3"]
         assert (await proxy.train_epoch("client_3"))["client"] == "client_3"
 
 
-async def test_a_learner_may_load_its_data_with_processes_of_its_own(runtime: dict[str, Any]) -> None:
-    async with tfr.LearnerProxy(Loading, ["a", "b"], runtime=runtime) as proxy:
+async def test_a_learner_may_load_its_data_with_processes_of_its_own(lone_runtime: dict[str, Any]) -> None:
+    async with tfr.LearnerProxy(Loading, ["a", "b"], runtime=lone_runtime) as proxy:
         loaded = await proxy.options(timeout_s=60).clients().call("load")
     for values in loaded.values():
         assert sorted(values) == list(range(12))
@@ -69,10 +69,10 @@ async def test_a_learner_may_load_its_data_with_processes_of_its_own(runtime: di
     ids=["lambda", "closure", "positional partial", "unknown name", "number", "none", "instance"],
 )
 def test_what_a_worker_could_not_find_is_refused_in_every_mode(
-    runtime: dict[str, Any], learner: Any, words: str
+    lone_runtime: dict[str, Any], learner: Any, words: str
 ) -> None:
     with pytest.raises(tfr.ConfigError, match=words):
-        tfr.LearnerProxy(learner, ["a"], runtime=runtime)
+        tfr.LearnerProxy(learner, ["a"], runtime=lone_runtime)
 
 
 @pytest.mark.parametrize(
@@ -91,18 +91,18 @@ def test_wrong_clients_are_refused(mode: str, clients: Any, words: str) -> None:
         tfr.LearnerProxy(Probe, clients, runtime=mode)
 
 
-async def test_two_proxies_at_once_are_refused_and_the_first_goes_on(runtime: dict[str, Any]) -> None:
-    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+async def test_two_proxies_at_once_are_refused_and_the_first_goes_on(lone_runtime: dict[str, Any]) -> None:
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
         with pytest.raises(tfr.ConfigError, match="close it first"):
-            async with tfr.LearnerProxy(Probe, ["b"], runtime=runtime):
+            async with tfr.LearnerProxy(Probe, ["b"], runtime=lone_runtime):
                 pass
         assert await proxy.custom_method("a", "append", 1) == 1
-    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
         assert await proxy.custom_method("a", "append", 1) == 1  # a learner of its own
 
 
-async def test_a_proxy_outside_its_block_refuses_calls(runtime: dict[str, Any]) -> None:
-    proxy = tfr.LearnerProxy(Probe, ["a"], runtime=runtime)
+async def test_a_proxy_outside_its_block_refuses_calls(lone_runtime: dict[str, Any]) -> None:
+    proxy = tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime)
     for _ in range(2):
         with pytest.raises(tfr.ConfigError, match="async with"):
             await proxy.custom_method("a", "echo")
@@ -114,9 +114,9 @@ async def test_a_proxy_outside_its_block_refuses_calls(runtime: dict[str, Any]) 
             assert await proxy.custom_method("a", "same", 1) == 1
 
 
-async def test_an_error_in_the_block_closes_the_proxy_and_is_raised(runtime: dict[str, Any]) -> None:
+async def test_an_error_in_the_block_closes_the_proxy_and_is_raised(lone_runtime: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="plain"):
-        async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+        async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
             await proxy.custom_method("a", "fail", "value")
-    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
         assert await proxy.custom_method("a", "same", 1) == 1

@@ -52,8 +52,8 @@ async def test_the_bits_do_not_depend_on_the_number_of_workers(mode: str, drawn_
         assert await _run_script({"execution_mode": mode, "num_processes": count}) == drawn_locally
 
 
-async def test_another_seed_draws_otherwise(runtime: Any, drawn_locally: Any) -> None:
-    other = await _run_script(runtime, seed=6)
+async def test_another_seed_draws_otherwise(lone_runtime: Any, drawn_locally: Any) -> None:
+    other = await _run_script(lone_runtime, seed=6)
     assert all(first != second for first, second in zip(drawn_locally, other, strict=True))
 
 
@@ -63,12 +63,12 @@ async def test_one_more_evaluate_does_not_shift_training(trained_twice: Any) -> 
 
 
 @pytest.fixture(scope="module")
-def trained_twice(runner: asyncio.Runner, runtime: Any) -> Any:
+def trained_twice(runner: asyncio.Runner, lone_runtime: Any) -> Any:
     """What training draws in two runs, of which the second calls other methods in between."""
 
     async def draw(extra: bool) -> Any:
         drawn = []
-        async with tfr.LearnerProxy(Probe, IDS, runtime=runtime, seed=5) as proxy:
+        async with tfr.LearnerProxy(Probe, IDS, runtime=lone_runtime, seed=5) as proxy:
             for _ in range(3):
                 for one in IDS:
                     if extra:
@@ -83,11 +83,11 @@ def trained_twice(runner: asyncio.Runner, runtime: Any) -> Any:
     return runner.run(draw(False)), runner.run(draw(True))
 
 
-def test_torch_threads_are_as_they_were_after_a_run(runner: asyncio.Runner, runtime: Any) -> None:
+def test_torch_threads_are_as_they_were_after_a_run(runner: asyncio.Runner, lone_runtime: Any) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with opened(runner, tfr.LearnerProxy(Probe, ["a"], runtime={**runtime, "torch_threads": 3})) as proxy:
+        with opened(runner, tfr.LearnerProxy(Probe, ["a"], runtime={**lone_runtime, "torch_threads": 3})) as proxy:
             assert runner.run(proxy.custom_method("a", "num_threads")) == 3
             assert torch.get_num_threads() == 3
         assert torch.get_num_threads() == 2
