@@ -97,6 +97,8 @@ RAW = Program("raw RPC", "raw_rpc")
 MEMCPY = Program("memcpy", "memcpy")
 PLAIN = Program("plain loop", "plain_loop")
 BY_HAND = Program("two processes by hand", "two_processes")
+THREAD = Program("a thread by hand", "one_thread")
+STARTS = Program(US, "starts")
 RAY = Program("Ray", "ray_contender", "ray")
 MONARCH = Program("Monarch", "monarch_contender", "monarch")
 FLOWER = Program("Flower", "flower_contender", "flower")
@@ -111,7 +113,7 @@ def rows(*, quick: bool = False) -> list[Row]:
     Args:
         quick: let as many rows as can share processes, which the memory that they measure shows a little.
     """
-    apart = [*_calls(), *_models(), *_sums(), *_fedavg(), *_many(), _imports()]
+    apart = [*_calls(), *_models(), *_sums(), *_fedavg(), *_many(), _starts(), _imports()]
     return [_merged(row) for row in apart] if quick else apart
 
 
@@ -153,8 +155,13 @@ def _calls() -> list[Row]:
             "noop",
             "awaited no-op call, one worker",
             ONE_WORKER,
-            same("noop", RAY, MONARCH),
-            (Line("raw RPC", "time", 1.25), Line("Ray", "time", 0.6), Line("Monarch", "time")),
+            (*same("noop", RAY, MONARCH), _entry(RAW, "noop_on_thread", "raw RPC, a thread")),
+            (
+                Line("raw RPC", "time", 1.25),
+                Line("raw RPC, a thread", "time"),
+                Line("Ray", "time", 0.6),
+                Line("Monarch", "time"),
+            ),
         ),
         moved("push", "40 MB state dict, push by value"),
         moved("pull", "40 MB state dict, pull by value"),
@@ -213,7 +220,7 @@ def _sums() -> list[Row]:
 def _fedavg() -> list[Row]:
     def rounds(kind: str, in_words: str, local: float, two: float) -> list[Row]:
         ahead = tuple(Line(peer.label, "time", 1.0) for peer in ALL_PEERS)
-        alone = tuple(_entry(program, kind) for program in (FEDAVG, PLAIN, PFL))  # others run in workers only
+        alone = tuple(_entry(program, kind) for program in (FEDAVG, PLAIN, THREAD, PFL))  # others have workers only
         both = tuple(_entry(program, f"{kind}_two") for program in (BY_HAND, *ALL_PEERS))
         return [
             Row(
@@ -221,7 +228,7 @@ def _fedavg() -> list[Row]:
                 f"FedAvg round, 20 of 100 clients, {in_words}, local",
                 "rounds: local",
                 alone,
-                (Line("plain loop", "time", local), Line(PFL.label, "time")),
+                (Line("plain loop", "time", local), Line(THREAD.label, "time"), Line(PFL.label, "time")),
             ),
             Row(
                 f"{kind}_two",
@@ -248,6 +255,18 @@ def _many() -> list[Row]:
         return Row(name, title, name, (_entry(MANY, name),), lines, count=20, quick_count=4)
 
     return [row("many", "local", ""), row("many_two", "2 workers", ", beside one of two clients")]
+
+
+def _starts() -> Row:
+    others = {
+        "start_torch": "import torch",
+        "start_spawn": "spawned",
+        "start_forkserver": "forkserver",
+        "start_forked": "forked once more",
+    }
+    entries = (_entry(STARTS, "start_torchfedrpc"), *(_entry(STARTS, name, label) for name, label in others.items()))
+    lines = tuple(Line(label, "time") for label in others.values())
+    return Row("start", "pseudo mode with 2 workers, until both answer", "imports", entries, lines, count=1)
 
 
 def _imports() -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import os
 import platform
@@ -22,6 +23,20 @@ stocked: list[Weights] = []  # on a worker: what ``pull_given`` is to give
 
 def no_op() -> None:
     """Nothing."""
+
+
+@functools.cache
+def thread() -> concurrent.futures.Executor:
+    """On a worker: a thread for what may take long, so that those of RPC are free."""
+    return concurrent.futures.ThreadPoolExecutor(1)
+
+
+@rpc.functions.async_execution  # type: ignore[untyped-decorator]
+def no_op_on_thread() -> Any:
+    """The same as `no_op` on the worker's own thread."""
+    future: torch.futures.Future[None] = torch.futures.Future()
+    thread().submit(lambda: future.set_result(no_op()))  # type: ignore[func-returns-value, arg-type]
+    return future
 
 
 def push(weights: Weights) -> None:
@@ -69,7 +84,7 @@ def join(rank: int, world_size: int, port: int) -> None:
     """Join the world."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TP_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo")
-    options = rpc.TensorPipeRpcBackendOptions(num_worker_threads=4, _transports=["uv"], _channels=["mpt_uv", "basic"])
+    options = rpc.TensorPipeRpcBackendOptions(num_worker_threads=4, _transports=["uv"], _channels=["cma", "basic"])
     rpc.init_rpc(f"raw{rank}", rank=rank, world_size=world_size, rpc_backend_options=options)
 
 
@@ -103,7 +118,8 @@ def world(num_workers: int) -> Iterator[None]:
 async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
     """All workloads that are calls."""
     known: dict[str, Callable[[], Repeat]] = {
-        "noop": lambda: repeat_no_op,
+        "noop": lambda: functools.partial(repeat_no_op, no_op),
+        "noop_on_thread": lambda: functools.partial(repeat_no_op, no_op_on_thread),
         "gathered": lambda: repeat_gathered,
         "push": lambda: pushing(workload.model_weights()),
         "small": lambda: pushing(workload.small_weights()),
@@ -120,10 +136,10 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
         yield repeats
 
 
-async def repeat_no_op(count: int) -> Measured:
-    """``noop``."""
-    seconds = await seconds_of(lambda: bridged("raw1", no_op), count)
-    return Measured(seconds, str(await bridged("raw1", no_op)))
+async def repeat_no_op(function: Callable[[], object], count: int) -> Measured:
+    """``noop``, and ``noop_on_thread``."""
+    seconds = await seconds_of(lambda: bridged("raw1", function), count)
+    return Measured(seconds, str(await bridged("raw1", function)))
 
 
 def repeat_gathered(count: int) -> Measured:

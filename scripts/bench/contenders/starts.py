@@ -1,0 +1,100 @@
+"""Two worker processes with torch, from nothing to their first answer, each time in a fresh interpreter.
+
+``start_torchfedrpc``: pseudo mode, from opening a proxy to the answers of both workers. ``start_spawn``: processes of
+multiprocessing that import torch. ``start_forkserver``: the same, forked by a server that has imported torch before;
+its start is part of the time. ``start_forked``: two more from that server. What the interpreter itself imports first
+is not timed. ``start_torch``: ``import torch``, alone.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from protocol import Cannot, Measured, Repeat, serve
+
+_OURS = """
+import asyncio, time, torchfedrpc as tfr
+from starts import Answering
+async def main():
+    began = time.perf_counter()
+    runtime = {"execution_mode": "pseudo", "num_processes": 2}
+    async with tfr.LearnerProxy(Answering, ["a", "b"], runtime=runtime) as proxy:
+        await proxy.clients().call("answer")
+        print(time.perf_counter() - began)
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+_PROCESSES = """
+import multiprocessing, time
+from starts import use_torch
+if __name__ == "__main__":
+    import torch
+    context = multiprocessing.get_context({method!r})
+    if {method!r} == "forkserver":
+        context.set_forkserver_preload(["torch"])
+    for is_timed in {timed}:
+        began = time.perf_counter()
+        pipes = [context.Pipe() for _ in range(2)]
+        workers = [context.Process(target=use_torch, args=(there,)) for _, there in pipes]
+        for worker in workers:
+            worker.start()
+        for here, _ in pipes:
+            here.recv()
+        if is_timed:
+            print(time.perf_counter() - began)
+        for worker in workers:
+            worker.join()
+"""
+_CODE = {
+    "start_torchfedrpc": _OURS,
+    "start_spawn": _PROCESSES.format(method="spawn", timed=(True,)),
+    "start_forkserver": _PROCESSES.format(method="forkserver", timed=(True,)),
+    "start_forked": _PROCESSES.format(method="forkserver", timed=(False, True)),
+    "start_torch": "import time; began = time.perf_counter(); import torch; print(time.perf_counter() - began)",
+}
+
+
+class Answering:
+    """A learner that answers."""
+
+    def __init__(self, client_id: str) -> None: ...
+
+    def answer(self) -> None:
+        """Nothing."""
+
+
+def use_torch(pipe: object) -> None:
+    """In a process of multiprocessing."""
+    import torch  # noqa: PLC0415
+
+    pipe.send(len(torch.ones(2)))  # type: ignore[attr-defined]
+
+
+@asynccontextmanager
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+    """Any of them."""
+    yield {workload: starting(_CODE[workload]) for workload in workloads}
+
+
+def starting(code: str) -> Repeat:
+    """Seconds that a script prints; the first fills the file cache."""
+
+    def once() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "start.py"  # a file, since other processes import it
+            script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}")
+            done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, check=True, text=True)
+        return float(done.stdout)
+
+    once()
+    return lambda count: Measured([once() for _ in range(count)], "started")
+
+
+if __name__ == "__main__":
+    serve(prepare, {"python": platform.python_version()})
