@@ -58,6 +58,11 @@ def test_a_small_difference_is_let_be() -> None:
     assert moves(expected, where, FREE, lambda client: 0.0) == {}
 
 
+def test_what_is_over_in_no_time_is_let_be() -> None:
+    where = places(40, 0)
+    assert moves(dict.fromkeys(where, 0.0001), where, FREE, lambda client: 0.0) == {}
+
+
 def test_what_a_worker_has_to_do_first_counts() -> None:
     where = places(10, 10)
     moved = moves(dict.fromkeys(where, 0.1), where, {"worker1": 1.0, "worker2": 0.0}, lambda client: 0.001)

@@ -480,12 +480,13 @@ class Runner:
 
     def _gave(self, job: Job, kind: Literal["value", "item"], box: list[Any]) -> Outcome:
         """What came of the only object in a box, to which nothing of ours refers; the box is empty then."""
+        seconds = time.perf_counter() - job.began
         try:
             if job.call.part is not None and not job.cancelled:
                 self.reductions.add(job.call.part, box)
                 box[0] = None
             taken = pack_only(box) if self._by_value else Reference(box[0])
-            return Outcome(kind, taken, seconds=time.perf_counter() - job.began)
+            return Outcome(kind, taken, seconds=seconds)
         except SerializationError as error:
             where = f"{job.call.client_id}.{job.call.method}"
             if inspect.isgenerator(box[0]) or inspect.isasyncgen(box[0]):
