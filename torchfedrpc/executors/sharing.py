@@ -163,6 +163,8 @@ class Sharing:
 
     def shared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a call, with what the next calls of this tick may have too in values of their own."""
+        if not args and not kwargs:
+            return args, kwargs
         values = {}
         for arg, parts, value in self._values(args, kwargs, num_calls=0):
             if not self._seen:
@@ -232,7 +234,7 @@ def held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...]
     Raises:
         ConfigError: it was released before.
     """
-    if not any(isinstance(arg, SharedRef) for arg in (*args, *kwargs.values())):
+    if not (args or kwargs) or not any(isinstance(arg, SharedRef) for arg in (*args, *kwargs.values())):
         return args, kwargs
     return (
         tuple(arg.value if isinstance(arg, SharedRef) else arg for arg in args),

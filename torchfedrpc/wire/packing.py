@@ -76,7 +76,7 @@ class Parcel:
     @property
     def num_bytes(self) -> int:
         """Bytes of the pickle and the tensors together."""
-        return len(self.head) + sum(slot.nbytes for slot in self.slots)
+        return len(self.head) + (sum(slot.nbytes for slot in self.slots) if self.slots else 0)
 
     def copy(self) -> Parcel:
         """The same parcel on memory of its own, for a second opening."""
@@ -202,9 +202,12 @@ def pack(
     return Parcel(file.getvalue(), views, slots, len(table.buffers), fence(slots), tuple(table.apart))
 
 
+_PACKED_NOTHING = Parcel(_NOTHING, [], [], 0)
+
+
 def pack_nothing() -> Parcel:
     """The arguments of a call that has none."""
-    return Parcel(_NOTHING, [], [], 0)
+    return _PACKED_NOTHING
 
 
 def pack_only(box: list[Any]) -> Parcel:
