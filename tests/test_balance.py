@@ -60,7 +60,7 @@ def test_a_small_difference_is_let_be() -> None:
 
 def test_what_is_over_in_no_time_is_let_be() -> None:
     where = places(40, 0)
-    assert moves(dict.fromkeys(where, 0.0001), where, FREE, lambda client: 0.0) == {}
+    assert moves(dict.fromkeys(where, 0.00001), where, FREE, lambda client: 0.0) == {}
 
 
 def test_what_a_worker_has_to_do_first_counts() -> None:

@@ -21,7 +21,7 @@ import torchfedrpc as tfr
 
 __all__ = ["on_1", "on_2", "seen"]  # fixtures
 
-SIZE = 300_000  # float32: large enough to lie in files
+SIZE = 600_000  # float32: large enough to lie in files
 NUM_BYTES = 4 * SIZE
 
 

@@ -12,7 +12,7 @@ from learners import Probe
 
 import torchfedrpc as tfr
 
-SIZE = 300_000
+SIZE = 600_000
 
 
 class Taker(Probe):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import torchfedrpc as tfr
 
-SIZE = 300_000  # float32: large enough to lie in files
+SIZE = 600_000  # float32: large enough to lie in files
 NUM_BYTES = 4 * SIZE
 
 

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 
 _NUM_KEPT = 3  # times of a client's last calls: the middle one counts, since a worker may be disturbed for a while
-_TOLERANCE = 0.1  # by which a worker may be later than all would be together; more is worth moves
-_LEAST_S = 0.005  # the same in seconds
+_TOLERANCE = 0.06  # by which a worker may be later than all would be together; more is worth moves
+_LEAST_S = 0.001  # the same in seconds
 _BALANCED = 0.03  # with which moves end
 _MUCH = 1.5  # times as long as most clients take: so long ones are begun before the others
 _NEARLY_BEST = 0.7  # of the gain of the best move, for which one is taken that keeps neighbours together

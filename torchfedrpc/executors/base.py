@@ -266,7 +266,7 @@ class CallExecutor(AbstractExecutor):
             num_bytes += self._admission.take(estimate(args, kwargs) - num_bytes)
         values: tuple[SharedValue, ...] = ()
         try:
-            call = self._call(invocation, args, kwargs)
+            call = self._call(invocation, args, kwargs, num_bytes)
             values = tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
             num_bytes -= self._holds(values, num_bytes)
             await self._passed(call.client_id)
@@ -407,11 +407,16 @@ class CallExecutor(AbstractExecutor):
         return next(self._own_call_ids)
 
     def _call(
-        self, invocation: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any], kind: CallKind = "call"
+        self,
+        invocation: Invocation,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        num_bytes: int = 0,
+        kind: CallKind = "call",
     ) -> Call:
         try:
             if kind == "call":
-                args, kwargs = self._sharing.shared(args, kwargs)
+                args, kwargs = self._sharing.shared(args, kwargs, num_bytes)
             arguments = self._take_arguments(args, kwargs)
         except SerializationError as error:
             raise type(error)(

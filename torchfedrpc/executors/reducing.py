@@ -196,6 +196,7 @@ class RemoteCollecting(Collecting):
         self.asked: dict[str, _Collect] = {}
         self.coming: dict[str, _Collect] = {}
         self._at: defaultdict[str, set[int]] = defaultdict(set)  # label -> places whose calls it was asked for
+        self._num_at: Counter[str] | None = None  # label -> how many there will be
         self._will_ask = False
         self._asked_in_advance: set[str] = set()
         self._is_over = False
@@ -342,10 +343,11 @@ class RemoteCollecting(Collecting):
         self._will_ask = False
         if self._is_over or self._skipped is not None:
             return
-        labels = Counter(map(self._executor.worker_of, self._reduction.client_ids))
+        if self._num_at is None:  # where a learner moves meanwhile, its workers are asked when it is due
+            self._num_at = Counter(map(self._executor.worker_of, self._reduction.client_ids))
         for label, places in self._at.items():
             host, member = self._executor.reached(label)
-            if len(places) == labels[label] and label not in self._asked_in_advance and host and member:
+            if len(places) >= self._num_at[label] and label not in self._asked_in_advance and host and member:
                 self._asked_in_advance.add(label)
                 request = self._executor.request(label, self._reduction, waits=True)
                 self._ask(label, _Collect(request, member, host), self.coming)

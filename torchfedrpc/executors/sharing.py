@@ -161,9 +161,17 @@ class Sharing:
         self._next = _next_task()
         return _replaced(values, args, kwargs)
 
-    def shared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a call, with what the next calls of this tick may have too in values of their own."""
-        if not args and not kwargs:
+    def shared(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_bytes: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a call, with what the next calls of this tick may have too in values of their own.
+
+        Args:
+            args: positional ones.
+            kwargs: by name.
+            num_bytes: of all of them, about.
+        """
+        if num_bytes < _MIN_BYTES:
             return args, kwargs
         values = {}
         for arg, parts, value in self._values(args, kwargs, num_calls=0):

@@ -185,7 +185,7 @@ class LearnerHost:
                         self._collects[call.part.reduction].append(job)
                         return
                 if mailbox.current is not None:
-                    mailbox.queue.append(job)
+                    mailbox.put(job)
                     return
                 mailbox.current = job
         if known is _UNKNOWN:
@@ -282,6 +282,7 @@ class LearnerHost:
         for call_id in list(self._jobs):
             self.cancel(call_id)
         ended = self._runner.close(timeout_s)
+        self._replies.late()
         self._deadlines.close()
         self._residents.close()
         if ended:  # nothing waits for the next garbage collection, for which this host's own circles do
@@ -383,6 +384,7 @@ class LearnerHost:
             queued = job is not job.mailbox.current
             collects = []
             if queued:
+                assert job.mailbox.queue is not None
                 job.mailbox.queue.remove(job)
                 collects = self._remove(job)
             outcome = replace(outcome, never_ran=queued, cut_off=not queued and not idle_stream)

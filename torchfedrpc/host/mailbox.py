@@ -17,6 +17,8 @@ from torchfedrpc.wire.packing import Packed
 
 Reply = Callable[[Outcome], None]
 
+_NEVER: Counter[str] = Counter()  # of all learners that were not called yet, or are on disk; nobody adds to it
+
 
 @dataclass(eq=False, slots=True)
 class Mailbox:
@@ -30,7 +32,7 @@ class Mailbox:
         made: whether it is made.
         is_stored: whether it is made and its snapshot is on disk, in place of `learner` and `counts`.
         current: the job that has the learner now; an open stream keeps it between its steps.
-        queue: the jobs behind it.
+        queue: the jobs behind it; there is none before the first has to wait.
         counts: how often each method has been called; they seed the calls.
     """
 
@@ -41,13 +43,33 @@ class Mailbox:
     made: bool = False
     is_stored: bool = False
     current: Job | None = None
-    queue: deque[Job] = field(default_factory=deque)
-    counts: Counter[str] = field(default_factory=Counter)
+    queue: deque[Job] | None = None
+    counts: Counter[str] = field(default_factory=lambda: _NEVER)
 
     def next_job(self) -> Job | None:
         """Let the learner go to the first job that waits for it, which is given, if any does."""
-        self.current = self.queue.popleft() if self.queue else None
+        if self.queue:
+            self.current = self.queue.popleft()
+        else:  # few of many learners have anything to do
+            self.current = self.queue = None
         return self.current
+
+    def put(self, job: Job) -> None:
+        """Let a job wait."""
+        if self.queue is None:
+            self.queue = deque()
+        self.queue.append(job)
+
+    def count(self, method: str) -> int:
+        """How often a method was called before, this time not counted."""
+        if self.counts is _NEVER:
+            self.counts = Counter()
+        self.counts[method] += 1
+        return self.counts[method] - 1
+
+    def let_go(self) -> None:
+        """Keep nothing of the learner, which is on disk now."""
+        self.learner, self.is_stored, self.counts = None, True, _NEVER
 
 
 @dataclass(eq=False, slots=True)

@@ -184,8 +184,7 @@ class Runner:
             self._end(job, self.failed(error, never_ran=True))
             return
         call = job.call = call.taken()
-        seed = call_seed(self._spec.seed, call.client_id, call.method, mailbox.counts[call.method])
-        mailbox.counts[call.method] += 1
+        seed = call_seed(self._spec.seed, call.client_id, call.method, mailbox.count(call.method))
         job.context = self._context(job, call.method, seed)
         try:
             with self._inside(job.context, self._streams(seed)):
@@ -235,8 +234,7 @@ class Runner:
         except Exception as error:
             self._residents.cannot_store(mailbox, error)
             return
-        mailbox.learner, mailbox.is_stored = None, True
-        mailbox.counts = Counter()
+        mailbox.let_go()
 
     def _make_learner(self, job: Job, packed: Packed) -> Any:
         kwargs = packed.copy().open(self.allow)

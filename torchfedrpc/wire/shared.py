@@ -14,7 +14,7 @@ from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel, SentApart, pack
 from torchfedrpc.wire.twins import is_plain_structure, twin
 
-_FILE_BYTES = 1 << 20  # a smaller value is copied for each call: to map it would cost as much
+_FILE_BYTES = 2 << 20  # a smaller value is copied for each call: to map it would cost as much
 
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
