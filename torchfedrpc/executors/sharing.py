@@ -174,28 +174,31 @@ class Sharing:
         if num_bytes < _MIN_BYTES:
             return args, kwargs
         values = {}
-        for arg, parts, value in self._values(args, kwargs, num_calls=0):
+        self._next = _next_task()
+        for arg, parts, value in self._values(
+            _untied(args, kwargs, needs_parts=self._next is not None), 0, num_bytes
+        ):
             if not self._seen:
                 asyncio.get_running_loop().call_soon(self._end_tick)
             self._seen[id(arg)] = _Seen(arg, value, parts)
             values[id(arg)] = value
-        if values:
-            self._next = _next_task()
         return _replaced(values, args, kwargs)
 
     def common(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments that so many calls will have, as they are now: what is large in values of its own."""
-        values = {id(arg): value for arg, _, value in self._values(args, kwargs, num_calls)}
+        untied = _untied(args, kwargs, needs_parts=False)
+        values = {id(arg): value for arg, _, value in self._values(untied, num_calls)}
         return _with(values, args, kwargs)
 
     def _values(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int
+        self, untied: list[tuple[Any, _Parts | None]], num_calls: int, num_bytes: int | None = None
     ) -> Iterator[tuple[Any, _Parts | None, SharedValue]]:
-        """Of the arguments, those that are large, with their parts, and values that so many calls have so far."""
-        for arg, parts in _untied(args, kwargs):
-            if estimate((arg,), {}) < _MIN_BYTES:
+        """Of arguments, those that are large, with their parts, and values that so many calls have so far."""
+        for arg, parts in untied:
+            is_known = num_bytes is not None and len(untied) == 1  # as what all arguments have, nearly
+            if not is_known and estimate((arg,), {}) < _MIN_BYTES:
                 continue
             try:
                 parcel, files = self._take_value(arg)
@@ -250,9 +253,13 @@ def held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...]
     )
 
 
-def _untied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, _Parts | None]]:
+def _untied(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, needs_parts: bool = True
+) -> list[tuple[Any, _Parts | None]]:
     """The arguments that may have a value apart, with their parts: those that have no ties to any other."""
     several = {id(arg): arg for arg in (*args, *kwargs.values()) if not _goes_along(arg)}
+    if len(several) < 2 and not needs_parts:
+        return [(arg, None) for arg in several.values()]
     each = [(arg, _parts(arg)) for arg in several.values()]
     if len(each) < 2:
         return each
