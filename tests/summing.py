@@ -74,6 +74,9 @@ class Adder(Mortal):
     def of_size(self, size: int) -> Tensor:
         return torch.ones(size)
 
+    def sparse_and_dense(self) -> dict[str, Tensor]:
+        return {"sparse": torch.eye(3).to_sparse(), "dense": torch.ones(300, 300)}
+
     def number_of_reductions(self) -> int:
         """Those that this worker takes part in; of the driver's own host nothing is known here."""
         return 0 if endpoint.serving is None else len(endpoint.serving.host._runner.reductions)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import time
 import weakref
 from typing import Any
 
 import torch
 
 import torchfedrpc as tfr
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.wire.packing import pack
 
 
 class Keeping:
@@ -34,3 +40,28 @@ async def test_the_drivers_own_learners_are_freed_as_their_proxy_is_closed() -> 
         assert not Keeping.alive
     finally:
         gc.enable()
+
+
+class Napping:
+    """Sleeps, and says so."""
+
+    def __init__(self, client_id: str) -> None:
+        """Nothing."""
+
+    def nap(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+
+async def test_a_host_that_is_closed_hands_over_what_it_has_held() -> None:
+    """A reply is held while another call waits; that one is cancelled, and there is no more time to wait for."""
+    host = LearnerHost(LearnerSpec.of(Napping, 0, RuntimeConfig(execution_mode="local"))[0])
+    for client_id in "ab":
+        host.register(client_id, pack({}))
+    first = asyncio.ensure_future(host.execute_method("a", "nap", 0.002))
+    second = asyncio.ensure_future(host.execute_method("b", "nap", 0.004))
+    await asyncio.sleep(0.003)
+    assert await asyncio.to_thread(host.close)
+    async with asyncio.timeout(10):
+        assert await first == 0.002
+        await asyncio.wait([second])

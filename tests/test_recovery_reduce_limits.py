@@ -136,3 +136,15 @@ async def test_workers_join_and_leave_in_the_middle_of_a_reduction(
 
 def where(proxy: tfr.LearnerProxy, clients: list[str]) -> list[str]:
     return [proxy._router.get_executor(client).worker_of(client) for client in clients]
+
+
+async def test_learners_of_the_driver_take_part_beside_those_of_workers() -> None:
+    clients, errors = ALL[:5], []
+    runtime = pseudo(client_endpoints={clients[2]: "local"})
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+    try:
+        async with tfr.LearnerProxy(Adder, clients, runtime=runtime, seed=SEED) as proxy:
+            assert (await proxy.clients().reduce("text", Brackets())).value == "(((0+1)+(2+3))+4)"
+    finally:
+        asyncio.get_running_loop().set_exception_handler(None)
+    assert errors == []

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchfedrpc.host.reducers import BuiltinReducer, Mean, Sum, WeightedMean, copies_what_it_adds
+from torchfedrpc.host.reducers import BuiltinReducer, Mean, Sum, WeightedMean, is_builtin
 from torchfedrpc.host.reduction import Forest
 from torchfedrpc.wire.owned import owned_storages
 
@@ -280,6 +280,18 @@ def test_what_nobody_else_holds_is_not_copied(weight: int) -> None:
     assert torch.equal(value, torch.full((300, 300), 2.0))
 
 
+def test_what_two_keys_name_is_taken_for_each() -> None:
+    results = [[torch.full((300, 300), value), value] for value in (1.0, 10.0, 10.0)]
+    forest = Forest(Mean(value=(0, -2)), range(3))
+    for place in range(3):
+        box = [results.pop(0)]
+        owned = owned_storages(box)
+        assert len(owned) == 1
+        forest.add(place, box.pop(), owned)
+    value, _ = forest.finish()
+    assert value[0][0, 0] == value[-2][0, 0] == 7.0
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda: torch.ones(1, 300).expand(300, 300), lambda: torch.ones(600, 600)[:300, :300], lambda: torch.ones(9, 9)],
@@ -332,9 +344,9 @@ def test_only_reducers_of_this_library_are_known_to_copy() -> None:
     class Own(Mean):
         pass
 
-    assert copies_what_it_adds(WeightedMean())
-    assert copies_what_it_adds(Sum())
-    assert not copies_what_it_adds(Own())
+    assert is_builtin(WeightedMean())
+    assert is_builtin(Sum())
+    assert not is_builtin(Own())
 
 
 def test_reducers_show_what_they_take() -> None:

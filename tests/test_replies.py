@@ -97,6 +97,27 @@ def test_a_call_that_nobody_waits_for_lets_those_before_it_go(line: Line) -> Non
     assert line.bursts == [["a"]]
 
 
+def test_a_reply_that_fails_takes_no_other_along(line: Line, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(outcome: Outcome) -> None:
+        raise ValueError("asked to fail")
+
+    line.num_waiting = 3
+    line.put("a", is_part=True)
+    line.replies.put(fail, SHORT, is_part=True)
+    line.num_waiting = 0
+    line.put("b")
+    assert line.bursts == [["a", "b"]]
+    assert "asked to fail" in caplog.text
+
+
+def test_what_is_gathered_goes_together(line: Line) -> None:
+    with line.replies.gathered():
+        line.put("a")
+        line.put("b")
+        assert line.bursts == []
+    assert line.bursts == [["a", "b"]]
+
+
 def test_nothing_is_held_where_faults_are_armed(line: Line) -> None:
     line.num_waiting = 9
     line.replies.are_held = False

@@ -26,6 +26,7 @@ class Named(dict[str, int]):
 
 SHARED = torch.ones(4)
 TWICE = [1]
+LONG = torch.arange(32.0)
 PLAIN: dict[str, Any] = {
     "nothing": None,
     "numbers": {"a": 1, "b": [2.0, True, 3j], "c": ("text", b"bytes")},
@@ -44,6 +45,9 @@ OTHER: dict[str, Any] = {
     "an array": np.ones(2),
     "a named tuple": Pair(1, 2),
     "a dict's class": Named(a=1),
+    "with gaps": {"a": LONG[0:8:2], "b": LONG[9:16:2]},
+    "a part": LONG[4:8],
+    "a tensor as a key": {torch.ones(1): 1},
     "a set": {1, 2},
 }
 
@@ -102,7 +106,12 @@ def same(left: Any, right: Any) -> bool:
         return bool((left == right).all())
     if isinstance(left, dict):
         attributes = [[*getattr(one, "__dict__", {}).items()] for one in (left, right)]
-        return left.keys() == right.keys() and same([*left.values()], [*right.values()]) and same(*attributes)
+        return (
+            len(left) == len(right)
+            and all(map(same, left, right))
+            and same([*left.values()], [*right.values()])
+            and same(*attributes)
+        )
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)

@@ -144,13 +144,6 @@ class Dispatcher:
         with self._changes(client_id):
             await self._apart(options, client_id, "restore", restore)
 
-    def common(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments that so many calls will have, as they are now."""
-        self.check_open()
-        return self._router.common(args, kwargs, num_calls)
-
     def plan(self, client_ids: Iterable[str], method: str) -> list[str]:
         """The clients of a group's call in the order in which to submit it, before it is."""
         return self._router.plan(sorted(client_ids, key=self._places.__getitem__), method)

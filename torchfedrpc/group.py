@@ -252,7 +252,6 @@ class LearnerGroup:
     ) -> AsyncGenerator[tuple[str, Any, Exception | None], None]:
         """Yield (client, result, error) in the order of completion; leaving it cancels the other calls."""
         tasks: dict[asyncio.Future[Any], str] = {}
-        args, kwargs = self._dispatcher.common(args, kwargs, len(self._clients))
         # Neighbours of a reduction one after another: their results are merged as they come.
         clients = self._clients if reduction is None else reduction.reduction.client_ids
         for client_id in self._dispatcher.plan(clients, method):

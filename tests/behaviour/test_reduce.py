@@ -420,6 +420,14 @@ async def test_a_cancelled_reduction_leaves_the_learners_usable(
     assert (await proxy.clients(ids).reduce("text", Brackets())).value == brackets(ids)
 
 
+async def test_sparse_tensors_are_added_up_beside_dense_ones(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
+    ids = fresh.apart(4)
+    for reducer, factor in ((tfr.Sum(), 4), (tfr.Mean(), 1)):
+        value = (await proxy.clients(ids).reduce("sparse_and_dense", reducer)).value
+        assert torch.equal(value["sparse"].to_dense(), factor * torch.eye(3))
+        assert torch.equal(value["dense"], factor * torch.ones(300, 300))
+
+
 # Traffic and memory.
 
 

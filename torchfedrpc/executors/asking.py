@@ -135,6 +135,10 @@ class AskingExecutor(CallExecutor):
         """The learner's worker in the present world; None while the world is re-formed."""
         return self._group.hosts.get(record.label) if self._group is not None else None
 
+    @abstractmethod
+    def label_of(self, client_id: str) -> str | None:
+        """The worker of a client; None of one that this executor does not have."""
+
     def _is_there(self, record: Record) -> bool:
         """Whether its worker has the learner, as far as it was told."""
         member = self._group.members.get(record.label) if self._group is not None else None

@@ -186,12 +186,6 @@ class AbstractExecutor(ABC):
         """
         raise ConfigError(f"{type(self).__name__} shares nothing: override its share(), or pass the object itself")
 
-    def common(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments that so many calls will have, as they are now, where the mode need not take them for each."""
-        return args, kwargs
-
     def plan(self, client_ids: Sequence[str], method: str) -> list[str]:
         """The clients of a group's call in the order in which to submit it, before it is."""
         return list(client_ids)
@@ -306,12 +300,6 @@ class CallExecutor(AbstractExecutor):
             if not self._holders[value][0]:
                 num_bytes += self._holders.pop(value)[1]
         return num_bytes
-
-    def common(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments that so many calls will have, as they are now: what is large is taken once for all of them."""
-        return self._sharing.common(*held(args, kwargs), num_calls)
 
     def plan(self, client_ids: Sequence[str], method: str) -> list[str]:
         """The clients of a group's call in the order in which to submit it: the longest first, by times seen."""

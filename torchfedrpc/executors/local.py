@@ -91,7 +91,7 @@ class LocalExecutor(CallExecutor):
         return Reference((tuple(map(opened, args)), {name: opened(arg) for name, arg in kwargs.items()}))
 
     def _submit(self, call: Call, reply: Reply) -> None:
-        if not self._unsubmitted and not self._sharing.is_gathering(shared_values(call.arguments)):
+        if not self._unsubmitted and not _is_for_tick(call):
             self._opened().submit(call, reply)
             return
         if not self._unsubmitted:
@@ -166,3 +166,8 @@ def _without_traces(error: Exception) -> Exception:
     while part is not None:
         part = part.with_traceback(None).__context__
     return error
+
+
+def _is_for_tick(call: Call) -> bool:
+    """Whether its arguments refer to what other calls of this tick may refer to: it is opened once that is known."""
+    return any(value.is_for_tick for value in shared_values(call.arguments))

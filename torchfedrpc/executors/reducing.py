@@ -23,7 +23,7 @@ from torchfedrpc.wire.packing import pack
 class ReducingExecutor(AskingExecutor):
     """Has results added up where they are. What a lost worker had of them is made again elsewhere.
 
-    A result at a worker is collected once all calls of its reduction have ended. It is collected at once where
+    A result at a worker is collected once all calls of its reduction there have ended. It is collected at once where
     somebody cannot wait for that: a snapshot of its learner, which would have the call and not the result; the next
     worker of its learner; or the memory of the driver, which keeps the call's arguments.
 
@@ -196,7 +196,7 @@ class RemoteCollecting(Collecting):
         self.asked: dict[str, _Collect] = {}
         self.coming: dict[str, _Collect] = {}
         self._at: defaultdict[str, set[int]] = defaultdict(set)  # label -> places whose calls it was asked for
-        self._num_at: Counter[str] | None = None  # label -> how many there will be
+        self._num_at: Counter[str | None] | None = None  # label -> how many there will be
         self._will_ask = False
         self._asked_in_advance: set[str] = set()
         self._is_over = False
@@ -344,7 +344,7 @@ class RemoteCollecting(Collecting):
         if self._is_over or self._skipped is not None:
             return
         if self._num_at is None:  # where a learner moves meanwhile, its workers are asked when it is due
-            self._num_at = Counter(map(self._executor.worker_of, self._reduction.client_ids))
+            self._num_at = Counter(map(self._executor.label_of, self._reduction.client_ids))
         for label, places in self._at.items():
             host, member = self._executor.reached(label)
             if len(places) >= self._num_at[label] and label not in self._asked_in_advance and host and member:
@@ -354,6 +354,7 @@ class RemoteCollecting(Collecting):
 
     def _ask(self, label: str, collect: _Collect, among: dict[str, _Collect]) -> None:
         self._forget(label, among)
+        self.begin(collect.host, collect.member)  # of which it may not have heard in this world
         among[label] = collect
         if among is self.asked:
             self._time(label, collect)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchfedrpc.host.call import Part
-from torchfedrpc.host.reducers import Reducer, is_small
+from torchfedrpc.host.reducers import Reducer, are_small
 from torchfedrpc.host.reduction import Forest, Node
 from torchfedrpc.wire.packing import Packed, pack
 
@@ -56,7 +56,7 @@ class Reduction:
             Exception: what the reducer's ``finish`` raised.
         """
         nodes = list(nodes)
-        if all(is_small(reducer) for _, _, reducer, _ in nodes):
+        if are_small(reducer for _, _, reducer, _ in nodes):
             return self._finish(nodes, torch.get_num_threads())
         return await asyncio.to_thread(self._finish, nodes, torch.get_num_threads())
 

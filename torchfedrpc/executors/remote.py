@@ -100,8 +100,15 @@ class RemoteExecutor(MovingExecutor):
 
     def worker_of(self, client_id: str) -> str:
         """``worker1`` and so on, or the address of one that listens; of a learner that moves, the one it leaves."""
+        label = self.label_of(client_id)
+        if label is None:
+            raise KeyError(client_id)
+        return label
+
+    def label_of(self, client_id: str) -> str | None:
+        """The same; None of a client that others have."""
         record = self._ledger.get(client_id)
-        return record.label if record is not None else self._places[client_id]
+        return record.label if record is not None else self._places.get(client_id)
 
     def workers(self) -> list[str]:
         """``worker1`` and so on, and the addresses of those that listen."""

@@ -53,12 +53,6 @@ class ExecutorRouter:
         """Close all that were begun."""
         await self._begun.aclose()
 
-    def common(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments that so many calls will have, as they are now, whichever executor sends them."""
-        return self._main.common(args, kwargs, num_calls)
-
     def plan(self, client_ids: Iterable[str], method: str) -> list[str]:
         """The clients of a group's call in the order in which to submit it, before it is."""
         by_executor: dict[AbstractExecutor, list[str]] = {}

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -175,42 +175,20 @@ class Sharing:
             return args, kwargs
         values = {}
         self._next = _next_task()
-        for arg, parts, value in self._values(
-            _untied(args, kwargs, needs_parts=self._next is not None), 0, num_bytes
-        ):
+        untied = _untied(args, kwargs, needs_parts=self._next is not None)
+        for arg, parts in untied:
+            if len(untied) > 1 and estimate((arg,), {}) < _MIN_BYTES:
+                continue
+            try:
+                parcel, files = self._take_value(arg)
+                value = SharedValue(parcel, next(_numbers), 0, files)
+            except SerializationError:  # a `SharedRef` is in it; else the call, which is packed next, says what is
+                continue
             if not self._seen:
                 asyncio.get_running_loop().call_soon(self._end_tick)
             self._seen[id(arg)] = _Seen(arg, value, parts)
             values[id(arg)] = value
         return _replaced(values, args, kwargs)
-
-    def common(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments that so many calls will have, as they are now: what is large in values of its own."""
-        untied = _untied(args, kwargs, needs_parts=False)
-        values = {id(arg): value for arg, _, value in self._values(untied, num_calls)}
-        return _with(values, args, kwargs)
-
-    def _values(
-        self, untied: list[tuple[Any, _Parts | None]], num_calls: int, num_bytes: int | None = None
-    ) -> Iterator[tuple[Any, _Parts | None, SharedValue]]:
-        """Of arguments, those that are large, with their parts, and values that so many calls have so far."""
-        for arg, parts in untied:
-            is_known = num_bytes is not None and len(untied) == 1  # as what all arguments have, nearly
-            if not is_known and estimate((arg,), {}) < _MIN_BYTES:
-                continue
-            try:
-                parcel, files = self._take_value(arg)
-                value = SharedValue(parcel, next(_numbers), num_calls, files)
-            except SerializationError:  # a `SharedRef` is in it; else the call, which is packed next, says what is
-                continue
-            yield arg, parts, value
-
-    def is_gathering(self, call_values: Iterable[SharedValue]) -> bool:
-        """Whether later calls of this tick may have any of these values, too, so that who opens them is not known."""
-        gathering = [seen.value for seen in self._seen.values()]
-        return any(value in gathering for value in call_values)
 
     def close(self) -> None:
         """Let no call have any more what was placed, and let go of whoever has calls."""
@@ -280,12 +258,6 @@ def _replaced(
     for value in values.values():
         if value.num_openings is not None:
             value.num_openings += 1
-    return _with(values, args, kwargs)
-
-
-def _with(
-    values: Mapping[int, SharedValue], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not values:
         return args, kwargs
     return (

@@ -10,7 +10,7 @@ one relative to the mean of the magnitudes, however many clients there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -90,7 +90,7 @@ class BuiltinReducer:
     first in order, with plain dicts, lists and tuples, plain tensors without gradient, and arrays. numpy's scalars
     count as numbers.
 
-    `add` copies what it keeps, so learners may go on changing what they returned.
+    `add` copies what it keeps and does not own, so learners may go on changing what they returned.
 
     Args:
         value: what to take of a result: a key where it is a mapping, an attribute of another object, or an index of
@@ -127,7 +127,7 @@ class BuiltinReducer:
         if weight == 0:
             return
         with PlainTensors():
-            entries = begin(self._pick(result), weight, (self._root,), exact=self._exact, owned=owned)
+            entries = begin(self._pick(result), weight, (self._root,), exact=self._exact, owned=set(owned))
             self._take(entries, weight, num_sums=0)
 
     def merge(self, other: Self, /) -> None:
@@ -244,20 +244,28 @@ class Sum(BuiltinReducer):
         return entry.total if entry.dtype is None else sum_from(entry.total, entry.dtype)
 
 
-def copies_what_it_adds(reducer: Reducer) -> bool:
-    """Whether its `add` may be given objects that their owner goes on changing; a user's class is not known to."""
+def is_builtin(reducer: Reducer) -> bool:
+    """Whether it is known to copy what it adds and does not own, and to run no code of the user's."""
     return type(reducer) in (WeightedMean, Mean, Sum)
 
 
-def is_small(reducer: Reducer) -> bool:
-    """Whether to merge or finish it takes no longer than to have a thread do so; a user's class may take any time."""
-    return copies_what_it_adds(reducer) and _num_bytes(reducer._entries) <= _SMALL_BYTES  # type: ignore[attr-defined]
+def are_small(reducers: Iterable[Reducer]) -> bool:
+    """Whether to merge and finish them takes less than to have a thread do it; a user's class may take any time."""
+    num_bytes = 0
+    for reducer in reducers:
+        if not is_builtin(reducer):
+            return False
+        num_bytes += _num_bytes(reducer._entries)  # type: ignore[attr-defined]
+    return num_bytes <= _SMALL_BYTES
 
 
 def _num_bytes(entries: Any) -> int:
     if isinstance(entries, dict | list | tuple):
         return sum(map(_num_bytes, entries.values() if isinstance(entries, dict) else entries))
-    return entries.total.nbytes if isinstance(entries, Entry) and isinstance(entries.total, Tensor) else 0
+    total = entries.total if isinstance(entries, Entry) else None
+    if not isinstance(total, Tensor):
+        return 0
+    return total._values().nbytes + total._indices().nbytes if total.is_sparse else total.nbytes
 
 
 def pick(result: Any, key: Key) -> Any:
@@ -311,10 +319,10 @@ def checked_weight(weight: Any, name: str) -> float:
 Path = tuple[Any, ...]
 
 
-def begin(value: Any, weight: float, path: Path, *, exact: bool, owned: Collection[int] = ()) -> Any:
+def begin(value: Any, weight: float, path: Path, *, exact: bool, owned: set[int]) -> Any:
     """A client's value times its weight: its structure, with an `Entry` for each tensor, array and number.
 
-    What is in ``owned`` is overwritten: see `BuiltinReducer.add`.
+    What is in ``owned`` is overwritten, see `BuiltinReducer.add`, and taken from there: two keys may name one tensor.
 
     Raises:
         TypeError: something is neither these nor a dict, list or tuple.
@@ -325,7 +333,7 @@ def begin(value: Any, weight: float, path: Path, *, exact: bool, owned: Collecti
         if value.is_quantized or value.layout not in (torch.strided, torch.sparse_coo):
             kind = "quantised" if value.is_quantized else value.layout
             raise TypeError(f"{named(path)} is a {kind} tensor, and only dense and sparse_coo ones are added up")
-        is_ours = bool(owned) and value.untyped_storage()._cdata in owned and fills_its_storage(value)
+        is_ours = bool(owned) and _takes(owned, value)
         return Entry(weighted(value, weight, exact=exact, is_ours=is_ours), value.dtype)
     if isinstance(value, Mapping):
         return {key: begin(item, weight, (*path, key), exact=exact, owned=owned) for key, item in value.items()}
@@ -343,6 +351,15 @@ def begin(value: Any, weight: float, path: Path, *, exact: bool, owned: Collecti
         f"{named(path)} is a {type(value).__name__}, which cannot be added up: tensors, arrays and numbers can, and "
         f"dicts, lists and tuples of them; the reducer's value=... names the part of the result to take"
     )
+
+
+def _takes(owned: set[int], tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or not fills_its_storage(tensor):
+        return False
+    address = tensor.untyped_storage()._cdata
+    is_owned = address in owned
+    owned.discard(address)
+    return is_owned
 
 
 def pairs(mine: Any, other: Any, path: Path) -> Iterator[tuple[Entry, Entry]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchfedrpc.host.call import Part
-from torchfedrpc.host.reducers import Reducer, copies_what_it_adds
+from torchfedrpc.host.reducers import Reducer, is_builtin
 from torchfedrpc.host.reduction import Forest, MergeError, Node
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.failure import Failure
@@ -78,7 +78,7 @@ class Reductions:
         """
         reducer, forest = self._opened(part.reduction)
         owned: Collection[int] = ()
-        if not copies_what_it_adds(reducer):
+        if not is_builtin(reducer):
             box[0] = self._take_value(box[0]).open(self._allow)
         else:
             owned = owned_storages(box)
@@ -89,7 +89,7 @@ class Reductions:
         """Whether no code of the user's is run as the partial results of this reduction are collected and packed."""
         with self._lock:
             begun = self._begun.get(number)
-        return begun is not None and begun.opened is not None and copies_what_it_adds(begun.opened[0])
+        return begun is not None and begun.opened is not None and is_builtin(begun.opened[0])
 
     def collect(self, number: int, skipped: Iterable[int]) -> tuple[list[Node], bool]:
         """The partial results that are here, each as large as it can be; then this host has none.
@@ -108,7 +108,7 @@ class Reductions:
         with self._merging():
             for place in set(skipped).intersection(forest.waiting()):
                 forest.skip(place)
-            return forest.take(), copies_what_it_adds(reducer)
+            return forest.take(), is_builtin(reducer)
 
     def _opened(self, number: int) -> tuple[Reducer, Forest]:
         with self._lock:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torchfedrpc.host.call import Outcome
 from torchfedrpc.host.deadlines import Deadlines
 from torchfedrpc.host.mailbox import Reply
+
+logger = logging.getLogger(__name__)
 
 _ENOUGH_S = 0.01  # for which outcomes are held, where the calls between take less
 _MOST_S = 0.02  # the same where one takes longer
@@ -53,8 +56,7 @@ class Replies:
         Args:
             reply: takes the outcome; None where nobody waits for it.
             outcome: of a call, or a step of a stream.
-            is_part: whether it is of a call whose result stays here, so that nobody can do anything with it before
-                the others have come.
+            is_part: whether it is of a call whose result stays here, so that it need not come early.
         """
         due: list[tuple[Reply, Outcome]] = []
         with self._lock:
@@ -104,10 +106,11 @@ class Replies:
         )
 
     def _reply(self, held: list[tuple[Reply, Outcome]]) -> None:
-        if len(held) == 1:
-            [(reply, outcome)] = held
-            reply(outcome)
-        elif held:
-            with self._together():
-                for reply, outcome in held:
+        if not held:
+            return
+        with self._together() if len(held) > 1 else nullcontext():
+            for reply, outcome in held:
+                try:
                     reply(outcome)
+                except Exception:  # the others must not suffer for it, nor this thread
+                    logger.exception("an outcome could not be handed over")

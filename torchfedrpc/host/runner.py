@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -94,13 +95,15 @@ class Runner:
         self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._prepare_thread)
         self._async = AsyncLane(self._prepare_thread)
         self.reductions = Reductions(self.take_value, self.allow)
-        self._collecting: SyncLane | None = None  # made when the first job needs it
+        self._collecting: SyncLane | None = None  # made when the first job needs it, on whichever thread
+        self._making = threading.Lock()
 
     def begin(self, job: Job) -> None:
         """Run a job up to its result or its first item; its learner is made before, where there is none."""
         if job.call.kind == "collect":  # of no learner, so it waits for none
-            if self._collecting is None:
-                self._collecting = SyncLane(1, self._prepare_thread)
+            with self._making:
+                if self._collecting is None:
+                    self._collecting = SyncLane(1, self._prepare_thread)
             self._collecting.put(partial(self._collect, job))
         else:
             self._sync.put(partial(self._in_turn, self._begin, job))

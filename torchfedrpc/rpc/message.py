@@ -25,6 +25,8 @@ def parcel_message(parcel: Packed | None, covered: MappedDevices) -> Any:
     if not parcel.slots:
         return parcel.head, parcel.views, [], parcel.num_buffers, None
     staged = [slot.is_cuda and slot.device not in covered for slot in parcel.slots]
+    if parcel.ready is not None and any(staged):
+        parcel.ready()
     slots = [slot.cpu() if through else slot for slot, through in zip(parcel.slots, staged, strict=True)]
     return parcel.head, parcel.views, slots, parcel.num_buffers, staged if any(staged) else None
 

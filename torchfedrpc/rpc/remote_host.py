@@ -56,7 +56,7 @@ class Traffic:
 @dataclass
 class _Share:
     value: SharedValue
-    addresses: list[Address] | None  # where the worker finds it, if it is not sent
+    lent: tuple[TensorFiles, list[Address]] | None  # where the worker finds it, if it is not sent
     num_calls: int | None  # that have it in this tick; None where it is kept for others
 
 
@@ -65,7 +65,7 @@ class _Question:
     call: Call
     reply: Reply
     home: torch.device | None
-    lent: list[TensorFiles | None]  # kept, whatever becomes of the values, as long as the worker may look for them
+    lent: Sequence[TensorFiles | None]  # kept, whatever becomes of the values, as long as it may be looked for
 
 
 class RemoteHost:
@@ -147,14 +147,13 @@ class RemoteHost:
 
     def submit(self, call: Call, reply: Reply) -> None:
         """Send a call, behind the values that its arguments refer to and that the worker does not have yet."""
-        for value in shared_values(call.arguments):
-            self._share(value)
+        lent = [self._share(value) for value in shared_values(call.arguments)]
         num_bytes = call.arguments.num_bytes
         if call.kind in _METHODS:
             self._traffic.num_sent_bytes += num_bytes
         else:
             self._traffic.num_snapshot_bytes += num_bytes
-        self._ask(call, reply, "submit", call_message(call, self._covered), num_bytes=num_bytes)
+        self._ask(call, reply, "submit", call_message(call, self._covered), num_bytes=num_bytes, lent=lent)
 
     def advance(self, call: Call, step: int, reply: Reply) -> None:
         """Ask an open stream for its item number ``step``."""
@@ -218,9 +217,16 @@ class RemoteHost:
 
     # Asking.
 
-    def _ask(self, call: Call, reply: Reply, verb: str, *arguments: Any, num_bytes: int = 0) -> None:
+    def _ask(
+        self,
+        call: Call,
+        reply: Reply,
+        verb: str,
+        *arguments: Any,
+        num_bytes: int = 0,
+        lent: Sequence[TensorFiles | None] = (),
+    ) -> None:
         number = next(self._numbers)
-        lent = [value.files for value in shared_values(call.arguments)]
         self._questions[number] = _Question(call, reply, home_device(call.arguments), lent)
         item = (verb, number, *arguments)
         if call.call_id in self._suspects:
@@ -229,26 +235,28 @@ class RemoteHost:
         else:
             self._put(item, num_bytes)
 
-    def _share(self, value: SharedValue) -> None:
+    def _share(self, value: SharedValue) -> TensorFiles | None:
+        """See that the worker will have a value; in which files it may look for it, to be kept until it has."""
         if value.number in self._placed:
-            return
+            return None
         if (share := self._shares.get(value.number)) is not None:
             assert share.num_calls is not None
             share.num_calls += 1
-            return
+            return share.lent[0] if share.lent is not None else None
         self._traffic.num_sent_bytes += value.num_bytes
-        addresses = value.addresses() if self._sees_files else None
-        share = _Share(value, addresses, 1 if value.is_for_tick else None)
+        lent = value.lend() if self._sees_files else None
+        share = _Share(value, lent, 1 if value.is_for_tick else None)
         if value.is_for_tick:
             self._shares[value.number] = share
         else:
             self._placed.add(value.number)
-        self._put(share, value.num_bytes if addresses is None else 0)
+        self._put(share, value.num_bytes if lent is None else 0)
+        return lent[0] if lent is not None else None
 
     def _share_item(self, share: _Share) -> tuple[Any, ...]:
         value = share.value
-        if share.addresses is not None:
-            return "share_files", value.number, file_message(value.parcel, share.addresses), share.num_calls
+        if share.lent is not None:
+            return "share_files", value.number, file_message(value.parcel, share.lent[1]), share.num_calls
         return "share", value.number, parcel_message(value.parcel, self._covered), share.num_calls
 
     def _put(self, item: tuple[Any, ...] | _Share, num_bytes: int = 0) -> None:

@@ -16,6 +16,8 @@ from torchfedrpc.wire.twins import is_plain_structure, twin
 
 _FILE_BYTES = 2 << 20  # a smaller value is copied for each call: to map it would cost as much
 
+_MODEL_HEAD_BYTES = 16 << 10  # a longer pickle is read about as fast as its object is copied
+
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -53,6 +55,7 @@ class SharedValue(SentApart):
         self._files = files
         self._is_on_disk = False
         self._model: Any = None  # once opened, of a small plain structure: from then on it is copied
+        self._may_have_model = isinstance(parcel, Parcel) and len(parcel.head) <= _MODEL_HEAD_BYTES
         self._lock = threading.Lock()
 
     @property
@@ -65,14 +68,14 @@ class SharedValue(SentApart):
         """The packed object, to be sent; nothing may change it."""
         return self._parcel
 
-    @property
-    def files(self) -> TensorFiles | None:
-        """Where its tensors lie now, if in files."""
-        return self._files
+    def lend(self) -> tuple[TensorFiles, list[Address]] | None:
+        """The files of its tensors, and where other processes of this machine find these as long as they are kept.
 
-    def addresses(self) -> list[Address] | None:
-        """Where other processes of this machine find its tensors; None where they had better be sent."""
-        return self._files.addresses() if self._files is not None and not self._is_on_disk else None
+        None where the tensors had better be sent.
+        """
+        with self._lock:
+            files = self._files if not self._is_on_disk else None
+        return (files, files.addresses()) if files is not None else None
 
     def open(self, allow: AllowList) -> Any:
         """The object, as one of the caller's own.
@@ -92,10 +95,10 @@ class SharedValue(SentApart):
         if own is None:
             return twin(model)
         opened = own.open(allow)
-        if isinstance(own, Parcel) and not is_last and self._files is None and is_plain_structure(opened):
-            model = twin(opened)
+        if self._may_have_model and not is_last:
+            model = twin(opened) if self._files is None and is_plain_structure(opened) else None
             with self._lock:
-                self._model = self._model or model
+                self._model, self._may_have_model = model, False
         return opened
 
     def spill(self) -> None:

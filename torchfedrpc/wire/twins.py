@@ -24,10 +24,15 @@ def is_plain_structure(obj: Any) -> bool:
         if kind is Tensor:
             if part.requires_grad or part.__dict__ or not is_plain(part):
                 return False
-            places = {id(part), part.untyped_storage()._cdata}
+            storage = part.untyped_storage()
+            if storage.nbytes() != part.nbytes:  # a twin would lie otherwise in memory
+                return False
+            places = {id(part), storage._cdata}
         elif kind in (dict, OrderedDict):
+            if not all(type(key) in _ATOMS for key in part):
+                return False
             places = {id(part)}
-            todo += [*part.keys(), *part.values(), *getattr(part, "__dict__", {}).values()]
+            todo += [*part.values(), *getattr(part, "__dict__", {}).values()]
         elif kind in (list, tuple):
             places = {id(part)} if part != () else set()
             todo += part
