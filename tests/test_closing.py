@@ -42,26 +42,30 @@ async def test_the_drivers_own_learners_are_freed_as_their_proxy_is_closed() -> 
         gc.enable()
 
 
-class Napping:
-    """Sleeps, and says so."""
+class Waiting:
+    """Waits until it is cancelled, or does nothing."""
 
     def __init__(self, client_id: str) -> None:
         """Nothing."""
 
-    def nap(self, seconds: float) -> float:
-        time.sleep(seconds)
-        return seconds
+    def wait(self, until_cancelled: bool) -> int:
+        while until_cancelled and not tfr.current_call().cancelled:
+            time.sleep(0.001)
+        return 1
 
 
 async def test_a_host_that_is_closed_hands_over_what_it_has_held() -> None:
-    """A reply is held while another call waits; that one is cancelled, and there is no more time to wait for."""
-    host = LearnerHost(LearnerSpec.of(Napping, 0, RuntimeConfig(execution_mode="local"))[0])
+    """An outcome may be held while another call waits; that one is cancelled, and no time is left to wait for."""
+    host = LearnerHost(LearnerSpec.of(Waiting, 0, RuntimeConfig(execution_mode="local"))[0])
     for client_id in "ab":
         host.register(client_id, pack({}))
-    first = asyncio.ensure_future(host.execute_method("a", "nap", 0.002))
-    second = asyncio.ensure_future(host.execute_method("b", "nap", 0.004))
-    await asyncio.sleep(0.003)
+    first = asyncio.ensure_future(host.execute_method("a", "wait", False))
+    second = asyncio.ensure_future(host.execute_method("b", "wait", True))
+    await asyncio.sleep(0)
+    while host.stats()["pending_calls"] > 1:
+        await asyncio.sleep(0)
     assert await asyncio.to_thread(host.close)
     async with asyncio.timeout(10):
-        assert await first == 0.002
+        assert await first == 1
         await asyncio.wait([second])
+    assert isinstance(second.exception(), tfr.WorkerLostError)
