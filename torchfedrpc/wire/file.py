@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.wire.tensors import as_bytes, check_extent
+from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, as_bytes, check_extent, dtype_named
 
 _NAME = "torchfedrpc-shared"
 _MAX_FILES = 16  # for the tensors of one object
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-_ALIGNMENT_BYTES = 64  # kernels may choose another path, and so other last bits, for memory that is aligned otherwise
 Address = tuple[int, int, int, list[tuple[int, int, str, tuple[int, ...], tuple[int, ...]]]]
 """Where another process of this machine finds a file: descriptor, inode, size in bytes; then for each tensor where it
 begins, its size in bytes, its dtype, shape and strides. Plain data."""
@@ -110,7 +109,7 @@ class TensorFile:
         layout, num_bytes = [], 0
         for tensor in tensors:
             layout.append((num_bytes, tensor.nbytes, tensor.dtype, tuple(tensor.shape), tensor.stride()))
-            num_bytes += -(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            num_bytes += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         num_bytes = max(num_bytes, 1)
         descriptor = _on_disk() if on_disk else os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         file = cls(descriptor, num_bytes, layout)
@@ -134,7 +133,7 @@ class TensorFile:
         """
         number, inode, num_bytes, places = address
         path = f"/proc/{pid}/fd/{number}"
-        layout = [(*place[:2], _dtype(place[2]), *place[3:]) for place in places]
+        layout = [(*place[:2], dtype_named(place[2]), *place[3:]) for place in places]
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         file = cls(descriptor, num_bytes, layout)
         is_meant = os.readlink(path).startswith(f"/memfd:{_NAME}") and os.fstat(descriptor).st_ino == inode
@@ -179,13 +178,6 @@ class TensorFile:
         # Not at exit, when tensors may still be looked at.
         weakref.finalize(memory, _libc.munmap, address, num_bytes).atexit = False
         return memory
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise SerializationError(f"unknown dtype {name!r}")
-    return dtype
 
 
 def _on_disk() -> int:

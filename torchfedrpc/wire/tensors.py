@@ -216,12 +216,21 @@ def _view_slot(view: Any, slots: list[Tensor]) -> Tensor:
     if isinstance(view, int):
         return slots[view]
     number, dtype_name, shape, stride, offset = view
-    dtype = getattr(torch, dtype_name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise SerializationError(f"unknown dtype {dtype_name!r}")
-    slot = slots[number]
+    dtype, slot = dtype_named(dtype_name), slots[number]
     check_extent(shape, stride, offset, dtype, slot.untyped_storage().nbytes())
     return torch.empty(0, dtype=dtype, device=slot.device).set_(slot.untyped_storage(), offset, shape, stride)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name such as ``float32``.
+
+    Raises:
+        SerializationError: there is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise SerializationError(f"unknown dtype {name!r}")
+    return dtype
 
 
 def check_extent(
