@@ -265,7 +265,7 @@ def test_whoever_keeps_one_tensor_keeps_little_more() -> None:
         if NAME in line:
             start, stop = (int(part, 16) for part in line.split()[0].split("-"))
             held += stop - start
-    assert held <= 3 * 2_000_000
+    assert held <= 4 * 2_000_000  # of 40
     assert kept.sum() == 50_000
 
 

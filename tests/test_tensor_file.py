@@ -25,13 +25,10 @@ def test_it_is_found_by_its_address_and_has_what_was_put_in() -> None:
         assert (tensor.dtype, tensor.stride()) == (original.dtype, original.stride())
 
 
-def test_nobody_can_change_it() -> None:
+def test_whoever_maps_it_changes_it_for_nobody_else() -> None:
     file = TensorFile.of(TENSORS)
-    descriptor = file.address()[0]
     with pytest.raises(OSError, match="not permitted"):
-        os.ftruncate(descriptor, 1)
-    with pytest.raises(OSError, match="not permitted"):
-        os.pwrite(descriptor, b"x", 0)
+        os.ftruncate(file.address()[0], 1)  # who touched what is gone would be killed
     mine, other = file.tensors()[0], file.tensors()[0]
     mine.add_(1)
     assert torch.equal(other, TENSORS[0])

@@ -23,6 +23,7 @@ from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
 from torchfedrpc.wire.file import TensorFiles
+from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Packed, pack
 from torchfedrpc.wire.shared import SharedValue, take_into_files
 
@@ -43,6 +44,7 @@ class AskingExecutor(CallExecutor):
         super().__init__(config)
         self._group: WorkerGroup | None = None
         self._ledger = Ledger(self.config, self._admission.hold)
+        self._kept = KeptMemory(self.config.journal_max_bytes)  # as much as comes free where journals end
         self._storing: set[asyncio.Task[None]] = set()
         self._room = Room()
         self._turns: dict[str, Turns] = {}  # label of a worker -> whose state is on its way to or from it
@@ -60,6 +62,7 @@ class AskingExecutor(CallExecutor):
             await group.close()
         await asyncio.gather(*self._storing, return_exceptions=True)
         self._ledger.close()
+        self._kept.close()
 
     @abstractmethod
     def _new_record(self, client_id: str) -> Record:
@@ -83,7 +86,9 @@ class AskingExecutor(CallExecutor):
     def _take_shared(self, obj: Any) -> tuple[Packed, TensorFiles | None]:
         members = self._opened().members.values()
         # In a file it need not be sent at all to those who can map that.
-        return take_into_files(obj) if any(one.sees_files for one in members) else super()._take_shared(obj)
+        if any(one.sees_files for one in members):
+            return take_into_files(obj, self._kept)
+        return super()._take_shared(obj)
 
     def _unshare(self, value: SharedValue) -> None:
         if self._group is not None:

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import fcntl
 import mmap
 import os
-import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, as_bytes, check_extent, dtype_named
+from torchfedrpc.wire.memory import NAME, SEALS, KeptMemory, Memory, map_file
+from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named
 
-_NAME = "torchfedrpc-shared"
 _MAX_FILES = 16  # for the tensors of one object
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_FILE_BYTES = 4 << 20  # fewer where they would have less than that: descriptors are few, and journals keep many
 Address = tuple[int, int, int, list[tuple[int, int, str, tuple[int, ...], tuple[int, ...]]]]
 """Where another process of this machine finds a file: descriptor, inode, size in bytes; then for each tensor where it
 begins, its size in bytes, its dtype, shape and strides. Plain data."""
-
-_FAILED = ctypes.c_void_p(-1).value
-
-# Not the module mmap's own: that keeps a descriptor open for each mapping.
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class TensorFiles:
@@ -44,9 +36,9 @@ class TensorFiles:
         self._files = files
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], *, on_disk: bool = False) -> TensorFiles:
+    def of(cls, tensors: Sequence[Tensor], *, on_disk: bool = False, kept: KeptMemory | None = None) -> TensorFiles:
         """Copies of tensors; as of `TensorFile.of`."""
-        share = sum(tensor.nbytes for tensor in tensors) / _MAX_FILES
+        share = max(sum(tensor.nbytes for tensor in tensors) / _MAX_FILES, _FILE_BYTES)
         groups: list[list[Tensor]] = []
         num_bytes = share
         for tensor in tensors:
@@ -55,7 +47,7 @@ class TensorFiles:
                 num_bytes = 0
             groups[-1].append(tensor)
             num_bytes += tensor.nbytes
-        return cls([TensorFile.of(group, on_disk=on_disk) for group in groups])
+        return cls([TensorFile.of(group, on_disk=on_disk, kept=kept) for group in groups])
 
     @classmethod
     def at(cls, addresses: Sequence[Address], pid: int) -> TensorFiles:
@@ -65,6 +57,16 @@ class TensorFiles:
     def addresses(self) -> list[Address]:
         """Where other processes of this machine find them, as long as they are kept here."""
         return [file.address() for file in self._files]
+
+    def close(self) -> None:
+        """Close them now; only tensors that were mapped before are still to be used."""
+        for file in self._files:
+            file.close()
+
+    def keep_for_good(self) -> None:
+        """Never write this memory again: somebody who is out of reach may still look for it."""
+        for file in self._files:
+            file.keep_for_good()
 
     def tensors(self) -> list[Tensor]:
         """The tensors, each with a storage of its own, in memory that nobody else writes or sees written.
@@ -79,9 +81,11 @@ class TensorFile:
     """Tensors in a file without a name, which is gone with the last that maps it.
 
     Args:
-        descriptor: the file's, to be closed with this.
+        descriptor: the file's.
         num_bytes: its size.
         layout: for each tensor where it begins, its size in bytes, its dtype, shape and strides.
+        memory: the file, where it is this process's own.
+        kept: takes the memory when nothing refers to this any more; without it, that is closed.
     """
 
     def __init__(
@@ -89,19 +93,26 @@ class TensorFile:
         descriptor: int,
         num_bytes: int,
         layout: Sequence[tuple[int, int, torch.dtype, tuple[int, ...], tuple[int, ...]]],
+        memory: Memory | None = None,
+        kept: KeptMemory | None = None,
     ) -> None:
         self._descriptor = descriptor
-        self._close = weakref.finalize(self, os.close, descriptor)
         self._num_bytes = num_bytes
         self._layout = layout
+        self._memory = memory
+        let_go: Callable[[], None] = partial(os.close, descriptor)
+        if memory is not None:
+            let_go = memory.close if kept is None else partial(kept.give_back, memory)
+        self._close = weakref.finalize(self, let_go)
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], *, on_disk: bool = False) -> TensorFile:
+    def of(cls, tensors: Sequence[Tensor], *, on_disk: bool = False, kept: KeptMemory | None = None) -> TensorFile:
         """Copies of tensors.
 
         Args:
             tensors: dense ones on the CPU, of any dtype, whose strides leave no gaps.
             on_disk: whether the file lies in `tempfile`'s folder, and not in memory.
+            kept: has the memory, and takes it back.
 
         Raises:
             OSError: there is no room for it.
@@ -111,16 +122,9 @@ class TensorFile:
             layout.append((num_bytes, tensor.nbytes, tensor.dtype, tuple(tensor.shape), tensor.stride()))
             num_bytes += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         num_bytes = max(num_bytes, 1)
-        descriptor = _on_disk() if on_disk else os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        file = cls(descriptor, num_bytes, layout)
-        os.ftruncate(descriptor, num_bytes)
-        for tensor, (start, *_) in zip(tensors, layout, strict=True):
-            content, position = as_bytes(tensor).numpy().data, start
-            while content:
-                written = os.pwrite(descriptor, content, position)
-                content, position = content[written:], position + written
-        if not on_disk:
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        memory = kept.take(num_bytes) if kept is not None else Memory(num_bytes, on_disk=on_disk)
+        file = cls(memory.descriptor, num_bytes, layout, memory, kept)
+        memory.write((start, tensor) for tensor, (start, *_) in zip(tensors, layout, strict=True))
         return file
 
     @classmethod
@@ -136,9 +140,9 @@ class TensorFile:
         layout = [(*place[:2], dtype_named(place[2]), *place[3:]) for place in places]
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         file = cls(descriptor, num_bytes, layout)
-        is_meant = os.readlink(path).startswith(f"/memfd:{_NAME}") and os.fstat(descriptor).st_ino == inode
-        # What is sealed neither changes nor shrinks under those who map it.
-        if not is_meant or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+        is_meant = os.readlink(path).startswith(f"/memfd:{NAME}") and os.fstat(descriptor).st_ino == inode
+        # What is sealed does not shrink under those who map it, nor is it written while any do: see `KeptMemory`.
+        if not is_meant or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise SerializationError("what a call refers to is not there any more")
         if num_bytes != os.fstat(descriptor).st_size:
             raise SerializationError("a file has another size than it is said to have")
@@ -163,32 +167,31 @@ class TensorFile:
         Raises:
             OSError: there is no address space, or there are too many mappings.
         """
-        memory = self._map()
-        return [_in_memory(memory, *place) for place in self._layout]
+        with self._reader() as reader:
+            array = map_file(reader, self._num_bytes, mmap.MAP_PRIVATE)
+        return [_in_memory(array, *place) for place in self._layout]
 
-    def _map(self) -> Any:
-        """The file's bytes, as a ctypes array that unmaps them when nothing refers to it any more."""
-        num_bytes = self._num_bytes
-        access = mmap.PROT_READ | mmap.PROT_WRITE
-        address = _libc.mmap(None, num_bytes, access, mmap.MAP_PRIVATE, self._descriptor, 0)
-        if address == _FAILED:
-            number = ctypes.get_errno()
-            raise OSError(number, f"{os.strerror(number)}: {num_bytes} bytes that calls share cannot be mapped")
-        memory = (ctypes.c_char * num_bytes).from_address(address)
-        # Not at exit, when tensors may still be looked at.
-        weakref.finalize(memory, _libc.munmap, address, num_bytes).atexit = False
-        return memory
+    def keep_for_good(self) -> None:
+        """Never write this memory again."""
+        if self._memory is not None:
+            self._memory.is_for_good = True
 
-
-def _on_disk() -> int:
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[int]:
+        if self._memory is None:
+            yield self._descriptor
+            return
+        reader = self._memory.reopened()
+        try:
+            yield reader
+        finally:
+            os.close(reader)
 
 
 def _in_memory(
-    memory: Any, start: int, num_bytes: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
+    array: Any, start: int, num_bytes: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:
     if not num_bytes:
         return torch.empty(shape, dtype=dtype)
-    content = torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=start)
+    content = torch.frombuffer(array, dtype=torch.uint8, count=num_bytes, offset=start)
     return torch.empty(0, dtype=dtype).set_(content.untyped_storage(), 0, shape, stride)

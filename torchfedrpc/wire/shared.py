@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import threading
 from dataclasses import replace
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import Address, TensorFiles
+from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Packed, Parcel, SentApart, pack
 from torchfedrpc.wire.twins import is_plain_structure, twin
 
@@ -74,7 +77,7 @@ class SharedValue(SentApart):
         None where the tensors had better be sent.
         """
         with self._lock:
-            files = self._files if not self._is_on_disk else None
+            files = self._files
         return (files, files.addresses()) if files is not None else None
 
     def open(self, allow: AllowList) -> Any:
@@ -109,9 +112,10 @@ class SharedValue(SentApart):
         """
         parcel = self._parcel
         if isinstance(parcel, Parcel) and _is_large(parcel):
-            files = TensorFiles.of(parcel.slots, on_disk=True)
+            with contextlib.closing(TensorFiles.of(parcel.slots, on_disk=True)) as files:
+                mapped = files.tensors()
             with self._lock:
-                self._files, self._parcel = files, replace(parcel, slots=files.tensors())
+                self._files, self._parcel = None, replace(parcel, slots=mapped)
                 self._is_on_disk = True
 
     def equals(self, obj: Any) -> bool:
@@ -133,7 +137,7 @@ class SharedValue(SentApart):
 
     def _copy(self) -> Packed:
         parcel = self._parcel
-        if not isinstance(parcel, Parcel) or not _is_large(parcel):
+        if not isinstance(parcel, Parcel) or not _is_large(parcel) or self._is_on_disk:
             return parcel.copy()
         if self._files is None:
             self._files = TensorFiles.of(parcel.slots)
@@ -141,8 +145,12 @@ class SharedValue(SentApart):
         return replace(parcel, slots=self._files.tensors())
 
 
-def take_into_files(obj: Any) -> tuple[Parcel, TensorFiles | None]:
+def take_into_files(obj: Any, kept: KeptMemory | None = None) -> tuple[Parcel, TensorFiles | None]:
     """The value of an object, as it is now, its tensors in files that other processes find where it is large.
+
+    Args:
+        obj: the object.
+        kept: has the memory for it, and takes it back.
 
     Raises:
         SerializationError: it cannot be sent.
@@ -151,7 +159,12 @@ def take_into_files(obj: Any) -> tuple[Parcel, TensorFiles | None]:
     parcel = pack(obj, copy=False, join=True)
     if not _is_large(parcel):
         return parcel.copy(), None
-    files = TensorFiles.of(parcel.slots)
+    try:
+        files = TensorFiles.of(parcel.slots, kept=kept)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        return parcel.copy(), None  # it can be sent without descriptors
     return replace(parcel, slots=files.tensors()), files
 
 
