@@ -18,7 +18,7 @@ from losses import pseudo
 import torchfedrpc as tfr
 from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.memory import KeptMemory, Memory
-from torchfedrpc.wire.shared import take_into_files
+from torchfedrpc.wire.packing import pack
 
 MIB = 1 << 20
 
@@ -170,8 +170,8 @@ def test_without_descriptors_a_value_is_kept_in_memory(kept: KeptMemory) -> None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
-        parcel, files = take_into_files(torch.ones(MIB), kept)
+        parcel = pack(torch.ones(MIB), kept=kept)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert files is None
+    assert parcel.files is None
     assert parcel.slots[0].sum() == MIB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,9 @@ class Taker:
         self.weights = weights
         return float(weights.sum())
 
+    def give(self) -> Any:
+        return self.weights
+
     def write(self) -> float:
         return float(self.weights.add_(1).sum())
 
@@ -87,3 +91,27 @@ async def test_workers_of_this_machine_map_what_is_large_and_others_are_sent_it(
         assert await proxy.custom_method("a", "write") == float(2 << 20)
         assert await proxy.custom_method("b", "write") == float(2 << 20)
         assert float(weights.sum()) == 1 << 20
+
+
+@pytest.mark.parametrize("finds_them", [True, False])
+async def test_results_of_workers_whose_files_are_found_are_mapped(
+    finds_them: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not finds_them:
+        monkeypatch.setattr(TensorFile, "is_found", lambda pid, address: False)
+    async with tfr.LearnerProxy(Taker, ["a"], runtime={"execution_mode": "pseudo", "num_processes": 1}) as proxy:
+        await proxy.custom_method("a", "take", torch.ones(1 << 20))
+        weights = await proxy.custom_method("a", "give")
+        assert float(weights.sum()) == 1 << 20
+        del weights
+        weights = await proxy.custom_method("a", "give")
+        assert ("torchfedrpc-shared" in mapping_of(weights)) == finds_them
+
+
+def mapping_of(tensor: torch.Tensor) -> str:
+    """The line of this process's maps in which a tensor's memory lies."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < stop:
+            return line
+    raise AssertionError("it lies nowhere")

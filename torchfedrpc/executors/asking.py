@@ -22,10 +22,9 @@ from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
-from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Packed, pack
-from torchfedrpc.wire.shared import SharedValue, take_into_files
+from torchfedrpc.wire.shared import SharedValue
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +82,10 @@ class AskingExecutor(CallExecutor):
             return b""
         return await super().capture(client_id)
 
-    def _take_shared(self, obj: Any) -> tuple[Packed, TensorFiles | None]:
+    def _take_shared(self, obj: Any) -> Packed:
         members = self._opened().members.values()
         # In a file it need not be sent at all to those who can map that.
-        if any(one.sees_files for one in members):
-            return take_into_files(obj, self._kept)
-        return super()._take_shared(obj)
+        return pack(obj, kept=self._kept if any(one.sees_files for one in members) else None)
 
     def _unshare(self, value: SharedValue) -> None:
         if self._group is not None:

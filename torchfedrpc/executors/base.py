@@ -30,7 +30,6 @@ from torchfedrpc.host.process import choose_device
 from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.observe.events import Event, ProgressReported
-from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.packing import Packed, Reference, pack, pack_nothing
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
@@ -373,9 +372,9 @@ class CallExecutor(AbstractExecutor):
     def _take_value(self, obj: Any) -> Packed:
         return pack(obj)
 
-    def _take_shared(self, obj: Any) -> tuple[Packed, TensorFiles | None]:
-        """An object as it is now, that calls will have in common; and in which files it lies, if in any."""
-        return self._take_value(obj), None
+    def _take_shared(self, obj: Any) -> Packed:
+        """An object as it is now, that calls will have in common."""
+        return self._take_value(obj)
 
     def _take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         if not args and not kwargs:

@@ -20,15 +20,14 @@ from torchfedrpc.errors import ConfigError, SerializationError
 from torchfedrpc.executors.admission import estimate
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.file import TensorFiles
-from torchfedrpc.wire.packing import Packed, SentApart
-from torchfedrpc.wire.shared import SharedValue, take_into_files
+from torchfedrpc.wire.packing import Packed, SentApart, pack
+from torchfedrpc.wire.shared import SharedValue
 
 _MIN_BYTES = 16 << 10  # a smaller argument goes along with its call
 _MAX_PARTS = 10_000  # of an object that is looked into; where it has more, comparing the bytes takes no longer
 _NUMBERS = (type(None), bool, int, float, complex)
 _TEXTS = (str, bytes)
-TakeValue = Callable[[Any], tuple[Packed, TensorFiles | None]]
+TakeValue = Callable[[Any], Packed]
 _Part = tuple[Any, int, int, bool]  # a tensor, its version, its address, whether it requires a gradient
 
 _numbers = itertools.count(1)  # of values, in this process
@@ -146,8 +145,7 @@ class Sharing:
         Raises:
             SerializationError: it cannot be sent.
         """
-        parcel, files = self._take_value(obj)
-        return SharedRef(SharedValue(parcel, next(_numbers), files=files), self)
+        return SharedRef(SharedValue(self._take_value(obj), next(_numbers)), self)
 
     def recognised(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a call, with what an earlier call of this tick has too in place of its own."""
@@ -180,8 +178,7 @@ class Sharing:
             if len(untied) > 1 and estimate((arg,), {}) < _MIN_BYTES:
                 continue
             try:
-                parcel, files = self._take_value(arg)
-                value = SharedValue(parcel, next(_numbers), 0, files)
+                value = SharedValue(self._take_value(arg), next(_numbers), 0)
             except SerializationError:  # a `SharedRef` is in it; else the call, which is packed next, says what is
                 continue
             if not self._seen:
@@ -193,7 +190,7 @@ class Sharing:
     def close(self) -> None:
         """Let no call have any more what was placed, and let go of whoever has calls."""
         self.is_open = False
-        self._take_value, self._release = take_into_files, lambda value: None
+        self._take_value, self._release = pack, lambda value: None
 
     def released(self, value: SharedValue) -> None:
         """Nobody refers to a value any more that was placed."""

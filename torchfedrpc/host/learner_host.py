@@ -256,6 +256,10 @@ class LearnerHost:
         """
         return self._runner.take_value(obj)
 
+    def show_files(self, are_seen: bool) -> None:
+        """Whoever takes the outcomes of calls from now on finds the files of this process, or does not."""
+        self._runner.shows_files = are_seen
+
     def arm(self, faults: Sequence[Fault], sever: Callable[[], None]) -> None:
         """Let faults strike this process at calls to come, in place of those armed before.
 

@@ -33,9 +33,12 @@ from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, lo
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_modes import TorchModes
 from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Packed, Reference, pack, pack_only
 
 logger = logging.getLogger(__name__)
+
+_MAX_KEPT_BYTES = 128 << 20  # of memory for results, to be written again
 
 Report = Callable[[Call, int, Packed], None]  # a call, which of its reports this is, from 0, and its value
 Done = Callable[[Job, Outcome], None]
@@ -56,6 +59,10 @@ class Runner:
         claim: takes an idle mailbox, whose calls wait until it is given to ``release``; whether it could.
         release: see ``claim``.
         done: takes each outcome, on the thread where it came about. After ``item`` the stream is open.
+
+    Attributes:
+        saboteur: lets faults strike, in a test.
+        shows_files: whether those who are given results find the files of this process, which large ones go into.
     """
 
     def __init__(
@@ -86,6 +93,8 @@ class Runner:
         self._release = release
         self._done = done
         self.saboteur: Saboteur | None = None
+        self.shows_files = False
+        self._kept = KeptMemory(_MAX_KEPT_BYTES)
         self._seeds_streams = spec.runtime.max_concurrent_calls == 1
         self._in_driver = in_driver
         self._process_streams = ProcessStreams(device)
@@ -156,6 +165,7 @@ class Runner:
         have_ended = self._sync.close(timeout_s) & self._async.close(timeout_s)
         if self._collecting is not None:
             have_ended &= self._collecting.close(timeout_s)
+        self._kept.close()
         if have_ended:
             self._process_streams.give_back()
         return have_ended
@@ -486,7 +496,8 @@ class Runner:
             if job.call.part is not None and not job.cancelled:
                 self.reductions.add(job.call.part, box)
                 box[0] = None
-            taken = pack_only(box) if self._by_value else Reference(box[0])
+            kept = self._kept if self.shows_files else None
+            taken = pack_only(box, kept) if self._by_value else Reference(box[0])
             return Outcome(kind, taken, seconds=seconds)
         except SerializationError as error:
             where = f"{job.call.client_id}.{job.call.method}"

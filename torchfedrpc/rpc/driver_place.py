@@ -74,6 +74,7 @@ class DriverPlace:
                     "rank": rank,
                     "interface": self.interface(member, address),
                     "asked": asked(member.label),
+                    "shows_files": member.pid is not None,
                 },
             )
             for rank, member in enumerate(members, start=1)

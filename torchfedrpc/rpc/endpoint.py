@@ -184,8 +184,7 @@ def _share(endpoint: Endpoint, answers: Answers, number: int, message: Any, num_
 
 def _share_files(endpoint: Endpoint, answers: Answers, number: int, message: Any, num_calls: int | None) -> _Action:
     """Keep a value that lies in files of the driver's process."""
-    parcel, files = read_files(message, endpoint.driver_pid)
-    value = SharedValue(parcel, number, num_calls, files)
+    value = SharedValue(read_files(message, endpoint.driver_pid), number, num_calls)
     return lambda host: host.share(value)
 
 

@@ -36,6 +36,7 @@ class Member:
         device: its device.
         visible_gpus: the GPUs that it is limited to.
         sees_files: whether it finds the files of the driver's process.
+        pid: its process, where the driver finds the files of that; None where it does not.
         local_index: its number among the run's workers on its machine, from 0.
         has_served: whether it could be called at some time.
         wants_to_leave: whether it has asked to be released, and nobody was told yet.
@@ -54,6 +55,7 @@ class Member:
     device: str = "cpu"
     visible_gpus: str | None = None
     sees_files: bool = False
+    pid: int | None = None
     local_index: int = -1
     has_served: bool = False
     wants_to_leave: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,16 +65,16 @@ def file_message(parcel: Packed, addresses: list[Address]) -> Any:
     return parcel.head, parcel.views, addresses, parcel.num_buffers
 
 
-def read_files(message: Any, pid: int | None) -> tuple[Parcel | Unreadable, TensorFiles | None]:
-    """The parcel of such a tuple from a process of this machine, and the files."""
+def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
+    """The parcel of such a tuple, in files of that process of this machine."""
     try:
         if pid is None:
             raise SerializationError("this process does not look into others")
         head, views, addresses, num_buffers = message
         files = TensorFiles.at(addresses, pid)
-        return Parcel(head, views, files.tensors(), num_buffers), files
+        return Parcel(head, views, files.tensors(), num_buffers, files=files)
     except Exception as error:
-        return Unreadable(error), None
+        return Unreadable(error)
 
 
 def _taken(received: torch.Tensor) -> torch.Tensor:
@@ -114,11 +115,14 @@ def read_call(message: Any, device: torch.device) -> tuple[Call, tuple[int, ...]
 
 
 def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
-    """An outcome as a tuple."""
-    failure = outcome.failure
+    """An outcome as a tuple; files that it lies in are to be kept until it was read."""
+    failure, parcel = outcome.failure, outcome.parcel
     parts = failure and (failure.type_name, failure.message, failure.traceback, failure.body)
-    flags = (outcome.kind, outcome.never_ran, outcome.cut_off, outcome.seconds)
-    return flags, parts, parcel_message(outcome.parcel, covered)
+    files = parcel.files if isinstance(parcel, Parcel) else None
+    flags = (outcome.kind, outcome.never_ran, outcome.cut_off, outcome.seconds, files is not None)
+    if parcel is not None and files is not None:
+        return flags, parts, file_message(parcel, files.addresses())
+    return flags, parts, parcel_message(parcel, covered)
 
 
 def report_message(call: Call, number: int, progress: Packed) -> Any:
@@ -134,8 +138,15 @@ def read_report(message: Any) -> tuple[Call, int, Packed]:
     return Call(call_id, client_id, method, progress), number, progress
 
 
-def read_outcome(message: Any, home: torch.device | None) -> Outcome:
-    """The outcome of such a tuple."""
-    (kind, never_ran, cut_off, seconds), parts, parcel = message
+def read_outcome(message: Any, home: torch.device | None, pid: int | None = None) -> Outcome:
+    """The outcome of such a tuple, from a worker whose files this process finds by ``pid``, if at all."""
+    (kind, never_ran, cut_off, seconds, is_in_files), parts, content = message
     failure = Failure(*parts) if parts else None
-    return Outcome(kind, read_parcel(parcel, home, move_all=True), failure, never_ran, cut_off, seconds=seconds)
+    if is_in_files:
+        parcel: Packed | None = read_files(content, pid)
+        if isinstance(parcel, Parcel) and parcel.files is not None:
+            parcel.files.close()  # it is mapped
+            parcel = replace(parcel, files=None)
+    else:
+        parcel = read_parcel(content, home, move_all=True)
+    return Outcome(kind, parcel, failure, never_ran, cut_off, seconds=seconds)

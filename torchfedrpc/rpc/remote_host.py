@@ -82,6 +82,7 @@ class RemoteHost:
         traffic: counts bytes.
         report: takes what running methods report.
         sees_files: whether the worker finds the files of this process.
+        pid: the worker's process, where this one finds the files of that; None where it does not.
         suspects: ids of calls that RPC has failed once: they go alone, and so do their answers.
         on_error: takes this host, the calls that were asked for, and the exception, where a request or its answer
             got lost.
@@ -97,6 +98,7 @@ class RemoteHost:
         *,
         report: Report,
         sees_files: bool,
+        pid: int | None,
         suspects: Container[int],
         on_error: Callable[[RemoteHost, Sequence[Call], Exception], None],
     ) -> None:
@@ -108,6 +110,7 @@ class RemoteHost:
         self._traffic = traffic
         self._report = report
         self._sees_files = sees_files
+        self._pid = pid
         self._suspects = suspects
         self._on_error = on_error
         self._is_open = True
@@ -343,7 +346,7 @@ class RemoteHost:
         if number is None:
             return None, read_report(part)
         question = self._questions.get(number)
-        return number, read_outcome(part, question.home if question is not None else None)
+        return number, read_outcome(part, question.home if question is not None else None, self._pid)
 
     def _deliver(self, alone: int | None, answers: list[tuple[int | None, Any]]) -> None:
         if not self._is_open:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchfedrpc import launcher
-from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
@@ -29,7 +28,7 @@ from torchfedrpc.rpc.interfaces import address_of, interface_of
 from torchfedrpc.rpc.link import Link, Message, end_when_cut_off
 from torchfedrpc.rpc.main_module import adopt_main
 from torchfedrpc.rpc.pulse import Sidecar
-from torchfedrpc.wire.file import Address, TensorFile
+from torchfedrpc.wire.file import TensorFile
 
 _DRIVER_GONE = 1  # exit status
 _PATIENCE_S = 15.0  # with a driver that is out of reach before it has told its heartbeat_timeout_s
@@ -195,15 +194,6 @@ def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _finds(pid: int, address: Address) -> bool:
-    """Whether this process finds a file of the driver's: they may see different processes, or have other rights."""
-    try:
-        TensorFile.at(address, pid)
-    except (OSError, SerializationError):
-        return False
-    return True
-
-
 class _Worker:
     """What a worker has at hand between messages: its host for a run, its endpoint for the worlds of that run.
 
@@ -223,6 +213,7 @@ class _Worker:
         self._host: LearnerHost | None = None
         self._endpoint: Endpoint | None = None
         self._stack = ExitStack()
+        self._probe: TensorFile | None = None  # which the driver looks for, to find out whether it sees such files
         self._door = socket.socket()  # which the driver tries, to find out whether it reaches this worker
 
     def obey(self, message: Message) -> Message:
@@ -259,7 +250,11 @@ class _Worker:
         learner.load()
         adopt_torch_defaults(defaults)  # after the import, which may set its own
         self._stack.enter_context(process_settings(learner.runtime))
-        driver_pid = driver[0] if driver is not None and _finds(*driver) else None
+        driver_pid = driver[0] if driver is not None and TensorFile.is_found(*driver) else None
+        own = None
+        if driver is not None:
+            self._probe = TensorFile.of([])
+            own = (os.getpid(), self._probe.address())
         self._endpoint = Endpoint(device, driver_pid)
         self._host = LearnerHost(
             learner,
@@ -271,7 +266,8 @@ class _Worker:
         )
         self._endpoint.host = self._host
         endpoint.serving = self._endpoint
-        return {"device": str(device), "visible_gpus": visible_gpus(), "sees_files": driver_pid is not None}
+        sees_files = driver_pid is not None
+        return {"device": str(device), "visible_gpus": visible_gpus(), "sees_files": sees_files, "files": own}
 
     def reach(self, host: str, port: int, interface: str | None) -> Message:
         """Find out whether this worker and the driver reach each other, as members of a world have to.
@@ -287,7 +283,7 @@ class _Worker:
         reach.dial(host, port)
         return {"host": address, "port": self._door.getsockname()[1]}
 
-    def join(self, plan: Message, rank: int, interface: str | None, asked: list[int]) -> Message:
+    def join(self, plan: Message, rank: int, interface: str | None, asked: list[int], shows_files: bool) -> Message:
         """Join a world and serve in it.
 
         Args:
@@ -295,13 +291,16 @@ class _Worker:
             rank: this worker's rank in it.
             interface: its network interface for it; None: the one with which it reaches the driver.
             asked: ids of the calls to this worker that the driver has had no answer to.
+            shows_files: whether the driver finds the files of this process.
         """
         assert self._host is not None
         assert self._endpoint is not None
         self._door.close()
+        self._probe = None  # it was found, or was not
         world_plan = world.WorldPlan.from_message(plan)
         covered = frozenset([self._endpoint.device] if world_plan.device_maps[rank - 1] else [])
         self._host.keep_only(asked)
+        self._host.show_files(shows_files)
         self._endpoint.connect(world_plan.generation, covered)
         world.join(world_plan, rank, interface or interface_of(self._link.local_address()))
         self._is_joined = True
@@ -322,6 +321,7 @@ class _Worker:
             self._clean &= self._host.close()
         self.leave()
         self._door.close()
+        self._probe = None
         self._host = self._endpoint = endpoint.serving = None
         self._stack.close()
         return {}

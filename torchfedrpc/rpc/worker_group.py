@@ -338,6 +338,7 @@ class WorkerGroup:
                 self.traffic[member.label],
                 report=self._report,
                 sees_files=member.sees_files,
+                pid=member.pid,
                 suspects=self._num_suspicions,
                 on_error=self.suspect,
             )
@@ -357,7 +358,7 @@ class WorkerGroup:
         """Let a worker import the learner, and see that it and the driver reach each other."""
         learner = self._learner
         imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
-        with contextlib.closing(TensorFile.of([torch.arange(4)])) as probe:
+        with contextlib.closing(TensorFile.of([])) as probe:
             answer = await self._tell(
                 member,
                 {
@@ -371,7 +372,8 @@ class WorkerGroup:
                 },
             )
         member.device, member.visible_gpus = answer["device"], answer["visible_gpus"]
-        member.sees_files = answer["sees_files"]
+        member.sees_files, own = answer["sees_files"], answer["files"]
+        member.pid = own[0] if own is not None and TensorFile.is_found(*own) else None
         if member.elsewhere:
             address = self._place.address([*self.members.values(), member])
             await reach.check(member, address, self._place.interface(member, address))

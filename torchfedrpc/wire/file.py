@@ -152,6 +152,15 @@ class TensorFile:
                 raise SerializationError("a tensor reaches beyond the file that it lies in")
         return file
 
+    @classmethod
+    def is_found(cls, pid: int, address: Address) -> bool:
+        """Whether this process finds a file of that one: they may see different processes, or have other rights."""
+        try:
+            cls.at(address, pid).close()
+        except (OSError, SerializationError):
+            return False
+        return True
+
     def close(self) -> None:
         """Close the file now; nobody is to use this any more."""
         self._close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import pickle
 from abc import ABC, abstractmethod
@@ -19,6 +20,8 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.fence import fence
+from torchfedrpc.wire.file import TensorFiles
+from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.owned import owned_storages
 from torchfedrpc.wire.scan import HARMLESS_ARRAYS, check_depth, checked
 from torchfedrpc.wire.state import set_state
@@ -37,6 +40,7 @@ from torchfedrpc.wire.tensors import (
 _NONE = pickle.dumps(None, protocol=5)  # what most methods return
 _NOTHING = pickle.dumps(((), {}), protocol=5)  # a call's arguments, where it has none
 _PLAIN: dict[bytes, Callable[[], Any]] = {_NONE: lambda: None, _NOTHING: lambda: ((), {})}
+_FILE_BYTES = 2 << 20  # smaller ones are copied or sent: to map them would cost as much
 _INLINE_BYTES = 4096  # smaller numpy arrays stay in the pickle: a tensor of their own costs more than the copy
 
 
@@ -64,6 +68,7 @@ class Parcel:
         num_buffers: so many of the last slots are the numpy buffers, as uint8 on the CPU.
         ready: makes the calling thread's CUDA streams wait for the slots' values; None where they are there.
         apart: what the pickle names that is opened apart.
+        files: where the slots lie, if in files that other processes of this machine may map.
     """
 
     head: bytes
@@ -72,19 +77,24 @@ class Parcel:
     num_buffers: int
     ready: Callable[[], None] | None = None
     apart: tuple[SentApart, ...] = ()
+    files: TensorFiles | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the pickle and the tensors together."""
         return len(self.head) + (sum(slot.nbytes for slot in self.slots) if self.slots else 0)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether files are for it: its tensors are worth that, and all in host memory."""
+        return _are_large(self.slots)
+
     def copy(self) -> Parcel:
         """The same parcel on memory of its own, for a second opening."""
         if self.ready is not None:
             self.ready()
-        copied = {view[0] for view in self.views if is_joined(view)}  # by each opening
         with PlainTensors():
-            slots = [slot if place in copied else slot.clone() for place, slot in enumerate(self.slots)]
+            slots = _copies(self.views, self.slots)
         return Parcel(self.head, self.views, slots, self.num_buffers, None, self.apart)
 
     def open(self, allow: AllowList) -> Any:
@@ -163,6 +173,7 @@ def pack(
     join: bool | None = None,
     owned: Collection[int] = (),
     may_refer: bool = False,
+    kept: KeptMemory | None = None,
 ) -> Parcel:
     """Take the value of an object, as it is now.
 
@@ -176,9 +187,11 @@ def pack(
             not given.
         owned: what `owned_storages` has just said of the object: those storages go with the parcel, without a copy.
         may_refer: whether it may hold what is `SentApart`, as only the arguments of a call may.
+        kept: has the memory for a large object, and takes it back: files that other processes may map.
 
     Raises:
         SerializationError: it holds something that cannot be pickled, or a tensor that cannot travel.
+        OSError: there is no room for its files.
     """
     if obj is None:
         return Parcel(_NONE, [], [], 0)
@@ -190,7 +203,7 @@ def pack(
         if table.tensors or table.buffers:
             with PlainTensors():
                 views, slots = gather_slots(
-                    table.tensors, copy=copy, join=copy if join is None else join, owned=owned
+                    table.tensors, copy=copy and kept is None, join=copy if join is None else join, owned=owned
                 )
                 slots += [_copy_buffer(raw) for raw in table.buffers]
     except (SerializationError, MemoryError, torch.OutOfMemoryError):
@@ -199,7 +212,12 @@ def pack(
         raise SerializationError(f"{type(error).__name__}: {error}") from error
     if table.apart and not may_refer:
         raise SerializationError("a SharedRef is for the arguments of a call, where it stands for its object")
-    return Parcel(file.getvalue(), views, slots, len(table.buffers), fence(slots), tuple(table.apart))
+    files = None
+    if kept is not None and slots:
+        with PlainTensors():
+            files = _into_files(slots, kept)
+            slots = files.tensors() if files is not None else _copies(views, slots)
+    return Parcel(file.getvalue(), views, slots, len(table.buffers), fence(slots), tuple(table.apart), files)
 
 
 _PACKED_NOTHING = Parcel(_NOTHING, [], [], 0)
@@ -210,21 +228,23 @@ def pack_nothing() -> Parcel:
     return _PACKED_NOTHING
 
 
-def pack_only(box: list[Any]) -> Parcel:
+def pack_only(box: list[Any], kept: KeptMemory | None = None) -> Parcel:
     """Take the value of the only object in a box, without a copy of what nobody can hold but through the box.
 
     Afterwards the caller drops what is in the box, without a further look at its tensors.
 
     Args:
         box: a list into which the object was put as it was made, see `owned_storages`.
+        kept: as of `pack`, for an object of which a copy is due.
 
     Raises:
         SerializationError: as `pack` does.
+        OSError: as `pack` does.
     """
     if box[0] is None:
         return pack(None)
     owned = owned_storages(box)  # a reference to the content comes later, it would count
-    return pack(box[0], owned=owned)
+    return pack(box[0], owned=owned, kept=None if owned else kept)
 
 
 def restore(kind: str, *parts: Any) -> Any:
@@ -297,6 +317,28 @@ class _Pickler(pickle.Pickler):
         if kind is None and state is None and not tensor.requires_grad:
             return "plain", number
         return "dense", tensor.requires_grad, kind, state, number
+
+
+def _are_large(slots: list[Tensor]) -> bool:
+    return sum(slot.nbytes for slot in slots) >= _FILE_BYTES and all(slot.is_cpu for slot in slots)
+
+
+def _into_files(slots: list[Tensor], kept: KeptMemory) -> TensorFiles | None:
+    """Copies of slots in files; None where that is not worth while, or there are no descriptors for them."""
+    if not _are_large(slots):
+        return None
+    try:
+        return TensorFiles.of(slots, kept=kept)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        return None
+
+
+def _copies(views: list[View], slots: list[Tensor]) -> list[Tensor]:
+    """Copies of slots, but for those whose tensors each opening copies anyway."""
+    copied = {view[0] for view in views if is_joined(view)}
+    return [slot if place in copied else slot.clone() for place, slot in enumerate(slots)]
 
 
 def _copy_buffer(raw: memoryview) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import threading
 from dataclasses import replace
 from typing import Any
@@ -13,11 +12,8 @@ from torch import Tensor
 
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import Address, TensorFiles
-from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Packed, Parcel, SentApart, pack
 from torchfedrpc.wire.twins import is_plain_structure, twin
-
-_FILE_BYTES = 2 << 20  # a smaller value is copied for each call: to map it would cost as much
 
 _MODEL_HEAD_BYTES = 16 << 10  # a longer pickle is read about as fast as its object is copied
 
@@ -35,7 +31,6 @@ class SharedValue(SentApart):
         parcel: the object, which is this one's alone from now on.
         number: what the driver calls it, in a run.
         num_openings: how often it will be opened at most; None where nobody knows.
-        files: where the parcel's tensors lie, if in files.
 
     Attributes:
         num_bytes: bytes of the pickle and the tensors together.
@@ -43,19 +38,12 @@ class SharedValue(SentApart):
             sent keeps it for those calls and no longer.
     """
 
-    def __init__(
-        self,
-        parcel: Packed,
-        number: int = 0,
-        num_openings: int | None = None,
-        files: TensorFiles | None = None,
-    ) -> None:
+    def __init__(self, parcel: Packed, number: int = 0, num_openings: int | None = None) -> None:
         self.number = number
         self.num_openings = num_openings
         self.is_for_tick = num_openings is not None
         self.num_bytes = parcel.num_bytes
         self._parcel = parcel
-        self._files = files
         self._is_on_disk = False
         self._model: Any = None  # once opened, of a small plain structure: from then on it is copied
         self._may_have_model = isinstance(parcel, Parcel) and len(parcel.head) <= _MODEL_HEAD_BYTES
@@ -77,7 +65,7 @@ class SharedValue(SentApart):
         None where the tensors had better be sent.
         """
         with self._lock:
-            files = self._files
+            files = self._files()
         return (files, files.addresses()) if files is not None else None
 
     def open(self, allow: AllowList) -> Any:
@@ -91,7 +79,7 @@ class SharedValue(SentApart):
         with self._lock:
             if self.num_openings is not None:
                 self.num_openings -= 1
-            is_last = self._files is None and self.num_openings == 0
+            is_last = self._files() is None and self.num_openings == 0
             model, own = self._model, None
             if model is None:
                 own = self._parcel if is_last else self._copy()
@@ -99,7 +87,7 @@ class SharedValue(SentApart):
             return twin(model)
         opened = own.open(allow)
         if self._may_have_model and not is_last:
-            model = twin(opened) if self._files is None and is_plain_structure(opened) else None
+            model = twin(opened) if self._files() is None and is_plain_structure(opened) else None
             with self._lock:
                 self._model, self._may_have_model = model, False
         return opened
@@ -111,12 +99,11 @@ class SharedValue(SentApart):
             OSError: the disk is full, or cannot be written.
         """
         parcel = self._parcel
-        if isinstance(parcel, Parcel) and _is_large(parcel):
+        if isinstance(parcel, Parcel) and parcel.is_large:
             with contextlib.closing(TensorFiles.of(parcel.slots, on_disk=True)) as files:
                 mapped = files.tensors()
             with self._lock:
-                self._files, self._parcel = None, replace(parcel, slots=mapped)
-                self._is_on_disk = True
+                self._parcel, self._is_on_disk = replace(parcel, slots=mapped, files=None), True
 
     def equals(self, obj: Any) -> bool:
         """Whether an object, as it is now, is the same to the last bit; False where that cannot be told cheaply.
@@ -137,35 +124,16 @@ class SharedValue(SentApart):
 
     def _copy(self) -> Packed:
         parcel = self._parcel
-        if not isinstance(parcel, Parcel) or not _is_large(parcel) or self._is_on_disk:
+        if not isinstance(parcel, Parcel) or not parcel.is_large or self._is_on_disk:
             return parcel.copy()
-        if self._files is None:
-            self._files = TensorFiles.of(parcel.slots)
-            parcel = self._parcel = replace(parcel, slots=self._files.tensors())
-        return replace(parcel, slots=self._files.tensors())
+        files = parcel.files
+        if files is None:
+            files = TensorFiles.of(parcel.slots)
+            self._parcel = replace(parcel, slots=files.tensors(), files=files)
+        return replace(parcel, slots=files.tensors(), files=None)
 
-
-def take_into_files(obj: Any, kept: KeptMemory | None = None) -> tuple[Parcel, TensorFiles | None]:
-    """The value of an object, as it is now, its tensors in files that other processes find where it is large.
-
-    Args:
-        obj: the object.
-        kept: has the memory for it, and takes it back.
-
-    Raises:
-        SerializationError: it cannot be sent.
-        OSError: there is no memory for it.
-    """
-    parcel = pack(obj, copy=False, join=True)
-    if not _is_large(parcel):
-        return parcel.copy(), None
-    try:
-        files = TensorFiles.of(parcel.slots, kept=kept)
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        return parcel.copy(), None  # it can be sent without descriptors
-    return replace(parcel, slots=files.tensors()), files
+    def _files(self) -> TensorFiles | None:
+        return self._parcel.files if isinstance(self._parcel, Parcel) else None
 
 
 def shared_values(parcel: Packed) -> tuple[SharedValue, ...]:
@@ -173,11 +141,6 @@ def shared_values(parcel: Packed) -> tuple[SharedValue, ...]:
     if not isinstance(parcel, Parcel) or not parcel.apart:
         return ()
     return tuple(value for value in parcel.apart if isinstance(value, SharedValue))
-
-
-def _is_large(parcel: Parcel) -> bool:
-    num_bytes = sum(slot.nbytes for slot in parcel.slots)
-    return num_bytes >= _FILE_BYTES and all(slot.device.type == "cpu" for slot in parcel.slots)
 
 
 def _have_equal_bytes(ours: Tensor, theirs: Tensor) -> bool:
