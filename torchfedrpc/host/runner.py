@@ -258,12 +258,11 @@ class Runner:
         """Take a snapshot of the job's learner, or restore it from one."""
         try:
             if job.call.kind == "snapshot":
-                return Outcome(
-                    "value", pack(torch.frombuffer(bytearray(self._snapshot(job, job.mailbox)), dtype=torch.uint8))
-                )
-            data, kwargs = job.call.arguments.open(self.allow)
+                data = self._snapshot(job, job.mailbox)
+                return Outcome("value", pack(torch.frombuffer(data, dtype=torch.uint8), copy=False))
+            state, kwargs = job.call.arguments.open(self.allow)
             self._make_room(job, 1)
-            self._restore(job, data.numpy().data, kwargs)
+            self._restore(job, state.numpy().data, kwargs)
             if job.mailbox.made:
                 self._residents.used(job.mailbox)
             return Outcome("value", pack(None))
@@ -279,10 +278,10 @@ class Runner:
             outcome = self.failed(error)
         self._done(job, outcome)
 
-    def _snapshot(self, job: Job, mailbox: Mailbox) -> bytes:
+    def _snapshot(self, job: Job, mailbox: Mailbox) -> bytearray:
         """A snapshot of a learner that no call has, on behalf of a job."""
         if mailbox.is_stored:
-            return self._residents.stored(mailbox.client_id)
+            return bytearray(self._residents.stored(mailbox.client_id))
         with self._apart(job, "state_dict", mailbox.client_id):
             state = capture(mailbox.learner, mailbox.client_id) if mailbox.made else None
             snapshot = Snapshot(mailbox.client_id, self._spec.name, dict(mailbox.counts), state)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchfedrpc.errors import SerializationError, SnapshotError, UntrustedTypeError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
-from torchfedrpc.wire.serializer import ParameterSerializer
+from torchfedrpc.wire.serializer import ParameterSerializer, chunks_of
 
 # Layout: magic, version of the format, a checksum of all that follows; then the fields, by ParameterSerializer.
 _MAGIC = b"TFRSNAP\x00"
@@ -116,7 +116,7 @@ def reinstate(learner: Any, state: Any, client_id: str = "a client") -> None:
         ) from error
 
 
-def dump(snapshot: Snapshot, allow: AllowList) -> bytes:
+def dump(snapshot: Snapshot, allow: AllowList) -> bytearray:
     """A snapshot as bytes, which share no memory with the learner.
 
     Args:
@@ -129,7 +129,7 @@ def dump(snapshot: Snapshot, allow: AllowList) -> bytes:
     """
     try:
         _try_to_read(snapshot.state, allow)
-        payload = ParameterSerializer.serialize(dict(vars(snapshot)))
+        chunks = chunks_of(pack(dict(vars(snapshot)), copy=False))
     except SerializationError as error:
         part, cause = _culprit(snapshot.state, allow) or ("its whole", error)
         untrusted = "or " if isinstance(cause, UntrustedTypeError) else ""
@@ -137,7 +137,10 @@ def dump(snapshot: Snapshot, allow: AllowList) -> bytes:
             f"the state of {snapshot.client_id} ({snapshot.learner}) cannot be captured because of {part}: {cause}; "
             f"{untrusted}{_REMEDY}"
         ) from cause
-    return b"".join((_HEADER.pack(_MAGIC, _VERSION, zlib.crc32(payload)), payload))
+    checksum = 0
+    for chunk in chunks:
+        checksum = zlib.crc32(chunk, checksum)
+    return bytearray().join((_HEADER.pack(_MAGIC, _VERSION, checksum), *chunks))
 
 
 def load(data: bytes | bytearray | memoryview, allow: AllowList) -> Snapshot:
