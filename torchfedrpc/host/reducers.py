@@ -74,11 +74,15 @@ class Entry:
         return same_form and same_shape and kind_of(self.dtype) == kind_of(other.dtype)
 
     def take(self, other: Entry, num_sums: int) -> None:
-        """Add the other one's total; with so many sums on the longest way to here, this one included."""
-        if self.dtype is None:
-            self.total = self.total + other.total
-        else:
-            self.total = added(self.total, other.total, num_sums)
+        """Add the other one's total, which that has no more then: one by one they need no memory together.
+
+        Args:
+            other: one that matches.
+            num_sums: how many sums are on the longest way to here, this one included.
+        """
+        total, mine = other.total, self.total
+        other.total = self.total = None
+        self.total = mine + total if self.dtype is None else added(mine, total, num_sums)
 
 
 class BuiltinReducer:
@@ -388,7 +392,7 @@ def pairs(mine: Any, other: Any, path: Path) -> Iterator[tuple[Entry, Entry]]:
 
 
 def settle(entries: Any, end: Callable[[Entry], Any], path: Path) -> Any:
-    """The structure with each entry's value in its place.
+    """The structure with each entry's value in its place; its entries are used up.
 
     Raises:
         ValueError: an entry has none; the message names the key.
@@ -402,6 +406,7 @@ def settle(entries: Any, end: Callable[[Entry], Any], path: Path) -> Any:
         value = end(entries)
     except ValueError as error:
         raise ValueError(f"{named(path)} {error}") from None
+    entries.total = None
     return value.numpy() if entries.is_array else value
 
 
