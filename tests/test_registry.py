@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +60,21 @@ def test_a_class_imported_anew_takes_its_own_place(registry: Registry[Any]) -> N
     registry.register("soup")(make("Soup", "__main__"))
     again = registry.register("soup")(make("Soup", "__mp_main__"))
     assert registry.get("soup") is again
+
+
+def test_a_module_is_imported_once_its_name_is_asked_for(
+    registry: Registry[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "provided_late.py").write_text("import sys\n\n\n@sys.recipes('late')\nclass Late: ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "recipes", registry.register, raising=False)
+    registry.provide("late", "provided_late")
+    assert registry.names() == ["late"]
+    assert "provided_late" not in sys.modules
+    with pytest.raises(ConfigError, match=r"registered already, by provided_late\.Late"):
+        registry.register("late")(make("Soup"))
+    assert registry.get("late").__qualname__ == "Late"
+    monkeypatch.delitem(sys.modules, "provided_late")
 
 
 def test_names_are_sorted(registry: Registry[Any]) -> None:

@@ -7,7 +7,9 @@ A trainer awaits methods of learners, one for each client, as if they were local
 The same code runs its learners in this process, in worker processes, or on the ranks of a torchrun launch.
 """
 
-from torchfedrpc import testing as testing
+import importlib
+import typing
+
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.dispatch import LearnerStream
 from torchfedrpc.errors import (
@@ -27,9 +29,7 @@ from torchfedrpc.errors import (
     WorkerLostError,
 )
 from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
-from torchfedrpc.executors.distributed import DistributedExecutor
 from torchfedrpc.executors.local import LocalExecutor
-from torchfedrpc.executors.pseudo import PseudoExecutor
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.sharing import SharedRef
 from torchfedrpc.federation.base import Learner
@@ -60,6 +60,11 @@ from torchfedrpc.registry import executor, get_learner, get_trainer, learner, tr
 from torchfedrpc.run import run
 from torchfedrpc.version import __version__
 from torchfedrpc.wire.serializer import ParameterSerializer
+
+if typing.TYPE_CHECKING:
+    from torchfedrpc import testing as testing
+    from torchfedrpc.executors.distributed import DistributedExecutor
+    from torchfedrpc.executors.pseudo import PseudoExecutor
 
 __all__ = [
     "AbstractExecutor",
@@ -121,3 +126,21 @@ __all__ = [
     "run",
     "trainer",
 ]
+
+# What needs torch's RPC is imported when it is asked for: local runs do without.
+_LATER = {
+    "DistributedExecutor": "torchfedrpc.executors.distributed",
+    "PseudoExecutor": "torchfedrpc.executors.pseudo",
+    "testing": "torchfedrpc.testing",
+}
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'torchfedrpc' has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name])
+    return getattr(module, name, module)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +21,11 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self._modules: dict[str, str] = {}  # name -> the module that registers it, not imported yet
+
+    def provide(self, name: str, module: str) -> None:
+        """Have a module imported once somebody asks for the name, which it registers."""
+        self._modules[name] = module
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorate a class or function to give it a name.
@@ -29,6 +35,8 @@ class Registry(Generic[T]):
         """
 
         def decorate(entry: T) -> T:
+            if self._modules.get(name) != entry.__module__:
+                self._import(name)
             known = self._entries.get(name)
             if known is not None and known.__qualname__ != entry.__qualname__:
                 raise ConfigError(
@@ -46,14 +54,19 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: no such name; the known ones are listed.
         """
+        self._import(name)
         try:
             return self._entries[name]
         except KeyError:
-            raise ConfigError(f"no {self.kind} named {name!r}{suggest(name, self._entries)}") from None
+            raise ConfigError(f"no {self.kind} named {name!r}{suggest(name, self.names())}") from None
 
     def names(self) -> list[str]:
         """All names, sorted."""
-        return sorted(self._entries)
+        return sorted({*self._entries, *self._modules})
+
+    def _import(self, name: str) -> None:
+        if (module := self._modules.pop(name, None)) is not None:
+            importlib.import_module(module)
 
 
 trainers: Registry[Any] = Registry("trainer")

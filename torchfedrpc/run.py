@@ -14,8 +14,6 @@ from typing import Any, ParamSpec, TypeVar
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.interrupts import run_interruptible
 from torchfedrpc.launcher import Launch, check_is_driver
-from torchfedrpc.rpc.launch import dial_driver, driving
-from torchfedrpc.rpc.worker import serve_launch
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,16 +44,20 @@ def run(main: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kw
 def drive(job: Callable[[], T]) -> T | None:
     """What `run` does, for a plain function that starts its own event loops."""
     launch = Launch.from_environment()
-    if launch is not None and launch.rank != 0:
+    if launch is None:
+        check_is_driver()
+        return job()
+    from torchfedrpc.rpc import launch as ranks  # noqa: PLC0415, local runs do without what takes long to import
+    from torchfedrpc.rpc import worker  # noqa: PLC0415
+
+    if launch.rank != 0:
         with _ended_by_ctrl_c():
-            link, pulse = dial_driver(launch)
-        if not serve_launch(link, pulse, launch.local_rank).is_clean:
+            link, pulse = ranks.dial_driver(launch)
+        if not worker.serve_launch(link, pulse, launch.local_rank).is_clean:
             _leave_behind()
         return None
     check_is_driver()
-    if launch is None:
-        return job()
-    with driving(launch):
+    with ranks.driving(launch):
         return job()
 
 
