@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchfedrpc.wire.packing import SentApart
 from torchfedrpc.wire.tensors import take_apart
 
 _SMALL_BYTES = 16  # of a number, a dict's key, or an object of unknown size, as a pickle has it
 _SCALARS = (int, float, complex, type(None))
+_SMALL = (*_SCALARS, SentApart)
 _SIZED = (str, bytes, bytearray)
 _ARRAYS = (np.ndarray, memoryview)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
@@ -123,7 +125,7 @@ def _estimate(todo: list[Any]) -> int:
     total = 0
     while todo:
         obj = todo.pop()
-        if isinstance(obj, _SCALARS):
+        if isinstance(obj, _SMALL):
             total += _SMALL_BYTES
             continue
         if id(obj) in seen:

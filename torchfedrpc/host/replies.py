@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _ENOUGH_S = 0.01  # for which outcomes are held, where the calls between take less
 _MOST_S = 0.02  # the same where one takes longer
+_PARTS = 5  # times as long for outcomes of calls whose results stay here: what they come to is waited for
 
 
 class Replies:
@@ -47,7 +48,7 @@ class Replies:
         self._lock = threading.Lock()  # guards what follows
         self._held: list[tuple[Reply, Outcome]] = []
         self._since = 0.0  # when the first of these came
-        self._is_timed = False
+        self._timed = 0  # how patient those are who wait for the clock that runs; 0: none does
         self._num_gathering = 0
 
     def put(self, reply: Reply | None, outcome: Outcome, *, is_part: bool = False) -> None:
@@ -66,12 +67,14 @@ class Replies:
                 self._held.append((reply, outcome))
             if not self._held:
                 return
-            if self._is_due(outcome, is_part):
+            patience = _PARTS if is_part else 1
+            if self._is_due(outcome, patience):
                 due, self._held = self._held, []
-            starts_timer = not due and not self._is_timed and not self._num_gathering
-            self._is_timed |= starts_timer
+            starts_timer = not due and not self._num_gathering and not 0 < self._timed <= patience
+            if starts_timer:
+                self._timed = patience
         if starts_timer:
-            self._deadlines.start(self, _MOST_S)
+            self._deadlines.start(self, patience * _MOST_S)
         self._reply(due)
 
     @contextmanager
@@ -90,19 +93,19 @@ class Replies:
         """Time is up: make the replies that are held."""
         with self._lock:
             held, self._held = self._held, []
-            self._is_timed = False
+            self._timed = 0
         self._reply(held)
 
-    def _is_due(self, outcome: Outcome, is_part: bool) -> bool:
+    def _is_due(self, outcome: Outcome, patience: int) -> bool:
         if self._num_gathering:
             return False
         num_waiting = self._num_waiting()
         return (
             not num_waiting
             or not self.are_held
-            or outcome.seconds >= _ENOUGH_S
-            or time.monotonic() - self._since >= _ENOUGH_S
-            or (len(self._held) > num_waiting and not is_part)
+            or outcome.seconds >= patience * _ENOUGH_S
+            or time.monotonic() - self._since >= patience * _ENOUGH_S
+            or (len(self._held) > num_waiting and patience == 1)
         )
 
     def _reply(self, held: list[tuple[Reply, Outcome]]) -> None:

@@ -35,6 +35,7 @@ _METHODS = ("call", "stream", "collect")
 _MAX_KEPT_BYTES = 8 << 20  # outcomes that a worker keeps until the next request to it acknowledges them
 _MAX_ITEMS = 64  # in one request: the worker begins with the first as the next are packed
 _LARGE_BYTES = 256 << 10  # an item so large begins a request of its own: those before it need not wait for it
+_LATE_S = 0.02  # what is not urgent waits so long for other items to go along with
 _MAX_OPEN = 2  # requests that wait for an answer, where no other need for them is
 
 
@@ -120,6 +121,7 @@ class RemoteHost:
         self._placed: set[int] = set()  # numbers of the values that the worker keeps
         self._reductions: set[int] = set()  # numbers of those that the worker takes part in
         self._will_flush = False
+        self._late: asyncio.TimerHandle | None = None  # when to send what is not urgent
         self._next_request = 0
         self._num_open = 0
         self._numbers = itertools.count()
@@ -194,7 +196,7 @@ class RemoteHost:
         """No call that is to come refers to this value."""
         if value.number in self._placed:
             self._placed.discard(value.number)
-            self._put(("unshare", value.number))
+            self._put_late(("unshare", value.number))
 
     def begin_reduction(self, number: int, prototype: Packed, num_places: int, going_on: tuple[int, ...]) -> None:
         """Let the worker take part in a reduction, unless it does; as of `Reductions.begin`."""
@@ -206,11 +208,13 @@ class RemoteHost:
         """A reduction is over."""
         if number in self._reductions:
             self._reductions.discard(number)
-            self._put(("end_reduction", number))
+            self._put_late(("end_reduction", number))
 
     def close(self) -> None:
         """Answer nobody any more."""
         self._is_open = False
+        if self._late is not None:
+            self._late.cancel()
         self._shares.clear()
         self._placed.clear()
         self._reductions.clear()
@@ -274,6 +278,12 @@ class RemoteHost:
             self._will_flush = True
             self._loop.call_soon(self._flush_tick)
 
+    def _put_late(self, item: tuple[Any, ...]) -> None:
+        """Send an item with the next ones, or a little later."""
+        self._outgoing.append((0, item))
+        if self._late is None and not self._will_flush:
+            self._late = self._loop.call_later(_LATE_S, self._flush)
+
     def _flush_tick(self) -> None:
         self._will_flush = False
         self._flush()
@@ -282,6 +292,9 @@ class RemoteHost:
         """Send what there is, in requests of some items each; what follows a large item need not wait for it."""
         outgoing, self._outgoing = self._outgoing, []
         self._shares.clear()
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
         items: list[tuple[Any, ...]] = []
         for num_bytes, item in outgoing:
             if items and (num_bytes > _LARGE_BYTES or len(items) >= _MAX_ITEMS):
@@ -293,7 +306,9 @@ class RemoteHost:
 
     def _keep_open(self) -> None:
         """See that the worker can answer; what is about to be said anyway opens a request by itself."""
-        if self._is_open and not self._outgoing:
+        if self._is_open and not self._will_flush:
+            if self._num_open < min(len(self._questions), _MAX_OPEN):
+                self._flush()
             while self._num_open < min(len(self._questions), _MAX_OPEN) and self._request([]):
                 pass
 
