@@ -133,8 +133,12 @@ class Scene:
     async def strike(
         self, label: str, number: signal.Signals, *, at_sidecar: bool = False, is_fatal: bool = True
     ) -> None:
-        """Send a signal to a worker of the driver's own, or to the process that beats for it, once it is there."""
-        while (pid := self._pid(label, at_sidecar=at_sidecar)) is None:
+        """Send a signal to a worker of the driver's own, or to the process that beats for it, once it is there.
+
+        One that starts is not stopped: it may take two minutes to start, for which no round is to wait.
+        """
+        has_started = number == signal.SIGSTOP
+        while (pid := self._pid(label, at_sidecar=at_sidecar, has_started=has_started)) is None:
             await asyncio.sleep(_POLL_S)
         if is_fatal:
             self.note(label)
@@ -204,10 +208,12 @@ class Scene:
     def _outcomes(self, strike: Strike, kind: type[Event] | None = None) -> list[float]:
         return self.log.times(kind or strike.leads_to, strike.at, strike.label)
 
-    def _pid(self, label: str, *, at_sidecar: bool = False) -> int | None:
+    def _pid(self, label: str, *, at_sidecar: bool = False, has_started: bool = False) -> int | None:
         # The library does not tell its processes' ids: nobody else needs them.
-        processes = self.trainer.learner_proxy._router._main._processes
-        for member, process in processes.items():
+        executor = self.trainer.learner_proxy._router._main
+        for member, process in executor._processes.items():
+            if has_started and executor._group.members.get(label) is not member:
+                continue
             if member.label == label and not at_sidecar:
                 return process.pid
             if member.label == label:
