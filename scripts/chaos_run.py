@@ -31,6 +31,8 @@ LOCAL_EPOCHS = 16
 STREAM_ITEMS = 12
 STREAM_METHOD = "own_epochs"
 _NUM_SNAPSHOTS = 3
+_NUM_BLENDING = 2
+_LARGE = 600_000  # float32: so large that workers map what they are given, and the driver what they return
 _OWN_BATCH_SIZE = 64
 _DATASET = {"_target_": "torchfedrpc.data.synthetic.synthetic", "num_samples": 2500}
 _MODEL = {"_target_": "torchfedrpc.models.mlp.MLP"}
@@ -52,6 +54,12 @@ class StatefulLearner(ClassificationLearner):
         self._own = build_model(settings["model"], settings["seed"])
         self._optimiser = torch.optim.SGD(self._own.parameters(), lr=0.05, momentum=0.9)
         self._losses: list[float] = []
+        self._mixture = torch.zeros(_LARGE)
+
+    def blend(self, values: Tensor) -> Tensor:
+        """Take half of the values [_LARGE] into its own, in place; what it returns it goes on with."""
+        self._mixture.add_(values).mul_(0.5)
+        return self._mixture
 
     def train_epoch(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the bundled learner; trains its own model too."""
@@ -72,6 +80,7 @@ class StatefulLearner(ClassificationLearner):
     def state_dict(self) -> dict[str, Any]:
         """All that it learns."""
         own = {"model": self._own.state_dict(), "optimiser": self._optimiser.state_dict(), "losses": self._losses}
+        own["mixture"] = self._mixture
         return {**super().state_dict(), "own": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -80,7 +89,7 @@ class StatefulLearner(ClassificationLearner):
         own = state["own"]
         self._own.load_state_dict(own["model"])
         self._optimiser.load_state_dict(own["optimiser"])
-        self._losses = own["losses"]
+        self._losses, self._mixture = own["losses"], own["mixture"]
 
     def _own_epoch(self) -> float:
         samples = self._train_set().take(self._indices[torch.randperm(len(self._indices))])
@@ -147,6 +156,7 @@ class ChaosTrainer(FedAvgTrainer):
             async with asyncio.TaskGroup() as both:
                 reading = both.create_task(self._read(self.streaming(round_num)))
                 training = both.create_task(super().train_round(round_num))
+                blending = both.create_task(self._blended(round_num))
             cohort = self.select_clients(round_num)
             captured, others = cohort[:_NUM_SNAPSHOTS], cohort[_NUM_SNAPSHOTS:]
             scores, self._snapshots = await asyncio.gather(self._evaluated(others), self._take_snapshots(captured))
@@ -156,6 +166,7 @@ class ChaosTrainer(FedAvgTrainer):
                 {
                     "updates": digest((self._updates, training.result())),
                     "items": digest(reading.result()),
+                    "blends": digest(blending.result()),
                     "scores": digest(scores),
                     "snapshots": digest(self._snapshots),
                     "reports": digest(reports),
@@ -176,6 +187,11 @@ class ChaosTrainer(FedAvgTrainer):
         scores = await group.evaluate(model_weights=weights)
         reduced = await group.reduce("evaluate", mean, model_weights=weights)
         return {**scores, f"mean of {client_ids}": (reduced.value, reduced.count)}
+
+    async def _blended(self, round_num: int) -> dict[str, Tensor]:
+        stateful = [one for one in self.select_clients(round_num) if not _number(one) % 2]
+        values = torch.arange(_LARGE) * (0.5 + round_num)
+        return await self.learner_proxy.clients(stateful[-_NUM_BLENDING:]).call("blend", values)
 
     async def _take_snapshots(self, client_ids: list[str]) -> dict[str, bytes]:
         return {client_id: data async for client_id, data in self.learner_proxy.snapshots(client_ids)}
