@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from losses import Losses, kill, on_1, on_2, pid_of, pseudo, seen
 from torch import Tensor
 
 import torchfedrpc as tfr
+from torchfedrpc.wire.file import TensorFiles
 
 __all__ = ["on_1", "on_2", "seen"]  # fixtures
 
@@ -138,3 +140,36 @@ async def test_they_are_given_again_after_a_loss(
     latch.open()
     for weights in await asyncio.gather(*calls):
         assert all(tensor.eq(7).all() for tensor in weights.values())
+
+
+async def test_a_worker_that_dies_before_they_are_mapped_has_not_answered(
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, find = proxy.client(next(on_1)), TensorFiles.at
+    await learner.fill_and_get(3)
+
+    def find_too_late(addresses: Any, pid: int) -> TensorFiles:
+        monkeypatch.setattr(TensorFiles, "at", find)
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return find(addresses, pid)
+
+    monkeypatch.setattr(TensorFiles, "at", find_too_late)
+    weights = await learner.get()
+    await seen.loss()
+    assert all(tensor.eq(3).all() for tensor in weights.values())
+
+
+async def test_those_that_cannot_be_mapped_are_an_error_and_no_hang(
+    proxy: tfr.LearnerProxy, on_1: Iterator[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = proxy.client(next(on_1))
+
+    def refused(addresses: Any, pid: int) -> TensorFiles:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as here:
+        here.setattr(TensorFiles, "at", refused)
+        with pytest.raises(tfr.TorchFedRpcError, match="Too many open files"):
+            await learner.get()
+    assert (await learner.get())["layer"].eq(0).all()

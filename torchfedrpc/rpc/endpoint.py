@@ -21,7 +21,7 @@ from torchfedrpc.rpc.backend import async_entry
 from torchfedrpc.rpc.in_order import InOrder
 from torchfedrpc.rpc.message import MappedDevices, read_call, read_files, read_parcel
 from torchfedrpc.wire.failure import Failure
-from torchfedrpc.wire.packing import Packed
+from torchfedrpc.wire.packing import Packed, Unreadable
 from torchfedrpc.wire.shared import SharedValue
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,11 @@ def _share(endpoint: Endpoint, answers: Answers, number: int, message: Any, num_
 
 def _share_files(endpoint: Endpoint, answers: Answers, number: int, message: Any, num_calls: int | None) -> _Action:
     """Keep a value that lies in files of the driver's process."""
-    value = SharedValue(read_files(message, endpoint.driver_pid), number, num_calls)
+    try:
+        parcel: Packed = read_files(message, endpoint.driver_pid)
+    except Exception as error:
+        parcel = Unreadable(error)
+    value = SharedValue(parcel, number, num_calls)
     return lambda host: host.share(value)
 
 

@@ -65,16 +65,18 @@ def file_message(parcel: Packed, addresses: list[Address]) -> Any:
     return parcel.head, parcel.views, addresses, parcel.num_buffers
 
 
-def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
-    """The parcel of such a tuple, in files of that process of this machine."""
-    try:
-        if pid is None:
-            raise SerializationError("this process does not look into others")
-        head, views, addresses, num_buffers = message
-        files = TensorFiles.at(addresses, pid)
-        return Parcel(head, views, files.tensors(), num_buffers, files=files)
-    except Exception as error:
-        return Unreadable(error)
+def read_files(message: Any, pid: int | None) -> Parcel:
+    """The parcel of such a tuple, in files of that process of this machine.
+
+    Raises:
+        OSError: that process is gone, or no file can be opened here.
+        SerializationError: the files are not what they are said to be.
+    """
+    if pid is None:
+        raise SerializationError("this process does not look into others")
+    head, views, addresses, num_buffers = message
+    files = TensorFiles.at(addresses, pid)
+    return Parcel(head, views, files.tensors(), num_buffers, files=files)
 
 
 def _taken(received: torch.Tensor) -> torch.Tensor:
@@ -139,14 +141,18 @@ def read_report(message: Any) -> tuple[Call, int, Packed]:
 
 
 def read_outcome(message: Any, home: torch.device | None, pid: int | None = None) -> Outcome:
-    """The outcome of such a tuple, from a worker whose files this process finds by ``pid``, if at all."""
+    """The outcome of such a tuple, from a worker whose files this process finds by ``pid``, if at all.
+
+    Raises:
+        OSError: the outcome has not arrived: as of `read_files`.
+    """
     (kind, never_ran, cut_off, seconds, is_in_files), parts, content = message
     failure = Failure(*parts) if parts else None
     if is_in_files:
-        parcel: Packed | None = read_files(content, pid)
-        if isinstance(parcel, Parcel) and parcel.files is not None:
-            parcel.files.close()  # it is mapped
-            parcel = replace(parcel, files=None)
+        mapped = read_files(content, pid)
+        assert mapped.files is not None
+        mapped.files.close()
+        parcel: Packed | None = replace(mapped, files=None)
     else:
         parcel = read_parcel(content, home, move_all=True)
     return Outcome(kind, parcel, failure, never_ran, cut_off, seconds=seconds)
