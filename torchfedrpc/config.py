@@ -69,7 +69,7 @@ class RuntimeConfig:
         journal_max_bytes: bytes of those calls' arguments that the driver keeps, of all learners together; beyond
             that snapshots are taken. What many of them have in common counts once, and goes to disk first, up to
             eight times as much. The default holds a 40 MB model six times; 0 takes a snapshot after each call that
-            has arguments.
+            has arguments. As much again is kept of memory that came free, for what calls have in common next.
         max_pending_calls: calls that may wait for their results at once, in the whole run; one more raises
             CapacityError. None for no limit: waiting calls cost little beside their arguments, which
             ``max_inflight_bytes`` bounds.
