@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import mmap
 import os
@@ -9,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from losses import pseudo
 
 import torchfedrpc as tfr
+from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.memory import KeptMemory, Memory
 from torchfedrpc.wire.packing import pack
@@ -31,7 +34,7 @@ def kept() -> Iterator[KeptMemory]:
 
 
 def inode_of(files: TensorFiles) -> int:
-    ((_, inode, _, _),) = files.addresses()
+    ((_, inode, *_),) = files.addresses()
     return inode
 
 
@@ -93,7 +96,7 @@ def test_what_another_process_has_mapped_is_not(kept: KeptMemory) -> None:
 def test_what_was_lent_to_one_out_of_reach_is_not(kept: KeptMemory) -> None:
     files = files_of(1, kept)
     inode = inode_of(files)
-    files.keep_for_good()
+    files.use_once()
     del files
     assert inode_of(files_of(2, kept)) != inode
 
@@ -111,17 +114,57 @@ def test_no_more_is_kept_than_is_allowed(kept: KeptMemory) -> None:
     assert not any("torchfedrpc-shared" in where for where in descriptors())
 
 
-def test_where_the_kernel_does_not_tell_nothing_is_written_again(
-    kept: KeptMemory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*args: Any) -> None:
-        raise OSError(22, "Invalid argument")
+def test_where_the_kernel_does_not_tell_nothing_is_kept(kept: KeptMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fcntl.fcntl
+
+    def refused(descriptor: int, what: int, *args: Any) -> Any:
+        if what == fcntl.F_SETLEASE:
+            raise OSError(22, "Invalid argument")
+        return asked(descriptor, what, *args)
 
     monkeypatch.setattr("torchfedrpc.wire.memory.fcntl.fcntl", refused)
-    memory = object.__new__(Memory)
-    memory.descriptor = os.memfd_create("other")
-    assert not memory.is_free()
-    os.close(memory.descriptor)
+    inode = inode_of(files_of(1, kept))
+    other = files_of(2, kept)
+    assert inode_of(other) != inode
+    del other
+    assert not any("torchfedrpc-shared" in where for where in descriptors())
+
+
+def test_whoever_comes_too_late_is_told(kept: KeptMemory) -> None:
+    files = files_of(1, kept)
+    addresses = files.addresses()
+    del files
+    assert inode_of(other := files_of(2, kept)) == addresses[0][1]
+    with pytest.raises(SerializationError, match="not there any more"):
+        TensorFiles.at(addresses, os.getpid())
+    assert TensorFiles.at(other.addresses(), os.getpid()).tensors()[0].sum() == 2 * MIB // 4
+
+
+def test_a_garbage_collection_may_give_back_at_any_time(kept: KeptMemory) -> None:
+    class Circle:
+        def __init__(self, files: TensorFiles) -> None:
+            self.files, self.circle = files, self
+
+    before, kept._limit_bytes = gc.get_threshold(), 3 * MIB
+    gc.set_threshold(3)
+    try:
+        for number in range(300):
+            files = files_of(number, kept)
+            assert files.tensors()[0][0] == number
+            Circle(files)
+            del files
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert kept._num_bytes <= kept._limit_bytes
+
+
+def test_threads_may_share_it(kept: KeptMemory) -> None:
+    def use(value: int) -> bool:
+        return all(float(files_of(value, kept).tensors()[0].sum()) == value * MIB // 4 for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(use, range(4)))
 
 
 def test_memory_that_cannot_be_mapped_is_written_without(kept: KeptMemory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +209,12 @@ async def test_the_values_of_many_rounds_need_few_descriptors(few_descriptors: N
             assert set((await proxy.clients().call("take", weights)).values()) == {float(number)}
 
 
-def test_without_descriptors_a_value_is_kept_in_memory(kept: KeptMemory) -> None:
+@pytest.mark.parametrize("num_left", [0, 1])
+def test_without_descriptors_a_value_is_kept_in_memory(kept: KeptMemory, num_left: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    first_free = os.dup(0)
+    os.close(first_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + num_left, hard))
     try:
         parcel = pack(torch.ones(MIB), kept=kept)
     finally:

@@ -424,7 +424,9 @@ def test_a_sidecar_that_is_stopped_leaves_no_process_and_no_descriptor() -> None
     before = os.listdir("/proc/self/fd")
     ours, theirs = socket.socketpair()
     beside = Sidecar(theirs, activity)
+    beside.wait_for_beat()
     assert ours.recv(1) == sidecar.BEAT
+    beside.wait_for_beat()  # it has beaten, whoever asks
     assert len(os.listdir("/proc/self/fd")) == len(before) + 1
     beside.stop()
     assert not Path(f"/proc/{beside.pid}").exists()

@@ -135,10 +135,10 @@ async def test_memory_that_a_worker_of_a_broken_world_may_still_look_for_is_not_
     executor: Any = proxy._router._main
     questions = [one for host in executor._group.hosts.values() for one in host._questions.values()]
     memories = [file._memory for one in questions for files in one.lent for file in files._files]
-    assert [memory.is_for_good for memory in memories] == [False, False]
+    assert [memory.is_used_once for memory in memories] == [False, False]
     kill(proxy, "worker1")
     async with asyncio.timeout(20):
-        while not all(memory.is_for_good for memory in memories):
+        while not all(memory.is_used_once for memory in memories):
             await asyncio.sleep(0.01)
     latch.open()
     assert await asyncio.gather(*calls) == [1.0, 1.0]

@@ -77,6 +77,16 @@ def test_a_module_is_imported_once_its_name_is_asked_for(
     monkeypatch.delitem(sys.modules, "provided_late")
 
 
+def test_an_import_that_fails_is_tried_again(
+    registry: Registry[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.provide("late", "provided_broken")
+    with pytest.raises(ModuleNotFoundError):
+        registry.get("late")
+    with pytest.raises(ModuleNotFoundError):
+        registry.get("late")
+
+
 def test_names_are_sorted(registry: Registry[Any]) -> None:
     for name in ("soup", "bread", "pie"):
         registry.register(name)(make(name))

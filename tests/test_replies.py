@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import torchfedrpc as tfr
 from torchfedrpc.host import replies
 from torchfedrpc.host.call import Outcome
 from torchfedrpc.host.deadlines import Deadlines
@@ -70,7 +71,7 @@ def test_while_calls_wait_as_many_are_held_as_there_are(line: Line) -> None:
 def test_parts_of_a_reduction_are_told_once_no_call_waits(line: Line) -> None:
     for waiting, name in zip((4, 3, 2, 1, 0), "abcde", strict=True):
         line.num_waiting = waiting
-        line.put(name, is_part=True)
+        line.put(name, can_wait=True)
     assert line.bursts == [["a", "b", "c", "d", "e"]]
 
 
@@ -91,7 +92,7 @@ def test_none_waits_for_a_long_call_behind_it(line: Line, monkeypatch: pytest.Mo
 
 def test_a_call_that_nobody_waits_for_lets_those_before_it_go(line: Line) -> None:
     line.num_waiting = 2
-    line.put("a", is_part=True)
+    line.put("a", can_wait=True)
     line.num_waiting = 0
     line.replies.put(None, Outcome("cancelled"))
     assert line.bursts == [["a"]]
@@ -102,8 +103,8 @@ def test_a_reply_that_fails_takes_no_other_along(line: Line, caplog: pytest.LogC
         raise ValueError("asked to fail")
 
     line.num_waiting = 3
-    line.put("a", is_part=True)
-    line.replies.put(fail, SHORT, is_part=True)
+    line.put("a", can_wait=True)
+    line.replies.put(fail, SHORT, can_wait=True)
     line.num_waiting = 0
     line.put("b")
     assert line.bursts == [["a", "b"]]
@@ -123,3 +124,31 @@ def test_nothing_is_held_where_faults_are_armed(line: Line) -> None:
     line.replies.are_held = False
     line.put("a")
     assert line.bursts == [["a"]]
+
+
+class Counting:
+    """A learner whose results are added up."""
+
+    def __init__(self, client_id: str) -> None: ...
+
+    def one(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("options", "can_wait"), [({}, True), ({"timeout_s": 30}, False), ({"min_results": 2}, False)]
+)
+async def test_parts_can_wait_where_neither_deadline_nor_quorum_counts_their_calls(
+    options: dict[str, Any], can_wait: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, seen = Replies.put, []
+
+    def note(self: Replies, *args: Any, **kwargs: Any) -> None:
+        seen.append(kwargs)
+        put(self, *args, **kwargs)
+
+    monkeypatch.setattr(Replies, "put", note)
+    async with tfr.LearnerProxy(Counting, ["a", "b"], runtime="local") as proxy:
+        reduced = await proxy.clients().options(**options).reduce("one", tfr.Sum())
+    assert reduced.value == 2
+    assert seen[:2] == [{"can_wait": can_wait}] * 2

@@ -102,7 +102,9 @@ async def test_nothing_of_them_is_left(proxy: tfr.LearnerProxy, on_1: Iterator[s
         weights = await learner.fill_and_get(value)
         assert weights["layer"].eq(value).all()
     del weights
-    assert held_by(os.getpid()) == 0
+    async with asyncio.timeout(10):
+        while held_by(os.getpid()):
+            await asyncio.sleep(0.01)
     assert held_by(pid) < 30  # of outcomes that may be asked for again, and of what is kept to be written again
 
 
@@ -160,16 +162,34 @@ async def test_a_worker_that_dies_before_they_are_mapped_has_not_answered(
     assert all(tensor.eq(3).all() for tensor in weights.values())
 
 
-async def test_those_that_cannot_be_mapped_are_an_error_and_no_hang(
-    proxy: tfr.LearnerProxy, on_1: Iterator[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("reason", "error", "num_worlds"),
+    [
+        (OSError(24, "Too many open files"), tfr.SerializationError, 0),
+        (OSError(2, "No such file or directory"), tfr.WorkerLostError, 1),  # by a fault of ours: it is found out
+    ],
+)
+async def test_those_that_cannot_be_mapped_are_an_error_of_their_call(
+    proxy: tfr.LearnerProxy,
+    seen: Losses,
+    on_1: Iterator[str],
+    monkeypatch: pytest.MonkeyPatch,
+    reason: OSError,
+    error: type[Exception],
+    num_worlds: int,
 ) -> None:
-    learner = proxy.client(next(on_1))
+    learner, other = proxy.client(next(on_1)), proxy.client(next(on_1))
+    find, refused = TensorFiles.at, []
 
-    def refused(addresses: Any, pid: int) -> TensorFiles:
-        raise OSError(24, "Too many open files")
+    def refuse_once(addresses: Any, pid: int) -> TensorFiles:
+        if not refused:
+            refused.append(addresses)
+            raise reason
+        return find(addresses, pid)
 
-    with monkeypatch.context() as here:
-        here.setattr(TensorFiles, "at", refused)
-        with pytest.raises(tfr.TorchFedRpcError, match="Too many open files"):
-            await learner.get()
+    monkeypatch.setattr(TensorFiles, "at", refuse_once)
+    with pytest.raises(error, match=reason.strerror):
+        await learner.get()
+    assert (await other.get())["layer"].eq(0).all()
     assert (await learner.get())["layer"].eq(0).all()
+    assert len(seen.formed) == num_worlds

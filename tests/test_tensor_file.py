@@ -38,12 +38,25 @@ def test_whoever_maps_it_changes_it_for_nobody_else() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda number, inode, size, places: (number, inode + 1, size, places),  # its number was given to another
-        lambda number, inode, size, places: (number, inode, size + 4096, places),
-        lambda number, inode, size, places: (number, inode, size, [(0, 1 << 20, "float32", (1 << 18,), (1,))]),
-        lambda number, inode, size, places: (number, inode, size, [(0, 4, "float32", (5,), (1,))]),
-        lambda number, inode, size, places: (number, inode, size, [(-64, 20, "float32", (5,), (1,))]),
-        lambda number, inode, size, places: (number, inode, size, [(0, 20, "nn", (5,), (1,))]),
+        lambda number, inode, size, stamp, places: (
+            number,
+            inode + 1,
+            size,
+            stamp,
+            places,
+        ),  # its number was given to another
+        lambda number, inode, size, stamp, places: (number, inode, size + 4096, stamp, places),
+        lambda number, inode, size, stamp, places: (number, inode, size, stamp + 1, places),  # it was written again
+        lambda number, inode, size, stamp, places: (
+            number,
+            inode,
+            size,
+            stamp,
+            [(0, 1 << 20, "float32", (1 << 18,), (1,))],
+        ),
+        lambda number, inode, size, stamp, places: (number, inode, size, stamp, [(0, 4, "float32", (5,), (1,))]),
+        lambda number, inode, size, stamp, places: (number, inode, size, stamp, [(-64, 20, "float32", (5,), (1,))]),
+        lambda number, inode, size, stamp, places: (number, inode, size, stamp, [(0, 20, "nn", (5,), (1,))]),
     ],
 )
 def test_an_address_that_does_not_fit_is_refused(change: Any) -> None:
@@ -58,7 +71,7 @@ def test_another_file_of_a_process_is_not_read() -> None:
         file.flush()
         status = os.fstat(file.fileno())
         with pytest.raises((SerializationError, OSError)):
-            TensorFile.at((file.fileno(), status.st_ino, status.st_size, []), os.getpid())
+            TensorFile.at((file.fileno(), status.st_ino, status.st_size, 0, []), os.getpid())
 
 
 class Taker:

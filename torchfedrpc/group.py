@@ -254,9 +254,10 @@ class LearnerGroup:
         tasks: dict[asyncio.Future[Any], str] = {}
         # Neighbours of a reduction one after another: their results are merged as they come.
         clients = self._clients if reduction is None else reduction.reduction.client_ids
+        are_awaited = self._options.timeout_s is not None or self._options.min_results is not None
         for client_id in self._dispatcher.plan(clients, method):
             own = self._clients[client_id]
-            part = reduction.reduction.part(client_id) if reduction is not None else None
+            part = reduction.reduction.part(client_id, is_awaited=are_awaited) if reduction is not None else None
             call = self._dispatcher.call(self._options, client_id, method, args, {**kwargs, **own}, part)
             tasks[asyncio.ensure_future(call)] = client_id
         ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()

@@ -65,8 +65,8 @@ class Registry(Generic[T]):
         return sorted({*self._entries, *self._modules})
 
     def _import(self, name: str) -> None:
-        if (module := self._modules.pop(name, None)) is not None:
-            importlib.import_module(module)
+        if (module := self._modules.get(name)) is not None:
+            importlib.import_module(module)  # where another thread does so, too, Python has one wait for the other
 
 
 trainers: Registry[Any] = Registry("trainer")

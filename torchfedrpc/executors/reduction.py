@@ -44,9 +44,9 @@ class Reduction:
         """A forest of it, with nothing in it."""
         return Forest(self._reducer, self.places)
 
-    def part(self, client_id: str) -> Part:
+    def part(self, client_id: str, *, is_awaited: bool = False) -> Part:
         """What a client's result is."""
-        return Part(self.number, self._place_of[client_id])
+        return Part(self.number, self._place_of[client_id], is_awaited)
 
     async def finish(self, nodes: Iterable[Node]) -> Any:
         """The value of all partial results together, of one client at least.

@@ -128,7 +128,7 @@ class Sharing:
     no code of the user's has run between the calls; else what has the same bytes.
 
     Args:
-        take_value: takes an object as it is now; and says in which files it lies, if in any.
+        take_value: takes an object as it is now.
         release: frees a value that was placed.
     """
 

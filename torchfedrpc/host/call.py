@@ -22,10 +22,12 @@ class Part:
     Attributes:
         reduction: number of the reduction, in a run.
         place: the client's place in it.
+        is_awaited: whether the end of this call by itself is waited for, by a deadline or a quorum.
     """
 
     reduction: int
     place: int
+    is_awaited: bool = False
 
 
 @dataclass(frozen=True, slots=True)

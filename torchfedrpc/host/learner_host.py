@@ -339,7 +339,8 @@ class LearnerHost:
         if following is not None:
             self._runner.begin(following)
         with self._replies.gathered() if collects else nullcontext():
-            self._replies.put(reply, outcome, is_part=job.call.part is not None)
+            part = job.call.part
+            self._replies.put(reply, outcome, can_wait=part is not None and not part.is_awaited)
             for collect in collects:
                 self._runner.collect(collect)  # what can be done at once goes with this very answer
         if unread:
@@ -367,7 +368,7 @@ class LearnerHost:
 
     def _overran(self, call_id: int) -> None:
         job = self._jobs.get(call_id)
-        if job is None or (not self._is_remote and debugger_attached()):
+        if job is None or not job.stepping or (not self._is_remote and debugger_attached()):
             return
         call = job.call
         error = CallTimeoutError(

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _ENOUGH_S = 0.01  # for which outcomes are held, where the calls between take less
 _MOST_S = 0.02  # the same where one takes longer
-_PARTS = 5  # times as long for outcomes of calls whose results stay here: what they come to is waited for
+_PATIENCE = 5  # times as long for outcomes of calls whose results stay here: what these come to is waited for
 
 
 class Replies:
@@ -48,16 +48,16 @@ class Replies:
         self._lock = threading.Lock()  # guards what follows
         self._held: list[tuple[Reply, Outcome]] = []
         self._since = 0.0  # when the first of these came
-        self._timed = 0  # how patient those are who wait for the clock that runs; 0: none does
+        self._patience = 0  # of those for whom the clock runs, in these times; 0: it does not run
         self._num_gathering = 0
 
-    def put(self, reply: Reply | None, outcome: Outcome, *, is_part: bool = False) -> None:
+    def put(self, reply: Reply | None, outcome: Outcome, *, can_wait: bool = False) -> None:
         """Make a reply, soon.
 
         Args:
             reply: takes the outcome; None where nobody waits for it.
             outcome: of a call, or a step of a stream.
-            is_part: whether it is of a call whose result stays here, so that it need not come early.
+            can_wait: whether it is of a call whose result stays here, so that it need not come early.
         """
         due: list[tuple[Reply, Outcome]] = []
         with self._lock:
@@ -67,12 +67,12 @@ class Replies:
                 self._held.append((reply, outcome))
             if not self._held:
                 return
-            patience = _PARTS if is_part else 1
+            patience = _PATIENCE if can_wait else 1
             if self._is_due(outcome, patience):
                 due, self._held = self._held, []
-            starts_timer = not due and not self._num_gathering and not 0 < self._timed <= patience
+            starts_timer = not due and not self._num_gathering and not 0 < self._patience <= patience
             if starts_timer:
-                self._timed = patience
+                self._patience = patience
         if starts_timer:
             self._deadlines.start(self, patience * _MOST_S)
         self._reply(due)
@@ -93,7 +93,7 @@ class Replies:
         """Time is up: make the replies that are held."""
         with self._lock:
             held, self._held = self._held, []
-            self._timed = 0
+            self._patience = 0
         self._reply(held)
 
     def _is_due(self, outcome: Outcome, patience: int) -> bool:

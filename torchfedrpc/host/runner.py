@@ -38,7 +38,7 @@ from torchfedrpc.wire.packing import Packed, Reference, pack, pack_only
 
 logger = logging.getLogger(__name__)
 
-_MAX_KEPT_BYTES = 128 << 20  # of memory for results, to be written again
+_REUSED_BYTES = 128 << 20  # of memory for results, to be written again
 
 Report = Callable[[Call, int, Packed], None]  # a call, which of its reports this is, from 0, and its value
 Done = Callable[[Job, Outcome], None]
@@ -94,7 +94,7 @@ class Runner:
         self._done = done
         self.saboteur: Saboteur | None = None
         self.shows_files = False
-        self._kept = KeptMemory(_MAX_KEPT_BYTES)
+        self._kept = KeptMemory(_REUSED_BYTES)
         self._seeds_streams = spec.runtime.max_concurrent_calls == 1
         self._in_driver = in_driver
         self._process_streams = ProcessStreams(device)

@@ -137,10 +137,10 @@ def dump(snapshot: Snapshot, allow: AllowList) -> bytearray:
             f"the state of {snapshot.client_id} ({snapshot.learner}) cannot be captured because of {part}: {cause}; "
             f"{untrusted}{_REMEDY}"
         ) from cause
-    checksum = 0
-    for chunk in chunks:
-        checksum = zlib.crc32(chunk, checksum)
-    return bytearray().join((_HEADER.pack(_MAGIC, _VERSION, checksum), *chunks))
+    data = bytearray().join((bytes(_HEADER.size), *chunks))
+    # Of the copy: a thread of the learner's own may go on writing to what was copied.
+    _HEADER.pack_into(data, 0, _MAGIC, _VERSION, zlib.crc32(memoryview(data)[_HEADER.size :]))
+    return data
 
 
 def load(data: bytes | bytearray | memoryview, allow: AllowList) -> Snapshot:

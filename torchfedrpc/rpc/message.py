@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from typing import Any
 
@@ -65,18 +66,23 @@ def file_message(parcel: Packed, addresses: list[Address]) -> Any:
     return parcel.head, parcel.views, addresses, parcel.num_buffers
 
 
-def read_files(message: Any, pid: int | None) -> Parcel:
+def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
     """The parcel of such a tuple, in files of that process of this machine.
 
     Raises:
-        OSError: that process is gone, or no file can be opened here.
-        SerializationError: the files are not what they are said to be.
+        OSError: the files are not there, as where that process has ended.
+        SerializationError: they are others.
     """
     if pid is None:
         raise SerializationError("this process does not look into others")
     head, views, addresses, num_buffers = message
-    files = TensorFiles.at(addresses, pid)
-    return Parcel(head, views, files.tensors(), num_buffers, files=files)
+    try:
+        files = TensorFiles.at(addresses, pid)
+        return Parcel(head, views, files.tensors(), num_buffers, files=files)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        return Unreadable(SerializationError(f"there is no room to map the memory of process {pid}: {error}"))
 
 
 def _taken(received: torch.Tensor) -> torch.Tensor:
@@ -99,7 +105,7 @@ def home_device(parcel: Packed) -> torch.device | None:
 def call_message(call: Call, covered: MappedDevices) -> Any:
     """A call as a tuple."""
     timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # numpy's would not get through
-    part = (call.part.reduction, call.part.place) if call.part is not None else None
+    part = (call.part.reduction, call.part.place, call.part.is_awaited) if call.part is not None else None
     fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind, part)
     return (
         fields,
@@ -144,15 +150,16 @@ def read_outcome(message: Any, home: torch.device | None, pid: int | None = None
     """The outcome of such a tuple, from a worker whose files this process finds by ``pid``, if at all.
 
     Raises:
-        OSError: the outcome has not arrived: as of `read_files`.
+        OSError: as of `read_files`.
+        SerializationError: as of `read_files`.
     """
     (kind, never_ran, cut_off, seconds, is_in_files), parts, content = message
     failure = Failure(*parts) if parts else None
     if is_in_files:
-        mapped = read_files(content, pid)
-        assert mapped.files is not None
-        mapped.files.close()
-        parcel: Packed | None = replace(mapped, files=None)
+        parcel: Packed | None = read_files(content, pid)
+        if isinstance(parcel, Parcel) and parcel.files is not None:
+            parcel.files.close()  # it is mapped
+            parcel = replace(parcel, files=None)
     else:
         parcel = read_parcel(content, home, move_all=True)
     return Outcome(kind, parcel, failure, never_ran, cut_off, seconds=seconds)

@@ -50,7 +50,7 @@ class Sidecar:
                 [sys.executable, "-I", "-S", sidecar.__file__, *map(str, [*descriptors, interval_s, grace_s])],
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
             )
 
     @property
@@ -58,14 +58,22 @@ class Sidecar:
         """Its process id."""
         return self._process.pid
 
+    def wait_for_beat(self) -> None:
+        """Return once it has beaten, so that from then on its silence means something."""
+        output = self._process.stdout
+        assert output is not None
+        if not output.closed:
+            with output:
+                output.read(1)
+
     def suspend(self) -> None:
         """Have it say nothing more, as if it were cut off from the driver."""
         self._process.send_signal(signal.SIGUSR1)
 
     def stop(self) -> None:
         """End it, which ends the pulse."""
-        self._process.kill()
-        self._process.wait()
+        with self._process:
+            self._process.kill()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
@@ -222,7 +223,7 @@ class RemoteHost:
         for question in self._questions.values():
             for files in question.lent:  # the worker may have requests before it that it reads only later
                 if files is not None:
-                    files.keep_for_good()
+                    files.use_once()
         self._questions.clear()
         self._outgoing.clear()
 
@@ -351,17 +352,23 @@ class RemoteHost:
             if message is None:  # the worker is leaving this world
                 return
             number, parts = message
-            answers = [self._read(question, part) for question, part in parts]
+            read = [(question, self._read(question, part)) for question, part in parts]
+            answers = [(question, answer) for question, answer in read if answer is not None]
         except Exception as error:  # whatever RPC makes of a connection that broke
             call_on(self._loop, self._failed, alone, error)
             return
         self._in_order.put(number, partial(call_on, self._loop, self._deliver, alone, answers))
 
-    def _read(self, number: int | None, part: Any) -> tuple[int | None, Any]:
+    def _read(self, number: int | None, part: Any) -> Any:
+        """A report or an outcome; None where that is not in its worker's memory, as where the worker is gone."""
         if number is None:
-            return None, read_report(part)
+            return read_report(part)
         question = self._questions.get(number)
-        return number, read_outcome(part, question.home if question is not None else None, self._pid)
+        try:
+            return read_outcome(part, question.home if question is not None else None, self._pid)
+        except (OSError, SerializationError) as error:
+            call_on(self._loop, self._missed, number, error)
+            return None
 
     def _deliver(self, alone: int | None, answers: list[tuple[int | None, Any]]) -> None:
         if not self._is_open:
@@ -384,6 +391,11 @@ class RemoteHost:
             self._traffic.num_received_bytes += outcome.parcel.num_bytes
         else:
             self._traffic.num_snapshot_bytes += outcome.parcel.num_bytes
+
+    def _missed(self, number: int, error: Exception) -> None:
+        """An outcome could not be found; that matters where somebody still waits for it."""
+        if self._is_open and (question := self._questions.get(number)) is not None:
+            self._on_error(self, [question.call], error)
 
     def _failed(self, alone: int | None, error: Exception) -> None:
         """A request got lost, or its answer: it may be that of any call that is asked for, unless it went alone."""

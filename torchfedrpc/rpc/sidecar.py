@@ -2,7 +2,7 @@
 
 It is run by its path and imports little, so that it is small and starts fast. It writes lines: an empty one is a
 beat, and one of call ids tells what the worker was running, after a mark for a worker that is stopped or has ended.
-A mark of its own tells that the worker asks to leave.
+A mark of its own tells that the worker asks to leave. Its standard output has one character once it has beaten.
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ def send(pulse: int, data: bytes) -> bytes:
         return data
 
 
+def tell_begun() -> bool:
+    """Tell the worker that this has beaten; whether it is still there to hear it."""
+    try:
+        return bool(os.write(sys.stdout.fileno(), b"."))
+    except BrokenPipeError:
+        return False
+
+
 def is_closed(pulse: int) -> bool:
     """Whether the other end of a socket that has something to say is closed."""
     try:
@@ -84,7 +92,7 @@ def watch(pulse: int, activity: int, process: int, stat: int, interval_s: float,
     poll = select.poll()
     poll.register(process, select.POLLIN)
     poll.register(pulse, select.POLLIN)
-    unsent, worked, has_told = b"", 0, False
+    unsent, worked, has_told, has_begun = b"", 0, False, False
     while True:
         had_worked = worked
         try:
@@ -101,6 +109,8 @@ def watch(pulse: int, activity: int, process: int, stat: int, interval_s: float,
         if not has_told and not unsent and wants_to_leave(activity):
             line, has_told = line + LEAVING + b"\n", True
         unsent = send(pulse, unsent or line)
+        if not has_begun:
+            has_begun = tell_begun()
         ready = [descriptor for descriptor, _ in poll.poll(interval_s * 1000)]
         if process in ready:
             break

@@ -266,6 +266,7 @@ class _Worker:
         )
         self._endpoint.host = self._host
         endpoint.serving = self._endpoint
+        self._sidecar.wait_for_beat()
         sees_files = driver_pid is not None
         return {"device": str(device), "visible_gpus": visible_gpus(), "sees_files": sees_files, "files": own}
 

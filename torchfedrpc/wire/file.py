@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,14 +14,14 @@ import torch
 from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.wire.memory import NAME, SEALS, KeptMemory, Memory, map_file
+from torchfedrpc.wire.memory import NAME, SEALS, STAMP_BYTES, KeptMemory, Memory, map_file, stamp_of
 from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named
 
 _MAX_FILES = 16  # for the tensors of one object
 _FILE_BYTES = 4 << 20  # fewer where they would have less than that: descriptors are few, and journals keep many
-Address = tuple[int, int, int, list[tuple[int, int, str, tuple[int, ...], tuple[int, ...]]]]
-"""Where another process of this machine finds a file: descriptor, inode, size in bytes; then for each tensor where it
-begins, its size in bytes, its dtype, shape and strides. Plain data."""
+Address = tuple[int, int, int, int, list[tuple[int, int, str, tuple[int, ...], tuple[int, ...]]]]
+"""Where another process of this machine finds a file: descriptor, inode, size in bytes, stamp; then for each tensor
+where it begins, its size in bytes, its dtype, shape and strides. Plain data."""
 
 
 class TensorFiles:
@@ -63,10 +62,10 @@ class TensorFiles:
         for file in self._files:
             file.close()
 
-    def keep_for_good(self) -> None:
+    def use_once(self) -> None:
         """Never write this memory again: somebody who is out of reach may still look for it."""
         for file in self._files:
-            file.keep_for_good()
+            file.use_once()
 
     def tensors(self) -> list[Tensor]:
         """The tensors, each with a storage of its own, in memory that nobody else writes or sees written.
@@ -135,7 +134,7 @@ class TensorFile:
             OSError: it cannot be opened.
             SerializationError: it is another file, or not as it is said to be.
         """
-        number, inode, num_bytes, places = address
+        number, inode, num_bytes, stamp, places = address
         path = f"/proc/{pid}/fd/{number}"
         layout = [(*place[:2], dtype_named(place[2]), *place[3:]) for place in places]
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -144,8 +143,10 @@ class TensorFile:
         # What is sealed does not shrink under those who map it, nor is it written while any do: see `KeptMemory`.
         if not is_meant or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise SerializationError("what a call refers to is not there any more")
-        if num_bytes != os.fstat(descriptor).st_size:
+        if num_bytes + STAMP_BYTES != os.fstat(descriptor).st_size:
             raise SerializationError("a file has another size than it is said to have")
+        if stamp_of(descriptor, num_bytes) != stamp:  # else it stays so, as long as it is open here
+            raise SerializationError("what a call refers to is not there any more")
         for start, num_tensor_bytes, dtype, shape, stride in file._layout:
             check_extent(shape, stride, 0, dtype, num_tensor_bytes)
             if min(start, num_tensor_bytes) < 0 or start + num_tensor_bytes > num_bytes:
@@ -168,7 +169,8 @@ class TensorFile:
     def address(self) -> Address:
         """Where other processes of this machine find it, as long as it is kept here."""
         places = [(*place[:2], str(place[2]).removeprefix("torch."), *place[3:]) for place in self._layout]
-        return self._descriptor, os.fstat(self._descriptor).st_ino, self._num_bytes, places
+        assert self._memory is not None
+        return self._descriptor, os.fstat(self._descriptor).st_ino, self._num_bytes, self._memory.stamp, places
 
     def tensors(self) -> list[Tensor]:
         """The tensors, each with a storage of its own, in memory that nobody else writes or sees written.
@@ -176,25 +178,16 @@ class TensorFile:
         Raises:
             OSError: there is no address space, or there are too many mappings.
         """
-        with self._reader() as reader:
-            array = map_file(reader, self._num_bytes, mmap.MAP_PRIVATE)
+        if self._memory is not None:
+            array = self._memory.map_to_read()
+        else:
+            array = map_file(self._descriptor, self._num_bytes + STAMP_BYTES, mmap.MAP_PRIVATE)
         return [_in_memory(array, *place) for place in self._layout]
 
-    def keep_for_good(self) -> None:
+    def use_once(self) -> None:
         """Never write this memory again."""
         if self._memory is not None:
-            self._memory.is_for_good = True
-
-    @contextlib.contextmanager
-    def _reader(self) -> Iterator[int]:
-        if self._memory is None:
-            yield self._descriptor
-            return
-        reader = self._memory.reopened()
-        try:
-            yield reader
-        finally:
-            os.close(reader)
+            self._memory.is_used_once = True
 
 
 def _in_memory(

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
+import secrets
 import signal
 import tempfile
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from torchfedrpc.wire.tensors import as_bytes
 
 NAME = "torchfedrpc-shared"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+STAMP_BYTES = 8
 _MAX_KEPT = 64  # descriptors
 
 _FAILED = ctypes.c_void_p(-1).value
@@ -47,8 +52,16 @@ def map_file(descriptor: int, num_bytes: int, flags: int) -> Any:
     return array
 
 
+def stamp_of(descriptor: int, num_bytes: int) -> int:
+    """The stamp behind so many bytes of a file of `Memory`, as it is now."""
+    return int.from_bytes(os.pread(descriptor, STAMP_BYTES, num_bytes), "little")
+
+
 class Memory:
     """So many bytes that this process alone writes, as a file without a name.
+
+    A reader opens it anew, and maps it privately. The stamp tells one who has just opened it that it has what was
+    meant for it: the writer takes the stamp away before it looks whether anybody has it open.
 
     Args:
         num_bytes: its size, which it keeps.
@@ -56,7 +69,8 @@ class Memory:
 
     Attributes:
         descriptor: the file's.
-        is_for_good: whether it is never to be written again.
+        stamp: behind those bytes, once they are written.
+        is_used_once: whether it is never to be written again.
 
     Raises:
         OSError: there is no room for it.
@@ -64,7 +78,8 @@ class Memory:
 
     def __init__(self, num_bytes: int, *, on_disk: bool = False) -> None:
         self.num_bytes = num_bytes
-        self.is_for_good = on_disk
+        self.stamp = 0
+        self.is_used_once = on_disk
         self._array: Any = None  # mapped to be written again
         if on_disk:
             with tempfile.TemporaryFile() as file:
@@ -72,7 +87,7 @@ class Memory:
         else:
             self.descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.descriptor, num_bytes)
+            os.ftruncate(self.descriptor, num_bytes + STAMP_BYTES)
             if not on_disk:
                 fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, SEALS)
         except BaseException:
@@ -86,50 +101,75 @@ class Memory:
             OSError: there is no room for them.
         """
         for start, tensor in tensors:
-            rest = as_bytes(tensor).numpy().data
-            if self._array is not None:  # no page is to be found any more, so this is the faster way
-                ctypes.memmove(ctypes.addressof(self._array) + start, tensor.data_ptr(), len(rest))
-                continue
-            while rest:
-                written = os.pwrite(self.descriptor, rest, start)
-                rest, start = rest[written:], start + written
-
-    def reopened(self) -> int:
-        """A descriptor of a reader's own, by which `is_free` knows of it, and of what is mapped by it."""
-        return os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            self._write(start, as_bytes(tensor).numpy().data)
+        self.stamp = secrets.randbits(8 * STAMP_BYTES - 1) + 1
+        self._put_stamp(self.stamp)
 
     def is_free(self) -> bool:
-        """Whether nobody, in whichever process, has opened or mapped it as a reader.
+        """Whether nobody, in whichever process, has opened or mapped it; nobody will then, who takes it for valid.
 
         It is so if the kernel would grant a lease for writing, which it does to the only one who has a file open.
+
+        Raises:
+            OSError: the kernel grants no leases on such files.
         """
-        reader = self.reopened()
+        self._put_stamp(0)
+        reader = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.fcntl(reader, fcntl.F_SETSIG, signal.SIGURG)  # if it were opened now; that one's default is nothing
             fcntl.fcntl(reader, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             fcntl.fcntl(reader, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        except OSError:
+        except BlockingIOError:
             return False
         finally:
             os.close(reader)
         return True
 
+    def map_to_read(self) -> Any:
+        """Its bytes and the stamp, as `map_file` gives them; as long as they are mapped it is not free.
+
+        Raises:
+            OSError: as of `map_file`, or no descriptor is left.
+        """
+        num_bytes = self.num_bytes + STAMP_BYTES
+        if self.is_used_once:
+            return map_file(self.descriptor, num_bytes, mmap.MAP_PRIVATE)
+        reader = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return map_file(reader, num_bytes, mmap.MAP_PRIVATE)
+        finally:
+            os.close(reader)
+
     def map_to_write(self) -> None:
         """See that what is written goes to pages that are there already."""
         if self._array is None:
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
             with contextlib.suppress(OSError):  # then it is written without
-                self._array = map_file(self.descriptor, self.num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+                self._array = map_file(self.descriptor, self.num_bytes + STAMP_BYTES, flags)
 
     def close(self) -> None:
         """Close it; whoever has mapped it keeps it."""
         self._array = None
         os.close(self.descriptor)
 
+    def _put_stamp(self, stamp: int) -> None:
+        self._write(self.num_bytes, memoryview(stamp.to_bytes(STAMP_BYTES, "little")))
+
+    def _write(self, start: int, content: memoryview) -> None:
+        if self._array is not None:  # no page is to be found any more, so this is the faster way
+            source = np.frombuffer(content, dtype=np.uint8)
+            ctypes.memmove(ctypes.addressof(self._array) + start, source.ctypes.data, len(content))
+            return
+        while content:
+            written = os.pwrite(self.descriptor, content, start)
+            content, start = content[written:], start + written
+
 
 class KeptMemory:
     """Memory that came free is written again: the kernel takes longer to find fresh pages than to copy into them.
 
-    Thread-safe, and a garbage collection may call `give_back` at any time.
+    Thread-safe. A garbage collection may call `give_back` at any time, in the middle of `take` too, and in a child
+    that was forked then: so it waits for nothing, and leaves the rest to whoever is at it.
 
     Args:
         limit_bytes: to be kept at most.
@@ -137,9 +177,10 @@ class KeptMemory:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # guards what is kept
         self._kept: list[Memory] = []  # the oldest first
         self._num_bytes = 0
+        self._returned: deque[Memory] = deque()  # that are still to be put there
         self._is_open = True
 
     def take(self, num_bytes: int) -> Memory:
@@ -149,33 +190,61 @@ class KeptMemory:
             OSError: there is no room for it.
         """
         with self._lock:
-            for memory in list(self._kept):
-                if memory.num_bytes == num_bytes and memory.is_free():
-                    self._kept.remove(memory)
-                    self._num_bytes -= num_bytes
-                    memory.map_to_write()
-                    return memory
-        return Memory(num_bytes)
+            memory = self._found(num_bytes)
+        self._put_away()
+        if memory is None:
+            return Memory(num_bytes)
+        memory.map_to_write()
+        return memory
 
     def give_back(self, memory: Memory) -> None:
         """Nobody in this process needs it any more; another one may still have it mapped."""
-        with self._lock:
-            if not self._is_open or memory.is_for_good or memory.num_bytes > self._limit_bytes:
-                memory.close()
-                return
-            self._kept.append(memory)
-            self._num_bytes += memory.num_bytes
-            while self._num_bytes > self._limit_bytes or len(self._kept) > _MAX_KEPT:
-                self._forget_one()
+        self._returned.append(memory)
+        self._put_away()
 
     def close(self) -> None:
         """Keep nothing any more."""
+        self._is_open = False
         with self._lock:
-            self._is_open = False
-            while self._kept:
-                self._forget_one()
+            self._forget(until_bytes=0)
+        self._put_away()
 
-    def _forget_one(self) -> None:
-        oldest = self._kept.pop(0)
-        self._num_bytes -= oldest.num_bytes
-        oldest.close()
+    def _found(self, num_bytes: int) -> Memory | None:
+        for memory in [one for one in self._kept if one.num_bytes == num_bytes]:
+            try:
+                is_free = memory.is_free()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):  # here it will never be known
+                    self._is_open = False
+                    self._forget(until_bytes=0)
+                return None
+            if is_free:
+                self._kept.remove(memory)
+                self._num_bytes -= num_bytes
+                return memory
+        return None
+
+    def _put_away(self) -> None:
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self._put_one_away()
+            finally:
+                self._lock.release()
+
+    def _put_one_away(self) -> None:
+        try:
+            memory = self._returned.popleft()
+        except IndexError:  # another thread has
+            return
+        if not self._is_open or memory.is_used_once or memory.num_bytes > self._limit_bytes:
+            memory.close()
+            return
+        self._kept.append(memory)
+        self._num_bytes += memory.num_bytes
+        self._forget(until_bytes=self._limit_bytes)
+
+    def _forget(self, until_bytes: int) -> None:
+        while self._kept and (self._num_bytes > until_bytes or len(self._kept) > _MAX_KEPT):
+            oldest = self._kept.pop(0)
+            self._num_bytes -= oldest.num_bytes
+            oldest.close()

@@ -39,7 +39,7 @@ from torchfedrpc.wire.tensors import (
 _NONE = pickle.dumps(None, protocol=5)  # what most methods return
 _NOTHING = pickle.dumps(((), {}), protocol=5)  # a call's arguments, where it has none
 _PLAIN: dict[bytes, Callable[[], Any]] = {_NONE: lambda: None, _NOTHING: lambda: ((), {})}
-_FILE_BYTES = 2 << 20  # smaller ones are copied or sent: to map them would cost as much
+_MAPPED_BYTES = 2 << 20  # smaller ones are copied or sent: to map them would cost as much
 _INLINE_BYTES = 4096  # smaller numpy arrays stay in the pickle: a tensor of their own costs more than the copy
 
 
@@ -202,12 +202,13 @@ def pack(
         _Pickler(file, table).dump(obj)
         views: list[View] = []
         slots: list[Tensor] = []
+        buffers: list[Tensor] = []
         if table.tensors or table.buffers:
             with PlainTensors():
                 views, slots = gather_slots(
                     table.tensors, copy=copy and kept is None, join=copy if join is None else join, owned=owned
                 )
-                slots += [_copy_buffer(raw) for raw in table.buffers]
+                buffers = [_copy_buffer(raw) for raw in table.buffers]
     except (SerializationError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -215,10 +216,11 @@ def pack(
     if table.apart and not may_refer:
         raise SerializationError("a SharedRef is for the arguments of a call, where it stands for its object")
     files = None
-    if kept is not None and slots:
+    if kept is not None and (slots or buffers):
         with PlainTensors():
-            files = _into_files(slots, kept)
-            slots = files.tensors() if files is not None else _copies(views, slots)
+            files, mapped = mapped_copies([*slots, *buffers], kept)
+            slots, buffers = (mapped, []) if files is not None else (_copies(views, slots), buffers)
+    slots += buffers
     return Parcel(file.getvalue(), views, slots, len(table.buffers), fence(slots), tuple(table.apart), files)
 
 
@@ -322,19 +324,20 @@ class _Pickler(pickle.Pickler):
 
 
 def _are_large(slots: list[Tensor]) -> bool:
-    return sum(slot.nbytes for slot in slots) >= _FILE_BYTES and all(slot.is_cpu for slot in slots)
+    return sum(slot.nbytes for slot in slots) >= _MAPPED_BYTES and all(slot.is_cpu for slot in slots)
 
 
-def _into_files(slots: list[Tensor], kept: KeptMemory) -> TensorFiles | None:
-    """Copies of slots in files; None where that is not worth while, or there are no descriptors for them."""
+def mapped_copies(slots: list[Tensor], kept: KeptMemory | None = None) -> tuple[TensorFiles | None, list[Tensor]]:
+    """Copies of slots, and their files; None where these are not worth while, or no descriptor or mapping is left."""
     if not _are_large(slots):
-        return None
+        return None, []
     try:
-        return TensorFiles.of(slots, kept=kept)
+        files = TensorFiles.of(slots, kept=kept)
+        return files, files.tensors()
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
-        return None
+        return None, []
 
 
 def _copies(views: list[View], slots: list[Tensor]) -> list[Tensor]:

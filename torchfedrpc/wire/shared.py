@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import Address, TensorFiles
-from torchfedrpc.wire.packing import Packed, Parcel, SentApart, pack
+from torchfedrpc.wire.packing import Packed, Parcel, SentApart, mapped_copies, pack
 from torchfedrpc.wire.twins import is_plain_structure, twin
 
 _MODEL_HEAD_BYTES = 16 << 10  # a longer pickle is read about as fast as its object is copied
@@ -128,8 +128,10 @@ class SharedValue(SentApart):
             return parcel.copy()
         files = parcel.files
         if files is None:
-            files = TensorFiles.of(parcel.slots)
-            self._parcel = replace(parcel, slots=files.tensors(), files=files)
+            files, mapped = mapped_copies(parcel.slots)
+            if files is None:
+                return parcel.copy()
+            self._parcel = replace(parcel, slots=mapped, files=files)
         return replace(parcel, slots=files.tensors(), files=None)
 
     def _files(self) -> TensorFiles | None:
