@@ -271,6 +271,5 @@ def _starts() -> Row:
 
 def _imports() -> Row:
     entries = (_entry(IMPORTS, "import_torchfedrpc"), _entry(IMPORTS, "import_torch", "import torch"))
-    return Row(
-        "import", "import torchfedrpc", "imports", entries, (Line("import torch", "difference", 0.05),), count=1
-    )
+    lines = (Line("import torch", "difference", 0.05),)
+    return Row("import", "import torchfedrpc", "imports", entries, lines, count=5, quick_count=1)

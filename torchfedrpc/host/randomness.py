@@ -18,7 +18,7 @@ def call_seed(seed: int, *names: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
-_numpy: Any = np.random  # its type stubs leave out what swaps the global bit generator
+_numpy: Any = np  # the type stubs of its random leave out what swaps the global bit generator
 _spare_generators: list[Any] = []  # making one takes longer than all the rest of a call's seeding
 
 
@@ -99,9 +99,9 @@ class RandomStreams:
         torch.default_generator.manual_seed(self._seed)
         if generator := _device_generator(self._device):
             generator.manual_seed(self._seed)
-        self._numpy_generator = _spare_generators.pop() if _spare_generators else _numpy.MT19937(0)
-        _numpy.set_bit_generator(self._numpy_generator)
-        _numpy.seed(self._seed & 0xFFFFFFFF)
+        self._numpy_generator = _spare_generators.pop() if _spare_generators else _numpy.random.MT19937(0)
+        _numpy.random.set_bit_generator(self._numpy_generator)
+        _numpy.random.seed(self._seed & 0xFFFFFFFF)
 
     def __exit__(
         self,
@@ -120,12 +120,12 @@ class RandomStreams:
 
 def _capture(device: torch.device) -> _State:
     generator = _device_generator(device)
-    legacy = _numpy.get_state(legacy=False)
+    legacy = _numpy.random.get_state(legacy=False)
     return _State(
         python=random.getstate(),
         torch_cpu=torch.default_generator.get_state(),
         torch_device=generator.get_state() if generator else None,
-        numpy_generator=_numpy.get_bit_generator(),
+        numpy_generator=_numpy.random.get_bit_generator(),
         numpy_gauss=legacy if legacy["has_gauss"] else None,
     )
 
@@ -135,9 +135,9 @@ def _restore(state: _State, device: torch.device) -> None:
     torch.default_generator.set_state(state.torch_cpu)
     if (generator := _device_generator(device)) and state.torch_device is not None:
         generator.set_state(state.torch_device)
-    _numpy.set_bit_generator(state.numpy_generator)  # forgets a variate drawn ahead
+    _numpy.random.set_bit_generator(state.numpy_generator)  # forgets a variate drawn ahead
     if state.numpy_gauss is not None:
-        _numpy.set_state(state.numpy_gauss)
+        _numpy.random.set_state(state.numpy_gauss)
 
 
 def _device_generator(device: torch.device) -> torch.Generator | None:

@@ -17,8 +17,12 @@ from torchfedrpc.errors import SerializationError
 _SIMPLE_DTYPE = re.compile(r"[<>|=]?[?bBhHiIlLqQefdgFDGSUVOMmaic]\d*|[<>|=]?u\d+")
 _ALIGNED_STRUCT = 0x80
 _MT19937_WORDS, _PHILOX_WORDS = 624, 4
-GENERATORS = (np.random.BitGenerator, np.random.Generator, np.random.RandomState)
 _from_bytes: Any = getattr(np, "_core", None) or np.core  # the latter before numpy 2
+
+
+def is_generator(obj: object) -> bool:
+    """Whether it is a random generator of numpy's."""
+    return isinstance(obj, (np.random.BitGenerator, np.random.Generator, np.random.RandomState))
 
 
 class ArrayClass:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
-from torchfedrpc.wire.arrays import GENERATORS, ArrayClass, check_generator, set_array_state, set_dtype_state
+from torchfedrpc.wire.arrays import ArrayClass, check_generator, is_generator, set_array_state, set_dtype_state
 
 # The whole process has these in common, so a message may not change them.
 _COMMON = (
@@ -47,7 +47,7 @@ def set_state(obj: Any, state: Any) -> None:
         set_dtype_state(obj, state)
     elif (setstate := getattr(obj, "__setstate__", None)) is not None:
         setstate(state)
-        if isinstance(obj, GENERATORS):
+        if is_generator(obj):
             check_generator(obj)
     else:
         _set_attributes(obj, state)
