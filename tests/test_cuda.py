@@ -1,0 +1,98 @@
+"""Tensors on a GPU go from device to device, in the order of the streams that make them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import opened
+from losses import pseudo
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import torchfedrpc as tfr
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SIZE = 1 << 22  # float32: 16 MB
+_SLEEP_CYCLES = 300_000_000  # some tenths of a second
+
+
+class OnGpu:
+    """A learner whose tensors are on its device."""
+
+    def __init__(self, client_id: str) -> None:
+        self.kept: Any = None
+        self.profile: Any = None
+
+    def keep(self, tensor: Tensor) -> None:
+        self.kept = tensor
+
+    def total(self, tensor: Tensor) -> float:
+        assert tensor.device == tfr.current_call().device
+        return float(tensor.sum())
+
+    def give(self) -> Tensor:
+        return self.kept
+
+    def late_ones(self) -> Tensor:
+        """Ones that are there once a long kernel has ended."""
+        self.kept = torch.zeros(SIZE, device=tfr.current_call().device)
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        return self.kept.add_(1)
+
+    def begin_profile(self) -> None:
+        self.profile = profile(activities=[ProfilerActivity.CUDA])
+        self.profile.start()
+
+    def end_profile(self) -> list[str]:
+        self.profile.stop()
+        return names_of_copies(self.profile)
+
+
+def names_of_copies(profiled: Any) -> list[str]:
+    """What was copied between devices and host memory."""
+    return [event.name for event in profiled.events() if "DtoH" in event.name or "HtoD" in event.name]
+
+
+@pytest.fixture(scope="module")
+def proxy(runner: asyncio.Runner) -> Iterator[tfr.LearnerProxy]:
+    """One worker on the GPU, with contexts, channels and blocks of memory as the first tensors make them."""
+    with opened(runner, tfr.LearnerProxy(OnGpu, ["a"], runtime=pseudo(num_processes=1))) as proxy:
+        runner.run(proxy.client("a").keep(torch.zeros(SIZE, device="cuda")))
+        runner.run(proxy.client("a").give())
+        yield proxy
+
+
+@pytest.mark.parametrize("is_own_stream", [False, True], ids=["default stream", "stream of its own"])
+async def test_an_argument_is_what_its_stream_makes_of_it(proxy: tfr.LearnerProxy, is_own_stream: bool) -> None:
+    stream = torch.cuda.Stream() if is_own_stream else torch.cuda.current_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        tensor = torch.zeros(SIZE, device="cuda")
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        tensor.add_(1)
+        call = asyncio.ensure_future(proxy.client("a").total(tensor))
+        await asyncio.sleep(0)  # its value is taken
+        tensor.zero_()
+        assert await call == SIZE
+
+
+async def test_a_result_is_what_its_method_s_stream_makes_of_it(proxy: tfr.LearnerProxy) -> None:
+    assert float((await proxy.client("a").late_ones()).sum()) == SIZE
+
+
+async def test_nothing_goes_through_host_memory(proxy: tfr.LearnerProxy) -> None:
+    learner, tensor = proxy.client("a"), torch.ones(SIZE, device="cuda")
+    await learner.begin_profile()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        await learner.keep(tensor)
+        given = await learner.give()
+        torch.cuda.synchronize()
+    assert given.is_cuda
+    assert names_of_copies(profiled) == []
+    assert await learner.end_profile() == []
+    assert float(given.sum()) == SIZE
