@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -33,6 +34,9 @@ from torchfedrpc.wire.file import TensorFile
 _DRIVER_GONE = 1  # exit status
 _PATIENCE_S = 15.0  # with a driver that is out of reach before it has told its heartbeat_timeout_s
 _GIVEN_UP = 1  # exit status
+# A launcher looks at its ranks one by one, torchrun ten times a second, and blames the first that it finds ended: let
+# that be the driver.
+_LAST_S = 0.5
 _ABANDONED = 3  # exit status: a method went on regardless of the end, so its thread had to be left behind
 
 
@@ -181,6 +185,8 @@ def _listen(
             if is_last:
                 return
     os.write(2, notice.encode())  # sys.stderr may be locked by what is running
+    if not owns_process:
+        time.sleep(_LAST_S)
     os._exit(_DRIVER_GONE)
 
 
