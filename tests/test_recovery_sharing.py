@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Latch, opened
+from conftest import Latch, opened, shared_memory_of
 from learners import Mortal
 from losses import SEED, Losses, kill, on_1, on_2, pid_of, pseudo, seen
 from torch import Tensor
@@ -51,15 +48,6 @@ def proxy(runner: asyncio.Runner) -> Iterator[tfr.LearnerProxy]:
         yield proxy
 
 
-def files_of(pid: int) -> int:
-    """How much of shared values a process holds."""
-    count = Path(f"/proc/{pid}/maps").read_text().count("torchfedrpc-shared")
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):
-            count += "torchfedrpc-shared" in os.readlink(entry)
-    return count
-
-
 async def add(proxy: tfr.LearnerProxy, ids: list[str], argument: Any) -> set[float]:
     return set((await proxy.clients(ids).call("add", argument)).values())
 
@@ -80,7 +68,7 @@ async def test_a_rebuilt_learner_has_what_its_calls_had(
     weights.fill_(1000)
     assert await add(proxy, ids, weights) == {1111.0}
     async with asyncio.timeout(10):
-        while files_of(pid_of(proxy, "worker1")):  # of the reference, which is released
+        while shared_memory_of(pid_of(proxy, "worker1")):  # of the reference, which is released
             await asyncio.sleep(0.02)
 
 
@@ -99,7 +87,7 @@ async def test_a_reference_is_placed_again_where_its_worker_was_lost(
         assert proxy.stats()["bytes_sent"] - before < 5 * NUM_BYTES
     del ref
     async with asyncio.timeout(10):
-        while files_of(pid_of(proxy, "worker1")) or files_of(pid_of(proxy, "worker2")):
+        while shared_memory_of(pid_of(proxy, "worker1")) or shared_memory_of(pid_of(proxy, "worker2")):
             await asyncio.sleep(0.02)
 
 

@@ -6,14 +6,12 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Latch, opened
+from conftest import Latch, opened, shared_memory_of
 from learners import Mortal
 from losses import Losses, kill, on_1, on_2, pid_of, pseudo, seen
 from torch import Tensor
@@ -72,21 +70,12 @@ def proxy(runner: asyncio.Runner) -> Iterator[tfr.LearnerProxy]:
         yield proxy
 
 
-def held_by(pid: int) -> int:
-    """How many mappings and descriptors of shared memory a process has."""
-    count = Path(f"/proc/{pid}/maps").read_text().count("torchfedrpc-shared")
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):
-            count += "torchfedrpc-shared" in os.readlink(entry)
-    return count
-
-
 async def test_they_are_the_caller_s_own(proxy: tfr.LearnerProxy, on_1: Iterator[str]) -> None:
     learner = proxy.client(next(on_1))
     kept = []
     for value in range(5):
         weights = await learner.fill_and_get(value)
-        assert held_by(os.getpid()) > 0
+        assert shared_memory_of(os.getpid()) > 0
         assert list(weights) == ["bias", "layer", "half"]
         kept.append(weights)
     for value, weights in enumerate(kept):
@@ -103,9 +92,11 @@ async def test_nothing_of_them_is_left(proxy: tfr.LearnerProxy, on_1: Iterator[s
         assert weights["layer"].eq(value).all()
     del weights
     async with asyncio.timeout(10):
-        while held_by(os.getpid()):
+        while shared_memory_of(os.getpid()):
             await asyncio.sleep(0.01)
-    assert held_by(pid) < 30  # of outcomes that may be asked for again, and of what is kept to be written again
+    assert (
+        shared_memory_of(pid) < 30
+    )  # of outcomes that may be asked for again, and of what is kept to be written again
 
 
 @pytest.mark.parametrize("method", ["get", "get_later"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import shared_memory_of
 from losses import SEED, kill, pid_of, pseudo
 from test_recovery_sharing import NUM_BYTES, SIZE, Adding, add
 
@@ -33,11 +34,8 @@ class Loading:
 
 def held_by(pid: int) -> tuple[int, int]:
     """Resident bytes of a process, and how many mappings and descriptors of shared values it has."""
-    count = Path(f"/proc/{pid}/maps").read_text().count("torchfedrpc-shared")
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):
-            count += "torchfedrpc-shared" in os.readlink(entry)
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), count
+    resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident, shared_memory_of(pid)
 
 
 async def test_rounds_leave_nothing_in_driver_and_workers() -> None:
