@@ -219,9 +219,10 @@ class LearnerGroup:
 
     def _check(self, method: str, failures: dict[str, Exception], results: dict[str, Any]) -> None:
         if failures and self._options.min_results is None and self._options.on_error == "raise":
+            first = next(iter(failures.values()))
+            others = f"; options(on_error='collect') returns the other {len(results)} results" if results else ""
             raise GroupCallError(
-                f"{method} failed for {', '.join(failures)}; options(on_error='collect') returns the other "
-                f"{len(results)} results all the same",
+                f"{method} failed for {', '.join(failures)}, first with {type(first).__name__}: {first}{others}",
                 failures,
                 results,
             )

@@ -64,8 +64,9 @@ async def test_failures_are_raised_together_after_all_calls_have_ended(proxy: tf
     assert list(error.failures) == [ids[1], ids[3]]
     assert error.exceptions == tuple(error.failures.values())
     assert error.results == {ids[0]: "fine", ids[2]: "fine"}
-    assert ids[1] in str(error)
-    assert "collect" in str(error)
+    first = error.exceptions[0]
+    assert f"{ids[1]}, {ids[3]}, first with {type(first).__name__}: {first}" in str(error)
+    assert "returns the other 2 results" in str(error)
     assert proxy.stats()["pending_calls"] == 0
 
 
