@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.rpc.answers import Answers, Reported
@@ -187,7 +186,7 @@ def _share_files(endpoint: Endpoint, answers: Answers, number: int, message: Any
     """Keep a value that lies in files of the driver's process."""
     try:
         parcel: Packed = read_files(message, endpoint.driver_pid)
-    except (OSError, SerializationError) as error:
+    except Exception as error:
         parcel = Unreadable(error)
     value = SharedValue(parcel, number, num_calls)
     return lambda host: host.share(value)

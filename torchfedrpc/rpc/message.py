@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torchfedrpc.host.call import Call, Outcome, Part
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.file import Address, TensorFiles
+from torchfedrpc.wire.memory import NO_ROOM
 from torchfedrpc.wire.packing import Packed, Parcel, Unreadable
 from torchfedrpc.wire.shared import shared_values
 
@@ -80,7 +80,7 @@ def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
         files = TensorFiles.at(addresses, pid)
         return Parcel(head, views, files.tensors(), num_buffers, files=files)
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if error.errno not in NO_ROOM:
             raise
         return Unreadable(SerializationError(f"there is no room to map the memory of process {pid}: {error}"))
 

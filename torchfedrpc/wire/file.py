@@ -181,7 +181,7 @@ class TensorFile:
         if self._memory is not None:
             array = self._memory.map_to_read()
         else:
-            array = map_file(self._descriptor, self._num_bytes + STAMP_BYTES, mmap.MAP_PRIVATE)
+            array = map_file(self._descriptor, self._num_bytes, mmap.MAP_PRIVATE)
         return [_in_memory(array, *place) for place in self._layout]
 
     def use_once(self) -> None:

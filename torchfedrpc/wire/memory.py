@@ -25,6 +25,7 @@ from torchfedrpc.wire.tensors import as_bytes
 NAME = "torchfedrpc-shared"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 STAMP_BYTES = 8
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # for another descriptor or mapping: errors that may pass
 _MAX_KEPT = 64  # descriptors
 
 _FAILED = ctypes.c_void_p(-1).value
@@ -114,7 +115,7 @@ class Memory:
             OSError: the kernel grants no leases on such files.
         """
         self._put_stamp(0)
-        reader = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        reader = self._reopened()
         try:
             fcntl.fcntl(reader, fcntl.F_SETSIG, signal.SIGURG)  # if it were opened now; that one's default is nothing
             fcntl.fcntl(reader, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -126,17 +127,16 @@ class Memory:
         return True
 
     def map_to_read(self) -> Any:
-        """Its bytes and the stamp, as `map_file` gives them; as long as they are mapped it is not free.
+        """Its bytes, as `map_file` gives them; as long as they are mapped it is not free.
 
         Raises:
             OSError: as of `map_file`, or no descriptor is left.
         """
-        num_bytes = self.num_bytes + STAMP_BYTES
         if self.is_used_once:
-            return map_file(self.descriptor, num_bytes, mmap.MAP_PRIVATE)
-        reader = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            return map_file(self.descriptor, self.num_bytes, mmap.MAP_PRIVATE)
+        reader = self._reopened()
         try:
-            return map_file(reader, num_bytes, mmap.MAP_PRIVATE)
+            return map_file(reader, self.num_bytes, mmap.MAP_PRIVATE)
         finally:
             os.close(reader)
 
@@ -151,6 +151,10 @@ class Memory:
         """Close it; whoever has mapped it keeps it."""
         self._array = None
         os.close(self.descriptor)
+
+    def _reopened(self) -> int:
+        """A reader's descriptor, by which the kernel tells that somebody has it open."""
+        return os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
 
     def _put_stamp(self, stamp: int) -> None:
         self._write(self.num_bytes, memoryview(stamp.to_bytes(STAMP_BYTES, "little")))
@@ -214,7 +218,7 @@ class KeptMemory:
             try:
                 is_free = memory.is_free()
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE):  # here it will never be known
+                if error.errno not in NO_ROOM:  # here it will never be known
                     self._is_open = False
                     self._forget(until_bytes=0)
                 return None

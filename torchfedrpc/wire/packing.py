@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import pickle
 from collections.abc import Callable, Collection
@@ -20,7 +19,7 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.file import TensorFiles
-from torchfedrpc.wire.memory import KeptMemory
+from torchfedrpc.wire.memory import NO_ROOM, KeptMemory
 from torchfedrpc.wire.owned import owned_storages
 from torchfedrpc.wire.scan import HARMLESS_ARRAYS, check_depth, checked
 from torchfedrpc.wire.state import set_state
@@ -335,7 +334,7 @@ def mapped_copies(slots: list[Tensor], kept: KeptMemory | None = None) -> tuple[
         files = TensorFiles.of(slots, kept=kept)
         return files, files.tensors()
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if error.errno not in NO_ROOM:
             raise
         return None, []
 
