@@ -16,8 +16,8 @@ from torchfedrpc import errors
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
 from torchfedrpc.executors.admission import Admission, estimate
-from torchfedrpc.executors.balance import Durations, longest_first
 from torchfedrpc.executors.cut import Cut
+from torchfedrpc.executors.durations import Durations, longest_first
 from torchfedrpc.executors.reduction import Collecting, Gathering, Reduction
 from torchfedrpc.executors.sharing import SharedRef, Sharing, held
 from torchfedrpc.executors.stream import CallStream
