@@ -39,6 +39,7 @@ _NONE = pickle.dumps(None, protocol=5)  # what most methods return
 _NOTHING = pickle.dumps(((), {}), protocol=5)  # a call's arguments, where it has none
 _PLAIN: dict[bytes, Callable[[], Any]] = {_NONE: lambda: None, _NOTHING: lambda: ((), {})}
 _MAPPED_BYTES = 2 << 20  # smaller ones are copied or sent: to map them would cost as much
+_GRADIENT = ".grad"  # its place among a tensor's attributes, in the pickle
 _INLINE_BYTES = 4096  # smaller numpy arrays stay in the pickle: a tensor of their own costs more than the copy
 
 
@@ -290,7 +291,7 @@ class _Pickler(pickle.Pickler):
         self._table = table
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is Tensor and not obj.requires_grad and not obj.__dict__ and is_plain(obj):
+        if type(obj) is Tensor and not (obj.requires_grad or obj.__dict__ or obj.grad is not None) and is_plain(obj):
             return restore, ("plain", self._table.add_tensor(obj))
         if isinstance(obj, Tensor):
             with PlainTensors(), torch._C.DisableTorchFunctionSubclass():
@@ -310,6 +311,8 @@ class _Pickler(pickle.Pickler):
             plain = plain.as_subclass(Tensor)
         kind = None if type(tensor) is Tensor else "parameter" if type(tensor) is Parameter else type(tensor)
         state = tensor.__dict__ or None
+        if tensor.is_leaf and tensor.grad is not None:
+            state = {**tensor.__dict__, _GRADIENT: tensor.grad}
         if parts := take_apart(plain):
             return "special", tensor.requires_grad, kind, state, *parts
         if plain.is_conj() or plain.is_neg():
@@ -386,6 +389,7 @@ class _Builder:
         else:
             raise SerializationError(f"{cls!r} is not a kind of tensor")
         if state:
+            tensor.grad = state.pop(_GRADIENT, None)
             tensor.__dict__.update(state)
         return tensor
 
