@@ -278,6 +278,7 @@ EQUAL: dict[str, Any] = {
     "deep list": deep(300),
     "doubled tuples": doubled(60),
     "set": {3, 1, 2, 100, 17},
+    "set in the order of its strings' hashes": {f"client_{number}" for number in range(300)},
     "frozenset of strings": frozenset(("one", "two", "three")),
     "set of enums and dtypes": {Colour.RED, torch.float32},
     "set of frozen dataclasses": {Key("a"), Key("b")},
@@ -448,7 +449,9 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
     "NaN in a key": ({(1, NAN): 1}, {(1, NAN): 1}, "has NaN as a key"),
     "NaN in a set": ({NAN}, {NAN}, "has NaN as a key"),
     "order of a set": (shrunk(), pickled(shrunk()), "iterated in another order"),
-    "element of a set": ({1, 2}, {1, 3}, "another order"),
+    "element of a set": ({1, 2}, {1, 3}, r"\[2\] would be 3"),
+    "element of a set of strings": ({"a", "b"}, {"a", "c"}, "would not have the element 'b'"),
+    "type of an element": ({"a", 1}, {"a", True}, r"\[1\] would be a bool"),
     "set of objects": ({Plain(n=1), Plain(n=2)}, {Plain(n=1), Plain(n=2)}, "found by their addresses"),
     "object in a set": ({Plain(n=1)}, {Plain(n=2)}, r"\.n would be 2"),
     "maxlen": (collections.deque([1], maxlen=2), collections.deque([1]), "maxlen=None"),
@@ -679,13 +682,15 @@ def test_state_that_refers_to_its_learner_is_refused() -> None:
 def test_cache_of_a_method_counts_once_it_has_entries() -> None:
     Cached.total.cache_clear()
     owner = Cached()
-    assert reason({}, {}, owner=owner) is None
+    assert reason({}, {}, owner=owner, are_attributes=True) is None
     owner.total()
-    assert ".total is cached by lru_cache in the class Cached" in str(reason({}, {}, owner=owner))
-    assert reason({}, {}, owner=CachedAndKnown()) is None
+    found = reason({}, {}, owner=owner, are_attributes=True)
+    assert ".total is cached by lru_cache in the class Cached" in str(found)
+    assert reason({}, {}, owner=CachedAndKnown(), are_attributes=True) is None
+    assert reason({}, {}, owner=owner) is None  # whose state is said otherwise
     one = CachedProperty()
     assert one.total == 1
-    assert reason(vars(one), pickled(vars(one)), owner=one) is None
+    assert reason(vars(one), pickled(vars(one)), owner=one, are_attributes=True) is None
 
 
 def test_optimiser_that_a_scheduler_wraps_is_equal_without_the_wrapper() -> None:

@@ -75,6 +75,13 @@ def reachable(root: Any, owner: Any) -> Iterable[Any]:
                 todo.append(one)
 
 
+def has_stable_hash(obj: Any) -> bool:
+    """Whether an object's hash is the same in every process, so that sets of such objects have an order."""
+    if type(obj) in (tuple, frozenset):
+        return all(map(has_stable_hash, obj))
+    return type(obj) in (bool, int, float, complex)
+
+
 def is_found_by_value(obj: Any) -> bool:
     """Whether a set or dict finds an object by its value, and not by its address."""
     kind = type(obj)

@@ -41,6 +41,7 @@ from torchfedrpc.host.object_parts import (
     bits_of,
     get,
     has_plain_state,
+    has_stable_hash,
     has_value,
     is_found_by_value,
     is_foundation,
@@ -101,7 +102,9 @@ class Apart(NamedTuple):
     remedy: str
 
 
-def first_difference(live: Any, rebuilt: Any, *, owner: Any = None, apart: Iterable[Apart] = ()) -> Difference | None:
+def first_difference(
+    live: Any, rebuilt: Any, *, owner: Any = None, apart: Iterable[Apart] = (), are_attributes: bool = False
+) -> Difference | None:
     """The first place where a rebuilt object graph is not equal to the live one; None where they are equal.
 
     Tracebacks of exceptions and the alignment of memory are not compared. Parts that have the same memory on both
@@ -112,11 +115,15 @@ def first_difference(live: Any, rebuilt: Any, *, owner: Any = None, apart: Itera
         rebuilt: what was rebuilt of it.
         owner: the learner, to which nothing in its state may refer.
         apart: objects that are no part of the graphs, so that nothing in the graphs may be part of them.
+        are_attributes: whether the two are dicts of all attributes of the owner, whose class then counts as well.
     """
     walk = _Walk(owner)
     try:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            walk.compare(live, rebuilt)
+            if are_attributes:
+                walk.compare_attributes(live, rebuilt)
+            else:
+                walk.compare(live, rebuilt)
             walk.compare_memory()
             walk.look_for_globals()
             for one in apart:
@@ -149,12 +156,23 @@ class _Walk:
         self._pairs: set[tuple[int, int]] = set()
         self._kept: list[Any] = []  # what was made for the comparison: its addresses must not be used again
         self._compare_by: dict[type, Way] = {}
-        self._users_classes: set[type] = set() if owner is None else {type(owner)}
+        self._users_classes: set[type] = set()
         self._singletons: dict[int, tuple[Any, Path]] = {}  # instances that may be a global of their module
         self._memory = Memory()
 
+    def compare_attributes(self, live: dict[str, Any], rebuilt: dict[str, Any]) -> None:
+        """Compare all attributes of the owner."""
+        self._users_classes |= {base for base in type(self._owner).__mro__ if not is_foundation(base)}
+        self._attributes(live, rebuilt, None, frozenset())
+        self._finish()
+        self._refuse_caches()
+
     def compare(self, live: Any, rebuilt: Any) -> None:
+        """Compare two objects."""
         self._todo.append((live, rebuilt, None))
+        self._finish()
+
+    def _finish(self) -> None:
         while self._todo or self._sets:
             while self._todo:
                 one, other, path = self._todo.pop()
@@ -169,6 +187,7 @@ class _Walk:
                 self._match_set(*self._sets.pop())
 
     def compare_memory(self) -> None:
+        """Compare which tensors and arrays share memory."""
         if (found := self._memory.difference(_shown)) is not None:
             raise _Found(*found)
 
@@ -185,8 +204,6 @@ class _Walk:
             if (loaded := sys.modules.get(module)) is not None:
                 for name, value in list(vars(loaded).items()) if hasattr(loaded, "__dict__") else ():
                     self._refuse_global(value, f"{module}.{name}")
-        if self._owner is not None:
-            self._refuse_caches()
 
     def look_into(self, apart: Apart) -> None:
         """Refuse a state that has objects or memory in common with what is made anew beside it."""
@@ -499,15 +516,23 @@ class _Walk:
     def _set_elements(self, one: Any, other: Any, path: Path) -> None:
         if len(one) != len(other):
             raise _Found(path, f"would have {len(other)} elements instead of {len(one)}")
-        if not all(is_found_by_value(element) for element in one):
+        base: Any = set if isinstance(one, set) else frozenset
+        elements, others = list(base.__iter__(one)), list(base.__iter__(other))
+        for element in elements:
+            _refuse_nan(element, path)
+        if all(map(has_stable_hash, elements)):
+            if set(elements) == set(others) and elements != others:
+                raise _Found(path, "would be iterated in another order: keep a dict or a list, or sorted(...) it")
+            pairs = list(zip(elements, others, strict=True))
+        elif all(map(is_found_by_value, elements)):  # the order depends on the process
+            by_value = {element: element for element in others}
+            pairs = [(element, by_value.get(element, UNSET)) for element in elements]
+        else:
             self._sets.append((one, other, path))
             return
-        pairs = list(zip(set.__iter__(one), set.__iter__(other), strict=True) if isinstance(one, set)
-                     else zip(frozenset.__iter__(one), frozenset.__iter__(other), strict=True))  # fmt: skip
         for element, its in pairs:
-            _refuse_nan(element, path)
-            if element is not its and hash(element) != hash(its):
-                raise _Found(path, "would be iterated in another order: keep a dict or a list, or sorted(...) it")
+            if its is UNSET:
+                raise _Found(path, f"would not have the element {reprlib.repr(element)}")
             self._todo.append((element, its, (path, "key", element)))
 
     def _match_set(self, one: Any, other: Any, path: Path) -> None:
