@@ -616,7 +616,11 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
         pickled(trained(Counting, lr=0.1)),
         r"\['optimiser'\]\.num_steps would be missing",
     ),
-    "lbfgs": (trained(torch.optim.LBFGS), pickled(trained(torch.optim.LBFGS)), r"\['optimiser'\]\._\w+ would be"),
+    "lbfgs": (
+        trained(torch.optim.LBFGS),
+        pickled(trained(torch.optim.LBFGS)),
+        r"\[.optimiser.\]\._\w+ would be",
+    ),
     "optimiser's hook": (
         (lambda parts: (parts["optimiser"].register_step_post_hook(hook), parts)[1])(SGD()),
         SGD(),

@@ -324,7 +324,12 @@ class _Walk:
             leaves_out = leaves_out - {"step"}  # some other wrapper, which may do anything
         self._slots(one, other, path, slots)
         if hasattr(one, "__dict__"):
-            self._attributes(one.__dict__, other.__dict__, path, leaves_out)
+            attributes = one.__dict__
+            if leaves_out and "differentiable" not in attributes.get("defaults", {"differentiable": 0}):
+                # Optimizer.__setstate__ adds it to those whose step() does not ask for it, such as LBFGS.
+                attributes = {**attributes, "defaults": {**attributes["defaults"], "differentiable": False}}
+                self._kept.append(attributes)
+            self._attributes(attributes, other.__dict__, path, leaves_out)
 
     def _content(self, one: Any, other: Any, path: Path, *, slots: list[Any]) -> None:
         """An instance of a builtin type's subclass: as that type has it, and then its attributes."""
