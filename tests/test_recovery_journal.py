@@ -117,6 +117,21 @@ async def test_what_cannot_be_captured_is_warned_about_once_past_the_bound_and_l
     assert (await proxy.custom_method(well, "get_model_weights")).tolist() == before[well]
 
 
+@pytest.mark.filterwarnings("error")
+async def test_warning_that_is_an_error_holds_up_no_outcome(
+    proxy: tfr.LearnerProxy, one: str, latch: Latch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(proxy._router._main, "_has_warned", False)
+    await proxy.custom_method(one, "hide", "lock")
+    with pytest.raises(tfr.CallTimeoutError):
+        await proxy.options(timeout_s=0.3).custom_method(one, "hold", latch.path)
+    async with asyncio.timeout(30):
+        counts = await asyncio.gather(*(proxy.custom_method(one, "append", number) for number in range(3)))
+        assert counts == [3, 4, 5]
+        assert await proxy.custom_method(one, "append", "later") == 6
+    assert any("could not be rebuilt" in record.message for record in caplog.records)
+
+
 @pytest.mark.parametrize("method", ["hold", "hold_async"])
 async def test_a_call_that_was_cancelled_as_it_ran_is_not_repeated_and_what_it_did_is_kept(
     proxy: tfr.LearnerProxy, one: str, seen: Losses, latch: Latch, method: str

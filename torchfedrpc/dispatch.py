@@ -50,7 +50,7 @@ class Dispatcher:
     def __init__(self, router: ExecutorRouter, client_ids: tuple[str, ...], events: EventBus) -> None:
         self.client_ids = client_ids
         self.events = events
-        self.is_open = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # in which the proxy is open
         self._places = {client_id: place for place, client_id in enumerate(client_ids)}
         self._router = router
         self._call_ids = itertools.count(1)
@@ -58,14 +58,52 @@ class Dispatcher:
         self.open_streams: dict[int, str] = {}  # call id of each stream that is being read -> its client
         self._num_calls = self._num_failed = self._num_pending = 0
 
+    @property
+    def is_open(self) -> bool:
+        """Whether calls can be sent."""
+        return self._loop is not None
+
+    @property
+    def is_stranded(self) -> bool:
+        """Whether the event loop in which the proxy was opened is closed."""
+        return self._loop is not None and self._loop.is_closed()
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take calls, from that event loop."""
+        self._loop = loop
+
+    def close(self) -> None:
+        """Take no more calls."""
+        self._loop = None
+
     def check_open(self) -> None:
-        """Refuse to call through a proxy that is not open.
+        """Check that the proxy is open, in the event loop that runs here.
 
         Raises:
-            ConfigError: so it is.
+            ConfigError: The proxy is closed, or it was opened in another event loop.
         """
-        if not self.is_open:
+        if self._loop is None:
             raise ConfigError("the proxy is not open: use it inside async with LearnerProxy(...) as proxy:")
+        self.check_loop()
+
+    def check_loop(self) -> None:
+        """Check that the event loop that runs here, if any does, is the one in which the proxy was opened.
+
+        Raises:
+            ConfigError: It is another one.
+        """
+        present, own = asyncio._get_running_loop(), self._loop
+        if present is own or present is None or own is None:
+            return
+        if self.is_stranded:
+            raise ConfigError(
+                "the proxy was opened in an event loop that is closed, and cannot be used in another one: open and "
+                "close it in one loop (one asyncio.run around async with LearnerProxy(...) as proxy:)"
+            )
+        raise ConfigError(
+            "the proxy was opened in another event loop: call it, and close it, from there "
+            "(asyncio.run_coroutine_threadsafe), or close it and open it again in this loop"
+        )
 
     def check_client(self, client_id: str) -> None:
         """Refuse an id that is no client's.

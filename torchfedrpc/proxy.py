@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import hashlib
 import operator
@@ -133,18 +134,26 @@ class LearnerProxy:
         except BaseException:
             await _to_its_end(stack.aclose())
             raise
-        self._dispatcher.is_open = True
+        self._dispatcher.open(asyncio.get_running_loop())
         self._exit = stack
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        try:
+            self._dispatcher.check_loop()
+        except ConfigError:
+            if self._dispatcher.is_stranded:  # nothing can close it in order; its workers end all the same
+                with contextlib.suppress(Exception):
+                    await _to_its_end(self._exit.aclose())
+                self._take_no_calls()
+            raise
         self._exit.callback(self._take_no_calls)
         while self._before_close:
             self._exit.push_async_callback(self._before_close.pop(0))
         await _to_its_end(self._exit.aclose())
 
     def _take_no_calls(self) -> None:
-        self._dispatcher.is_open = False
+        self._dispatcher.close()
 
     def _closed(self) -> None:
         LearnerProxy._open_in_process = None
@@ -370,6 +379,13 @@ def _clients(
     for client_id, kwargs in given.items():
         if not isinstance(client_id, str):
             raise ConfigError(f"client ids are strings, {client_id!r} is a {type(client_id).__name__}")
+        try:
+            client_id.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"the client id {client_id!a} is no valid text ({error.reason}): no id may have a lone surrogate, "
+                f"as undecodable file names have; name the client otherwise"
+            ) from None
         if not isinstance(kwargs, Mapping):
             raise ConfigError(f"the constructor arguments of {client_id} must be a mapping, not {kwargs!r}")
     if not given:
@@ -382,6 +398,11 @@ def _kwargs_by_id(ids: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> Mappi
         return ids
     if isinstance(ids, str):
         raise ConfigError(f"clients must be several ids, not the string {ids!r}: write [{ids!r}]")
+    if isinstance(ids, set | frozenset):
+        raise ConfigError(
+            f"clients must have an order, and that of a {type(ids).__name__} is another one in each process: give a list, "
+            f"such as sorted(ids)"
+        )
     kwargs_by_id: dict[str, Mapping[str, Any]] = {}
     for client_id in ids:
         if client_id in kwargs_by_id:

@@ -299,6 +299,12 @@ class AskingExecutor(CallExecutor):
 
     async def _store(self, record: Record, number: int, read: Callable[[], torch.Tensor]) -> None:
         try:
+            await self._try_to_store(record, number, read)
+        finally:  # whatever went wrong: callers wait for the outcomes that were held for this snapshot
+            self._deliver_held(record)
+
+    async def _try_to_store(self, record: Record, number: int, read: Callable[[], torch.Tensor]) -> None:
+        try:
             data = read().numpy().data
             self._room.saw(len(data))
             await asyncio.to_thread(self._ledger.store, record, number, data)
@@ -310,6 +316,9 @@ class AskingExecutor(CallExecutor):
                 self._cannot_capture(record, error)
             else:  # it was lost meanwhile: its journal still has all that it has done
                 logger.info("a snapshot of %s could not be stored: %s", record.client_id, error)
+
+    def _deliver_held(self, record: Record) -> None:
+        """A snapshot has come, or will not: deliver the outcomes that were held for it."""
         record.awaits_snapshot = False
         if self._group is None:  # closed meanwhile
             return
@@ -331,9 +340,12 @@ class AskingExecutor(CallExecutor):
         message = f"{record.client_id} could not be rebuilt if its worker were lost: {error}"
         if self._has_warned:
             logger.info(message)
-        else:
+            return
+        self._has_warned = True
+        try:
             warnings.warn(f"{message} (this is said once, of the first such client)", stacklevel=2)
-            self._has_warned = True
+        except Exception:  # warnings are errors, which no caller is here to catch
+            logger.warning(message)
 
     def _plan_rebuild(self, record: Record) -> bool:
         """Put what rebuilds the learner before its calls; whether it can be rebuilt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from torchfedrpc import errors
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
 from torchfedrpc.executors.admission import Admission, estimate
-from torchfedrpc.executors.balance import Durations, longest_first
 from torchfedrpc.executors.cut import Cut
+from torchfedrpc.executors.durations import Durations, longest_first
 from torchfedrpc.executors.reduction import Collecting, Gathering, Reduction
 from torchfedrpc.executors.sharing import SharedRef, Sharing, held
 from torchfedrpc.executors.stream import CallStream
@@ -32,6 +33,8 @@ from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.observe.events import Event, ProgressReported
 from torchfedrpc.wire.packing import Packed, Reference, pack, pack_nothing
 from torchfedrpc.wire.shared import SharedValue, shared_values
+
+logger = logging.getLogger(__name__)
 
 _MAX_PLAIN_ARGUMENTS = 64
 
@@ -74,7 +77,11 @@ class ExecutorSpec:
 
     def publish_progress(self, call: Call, progress: Packed) -> None:
         """Tell the run's subscribers what a method has reported; to be called on the driver's event loop."""
-        value = progress.open(self.learner.allow_list())
+        try:
+            value = progress.open(self.learner.allow_list())
+        except Exception:  # answers come after it, and must not suffer for it
+            logger.exception("what %s.%s has reported cannot be read", call.client_id, call.method)
+            return
         self.publish(ProgressReported(call.call_id, call.client_id, call.method, value))
 
     def constructor_arguments(self, client_id: str, *, by_value: bool = True) -> Packed:

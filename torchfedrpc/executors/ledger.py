@@ -94,10 +94,7 @@ class Record:
         changed_number: place of the last call that may have changed it, among those that are answered.
         moving_to: the worker that is to have it once the calls that its present one has are answered.
         moves_by_journal: whether its calls are made again there, since it cannot be captured.
-        may_stay: whether it need not move if it cannot be captured.
-        is_immovable: whether that was so.
         num_builds: how often it was made on some worker.
-        move_began: when it began to move last, by `time.monotonic`.
     """
 
     client_id: str
@@ -117,10 +114,7 @@ class Record:
     changed_number: int = 0
     moving_to: str | None = None
     moves_by_journal: bool = False
-    may_stay: bool = False
-    is_immovable: bool = False
     num_builds: int = 0
-    move_began: float = 0.0
 
     @property
     def awaits_state(self) -> bool:

@@ -17,15 +17,14 @@ class MovingExecutor(ReducingExecutor):
     Calls that come meanwhile wait for the next worker. It makes the learner at its next call, as after a loss.
     """
 
-    def _begin_move(self, record: Record, label: str, *, if_easy: bool = False) -> None:
+    def _begin_move(self, record: Record, label: str) -> None:
         """Give a learner another worker as soon as its calls allow; it may be the same, which is about to leave.
 
         Args:
             record: whose learner.
             label: the worker.
-            if_easy: whether it may stay as well, where its state cannot be captured.
         """
-        record.moving_to, record.moves_by_journal, record.may_stay = label, False, if_easy
+        record.moving_to, record.moves_by_journal = label, False
         self._go_on_moving(record)
 
     @abstractmethod
@@ -53,10 +52,7 @@ class MovingExecutor(ReducingExecutor):
         self._move(record)
 
     def _cannot_move(self, record: Record, error: Exception) -> None:
-        if record.may_stay:
-            record.is_immovable = True
-            self._stop_moving(record, str(error))
-        elif self._ledger.has_all(record):
+        if self._ledger.has_all(record):
             logger.warning("%s moves without a snapshot, its calls are made again: %s", record.client_id, error)
             record.moves_by_journal = True
         else:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import WorkerLostError
-from torchfedrpc.executors.balance import longest_first, moves
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.ledger import Record
 from torchfedrpc.executors.moving import MovingExecutor
@@ -20,7 +18,6 @@ from torchfedrpc.executors.placement import (
     LOCAL,
     addresses,
     even_out,
-    open_to_all,
     place_again,
     place_clients,
 )
@@ -39,8 +36,6 @@ from torchfedrpc.rpc.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)
 
-_MOVE_S = 0.01  # about what it takes to move a small learner, before any was moved
-_LEARNING_RATE = 0.2  # of each move towards what moves take here
 _REPLACED_WITHIN_S = 120.0  # by a process that the run starts itself
 
 
@@ -65,8 +60,6 @@ class RemoteExecutor(MovingExecutor):
         self._why_waited_for: dict[str, str] = {}  # its label -> how the last of its name was lost
         self._missed: dict[str, str] = {}  # label of one that has not come in time -> what callers are told
         self._num_lost = 0
-        self._move_s = _MOVE_S
-        self._has_moved = False  # whether it is known what moves cost here
         self._gone: dict[str, str] = {}  # label of a worker that was lost for good -> what its clients are told
         self._failed: str | None = None  # why no worker can be called any more
 
@@ -118,18 +111,6 @@ class RemoteExecutor(MovingExecutor):
     def join_address(self) -> str | None:
         """Where workers can join, as ``HOST:PORT``."""
         return self._joined.address if self._joined is not None else None
-
-    def plan(self, client_ids: Sequence[str], method: str) -> list[str]:
-        """The clients in the order in which to submit; some learners move before, so that workers end together."""
-        expected = self._durations.expected(client_ids, method)
-        if len(self._machines) > 1 and self._opened().hosts:
-            labels = open_to_all(list(self._present()), self.config.client_endpoints)
-            backlog = {label: self._backlog_s(label) for label in labels}
-            for client_id, label in moves(
-                expected, self._places, backlog, self._cost_of_move_s, None if self._has_moved else 1
-            ).items():
-                self._relocate(client_id, label, if_easy=True)
-        return longest_first(expected)
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         """Let faults strike workers at calls to come."""
@@ -321,25 +302,7 @@ class RemoteExecutor(MovingExecutor):
     def _clients_of(self, label: str) -> list[str]:
         return [client_id for client_id, place in self._places.items() if place == label]
 
-    def _backlog_s(self, label: str) -> float:
-        """Seconds that a worker needs for the calls that it has, as far as their like was seen."""
-        host = self._opened().hosts.get(label)
-        calls = host.calls() if host is not None else []
-        return sum(self._durations.expected([call.client_id], call.method)[call.client_id] for call in calls)
-
-    def _cost_of_move_s(self, client_id: str) -> float | None:
-        """Seconds that it takes to move a learner now; None where it had better stay."""
-        if client_id in self.config.client_endpoints:
-            return None
-        record = self._ledger.get(client_id)
-        if record is None:
-            return 0.0
-        is_bound = record.is_immovable or record.unrecoverable is not None or record.given_up is not None
-        if is_bound or record.asked or record.awaits_snapshot or record.moving_to is not None:
-            return None
-        return self._move_s
-
-    def _relocate(self, client_id: str, label: str, *, if_easy: bool = False) -> None:
+    def _relocate(self, client_id: str, label: str) -> None:
         """Give a client another worker; its learner moves there between two calls."""
         self._places[client_id] = label
         record = self._ledger.get(client_id)
@@ -348,17 +311,12 @@ class RemoteExecutor(MovingExecutor):
         if record.given_up is not None:
             record.label = label
         elif record.label != label or label in self._leaving:
-            record.move_began = time.monotonic()
-            self._begin_move(record, label, if_easy=if_easy)
+            self._begin_move(record, label)
         elif record.moving_to is not None:  # it stays after all
             record.moving_to = None
             self._push_again(record)
 
     def _moved(self, record: Record, left: str) -> None:
-        if record.may_stay:  # it was moved because that should pay: see what it has cost
-            seconds = 2 * (time.monotonic() - record.move_began)  # away, and about as much for the next to have it
-            self._move_s += (_LEARNING_RATE if self._has_moved else 1.0) * (seconds - self._move_s)
-            self._has_moved = True
         if (reason := self._unreachable(record)) is not None:
             self._answer_missed(record, reason)
         self._release_if_idle(left)

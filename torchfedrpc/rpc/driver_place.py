@@ -113,7 +113,8 @@ class DriverPlace:
 
     async def _end_world(self, joining: asyncio.Future[None]) -> None:
         # Where joining was cut short it still goes on in its thread; what it makes must be unmade.
-        await asyncio.wait([joining])
+        if not joining.done():  # a future that is done may be of a loop that is closed, see LearnerProxy.__aexit__
+            await asyncio.wait([joining])
         if joining.exception() is None:
             await self._in_thread(world.leave)
 

@@ -169,10 +169,6 @@ class RemoteHost:
         """Tell the worker that nobody waits for this call any more; ``reply`` takes what became of it."""
         self._ask(call, reply, "cancel", call.call_id)
 
-    def calls(self) -> list[Call]:
-        """The calls of methods that the worker has been asked for and has not answered."""
-        return [question.call for question in self._questions.values() if question.call.kind == "call"]
-
     def acknowledge(self, call: Call, outcome: Outcome) -> None:
         """The worker need not keep this outcome; it is told with the next request, or at once where it keeps much."""
         self._acknowledged.append(call.call_id)

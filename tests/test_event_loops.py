@@ -1,0 +1,47 @@
+"""One proxy belongs to one event loop: another loop is refused with the next step, in every mode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from learners import Probe
+
+import torchfedrpc as tfr
+
+
+async def same(proxy: tfr.LearnerProxy) -> Any:
+    return await proxy.custom_method("a", "same", 1)
+
+
+async def opened_and_closed(runtime: dict[str, Any]) -> Any:
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+        return await same(proxy)
+
+
+def test_proxy_left_open_in_a_closed_loop_is_refused_and_does_not_bar_the_next(lone_runtime: dict[str, Any]) -> None:
+    proxy = tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime)
+    asyncio.run(proxy.__aenter__())
+    uses: list[Callable[[], Coroutine[Any, Any, Any]]] = [
+        lambda: same(proxy),
+        lambda: proxy.clients().call("same", value=1),
+        lambda: proxy.clients().reduce("same", tfr.Sum(), value=1),
+        lambda: proxy.share(1),
+        lambda: proxy.__aexit__(None, None, None),
+    ]
+    for use in uses:
+        with pytest.raises((tfr.ConfigError, tfr.GroupCallError), match=r"one asyncio\.run around async with"):
+            asyncio.run(use())
+    with pytest.raises(tfr.ConfigError, match="not open"):
+        asyncio.run(same(proxy))
+    assert asyncio.run(opened_and_closed(lone_runtime)) == 1
+
+
+async def test_call_from_another_threads_loop_is_refused_and_the_proxy_goes_on(lone_runtime: dict[str, Any]) -> None:
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
+        for use in (lambda: same(proxy), lambda: proxy.__aexit__(None, None, None)):
+            with pytest.raises(tfr.ConfigError, match=r"another event loop.*run_coroutine_threadsafe"):
+                await asyncio.to_thread(asyncio.run, use())
+        assert await same(proxy) == 1
