@@ -131,6 +131,16 @@ class Gradients:
         return self.weight.detach()
 
 
+class GradientsByDict(Gradients):
+    """Its state dict leaves the gradients out."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight.detach()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weight = nn.Parameter(state["weight"])
+
+
 class InModule(Quiet):
     """Counts in a variable of the module."""
 
@@ -381,8 +391,13 @@ def test_a_state_that_no_result_shows_is_compared_in_the_end() -> None:
         check_snapshot(Truncating, ["step", "step"])
 
 
-def test_gradients_are_part_of_a_snapshot() -> None:
+def test_gradients_between_calls_are_part_of_the_attributes() -> None:
     check_snapshot(Gradients, ["accumulate", "step"])
+
+
+def test_gradients_that_a_state_dict_leaves_out_are_named_as_such() -> None:
+    with pytest.raises(SnapshotError, match="Not restored: the gradients in 'weight'"):
+        check_snapshot(GradientsByDict, ["accumulate", "step"])
 
 
 def test_items_of_a_stream_are_compared() -> None:

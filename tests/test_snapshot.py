@@ -163,7 +163,7 @@ class Hostile:
 
 
 def dumped(learner: Any, allow: AllowList = ALLOW) -> bytes:
-    return dump(Snapshot("client_1", "there.Learner", {"step": 2}, capture(learner, "client_1")), allow)
+    return dump(Snapshot("client_1", "there.Learner", {"step": 2}, capture(learner, "client_1")), allow, learner)
 
 
 def moved(learner: Any, fresh: Any) -> Any:
@@ -326,8 +326,13 @@ def test_a_state_without_attributes_needs_a_setstate() -> None:
 def test_a_learner_that_refers_to_itself_is_refused() -> None:
     learner = Plain()
     learner.callbacks = [Callback(learner)]  # type: ignore[attr-defined]
-    with pytest.raises(SnapshotError, match="refers to itself in 'callbacks'"):
-        capture(learner, "client_1")
+    words = r"because of 'callbacks': \.callbacks\[0\]\.owner refers to the learner itself"
+    with pytest.raises(SnapshotError, match=words) as caught:
+        dumped(learner)
+    assert caught.value.attribute == "'callbacks'"
+    learner.callbacks = [learner.step]  # type: ignore[attr-defined]
+    with pytest.raises(SnapshotError, match="because of 'callbacks': it refers to the learner itself"):
+        dumped(learner)
 
 
 def test_a_learner_that_does_not_take_the_state_says_so() -> None:

@@ -65,7 +65,13 @@ class UntrustedTypeError(SerializationError):
 
 
 class SnapshotError(TorchFedRpcError, RuntimeError):
-    """A learner's state cannot be captured or restored."""
+    """A learner's state cannot be captured or restored.
+
+    Attributes:
+        attribute: what of the state cannot be captured, as the message names it; None where it is no one attribute.
+    """
+
+    attribute: str | None = None
 
 
 class CapacityError(TorchFedRpcError, RuntimeError):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from torchfedrpc.errors import SnapshotError
 from torchfedrpc.host.randomness import RandomStreams, call_seed
 from torchfedrpc.host.torch_modes import TorchModes
 
@@ -28,17 +29,55 @@ class SharedObjects:
         self._seed = seed
         self._device = device
         self._objects: dict[Hashable, Any] = {}
+        self._keys: dict[int, Hashable] = {}  # address of an object -> its key
+        self._constructors_keys: set[Hashable] = set()
         self._lock = threading.RLock()  # a factory may ask for another shared object
 
-    def get(self, key: Hashable, factory: Callable[[], T]) -> T:
-        """The object of that key, made by ``factory()`` where there is none yet."""
+    def get(self, key: Hashable, factory: Callable[[], T], *, in_constructor: bool = False) -> T:
+        """The object of that key, made by ``factory()`` where there is none yet.
+
+        Args:
+            key: the key.
+            factory: makes it.
+            in_constructor: whether a learner's constructor asks, and so any process that makes such a learner has it.
+        """
         with self._lock:
+            if in_constructor:
+                self._constructors_keys.add(key)
             if key not in self._objects:
                 # Modes and streams of its own: who comes first depends on placement, and the object must not.
                 with TorchModes(), RandomStreams(call_seed(self._seed, "shared", repr(key)), self._device):
                     self._objects[key] = factory()
+                self._keys[id(self._objects[key])] = key
             made: T = self._objects[key]
             return made
+
+    def objects(self) -> dict[str, Any]:
+        """All of them, by what to call them in a message."""
+        with self._lock:
+            return {repr(key): value for key, value in self._objects.items()}
+
+    def key_of(self, value: Any) -> tuple[Hashable, bool] | None:
+        """The key of an object, and whether a learner's constructor asked for it; None where it is not shared."""
+        with self._lock:
+            if id(value) not in self._keys:
+                return None
+            key = self._keys[id(value)]
+            return key, key in self._constructors_keys
+
+    def find(self, key: Hashable) -> Any:
+        """The object of a key.
+
+        Raises:
+            SnapshotError: this process has none.
+        """
+        with self._lock:
+            if key in self._objects:
+                return self._objects[key]
+        raise SnapshotError(
+            f"the learner's state refers to the shared object {key!r}, which its constructor has not made here: call "
+            f"current_call().shared({key!r}, ...) in the constructor, or name the attribute in not_state"
+        )
 
 
 @dataclass(eq=False)
@@ -90,7 +129,7 @@ class CallContext:
 
         Its random draws depend on (run seed, ``repr(key)``) alone, so use strings, numbers or tuples of them.
         """
-        return self._shared.get(key, factory)
+        return self._shared.get(key, factory, in_constructor=self.method == "__init__")
 
 
 _current: contextvars.ContextVar[CallContext] = contextvars.ContextVar("torchfedrpc_current_call")

@@ -283,9 +283,9 @@ class Runner:
         if mailbox.is_stored:
             return bytearray(self._residents.stored(mailbox.client_id))
         with self._apart(job, "state_dict", mailbox.client_id):
-            state = capture(mailbox.learner, mailbox.client_id) if mailbox.made else None
+            state = capture(mailbox.learner, mailbox.client_id, self._shared) if mailbox.made else None
             snapshot = Snapshot(mailbox.client_id, self._spec.name, dict(mailbox.counts), state)
-            return dump(snapshot, self.allow)
+            return dump(snapshot, self.allow, mailbox.learner, self._shared)
 
     def _restore(self, job: Job, data: memoryview, kwargs: dict[str, Any] | None) -> None:
         snapshot, mailbox = load(data, self.allow), job.mailbox
@@ -296,7 +296,7 @@ class Runner:
         if snapshot.made:
             learner = self._make_learner(job, constructor)
             with self._apart(job, "load_state_dict"):
-                reinstate(learner, snapshot.state, mailbox.client_id)
+                reinstate(learner, snapshot.state, mailbox.client_id, self._shared)
         mailbox.learner, mailbox.made, mailbox.is_stored = learner, snapshot.made, False
         mailbox.kwargs = constructor if self._residents.is_limited or not snapshot.made else None
         mailbox.counts = Counter(snapshot.counts)

@@ -15,6 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchfedrpc.errors import SerializationError, SnapshotError, UntrustedTypeError
+from torchfedrpc.host.attributes import attributes_of, made_anew, not_state_of, set_attributes
+from torchfedrpc.host.context import SharedObjects
+from torchfedrpc.host.object_parts import is_foundation
+from torchfedrpc.host.state_proof import Difference, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
 from torchfedrpc.wire.serializer import ParameterSerializer, chunks_of
@@ -23,7 +27,12 @@ from torchfedrpc.wire.serializer import ParameterSerializer, chunks_of
 _MAGIC = b"TFRSNAP\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<8sII")
-_REMEDY = "define state_dict()/load_state_dict() so that they leave it out and make it anew"
+_REMEDIES = {
+    "attributes": "name {} in not_state if the constructor makes it anew, or define state_dict()/load_state_dict(), "
+    "which carry what matters of it",
+    "getstate": "leave it out of __getstate__(), or define state_dict()/load_state_dict(), which carry what matters",
+    "state_dict": "leave it out of state_dict(), or put plain data there",
+}
 
 
 @dataclass(frozen=True)
@@ -48,49 +57,56 @@ class Snapshot:
         return self.state is not None
 
 
-def capture(learner: Any, client_id: str = "a client") -> Any:
+def capture(learner: Any, client_id: str = "a client", shared: SharedObjects | None = None) -> Any:
     """A learner's state, for `dump`; it may alias the learner's objects, so dump it before the next call.
 
-    It is ``state_dict()`` where the learner's class has that and ``load_state_dict``, else what pickle would take:
-    ``__getstate__()``, by default the attributes. What a class merely inherits from `torch.nn.Module` does not
-    count, since it knows nothing of plain attributes. Gradients and autograd history are never part of it.
+    It is ``state_dict()`` where the learner's class has that and ``load_state_dict``, else what ``__getstate__()``
+    gives where the class defines that or ``__setstate__``, else all attributes but those in ``not_state``. What a
+    class merely inherits from `torch.nn.Module` does not count, since it knows nothing of plain attributes.
 
     Args:
         learner: the learner, which must not run meanwhile.
         client_id: whose it is, for messages.
+        shared: what the learners of this process share.
 
     Raises:
-        SnapshotError: its own method raised (the cause) or is async, or the state refers to the learner.
+        ConfigError: ``not_state`` is no collection of names.
+        SnapshotError: its own method raised (the cause) or is async, or ``not_state`` names no attribute.
     """
     name = f"{client_id}'s {type(learner).__qualname__}"
-    by_dict = _has_state_dict(type(learner))
-    if by_dict and any(map(inspect.iscoroutinefunction, (learner.state_dict, learner.load_state_dict))):
+    kind = _kind_of_state(type(learner))
+    if kind == "attributes":
+        return kind, attributes_of(learner, shared)
+    if kind == "state_dict" and any(map(inspect.iscoroutinefunction, (learner.state_dict, learner.load_state_dict))):
         raise SnapshotError(
             f"state_dict() and load_state_dict() of {name} must not be async: make them plain methods"
         )
-    method = learner.state_dict if by_dict else learner.__getstate__
+    method = learner.state_dict if kind == "state_dict" else learner.__getstate__
     try:
         content = method()
-        if not by_dict and not hasattr(type(learner), "__setstate__"):
+        if kind == "getstate" and not hasattr(type(learner), "__setstate__"):
             _split(content)
     except Exception as error:
         raise SnapshotError(f"{method.__name__}() of {name} failed: {type(error).__name__}: {error}") from error
-    for part, value in _parts(content):
-        if _refers_to(value, learner):
-            raise SnapshotError(f"{name} refers to itself in {part}, and restored would refer to a copy: {_REMEDY}")
-    return "state_dict" if by_dict else "getstate", content
+    if kind == "getstate" and (left_out := not_state_of(type(learner))):
+        if not isinstance(content, dict):
+            raise SnapshotError(f"{name} has not_state, and its __getstate__() gives no dict: leave them out there")
+        content = {key: value for key, value in content.items() if key not in left_out}
+    return kind, content
 
 
-def reinstate(learner: Any, state: Any, client_id: str = "a client") -> None:
+def reinstate(learner: Any, state: Any, client_id: str = "a client", shared: SharedObjects | None = None) -> None:
     """Give a newly made learner the state that `capture` took.
 
-    A default ``__getstate__`` replaces all attributes. What a ``__getstate__`` of the learner's own leaves out
-    stays as the constructor made it, unless there is a ``__setstate__`` to decide.
+    Attributes become exactly those that were captured, and those in ``not_state`` stay as the constructor made
+    them. What a ``__getstate__`` of the learner's own leaves out stays as well, unless there is a ``__setstate__``
+    to decide.
 
     Args:
         learner: the learner.
         state: what `capture` gave; it belongs to the learner afterwards.
         client_id: whose it is, for messages.
+        shared: what the learners of this process share.
 
     Raises:
         SnapshotError: the learner does not take it; what it raised is the cause.
@@ -99,15 +115,16 @@ def reinstate(learner: Any, state: Any, client_id: str = "a client") -> None:
         kind, content = state
         if kind == "state_dict":
             learner.load_state_dict(content)
+        elif kind == "attributes":
+            set_attributes(learner, content, shared)
         elif hasattr(type(learner), "__setstate__"):
             learner.__setstate__(content)
         else:
             attributes, slots = _split(content)
-            default: Any = object.__getstate__
-            if type(learner).__getstate__ is default:
-                getattr(learner, "__dict__", {}).clear()
             for name, value in (attributes | slots).items():
                 object.__setattr__(learner, name, value)  # also where the class forbids it, or has ideas of its own
+    except SnapshotError:
+        raise
     except Exception as error:
         raise SnapshotError(
             f"{client_id}'s {type(learner).__qualname__} cannot take the state of its snapshot "
@@ -116,28 +133,30 @@ def reinstate(learner: Any, state: Any, client_id: str = "a client") -> None:
         ) from error
 
 
-def dump(snapshot: Snapshot, allow: AllowList) -> bytearray:
+def dump(snapshot: Snapshot, allow: AllowList, learner: Any = None, shared: SharedObjects | None = None) -> bytearray:
     """A snapshot as bytes, which share no memory with the learner.
+
+    The state is read again, and compared with the live one: types, values, attributes, and what is one object. So a
+    state that could not be restored exactly is an error now, not once its worker is lost.
 
     Args:
         snapshot: whose state is as `capture` gave it.
-        allow: the types that `load` will allow: a state that could never be restored is an error now, not once its
-            worker is lost.
+        allow: the types that `load` will allow.
+        learner: whose state it is; None for a state of no learner's.
+        shared: what the learners of this process share.
 
     Raises:
-        SnapshotError: the state holds what cannot be pickled, or read again; it names where.
+        SnapshotError: the state holds what cannot be pickled, or read again, or is not equal then; it names where.
     """
     try:
-        _try_to_read(snapshot.state, allow)
-        chunks = chunks_of(pack(dict(vars(snapshot)), copy=False))
+        parcel = pack(dict(vars(snapshot)), copy=False)
+        data = bytearray().join((bytes(_HEADER.size), *chunks_of(parcel)))
+        rebuilt = parcel.open(allow)["state"]
     except SerializationError as error:
-        part, cause = _culprit(snapshot.state, allow) or ("its whole", error)
-        untrusted = "or " if isinstance(cause, UntrustedTypeError) else ""
-        raise SnapshotError(
-            f"the state of {snapshot.client_id} ({snapshot.learner}) cannot be captured because of {part}: {cause}; "
-            f"{untrusted}{_REMEDY}"
-        ) from cause
-    data = bytearray().join((bytes(_HEADER.size), *chunks))
+        part, cause = _culprit(snapshot.state, allow, learner) or ("its whole", error)
+        raise _refusal(snapshot, part, cause) from error
+    if snapshot.state is not None and (found := _difference(snapshot.state, rebuilt, learner, shared)) is not None:
+        raise _refusal(snapshot, repr(found.attribute.strip(".")), found)
     # Of the copy: a thread of the learner's own may go on writing to what was copied.
     _HEADER.pack_into(data, 0, _MAGIC, _VERSION, zlib.crc32(memoryview(data)[_HEADER.size :]))
     return data
@@ -203,15 +222,21 @@ def check_belongs(snapshot: Snapshot, client_id: str, learner: str) -> None:
         )
 
 
-def _has_state_dict(cls: type) -> bool:
+def _kind_of_state(cls: type) -> str:
+    """How a learner's state is taken."""
     own = getattr(cls, "state_dict", None)
-    return callable(own) and own is not nn.Module.state_dict and callable(getattr(cls, "load_state_dict", None))
+    if callable(own) and own is not nn.Module.state_dict and callable(getattr(cls, "load_state_dict", None)):
+        return "state_dict"
+    says_itself = any(
+        not is_foundation(base) for base in cls.__mro__ if {"__getstate__", "__setstate__"} & vars(base).keys()
+    )
+    return "getstate" if says_itself else "attributes"
 
 
 def _split(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The attributes and the slots of a plain object's state: as pickle has it, a dict, None, or a pair of these."""
     attributes, slots = content if isinstance(content, tuple) and len(content) == 2 else (content, None)
-    attributes, slots = attributes or {}, slots or {}
+    attributes, slots = ({} if part is None else part for part in (attributes, slots))
     if not isinstance(attributes, dict) or not isinstance(slots, dict):
         raise TypeError(f"it gave {type(content).__name__} instead of a dict: define __setstate__ beside it")
     return attributes, slots
@@ -232,7 +257,7 @@ def _snapshot_of(fields: Any) -> Snapshot:
 
 def _parts(content: Any) -> Iterator[tuple[str, Any]]:
     """A state's attributes or keys one by one, each with its name; the state itself where it has none."""
-    parts = [part for part in content if part] if isinstance(content, tuple) else [content]
+    parts = [part for part in content if part is not None] if isinstance(content, tuple) else [content]
     if not all(isinstance(part, dict) for part in parts):
         yield "its state", content
         return
@@ -241,23 +266,43 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
             yield repr(name), value
 
 
-def _culprit(state: Any, allow: AllowList) -> tuple[str, SerializationError] | None:
+def _difference(state: Any, rebuilt: Any, learner: Any, shared: SharedObjects | None) -> Difference | None:
+    kind, content = state
+    if kind != "attributes":
+        return first_difference(content, rebuilt[1], owner=learner)
+    apart = made_anew(learner, shared) if learner is not None else []
+    live, other = ({**part["values"], **part["slots"]} for part in (content, rebuilt[1]))
+    return first_difference(live, other, owner=learner, apart=apart, are_attributes=True)
+
+
+def _refusal(snapshot: Snapshot, part: str, cause: object) -> SnapshotError:
+    """Why a state cannot be captured, and what to do."""
+    kind = snapshot.state[0] if snapshot.state is not None else "state_dict"
+    untrusted = "or " if isinstance(cause, UntrustedTypeError) else ""
+    error = SnapshotError(
+        f"the state of {snapshot.client_id} ({snapshot.learner}) cannot be captured because of {part}: {cause}; "
+        f"{untrusted}{_REMEDIES[kind].format(part)}"
+    )
+    error.attribute = part
+    return error
+
+
+def _culprit(state: Any, allow: AllowList, learner: Any) -> tuple[str, object] | None:
     """The first part of a state that cannot travel by itself, and why."""
-    for part, value in _parts(state[1]) if state is not None else ():
+    kind, content = state if state is not None else ("getstate", {})
+    for part, value in _parts((content["values"], content["slots"]) if kind == "attributes" else content):
         try:
-            _try_to_read(value, allow)
+            pack(value, copy=False).open(allow)
         except SerializationError as error:
+            if learner is not None and _refers_to(value, learner):
+                return part, f"it refers to the learner itself ({error})"
             return part, error
     return None
 
 
-def _try_to_read(obj: Any, allow: AllowList) -> None:
-    pack(obj, copy=False).open(allow)
-
-
 def _refers_to(value: Any, learner: Any) -> bool:
     probe = _Probe(learner)
-    with contextlib.suppress(Exception):  # what cannot be pickled is for `dump` to say
+    with contextlib.suppress(Exception):  # what cannot be pickled is told already
         probe.dump(value)
     return probe.found
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.host.attributes import not_state_of
 from torchfedrpc.registry import get_learner
 from torchfedrpc.wire.allowlist import AllowList
 
@@ -49,7 +50,8 @@ class LearnerSpec:
             The spec, and the partial's keyword arguments.
 
         Raises:
-            ConfigError: it cannot be found by its name (a lambda, a closure), or is not callable.
+            ConfigError: it cannot be found by its name (a lambda, a closure), is not callable, or has a ``not_state``
+                that is no collection of names.
         """
         entry: Any = get_learner(learner) if isinstance(learner, str) else learner
         kwargs: dict[str, Any] = {}
@@ -68,6 +70,7 @@ class LearnerSpec:
                 f"the learner {module}.{qualname} is a lambda or is defined inside a function, so that no worker "
                 f"could find it: {_REMEDY}"
             )
+        not_state_of(entry)
         spec = cls(module, qualname, seed, runtime)
         if spec.load() is not entry:
             raise ConfigError(f"the learner's name {module}.{qualname} leads to another object: {_REMEDY}")

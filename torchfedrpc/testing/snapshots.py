@@ -163,7 +163,9 @@ class _Check:
         )
 
     def _state(self, snapshot: bytes) -> Any:
-        _, content = load(snapshot, self.spec.allow_list()).state
+        kind, content = load(snapshot, self.spec.allow_list()).state
+        if kind == "attributes":
+            return self._kept({**content["values"], **content["slots"]})
         return [self._kept(part) for part in content] if isinstance(content, tuple) else self._kept(content)
 
     def _kept(self, value: Any) -> Any:

@@ -95,7 +95,8 @@ class _Printer(pickle.Pickler):
     def persistent_id(self, obj: Any) -> bytes | tuple[str, list[bytes]] | None:
         if isinstance(obj, Tensor):
             gradient = obj.grad if self._with_gradients and obj.is_leaf else None
-            return ParameterSerializer.serialize(obj if gradient is None else (obj, gradient))
+            value = type(obj).__qualname__, obj.requires_grad, obj.detach(), vars(obj), gradient
+            return ParameterSerializer.serialize(value)
         if isinstance(obj, set | frozenset):
             return type(obj).__name__, sorted(
                 _print(element, self._with_gradients, fast=self.fast) for element in obj

@@ -39,6 +39,7 @@ from torchfedrpc.wire.tensors import (
     restore_special,
     take_apart,
 )
+from torchfedrpc.wire.torch_classes import ScheduledStep, reduce_optimizer, scheduled_step
 
 _NONE = pickle.dumps(None, protocol=5)  # what most methods return
 _NOTHING = pickle.dumps(((), {}), protocol=5)  # a call's arguments, where it has none
@@ -297,7 +298,7 @@ class _Pickler(pickle.Pickler):
         self._table = table
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is Tensor and not obj.requires_grad and not obj.__dict__ and is_plain(obj):
+        if type(obj) is Tensor and not (obj.requires_grad or obj.__dict__ or obj.grad is not None) and is_plain(obj):
             return restore, ("plain", self._table.add_tensor(obj))
         if isinstance(obj, Tensor):
             with PlainTensors(), torch._C.DisableTorchFunctionSubclass():
@@ -323,6 +324,10 @@ class _Pickler(pickle.Pickler):
                 return restore, ("torch_generator", obj.device, obj.get_state())
         if isinstance(obj, torch.layout):
             return restore, ("layout", str(obj).removeprefix("torch."))
+        if isinstance(obj, torch.optim.Optimizer):
+            return reduce_optimizer(obj)
+        if isinstance(obj, ScheduledStep):
+            return restore, ("scheduled_step", obj.optimizer)
         if type(obj) is Fraction:
             return Fraction, (obj.numerator, obj.denominator)
         if type(obj) is array.array:
@@ -516,6 +521,7 @@ _RESTORERS: dict[str, Callable[..., Any]] = {
     "layout": _restore_layout,
     "array.array": _restore_array,
     "function": function_named,
+    "scheduled_step": scheduled_step,
 }
 
 
