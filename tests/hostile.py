@@ -485,6 +485,21 @@ _SLOW: dict[str, bytes] = {
     "a key of 2**60 parts": whole(_NESTED, b"}h\x3cNs"),
     "a member of 2**60 parts": whole(_NESTED, b"\x8f(h\x3c\x90"),
     "a frozenset of 2**60 parts": whole(_NESTED, b"(h\x3c\x91"),
+    "a kind of 2**60 parts": whole(_NESTED, called(RESTORE, b"h\x3c")),
+    "a function of 2**60 parts": whole(_NESTED, called(RESTORE, text("function"), b"h\x3c")),
+    "a class of 2**60 parts": whole(_NESTED, called(RESTORE, text("exception"), b"h\x3c", b")", b"}")),
+    "an enum of 2**60 parts": whole(_NESTED, called(RESTORE, text("member"), b"h\x3c", text("RED"))),
+    "a member of an enum of 2**60 parts": whole(
+        _NESTED, called(RESTORE, text("member"), named(HERE, "Colour"), b"h\x3c")
+    ),
+    "a view of a kind of 2**60 parts": whole(
+        _NESTED, called(RESTORE, text("dense"), NO, b"NNN", called(RESTORE, text("plain"), b"K\x00"), b"h\x3c")
+    ),
+    "an exception's attribute of 2**60 parts": whole(
+        _NESTED, called(RESTORE, text("exception"), named("builtins", "ValueError"), b")", b"]h\x3ca")
+    ),
+    "a call of 2**60 parts": whole(_NESTED, called(b"h\x3c")),
+    "an array of 2**60 parts": whole(_NESTED, called(RESTORE, text("array"), *(b"h\x3c" for _ in range(7)))),
 }
 
 _OPCODES: dict[str, bytes] = {

@@ -287,7 +287,7 @@ def _make_array(
         array.flags.writeable = False
     if cls is not None:
         if not (isinstance(cls, type) and issubclass(cls, np.ndarray)):
-            raise SerializationError(f"{cls!r} is not a class of arrays")
+            raise SerializationError(f"a {type(cls).__qualname__} is not a class of arrays")
         array = array.view(cls)
         if own is not None:
             array.__dict__.update(own)

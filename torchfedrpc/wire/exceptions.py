@@ -45,13 +45,14 @@ def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) ->
         SerializationError: ``cls`` is no exception type.
     """
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
-        raise SerializationError(f"{cls!r} is not a type of exception")
+        raise SerializationError(f"a {type(cls).__qualname__} is not a type of exception")
     base = _builtin_base(cls)
     error: BaseException = base.__new__(cls, *args)
     base.__init__(error, *args)  # some builtins keep nothing of what __new__ is given
     for name, value in state.items():
-        if name.startswith("__") and name not in _SPECIAL_STATE:
-            raise SerializationError(f"an exception came with {name!r} among its attributes")
+        if type(name) is not str or (name.startswith("__") and name not in _SPECIAL_STATE):
+            shown = name if type(name) is str else f"a {type(name).__qualname__}"  # a sender's repr can be endless
+            raise SerializationError(f"an exception came with {shown} among its attributes")
         if name == "__notes__" and not isinstance(value, list):
             continue  # anything that formats the exception would fail
         BaseException.__setattr__(error, name, value)  # a frozen dataclass has one of its own that refuses

@@ -50,6 +50,6 @@ def function_named(name: Any) -> Callable[..., Any]:
     Raises:
         UntrustedTypeError: If it may not travel.
     """
-    if (found := _functions().get(name)) is None:
-        raise UntrustedTypeError(f"the function {name!r} may not travel")
+    if type(name) is not str or (found := _functions().get(name)) is None:
+        raise UntrustedTypeError("a pickle names a function that may not travel: send plain data")
     return found

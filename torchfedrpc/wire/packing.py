@@ -126,7 +126,7 @@ class Parcel:
         except (SerializationError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise SerializationError(f"{type(error).__name__}: {error}") from error
+            raise SerializationError(f"{type(error).__name__}: {_text_of(error)}") from error
         self.slots.clear()
         return obj
 
@@ -429,6 +429,8 @@ class _Builder:
         Raises:
             SerializationError: If they make no object of that kind.
         """
+        if type(kind) is not str:
+            raise SerializationError("a parcel has a part without a kind")
         if kind == "plain":
             return self._tensors[parts[0]]
         if kind == "dense" or kind == "special":
@@ -440,7 +442,9 @@ class _Builder:
             return made
         if kind == "apart":
             return self._open_apart(parts[0])
-        return _RESTORERS[kind](*parts)
+        if (restorer := _RESTORERS.get(kind)) is None:
+            raise SerializationError("a parcel has a part of a kind that there is not")
+        return restorer(*parts)
 
     def fill(self, array: Any, items: Any) -> Any:
         """Put the items into an array of objects that `restore` has made; return it.
@@ -461,7 +465,9 @@ class _Builder:
         else:
             number, lazily = rest
             plain = self._tensors[number]
-            if lazily:
+            if lazily != "":
+                if type(lazily) is not str or lazily not in _LAZILY:
+                    raise SerializationError("a tensor came as a view of a kind that there is not")
                 plain = _LAZILY[lazily](plain)
         if cls == "parameter":
             tensor: Tensor = Parameter(plain, requires_grad=requires_grad)
@@ -470,7 +476,7 @@ class _Builder:
         elif isinstance(cls, type) and issubclass(cls, Tensor):
             tensor = plain.as_subclass(cls).requires_grad_(requires_grad)
         else:
-            raise SerializationError(f"{cls!r} is not a kind of tensor")
+            raise SerializationError(f"a {type(cls).__qualname__} is not a kind of tensor")
         if state:
             tensor.__dict__.update(state)
         if grad is not None:
@@ -483,11 +489,21 @@ class _Builder:
         return self._opened[number]
 
 
+def _text_of(error: Exception) -> str:
+    """Return the text of an error in which nothing is shown that a sender has made: that can be endless."""
+    return str(error) if all(type(part) in (str, int) for part in error.args) else ""
+
+
 def _restore_member(cls: Any, name: Any) -> enum.Enum:
     if not (isinstance(cls, type) and issubclass(cls, enum.Enum)):
-        raise SerializationError(f"{cls!r} is not an enum")
-    member: Any = cls._member_map_.get(name) if type(name) is str else None
-    return cls(name) if member is None else member  # by its value: a combination of flags
+        raise SerializationError(f"a {type(cls).__qualname__} is not an enum")
+    if type(name) is int and issubclass(cls, enum.Flag):
+        combined: enum.Flag = cls(name)
+        return combined
+    member = cls._member_map_.get(name) if type(name) is str else None
+    if member is None:
+        raise SerializationError(f"a pickle names a member that the enum {cls.__qualname__} does not have")
+    return member
 
 
 def _restore_torch_generator(device: Any, state: Any) -> torch.Generator:
@@ -499,7 +515,7 @@ def _restore_torch_generator(device: Any, state: Any) -> torch.Generator:
 def _restore_layout(name: Any) -> torch.layout:
     layout = getattr(torch, name, None)
     if not isinstance(layout, torch.layout):
-        raise SerializationError(f"unknown layout {name!r}")
+        raise SerializationError("a pickle names a layout of tensors that torch does not have")
     return layout
 
 

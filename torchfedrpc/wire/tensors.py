@@ -99,7 +99,7 @@ def restore_special(kind: str, *parts: Any) -> Tensor:
         return torch._make_per_tensor_quantized_tensor(*parts)
     if kind == "per_channel":
         return torch._make_per_channel_quantized_tensor(*parts)
-    raise SerializationError(f"unknown kind of tensor {kind!r}")
+    raise SerializationError("unknown kind of tensor")
 
 
 def take_apart(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -263,7 +263,7 @@ def dtype_named(name: str) -> torch.dtype:
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise SerializationError(f"unknown dtype {name!r}")
+        raise SerializationError(f"unknown dtype {name}")
     return dtype
 
 
