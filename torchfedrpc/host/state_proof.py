@@ -209,7 +209,7 @@ class _Walk:
         """Refuse a state that has objects or memory in common with what is made anew beside it."""
         for name, root in apart.roots.items():
             for part in reachable(root, self._owner):
-                if id(part) in self._rebuilt_of and not has_value(type(part)):
+                if self._rebuilt_of.get(id(part), id(part)) != id(part) and not has_value(type(part)):
                     path = self._paths[id(part)]
                     raise _Found(path, f"is part of {apart.whose} {name!r} too, and would be another: {apart.remedy}")
                 if not isinstance(part, Tensor | np.ndarray):
@@ -573,7 +573,7 @@ class _Walk:
             _Found: one of both belongs to another object.
         """
         if one is self._owner:
-            raise _Found(path, "refers to the learner itself, and would refer to a copy")
+            raise _Found(path, f"refers to the {type(one).__qualname__} itself, and would refer to a copy")
         known = self._rebuilt_of.get(id(one))
         if known is not None:
             if known != id(other):

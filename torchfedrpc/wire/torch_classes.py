@@ -1,6 +1,6 @@
 """How torch's optimisers are pickled: with all of their attributes, of which torch's own ``__getstate__`` has three.
 
-The others are what a subclass keeps (LBFGS its list of parameters), hooks, and a scheduler's wrapper round ``step()``.
+The others are what a subclass keeps (LBFGS its list of parameters), hooks, and a scheduler's wrapper of ``step()``.
 """
 
 from __future__ import annotations
