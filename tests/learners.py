@@ -714,8 +714,9 @@ class Mortal(Probe):
         return how
 
     def hide(self, what: str) -> None:
-        """Keep what cannot be captured."""
-        self.hidden = threading.Lock() if what == "lock" else (number for number in range(3))
+        """Keep what cannot be captured, or nothing."""
+        kinds = {"lock": threading.Lock, "generator": lambda: (number for number in range(3)), "nothing": list}
+        self.hidden: Any = kinds[what]()
 
 
 class Stillborn:

@@ -117,11 +117,31 @@ async def test_what_cannot_be_captured_is_warned_about_once_past_the_bound_and_l
     assert (await proxy.custom_method(well, "get_model_weights")).tolist() == before[well]
 
 
+async def test_learner_that_can_be_captured_again_is_rebuilt_again(
+    proxy: tfr.LearnerProxy, one: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy._router._main, "_warned_of", {"'hidden'"})
+    await proxy.custom_method(one, "hide", "lock")
+    for _ in range(MAX_CALLS + 1):
+        await proxy.custom_method(one, "step")
+    await snapshots_are_stored(proxy)
+    record = ledger_of(proxy).get(one)
+    assert record is not None
+    assert record.unrecoverable is not None
+    await proxy.custom_method(one, "hide", "nothing")
+    await proxy.custom_method(one, "step")
+    await snapshots_are_stored(proxy)
+    assert record.unrecoverable is None
+    before = await proxy.custom_method(one, "step")
+    kill(proxy, "worker1")
+    assert (await proxy.custom_method(one, "get_model_weights")).tolist() == before
+
+
 @pytest.mark.filterwarnings("error")
 async def test_warning_that_is_an_error_holds_up_no_outcome(
     proxy: tfr.LearnerProxy, one: str, latch: Latch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(proxy._router._main, "_has_warned", False)
+    monkeypatch.setattr(proxy._router._main, "_warned_of", set())
     await proxy.custom_method(one, "hide", "lock")
     with pytest.raises(tfr.CallTimeoutError):
         await proxy.options(timeout_s=0.3).custom_method(one, "hold", latch.path)

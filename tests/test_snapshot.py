@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import SnapshotError, UntrustedTypeError
+from torchfedrpc.errors import ConfigError, SnapshotError, UntrustedTypeError
 from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, load, reinstate
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.testing.rehearsal import Rehearsal, Step, rehearsal
@@ -131,6 +132,80 @@ class OwnState:
 class OddState:
     def __getstate__(self) -> int:
         return 3
+
+
+class Tensors:
+    """Has a state that is a pair of tensors, and reads it."""
+
+    def __init__(self) -> None:
+        self.one, self.other = torch.zeros(2), torch.zeros(2)
+
+    def __getstate__(self) -> tuple[Tensor, Tensor]:
+        return self.one, self.other
+
+    def __setstate__(self, state: tuple[Tensor, Tensor]) -> None:
+        self.one, self.other = state
+
+
+class Loading:
+    """Has what its constructor makes anew: a lock, and a generator of batches."""
+
+    not_state: Any = {"lock", "batches"}
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.lock = threading.Lock()
+        self.batches = iter(range(3))
+        self.name = "loading"
+
+
+class LoadingModule(nn.Module):
+    """A module whose submodule, parameter, buffer and plain attribute the constructor makes anew."""
+
+    not_state = frozenset({"frozen", "scale", "mean", "data"})
+
+    def __init__(self, fill: float = 1.0) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(1, 1)
+        self.head = nn.Linear(1, 1)
+        self.scale = nn.Parameter(torch.full((1,), fill))
+        self.bias = nn.Parameter(torch.full((1,), fill))
+        self.register_buffer("mean", torch.full((1,), fill))
+        self.data: Any = [fill]
+
+
+class LoadingSlots:
+    __slots__ = ("data", "value")
+    not_state = ["data"]
+
+    def __init__(self, data: str = "data") -> None:
+        self.data = data
+        self.value = 0
+
+
+class LoadingState(LeavesOut):
+    not_state = ("data",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self)
+
+
+class Wrong:
+    def __init__(self, not_state: Any) -> None:
+        type(self).not_state = not_state  # type: ignore[attr-defined]
+        self.loader = 1
+
+
+class Content(dict[str, int]):
+    """A learner that is a dict."""
+
+
+class Recurrent(nn.LSTM):
+    """A module of torch's with weak references, which torch leaves out and makes again."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.num_steps = 0
 
 
 class Failing:
@@ -289,7 +364,125 @@ def test_setstate_takes_whatever_getstate_gives() -> None:
     assert moved(learner, OwnState()).value == 5
 
 
+def test_getstate_may_give_tensors() -> None:
+    learner = Tensors()
+    learner.one += 1
+    assert moved(learner, Tensors()).one.tolist() == [1, 1]
+
+
+def test_module_learner_does_not_get_deleted_attributes_back() -> None:
+    learner = Module()
+    del learner.num_steps, learner.layer
+    restored = moved(learner, Module())
+    assert not hasattr(restored, "num_steps")
+    assert not hasattr(restored, "layer")
+
+
+def test_slots_that_the_learner_no_longer_has_are_gone() -> None:
+    learner = Slots()
+    del learner.weights
+    assert not hasattr(moved(learner, Slots()), "weights")
+
+
+def test_learner_that_is_a_recurrent_module_goes_on() -> None:
+    learner, fresh = Recurrent(), Recurrent()
+    learner.num_steps = 3
+    restored = moved(learner, fresh)
+    assert restored.num_steps == 3
+    inputs = torch.ones(1, 2)
+    assert torch.equal(restored(inputs)[0], learner(inputs)[0])
+    assert restored._flat_weights[0] is restored.weight_ih_l0
+
+
+def test_gradients_are_captured() -> None:
+    learner = Plain()
+    learner.step()
+    restored = moved(learner, Plain())
+    assert torch.equal(restored.model.weight.grad, learner.model.weight.grad)
+
+
+# What is left out.
+
+
+def test_attributes_in_not_state_stay_as_the_constructor_made_them() -> None:
+    learner, fresh = Loading(), Loading()
+    learner.num_steps = 3
+    next(learner.batches)
+    lock, batches = fresh.lock, fresh.batches
+    restored = moved(learner, fresh)
+    assert (restored.num_steps, restored.name) == (3, "loading")
+    assert (restored.lock, restored.batches) == (lock, batches)
+    assert next(restored.batches) == 0
+    assert list(vars(restored)) == list(vars(learner))
+
+
+def test_parts_of_a_module_in_not_state_keep_their_place() -> None:
+    learner, fresh = LoadingModule(2.0), LoadingModule(3.0)
+    frozen, scale = fresh.frozen, fresh.scale
+    restored = moved(learner, fresh)
+    assert (restored.frozen, restored.scale, restored.data) == (frozen, scale, [3.0])
+    assert (restored.bias.item(), restored.mean.item()) == (2.0, 3.0)
+    assert torch.equal(restored.head.weight, learner.head.weight)
+    names = [[name for name, _ in one.named_parameters()] for one in (learner, restored)]
+    assert names[0] == names[1]
+    assert learner.frozen is not None
+
+
+def test_slot_in_not_state_stays() -> None:
+    learner = LoadingSlots()
+    learner.value = 3
+    restored = moved(learner, LoadingSlots("own data"))
+    assert (restored.data, restored.value) == ("own data", 3)
+
+
+def test_not_state_counts_beside_a_getstate_that_gives_a_dict() -> None:
+    learner = LoadingState()
+    learner.value = 3
+    assert vars(moved(learner, LoadingState("own data"))) == {"data": "own data", "value": 3}
+
+
+@pytest.mark.parametrize(("given", "words"), [("loader", r"as \{'loader'\}"), (3, "is 3"), ([3], r"is \[3\]")])
+def test_not_state_that_is_no_collection_of_names_is_refused(given: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"Wrong.not_state must be a set of attribute names, .*{words}"):
+        capture(Wrong(given), "client_1")
+
+
+def test_not_state_of_a_class_is_looked_at_as_the_proxy_is_made() -> None:
+    Wrong.not_state = "loader"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="not_state must be a set"):
+        LearnerSpec.of(Wrong, 0, RuntimeConfig())
+
+
+def test_name_in_not_state_that_is_no_attribute_is_refused() -> None:
+    with pytest.raises(SnapshotError, match="not_state names 'loder', which is no attribute: did you mean 'loader'"):
+        capture(Wrong({"loder"}), "client_1")
+
+
+def test_object_that_is_state_and_not_is_refused() -> None:
+    learner = Loading()
+    learner.cache = learner.lock = {"a": [1]}  # type: ignore[assignment, attr-defined]
+    words = r"because of 'cache': \.cache is part of the attribute in not_state 'lock' too.*name both in not_state"
+    with pytest.raises(SnapshotError, match=words):
+        dumped(learner)
+
+
 # What is refused.
+
+
+def test_learner_that_is_a_container_is_refused() -> None:
+    with pytest.raises(SnapshotError, match="a Content is a dict, whose content is no attribute"):
+        capture(Content(), "client_1")
+
+
+def test_graph_between_two_calls_is_refused_with_its_attribute_and_a_remedy() -> None:
+    learner = Plain()
+    learner.activations = learner.model(torch.ones(1, 2))  # type: ignore[attr-defined]
+    words = r"because of 'activations': \.activations holds an autograd graph.*name 'activations' in not_state"
+    with pytest.raises(SnapshotError, match=words) as caught:
+        dumped(learner)
+    assert caught.value.attribute == "'activations'"
+    del learner.activations  # type: ignore[attr-defined]
+    assert dumped(learner)
 
 
 def test_what_cannot_be_pickled_is_named_with_its_attribute() -> None:
@@ -326,7 +519,7 @@ def test_a_state_without_attributes_needs_a_setstate() -> None:
 def test_a_learner_that_refers_to_itself_is_refused() -> None:
     learner = Plain()
     learner.callbacks = [Callback(learner)]  # type: ignore[attr-defined]
-    words = r"because of 'callbacks': \.callbacks\[0\]\.owner refers to the learner itself"
+    words = r"because of 'callbacks': \.callbacks\[0\]\.owner refers to the Plain itself"
     with pytest.raises(SnapshotError, match=words) as caught:
         dumped(learner)
     assert caught.value.attribute == "'callbacks'"
@@ -431,6 +624,26 @@ class Drawing:
 DRAW = Step("draw")
 
 
+class Sharing:
+    """Has objects that all learners of its process share."""
+
+    def __init__(self, client_id: str, *, is_lazy: bool = False) -> None:
+        if not is_lazy:
+            self.data = self._shared()
+
+    def load(self) -> None:
+        self.data = self._shared()
+
+    def keep_part(self) -> None:
+        self.part = self.data["rows"]
+
+    def identity(self) -> bool:
+        return self.data is self._shared()
+
+    def _shared(self) -> dict[str, Any]:
+        return tfr.current_call().shared(("data", 1), lambda: {"rows": [torch.arange(100_000)]})
+
+
 @contextlib.contextmanager
 def drawing(client_id: str = "client_1", learner: Any = Drawing, **kwargs: Any) -> Iterator[Rehearsal]:
     spec, _ = LearnerSpec.of(learner, 5, RuntimeConfig())
@@ -470,3 +683,33 @@ def test_a_host_refuses_hostile_bytes_and_serves_the_next_call() -> None:
         with pytest.raises(SnapshotError, match="no snapshot"):
             run.restore(b"something")
         assert run.call(DRAW).shape == (2,)
+
+
+def test_shared_object_is_carried_as_a_reference() -> None:
+    with drawing(learner=Sharing) as lost, drawing(learner=Sharing) as restored:
+        lost.call(Step("load"))
+        snapshot = lost.snapshot()
+        assert len(snapshot) < 5000
+        restored.restore(snapshot)
+        assert restored.call(Step("identity"))
+
+
+def test_shared_object_that_no_constructor_asks_for_is_refused() -> None:
+    with drawing(learner=Sharing, is_lazy=True) as run:
+        run.call(Step("load"))
+        with pytest.raises(SnapshotError, match=r"'data' of a Sharing is the shared object \('data', 1\), for which"):
+            run.snapshot()
+
+
+def test_part_of_a_shared_object_is_refused() -> None:
+    with drawing(learner=Sharing) as run:
+        run.call(Step("keep_part"))
+        with pytest.raises(SnapshotError, match=r"because of .part.: .*part of the object shared as .*not_state"):
+            run.snapshot()
+
+
+def test_shared_object_that_is_not_there_is_named() -> None:
+    with drawing(learner=Sharing) as lost, drawing(learner=Sharing, is_lazy=True) as restored:
+        lost.call(Step("load"))
+        with pytest.raises(SnapshotError, match=r"shared object \('data', 1\), which its constructor has not made"):
+            restored.restore(lost.snapshot())

@@ -680,7 +680,7 @@ def test_mark_that_pickles_by_name_stays_itself() -> None:
 def test_state_that_refers_to_its_learner_is_refused() -> None:
     owner = Plain()
     live = {"callbacks": [Plain(owner=owner)]}
-    assert "refers to the learner itself" in str(reason(live, copy.deepcopy(live), owner=owner))
+    assert "refers to the Plain itself" in str(reason(live, copy.deepcopy(live), owner=owner))
 
 
 def test_cache_of_a_method_counts_once_it_has_entries() -> None:

@@ -47,7 +47,7 @@ class AskingExecutor(CallExecutor):
         self._storing: set[asyncio.Task[None]] = set()
         self._room = Room()
         self._turns: dict[str, Turns] = {}  # label of a worker -> whose state is on its way to or from it
-        self._has_warned = False
+        self._warned_of: set[str | None] = set()  # attributes that were warned of, since they cannot be captured
 
     async def close(self) -> None:
         """Answer nobody any more."""
@@ -215,7 +215,7 @@ class AskingExecutor(CallExecutor):
         """A call of a learner is over: see whether its journal has become too long, and let others go on."""
         if self._ledger.is_cut_off(record):
             self._request_snapshot(record)
-        elif self._ledger.has_long_journal(record):
+        elif self._ledger.has_long_journal(record) or self._ledger.may_try_again(record):
             self._snapshot_in_turn(record)
         for value in self._ledger.to_spill():
             self._in_background(self._spill(value))
@@ -269,7 +269,8 @@ class AskingExecutor(CallExecutor):
 
     def _snapshot_in_turn(self, record: Record) -> None:
         """Have a snapshot take the place of a learner's journal."""
-        if record.awaits_snapshot or record.given_up is not None or record.unrecoverable is not None:
+        is_lost = record.unrecoverable is not None and not self._ledger.may_try_again(record)
+        if record.awaits_snapshot or record.given_up is not None or is_lost:
             return
         if self._has_turn(record, self._snapshot_in_turn):
             self._request_snapshot(record)
@@ -335,13 +336,13 @@ class AskingExecutor(CallExecutor):
         """The state of a learner that is to move cannot be captured."""
 
     def _cannot_capture(self, record: Record, error: Exception) -> None:
-        record.unrecoverable = str(error)
-        self._ledger.drop_journal(record)
+        self._ledger.refused(record, str(error))
         message = f"{record.client_id} could not be rebuilt if its worker were lost: {error}"
-        if self._has_warned:
-            logger.info(message)
+        attribute = getattr(error, "attribute", None)
+        if attribute in self._warned_of:
+            logger.log(logging.INFO if record.num_refusals == 1 else logging.DEBUG, message)
             return
-        self._has_warned = True
+        self._warned_of.add(attribute)
         try:
             warnings.warn(f"{message} (this is said once, of the first such client)", stacklevel=2)
         except Exception:  # warnings are errors, which no caller is here to catch

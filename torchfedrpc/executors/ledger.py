@@ -16,6 +16,7 @@ from torchfedrpc.wire.packing import Packed
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
 _MANY_USES = 4  # of a value, from which on it costs less to write it to disk than to take snapshots
+_MAX_PAUSE = 64  # calls, from one try to capture a learner to the next
 _DISK_SHARE = 8  # times as much as in memory
 
 
@@ -87,6 +88,8 @@ class Record:
         num_journal_bytes: bytes of the arguments that its journal keeps, without what they share with others.
         given_up: why it takes no calls any more.
         unrecoverable: why it could not be rebuilt, should its worker be lost.
+        num_refusals: how often in succession its state could not be captured.
+        num_since_refusal: calls since the last time.
         cut_off_number: place of the last call that was cut off, so that the journal cannot repeat it.
         awaits_snapshot: whether one is on its way.
         held: answers that wait for the snapshot of a cut-off before them, each with the worker that gave it.
@@ -107,6 +110,8 @@ class Record:
     num_journal_bytes: int = 0
     given_up: str | None = None
     unrecoverable: str | None = None
+    num_refusals: int = 0
+    num_since_refusal: int = 0
     cut_off_number: int = 0
     awaits_snapshot: bool = False
     held: list[tuple[RemoteHost, Asked, Outcome]] = field(default_factory=list)
@@ -193,7 +198,10 @@ class Ledger:
         changes_nothing = kind == "snapshot" or (kind == "restore" and outcome.kind != "value") or outcome.never_ran
         if not changes_nothing:
             record.changed_number = max(record.changed_number, asked.number)
-        if changes_nothing or is_contained or not self._keeps_journal or record.unrecoverable:
+        if changes_nothing or is_contained or not self._keeps_journal:
+            return
+        record.num_since_refusal += 1
+        if record.unrecoverable and not record.awaits_snapshot:  # else it may be the snapshot that the call follows
             return
         is_cut_off = outcome.cut_off or asked.was_waiting
         if is_cut_off:
@@ -216,6 +224,19 @@ class Ledger:
     def has_long_journal(self, record: Record) -> bool:
         """Whether a snapshot is to take the place of a learner's journal."""
         return self._may_need_snapshot(record) and len(record.journal) > self._max_calls
+
+    def may_try_again(self, record: Record) -> bool:
+        """Whether the state of a learner that could not be captured may be another now, so that it is worth a try."""
+        pause = min(2 ** (record.num_refusals - 1), _MAX_PAUSE)
+        is_lost = record.unrecoverable is not None and record.given_up is None
+        return self._keeps_journal and is_lost and not record.awaits_snapshot and record.num_since_refusal >= pause
+
+    def refused(self, record: Record, reason: str) -> None:
+        """The learner's state cannot be captured, and its journal has not all that it has done, or is too long."""
+        record.unrecoverable = reason
+        record.num_refusals += 1
+        record.num_since_refusal = 0
+        self.drop_journal(record)
 
     def _may_need_snapshot(self, record: Record) -> bool:
         is_lost = record.unrecoverable is not None or record.given_up is not None
@@ -294,7 +315,7 @@ class Ledger:
             return
         self._spool.discard((record.client_id, record.snapshot_number))
         record.snapshot_number = number
-        record.unrecoverable = None
+        record.unrecoverable, record.num_refusals = None, 0
         self._cut(record, [entry for entry in record.journal if entry.number > number])
 
     def drop_journal(self, record: Record) -> None:

@@ -44,9 +44,7 @@ class MovingExecutor(ReducingExecutor):
             self._hurry(record)
             return  # answers may overtake each other, and that of the snapshot those before it
         if self._is_there(record) and record.changed_number > record.snapshot_number and not record.moves_by_journal:
-            if record.unrecoverable is not None:
-                self._stop_moving(record, record.unrecoverable)
-            elif self._has_turn(record, self._went_on):
+            if self._has_turn(record, self._went_on):
                 self._request_snapshot(record)
             return
         self._move(record)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 
 class Learner(ABC):
@@ -19,12 +20,15 @@ class Learner(ABC):
     - where its class has both ``state_dict()`` and ``load_state_dict(state)``, what these carry. They must be plain
       methods, and complete: every value that a call leaves behind and a later one depends on (weights, an optimiser's
       moments, counters, control variates). What the constructor makes anew, as a dataset, stays out.
-    - else all its attributes, as pickle takes them; ``__getstate__`` and ``__setstate__`` are heeded.
+    - else all its attributes, gradients included, but those that ``not_state`` names: the constructor makes these
+      anew. ``__getstate__`` and ``__setstate__`` are heeded where the class has them.
 
-    Types outside the learner's own package and ``runtime.trusted_modules`` cannot be restored, nor can locks, open
-    files, lambdas and running generators; gradients and autograd history are left out. So is what lies outside the
-    learner: variables of a module, class attributes, caches. The random streams of calls need no care, they
-    are seeded by the call. ``torchfedrpc.testing.check_snapshot`` proves by replay that nothing is missing.
+    What would not come back equal is refused, and the learner stays where it is: locks, open files, lambdas and
+    running generators, which ``not_state`` may name; autograd graphs, hooks on tensors, references to the learner
+    itself, and marks that code knows by identity (``x is UNSET``). Types outside the learner's own package and
+    ``runtime.trusted_modules`` cannot be restored either. What lies outside the learner is no state: variables of a
+    module, class attributes, caches. The random streams of calls need no care, they are seeded by the call.
+    ``torchfedrpc.testing.check_snapshot`` proves by replay that nothing is missing.
 
     After a loss, the calls since the last snapshot are made again, on equal arguments and random streams, so that a
     run ends with the bits of an undisturbed one. A learner that cannot be captured works all the same, until it has
@@ -32,7 +36,14 @@ class Learner(ABC):
 
     Args:
         client_id: the client that this learner is.
+
+    Attributes:
+        not_state: names of attributes that are no state, such as ``{"loader"}``. The constructor makes them, and
+            nothing else of the state may refer to them. A method that ``functools.lru_cache`` wraps may be named too.
+            It says nothing where ``state_dict()`` says what is state.
     """
+
+    not_state: ClassVar[Collection[str]] = frozenset()
 
     def __init__(self, client_id: str) -> None:
         self.client_id = client_id

@@ -16,6 +16,7 @@ from torchfedrpc.federation.checkpoints import Checkpoints
 from torchfedrpc.federation.sampling import sample_clients
 from torchfedrpc.federation.saver import Saver
 from torchfedrpc.federation.settings import as_settings
+from torchfedrpc.federation.trainer_state import give_state, has_state_dict, state_of
 from torchfedrpc.observe.events import RoundStarted
 from torchfedrpc.proxy import LearnerProxy
 from torchfedrpc.wire.allowlist import AllowList
@@ -110,30 +111,22 @@ class AbstractFederationTrainer(ABC):
         """What later rounds depend on, for a checkpoint; a subclass may say it better.
 
         It has every attribute but those in ``not_state``: the ``state_dict()`` of those that have one which can be
-        loaded (a module, an optimiser), else the value itself. One that cannot be saved is warned of once.
+        loaded (a module, an optimiser), else the value itself. Parts of such a module stay its parts, also as other
+        attributes and in dicts and lists of the trainer. One that cannot be saved is warned of once.
+
+        Raises:
+            SnapshotError: a value would not come back equal, or untied from another.
         """
-        state: dict[str, Any] = {"states": {}, "values": {}}
-        for name, value in vars(self).items():
-            if name in self.not_state:
-                continue
-            if _has_state_dict(value):
-                state["states"][name] = value.state_dict()
-            elif self._is_data(name, value):
-                state["values"][name] = value
-        return state
+        saved = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in self.not_state and (has_state_dict(value) or self._is_data(name, value))
+        }
+        return state_of(saved, AllowList(self.trusted_modules), self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        for name, inner in state["states"].items():
-            attribute: Any = getattr(self, name, None)
-            if not _has_state_dict(attribute):
-                raise ConfigError(
-                    f"{type(self).__qualname__}.{name} has a state in the checkpoint, and is {attribute!r} here: "
-                    f"make it in __init__, or before the loop over self.rounds()"
-                )
-            attribute.load_state_dict(inner)
-        for name, value in state["values"].items():
-            setattr(self, name, value)
+        give_state(self, state)
 
     @property
     def trusted_modules(self) -> list[str]:
@@ -173,7 +166,3 @@ class AbstractFederationTrainer(ABC):
             return value
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}, the number of clients"
         raise ConfigError(f"the trainer's {name} must be a whole number {bounds}, not {value!r}")
-
-
-def _has_state_dict(value: Any) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))

@@ -22,7 +22,8 @@ class Residents:
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
         self._mailboxes: OrderedDict[str, Mailbox] = OrderedDict()
-        self._immovable: set[str] = set()
+        self._immovable: set[str] = set()  # clients whose learners could not be captured after their last call
+        self._told: set[tuple[str, str | None]] = set()  # classes and attributes that were warned of
         self._lock = threading.Lock()
         self._spool = Spool()
 
@@ -37,6 +38,7 @@ class Residents:
             with self._lock:
                 self._mailboxes[mailbox.client_id] = mailbox
                 self._mailboxes.move_to_end(mailbox.client_id)
+                self._immovable.discard(mailbox.client_id)
 
     def forget(self, client_id: str) -> None:
         """A learner is not on this host any more."""
@@ -76,9 +78,11 @@ class Residents:
         return self._spool.get(client_id)
 
     def cannot_store(self, mailbox: Mailbox, error: Exception) -> None:
-        """Let a learner stay for good whose state cannot be captured."""
+        """Let a learner stay whose state cannot be captured, until it has had another call."""
+        what = type(mailbox.learner).__qualname__, getattr(error, "attribute", None)
         with self._lock:
-            is_first = not self._immovable
+            is_first = what not in self._told
+            self._told.add(what)
             self._immovable.add(mailbox.client_id)
         log = logger.warning if is_first else logger.info
         log("%s stays in memory beyond max_resident_learners: %s", mailbox.client_id, error)

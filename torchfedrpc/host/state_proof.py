@@ -62,7 +62,7 @@ _FAITHFUL = (torch.amp.GradScaler,)
 _OPTIMISER_WARNS_BY = frozenset(("step", "_opt_called", "_warned_capturable_if_run_uncaptured"))
 _EXCEPTION_FIELDS_APART = frozenset(("__dict__", "__traceback__", "__weakref__"))
 
-Path = tuple[Any, str, Any] | None  # the path before; "attribute", "key" or "part"; its name
+Path = tuple[Any, str, Any] | None  # the path before; "attribute", "key", "of keys" or "part"; its name
 
 Way = Callable[[Any, Any, Path], None]
 
@@ -209,7 +209,7 @@ class _Walk:
         """Refuse a state that has objects or memory in common with what is made anew beside it."""
         for name, root in apart.roots.items():
             for part in reachable(root, self._owner):
-                if id(part) in self._rebuilt_of and not has_value(type(part)):
+                if self._rebuilt_of.get(id(part), id(part)) != id(part) and not has_value(type(part)):
                     path = self._paths[id(part)]
                     raise _Found(path, f"is part of {apart.whose} {name!r} too, and would be another: {apart.remedy}")
                 if not isinstance(part, Tensor | np.ndarray):
@@ -470,7 +470,7 @@ class _Walk:
         found, num_missing = [], 0
         for name, value in one.items():
             its = other.get(name, UNSET)
-            if value is its and type(value) in CONSTANTS:
+            if _is_settled(value, its):
                 continue
             if its is UNSET:
                 if name in leaves_out:
@@ -498,10 +498,10 @@ class _Walk:
             raise _Found(path, f"would have {len(other)} entries instead of {len(one)}")
         found = []
         for (key, value), (its_key, its) in zip(one, other, strict=True):
-            if not (key is its_key and type(key) is str):
+            if not (type(key) is type(its_key) is str and key == its_key):
                 _refuse_nan(key, path)
-                found.append((key, its_key, (path, "part", f", the key {reprlib.repr(key)}")))
-            if not (value is its and type(value) in CONSTANTS):
+                found.append((key, its_key, (path, "of keys", key)))
+            if not _is_settled(value, its):
                 found.append((value, its, (path, "key", key)))
         self._todo += reversed(found)
 
@@ -514,7 +514,7 @@ class _Walk:
         found = [
             (value, its, (path, "key", index))
             for index, (value, its) in enumerate(zip(one, other, strict=True))
-            if not (value is its and type(value) in CONSTANTS)
+            if not _is_settled(value, its)
         ]
         self._todo += reversed(found)
 
@@ -573,7 +573,7 @@ class _Walk:
             _Found: one of both belongs to another object.
         """
         if one is self._owner:
-            raise _Found(path, "refers to the learner itself, and would refer to a copy")
+            raise _Found(path, f"refers to the {type(one).__qualname__} itself, and would refer to a copy")
         known = self._rebuilt_of.get(id(one))
         if known is not None:
             if known != id(other):
@@ -622,6 +622,14 @@ def _kept(walk: _Walk, obj: Any) -> Any:
     return obj
 
 
+def _is_settled(value: Any, its: Any) -> bool:
+    """Whether two values are equal for sure, found out without a turn of their own."""
+    kind = type(value)
+    if value is its:
+        return kind in CONSTANTS
+    return bool(type(its) is kind and kind in ATOMS and value == its and value)  # zeros have a sign
+
+
 def _refuse_nan(key: Any, path: Path) -> None:
     if isinstance(key, float | complex | np.generic | Decimal):
         if key != key:
@@ -639,6 +647,8 @@ def _shown(path: Path) -> str:
             pieces.append(f".{name}")
         elif kind == "key":
             pieces.append(f"[{reprlib.repr(name)}]")
+        elif kind == "of keys":
+            pieces.append(f", the key {reprlib.repr(name)}")
         else:
             pieces.append(str(name))
     return "".join(reversed(pieces))

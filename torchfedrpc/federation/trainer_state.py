@@ -1,0 +1,143 @@
+"""A trainer's attributes as state: modules and optimisers by their state dicts, other data by value, aliases kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from torchfedrpc.errors import ConfigError, SnapshotError
+from torchfedrpc.host.state_proof import Apart, first_difference
+from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.packing import pack
+
+Place = tuple[Any, ...]  # an attribute's name, and keys and indices of the dicts and lists in it
+Part = tuple[str, str]  # an attribute with a state dict, and the name of a module, parameter or buffer in it
+
+_REMEDY = "keep it as an attribute of the trainer, or in a dict or list that is one, or define state_dict() yourself"
+
+
+def has_state_dict(value: Any) -> bool:
+    """Whether an object's state can be taken and given back."""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def state_of(attributes: Mapping[str, Any], allow: AllowList, trainer: Any) -> dict[str, Any]:
+    """The state of a trainer's attributes, for `give_state`.
+
+    Args:
+        attributes: name -> object, of those that are to be saved.
+        allow: the types that may be read again.
+        trainer: whose they are.
+
+    Returns:
+        ``states`` (name -> state dict), ``values`` (name -> data), and ``links``: where in the values, or as which
+        attribute, a part of an attribute with a state dict stands.
+
+    Raises:
+        SnapshotError: the values would not come back equal, or untied from what has a state dict.
+    """
+    stateful = {name: value for name, value in attributes.items() if has_state_dict(value)}
+    parts = _parts_of(stateful)
+    links: list[tuple[Place, Part]] = []
+    for name, value in stateful.items():
+        if (part := parts[id(value)]) != (name, ""):
+            links.append(((name,), part))
+    linked = {place[0] for place, _ in links}
+    states = {name: value.state_dict() for name, value in stateful.items() if name not in linked}
+    live = {name: value for name, value in attributes.items() if name not in stateful}
+    values = _without_parts(live, parts, links)
+    _check(live, values, links, stateful, allow, trainer)
+    return {"states": states, "values": values, "links": links}
+
+
+def give_state(trainer: Any, state: Mapping[str, Any]) -> None:
+    """Give a trainer the state that `state_of` took.
+
+    Raises:
+        ConfigError: the trainer has not made what has a state dict.
+    """
+    for name, inner in state["states"].items():
+        attribute: Any = getattr(trainer, name, None)
+        if not has_state_dict(attribute):
+            raise ConfigError(
+                f"{type(trainer).__qualname__}.{name} has a state in the checkpoint, and is {attribute!r} here: "
+                f"make it in __init__, or before the loop over self.rounds()"
+            )
+        attribute.load_state_dict(inner)
+    values = state["values"]
+    _set_parts(values, state.get("links", []), vars(trainer))
+    for name, value in values.items():
+        setattr(trainer, name, value)
+
+
+def _parts_of(stateful: Mapping[str, Any]) -> dict[int, Part]:
+    """Address of an object -> what it is a part of: of the largest module, where several have it."""
+    parts: dict[int, Part] = {}
+    modules = {name: value for name, value in stateful.items() if isinstance(value, nn.Module)}
+    for name in sorted(modules, key=lambda name: -sum(1 for _ in modules[name].modules())):
+        module = modules[name]
+        for kind in (module.named_modules, module.named_parameters, module.named_buffers):
+            for inner, part in kind():
+                parts.setdefault(id(part), (name, inner))
+    for name, value in stateful.items():
+        parts.setdefault(id(value), (name, ""))
+    return parts
+
+
+def _part(attributes: Mapping[str, Any], part: Part) -> Any:
+    name, inner = part
+    found = attributes[name]
+    for step in inner.split(".") if inner else ():
+        found = getattr(found, step)
+    return found
+
+
+def _without_parts(values: dict[str, Any], parts: Mapping[int, Part], links: list[tuple[Place, Part]]) -> Any:
+    """The values with None where a part stands in dicts and lists, of which those that have any are copied."""
+    copies: dict[int, Any] = {}
+
+    def visit(value: Any, place: Place) -> Any:
+        if id(value) in parts:
+            links.append((place, parts[id(value)]))
+            return None
+        if type(value) not in (dict, list) or id(value) in copies:
+            return copies.get(id(value), value)
+        copies[id(value)] = value  # for itself, should it hold itself
+        items = value.items() if type(value) is dict else enumerate(value)
+        found = {key: inner for key, item in items if (inner := visit(item, (*place, key))) is not item}
+        if found:
+            copies[id(value)] = copy = value.copy()
+            for key, inner in found.items():
+                copy[key] = inner
+        return copies[id(value)]
+
+    return visit(values, ())
+
+
+def _set_parts(values: Any, links: list[tuple[Place, Part]], attributes: Mapping[str, Any]) -> None:
+    for place, part in links:
+        container = values
+        for step in place[:-1]:
+            container = container[step]
+        container[place[-1]] = _part(attributes, part)
+
+
+def _check(
+    live: dict[str, Any],
+    values: dict[str, Any],
+    links: list[tuple[Place, Part]],
+    stateful: dict[str, Any],
+    allow: AllowList,
+    trainer: Any,
+) -> None:
+    rebuilt = pack(values, copy=False).open(allow)
+    _set_parts(rebuilt, [link for link in links if link[0][0] in live], stateful)
+    apart = Apart("the trainer's attribute", stateful, _REMEDY)
+    if (found := first_difference(live, rebuilt, owner=trainer, apart=[apart], are_attributes=True)) is not None:
+        raise SnapshotError(
+            f"the state of {type(trainer).__qualname__} cannot be saved because of {found.attribute.strip('.')!r}: "
+            f"{found}; name it in not_state if a run need not have it to go on, else define state_dict() and "
+            f"load_state_dict()"
+        )
