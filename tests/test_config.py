@@ -42,7 +42,7 @@ def test_an_omegaconf_node_gives_plain_containers() -> None:
             "count": 4,
             "runtime": {
                 "num_clients": "${count}",
-                "trusted_modules": ["site"],
+                "trusted_modules": ["site_tools"],
                 "client_endpoints": {"a": "local"},
             },
         }
@@ -75,7 +75,7 @@ def test_a_configuration_is_taken_as_it_is() -> None:
 def test_no_two_configurations_share_a_container() -> None:
     first, second = RuntimeConfig(), RuntimeConfig()
     first.client_endpoints["a"] = "local"
-    first.trusted_modules.append("site")
+    first.trusted_modules.append("site_tools")
     assert (second.client_endpoints, second.trusted_modules) == ({}, [])
 
 
@@ -263,3 +263,9 @@ def test_clients_are_made_from_what_tells_their_number(keys: dict[str, Any], ids
 def test_without_a_number_of_clients_the_ways_to_give_one_are_named(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"clients=\[\.\.\.\].* or set runtime\.num_clients"):
         RuntimeConfig(**keys).default_client_ids()
+
+
+@pytest.mark.parametrize("module", ["operator", "builtins", "os", "subprocess", "functools", "os.path"])
+def test_a_module_of_the_standard_library_cannot_be_trusted(module: str) -> None:
+    with pytest.raises(ConfigError, match="could run anything"):
+        RuntimeConfig(trusted_modules=[module])

@@ -422,3 +422,12 @@ def test_damaged_sparse_indices_do_not_reach_other_memory() -> None:
     data[data.rindex((1).to_bytes(8, "little")) + 2] = 0x7F
     with pytest.raises(SerializationError):
         deserialize(data)
+
+
+def test_serializing_leaves_a_storage_resizable_and_gives_one_that_is() -> None:
+    live = torch.arange(4.0)
+    received = tfr.ParameterSerializer.deserialize(tfr.ParameterSerializer.serialize([live, np.arange(2000.0)]))
+    live.resize_(8)
+    received[0].resize_(16)
+    received[1].resize(4000, refcheck=False)
+    assert received[0][:4].tolist() == [0, 1, 2, 3]

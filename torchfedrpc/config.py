@@ -143,6 +143,13 @@ class RuntimeConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"runtime.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for module in self.trusted_modules:
+            root = module.partition(".")[0]
+            if root in sys.stdlib_module_names and root != "__main__":
+                raise ConfigError(
+                    f"runtime.trusted_modules must not name {module}: with classes of the standard library a message "
+                    f"could run anything. Name packages of your own"
+                )
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from torchfedrpc.wire.tensors import as_bytes
+from torchfedrpc.wire.tensors import memory_of
 
 NAME = "torchfedrpc-shared"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -102,7 +102,7 @@ class Memory:
             OSError: there is no room for them.
         """
         for start, tensor in tensors:
-            self._write(start, as_bytes(tensor).numpy().data)
+            self._write(start, memory_of(tensor))
         self.stamp = secrets.randbits(8 * STAMP_BYTES - 1) + 1
         self._put_stamp(self.stamp)
 

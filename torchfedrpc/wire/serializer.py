@@ -11,14 +11,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire import rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.scan import with_requests
-from torchfedrpc.wire.tensors import check_extent, dtype_named
+from torchfedrpc.wire.tensors import check_extent, dtype_named, memory_of
 
 # Layout: magic, a checksum of table and head, the lengths of both, both, then each slot's memory at a multiple of 64.
 _MAGIC = b"TFR\x01"
@@ -86,7 +85,7 @@ def chunks_of(parcel: Parcel) -> list[bytes | memoryview]:
     position = sum(len(chunk) for chunk in chunks)
     for slot in slots:
         padding = -position % _ALIGNMENT_BYTES
-        chunks += [bytes(padding), _storage_bytes(slot).numpy().data]
+        chunks += [bytes(padding), memory_of(slot)]
         position += padding + slot.nbytes
     return chunks
 
@@ -114,7 +113,8 @@ def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
         position += num_bytes
         dtype = dtype_named(dtype_name)
         memory = torch.empty(num_bytes, dtype=torch.uint8)
-        memory.numpy().data[:] = content
+        if num_bytes:  # an empty view is of other memory
+            memory_of(memory)[:] = content
         if math.prod(shape) * dtype.itemsize != num_bytes:
             raise SerializationError("a tensor's memory is not that of its elements")
         check_extent(shape, stride, 0, dtype, num_bytes)
@@ -126,12 +126,6 @@ def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
 def _checksum(table: bytes | memoryview, head: bytes | memoryview) -> int:
     """Of the pickles: a changed bit there can make unpickling take all memory before it fails."""
     return zlib.crc32(head, zlib.crc32(table))
-
-
-def _storage_bytes(slot: Tensor) -> Tensor:
-    """A slot's memory, its gaps excluded since it has none, as a uint8 tensor."""
-    offset = slot.storage_offset() * slot.itemsize
-    return torch.empty(0, dtype=torch.uint8).set_(slot.untyped_storage(), offset, (slot.nbytes,), (1,))
 
 
 _NO_TYPES = AllowList()  # of which `_PlainUnpickler` names none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import sys
@@ -392,8 +393,13 @@ def _span(tensor: Tensor, start: int, stop: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (stop - start,), (1,))
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a dense tensor whose strides leave no gaps, as a uint8 tensor of shape (num_bytes,)."""
-    start = tensor.storage_offset() * tensor.itemsize
-    storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (tensor.nbytes,), (1,))
+def memory_of(tensor: Tensor) -> memoryview:
+    """The memory of a dense CPU tensor whose strides leave no gaps, as bytes, for as long as the view is kept.
+
+    Unlike ``tensor.numpy()``, which makes a storage one that can never be resized again.
+    """
+    if not tensor.nbytes:
+        return memoryview(b"")
+    memory: Any = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor
+    return memoryview(memory).cast("B")
