@@ -225,7 +225,7 @@ def test_a_value_out_of_range_is_told_with_its_bounds(key: str, value: Any, mess
         ("max_pending_calls", 1),
         ("max_inflight_bytes", 1),
         ("interface", "wg0"),
-        ("trusted_modules", ("site", "lab")),
+        ("trusted_modules", ("site_tools", "lab")),
         ("client_endpoints", MappingProxyType({"a": "local"})),
     ],
 )
