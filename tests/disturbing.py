@@ -41,7 +41,7 @@ def disturb() -> dict[str, Any]:
     torch.set_num_threads(2)
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("medium")
-    torch.use_deterministic_algorithms(True)
+    torch._C._set_deterministic_algorithms(True, warn_only=False)  # without its import of torch's compiler
     torch.autograd.set_detect_anomaly(True)
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     torch.backends.cudnn.benchmark = True

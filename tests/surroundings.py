@@ -66,7 +66,7 @@ def set_everything() -> None:
     sys.set_int_max_str_digits(6000)
     torch.set_default_dtype(torch.float64)
     torch.set_flush_denormal(True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)  # without its import of torch's compiler
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_warn_always(True)
     torch.autograd.set_detect_anomaly(True, check_nan=False)

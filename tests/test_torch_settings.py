@@ -41,7 +41,6 @@ CHANGES: list[Any] = [
     lambda: setattr(_backends.cuda.matmul, "allow_tf32", True),
     lambda: setattr(_backends.cudnn, "allow_tf32", False),
     lambda: setattr(_backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
-    lambda: _backends.cuda.preferred_blas_library("cublaslt"),
     lambda: torch.set_flush_denormal(True),
     pytest.param(legacy_then_new, marks=needs_new),
     pytest.param(new_everywhere, marks=needs_new),

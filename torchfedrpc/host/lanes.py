@@ -80,6 +80,7 @@ class AsyncLane:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[Outcome]] = set()
+        self._finishing: asyncio.Task[None] | None = None  # kept, since the loop keeps no strong reference
         self._closed = False
 
     def start(
@@ -112,7 +113,7 @@ class AsyncLane:
         if self._loop is None or self._thread is None:
             return True
         loop = self._loop
-        self.call(lambda: loop.create_task(self._finish(timeout_s / 2)))
+        self.call(partial(self._begin_to_finish, loop, timeout_s / 2))
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -126,6 +127,9 @@ class AsyncLane:
     def _ended(self, ended: Callable[[Outcome], None], task: asyncio.Task[Outcome]) -> None:
         self._tasks.discard(task)
         ended(Outcome("cancelled") if task.cancelled() else task.result())
+
+    def _begin_to_finish(self, loop: HostLoop, timeout_s: float) -> None:
+        self._finishing = loop.create_task(self._finish(timeout_s))
 
     async def _finish(self, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()

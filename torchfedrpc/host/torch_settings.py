@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -289,6 +290,7 @@ def _all_settings() -> Iterator[_Setting]:
         yield _Setting("torch.backends fp32_precision", _precisions, _set_precisions)
 
 
+_COMPILER = "torch._inductor.config"
 _DEFAULT_DEVICE = "torch.set_default_device"
 
 
@@ -305,12 +307,18 @@ def _default_device() -> str | None:
 
 
 def _deterministic() -> list[bool]:
-    return [_get_deterministic(), _get_warn_only()]
+    """Whether algorithms are deterministic, whether others are warned of only, and whether the compiler is told."""
+    compiler = sys.modules.get(_COMPILER)
+    return [_get_deterministic(), _get_warn_only(), bool(getattr(compiler, "deterministic", False))]
 
 
 def _set_deterministic(value: list[bool]) -> None:
-    mode, warn_only = value
-    torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+    """As ``torch.use_deterministic_algorithms``, which imports the compiler for seconds, where that is needed."""
+    mode, warn_only, compiler_is_told = value
+    compiler: Any = importlib.import_module(_COMPILER) if compiler_is_told else sys.modules.get(_COMPILER)
+    if hasattr(compiler, "deterministic"):
+        compiler.deterministic = compiler_is_told
+    _C._set_deterministic_algorithms(mode, warn_only=warn_only)
 
 
 def _anomaly() -> list[bool]:
