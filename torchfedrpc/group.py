@@ -111,6 +111,8 @@ class LearnerGroup:
         that of the clients. Results are added up by a fixed binary tree over the clients in the order of
         ``proxy.client_ids``: the value has the same bits in every mode, with any number of workers.
 
+        All calls run to their end, as of `call`, also where their results do not go together.
+
         Args:
             method: the method's name.
             reducer: `WeightedMean`, `Mean`, `Sum`, or an object (or a class) with ``add(result)``, ``merge(other)``
@@ -183,6 +185,7 @@ class LearnerGroup:
         """Results and failures of a group call; as of `call`."""
         results: dict[str, Any] = {}
         failures: dict[str, Exception] = {}
+        mismatch: MergeError | None = None
         needed = self._options.min_results
         if needed is not None and needed > len(self._clients):
             raise QuorumError(f"min_results={needed} of a group of {len(self._clients)} clients can never be met")
@@ -192,13 +195,15 @@ class LearnerGroup:
                     error = _taken(reduction, client_id, method, result)
                 if error is None:
                     results[client_id] = result if reduction is None else None
-                elif isinstance(error, MergeError):
-                    raise error
+                elif isinstance(error, MergeError):  # the other calls run all the same, as in every mode
+                    mismatch = mismatch or error
                 else:
                     failures[client_id] = error
                 out_of_reach = needed is not None and len(self._clients) - len(failures) < needed
                 if len(results) == needed or out_of_reach:
                     break
+        if mismatch is not None:
+            raise mismatch
         results = {client_id: results[client_id] for client_id in self._clients if client_id in results}
         failures = {client_id: failures[client_id] for client_id in self._clients if client_id in failures}
         self._check_quorum(method, results, failures)
@@ -230,8 +235,9 @@ class LearnerGroup:
     async def as_completed(self, method: str, /, *args: Any, **kwargs: Any) -> AsyncIterator[tuple[str, Any]]:
         """Call a method of every client's learner and yield ``(client_id, result)`` as each completes.
 
-        An error is raised at its turn and cancels the calls still under way, as leaving the loop does; with
-        ``on_error="collect"`` the exception is yielded as the result.
+        An error is raised at its turn and cancels the calls still under way, as leaving the loop does: which of these
+        have run by then depends on the mode. With ``on_error="collect"`` the exception is yielded as the result, and
+        `call` lets all run to their end.
 
         Raises:
             ConfigError: ``min_results`` is set, which is for `call`: leave the loop when you have enough.

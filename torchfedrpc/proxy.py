@@ -22,6 +22,7 @@ from torchfedrpc.group import LearnerGroup
 from torchfedrpc.host.methods import public_methods
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.host.torch_settings import warn_of_default_device
 from torchfedrpc.launcher import check_is_driver
 from torchfedrpc.observe.events import Event, EventBus, Subscriber
 from torchfedrpc.options import CALL_OPTIONS, CallOptions
@@ -129,6 +130,7 @@ class LearnerProxy:
             LearnerProxy._open_in_process = self
             stack.callback(self._closed)
             stack.enter_context(process_settings(self._spec.learner.runtime))
+            warn_of_default_device()
             stack.push_async_callback(self._router.close)
             await self._router.open(self._spec)
         except BaseException:
@@ -400,8 +402,8 @@ def _kwargs_by_id(ids: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> Mappi
         raise ConfigError(f"clients must be several ids, not the string {ids!r}: write [{ids!r}]")
     if isinstance(ids, set | frozenset):
         raise ConfigError(
-            f"clients must have an order, and that of a {type(ids).__name__} is another one in each process: give a "
-            f"list, such as sorted(ids)"
+            f"clients must have an order, and that of a {type(ids).__name__} differs between processes: give a list, "
+            f"such as sorted(ids)"
         )
     kwargs_by_id: dict[str, Mapping[str, Any]] = {}
     for client_id in ids:

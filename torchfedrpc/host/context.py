@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 
 from torchfedrpc.errors import SnapshotError
-from torchfedrpc.host.randomness import RandomStreams, call_seed
-from torchfedrpc.host.torch_modes import TorchModes
 
 T = TypeVar("T")
 
@@ -21,13 +19,11 @@ class SharedObjects:
     """Objects that all learners of a process have in common, each made once.
 
     Args:
-        seed: the run's seed.
-        device: the host's device.
+        make: calls a factory of that key apart from the call that asks, since it depends on placement which does.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed
-        self._device = device
+    def __init__(self, make: Callable[[Hashable, Callable[[], Any]], Any]) -> None:
+        self._make = make
         self._objects: dict[Hashable, Any] = {}
         self._keys: dict[int, Hashable] = {}  # address of an object -> its key
         self._constructors_keys: set[Hashable] = set()
@@ -45,9 +41,7 @@ class SharedObjects:
             if in_constructor:
                 self._constructors_keys.add(key)
             if key not in self._objects:
-                # Modes and streams of its own: who comes first depends on placement, and the object must not.
-                with TorchModes(), RandomStreams(call_seed(self._seed, "shared", repr(key)), self._device):
-                    self._objects[key] = factory()
+                self._objects[key] = self._make(key, factory)
                 self._keys[id(self._objects[key])] = key
             made: T = self._objects[key]
             return made
@@ -150,11 +144,6 @@ def current_call() -> CallContext:
         ) from None
 
 
-def bind(context: CallContext) -> contextvars.Token[CallContext]:
-    """Make a call the current one of this thread or task."""
-    return _current.set(context)
-
-
-def unbind(token: contextvars.Token[CallContext]) -> None:
-    """Undo `bind`."""
-    _current.reset(token)
+def bind(context: CallContext) -> None:
+    """Make a call the current one of this context."""
+    _current.set(context)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import queue
 import threading
-import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
+
+from torchfedrpc.host.call import Outcome
+from torchfedrpc.host.host_loop import Around, HostLoop
+from torchfedrpc.host.scope import outside
 
 logger = logging.getLogger(__name__)
 
@@ -67,31 +70,42 @@ class AsyncLane:
 
     Args:
         prepare: called first on the thread.
+        around: calls a function as a step of a call's scope.
     """
 
-    def __init__(self, prepare: Callable[[], None]) -> None:
+    def __init__(self, prepare: Callable[[], None], around: Around) -> None:
         self._prepare = prepare
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._around = around
+        self._loop: HostLoop | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Outcome]] = set()
+        self._finishing: asyncio.Task[None] | None = None  # kept, since the loop keeps no strong reference
         self._closed = False
 
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine as a task on the loop's thread; once the lane is closed, not at all."""
+    def start(
+        self, coroutine: Coroutine[Any, Any, Outcome], context: contextvars.Context, ended: Callable[[Outcome], None]
+    ) -> None:
+        """Run a coroutine as a task on the loop's thread; once the lane is closed, not at all.
+
+        Args:
+            coroutine: what to run.
+            context: of the call's scope.
+            ended: takes what came of it, out of that scope.
+        """
         if self._closed:
             coroutine.close()
         else:
-            self.call(partial(self._start, coroutine))
+            self.call(partial(self._start, coroutine, context, ended))
 
     def call(self, function: Callable[[], object]) -> None:
         """Call a function on the loop's thread."""
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
+                self._loop = outside().run(HostLoop, self._around)
                 self._thread = threading.Thread(target=self._run, name="torchfedrpc-async", daemon=True)
                 self._thread.start()
-            self._loop.call_soon_threadsafe(function)
+            self._loop.call_soon_threadsafe(function, context=outside())
 
     def close(self, timeout_s: float) -> bool:
         """Wait for the tasks, cancel what remains, and end the thread; whether it ended in time."""
@@ -99,25 +113,36 @@ class AsyncLane:
         if self._loop is None or self._thread is None:
             return True
         loop = self._loop
-        asyncio.run_coroutine_threadsafe(self._finish(timeout_s / 2), loop).add_done_callback(
-            lambda _: self.call(loop.stop)
-        )
+        self.call(partial(self._begin_to_finish, loop, timeout_s / 2))
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
+    def _start(
+        self, coroutine: Coroutine[Any, Any, Outcome], context: contextvars.Context, ended: Callable[[Outcome], None]
+    ) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine, context=context)
         self._tasks.add(task)  # the loop itself keeps no strong reference
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._ended, ended), context=outside())
+
+    def _ended(self, ended: Callable[[Outcome], None], task: asyncio.Task[Outcome]) -> None:
+        self._tasks.discard(task)
+        ended(Outcome("cancelled") if task.cancelled() else task.result())
+
+    def _begin_to_finish(self, loop: HostLoop, timeout_s: float) -> None:
+        self._finishing = loop.create_task(self._finish(timeout_s))
 
     async def _finish(self, timeout_s: float) -> None:
-        if self._tasks:  # they are cancelled, and may have something to clean up
-            await asyncio.wait(self._tasks, timeout=timeout_s)
-        others = asyncio.all_tasks() - {asyncio.current_task()}  # that learners have started
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await asyncio.get_running_loop().shutdown_asyncgens()
+        loop = asyncio.get_running_loop()
+        try:
+            if self._tasks:  # they are cancelled, and may have something to clean up
+                await asyncio.wait(self._tasks, timeout=timeout_s)
+            others = asyncio.all_tasks() - {asyncio.current_task()}  # that learners have started
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await loop.shutdown_asyncgens()
+        finally:
+            loop.call_soon(loop.stop)
 
     def _run(self) -> None:
         assert self._loop is not None
@@ -129,26 +154,3 @@ class AsyncLane:
                 return
             except BaseException:  # a task that a learner started let SystemExit through
                 logger.exception("a learner's task tried to end the event loop of its host")
-
-
-@types.coroutine
-def stepped(awaitable: Awaitable[Any], around: Callable[[], AbstractContextManager[Any]]) -> Generator[Any, Any, Any]:
-    """Await something with ``around()`` entered for each of its steps, and left while it waits."""
-    coroutine = awaitable if isinstance(awaitable, Coroutine) else _as_coroutine(awaitable)
-    step: Callable[[], Any] = partial(coroutine.send, None)
-    while True:
-        with around():
-            try:
-                waits_for = step()
-            except StopIteration as end:
-                return end.value
-        try:
-            value = yield waits_for
-        except BaseException as error:
-            step = partial(coroutine.throw, error)
-        else:
-            step = partial(coroutine.send, value)
-
-
-async def _as_coroutine(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -10,9 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchfedrpc.host.call import Call, Outcome
-from torchfedrpc.host.context import CallContext
-from torchfedrpc.host.randomness import RandomStreams
-from torchfedrpc.host.torch_modes import TorchModes
+from torchfedrpc.host.scope import CallScope
 from torchfedrpc.wire.packing import Packed
 
 Reply = Callable[[Outcome], None]
@@ -81,9 +80,8 @@ class Job:
         mailbox: whose.
         reply: who waits for the next outcome; None where nobody does (any more, or between a stream's steps).
         cancelled: whether nobody waits any more.
-        context: what `current_call` gives, once the method begins.
-        streams: the call's random streams, for its second step and all after.
-        modes: the same for what torch keeps by thread.
+        scope: what the method has for itself, once it begins.
+        context: its context variables, likewise.
         task: what runs an async method or step.
         iterator: what a stream's method returned.
         stepping: whether the call is running or due to; False where a stream is open and idle.
@@ -98,10 +96,9 @@ class Job:
     mailbox: Mailbox
     reply: Reply | None
     cancelled: bool = False
-    context: CallContext | None = None
-    streams: RandomStreams | None = None
-    modes: TorchModes | None = None
-    task: asyncio.Task[None] | None = None
+    scope: CallScope | None = None
+    context: contextvars.Context | None = None
+    task: asyncio.Task[Any] | None = None
     iterator: Iterator[Any] | AsyncIterator[Any] | None = None
     stepping: bool = True
     num_items: int = 0

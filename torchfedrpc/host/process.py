@@ -38,18 +38,6 @@ def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
-def torch_defaults() -> dict[str, str]:
-    """What the driver's script may have set for its process, and workers need too for the same bits."""
-    dtype = str(torch.get_default_dtype()).removeprefix("torch.")
-    return {"dtype": dtype, "matmul_precision": torch.get_float32_matmul_precision()}
-
-
-def adopt_torch_defaults(defaults: dict[str, str]) -> None:
-    """Set, in a worker, what `torch_defaults` told of the driver."""
-    torch.set_default_dtype(getattr(torch, defaults["dtype"]))
-    torch.set_float32_matmul_precision(defaults["matmul_precision"])
-
-
 def visible_gpus() -> str | None:
     """Which GPUs the process is limited to, as CUDA reads it; None for all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")

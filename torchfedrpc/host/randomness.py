@@ -69,6 +69,9 @@ class RandomStreams:
         resumable: whether there will be a second step.
         outside: the streams outside, which are set aside and for somebody else to give back; unless given, those
             that are in place before each step are in place after it.
+
+    Attributes:
+        is_resumable: may be set within the first step, too.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class RandomStreams:
     ) -> None:
         self._seed = seed
         self._device = device
-        self._resumable = resumable
+        self.is_resumable = resumable
         self._outside = outside
         self._numpy_generator: Any = None
         self._own: _State | None = None
@@ -109,7 +112,7 @@ class RandomStreams:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._resumable:
+        if self.is_resumable:
             self._own = _capture(self._device)
         else:
             _spare_generators.append(self._numpy_generator)

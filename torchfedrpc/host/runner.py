@@ -8,35 +8,37 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from torchfedrpc.errors import MethodNotFoundError, SerializationError
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.call import Call, Outcome
-from torchfedrpc.host.context import CallContext, SharedObjects, bind, unbind
+from torchfedrpc.host.context import CallContext, SharedObjects, current_call
 from torchfedrpc.host.deadlines import Deadlines
 from torchfedrpc.host.faults import Saboteur
 from torchfedrpc.host.gate import Gate
-from torchfedrpc.host.lanes import AsyncLane, SyncLane, stepped
+from torchfedrpc.host.lanes import AsyncLane, SyncLane
 from torchfedrpc.host.mailbox import Job, Mailbox
 from torchfedrpc.host.methods import find_method
 from torchfedrpc.host.randomness import ProcessStreams, RandomStreams, call_seed
 from torchfedrpc.host.reductions import Reductions
 from torchfedrpc.host.residents import Residents
+from torchfedrpc.host.scope import CallScope
 from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, load, reinstate
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.host.torch_modes import TorchModes
+from torchfedrpc.host.torch_settings import OpenedSettings, SettingsGuard, adopt_settings
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Packed, Reference, pack, pack_only
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _REUSED_BYTES = 128 << 20  # of memory for results, to be written again
 
@@ -95,14 +97,15 @@ class Runner:
         self.saboteur: Saboteur | None = None
         self.shows_files = False
         self._kept = KeptMemory(_REUSED_BYTES)
-        self._seeds_streams = spec.runtime.max_concurrent_calls == 1
+        self._is_alone = spec.runtime.max_concurrent_calls == 1
+        self._settings = OpenedSettings.of_this_process(spec.runtime.torch_threads)
         self._in_driver = in_driver
         self._process_streams = ProcessStreams(device)
-        self._shared = SharedObjects(spec.seed, device)
+        self._shared = SharedObjects(self._make_shared)
         torch.empty(0, device=device)  # a device that cannot be used fails here, not on the threads below
         self._gate = Gate()
         self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._prepare_thread)
-        self._async = AsyncLane(self._prepare_thread)
+        self._async = AsyncLane(self._prepare_thread, self._step_alone)
         self.reductions = Reductions(self.take_value, self.allow)
         self._collecting: SyncLane | None = None  # made when the first job needs it, on whichever thread
         self._making = threading.Lock()
@@ -132,14 +135,14 @@ class Runner:
     def step(self, job: Job) -> None:
         """Run an open stream up to its next item."""
         if isinstance(job.iterator, AsyncIterator):
-            self._async.start(self._async_step(job, job.iterator))
+            self._start(job, self._async_step(job, job.iterator))
         else:
             self._sync.put(partial(self._in_turn, self._step, job))
 
     def close_stream(self, job: Job) -> None:
         """Close an idle stream's iterator, which ends its job."""
         if isinstance(job.iterator, AsyncIterator):
-            self._async.start(self._async_close(job))
+            self._start(job, self._async_close(job))
         else:
             self._sync.put(partial(self._in_turn, self._close, job))
 
@@ -198,24 +201,33 @@ class Runner:
             return
         call = job.call = call.taken()
         seed = call_seed(self._spec.seed, call.client_id, call.method, mailbox.count(call.method))
-        job.context = self._context(job, call.method, seed)
+        job.scope = self._scope(self._call_context(job, call.method, seed), seed)
+        job.context = job.scope.new_context()
+        box = [args, kwargs]
+        del args, kwargs
         try:
-            with self._inside(job.context, self._streams(seed)):
-                job.began = time.perf_counter()
-                box = [method(*args, **kwargs)]
-                del args, kwargs
-                goes_on = call.kind == "stream" or inspect.isawaitable(box[0])
-                outcome = None if goes_on else self._gave(job, "value", box)
+            outcome = self._run_step(job, partial(self._invoke, job, method, box))
         except BaseException as error:
             outcome = self.failed(error)
         if outcome is not None:
             self._end(job, outcome)
-            return
-        job.streams, job.modes = self._streams(seed, resumable=True), TorchModes()
-        if call.kind == "stream":
+        elif call.kind == "stream":
             self._open_stream(job, box.pop())
         else:
-            self._async.start(self._await(job, box.pop()))
+            self._start(job, self._await(job, box.pop()))
+
+    def _invoke(self, job: Job, method: Callable[..., Any], box: list[Any]) -> Outcome | None:
+        """Call a method with the arguments in a box; None where it goes on: then the box has what it returned."""
+        kwargs, args = box.pop(), box.pop()
+        job.began = time.perf_counter()
+        box.append(method(*args, **kwargs))
+        del args, kwargs
+        if job.call.kind == "stream" or inspect.isawaitable(box[0]):
+            assert job.scope is not None
+            if job.scope.streams is not None:
+                job.scope.streams.is_resumable = True
+            return None
+        return self._gave(job, "value", box)
 
     def _make_present(self, job: Job) -> None:
         """See that the job's learner is in memory, where there may be none yet, or on disk alone."""
@@ -251,8 +263,7 @@ class Runner:
 
     def _make_learner(self, job: Job, packed: Packed) -> Any:
         kwargs = packed.copy().open(self.allow)
-        with self._apart(job, "__init__"):
-            return self._factory(job.call.client_id, **kwargs)
+        return self._apart(job, "__init__", lambda: self._factory(job.call.client_id, **kwargs))
 
     def _carry(self, job: Job) -> Outcome:
         """Take a snapshot of the job's learner, or restore it from one."""
@@ -282,10 +293,13 @@ class Runner:
         """A snapshot of a learner that no call has, on behalf of a job."""
         if mailbox.is_stored:
             return bytearray(self._residents.stored(mailbox.client_id))
-        with self._apart(job, "state_dict", mailbox.client_id):
+
+        def take() -> bytearray:
             state = capture(mailbox.learner, mailbox.client_id, self._shared) if mailbox.made else None
             snapshot = Snapshot(mailbox.client_id, self._spec.name, dict(mailbox.counts), state)
             return dump(snapshot, self.allow, mailbox.learner, self._shared)
+
+        return self._apart(job, "state_dict", take, mailbox.client_id)
 
     def _restore(self, job: Job, data: memoryview, kwargs: dict[str, Any] | None) -> None:
         snapshot, mailbox = load(data, self.allow), job.mailbox
@@ -295,8 +309,8 @@ class Runner:
         learner = None
         if snapshot.made:
             learner = self._make_learner(job, constructor)
-            with self._apart(job, "load_state_dict"):
-                reinstate(learner, snapshot.state, mailbox.client_id, self._shared)
+            made, shared = learner, self._shared
+            self._apart(job, "load_state_dict", lambda: reinstate(made, snapshot.state, mailbox.client_id, shared))
         mailbox.learner, mailbox.made, mailbox.is_stored = learner, snapshot.made, False
         mailbox.kwargs = constructor if self._residents.is_limited or not snapshot.made else None
         mailbox.counts = Counter(snapshot.counts)
@@ -324,69 +338,69 @@ class Runner:
 
     def _next(self, job: Job, iterator: Iterator[Any]) -> None:
         try:
-            with self._inside(job.context, job.streams):
-                outcome = self._gave(job, "item", [next(iterator)])
-                if outcome.kind == "failed" and (close := getattr(iterator, "close", None)):
-                    close()
+            outcome = self._run_step(job, partial(self._take_item, job, iterator))
         except StopIteration:
             outcome = Outcome("end")
         except BaseException as error:
             outcome = self.failed(error)
         self._end(job, outcome)
 
+    def _take_item(self, job: Job, iterator: Iterator[Any]) -> Outcome:
+        outcome = self._gave(job, "item", [next(iterator)])
+        if outcome.kind == "failed" and (close := getattr(iterator, "close", None)):
+            close()
+        return outcome
+
     def _close(self, job: Job) -> None:
         try:
-            with self._inside(job.context, job.streams):
-                if close := getattr(job.iterator, "close", None):
-                    close()
+            if close := getattr(job.iterator, "close", None):
+                self._run_step(job, close)
         except BaseException:
             logger.exception("%s.%s failed while its stream was closed", job.call.client_id, job.call.method)
         self._end(job, Outcome("cancelled"))
 
-    # On the async lane, the gate held alone at each step.
+    # On the async lane, each step in the scope of the job, the gate held alone.
 
-    # A task becomes its job's own once it runs: one that is cancelled before would never get to end the job.
+    def _start(self, job: Job, coroutine: Coroutine[Any, Any, Outcome]) -> None:
+        assert job.context is not None
+        self._async.start(coroutine, job.context, partial(self._end, job))
 
-    async def _await(self, job: Job, awaitable: Awaitable[Any]) -> None:
+    # A task becomes its job's own once it runs: one that is cancelled before would leave what it awaits open.
+
+    async def _await(self, job: Job, awaitable: Awaitable[Any]) -> Outcome:
         job.task = asyncio.current_task()
         try:
             if job.cancelled:
                 if inspect.iscoroutine(awaitable):
                     awaitable.close()
                 raise asyncio.CancelledError
-            box = [await stepped(awaitable, partial(self._alone, job))]
-            with self._alone(job):
-                outcome = self._gave(job, "value", box)
+            return self._gave(job, "value", [await awaitable])
         except BaseException as error:
-            outcome = self._cancelled_or_failed(job, error)
-        self._end(job, outcome)
+            return self._cancelled_or_failed(job, error)
 
-    async def _async_step(self, job: Job, iterator: AsyncIterator[Any]) -> None:
+    async def _async_step(self, job: Job, iterator: AsyncIterator[Any]) -> Outcome:
         job.task = asyncio.current_task()
         if job.cancelled:
-            await self._async_close(job)
-            return
+            return await self._async_close(job)
         self._start_deadline(job)
         try:
-            box = [await stepped(iterator.__anext__(), partial(self._alone, job))]
-            with self._alone(job):
-                outcome = self._gave(job, "item", box)
+            outcome = self._gave(job, "item", [await iterator.__anext__()])
             if outcome.kind == "failed" and (close := getattr(iterator, "aclose", None)):
-                await stepped(close(), partial(self._alone, job))
+                await close()
+            return outcome
         except StopAsyncIteration:
-            outcome = Outcome("end")
+            return Outcome("end")
         except BaseException as error:
-            outcome = self._cancelled_or_failed(job, error)
-        self._end(job, outcome)
+            return self._cancelled_or_failed(job, error)
 
-    async def _async_close(self, job: Job) -> None:
+    async def _async_close(self, job: Job) -> Outcome:
         job.task = None  # nothing cancels the closing
         try:
             if close := getattr(job.iterator, "aclose", None):
-                await stepped(close(), partial(self._alone, job))
+                await close()
         except BaseException:
             logger.exception("%s.%s failed while its stream was closed", job.call.client_id, job.call.method)
-        self._end(job, Outcome("cancelled"))
+        return Outcome("cancelled")
 
     def _cancelled_or_failed(self, job: Job, error: BaseException) -> Outcome:
         if job.cancelled and isinstance(error, asyncio.CancelledError):
@@ -402,16 +416,17 @@ class Runner:
     def _end(self, job: Job, outcome: Outcome) -> None:
         job.task = None
         if outcome.is_final:
-            job.context = None  # it refers to the job: what both hold would stay until the next garbage collection
+            # They refer to the job: what both hold would stay until the next garbage collection.
+            job.scope = job.context = None
         self._deadlines.stop(job.call.call_id)
         self._done(job, outcome)
 
     def _prepare_thread(self) -> None:
-        torch.set_num_threads(self._spec.runtime.torch_threads)
+        adopt_settings(self._settings.values, of_thread_only=True)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
-    def _context(self, job: Job, method: str, seed: int, client_id: str | None = None) -> CallContext:
+    def _call_context(self, job: Job, method: str, seed: int, client_id: str | None = None) -> CallContext:
         def report(progress: Any) -> None:
             value = self.take_value(progress)
             value.copy().open(self.allow)  # a type that may not travel is the method's error, not the driver's
@@ -430,35 +445,38 @@ class Runner:
             _report=report,
         )
 
-    @contextmanager
-    def _apart(self, job: Job, method: str, client_id: str | None = None) -> Iterator[None]:
-        """Around what no call counts: the constructor, and the taking and giving back of state."""
+    def _apart(self, job: Job, method: str, function: Callable[[], T], client_id: str | None = None) -> T:
+        """Do what no call counts: the constructor, and the taking and giving back of state."""
         client_id = client_id or job.call.client_id
         seed = call_seed(self._spec.seed, client_id, method, 0)
-        with self._inside(self._context(job, method, seed, client_id), self._streams(seed)):
-            yield
+        scope = self._scope(self._call_context(job, method, seed, client_id), seed, is_thorough=True)
+        return scope.new_context().run(self._inside, scope, function)
 
-    def _streams(self, seed: int, *, resumable: bool = False) -> RandomStreams:
-        return RandomStreams(seed, self._device, resumable=resumable, outside=self._process_streams)
+    def _make_shared(self, key: Hashable, factory: Callable[[], Any]) -> Any:
+        """Make an object that the learners of this process have in common, within a step of a call."""
+        seed = call_seed(self._spec.seed, "shared", repr(key))
+        settings = SettingsGuard(self._settings, is_thorough=True, looks_first=True)
+        scope = CallScope(current_call(), RandomStreams(seed, self._device), settings)
+        return scope.new_context().run(scope.inside, factory)
 
-    @contextmanager
-    def _inside(self, context: CallContext | None, streams: RandomStreams | None) -> Iterator[None]:
-        """Make the call the current one, with its random streams where no other method runs beside it."""
-        assert context is not None
-        assert streams is not None
-        token = bind(context)
+    def _scope(self, call: CallContext, seed: int, *, is_thorough: bool = False) -> CallScope:
+        if not self._is_alone:
+            return CallScope(call, None, None)
+        streams = RandomStreams(seed, self._device, outside=self._process_streams)
+        settings = SettingsGuard(self._settings, is_thorough=is_thorough, looks_first=self._in_driver)
+        return CallScope(call, streams, settings)
+
+    def _run_step(self, job: Job, function: Callable[[], T]) -> T:
+        """Run a step of a job in its scope."""
+        assert job.scope is not None
+        assert job.context is not None
+        return job.context.run(self._inside, job.scope, function)
+
+    def _inside(self, scope: CallScope, function: Callable[[], T]) -> T:
         try:
-            with TorchModes():
-                if not self._seeds_streams:
-                    yield
-                    return
-                try:
-                    with streams:
-                        yield
-                finally:
-                    self._give_streams_back()
+            return scope.inside(function)
         finally:
-            unbind(token)
+            self._give_streams_back()
 
     def _give_streams_back(self) -> None:
         """Put the process's own streams in place, where somebody may look; to be called with the gate held.
@@ -468,25 +486,14 @@ class Runner:
         if self._in_driver and not self._sync.num_waiting:
             self._process_streams.give_back()
 
-    @contextmanager
-    def _alone(self, job: Job) -> Iterator[None]:
-        """Around a step of an async method: no sync method runs beside it."""
-        assert job.context is not None
-        assert job.streams is not None
-        assert job.modes is not None
-        token = bind(job.context)
-        remaining_s = self._deadlines.stop(job.call.call_id)  # waiting for the gate is no running
-        try:
-            with self._gate.exclusive, _Shown(self._activity, job.call.call_id):
-                try:
-                    with job.modes, job.streams:
-                        if remaining_s is not None:
-                            self._deadlines.start(job.call.call_id, remaining_s)
-                        yield
-                finally:
-                    self._give_streams_back()
-        finally:
-            unbind(token)
+    def _step_alone(self, scope: CallScope, function: Callable[[], object]) -> None:
+        """Run a step of what an async method has started: no sync method runs beside it."""
+        call_id = scope.call.call_id
+        remaining_s = self._deadlines.stop(call_id)  # waiting for the gate is no running
+        with self._gate.exclusive, _Shown(self._activity, call_id):
+            if remaining_s is not None:
+                self._deadlines.start(call_id, remaining_s)
+            self._inside(scope, function)
 
     def _gave(self, job: Job, kind: Literal["value", "item"], box: list[Any]) -> Outcome:
         """What came of the only object in a box, to which nothing of ours refers; the box is empty then."""

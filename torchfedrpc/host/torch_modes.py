@@ -1,4 +1,4 @@
-"""What torch keeps by thread, grad mode and autocast among it, as a call's own: calls take turns on a thread."""
+"""What torch keeps by thread, as a call's own: grad mode, autocast, open ``torch.device`` blocks and other modes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,28 @@ _Autocast = tuple[bool, torch.dtype, bool, torch.dtype, int]
 class TorchModes:
     """Around each step of a call: gives it the modes that its last step left, and the thread its own back.
 
-    A call begins with gradients enabled, out of inference mode and without autocast, whatever ran before it.
+    A call begins with gradients enabled, out of inference mode and without autocast, whatever ran before it. Blocks
+    that it has open as its step ends (``with torch.device(...)``, and other function modes of torch) are set aside.
     """
 
-    __slots__ = ("_autocast", "_grad", "_guard", "_inference", "_outer_autocast", "_outer_grad")
+    __slots__ = (
+        "_autocast",
+        "_functions",
+        "_grad",
+        "_guard",
+        "_inference",
+        "_num_outer_functions",
+        "_outer_autocast",
+        "_outer_grad",
+    )
 
     def __init__(self) -> None:
         self._grad, self._inference = True, False
         self._autocast: _Autocast | None = None
         self._outer_autocast: _Autocast
         self._outer_grad: bool
+        self._functions: list[Any] = []  # the innermost first
+        self._num_outer_functions = 0
         self._guard: Any = None
 
     def __enter__(self) -> None:
@@ -34,16 +46,26 @@ class TorchModes:
         self._guard.__enter__()
         torch._C._set_grad_enabled(self._grad)
         _set_autocast(outer, self._autocast or (False, outer[1], False, outer[3], 0))
+        self._num_outer_functions = _num_functions()
+        while self._functions:
+            _push_function(self._functions.pop())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        while _num_functions() > self._num_outer_functions:
+            self._functions.append(_pop_function())
         self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self._autocast = _autocast()
         guard, self._guard = self._guard, None
         guard.__exit__(kind, error, trace)
         torch._C._set_grad_enabled(self._outer_grad)
         _set_autocast(self._autocast, self._outer_autocast)
+
+
+_torch_c: Any = torch._C
+_num_functions, _push_function = _torch_c._len_torch_function_stack, _torch_c._push_on_torch_function_stack
+_pop_function = _torch_c._pop_torch_function_stack
 
 
 def _autocast() -> _Autocast:

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Sequence
 
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.processes import WorkerProcess
+from torchfedrpc.rpc.processes import Surroundings, WorkerProcess
 from torchfedrpc.rpc.retries import Retries
 from torchfedrpc.rpc.source import Admit
 
@@ -20,6 +20,7 @@ class ProcessSource:
 
     Args:
         count: how many.
+        surroundings: what each has, those that are started later as well.
 
     Attributes:
         processes: those that run.
@@ -28,7 +29,8 @@ class ProcessSource:
     expects_workers = True
     replaces = True
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, surroundings: Surroundings) -> None:
+        self._surroundings = surroundings
         self.processes: dict[Member, WorkerProcess] = {}
         self._labels = [f"worker{number}" for number in range(1, count + 1)]
         self._retries = Retries()
@@ -81,7 +83,7 @@ class ProcessSource:
         admit(await self._retries.until_done(label, start, OSError, tell))
 
     def _start(self, label: str) -> Member:
-        process = WorkerProcess()
+        process = WorkerProcess(self._surroundings)
         member = Member(
             label,
             process.link,

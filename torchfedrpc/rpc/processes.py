@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 
 from torchfedrpc.rpc.link import Link
+
+logger = logging.getLogger(__name__)
 
 # The worker finds modules where the driver does, whatever put them there.
 _BOOT = """
@@ -39,18 +43,74 @@ sys.argv[:] = json.loads(sys.argv[5])
 (worker.main_remote if parent else worker.main)(link, pulse)
 """
 _STOP_TIMEOUT_S = 4.0
+_HASH_SEED = "PYTHONHASHSEED"
 
 
-def start_worker(link: int, pulse: int, *, remote: bool = False) -> subprocess.Popen[bytes]:
+@dataclass(frozen=True)
+class Surroundings:
+    """What a worker process has from the process that starts it.
+
+    Attributes:
+        flags: the interpreter's.
+        path: where modules are found.
+        arguments: its ``sys.argv``.
+        folder: its working directory; None where that of the starting process was deleted.
+        variables: its environment.
+    """
+
+    flags: list[str]
+    path: list[str]
+    arguments: list[str]
+    folder: str | None
+    variables: dict[str, str]
+
+    @classmethod
+    def of_this_process(cls, hash_seed: int | None = None) -> Surroundings:
+        """Those of this process as it is now.
+
+        Args:
+            hash_seed: what Python's hashes of strings are to be seeded by, 0 to 2**32 - 1, where the environment does
+                not say; None leaves them to chance.
+        """
+        variables = dict(os.environ)
+        if hash_seed is not None and variables.get(_HASH_SEED, "random") in ("", "random"):
+            variables[_HASH_SEED] = str(hash_seed)
+            if sys.flags.ignore_environment:
+                logger.warning(
+                    "python -E and -I hide %s from workers: the order of a set of strings will differ between them",
+                    _HASH_SEED,
+                )
+        try:
+            folder = os.getcwd()
+        except FileNotFoundError:
+            folder = None
+        return cls(interpreter_flags(), list(sys.path), list(sys.argv), folder, variables)
+
+
+def interpreter_flags() -> list[str]:
+    """The command line flags that give another interpreter what this one has: ``-O``, ``-W``, ``-X`` and so on."""
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing
+    for name, value in sys._xoptions.items():  # it leaves some out
+        option = name if value is True else f"{name}={value}"
+        if option not in flags:
+            flags += ["-X", option]
+    return flags
+
+
+def start_worker(
+    link: int, pulse: int, *, remote: bool = False, surroundings: Surroundings | None = None
+) -> subprocess.Popen[bytes]:
     """Start a worker process.
 
     Args:
         link: the descriptor of its end of the link, which stays open here.
         pulse: the descriptor of its end of the pulse, likewise.
+        surroundings: what else it has; unless given, what this process has now.
         remote: whether it serves a driver that is not this process: it has signals of its own to handle, and it is
             killed when the thread that calls this ends, whatever ends that.
     """
     parent = os.getpid() if remote else 0
+    here = surroundings or Surroundings.of_this_process()
     # What it inherits: a signal that comes before it can handle it waits until then.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT} if remote else set())
     try:
@@ -58,12 +118,15 @@ def start_worker(link: int, pulse: int, *, remote: bool = False) -> subprocess.P
         return subprocess.Popen(
             [
                 sys.executable,
+                *here.flags,
                 "-c",
                 _BOOT,
                 *map(str, (link, pulse, parent)),
-                json.dumps(sys.path),
-                json.dumps(sys.argv),
+                json.dumps(here.path),
+                json.dumps(here.arguments),
             ],
+            cwd=here.folder,
+            env=here.variables,
             pass_fds=[link, pulse],
             stdin=subprocess.DEVNULL,
             process_group=0,
@@ -99,14 +162,18 @@ async def ends_within(process: subprocess.Popen[bytes], timeout_s: float | None)
 
 
 class WorkerProcess:
-    """A worker process and the driver's ends of its link and its pulse (socket pairs: they have no port)."""
+    """A worker process and the driver's ends of its link and its pulse (socket pairs: they have no port).
 
-    def __init__(self) -> None:
+    Args:
+        surroundings: as `start_worker` takes them.
+    """
+
+    def __init__(self, surroundings: Surroundings | None = None) -> None:
         ours, theirs = socket.socketpair()
         our_pulse, their_pulse = socket.socketpair()
         with theirs, their_pulse:
             try:
-                self._process = start_worker(theirs.fileno(), their_pulse.fileno())
+                self._process = start_worker(theirs.fileno(), their_pulse.fileno(), surroundings=surroundings)
             except OSError:  # no memory, or no process left
                 ours.close()
                 our_pulse.close()

@@ -21,8 +21,9 @@ from torchfedrpc import launcher
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
-from torchfedrpc.host.process import adopt_torch_defaults, choose_device, process_settings, visible_gpus
+from torchfedrpc.host.process import choose_device, process_settings, visible_gpus
 from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.host.torch_settings import adopt_settings
 from torchfedrpc.rpc import endpoint, reach, world
 from torchfedrpc.rpc.endpoint import Endpoint
 from torchfedrpc.rpc.interfaces import address_of, interface_of
@@ -240,7 +241,7 @@ class _Worker:
         label: str,
         local_index: int,
         main: Message | None,
-        defaults: dict[str, str],
+        settings: dict[str, Any],
         driver: list[Any] | None = None,
     ) -> Message:
         """Begin a run: import what its learners need; they are made later, one by one."""
@@ -254,8 +255,8 @@ class _Worker:
             adopt_main(main)
         device = choose_device(local_index if self._local_index is None else self._local_index)
         learner.load()
-        adopt_torch_defaults(defaults)  # after the import, which may set its own
         self._stack.enter_context(process_settings(learner.runtime))
+        problems = adopt_settings(settings)  # after the import, which may set its own
         driver_pid = driver[0] if driver is not None and TensorFile.is_found(*driver) else None
         own = None
         if driver is not None:
@@ -274,7 +275,13 @@ class _Worker:
         endpoint.serving = self._endpoint
         self._sidecar.wait_for_beat()
         sees_files = driver_pid is not None
-        return {"device": str(device), "visible_gpus": visible_gpus(), "sees_files": sees_files, "files": own}
+        return {
+            "device": str(device),
+            "visible_gpus": visible_gpus(),
+            "sees_files": sees_files,
+            "files": own,
+            "problems": problems,
+        }
 
     def reach(self, host: str, port: int, interface: str | None) -> Message:
         """Find out whether this worker and the driver reach each other, as members of a world have to.

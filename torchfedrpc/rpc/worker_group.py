@@ -18,9 +18,9 @@ import torch
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.host.call import Call
 from torchfedrpc.host.faults import Fault
-from torchfedrpc.host.process import torch_defaults
 from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.host.torch_settings import OpenedSettings
 from torchfedrpc.rpc import reach
 from torchfedrpc.rpc.all_of import all_of
 from torchfedrpc.rpc.driver_place import DriverPlace
@@ -95,6 +95,8 @@ class WorkerGroup:
         self.hosts: dict[str, RemoteHost] = {}
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self._learner = learner
+        # As of opening, for workers that come later as well.
+        self._settings = OpenedSettings.of_this_process(learner.runtime.torch_threads).values
         self._observer = observer
         self._newcomers: dict[str, Member] = {}  # label -> one that was admitted and is being prepared
         self._preparing: set[asyncio.Task[None]] = set()
@@ -367,10 +369,12 @@ class WorkerGroup:
                     "label": member.label,
                     "local_index": member.local_index,
                     "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
-                    "defaults": torch_defaults(),
+                    "settings": self._settings,
                     "driver": None if member.elsewhere else (os.getpid(), probe.address()),
                 },
             )
+        for problem in answer["problems"]:
+            logger.warning("%s: %s", member.label, problem)
         member.device, member.visible_gpus = answer["device"], answer["visible_gpus"]
         member.sees_files, own = answer["sees_files"], answer["files"]
         member.pid = own[0] if own is not None and TensorFile.is_found(*own) else None

@@ -1,0 +1,115 @@
+"""The event loop of a host's async methods: whatever a call starts on it runs in the scope of that call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import weakref
+from asyncio import futures
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from typing import Any
+
+from torchfedrpc.host.scope import CallScope, outside, scope_here
+
+Around = Callable[[CallScope, Callable[[], object]], None]
+
+_UNKNOWN: Any = object()
+_NO_USER_CODE = {getattr(futures, "_set_result_unless_cancelled", None)}  # of which a timer of asyncio.sleep is one
+
+
+class HostLoop(asyncio.SelectorEventLoop):
+    """Runs each callback that code of a call schedules in the scope of that call: steps of tasks, timers, readers.
+
+    A task's steps are callbacks of the loop too, in the task's context. So this holds for tasks of ``gather``,
+    ``wait_for``, ``TaskGroup`` and eager ones alike, however deep they are nested.
+
+    Args:
+        around: calls a function as a step of a scope.
+    """
+
+    _present: CallScope | None = None  # whose step runs
+
+    def __init__(self, around: Around) -> None:
+        self._around = around
+        self._scope_of_generator: dict[int, tuple[CallScope, weakref.ref[Any]]] = {}
+        super().__init__()
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        """Call back at the loop's next turn."""
+        callback, args = self._in_scope(callback, args, context, self._present)
+        return super().call_soon(callback, *args, context=context)
+
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        """The same, from any thread."""
+        callback, args = self._in_scope(callback, args, context, None)
+        return super().call_soon_threadsafe(callback, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call back at that time of the loop's clock."""
+        callback, args = self._in_scope(callback, args, context, self._present)
+        return super().call_at(when, callback, *args, context=context)
+
+    # What asyncio's transports, and its public add_reader and add_writer, come down to.
+
+    def _add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> Any:
+        callback, args = self._in_scope(callback, args, None, self._present)
+        return super()._add_reader(fd, callback, *args)  # type: ignore[misc]
+
+    def _add_writer(self, fd: Any, callback: Callable[..., object], *args: Any) -> Any:
+        callback, args = self._in_scope(callback, args, None, self._present)
+        return super()._add_writer(fd, callback, *args)  # type: ignore[misc]
+
+    def _in_scope(
+        self,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: contextvars.Context | None,
+        present: CallScope | None,
+    ) -> tuple[Callable[..., object], tuple[Any, ...]]:
+        scope = scope_here.get(_UNKNOWN) if context is None else context.get(scope_here, _UNKNOWN)
+        if scope is _UNKNOWN:  # a context of the user's own making: it is of the call that uses it first
+            scope = present
+            if scope is not None and context is not None:
+                with contextlib.suppress(RuntimeError):  # it is entered: this callback alone is in the scope
+                    context.run(scope._bind)
+        if scope is None or callback in _NO_USER_CODE:
+            return callback, args
+        return self._step, (scope, callback, args)
+
+    def _step(self, scope: CallScope, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self._present = scope
+        try:
+            self._around(scope, partial(callback, *args))
+        finally:
+            self._present = None
+
+    # An async generator that is dropped before its end is closed in the scope of the call that began it, whichever
+    # call runs as the garbage collector finds it.
+
+    def _asyncgen_firstiter_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
+        super()._asyncgen_firstiter_hook(agen)  # type: ignore[misc]
+        if (scope := scope_here.get(None)) is not None:
+            key = id(agen)
+            self._scope_of_generator[key] = scope, weakref.ref(agen, partial(self._generator_is_gone, key))
+
+    def _generator_is_gone(self, key: int, reference: weakref.ref[Any]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.call_soon_threadsafe(self._forget_generator, key, reference, context=outside())
+
+    def _forget_generator(self, key: int, reference: weakref.ref[Any]) -> None:
+        """Not at once: its finalizer, which comes next, asks for its scope; another may have its id by now."""
+        if self._scope_of_generator.get(key, (None, None))[1] is reference:
+            del self._scope_of_generator[key]
+
+    def _asyncgen_finalizer_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
+        scope, _ = self._scope_of_generator.pop(id(agen), (None, None))
+        context = outside() if scope is None else scope.new_context()
+        context.run(super()._asyncgen_finalizer_hook, agen)  # type: ignore[misc]
