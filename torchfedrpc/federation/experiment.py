@@ -37,7 +37,7 @@ class ExperimentConfig:
     Attributes:
         seed: draws everything that is drawn.
         runtime: where learners run.
-        dataset: recipe of a `TrainTest`.
+        dataset: recipe of a `TrainTest`. It, ``partition`` and ``model`` may call what `build` allows.
         partition: recipe of a function of ``labels`` and ``num_clients``, as in `torchfedrpc.data.partition`.
         model: recipe of a module.
         learner: the class of the learners as ``_target_``, and settings for its constructor, which gets
@@ -75,6 +75,11 @@ class ExperimentConfig:
         if missing:
             raise ConfigError(f"the configuration lacks {', '.join(missing)}")
         return cls(**{**values, "runtime": RuntimeConfig.of(values["runtime"])})
+
+    @property
+    def trusted_modules(self) -> list[str]:
+        """The packages that recipes may name, as workers have them: the learner's own, and ``runtime``'s."""
+        return [locate(self.learner).__module__, *self.runtime.trusted_modules]
 
     def checkpoints(self, output_dir: Path) -> Checkpoints:
         """The checkpoints of a run with these outputs; it goes on with equal seed, data, model, learner and trainer.
@@ -117,8 +122,8 @@ async def run_experiment(
     stream = stream or sys.stdout
     if note := extras.missing_line([("live bar", "rich"), ("picture", "matplotlib")]):
         print(note, file=stream)
-    data: TrainTest = build(config.dataset)
-    scorer = _Scorer(build_model(config.model, config.seed), data.test)
+    data: TrainTest = build(config.dataset, config.trusted_modules)
+    scorer = _Scorer(build_model(config.model, config.seed, config.trusted_modules), data.test)
     weights, history = await _train(config, data, scorer, output_dir / "history.jsonl", checkpoints, stream)
     torch.save(weights, output_dir / "model.pt")
     with process_settings(config.runtime):
@@ -150,7 +155,7 @@ async def _train(
         trainer = locate(config.trainer)(
             _settings(config.trainer),
             proxy,
-            initial_weights=initial_weights(config.model, config.seed),
+            initial_weights=initial_weights(config.model, config.seed, config.trusted_modules),
             score=scorer.metrics,
             history=history,
         )
@@ -194,7 +199,9 @@ class _Scorer:
 def _divide(config: ExperimentConfig, train_set: Samples) -> dict[str, dict[str, Any]]:
     """The clients: id -> what its learner's constructor gets."""
     client_ids = config.runtime.default_client_ids()
-    parts = build(config.partition, labels=train_set.labels.numpy(), num_clients=len(client_ids))
+    parts = build(
+        config.partition, config.trusted_modules, labels=train_set.labels.numpy(), num_clients=len(client_ids)
+    )
     common = {
         "dataset": config.dataset,
         "model": config.model,
@@ -211,7 +218,9 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _train_baseline(config: ExperimentConfig, data: TrainTest) -> list[Score]:
     if config.baseline is None:
         return []
-    return train_centrally(model=config.model, data=data, seed=config.seed, **config.baseline)
+    return train_centrally(
+        model=config.model, data=data, seed=config.seed, trusted_modules=config.trusted_modules, **config.baseline
+    )
 
 
 def _draw(history: Sequence[RoundRecord], baseline: Sequence[Score], path: Path) -> None:

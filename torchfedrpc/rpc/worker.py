@@ -290,12 +290,15 @@ class _Worker:
         reach.dial(host, port)
         return {"host": address, "port": self._door.getsockname()[1]}
 
-    def join(self, plan: Message, rank: int, interface: str | None, asked: list[int], shows_files: bool) -> Message:
+    def join(
+        self, plan: Message, rank: int, secret: str, interface: str | None, asked: list[int], shows_files: bool
+    ) -> Message:
         """Join a world and serve in it.
 
         Args:
             plan: the world.
             rank: this worker's rank in it.
+            secret: what the driver's requests to this worker begin with, in hexadecimal digits.
             interface: its network interface for it; None: the one with which it reaches the driver.
             asked: ids of the calls to this worker that the driver has had no answer to.
             shows_files: whether the driver finds the files of this process.
@@ -308,7 +311,7 @@ class _Worker:
         covered = frozenset([self._endpoint.device] if world_plan.device_maps[rank - 1] else [])
         self._host.keep_only(asked)
         self._host.show_files(shows_files)
-        self._endpoint.connect(world_plan.generation, covered)
+        self._endpoint.connect(bytes.fromhex(secret), covered)
         world.join(world_plan, rank, interface or interface_of(self._link.local_address()))
         self._is_joined = True
         return {}

@@ -324,7 +324,7 @@ class WorkerGroup:
         self._check_whole()
         if not members:
             return
-        plan = await self._place.join(members, self._tell, self._observer.asked)
+        plan, keys = await self._place.join(members, self._tell, self._observer.asked)
         self._check_whole()
         self._generation = plan.generation
         for member in members:
@@ -333,7 +333,7 @@ class WorkerGroup:
             member.label: RemoteHost(
                 member.label,
                 plan.name(rank),
-                plan.generation,
+                keys[member.label],
                 frozenset([torch.device(pair[0])] if pair else []),
                 self.traffic[member.label],
                 report=self._report,
