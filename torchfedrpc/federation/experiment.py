@@ -22,6 +22,7 @@ from torchfedrpc.federation.model import build_model, initial_weights
 from torchfedrpc.federation.recipe import build, locate
 from torchfedrpc.federation.training import Score, score
 from torchfedrpc.host.process import process_settings
+from torchfedrpc.observe.folder import make_private, replaced
 from torchfedrpc.observe.history import History, RoundRecord
 from torchfedrpc.observe.progress import live_progress
 from torchfedrpc.observe.report import print_table
@@ -106,7 +107,7 @@ async def run_experiment(
 
     Args:
         config: what to run.
-        output_dir: an existing folder for these files.
+        output_dir: a folder for these files; made where it is not there, for its user alone.
         checkpoints: what ``config.checkpoints(output_dir)`` gives, where it is open already.
         stream: where progress and the final table are shown. Default: stdout.
 
@@ -119,13 +120,15 @@ async def run_experiment(
     if checkpoints is None:
         with config.checkpoints(output_dir) as opened:
             return await run_experiment(config, output_dir, checkpoints=opened, stream=stream)
+    make_private(output_dir)
     stream = stream or sys.stdout
     if note := extras.missing_line([("live bar", "rich"), ("picture", "matplotlib")]):
         print(note, file=stream)
     data: TrainTest = build(config.dataset, config.trusted_modules)
     scorer = _Scorer(build_model(config.model, config.seed, config.trusted_modules), data.test)
     weights, history = await _train(config, data, scorer, output_dir / "history.jsonl", checkpoints, stream)
-    torch.save(weights, output_dir / "model.pt")
+    with replaced(output_dir / "model.pt") as file:
+        torch.save(weights, file)
     with process_settings(config.runtime):
         baseline = _train_baseline(config, data)
         final = scorer.score(weights)

@@ -26,7 +26,7 @@ from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc import endpoint, reach, world
 from torchfedrpc.rpc.endpoint import Endpoint
 from torchfedrpc.rpc.interfaces import address_of, interface_of
-from torchfedrpc.rpc.link import Link, Message, end_when_cut_off
+from torchfedrpc.rpc.link import Link, Message, end_when_cut_off, in_short
 from torchfedrpc.rpc.main_module import adopt_main
 from torchfedrpc.rpc.pulse import Sidecar
 from torchfedrpc.wire.file import TensorFile
@@ -161,7 +161,8 @@ def serve(
         try:
             answer = worker.obey(message)
         except (Exception, SystemExit) as error:  # a script may call sys.exit as it is imported
-            answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            told = f"{type(error).__name__}: {error}"
+            answer = {"error": in_short(told), "traceback": in_short(traceback.format_exc())}
         worker.is_preparing = False
         with contextlib.suppress(OSError):  # the driver is gone, which the link's thread sees too
             link.send({**answer, "number": number})

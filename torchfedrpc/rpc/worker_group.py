@@ -359,21 +359,19 @@ class WorkerGroup:
         learner = self._learner
         imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
         with contextlib.closing(TensorFile.of([])) as probe:
-            answer = await self._tell(
-                member,
-                {
-                    "do": "prepare",
-                    "spec": learner.to_message(),
-                    "label": member.label,
-                    "local_index": member.local_index,
-                    "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
-                    "defaults": torch_defaults(),
-                    "driver": None if member.elsewhere else (os.getpid(), probe.address()),
-                },
-            )
-        member.device, member.visible_gpus = answer["device"], answer["visible_gpus"]
-        member.sees_files, own = answer["sees_files"], answer["files"]
-        member.pid = own[0] if own is not None and TensorFile.is_found(*own) else None
+            message: Message = {
+                "do": "prepare",
+                "spec": learner.to_message(),
+                "label": member.label,
+                "local_index": member.local_index,
+                "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
+                "defaults": torch_defaults(),
+                "driver": None if member.elsewhere else (os.getpid(), probe.address()),
+            }
+            answer = await self._tell(member, message)
+        if not member.adopt(answer):
+            self._give_up(member, str(error := member.misunderstood(message)))
+            raise error
         if member.elsewhere:
             address = self._place.address([*self.members.values(), member])
             await reach.check(member, address, self._place.interface(member, address))
