@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,16 +23,12 @@ _distributed: Any = torch.distributed
 _TIMEOUT_S = 20.0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _collected(_nothing_left_behind: None) -> Iterator[None]:
-    yield
-    gc.collect()  # errors of ranks hold their stores
-
-
 @pytest.fixture
-def store() -> Any:
+def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The launcher's store."""
-    return _distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = _distributed.HashStore()
+    monkeypatch.setattr(module, "_open_store", lambda launch, serve: store)
+    return store
 
 
 @pytest.fixture
@@ -41,17 +36,18 @@ def launch(store: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Launc
     """The launch of two ranks, as one of them has it."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(module, "_MISTRUST_S", 0.5)
-    return lambda rank: Launch(rank, 2, rank, 1, "127.0.0.1", store.port, agent_store=True)
+    return lambda rank: Launch(rank, 2, rank, 1, "127.0.0.1", 29500, agent_store=True)
 
 
 @pytest.fixture
 def driver(launch: Callable[[int], Launch]) -> Iterator[LaunchedWorkers]:
     workers = LaunchedWorkers(launch(0))
     yield workers
-    workers.close(failed=True)
-    for member in workers._members.values():
+    for member in workers._members.values():  # which it would leave open until the process ends
         member.link.close()
         member.pulse.close()
+    workers._members.clear()
+    workers.close(failed=True)
 
 
 class Rank(threading.Thread):
@@ -67,8 +63,7 @@ class Rank(threading.Thread):
         try:
             self.became = dial_driver(self._launch)
         except Exception as error:
-            error.__context__ = None
-            self.became = error.with_traceback(None)  # whose frames have the store
+            self.became = error
 
     def ended(self) -> Any:
         """What has become of it."""
@@ -158,11 +153,9 @@ async def test_a_stranger_who_writes_the_store_is_no_driver_of_ranks_with_a_toke
 ) -> None:
     monkeypatch.setenv(VARIABLE, make_token(tmp_path))
     stranger = LaunchedWorkers(launch(0))
-    monkeypatch.setattr(module, "load_token", lambda path: b"0" * 64)
-    stranger._listen(RuntimeConfig(token_file="any"))
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "_MISTRUST_S", 0.5)
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "token"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_token", lambda path: b"0" * 64)
+        stranger._listen(RuntimeConfig(token_file="any"))
     error = await asyncio.to_thread(Rank(launch(1)).ended)
     assert isinstance(error, ConfigError)
     assert not stranger._members
