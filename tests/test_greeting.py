@@ -128,7 +128,13 @@ async def test_the_token_never_crosses_the_wire(
     monkeypatch.setattr(greeting, "_send", record)
     dialler, listener = pair
     await both(greet(dialler, TOKEN, {}, address=ADDRESS), receive(listener, TOKEN, accept))
-    assert len(said) == 3
+    assert [sorted(message) for message in said] == [
+        ["nonce", "number", "protocol"],
+        ["nonce"],
+        ["proof"],
+        ["about", "proof"],
+        ["about", "proof"],
+    ]
     assert TOKEN.decode() not in json.dumps(said)
     assert TOKEN.hex() not in json.dumps(said)
 
@@ -211,11 +217,15 @@ async def proven(token: bytes = TOKEN) -> Any:
 
 async def test_a_dialler_that_replays_a_greeting_is_not_believed(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
-    async with proven() as (_, said, _):
+    async with proven() as (_, nonce, _, said, _):
         stranger = Raw(dialler)
+        victim = asyncio.ensure_future(receive(listener, TOKEN, accept))
+        await stranger.send(nonce)
+        await stranger.receive()
+        await stranger.receive()
         await stranger.send(said)
         with pytest.raises(MistrustError, match="another token"):
-            await receive(listener, TOKEN, accept)
+            await victim
 
 
 @pytest.mark.parametrize("what", ["all", "the proof", "the dialler's proof"])
@@ -223,31 +233,82 @@ async def test_a_listener_that_replays_or_reflects_is_not_believed(
     pair: tuple[socket.socket, socket.socket], what: str
 ) -> None:
     dialler, listener = pair
-    async with proven() as (hello, _, reply):
+    async with proven() as (hello, _, proof, said, reply):
         stranger = Raw(listener)
         telling = asyncio.ensure_future(greet(dialler, TOKEN, {}, address=ADDRESS))
         await stranger.send(hello)
-        said = await stranger.receive()
-        await stranger.send(
-            {
-                "all": reply,
-                "the proof": {"about": {"role": "worker"}, "proof": reply["proof"]},
-                "the dialler's proof": said,
-            }[what]
-        )
+        await stranger.receive()
+        await stranger.send({"all": reply, "the proof": proof, "the dialler's proof": said}[what])
         with pytest.raises(MistrustError):
             await telling
 
 
+async def test_a_listener_learns_a_nonce_alone_before_it_proves_the_token(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    dialler, listener = pair
+    async with proven(b"another token") as (hello, _, proof, *_):
+        stranger = Raw(listener)
+        telling = asyncio.ensure_future(greet(dialler, TOKEN, {"role": "driver"}, address=ADDRESS))
+        await stranger.send(hello)
+        heard = await stranger.receive()
+        assert list(heard) == ["nonce"]
+        assert bytes.fromhex(heard["nonce"])
+        await stranger.send(proof)
+        with pytest.raises(MistrustError):
+            await telling
+        dialler.close()
+        with pytest.raises(EOFError, match="b''"):
+            await stranger.receive()
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        None,
+        [],
+        {},
+        {"versions": 3},
+        {"session": ["x"]},
+        {"channel": {}},
+        {"machine": None},
+        {"pid": "1"},
+        {"role": 1},
+    ],
+)
+async def test_an_end_that_tells_what_has_another_form_is_refused(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch, about: Any
+) -> None:
+    dialler, listener = pair
+    own = greeting._own_about()
+    told = about if about is None or isinstance(about, list) or not about else {**own, **about}
+
+    def accept_nobody(about: Message) -> Message:
+        raise AssertionError(about)
+
+    stranger = Raw(dialler)
+    victim = asyncio.ensure_future(receive(listener, TOKEN, accept_nobody))
+    hello, nonce = await stranger.receive(), {"nonce": "0"}
+    await stranger.send(nonce)
+    await stranger.receive()
+    said = {"about": told}
+    await stranger.send({**said, "proof": greeting._proof(TOKEN, "dialler", [hello, nonce, said])})
+    with pytest.raises(MistrustError, match=r"^what it sent is no greeting$"):
+        await victim
+
+
 async def test_a_dialler_that_reflects_the_proof_of_a_dialler_fails() -> None:
-    """It dials one end, and has the other end dial it, to pass on what that proves."""
+    """It dials one end, and has the other end dial it, to pass on what that proves, and to change what it tells."""
     ours, listener = tcp_pair()
     dialler, theirs = tcp_pair()
     victim = asyncio.ensure_future(receive(listener, TOKEN, accept))
     other = asyncio.ensure_future(greet(dialler, TOKEN, {"role": "driver"}, address=ADDRESS))
-    hello = await Raw(ours).receive()
-    await Raw(theirs).send({**hello, "nonce": "0" * 64})  # a nonce of its own, and it is found out
-    await Raw(ours).send(await Raw(theirs).receive())
+    one, two = Raw(ours), Raw(theirs)
+    await two.send(await one.receive())
+    await one.send(await two.receive())  # the other's nonce, and the proof is passed on, so that the other tells
+    await two.send(await one.receive())
+    told = await two.receive()
+    await one.send({**told, "about": {**told["about"], "role": "worker"}})
     with pytest.raises(MistrustError, match="another token"):
         await victim
     theirs.close()
@@ -262,16 +323,18 @@ async def test_what_was_changed_on_the_way_is_not_believed(pair: tuple[socket.so
     dialler, theirs = tcp_pair()
     victim = asyncio.ensure_future(receive(listener, TOKEN, accept))
     other = asyncio.ensure_future(greet(dialler, TOKEN, {"role": "worker"}, address=ADDRESS))
-    between = Raw(theirs)
-    await between.send(await Raw(ours).receive())
-    said = await between.receive()
-    await Raw(ours).send({**said, "about": {**said["about"], "role": "driver"}})
-    with pytest.raises(MistrustError, match="another token"):
-        await victim
-    theirs.close()
+    between, beyond = Raw(theirs), Raw(ours)
+    hello = await beyond.receive()
+    await between.send({**hello, "nonce": "0" * 64})
+    await beyond.send(await between.receive())
+    await between.send(await beyond.receive())
     with pytest.raises(MistrustError):
         await other
     dialler.close()
+    ours.close()
+    with pytest.raises(MistrustError, match="it left"):
+        await victim
+    theirs.close()
 
 
 # What is no greeting.
@@ -301,9 +364,14 @@ async def test_a_proof_of_any_kind_but_the_right_one_is_none(
     pair: tuple[socket.socket, socket.socket], proof: Any
 ) -> None:
     dialler, listener = pair
-    await Raw(dialler).send({"nonce": 5, "about": None, "proof": proof})
+    stranger = Raw(dialler)
+    victim = asyncio.ensure_future(receive(listener, TOKEN, accept))
+    await stranger.send({"nonce": 5})
+    await stranger.receive()
+    await stranger.receive()
+    await stranger.send({"about": None, "proof": proof})
     with pytest.raises(MistrustError, match="another token"):
-        await receive(listener, TOKEN, accept)
+        await victim
 
 
 async def test_one_who_stalls_is_refused_in_time(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -328,7 +396,7 @@ async def test_a_dialler_does_not_talk_to_what_is_not_ours(
 async def test_another_number_of_the_protocol_names_both(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
     await Raw(listener).send({"protocol": "torchfedrpc", "number": 7, "nonce": "0"})
-    with pytest.raises(MistrustError, match=f"{ADDRESS} speaks number 7 .* number 1"):
+    with pytest.raises(MistrustError, match=f"{ADDRESS} speaks number 7 .* number 2"):
         await greet(dialler, TOKEN, {}, address=ADDRESS)
 
 

@@ -22,6 +22,7 @@ from torchfedrpc.testing.rehearsal import Step, rehearsal
 from torchfedrpc.wire.packing import pack
 
 DATASET = {"_target_": f"{__name__}.counted_dataset"}
+RUNTIME = RuntimeConfig(execution_mode="local", trusted_modules=[__name__])
 MODEL = {"_target_": "torchfedrpc.models.mlp.MLP"}
 CLIENTS = ["client_1", "client_2", "client_3"]
 
@@ -44,7 +45,7 @@ def _with_proxy(use, *, seed: int = 0) -> Any:  # type: ignore[no-untyped-def]
     }
 
     async def main() -> Any:
-        async with tfr.LearnerProxy("classification", clients, runtime="local", seed=seed) as proxy:
+        async with tfr.LearnerProxy("classification", clients, runtime=RUNTIME, seed=seed) as proxy:
             return await use(proxy)
 
     return asyncio.run(main())
@@ -150,11 +151,11 @@ def test_a_learners_snapshot_is_complete() -> None:
         "train_epoch",
         "evaluate",
     ]
-    check_snapshot(ClassificationLearner, calls, kwargs=_one_clients_kwargs())
+    check_snapshot(ClassificationLearner, calls, kwargs=_one_clients_kwargs(), trusted_modules=[__name__])
 
 
 def test_a_learners_snapshot_holds_its_weights_and_no_data() -> None:
-    spec, _ = LearnerSpec.of(ClassificationLearner, 0, RuntimeConfig())
+    spec, _ = LearnerSpec.of(ClassificationLearner, 0, RUNTIME)
     with rehearsal(spec, "client_1", pack(_one_clients_kwargs())) as run:
         run.call(Step("evaluate"))
         assert len(run.snapshot()) < 1000

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from torchfedrpc.errors import WorkerLostError
-from torchfedrpc.rpc.link import Link, Message
+from torchfedrpc.rpc import link as link_module
+from torchfedrpc.rpc.link import Link, MalformedError, Message
 
 _TIMEOUT_S = 10.0
 
@@ -147,7 +150,7 @@ async def test_a_request_is_answered(pair: tuple[Link, Link]) -> None:
 async def test_a_long_request_and_a_long_answer_arrive(pair: tuple[Link, Link]) -> None:
     driver, link = pair
     worker = Worker(link, lambda message: [{"number": message["number"], "echo": message["text"] * 2}])
-    text = "x" * 1_000_000
+    text = "x" * 100_000
     assert (await driver.request({"do": "echo", "text": text}, "worker1"))["echo"] == text * 2
     driver.close()
     worker.join()
@@ -230,6 +233,56 @@ async def test_a_worker_that_has_ended_before_is_lost(pair: tuple[Link, Link]) -
     for _ in range(2):
         with pytest.raises(WorkerLostError, match="worker1 ended when it was told to join"):
             await driver.request({"do": "join"}, "worker1")
+
+
+# What is no answer.
+
+_FLOODS = {
+    "an endless line": (b"x" * 4096, "it sent more than 256 KiB"),
+    "answers to nothing": (b'{"number": -1}\n' * 300, "it sent more than 256 KiB"),
+    "lines of nothing": (b"\n" * 4096, "it sent a line that is no JSON"),
+    "no JSON": (b"{]\n", "it sent a line that is no JSON"),
+    "no text": (b"\xff\xfe\n", "it sent a line that is no JSON"),
+    "too deep": (b"[" * 100_000 + b"\n", "it sent a line that is no JSON"),
+    "a huge number": (b'{"number": ' + b"9" * 10_000 + b"}\n", "it sent a line that is no JSON"),
+    "a list": (b"[0]\n", "it sent a line that is no message"),
+    "a number": (b"0\n", "it sent a line that is no message"),
+}
+
+
+@pytest.mark.parametrize(("flood", "reason"), _FLOODS.values(), ids=_FLOODS)
+async def test_a_worker_that_sends_no_answer_is_lost_and_the_loop_goes_on(
+    pair: tuple[Link, Link], flood: bytes, reason: str
+) -> None:
+    driver, worker = pair
+
+    def send() -> None:
+        with contextlib.suppress(OSError):  # it is closed under the flood
+            while True:
+                worker._socket.sendall(flood)
+
+    sender = threading.Thread(target=send)
+    asking = asyncio.ensure_future(driver.request({"do": "join"}, "worker1"))
+    await asyncio.sleep(0)
+    loop, longest, last = asyncio.get_running_loop(), 0.0, time.monotonic()
+    sender.start()
+    while not asking.done():
+        await asyncio.sleep(0)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    with pytest.raises(WorkerLostError, match=f"worker1 did not answer properly when it was told to join: {reason}"):
+        await asking
+    assert longest < 1
+    assert loop.is_running()
+    sender.join(_TIMEOUT_S)
+    assert not sender.is_alive()
+    with pytest.raises(WorkerLostError):
+        await driver.request({"do": "join"}, "worker1")
+
+
+def test_a_worker_takes_no_endless_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "_REQUEST_BYTES", 1 << 20)
+    with pytest.raises(MalformedError, match="a line of more than 1 MiB"):
+        scripted(*[b"x" * 65536] * 20).receive()
 
 
 # The end.

@@ -171,6 +171,51 @@ async def test_a_worker_whose_sidecar_is_suspended_is_lost_at_the_timeout_and_li
     assert ends_within(worker.pid, GRACE_S + SLACK_S)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(b"x" * 20_000, id="endless"),
+        pytest.param(b"1" * 13_000 + b"\n", id="long"),
+        pytest.param(b"=1 x\n", id="ids of text"),
+        pytest.param(b".\xff\n", id="no text"),
+        pytest.param(b"=" + b"9" * 5000 + b"\n", id="a huge id"),
+        pytest.param(b"=1  2\n", id="an empty id"),
+    ],
+)
+async def test_a_sidecar_that_sends_no_heartbeat_is_lost_and_others_are_watched_on(line: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    honest, beating = socket.socketpair()
+    losses = Losses()
+    watch = Watch(TIMEOUT_S, losses.take)
+    with theirs, beating:
+        watch.add("hostile", ours)
+        watch.add("honest", honest)
+        theirs.sendall(line)
+        loss = await losses.of("hostile", 1.0)
+        assert loss == Loss("its sidecar sent what is no line of a heartbeat", None)
+        beating.sendall(b"=-3 4\n.5\n")
+        assert await losses.of("honest", 1.0) == Loss("its process ended", (5,))
+        watch.close()
+
+
+async def test_a_flood_of_heartbeats_does_not_hold_up_the_loop() -> None:
+    ours, theirs = socket.socketpair()
+    watch = Watch(TIMEOUT_S, lambda key, loss: None)
+    with theirs:
+        watch.add("flooding", ours)
+        theirs.setblocking(False)
+        longest = 0.0
+        for _ in range(200):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    theirs.send(sidecar.BEAT * 65536)
+            began = time.monotonic()
+            await asyncio.sleep(0)
+            longest = max(longest, time.monotonic() - began)
+        watch.close()
+    assert longest < 0.5
+
+
 async def test_an_end_is_noticed_though_another_process_has_a_copy_of_the_socket() -> None:
     ours, theirs = socket.socketpair()
     losses = Losses()

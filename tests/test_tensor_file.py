@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,50 @@ def test_an_address_that_does_not_fit_is_refused(change: Any) -> None:
     file = TensorFile.of(TENSORS)
     with pytest.raises(SerializationError):
         TensorFile.at(change(*file.address()), os.getpid())
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        None,
+        5,
+        [],
+        ["../../../etc/passwd", 1, 1, 1, []],
+        [-1, 1, 1, 1, []],
+        [True, 1, 1, 1, []],
+        [3.0, 1, 1, 1, []],
+        [3, "1", 1, 1, []],
+        [3, 1, None, 1, []],
+        [3, 1, 1, 1, {}],
+        [3, 1, 1, 1, [[0, 0, "float32", [1], ["1"]]]],
+        [3, 1, 1, 1, [[0, 0, "float32", [1, 2], [1]]]],
+        [3, 1, 1, 1, [[0, 0, 3, [], []]]],
+        [10**4000, 1, 1, 1, []],
+    ],
+)
+def test_what_is_no_address_is_refused(address: Any) -> None:
+    with pytest.raises((SerializationError, OSError)):
+        TensorFile.at(address, os.getpid())
+    assert not TensorFile.is_found(os.getpid(), address)
+
+
+@pytest.mark.parametrize("pid", ["1", "self/../1", -1, 0, None, True, 2.0])
+def test_what_is_no_process_is_refused(pid: Any) -> None:
+    address = TensorFile.of([]).address()
+    assert not TensorFile.is_found(pid, address)
+
+
+def test_a_pipe_that_another_process_names_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    descriptor = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        began = time.monotonic()
+        assert not TensorFile.is_found(os.getpid(), (descriptor, os.fstat(descriptor).st_ino, 1, 0, []))
+        monkeypatch.setattr(os, "readlink", lambda path: "/memfd:torchfedrpc-shared")  # it is changed under us
+        assert not TensorFile.is_found(os.getpid(), (descriptor, os.fstat(descriptor).st_ino, 1, 0, []))
+        assert time.monotonic() - began < 1
+    finally:
+        os.close(descriptor)
 
 
 def test_another_file_of_a_process_is_not_read() -> None:

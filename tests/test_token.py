@@ -10,7 +10,7 @@ import pytest
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.rpc.token import VARIABLE, load_token
 
-TOKEN = "0123456789abcdef"
+TOKEN = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture(autouse=True)
@@ -83,12 +83,18 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> N
             load_token(str(path))
 
 
-@pytest.mark.parametrize("content", ["", " \n", TOKEN[1:] + " " * 20])
+@pytest.mark.parametrize("content", ["", " \n", TOKEN[1:] + " " * 20, "0123456" * 10])
 def test_a_token_that_can_be_guessed_is_refused_and_not_shown(path: Path, content: str) -> None:
     path.write_text(content)
-    with pytest.raises(ConfigError, match="at least 16") as raised:
+    with pytest.raises(ConfigError, match="at least 32") as raised:
         load_token(str(path))
     assert TOKEN[1:] not in str(raised.value)
+
+
+def test_a_file_far_too_long_for_a_token_is_refused(path: Path) -> None:
+    path.write_text(TOKEN * 3000)
+    with pytest.raises(ConfigError, match="has 96000 bytes, as no token has"):
+        load_token(str(path))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torchfedrpc.errors import ConfigError, SnapshotError, WorkerLostError
 from torchfedrpc.federation.experiment import ExperimentConfig, run_experiment
 from torchfedrpc.info import describe
 from torchfedrpc.interrupts import run_interruptible
+from torchfedrpc.observe.folder import close_to_others, make_private, replaced
 from torchfedrpc.run import drive
 
 ConfigStore.instance().store(group="runtime", name="schema", node=RuntimeConfig)
@@ -36,8 +37,11 @@ def _task(config: DictConfig) -> float:
 
 def _run(config: DictConfig, output_dir: Path) -> float:
     experiment = ExperimentConfig.of(plain(config))
+    close_to_others(output_dir)  # hydra has made it, and written the whole configuration into it
+    make_private(output_dir)
     with experiment.checkpoints(output_dir) as checkpoints:
-        OmegaConf.save(config, output_dir / "config.yaml", resolve=True)
+        with replaced(output_dir / "config.yaml") as file:
+            file.write(OmegaConf.to_yaml(config, resolve=True).encode())
         accuracy = run_interruptible(
             lambda: run_experiment(experiment, output_dir, checkpoints=checkpoints),
             notice=f"interrupted; outputs so far: {output_dir}",

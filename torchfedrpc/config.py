@@ -81,9 +81,11 @@ class RuntimeConfig:
             again. None keeps all.
         isolation: ``value`` copies arguments and results also in local mode, ``none`` passes references there.
         interface: network interface that workers of several machines use, such as ``wg0``. Default: loopback
-            where all are on one machine, else the interface that routes to the driver.
+            where all are on one machine, else the interface that routes to the driver. Every port of the driver is
+            there too, that which greets the ranks of a launch included, but for that of ``join_at``.
         token_file: file with the shared token of the driver and the workers that listen or join, which nobody else
-            may read. Default: the one that the environment variable TORCHFEDRPC_TOKEN_FILE names.
+            may read. Default: the one that the environment variable TORCHFEDRPC_TOKEN_FILE names. The other ranks
+            of a launch take it from that variable alone; without it the launch's token is in the launcher's store.
         join_at: ``HOST:PORT`` where the driver takes workers in that join a running job
             (``torchfedrpc-worker --join HOST:PORT``); port 0 lets the system choose, ``proxy.join_address`` tells.
             Default: nobody can join.
@@ -95,7 +97,8 @@ class RuntimeConfig:
         max_concurrent_calls: sync methods that run at once in one process.
         device_map: ``auto`` sends CUDA tensors device to device between driver and workers, ``none`` stages
             them through host memory.
-        trusted_modules: top-level packages, beside the learner's own, whose classes may travel.
+        trusted_modules: top-level packages, beside the learner's own, whose classes may travel, and whose classes and
+            functions recipes (``_target_``) may name.
         transport: TensorPipe's transport. ``auto`` is ``uv``: torch's own choice, ``shm``, has less latency but
             keeps one core busy in every process.
         channels: TensorPipe's channels for tensors in host memory, the preferred one first: ``cma`` (between

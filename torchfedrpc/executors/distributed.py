@@ -18,7 +18,7 @@ class DistributedExecutor(RemoteExecutor):
     def _make_sources(self, spec: ExecutorSpec) -> list[Source]:
         sources = super()._make_sources(spec)
         if (workers := current_workers()) is not None:
-            return [LaunchSource(workers), *sources]
+            return [LaunchSource(workers, self.config), *sources]
         if not sources:
             raise ConfigError(
                 "distributed mode needs the other ranks of a launch: start the script's main coroutine by "

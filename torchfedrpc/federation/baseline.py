@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ def train_centrally(
     seed: int,
     num_rounds: int,
     local_epochs: int = 1,
+    trusted_modules: Iterable[str] = (),
     **optimisation: Any,
 ) -> list[Score]:
     """Train one model on the whole training set, from the weights that the federated run began with.
@@ -30,12 +31,13 @@ def train_centrally(
             alone.
         num_rounds: how often to score.
         local_epochs: passes over the training set before each score, as many as a client makes in a round.
+        trusted_modules: packages that the recipe may name, as `build` has it.
         optimisation: the fields of `Optimisation`.
 
     Returns:
         The test score after each round's worth of training.
     """
-    network = build_model(model, seed)
+    network = build_model(model, seed, trusted_modules)
     indices = torch.arange(len(data.train))
     scores = []
     with torch.random.fork_rng(devices=[]):

@@ -22,6 +22,7 @@ from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError, U
 from torchfedrpc.federation.checkpoint_head import PACK_NAME, Head, check, encode, name_of, read_head, read_state
 from torchfedrpc.federation.folder_lock import FolderLock
 from torchfedrpc.federation.snapshot_pack import Entry, PackWriter, read, wasteful, write_at
+from torchfedrpc.observe.folder import open_private
 from torchfedrpc.wire.packing import Parcel
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class CheckpointFolder:
             return None
         numbers = itertools.count(1)
         aside = next(path for number in numbers if not (path := self.path / f"earlier_{number}").exists())
-        aside.mkdir()
+        aside.mkdir(mode=0o700)
         for names in (map(name_of, rounds), packs):
             for name in names:
                 os.replace(self.path / name, aside / name)
@@ -331,16 +332,21 @@ class Save:
 
     def _begin_file(self, name: str) -> Path:
         path = self._folder.path / f"{name}{_UNFINISHED}"
+        path.unlink(missing_ok=True)  # of a save that was cut off, or a link that another has put there
         self._files.append(path)
         return path
 
     def _write_head(self, content: Iterable[bytes | memoryview]) -> None:
         position = 0
-        with self._begin_file(name_of(self._round_num)).open("wb", buffering=0) as file:
+        path = self._begin_file(name_of(self._round_num))
+        descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
             for piece in content:
-                write_at(file.fileno(), piece, position)
+                write_at(descriptor, piece, position)
                 position += len(piece)
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _give_name(self, name: str) -> None:
         """Name the file that was begun last, which is whole; it keeps the name even if the machine crashes."""

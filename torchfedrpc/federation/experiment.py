@@ -22,6 +22,7 @@ from torchfedrpc.federation.model import build_model, initial_weights
 from torchfedrpc.federation.recipe import build, locate
 from torchfedrpc.federation.training import Score, score
 from torchfedrpc.host.process import process_settings
+from torchfedrpc.observe.folder import make_private, replaced
 from torchfedrpc.observe.history import History, RoundRecord
 from torchfedrpc.observe.progress import live_progress
 from torchfedrpc.observe.report import print_table
@@ -37,7 +38,7 @@ class ExperimentConfig:
     Attributes:
         seed: draws everything that is drawn.
         runtime: where learners run.
-        dataset: recipe of a `TrainTest`.
+        dataset: recipe of a `TrainTest`. It, ``partition`` and ``model`` may call what `build` allows.
         partition: recipe of a function of ``labels`` and ``num_clients``, as in `torchfedrpc.data.partition`.
         model: recipe of a module.
         learner: the class of the learners as ``_target_``, and settings for its constructor, which gets
@@ -76,6 +77,11 @@ class ExperimentConfig:
             raise ConfigError(f"the configuration lacks {', '.join(missing)}")
         return cls(**{**values, "runtime": RuntimeConfig.of(values["runtime"])})
 
+    @property
+    def trusted_modules(self) -> list[str]:
+        """The packages that recipes may name, as workers have them: the learner's own, and ``runtime``'s."""
+        return [locate(self.learner).__module__, *self.runtime.trusted_modules]
+
     def checkpoints(self, output_dir: Path) -> Checkpoints:
         """The checkpoints of a run with these outputs; it goes on with equal seed, data, model, learner and trainer.
 
@@ -101,7 +107,7 @@ async def run_experiment(
 
     Args:
         config: what to run.
-        output_dir: an existing folder for these files.
+        output_dir: a folder for these files; made where it is not there, for its user alone.
         checkpoints: what ``config.checkpoints(output_dir)`` gives, where it is open already.
         stream: where progress and the final table are shown. Default: stdout.
 
@@ -114,13 +120,15 @@ async def run_experiment(
     if checkpoints is None:
         with config.checkpoints(output_dir) as opened:
             return await run_experiment(config, output_dir, checkpoints=opened, stream=stream)
+    make_private(output_dir)
     stream = stream or sys.stdout
     if note := extras.missing_line([("live bar", "rich"), ("picture", "matplotlib")]):
         print(note, file=stream)
-    data: TrainTest = build(config.dataset)
-    scorer = _Scorer(build_model(config.model, config.seed), data.test)
+    data: TrainTest = build(config.dataset, config.trusted_modules)
+    scorer = _Scorer(build_model(config.model, config.seed, config.trusted_modules), data.test)
     weights, history = await _train(config, data, scorer, output_dir / "history.jsonl", checkpoints, stream)
-    torch.save(weights, output_dir / "model.pt")
+    with replaced(output_dir / "model.pt") as file:
+        torch.save(weights, file)
     with process_settings(config.runtime):
         baseline = _train_baseline(config, data)
         final = scorer.score(weights)
@@ -150,7 +158,7 @@ async def _train(
         trainer = locate(config.trainer)(
             _settings(config.trainer),
             proxy,
-            initial_weights=initial_weights(config.model, config.seed),
+            initial_weights=initial_weights(config.model, config.seed, config.trusted_modules),
             score=scorer.metrics,
             history=history,
         )
@@ -194,7 +202,9 @@ class _Scorer:
 def _divide(config: ExperimentConfig, train_set: Samples) -> dict[str, dict[str, Any]]:
     """The clients: id -> what its learner's constructor gets."""
     client_ids = config.runtime.default_client_ids()
-    parts = build(config.partition, labels=train_set.labels.numpy(), num_clients=len(client_ids))
+    parts = build(
+        config.partition, config.trusted_modules, labels=train_set.labels.numpy(), num_clients=len(client_ids)
+    )
     common = {
         "dataset": config.dataset,
         "model": config.model,
@@ -211,7 +221,9 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _train_baseline(config: ExperimentConfig, data: TrainTest) -> list[Score]:
     if config.baseline is None:
         return []
-    return train_centrally(model=config.model, data=data, seed=config.seed, **config.baseline)
+    return train_centrally(
+        model=config.model, data=data, seed=config.seed, trusted_modules=config.trusted_modules, **config.baseline
+    )
 
 
 def _draw(history: Sequence[RoundRecord], baseline: Sequence[Score], path: Path) -> None:

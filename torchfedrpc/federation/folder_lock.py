@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.observe.folder import make_private, open_private
 
 _held: set[tuple[int, str]] = set()
 """Process and lock file: a second lock of the same process would be granted, and its end would release the first."""
@@ -45,7 +46,7 @@ class FolderLock:
         if key in _held:
             raise self._taken("in this process")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_private(self._folder)
             file = self._open()
         except OSError as error:
             raise ConfigError(f"{self._folder} cannot hold checkpoints: {error}; name another folder") from error
@@ -74,12 +75,12 @@ class FolderLock:
     def _open(self) -> IO[bytes]:
         path = self._folder / "lock"
         try:
-            file = open(path, "x+b", buffering=0)  # noqa: SIM115 - it stays open
+            descriptor = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            self.was_used = False
         except FileExistsError:
+            descriptor = open_private(path, os.O_RDWR)
             self.was_used = True
-            return open(path, "r+b", buffering=0)
-        self.was_used = False
-        return file
+        return os.fdopen(descriptor, "r+b", buffering=0)
 
     def _taken(self, holder: str) -> ConfigError:
         return ConfigError(

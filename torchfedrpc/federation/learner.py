@@ -29,7 +29,8 @@ class ClassificationLearner(Learner):
     """Trains a classifier on the client's share of a dataset, by SGD.
 
     Dataset and model arrive as recipes and are made where the learner lives: the dataset once in a process,
-    the model once for each call that runs at the same time. What a learner keeps of its own is its weights.
+    the model once for each call that runs at the same time. They may name what
+    `build` allows. What a learner keeps of its own is its weights.
 
     Args:
         client_id: the client that this learner is.
@@ -142,14 +143,15 @@ class ClassificationLearner(Learner):
         call = current_call()
 
         def load() -> Samples:
-            dataset: TrainTest = build(self._dataset_recipe)
+            dataset: TrainTest = build(self._dataset_recipe, call.trusted_modules)
             return dataset.train.to(call.device)
 
         return call.shared(("train_set", _key(self._dataset_recipe), str(call.device)), load)
 
     def _shared_initial_weights(self) -> Mapping[str, Tensor]:
         key = ("initial_weights", _key(self._model_recipe), self._seed)
-        return current_call().shared(key, lambda: initial_weights(self._model_recipe, self._seed))
+        call = current_call()
+        return call.shared(key, lambda: initial_weights(self._model_recipe, self._seed, call.trusted_modules))
 
     @contextmanager
     def _borrowed_model(self, weights: Mapping[str, Tensor] | None) -> Iterator[nn.Module]:
@@ -163,7 +165,7 @@ class ClassificationLearner(Learner):
         try:
             model = idle.pop()
         except IndexError:
-            model = build_model(self._model_recipe, self._seed).to(call.device)
+            model = build_model(self._model_recipe, self._seed, call.trusted_modules).to(call.device)
         try:
             model.load_state_dict(self.get_model_weights() if weights is None else weights)
             yield model

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torchfedrpc.errors import SnapshotError
+from torchfedrpc.observe.folder import open_private
 
 _PIECE_BYTES = 1 << 20  # so much of a snapshot is in memory while it is checked or copied
 
@@ -45,7 +46,7 @@ class PackWriter:
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
         self.num_bytes = 0
-        self._file = path.open("wb", buffering=0)
+        self._file = os.fdopen(open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb", buffering=0)
 
     def add(self, pieces: Iterable[bytes | memoryview]) -> Entry:
         """Append a snapshot that comes in pieces.

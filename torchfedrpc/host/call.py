@@ -12,6 +12,7 @@ from torchfedrpc.wire.packing import Packed, Reference
 
 _TAKEN = Reference(None)
 
+OutcomeKind = Literal["value", "item", "end", "failed", "cancelled"]
 CallKind = Literal["call", "stream", "snapshot", "restore", "collect"]
 
 
@@ -81,7 +82,7 @@ class Outcome:
         seconds: how long the method ran, of a value.
     """
 
-    kind: Literal["value", "item", "end", "failed", "cancelled"]
+    kind: OutcomeKind
     parcel: Packed | None = None
     failure: Failure | None = None
     never_ran: bool = False

@@ -83,12 +83,14 @@ class CallContext:
         method: the method's name; ``__init__`` while the learner is made.
         call_id: unique in a run.
         device: where this process's learners should put their tensors.
+        trusted_modules: the packages that the run trusts, the learner's own among them.
     """
 
     client_id: str
     method: str
     call_id: int
     device: torch.device
+    trusted_modules: frozenset[str]
     _seed: int = field(repr=False)
     _shared: SharedObjects = field(repr=False)
     _is_cancelled: Callable[[], bool] = field(repr=False)

@@ -439,6 +439,7 @@ class Runner:
             method=method,
             call_id=job.call.call_id,
             device=self._device,
+            trusted_modules=self.allow.trusted,
             _seed=seed,
             _shared=self._shared,
             _is_cancelled=lambda: job.cancelled,

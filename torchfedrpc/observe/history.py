@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchfedrpc.observe.events import RoundEnded
+from torchfedrpc.observe.folder import open_private, replaced
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class History:
         self._last_time = clock()
         self._last_traffic = dict(traffic())
         if not goes_on:
-            path.write_text("", encoding="utf-8")
+            with replaced(path):
+                pass
 
     def append(self, ended: RoundEnded) -> None:
         """Record a round that ends now."""
@@ -85,7 +88,8 @@ class History:
         )
         self._last_time, self._last_traffic = now, traffic
         self.records.append(record)
-        with self._path.open("a", encoding="utf-8") as file:
+        descriptor = open_private(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
             file.write(_line(record))
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,9 +99,8 @@ class History:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from these rounds, in the file as well: it is replaced as a whole."""
         self.records[:] = [RoundRecord(**record) for record in state["records"]]
-        beside = self._path.with_suffix(".tmp")
-        beside.write_text("".join(map(_line, self.records)), encoding="utf-8")
-        beside.replace(self._path)
+        with replaced(self._path) as file:
+            file.write("".join(map(_line, self.records)).encode())
         self._last_time, self._last_traffic = self._clock(), dict(self._traffic())
 
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from torchfedrpc.observe.folder import replaced
 from torchfedrpc.observe.history import RoundRecord
 
 
@@ -43,7 +44,8 @@ def draw_metrics(
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    with replaced(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _draw(axes: Axes, num_done: Sequence[int], values: Sequence[float | None], label: str, *, style: str) -> None:

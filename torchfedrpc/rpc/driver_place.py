@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +19,8 @@ from torchfedrpc.rpc.all_of import all_of
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, interface_of
 from torchfedrpc.rpc.link import Message
 from torchfedrpc.rpc.member import Member
+
+_SECRET_BYTES = 32
 
 Tell = Callable[[Member, Message], Awaitable[Message]]
 
@@ -40,13 +43,19 @@ class DriverPlace:
         self._joining: asyncio.Future[None] | None = None  # the driver's own joining of its present world
         self._leaving: asyncio.Future[None] | None = None
 
-    async def join(self, members: Sequence[Member], tell: Tell, asked: Callable[[str], list[int]]) -> world.WorldPlan:
+    async def join(
+        self, members: Sequence[Member], tell: Tell, asked: Callable[[str], list[int]]
+    ) -> tuple[world.WorldPlan, dict[str, bytes]]:
         """Form a world with these workers, which are in none.
 
         Args:
             members: the workers, by rank.
             tell: has a worker do something.
             asked: gives the ids of the calls to a worker that were sent and not answered.
+
+        Returns:
+            The world, and by label the secret with which requests to that worker begin. Each worker knows its own
+            alone: none can pose as the driver to another.
 
         Raises:
             WorkerLostError: a member was lost meanwhile, or could not join.
@@ -64,6 +73,7 @@ class DriverPlace:
             gpus_in_sight=all(member.visible_gpus == visible_gpus() for member in members),
             device_maps=[_device_pair(self._learner, torch.device(member.device)) for member in members],
         )
+        keys = {member.label: secrets.token_bytes(_SECRET_BYTES) for member in members}
         self._joining = self._in_thread(partial(world.join, plan, 0, interface_of(address)))
         message = {"do": "join", "plan": plan.to_message()}
         joining = [
@@ -72,6 +82,7 @@ class DriverPlace:
                 {
                     **message,
                     "rank": rank,
+                    "secret": keys[member.label].hex(),
                     "interface": self.interface(member, address),
                     "asked": asked(member.label),
                     "shows_files": member.pid is not None,
@@ -80,7 +91,7 @@ class DriverPlace:
             for rank, member in enumerate(members, start=1)
         ]
         await all_of([asyncio.shield(self._joining), *joining], on_failure=self.let_go)
-        return plan
+        return plan, keys
 
     def let_go(self) -> None:
         """Let whoever is joining give up."""

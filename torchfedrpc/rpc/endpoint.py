@@ -1,10 +1,14 @@
 """The entry points that the driver invokes on a worker.
 
 They run on RPC's own threads and never wait there: calls are handed to the host, which answers through futures.
+
+Any process that reaches the port can invoke them. A request counts only with the secret that this worker's driver has
+told it over the link, which is compared before anything else of the request is looked at.
 """
 
 from __future__ import annotations
 
+import hmac
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -14,6 +18,7 @@ from typing import Any
 
 import torch
 
+from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.rpc.answers import Answers, Reported
@@ -45,16 +50,16 @@ class Endpoint:
         self._unheard: list[Reported] = []  # reports made while there is no world, or lost with one
         self._lock = threading.Lock()  # held while a report goes where reports go
 
-    def connect(self, generation: int, covered: MappedDevices) -> None:
+    def connect(self, secret: bytes, covered: MappedDevices) -> None:
         """Serve in a world; to be called before it is joined.
 
         Args:
-            generation: the world's number.
+            secret: what the driver's requests to this worker in that world begin with.
             covered: the devices of this worker that the world's device map takes to the driver.
         """
         self.host.unshare_all()
         with self._lock:
-            self._world = _World(generation, Answers(self.device, covered, self._unheard))
+            self._world = _World(secret, Answers(self.device, covered, self._unheard))
             self._unheard = []
 
     def disconnect(self) -> None:
@@ -67,10 +72,12 @@ class Endpoint:
             if world is not None:
                 self._unheard = world.answers.close()
 
-    def world(self, generation: int) -> _World | None:
-        """The world of that number, if this worker is in it."""
+    def world(self, header: object) -> _World | None:
+        """The present world; None where a request's header does not have its secret."""
         world = self._world
-        return world if world is not None and world.generation == generation else None
+        given = header[0] if type(header) is tuple and header else None
+        secret = given if type(given) is bytes else b""
+        return world if world is not None and hmac.compare_digest(secret, world.secret) else None
 
     def together(self) -> AbstractContextManager[None]:
         """A context in which the host replies several times; its replies may go in one message."""
@@ -89,8 +96,8 @@ class Endpoint:
 class _World:
     """What an endpoint has at hand while it is in a world."""
 
-    def __init__(self, generation: int, answers: Answers) -> None:
-        self.generation = generation
+    def __init__(self, secret: bytes, answers: Answers) -> None:
+        self.secret = secret
         self.answers = answers
         self.requests = InOrder()
 
@@ -103,22 +110,29 @@ def serve(header: tuple[Any, ...], items: Sequence[tuple[Any, ...]]) -> Any:
     """Take a driver's request; the future's value is what this worker has to tell, once there is anything.
 
     Args:
-        header: number of the world, number of the request in it, how many answers the driver has heard, which
-            outcomes need not be kept for it any more, and the question that is to be answered alone, if any.
-        items: what to do, in order: a verb of `_VERBS` and its arguments.
+        header: the secret, number of the request in its world, how many answers the driver has heard, which outcomes
+            need not be kept for it any more, and the question that is to be answered alone, if any.
+        items: what to do, in order: a verb of `_VERBS` and its arguments. One that cannot be read is answered with
+            an error where it is a question, else logged; the others are done.
 
     Returns:
         A future of (number of the answer, [(question, outcome) or (None, report), ...]); of None, where this worker
-        leaves the world.
+        leaves the world, or the secret is that of another.
+
+    Raises:
+        SerializationError: the header or the items are of another form; nothing of the request is done.
     """
-    generation, number, heard, acknowledged, alone = header
     endpoint = serving
-    if endpoint is None or (world := endpoint.world(generation)) is None:
+    if endpoint is None or (world := endpoint.world(header)) is None:
         return _nothing()  # an error would be printed, by RPC on both sides
+    number, heard, acknowledged, alone = _fields(header)
+    if not isinstance(items, list | tuple):
+        raise SerializationError(f"a request's items are a list, not a {type(items).__name__}")
     host, answers = endpoint.host, world.answers
+    world.requests.check(number)
     host.acknowledge(acknowledged)
     answers.heard(heard)
-    actions = [_VERBS[verb](endpoint, answers, *arguments) for verb, *arguments in items]
+    actions = [_read(endpoint, answers, item) for item in items]
     future = answers.request(alone)
 
     def run() -> None:
@@ -134,12 +148,49 @@ def serve(header: tuple[Any, ...], items: Sequence[tuple[Any, ...]]) -> Any:
 
 def acknowledge(header: tuple[Any, ...]) -> None:
     """Outcomes have arrived, and no other request is there to say so; answers show that this worker is reached."""
-    generation, number, heard, acknowledged, _ = header
     endpoint = serving
-    if endpoint is not None and (world := endpoint.world(generation)) is not None:
+    if endpoint is not None and (world := endpoint.world(header)) is not None:
+        number, heard, acknowledged, _ = _fields(header)
+        world.requests.check(number)
         endpoint.host.acknowledge(acknowledged)
         world.answers.heard(heard)
         world.requests.put(number, lambda: None)
+
+
+def _fields(header: tuple[Any, ...]) -> tuple[int, int, tuple[int, ...], int | None]:
+    """What a header has behind the secret.
+
+    Raises:
+        SerializationError: it is of another form.
+    """
+    match header:
+        case (_, int(number), int(heard), tuple(acknowledged), int() | None as alone) if {
+            *map(type, acknowledged)
+        } <= {int}:
+            return number, heard, acknowledged, alone
+    raise SerializationError("a request's header is not of the form that this version of torchfedrpc sends")
+
+
+def _read(endpoint: Endpoint, answers: Answers, item: Any) -> _Action:
+    """What an item asks for; where it cannot be read, to answer that."""
+    try:
+        verb, *arguments = item
+        numbers = arguments[:1] if verb == "submit" else arguments if verb in _QUESTIONS else ()
+        if {*map(type, numbers)} - {int}:
+            raise SerializationError(f"{verb} takes numbers")
+        return _VERBS[verb](endpoint, answers, *arguments)
+    except Exception as error:
+        return _refusal(
+            answers, item, SerializationError(f"a request cannot be read: {type(error).__name__}: {error}")
+        )
+
+
+def _refusal(answers: Answers, item: Any, error: SerializationError) -> _Action:
+    match item:
+        case (verb, int(question), *_) if verb in _QUESTIONS:
+            reply = partial(answers.outcome, question)
+            return lambda host: reply(Outcome("failed", failure=Failure.capture(error), never_ran=True))
+    return lambda host: logger.error("a part of a request is left out: %s", error)
 
 
 # Verbs: each reads its item on the thread where RPC delivers it, and gives what to do in the item's turn.
@@ -215,6 +266,8 @@ def _end_reduction(endpoint: Endpoint, answers: Answers, number: int) -> _Action
     """A reduction is over."""
     return lambda host: host.end_reduction(number)
 
+
+_QUESTIONS = ("submit", "advance", "cancel")
 
 _VERBS: dict[str, Callable[..., _Action]] = {
     "submit": _submit,

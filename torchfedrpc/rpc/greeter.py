@@ -145,7 +145,9 @@ class Greeter:
         if self._closing.is_set():
             connection.close()
             return
-        session, channel = about["session"], about["channel"]
+        session, channel = about.get("session", ""), about.get("channel", "")
+        if not session:
+            raise MistrustError("it names no session")
         first = self._halves.pop(session, None)
         if first is None:
             timer = self._loop.call_later(self._pairing_timeout_s, self._give_up, session)

@@ -1,9 +1,16 @@
 """The greeting of a driver and a worker: both prove a shared token before anything of the other is used.
 
-The end that was dialled sends a nonce. The end that dialled answers with a nonce, what it tells about itself, and a
-proof; only then does the first one tell about itself, or why it refuses, with a proof of its own. A proof is an HMAC
-over who says it and all that was said before: one from another greeting, or from the other end, proves nothing. The
-token guards who is talked to; what is said later is neither signed nor encrypted.
+    listener  protocol, number, nonce
+    dialler   nonce
+    listener  proof
+    dialler   what it tells about itself, proof
+    listener  what it tells about itself, or why it refuses, proof
+
+A proof is an HMAC over who says it and all that was said before: one from another greeting, or from the other end,
+proves nothing. The listener proves first: whoever only listens at an address learns a nonce, and nothing by which a
+token could be guessed. Whoever dials can have a proof, and try tokens on it in its own time: so a token has to be too
+long to be guessed, which `load_token` sees to. The token guards who is talked to; what is said later is neither
+signed nor encrypted.
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ About = dict[str, Any]
 CHANNELS = ("link", "pulse")  # the two connections between a driver and a worker
 GREETING_TIMEOUT_S = 5.0
 
-_PROTOCOL = {"protocol": "torchfedrpc", "number": 1}
+_PROTOCOL = {"protocol": "torchfedrpc", "number": 2}
 _LINE_BYTES = 4096
 _NONCE_BYTES = 32
 _REASON_CHARACTERS = 600  # fits into a line, whatever characters they are
@@ -182,8 +189,12 @@ async def greet(connection: socket.socket, token: bytes, about: About, *, addres
                     f"{address} speaks number {number} of this protocol, and this end number {_PROTOCOL['number']}: "
                     f"install the same torchfedrpc on both"
                 )
-            said = {"nonce": secrets.token_hex(_NONCE_BYTES), "about": {**_own_about(), **about}}
-            await _send(connection, {**said, "proof": _proof(token, "dialler", [hello, said])})
+            transcript: list[About] = [hello, {"nonce": secrets.token_hex(_NONCE_BYTES)}]
+            await _send(connection, transcript[-1])
+            if not _proves((await _receive(connection)).get("proof"), _proof(token, "listener", transcript)):
+                raise mistrust
+            transcript.append({"about": {**_own_about(), **about}})
+            await _send(connection, {**transcript[-1], "proof": _proof(token, "dialler", transcript)})
             reply = await _receive(connection, alone=False)  # what comes next is for whoever has the connection next
     except TimeoutError:
         raise _unreachable(address, f"no answer within {GREETING_TIMEOUT_S:g} s") from None
@@ -191,10 +202,12 @@ async def greet(connection: socket.socket, token: bytes, about: About, *, addres
         raise mistrust from None
     except OSError as error:
         raise (mistrust if hello else _unreachable(address, error)) from None
-    if not _proves(reply.pop("proof", None), _proof(token, "listener", [hello, said, reply])):
+    if not _proves(reply.pop("proof", None), _proof(token, "listener", [*transcript, reply])):
         raise mistrust
     if "error" in reply:
-        raise (BusyError if reply["busy"] else RefusedError)(f"{address} refused: {reply['error']}")
+        raise (BusyError if reply.get("busy") else RefusedError)(f"{address} refused: {reply['error']}")
+    if not _is_about(reply.get("about")):
+        raise mistrust
     connection.setblocking(True)
     answer: About = reply["about"]
     return answer
@@ -223,14 +236,22 @@ async def receive(
         MistrustError: it does not prove the token, and was told nothing; nothing of what it sent is in the message.
         RefusedError: what `answer` raised, or the versions differ.
     """
+    has_proven = False
     hello = {**_PROTOCOL, "nonce": secrets.token_hex(_NONCE_BYTES)}
     connection.setblocking(False)
     try:
         async with asyncio.timeout(timeout_s):
             await _send(connection, hello)
+            transcript: list[About] = [hello, await _receive(connection)]
+            await _send(connection, {"proof": _proof(token, "listener", transcript)})
+            has_proven = True
             said = await _receive(connection)
-            if not _proves(said.pop("proof", None), _proof(token, "dialler", [hello, said])):
+            proof = said.pop("proof", None)
+            transcript.append(said)
+            if not _proves(proof, _proof(token, "dialler", transcript)):
                 raise MistrustError("it has another token")
+            if not _is_about(said.get("about")):
+                raise _GarbageError
             about: About = said["about"]
             refusal = None
             try:
@@ -239,13 +260,14 @@ async def receive(
             except RefusedError as error:
                 reason = str(error)[:_REASON_CHARACTERS]
                 refusal, reply = error, {"error": reason, "busy": isinstance(error, BusyError)}
-            await _send(connection, {**reply, "proof": _proof(token, "listener", [hello, said, reply])})
+            await _send(connection, {**reply, "proof": _proof(token, "listener", [*transcript, reply])})
     except TimeoutError:
         raise MistrustError(f"it did not greet within {timeout_s:g} s") from None
     except _GarbageError:
         raise MistrustError("what it sent is no greeting") from None
     except OSError:
-        raise MistrustError("it left in the middle of the greeting") from None
+        left = "it left when it had seen the proof: it has another token"
+        raise MistrustError(left if has_proven else "it left in the middle of the greeting") from None
     if refusal is not None:
         raise refusal
     connection.setblocking(True)
@@ -259,6 +281,14 @@ def _own_about() -> About:
         "site": network_site(),
         "pid": os.getpid(),
     }
+
+
+def _is_about(about: Any) -> bool:
+    """Whether that is what an end tells about itself, as those who use it take for granted."""
+    match about:
+        case {"versions": dict(), "machine": str(), "site": str(), "pid": int()}:
+            return all(isinstance(about.get(name, ""), str) for name in ("role", "session", "channel", "program"))
+    return False
 
 
 def _check_versions(about: About) -> None:

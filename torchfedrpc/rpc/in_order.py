@@ -5,6 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from torchfedrpc.errors import SerializationError
+
+_MAX_EARLY = 1 << 16  # RPC's few threads overtake each other by tens; beyond that the numbers are not the driver's
+
 
 class InOrder:
     """Runs actions in the order of their numbers, 0, 1, 2, ..., each as soon as all before it have come."""
@@ -13,6 +17,16 @@ class InOrder:
         self._next = 0
         self._early: dict[int, Callable[[], object]] = {}
         self._lock = threading.Lock()
+
+    def check(self, number: int) -> None:
+        """Check that the number can still have its turn.
+
+        Raises:
+            SerializationError: it had it already, is there already, or is far ahead.
+        """
+        with self._lock:
+            if not self._next <= number < self._next + _MAX_EARLY or number in self._early:
+                raise SerializationError(f"request {number} cannot follow, number {self._next} is the next")
 
     def put(self, number: int, action: Callable[[], object]) -> None:
         """Run ``action`` in its turn, on this or a later caller's thread; it must not wait for anything."""

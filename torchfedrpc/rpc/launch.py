@@ -17,13 +17,15 @@ from typing import Any
 
 import torch.distributed
 
+from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.launcher import Launch
 from torchfedrpc.rpc.greeter import Greeter
-from torchfedrpc.rpc.greeting import About, Greeted, GreetingError, RefusedError, dial
+from torchfedrpc.rpc.greeting import About, Greeted, GreetingError, MistrustError, RefusedError, dial
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, network_site
 from torchfedrpc.rpc.link import Link
 from torchfedrpc.rpc.member import Member
+from torchfedrpc.rpc.token import VARIABLE, has_token_file, load_token
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +33,17 @@ _KEY = "torchfedrpc/driver"
 _GATHER_TIMEOUT_S = 120.0  # ranks of one launch start together; importing torch from a cold disk takes a while
 _DIAL_TIMEOUT_S = 10.0
 _RETRY_S = 0.2
+_MISTRUST_S = (
+    10.0  # the driver may start later than its ranks, and what an earlier attempt has left misleads till then
+)
+_NOT_YET = "null"
 
 
 class LaunchedWorkers:
     """Rank 0's side: publishes where it listens and collects the links of ranks 1 .. world_size - 1.
 
-    The launcher's store can hold keys of an earlier attempt, so each attempt has a token of its own.
+    It listens from the first run that asks for workers, whose configuration says where and with which token. The
+    launcher's store can hold keys of an earlier attempt, so each attempt without a token file has a token of its own.
 
     Args:
         launch: this process's launch.
@@ -47,21 +54,22 @@ class LaunchedWorkers:
         self._members: dict[int, Member] = {}
         self._lost: set[int] = set()
         self._complete: concurrent.futures.Future[None] = concurrent.futures.Future()
-        host, bind = _listen_addresses(launch)
-        listener = socket.create_server((bind, 0))
-        token = secrets.token_hex(16)
-        where = {"host": host, "port": listener.getsockname()[1], "token": token}
         self._store = _open_store(launch, serve=not launch.agent_store)
-        self._greeter = Greeter(listener, token.encode(), self._answer, self._admit)
-        self._store.set(_KEY, json.dumps(where))
+        self._store.set(_KEY, _NOT_YET)
+        self._greeter: Greeter | None = None
 
-    async def members(self) -> list[Member]:
+    async def members(self, runtime: RuntimeConfig) -> list[Member]:
         """The workers by rank, once all are there, but for those that were lost since.
 
+        Args:
+            runtime: says, to the first that asks, on which interface ranks are greeted, and with which token.
+
         Raises:
-            ConfigError: some ranks did not come.
+            ConfigError: some ranks did not come, or the interface or the token file cannot be used.
             WorkerLostError: all were lost.
         """
+        if self._greeter is None:
+            self._listen(runtime)
         try:
             async with asyncio.timeout(_GATHER_TIMEOUT_S):
                 await asyncio.shield(asyncio.wrap_future(self._complete))
@@ -69,7 +77,7 @@ class LaunchedWorkers:
             missing = sorted(set(range(1, self._launch.world_size)) - set(self._members))
             raise ConfigError(
                 f"ranks {missing} of the launch did not come within {_GATHER_TIMEOUT_S:.0f} s: every rank has to run "
-                f"the same script and reach tfr.run(main)"
+                f"the same script and reach tfr.run(main), with the token file of this one if it has one"
             ) from None
         present = [self._members[rank] for rank in sorted(set(self._members) - self._lost)]
         if not present:
@@ -84,10 +92,12 @@ class LaunchedWorkers:
         Were they told, one of them might end first, and the launcher would end us before the error is shown.
         """
         if not failed:
-            concurrent.futures.wait(
-                [self._complete], _GATHER_TIMEOUT_S
-            )  # one that is still importing would look for us in vain
-        self._greeter.close()
+            if self._greeter is None:  # no run has asked for workers, and they wait to be told that it is over
+                self._listen(RuntimeConfig())
+            # One that is still importing would look for us in vain.
+            concurrent.futures.wait([self._complete], _GATHER_TIMEOUT_S)
+        if self._greeter is not None:
+            self._greeter.close()
         for rank in set(self._members) - self._lost:
             member = self._members[rank]
             if failed:
@@ -97,6 +107,16 @@ class LaunchedWorkers:
                 member.link.stop()
                 member.pulse.close()
 
+    def _listen(self, runtime: RuntimeConfig) -> None:
+        """Publish where ranks are greeted; the token too, unless it is in a file, which each of them has."""
+        has_file = has_token_file(runtime.token_file)
+        token = load_token(runtime.token_file) if has_file else secrets.token_hex(32).encode()
+        host, bind = _listen_addresses(self._launch, runtime.interface)
+        listener = socket.create_server((bind, 0))
+        where = {"host": host, "port": listener.getsockname()[1], "token": None if has_file else token.decode()}
+        self._greeter = Greeter(listener, token, self._answer, self._admit)
+        self._store.set(_KEY, json.dumps(where))
+
     def _dismiss(self, rank: int, reason: str) -> None:
         """A worker was lost: should it come back to life, it ends in order, and its launcher ends no other."""
         self._lost.add(rank)
@@ -105,8 +125,8 @@ class LaunchedWorkers:
         member.pulse.close()
 
     def _answer(self, about: About) -> About:
-        if about["rank"] not in range(1, self._launch.world_size):
-            raise RefusedError(f"this launch has no rank {about['rank']}")
+        if about.get("rank") not in range(1, self._launch.world_size):
+            raise RefusedError(f"this launch has no rank {about.get('rank')!r}")
         return {"role": "driver"}
 
     def _admit(self, guest: Greeted) -> None:
@@ -125,6 +145,7 @@ class LaunchedWorkers:
             elsewhere=guest.about["site"] != network_site(),
         )
         if len(self._members) == self._launch.world_size - 1:
+            assert self._greeter is not None
             self._greeter.close()
             self._complete.set_result(None)
 
@@ -161,25 +182,58 @@ def dial_driver(launch: Launch) -> tuple[Link, socket.socket]:
         This worker's ends of the link and of the pulse.
 
     Raises:
-        ConfigError: the driver refuses this process.
+        ConfigError: the driver refuses this process, or has another token file, or one of them has none.
     """
+    token = load_token(None) if has_token_file(None) else None
     store = _open_store(launch, serve=False)
     about = {"role": "worker", "rank": launch.rank}
+    refused = f"rank {launch.rank} cannot join the launch"
+    mistrusted_since: tuple[str, float] | None = None
     while True:
-        where = json.loads(store.get(_KEY))
-        address = f"{where['host']}:{where['port']}"
+        address, published = _driver_in(store)
+        if (token is None) == (published is None):
+            side = (
+                "the driver has a token file and this rank has none"
+                if token is None
+                else "the driver has no token file and this rank has one"
+            )
+            raise ConfigError(f"{refused}: {side}; set {VARIABLE} for every rank of the launch, on each machine")
         try:
-            driver = asyncio.run(dial(address, where["token"].encode(), about, timeout_s=_DIAL_TIMEOUT_S))
+            driver = asyncio.run(dial(address, token or published or b"", about, timeout_s=_DIAL_TIMEOUT_S))
             return driver.link, driver.pulse
         except RefusedError as error:
-            raise ConfigError(f"rank {launch.rank} cannot join the launch: {error}") from None
-        except GreetingError as error:  # an earlier attempt's address, where nobody is, or somebody else
+            raise ConfigError(f"{refused}: {error}") from None
+        except MistrustError as error:  # an earlier attempt's address where something else is, or another token
+            if mistrusted_since is None or mistrusted_since[0] != address:
+                mistrusted_since = address, time.monotonic()
+            if token is not None and time.monotonic() - mistrusted_since[1] > _MISTRUST_S:
+                raise ConfigError(f"{refused}: {error}") from None
+        except GreetingError as error:  # an earlier attempt's address, where nobody is
             logger.debug("no driver of this launch: %s", error)
         time.sleep(_RETRY_S)
 
 
-def _listen_addresses(launch: Launch) -> tuple[str, str]:
-    """The address at which workers find this process, and the one to bind."""
+def _driver_in(store: Any) -> tuple[str, bytes | None]:
+    """Where the launcher's store says that the driver listens, and the token unless that is in a file.
+
+    Waits for as long as the driver asks for no workers; a launch that fails ends this process.
+    """
+    while not store.check([_KEY]) or (published := store.get(_KEY)) == _NOT_YET.encode():
+        time.sleep(_RETRY_S)
+    match json.loads(published):
+        case {"host": str(host), "port": int(port), "token": str() | None as token}:
+            return f"{host}:{port}", None if token is None else token.encode()
+    raise ConfigError(f"the launcher's store has no driver of this version of torchfedrpc under {_KEY}")
+
+
+def _listen_addresses(launch: Launch, interface: str | None) -> tuple[str, str]:
+    """The address at which workers find this process, and the one to bind.
+
+    Raises:
+        ConfigError: there is no such interface.
+    """
+    if interface is not None:
+        return (address := address_of(interface)), address
     if launch.num_nodes == 1:
         loopback = address_of(LOOPBACK)
         return loopback, loopback

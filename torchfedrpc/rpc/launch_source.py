@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.rpc.launch import LaunchedWorkers
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.source import Admit
@@ -14,17 +15,19 @@ class LaunchSource:
 
     Args:
         workers: those of this process's launch.
+        runtime: the run's configuration.
     """
 
     expects_workers = False
     replaces = False
 
-    def __init__(self, workers: LaunchedWorkers) -> None:
+    def __init__(self, workers: LaunchedWorkers, runtime: RuntimeConfig) -> None:
         self._workers = workers
+        self._runtime = runtime
 
     async def gather(self, *, is_only: bool) -> Sequence[Member]:
         """The ranks that are left, by rank."""
-        return await self._workers.members()
+        return await self._workers.members(self._runtime)
 
     def start(self, admit: Admit) -> None:
         """Nobody comes later."""

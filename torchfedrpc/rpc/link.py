@@ -14,6 +14,16 @@ from torchfedrpc.rpc.forks import close_in_children
 
 Message = dict[str, Any]
 _CHUNK_BYTES = 65536
+# What a worker may send in answer to one request: an answer has a few fields, and an error with its traceback is cut
+# to less. To take so much apart costs the driver's event loop some milliseconds.
+_ANSWER_BYTES = 256 << 10
+# What a driver may send in one message: with an endpoint for each of 100,000 clients it has some 5 MB.
+_REQUEST_BYTES = 64 << 20
+_TEXT_CHARACTERS = 20_000  # of an error or its traceback; JSON needs 6 bytes for some
+
+
+class MalformedError(ValueError):
+    """What came over a link is no message of ours."""
 
 
 class Link:
@@ -27,6 +37,7 @@ class Link:
         self._socket = connection
         close_in_children(connection)
         self._received = bytearray()
+        self._num_searched = 0  # bytes of these that have no end of a line
         self._numbers = itertools.count()
         self._is_asking = False
         self._is_closed = False
@@ -36,8 +47,14 @@ class Link:
         self._socket.sendall(_line(message))
 
     def receive(self) -> Message | None:
-        """Wait for a message; None once the other end is gone."""
+        """Wait for a message; None once the other end is gone.
+
+        Raises:
+            MalformedError: what came is no message, or longer than any is.
+        """
         while (message := self._take()) is None:
+            if len(self._received) > _REQUEST_BYTES:
+                raise MalformedError(f"it sent a line of more than {_REQUEST_BYTES >> 20} MiB")
             try:
                 chunk = self._socket.recv(_CHUNK_BYTES)
             except OSError:  # reset, or cut off for too long
@@ -55,10 +72,10 @@ class Link:
             label: the worker's name, for the error.
 
         Raises:
-            WorkerLostError: the worker is gone.
+            WorkerLostError: the worker is gone, or sent what is no answer; then the link is closed.
         """
         loop = asyncio.get_running_loop()
-        number = next(self._numbers)
+        number, num_bytes = next(self._numbers), len(self._received)
         self._is_asking = True
         try:
             self._socket.setblocking(False)
@@ -70,7 +87,15 @@ class Link:
                 chunk = await loop.sock_recv(self._socket, _CHUNK_BYTES)
                 if not chunk:
                     raise ConnectionResetError("it ended")
+                num_bytes += len(chunk)
+                if num_bytes > _ANSWER_BYTES:
+                    raise MalformedError(f"it sent more than {_ANSWER_BYTES >> 10} KiB")
                 self._received += chunk
+        except MalformedError as error:
+            self.close()
+            raise WorkerLostError(
+                f"{label} did not answer properly when it was told to {message['do']}: {error}; it is given up"
+            ) from error
         except OSError as error:
             raise WorkerLostError(
                 f"{label} ended when it was told to {message['do']} ({error}): see its output for why"
@@ -114,13 +139,25 @@ class Link:
         return address
 
     def _take(self) -> Message | None:
-        end = self._received.find(b"\n")
+        end = self._received.find(b"\n", self._num_searched)
         if end < 0:
+            self._num_searched = len(self._received)
             return None
         line = bytes(self._received[:end])
         del self._received[: end + 1]
-        message: Message = json.loads(line)
+        self._num_searched = 0
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise MalformedError(f"it sent a line that is no JSON ({error})") from None
+        if not isinstance(message, dict):
+            raise MalformedError("it sent a line that is no message")
         return message
+
+
+def in_short(text: str) -> str:
+    """A text as an answer may hold it: its end, which says most, and nothing that cannot be printed."""
+    return text[-_TEXT_CHARACTERS:].encode(errors="backslashreplace").decode()
 
 
 def end_when_cut_off(connection: socket.socket, timeout_s: float) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.rpc.link import Link, Message
+from torchfedrpc.rpc.link import Link, Message, in_short
 from torchfedrpc.rpc.pulse import Loss
+from torchfedrpc.wire.file import TensorFile
+
+_DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
 
 
 class RefusalError(WorkerLostError):
@@ -75,13 +79,38 @@ class Member:
         Raises:
             ConfigError: it cannot prepare for a run.
             RefusalError: it cannot do something else.
-            WorkerLostError: its link ended.
+            WorkerLostError: its link ended, or what it answers is none.
         """
         async with self._turn:
             answer = await self.link.request(message, self.label)
-        if (reason := answer.get("error")) is None:
-            return answer
-        kind = ConfigError if message["do"] == "prepare" else RefusalError
-        error = kind(f"{self.label} could not {message['do']}: {reason}")
-        error.add_note(answer["traceback"])
-        raise error
+        match answer:
+            case {"error": str(reason), "traceback": str(traceback)}:
+                kind = ConfigError if message["do"] == "prepare" else RefusalError
+                error = kind(f"{self.label} could not {message['do']}: {in_short(reason)}")
+                error.add_note(in_short(traceback))
+                raise error
+            case {"error": _}:
+                raise self.misunderstood(message)
+        return answer
+
+    def adopt(self, answer: Message) -> bool:
+        """Take what the worker tells of itself once it is prepared; whether that is of the right form."""
+        match answer:
+            case {
+                "device": str(device),
+                "visible_gpus": str() | None as visible_gpus,
+                "sees_files": bool(sees_files),
+                "files": [_, _] | None as files,
+                "problems": list(problems),
+            } if _DEVICE.fullmatch(device) and all(isinstance(problem, str) for problem in problems):
+                self.device, self.visible_gpus, self.sees_files = device, visible_gpus, sees_files
+                self.pid = files[0] if files is not None and TensorFile.is_found(*files) else None
+                return True
+        return False
+
+    def misunderstood(self, message: Message) -> WorkerLostError:
+        """The error for an answer of another form."""
+        return WorkerLostError(
+            f"{self.label} was told to {message['do']}, and its answer is not of the form that this version of "
+            f"torchfedrpc sends; it is given up"
+        )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.host.call import Call, Outcome, Part
+from torchfedrpc.host.call import Call, CallKind, Outcome, OutcomeKind, Part
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.memory import NO_ROOM
 from torchfedrpc.wire.packing import Packed, Parcel, Unreadable
 from torchfedrpc.wire.shared import shared_values
+
+_KINDS = frozenset(get_args(CallKind))
+_OUTCOMES: dict[str, OutcomeKind] = {kind: kind for kind in get_args(OutcomeKind)}
+_OTHER_FORM = "what arrived is not of the form that this version of torchfedrpc sends"
 
 MappedDevices = frozenset[torch.device]  # devices that the world's device map takes to the peer
 
@@ -75,7 +80,11 @@ def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
     """
     if pid is None:
         raise SerializationError("this process does not look into others")
-    head, views, addresses, num_buffers = message
+    match message:
+        case (bytes(head), views, list(addresses) | tuple(addresses), num_buffers):
+            pass
+        case _:
+            raise SerializationError(_OTHER_FORM)
     try:
         files = TensorFiles.at(addresses, pid)
         return Parcel(head, views, files.tensors(), num_buffers, files=files)
@@ -115,11 +124,30 @@ def call_message(call: Call, covered: MappedDevices) -> Any:
 
 
 def read_call(message: Any, device: torch.device) -> tuple[Call, tuple[int, ...]]:
-    """The call of such a tuple, and the numbers of the values that its arguments refer to."""
-    (call_id, client_id, method, run_timeout_s, kind, part), arguments, numbers = message
-    parcel = read_parcel(arguments, device)
-    assert parcel is not None
-    return Call(call_id, client_id, method, parcel, run_timeout_s, kind, Part(*part) if part else None), numbers
+    """The call of such a tuple, and the numbers of the values that its arguments refer to.
+
+    Raises:
+        SerializationError: it is of another form.
+    """
+    match message:
+        case (
+            (int(call_id), str(client_id), str(method), float() | None as run_timeout_s, kind, part),
+            tuple() as arguments,
+            tuple(numbers),
+        ) if kind in _KINDS and {*map(type, numbers)} <= {int}:
+            parcel = read_parcel(arguments, device)
+            assert parcel is not None
+            return Call(call_id, client_id, method, parcel, run_timeout_s, kind, _read_part(part)), numbers
+    raise SerializationError(_OTHER_FORM)
+
+
+def _read_part(message: Any) -> Part | None:
+    match message:
+        case None:
+            return None
+        case (int(reduction), int(place), bool(is_awaited)):
+            return Part(reduction, place, is_awaited)
+    raise SerializationError(_OTHER_FORM)
 
 
 def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
@@ -139,11 +167,17 @@ def report_message(call: Call, number: int, progress: Packed) -> Any:
 
 
 def read_report(message: Any) -> tuple[Call, int, Packed]:
-    """The call, which of its reports this is, and the progress."""
-    call_id, client_id, method, number, parts = message
-    progress = read_parcel(parts, None)
-    assert progress is not None
-    return Call(call_id, client_id, method, progress), number, progress
+    """The call, which of its reports this is, and the progress.
+
+    Raises:
+        SerializationError: it is of another form.
+    """
+    match message:
+        case (int(call_id), str(client_id), str(method), int(number), tuple() as parts):
+            progress = read_parcel(parts, None)
+            assert progress is not None
+            return Call(call_id, client_id, method, progress), number, progress
+    raise SerializationError(_OTHER_FORM)
 
 
 def read_outcome(message: Any, home: torch.device | None, pid: int | None = None) -> Outcome:
@@ -153,8 +187,15 @@ def read_outcome(message: Any, home: torch.device | None, pid: int | None = None
         OSError: as of `read_files`.
         SerializationError: as of `read_files`.
     """
-    (kind, never_ran, cut_off, seconds, is_in_files), parts, content = message
-    failure = Failure(*parts) if parts else None
+    match message:
+        case (
+            (str(kind), bool(never_ran), bool(cut_off), int() | float() as seconds, bool(is_in_files)),
+            parts,
+            content,
+        ) if (settled := _OUTCOMES.get(kind)) is not None and math.isfinite(seconds):
+            failure = _read_failure(parts)
+        case _:
+            raise SerializationError(_OTHER_FORM)
     if is_in_files:
         parcel: Packed | None = read_files(content, pid)
         if isinstance(parcel, Parcel) and parcel.files is not None:
@@ -162,4 +203,13 @@ def read_outcome(message: Any, home: torch.device | None, pid: int | None = None
             parcel = replace(parcel, files=None)
     else:
         parcel = read_parcel(content, home, move_all=True)
-    return Outcome(kind, parcel, failure, never_ran, cut_off, seconds=seconds)
+    return Outcome(settled, parcel, failure, never_ran, cut_off, seconds=seconds)
+
+
+def _read_failure(message: Any) -> Failure | None:
+    match message:
+        case None:
+            return None
+        case (str(type_name), str(text), str(traceback), bytes() | None as body):
+            return Failure(type_name, text, traceback, body)
+    raise SerializationError(_OTHER_FORM)

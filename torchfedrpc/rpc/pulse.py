@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,11 @@ from torchfedrpc.host.activity import Activity
 from torchfedrpc.rpc import sidecar
 from torchfedrpc.rpc.forks import close_in_children
 
-_READ_BYTES = 65536
+# At once: a sidecar sends 4 bytes a second, so this is a backlog of minutes, which costs the loop a millisecond.
+_READ_BYTES = 4096
+# Of a line: the ids of all calls that a worker can run, 511 of up to 20 digits, are not as many.
+_LINE_BYTES = 12 << 10
+_IDS = re.compile(rb"(-?[0-9]{1,19}( -?[0-9]{1,19})*)?")
 
 
 class Sidecar:
@@ -98,6 +103,7 @@ class _Pulse:
         self.running: tuple[int, ...] | None = None
         self.ended = False
         self.asks_to_leave = False
+        self.is_malformed = False
         self._unfinished = b""
 
     def take(self, data: bytes) -> None:
@@ -108,12 +114,16 @@ class _Pulse:
                 self.running = None
                 self.seen_at = time.monotonic()
             elif mark in (sidecar.STOPPED, sidecar.ENDED):
+                if not _IDS.fullmatch(ids):
+                    self.is_malformed = True
+                    return
                 self.running = tuple(map(int, ids.split()))
                 self.ended = mark == sidecar.ENDED
                 self.seen_at = min(self.seen_at, time.monotonic())  # its sidecar has started: no allowance any more
             elif mark == sidecar.LEAVING:
                 self.asks_to_leave = True
             # else it is the rest of a line that an earlier watch has begun to read
+        self.is_malformed = max(map(len, [*lines, self._unfinished])) > _LINE_BYTES
 
 
 class Watch:
@@ -207,7 +217,9 @@ class Watch:
             self._lose(key, f"the connection to its sidecar broke: {error}")
             return
         pulse.take(data)
-        if pulse.ended:
+        if pulse.is_malformed:
+            self._lose(key, "its sidecar sent what is no line of a heartbeat")
+        elif pulse.ended:
             self._lose(key, "its process ended")
         elif not data:
             self._lose(key, "its sidecar ended")

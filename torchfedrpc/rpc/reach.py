@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.rpc.member import Member
 
 _TIMEOUT_S = 5.0
+_ADDRESS = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}")  # a name would be looked up
 _REMEDY = (
     "every member of a world has to reach every other on ephemeral ports, not on the port alone that greets; sites "
     "behind NAT or a firewall need a network of their own, such as WireGuard: set runtime.interface=wg0 and dial the "
@@ -41,8 +43,13 @@ async def check(member: Member, address: str, interface: str | None) -> None:
     """
     with socket.create_server((address, 0)) as listener:
         where = {"host": address, "port": listener.getsockname()[1]}
-        answer = await member.tell({"do": "reach", **where, "interface": interface})
-    there = (answer["host"], answer["port"])
+        message = {"do": "reach", **where, "interface": interface}
+        answer = await member.tell(message)
+    match answer:
+        case {"host": str(host), "port": int(port)} if _ADDRESS.fullmatch(host) and 0 < port < 65536:
+            there = (host, port)
+        case _:
+            raise member.misunderstood(message)
     try:
         with socket.socket() as connection:
             connection.setblocking(False)

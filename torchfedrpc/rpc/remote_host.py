@@ -79,7 +79,7 @@ class RemoteHost:
     Args:
         label: the worker's name in messages, such as ``worker1``.
         name: its RPC name.
-        generation: number of the world.
+        secret: what requests to this worker begin with in this world.
         covered: the driver's devices that the world's device map takes to this worker.
         traffic: counts bytes.
         report: takes what running methods report.
@@ -94,7 +94,7 @@ class RemoteHost:
         self,
         label: str,
         name: str,
-        generation: int,
+        secret: bytes,
         covered: MappedDevices,
         traffic: Traffic,
         *,
@@ -107,7 +107,7 @@ class RemoteHost:
         self.label = label
         self._loop = asyncio.get_running_loop()
         self._worker: Any = torch_rpc().get_worker_info(name)
-        self._generation = generation
+        self._secret = secret
         self._covered = covered
         self._traffic = traffic
         self._report = report
@@ -332,7 +332,7 @@ class RemoteHost:
         acknowledged, self._acknowledged = tuple(self._acknowledged), []
         self._num_kept_bytes = 0
         # Deadlines are kept by the caller's event loop, so RPC's own is off.
-        header = (self._generation, self._next_request, self._num_heard, acknowledged, alone)
+        header = (self._secret, self._next_request, self._num_heard, acknowledged, alone)
         sent = torch_rpc().rpc_async(self._worker, entry, args=(header, *args), timeout=0)
         self._next_request += 1  # not for what could not be sent: the worker would wait for it
         return sent
@@ -348,6 +348,7 @@ class RemoteHost:
             if message is None:  # the worker is leaving this world
                 return
             number, parts = message
+            self._in_order.check(number)
             read = [(question, self._read(question, part)) for question, part in parts]
             answers = [(question, answer) for question, answer in read if answer is not None]
         except Exception as error:  # whatever RPC makes of a connection that broke

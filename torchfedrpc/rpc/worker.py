@@ -27,7 +27,7 @@ from torchfedrpc.host.torch_settings import adopt_settings
 from torchfedrpc.rpc import endpoint, reach, world
 from torchfedrpc.rpc.endpoint import Endpoint
 from torchfedrpc.rpc.interfaces import address_of, interface_of
-from torchfedrpc.rpc.link import Link, Message, end_when_cut_off
+from torchfedrpc.rpc.link import Link, Message, end_when_cut_off, in_short
 from torchfedrpc.rpc.main_module import adopt_main
 from torchfedrpc.rpc.pulse import Sidecar
 from torchfedrpc.wire.file import TensorFile
@@ -162,7 +162,8 @@ def serve(
         try:
             answer = worker.obey(message)
         except (Exception, SystemExit) as error:  # a script may call sys.exit as it is imported
-            answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            told = f"{type(error).__name__}: {error}"
+            answer = {"error": in_short(told), "traceback": in_short(traceback.format_exc())}
         worker.is_preparing = False
         with contextlib.suppress(OSError):  # the driver is gone, which the link's thread sees too
             link.send({**answer, "number": number})
@@ -297,12 +298,15 @@ class _Worker:
         reach.dial(host, port)
         return {"host": address, "port": self._door.getsockname()[1]}
 
-    def join(self, plan: Message, rank: int, interface: str | None, asked: list[int], shows_files: bool) -> Message:
+    def join(
+        self, plan: Message, rank: int, secret: str, interface: str | None, asked: list[int], shows_files: bool
+    ) -> Message:
         """Join a world and serve in it.
 
         Args:
             plan: the world.
             rank: this worker's rank in it.
+            secret: what the driver's requests to this worker begin with, in hexadecimal digits.
             interface: its network interface for it; None: the one with which it reaches the driver.
             asked: ids of the calls to this worker that the driver has had no answer to.
             shows_files: whether the driver finds the files of this process.
@@ -315,7 +319,7 @@ class _Worker:
         covered = frozenset([self._endpoint.device] if world_plan.device_maps[rank - 1] else [])
         self._host.keep_only(asked)
         self._host.show_files(shows_files)
-        self._endpoint.connect(world_plan.generation, covered)
+        self._endpoint.connect(bytes.fromhex(secret), covered)
         world.join(world_plan, rank, interface or interface_of(self._link.local_address()))
         self._is_joined = True
         return {}

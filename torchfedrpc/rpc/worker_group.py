@@ -326,7 +326,7 @@ class WorkerGroup:
         self._check_whole()
         if not members:
             return
-        plan = await self._place.join(members, self._tell, self._observer.asked)
+        plan, keys = await self._place.join(members, self._tell, self._observer.asked)
         self._check_whole()
         self._generation = plan.generation
         for member in members:
@@ -335,7 +335,7 @@ class WorkerGroup:
             member.label: RemoteHost(
                 member.label,
                 plan.name(rank),
-                plan.generation,
+                keys[member.label],
                 frozenset([torch.device(pair[0])] if pair else []),
                 self.traffic[member.label],
                 report=self._report,
@@ -361,23 +361,21 @@ class WorkerGroup:
         learner = self._learner
         imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
         with contextlib.closing(TensorFile.of([])) as probe:
-            answer = await self._tell(
-                member,
-                {
-                    "do": "prepare",
-                    "spec": learner.to_message(),
-                    "label": member.label,
-                    "local_index": member.local_index,
-                    "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
-                    "settings": self._settings,
-                    "driver": None if member.elsewhere else (os.getpid(), probe.address()),
-                },
-            )
+            message: Message = {
+                "do": "prepare",
+                "spec": learner.to_message(),
+                "label": member.label,
+                "local_index": member.local_index,
+                "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
+                "settings": self._settings,
+                "driver": None if member.elsewhere else (os.getpid(), probe.address()),
+            }
+            answer = await self._tell(member, message)
+        if not member.adopt(answer):
+            self._give_up(member, str(error := member.misunderstood(message)))
+            raise error
         for problem in answer["problems"]:
             logger.warning("%s: %s", member.label, problem)
-        member.device, member.visible_gpus = answer["device"], answer["visible_gpus"]
-        member.sees_files, own = answer["sees_files"], answer["files"]
-        member.pid = own[0] if own is not None and TensorFile.is_found(*own) else None
         if member.elsewhere:
             address = self._place.address([*self.members.values(), member])
             await reach.check(member, address, self._place.interface(member, address))

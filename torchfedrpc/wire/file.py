@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import stat
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -134,12 +135,16 @@ class TensorFile:
             OSError: it cannot be opened.
             SerializationError: it is another file, or not as it is said to be.
         """
-        number, inode, num_bytes, stamp, places = address
+        number, inode, num_bytes, stamp, places = _checked_address(address, pid)
         path = f"/proc/{pid}/fd/{number}"
         layout = [(*place[:2], dtype_named(place[2]), *place[3:]) for place in places]
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # The other process chooses the number: of a pipe or a device, even the opening could take for ever.
+        if not os.readlink(path).startswith(f"/memfd:{NAME}"):
+            raise SerializationError("what a call refers to is not there any more")
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         file = cls(descriptor, num_bytes, layout)
-        is_meant = os.readlink(path).startswith(f"/memfd:{NAME}") and os.fstat(descriptor).st_ino == inode
+        status = os.fstat(descriptor)
+        is_meant = stat.S_ISREG(status.st_mode) and status.st_ino == inode
         # What is sealed does not shrink under those who map it, nor is it written while any do: see `KeptMemory`.
         if not is_meant or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise SerializationError("what a call refers to is not there any more")
@@ -188,6 +193,27 @@ class TensorFile:
         """Never write this memory again."""
         if self._memory is not None:
             self._memory.is_used_once = True
+
+
+def _checked_address(address: Any, pid: Any) -> Address:
+    """The address, which becomes part of a path and the size of a mapping: another process has sent it.
+
+    Raises:
+        SerializationError: it is of another form than `Address`.
+    """
+    match address:
+        case (int(number), int(inode), int(num_bytes), int(stamp), list(places) | tuple(places)) if (
+            type(number) is type(pid) is int and number >= 0 < pid and all(map(_is_place, places))
+        ):
+            return number, inode, num_bytes, stamp, list(places)
+    raise SerializationError("what arrived is no address of a file")
+
+
+def _is_place(place: Any) -> bool:
+    match place:
+        case (int(), int(), str(), list(shape) | tuple(shape), list(stride) | tuple(stride)):
+            return len(shape) == len(stride) and {*map(type, shape), *map(type, stride)} <= {int}
+    return False
 
 
 def _in_memory(

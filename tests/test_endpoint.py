@@ -1,0 +1,162 @@
+"""A worker's entry points: what counts as its driver's request, and what becomes of one of another form."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from learners import Probe
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import SerializationError
+from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.rpc import endpoint
+from torchfedrpc.rpc.endpoint import Endpoint
+from torchfedrpc.rpc.in_order import InOrder
+from torchfedrpc.rpc.message import parcel_message
+from torchfedrpc.wire.packing import pack
+
+SECRET = bytes(range(32))
+NOTHING = frozenset[torch.device]()
+
+
+@pytest.fixture
+def host() -> Iterator[LearnerHost]:
+    """The host of a worker that is in a world."""
+    serving = Endpoint(torch.device("cpu"))
+    serving.host = host = LearnerHost(LearnerSpec.of(Probe, 0, RuntimeConfig())[0], together=serving.together)
+    serving.connect(SECRET, NOTHING)
+    endpoint.serving = serving
+    yield host
+    endpoint.serving = None
+    serving.disconnect()
+    assert host.close()
+
+
+def served(number: int, *items: Any, secret: bytes = SECRET) -> Any:
+    """The answer to a request."""
+    return endpoint.serve((secret, number, 0, (), None), items).wait()
+
+
+def call(question: int, call_id: int) -> Any:
+    fields = (call_id, "a", "same", None, "call", None)
+    return "submit", question, (fields, parcel_message(pack(((1,), {})), NOTHING), ())
+
+
+REGISTER = ("register", "a", parcel_message(pack({}), NOTHING), 0)
+
+
+def test_a_request_with_the_secret_is_answered(host: LearnerHost) -> None:
+    _, [(question, (flags, failure, _))] = served(0, REGISTER, call(7, 1))
+    assert (question, flags[0], failure) == (7, "value", None)
+
+
+@pytest.mark.parametrize("secret", [bytes(32), b"", SECRET[:-1], SECRET + b"\0", SECRET.hex(), None, 1, [SECRET]])
+def test_a_request_without_the_secret_is_nothing_and_uses_up_no_number(host: LearnerHost, secret: Any) -> None:
+    assert served(0, REGISTER, secret=secret) is None
+    assert endpoint.acknowledge((secret, 0, 0, (1,), None)) is None  # type: ignore[func-returns-value]
+    assert not host._mailboxes
+    assert served(0, REGISTER, call(7, 1)) is not None
+
+
+def test_the_secret_is_compared_in_constant_time_before_the_rest_is_looked_at(
+    host: LearnerHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+
+    def compare(given: bytes, expected: bytes) -> bool:
+        compared.append((given, expected))
+        return False
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    assert served(None, 3, secret=b"x") is None  # type: ignore[arg-type]
+    assert compared == [(b"x", SECRET)]
+
+
+def test_another_world_has_another_secret(host: LearnerHost) -> None:
+    assert endpoint.serving is not None
+    endpoint.serving.disconnect()
+    assert served(0, REGISTER) is None
+    endpoint.serving.connect(b"2" * 32, NOTHING)
+    assert served(0, REGISTER) is None
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (SECRET,),
+        (SECRET, "0", 0, (), None),
+        (SECRET, 0, 0, [], None),
+        (SECRET, 0, 0, ([],), None),
+        (SECRET, 0, 0, (), "x"),
+        (SECRET, -1, 0, (), None),
+        (SECRET, 1 << 40, 0, (), None),
+    ],
+)
+def test_a_header_of_another_form_is_an_error_and_the_next_request_is_served(host: LearnerHost, header: Any) -> None:
+    for entry in (lambda: endpoint.serve(header, []), lambda: endpoint.acknowledge(header)):
+        with pytest.raises(SerializationError):
+            entry()
+    assert served(0, REGISTER, call(7, 1)) is not None
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        None,
+        (),
+        "text",
+        ("unknown",),
+        ([],),
+        ("submit",),
+        ("submit", "7", None),
+        ("register", "a"),
+        ("register", [], parcel_message(pack({}), NOTHING), 0),
+        ("share", [], None, 1),
+        ("unshare", []),
+        ("reduce", 1, None, 2, ()),
+        ("end_reduction", []),
+        ("forget", []),
+        ("share_files", 1, ("x", [], [(0, 0, 0, 0, 0)], 0), None),
+    ],
+)
+def test_an_item_that_cannot_be_read_is_left_out_and_the_others_are_done(host: LearnerHost, item: Any) -> None:
+    _, answers = served(0, item, REGISTER, call(7, 1))
+    assert [(question, outcome[0][0]) for question, outcome in answers] == [(7, "value")]
+    assert served(1, call(8, 2)) is not None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        (None,),
+        (((1, "a", "same", None, "call", None), None, ()),),
+        (((1, 2, "same", None, "call", None), (), ()),),
+        (((1, "a", "same", "0", "call", None), (), ()),),
+        (((1, "a", "same", None, "kind", None), (), ()),),
+        (((1, "a", "same", None, "call", (1,)), (), ()),),
+        (((1, "a", "same", None, "call", None), parcel_message(pack(((), {})), NOTHING), ([],)),),
+        (((1, "nobody", "same", None, "call", None), parcel_message(pack(((), {})), NOTHING), ()),),
+    ],
+)
+def test_a_question_that_cannot_be_read_is_answered_with_that(host: LearnerHost, arguments: Any) -> None:
+    _, [(question, (flags, failure, _))] = served(0, REGISTER, ("submit", 7, *arguments))
+    assert (question, flags[0]) == (7, "failed")
+    assert failure
+    assert served(1, call(8, 2)) is not None
+
+
+def test_a_number_has_one_turn() -> None:
+    requests, done = InOrder(), []
+    requests.put(0, lambda: done.append(0))
+    requests.put(2, lambda: done.append(2))
+    for number in (0, 2, -1, 1 << 20):
+        with pytest.raises(SerializationError, match=f"request {number} cannot follow, number 1 is the next"):
+            requests.check(number)
+    requests.check(1)
+    assert done == [0]

@@ -1,0 +1,193 @@
+"""The ranks of a launch and their driver: how they find each other, with which token, and where they are greeted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed
+from workers import make_token
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.launcher import Launch
+from torchfedrpc.rpc import launch as module
+from torchfedrpc.rpc.launch import LaunchedWorkers, dial_driver
+from torchfedrpc.rpc.token import VARIABLE
+
+_distributed: Any = torch.distributed
+_TIMEOUT_S = 20.0
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The launcher's store."""
+    store = _distributed.HashStore()
+    monkeypatch.setattr(module, "_open_store", lambda launch, serve: store)
+    return store
+
+
+@pytest.fixture
+def launch(store: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Launch]:
+    """The launch of two ranks, as one of them has it."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(module, "_MISTRUST_S", 0.5)
+    return lambda rank: Launch(rank, 2, rank, 1, "127.0.0.1", 29500, agent_store=True)
+
+
+@pytest.fixture
+def driver(launch: Callable[[int], Launch]) -> Iterator[LaunchedWorkers]:
+    workers = LaunchedWorkers(launch(0))
+    yield workers
+    for member in workers._members.values():  # which it would leave open until the process ends
+        member.link.close()
+        member.pulse.close()
+    workers._members.clear()
+    workers.close(failed=True)
+
+
+class Rank(threading.Thread):
+    """Rank 1, which joins on a thread of its own."""
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__()
+        self._launch = launch
+        self.became: Any = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.became = dial_driver(self._launch)
+        except Exception as error:
+            self.became = error
+
+    def ended(self) -> Any:
+        """What has become of it."""
+        self.join(_TIMEOUT_S)
+        assert not self.is_alive()
+        return self.became
+
+    def close(self) -> None:
+        """Leave the driver that it has joined."""
+        link, pulse = self.ended()
+        link.close()
+        pulse.close()
+
+
+def published(store: Any) -> str:
+    text: str = store.get(module._KEY).decode()
+    return text
+
+
+async def test_a_token_in_a_file_is_shared_and_never_published(
+    driver: LaunchedWorkers, launch: Any, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = make_token(tmp_path)
+    monkeypatch.setenv(VARIABLE, token)
+    rank = Rank(launch(1))
+    assert len(await driver.members(RuntimeConfig(token_file=token))) == 1
+    assert Path(token).read_text() not in published(store)
+    assert '"token": null' in published(store)
+    rank.close()
+
+
+async def test_without_a_file_the_launch_has_a_token_of_its_own_in_the_store(
+    driver: LaunchedWorkers, launch: Any, store: Any
+) -> None:
+    rank = Rank(launch(1))
+    assert len(await driver.members(RuntimeConfig())) == 1
+    assert "null" not in published(store)
+    rank.close()
+
+
+@pytest.mark.parametrize(
+    ("drivers_has", "rank_has", "reason"),
+    [
+        (
+            True,
+            False,
+            "the driver has a token file and this rank has none; set TORCHFEDRPC_TOKEN_FILE for every rank",
+        ),
+        (
+            False,
+            True,
+            "the driver has no token file and this rank has one; set TORCHFEDRPC_TOKEN_FILE for every rank",
+        ),
+    ],
+)
+async def test_a_rank_without_the_file_is_refused(
+    driver: LaunchedWorkers, launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    drivers_has: bool, rank_has: bool, reason: str,
+) -> None:  # fmt: skip
+    token = make_token(tmp_path)
+    driver._listen(RuntimeConfig(token_file=token if drivers_has else None))
+    if rank_has:
+        monkeypatch.setenv(VARIABLE, token)
+    error = await asyncio.to_thread(Rank(launch(1)).ended)
+    assert isinstance(error, ConfigError)
+    assert f"rank 1 cannot join the launch: {reason}" in str(error)
+
+
+async def test_a_rank_with_another_token_is_refused_and_the_driver_warns(
+    driver: LaunchedWorkers, launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    driver._listen(RuntimeConfig(token_file=make_token(tmp_path)))
+    (tmp_path / "other").mkdir()
+    monkeypatch.setenv(VARIABLE, make_token(tmp_path / "other"))
+    error = await asyncio.to_thread(Rank(launch(1)).ended)
+    assert isinstance(error, ConfigError)
+    assert "rank 1 cannot join the launch: 127.0.0.1:" in str(error)
+    assert "refused the token" in str(error)
+    assert (
+        "refused a connection from 127.0.0.1: it left when it had seen the proof: it has another token" in caplog.text
+    )
+
+
+async def test_a_stranger_who_writes_the_store_is_no_driver_of_ranks_with_a_token_file(
+    launch: Any, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, make_token(tmp_path))
+    stranger = LaunchedWorkers(launch(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_token", lambda path: b"0" * 64)
+        stranger._listen(RuntimeConfig(token_file="any"))
+    error = await asyncio.to_thread(Rank(launch(1)).ended)
+    assert isinstance(error, ConfigError)
+    assert not stranger._members
+    stranger.close(failed=True)
+
+
+async def test_a_rank_waits_while_the_driver_asks_for_no_workers(
+    driver: LaunchedWorkers, launch: Any, store: Any
+) -> None:
+    assert published(store) == "null"
+    rank = Rank(launch(1))
+    await asyncio.to_thread(rank.join, 0.5)
+    assert rank.is_alive()
+    driver.close(failed=False)
+    link, pulse = await asyncio.to_thread(rank.ended)
+    assert link.receive() == {"do": "stop", "reason": ""}
+    link.close()
+    pulse.close()
+    driver._members.clear()
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_ranks_are_greeted_on_the_interface_that_is_named(num_nodes: int) -> None:
+    launch = Launch(0, 2, 0, num_nodes, "localhost", 29500, agent_store=True)
+    assert module._listen_addresses(launch, "lo") == ("127.0.0.1", "127.0.0.1")
+    with pytest.raises(ConfigError, match=r"runtime\.interface=nowhere0"):
+        module._listen_addresses(launch, "nowhere0")
+
+
+def test_without_an_interface_ranks_are_greeted_on_loopback_or_the_masters_address() -> None:
+    assert module._listen_addresses(Launch(0, 2, 0, 1, "h", 1, agent_store=True), None) == ("127.0.0.1", "127.0.0.1")
+    assert module._listen_addresses(Launch(0, 2, 0, 2, "10.0.0.1", 1, agent_store=True), None) == (
+        "10.0.0.1",
+        "10.0.0.1",
+    )
