@@ -419,18 +419,18 @@ class ModuleCachedProperty(nn.Module):
     def __init__(self, client_id: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3))
+        _ = self.norm
 
     @functools.cached_property
     def norm(self) -> float:
         return float(self.weight.detach().norm())
 
     def step(self) -> str:
-        if self.weight[0] == 1:
-            _ = self.norm  # in the constructor's state
+        before = self.norm
         with torch.no_grad():
             self.weight += 1
-        self.__dict__.pop("norm", None)
-        return bits(self.norm)
+        del self.norm
+        return bits(before)
 
 
 @kind(*["step"] * 3)
