@@ -15,7 +15,7 @@ from torchfedrpc.rpc.link import Link, Message
 from torchfedrpc.rpc.member import Member, RefusalError
 from torchfedrpc.wire.file import TensorFile
 
-GOOD: Message = {"device": "cpu", "visible_gpus": None, "sees_files": True, "files": None}
+GOOD: Message = {"device": "cpu", "visible_gpus": None, "sees_files": True, "files": None, "problems": []}
 
 
 @pytest.fixture
