@@ -16,7 +16,6 @@ import torchfedrpc as tfr
 NUM_KINDS = 250  # at least
 STATE = Path(__file__).parents[1] / "docs" / "state.md"
 pytestmark = pytest.mark.timeout(600)
-is_open = pytest.mark.xfail(strict=True, reason="some kinds differ until snapshots are compared with the learner")
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +30,26 @@ def on_workers(runner: asyncio.Runner, expected: Texts) -> tuple[Outcomes, Outco
     return runner.run(ways.on_workers(expected, [NUM_ROUNDS - 2]))
 
 
-@is_open
 async def test_results_do_not_depend_on_other_clients_of_the_process(expected: Texts) -> None:
     assert not surprises("beside others", await ways.beside_others(expected))
 
 
-@is_open
 async def test_evicted_learners_give_the_same_results_or_stay(expected: Texts) -> None:
     assert not surprises("evicted", await ways.evicted(expected))
 
 
-@is_open
 def test_learners_on_two_workers_give_the_results_of_a_local_run(
     on_workers: tuple[Outcomes, Outcomes, list[Snapshots]],
 ) -> None:
     assert not surprises("two workers", on_workers[0])
 
 
-@is_open
 def test_rebuilt_learners_give_the_same_results_or_are_refused(
     on_workers: tuple[Outcomes, Outcomes, list[Snapshots]],
 ) -> None:
     assert not surprises("killed", on_workers[1])
 
 
-@is_open
 async def test_restored_learners_give_the_same_results_or_are_refused(
     expected: Texts, on_workers: tuple[Outcomes, Outcomes, list[Snapshots]]
 ) -> None:
@@ -63,7 +57,6 @@ async def test_restored_learners_give_the_same_results_or_are_refused(
 
 
 @pytest.mark.slow
-@is_open
 async def test_learners_rebuilt_after_each_call_give_the_same_results_or_are_refused(expected: Texts) -> None:
     _, outcomes, _ = await ways.on_workers(expected, range(NUM_ROUNDS - 1))
     assert not surprises("killed", outcomes)

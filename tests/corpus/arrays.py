@@ -252,7 +252,7 @@ class Labelled(np.ndarray):
         self.label = getattr(other, "label", "none")
 
 
-@kind(refused="'y'")
+@kind()
 class ArraySubclass:
     """A subclass of ndarray whose attribute numpy's pickle leaves out."""
 
@@ -312,7 +312,7 @@ class ArrayAndDtype:
         return bits(str(self.dtype), self.dtype.itemsize, self.plain(0.1))
 
 
-@kind(refused="'numbers'")
+@kind()
 class PythonArray:
     """`array.array`."""
 

@@ -79,7 +79,7 @@ class Overlapping:
         return bits(self.windows.sum(), self.windows.stride())
 
 
-@kind(refused="'conjugate'")
+@kind()
 class Conjugated:
     """A conjugate view beside its base."""
 
@@ -92,7 +92,7 @@ class Conjugated:
         return bits(self.conjugate.is_conj(), torch.view_as_real(self.conjugate.resolve_conj()))
 
 
-@kind(refused="'imaginary'")
+@kind()
 class Negated:
     """The imaginary part of a conjugate, a negative view."""
 

@@ -292,7 +292,7 @@ class PartialKept:
         return bits(self.value)
 
 
-@kind(refused="'activation'")
+@kind()
 class TorchFunctionKept:
     """A function of torch as an attribute."""
 

@@ -30,10 +30,11 @@ import torch
 
 from torchfedrpc import errors
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
+from torchfedrpc.wire.functions import FACTORY, function_named
 
 # Types whose instances pickling makes without their constructor, and fills by attributes: their content is data.
 _PLAIN_OBJECTS = {
-    "collections": "ChainMap UserDict UserList UserString",
+    "collections": "ChainMap UserDict UserList",
     "types": "SimpleNamespace",
     "uuid": "UUID",  # its __setstate__ stores two numbers
     "torchfedrpc.host.reducers": "Entry Mean Sum WeightedMean",
@@ -278,10 +279,14 @@ def _path(cls: Any) -> Callable[..., Any]:
 
 
 def _make_defaultdict(*args: Any) -> Any:
-    """It calls its factory for a missing key: a type makes an empty value, anything else would run."""
-    if len(args) > 1 or not all(factory is None or isinstance(factory, type) for factory in args):
+    """It calls its factory for a missing key: a type makes an empty value, any other function would run."""
+    if len(args) > 1 or not all(map(_is_factory, args)):
         raise _refusal(defaultdict)
     return defaultdict(*args)
+
+
+def _is_factory(factory: Any) -> bool:
+    return factory is None or isinstance(factory, type) or factory is function_named(FACTORY)
 
 
 def _make_deque(*args: Any) -> Any:

@@ -388,7 +388,9 @@ def _make_seeds(entropy: Any, spawn_key: Any, pool_size: Any, num_spawned: Any) 
 def _make_bits(name: Any, seeds: Any, state: Any) -> np.random.BitGenerator:
     if name not in _BIT_GENERATORS or not (seeds is None or type(seeds) is np.random.SeedSequence):
         raise SerializationError("a pickle makes a bit generator of what is none")
-    bits: Any = getattr(np.random, name)(0 if seeds is None else seeds)  # only its constructor allocates its state
+    # Only a constructor allocates the state. RandomState seeds its bits in a way of its own, without a SeedSequence.
+    is_legacy = name == "MT19937" and seeds is None
+    bits: Any = np.random.RandomState(0)._bit_generator if is_legacy else getattr(np.random, name)(seeds)
     if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
         raise SerializationError("a random generator of numpy came without its state")
     inner = state["state"]

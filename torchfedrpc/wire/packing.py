@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import enum
+import functools
 import io
 import pickle
 import types
@@ -19,12 +20,11 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
-from torchfedrpc.wire import arrays, rebuild
+from torchfedrpc.wire import arrays, functions, rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.file import TensorFiles
-from torchfedrpc.wire.functions import function_named, name_of_function
 from torchfedrpc.wire.memory import NO_ROOM, KeptMemory
 from torchfedrpc.wire.owned import owned_storages
 from torchfedrpc.wire.scan import BUILD, HARMLESS_ARRAYS, REDUCE, check_depth, with_requests
@@ -332,8 +332,12 @@ class _Pickler(pickle.Pickler):
             return Fraction, (obj.numerator, obj.denominator)
         if type(obj) is array.array:
             return restore, ("array.array", obj.typecode, obj.tobytes())
-        if isinstance(obj, types.FunctionType | types.BuiltinFunctionType) and (name := name_of_function(obj)):
+        if isinstance(obj, types.FunctionType | types.BuiltinFunctionType) and (
+            name := functions.name_of_function(obj)
+        ):
             return restore, ("function", name)
+        if type(obj) is functools.partial and (parts := functions.take_apart(obj)):
+            return restore, ("partial", *parts)
         return NotImplemented
 
     def _numpy(self, obj: Any) -> Any:
@@ -536,7 +540,8 @@ _RESTORERS: dict[str, Callable[..., Any]] = {
     "torch_generator": _restore_torch_generator,
     "layout": _restore_layout,
     "array.array": _restore_array,
-    "function": function_named,
+    "function": functions.function_named,
+    "partial": functions.put_together,
     "scheduled_step": scheduled_step,
 }
 
