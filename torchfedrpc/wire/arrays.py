@@ -111,7 +111,7 @@ def _plain_dtype_parts(dtype: np.dtype[Any]) -> _DtypeParts:
         is_same = False
     if not is_same:
         raise SerializationError(
-            f"a numpy array of dtype {dtype} cannot travel: convert it by astype() to a dtype of numbers, bytes, "
+            f"a numpy array of dtype {dtype} cannot travel: send it by astype() as one of numbers, bytes, "
             f"text or objects"
         )
     return parts
