@@ -53,9 +53,10 @@ def disturb() -> dict[str, Any]:
 class Disturbing:
     """Changes its surroundings."""
 
-    def __init__(self, client_id: str, at_first: bool = False) -> None:
-        if at_first:
+    def __init__(self, client_id: str, at_first: str = "") -> None:
+        if at_first == "much":
             disturb()
+        elif at_first == "rare":
             torch.backends.cuda.enable_math_sdp(False)
 
     def look(self) -> dict[str, Any]:
@@ -85,6 +86,10 @@ class Disturbing:
     def let_pass(self, until: str) -> dict[str, Any]:
         tfr.current_call().shared("gate", _Gate).open.add(until)
         return look()
+
+    async def let_pass_async(self, until: str) -> dict[str, Any]:
+        """On the thread of the method that waits."""
+        return self.let_pass(until)
 
     def disturb_in_steps(self) -> Iterator[dict[str, Any]]:
         yield look()

@@ -18,7 +18,7 @@ from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import warn_of_default_device
 
 CLIENTS: dict[str, dict[str, Any]] = {f"client_{number}": {} for number in range(40)}
-CLIENTS["set at first"] = {"at_first": True}
+CLIENTS |= {"sets much": {"at_first": "much"}, "sets what is rare": {"at_first": "rare"}}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ async def test_call_leaves_nothing_to_others(
 async def test_constructor_leaves_nothing_to_calls(
     proxy: tfr.LearnerProxy, clients: Iterator[str], fresh_look: dict[str, Any]
 ) -> None:
-    assert await proxy.custom_method("set at first", "look") == fresh_look
-    for client in ("set at first", next(clients)):
+    for client in ("sets much", "sets what is rare", next(clients)):
+        assert await proxy.custom_method(client, "look") == fresh_look
         assert await proxy.custom_method(client, "rare")
 
 
@@ -111,7 +111,7 @@ async def test_device_block_of_a_waiting_method_is_not_of_other_calls(
     ours, other = next(clients), next(clients)
     waiting = asyncio.ensure_future(proxy.custom_method(ours, "wait_on_meta", "device"))
     await seen.reported(ours)
-    assert await proxy.custom_method(other, "let_pass", "device") == fresh_look
+    assert await proxy.custom_method(other, "let_pass_async", "device") == fresh_look
     assert await waiting == "meta"
     unsubscribe()
 

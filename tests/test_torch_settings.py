@@ -35,7 +35,7 @@ def new_everywhere() -> None:
 needs_new = pytest.mark.skipif(not hasattr(_backends, "fp32_precision"), reason="needs the new fp32_precision")
 CHANGES: list[Any] = [
     lambda: torch.set_default_dtype(torch.bfloat16),
-    lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+    lambda: torch._C._set_deterministic_algorithms(True, warn_only=True),  # without an import of torch's compiler
     lambda: torch.set_float32_matmul_precision("high"),
     lambda: torch.set_float32_matmul_precision("medium"),
     lambda: setattr(_backends.cuda.matmul, "allow_tf32", True),
