@@ -22,7 +22,7 @@ from torchfedrpc.rpc.greeter import Greeter
 from torchfedrpc.rpc.greeting import Greeted, RefusedError
 from torchfedrpc.rpc.token import VARIABLE
 
-TOKEN = "the token that both ends have"
+TOKEN = "the token that both of the ends have"
 Message = dict[str, Any]
 
 
