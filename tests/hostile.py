@@ -400,6 +400,108 @@ _PARTS: dict[str, bytes] = {
     "a layer of impossible size": called(named("torch.nn.modules.linear", "Linear"), number(2**50), number(2**50)),
 }
 
+_FILLING: dict[str, bytes] = {
+    "an item of an array": called(
+        RESTORE, text("array"), b"NNK\x01", b"K\x01\x85", text("C"), text("<f8"), binary(bytes(8))
+    )
+    + b"K\x00G"
+    + bytes(8)
+    + b"s",
+    "items of a tensor": called(RESTORE, text("plain"), b"K\x00") + b"(K\x00K\x01u",
+    "an item of a range": called(named("builtins", "range"), b"K\x00", b"K\x03", b"K\x01") + b"K\x00K\x01s",
+    "items of an array of objects that is in use": called(
+        RESTORE, text("objects"), b"NNK\x01", b"K\x01\x85", text("C")
+    )
+    + b"]Nab]Nab",
+    "the state of a tensor": called(RESTORE, text("plain"), b"K\x00") + keyed(data=b"N") + b"b",
+    "the state of a dtype": called(RESTORE, text("dtype"), text("<f8")) + b"(K\x03b",
+    "a layer appended to a list of layers": named("torch.nn.modules.container", "ModuleList") + b")\x81Na",
+    "members of a dict": b"}(NN\x90",
+    "members of a list": b"](NN\x90",
+    "a factory that is a function": called(
+        named("collections", "defaultdict"), called(RESTORE, text("function"), text("torch.nn.functional.relu"))
+    ),
+    "a function of torch, called": called(
+        called(RESTORE, text("function"), text("torch.nn.functional.relu")), called(RESTORE, text("plain"), b"K\x00")
+    ),
+    "a function of torch that is not listed": called(RESTORE, text("function"), text("torch.load")),
+    "a layer, made without its constructor's consent": named("torch.nn.modules.linear", "Linear") + b"K\x01\x85\x81",
+    "a pipe that opens files": named("torch.utils.data.datapipes.iter.fileopener", "FileOpenerIterDataPipe")
+    + b")\x81",
+    "bits by NEWOBJ": named("numpy.random._pcg64", "PCG64") + b")\x81" + keyed(a=b"N") + b"b",
+    "a fraction of text": called(named("fractions", "Fraction"), text("1e99999999")),
+    "a fraction that takes long to cancel": called(
+        named("fractions", "Fraction"),
+        *(b"\x8b" + struct.pack("<i", 99_999) + part * 99_998 + b"\x01" for part in (b"\xfd", b"\xfb")),
+    ),
+    "a list of a range": called(named("builtins", "list"), called(named("builtins", "range"), number(3 * 10**8))),
+    "a list of a range in full": called(
+        named("builtins", "list"), called(named("builtins", "range"), b"K\x00", number(3 * 10**8), b"K\x01")
+    ),
+    "a counter of a range": called(
+        named("collections", "Counter"), called(named("builtins", "range"), b"K\x00", number(3 * 10**8), b"K\x01")
+    ),
+    "a sequence of seeds with a huge pool": called(
+        RESTORE, text("seed_sequence"), b"K\x01", b")", number(10**6), b"K\x00"
+    ),
+    "an array of a huge shape": called(
+        RESTORE, text("array"), b"NNK\x01", number(2**40) + b"\x85", text("C"), text("<f8"), binary(bytes(8))
+    ),
+    "an array of huge gaps": called(
+        RESTORE,
+        text("array"),
+        b"NNK\x01",
+        b"K\x02\x85",
+        number(2**36) + b"\x85K\x00" + number(2**36 + 8) + b"\x87",
+        text("<f8"),
+        binary(bytes(16)),
+    ),
+    "an array of objects of a huge shape": called(
+        RESTORE, text("objects"), b"NNK\x01", number(2**28) + b"\x85", text("C")
+    )
+    + b"]b",
+    "an array that begins before its memory": called(
+        RESTORE,
+        text("array"),
+        b"NNK\x01",
+        b"K\x02\x85",
+        number(-16) + b"\x85K\x08K\x18\x87",
+        text("<f8"),
+        binary(bytes(16)),
+    ),
+    "objects at odd addresses": called(RESTORE, text("objects"), b"NNK\x01", b"K\x02\x85", b"K\x10\x85K\x04K\x20\x87")
+    + b"](NNeb",
+    "an array.array of text": called(RESTORE, text("array.array"), text("u"), binary(b"\xff" * 4)),
+    "a member of what is no enum": called(RESTORE, text("member"), TRUSTED, text("train")),
+}
+_COLLISIONS = [number(count * (2**61 - 1)) for count in range(1, 40_000)]
+_NESTED = b")\x94" + b"".join(b"0" + (b"h" + bytes([level])) * 2 + b"\x86\x94" for level in range(60)) + b"0"
+_SLOW: dict[str, bytes] = {
+    "keys of one hash": whole(b"}(", *(key + b"N" for key in _COLLISIONS), b"u"),
+    "keys of one hash, one by one": whole(b"}", *(key + b"Ns" for key in _COLLISIONS)),
+    "members of one hash": whole(b"\x8f(", *_COLLISIONS, b"\x90"),
+    "members of one hash, one by one": whole(b"\x8f", *(b"(" + key + b"\x90" for key in _COLLISIONS)),
+    "a frozenset of one hash": whole(b"(", *_COLLISIONS, b"\x91"),
+    "a key of 2**60 parts": whole(_NESTED, b"}h\x3cNs"),
+    "a member of 2**60 parts": whole(_NESTED, b"\x8f(h\x3c\x90"),
+    "a frozenset of 2**60 parts": whole(_NESTED, b"(h\x3c\x91"),
+    "a kind of 2**60 parts": whole(_NESTED, called(RESTORE, b"h\x3c")),
+    "a function of 2**60 parts": whole(_NESTED, called(RESTORE, text("function"), b"h\x3c")),
+    "a class of 2**60 parts": whole(_NESTED, called(RESTORE, text("exception"), b"h\x3c", b")", b"}")),
+    "an enum of 2**60 parts": whole(_NESTED, called(RESTORE, text("member"), b"h\x3c", text("RED"))),
+    "a member of an enum of 2**60 parts": whole(
+        _NESTED, called(RESTORE, text("member"), named(HERE, "Colour"), b"h\x3c")
+    ),
+    "a view of a kind of 2**60 parts": whole(
+        _NESTED, called(RESTORE, text("dense"), NO, b"NNN", called(RESTORE, text("plain"), b"K\x00"), b"h\x3c")
+    ),
+    "an exception's attribute of 2**60 parts": whole(
+        _NESTED, called(RESTORE, text("exception"), named("builtins", "ValueError"), b")", b"]h\x3ca")
+    ),
+    "a call of 2**60 parts": whole(_NESTED, called(b"h\x3c")),
+    "an array of 2**60 parts": whole(_NESTED, called(RESTORE, text("array"), *(b"h\x3c" for _ in range(7)))),
+}
+
 _OPCODES: dict[str, bytes] = {
     "protocol 0": f"cos\nsystem\n(S'touch {CANARY}'\ntR.".encode(),
     "GLOBAL": b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.",
@@ -470,10 +572,11 @@ _DEEP: dict[str, bytes] = {
 }  # fmt: skip
 
 CORPUS: dict[str, bytes] = (
-    {name: whole(part) for part_of in (_CALLS, _SETTING, _NUMPY, _PARTS) for name, part in part_of.items()}
+    {name: whole(part) for part_of in (_CALLS, _SETTING, _NUMPY, _PARTS, _FILLING) for name, part in part_of.items()}
     | _OPCODES
     | _SIZES
     | _DEEP
+    | _SLOW
 )
 """Pickles by name; each is an error wherever it is read, a parcel of one float tensor (`parcel`) included."""
 

@@ -18,7 +18,8 @@ import torch
 from strangers import Stranger
 
 from torchfedrpc.errors import ConfigError, SerializationError, UntrustedTypeError
-from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire import arrays
+from torchfedrpc.wire.allowlist import _LISTED, AllowList
 from torchfedrpc.wire.packing import pack
 
 HERE = __name__
@@ -258,7 +259,6 @@ def test_plain_data_is_allowed_without_trust(module: str, name: str, entry: Any)
         ("_pickle", "Unpickler"),
         ("marshal", "loads"),
         ("collections", "namedtuple"),
-        ("collections", "UserDict"),
         ("pathlib", "Path.unlink"),
         ("random", "Random.seed"),
         ("ctypes", "CDLL"),
@@ -311,13 +311,23 @@ def test_plain_data_is_allowed_without_trust(module: str, name: str, entry: Any)
     ],
 )
 @pytest.mark.parametrize("allow", [AllowList(), ALLOW], ids=["trusting_nobody", "trusting_this_module"])
-def test_what_could_run_something_is_refused_by_name_with_the_setting(
+def test_what_could_run_something_is_refused_by_name_with_what_to_do(
     allow: AllowList, module: str, name: str
 ) -> None:
     with pytest.raises(UntrustedTypeError) as caught:
         allow.find(module, name)
     assert f"{module}.{name} is not a type that may travel" in str(caught.value)
-    assert f"runtime.trusted_modules=[{module.partition('.')[0]}]" in str(caught.value)
+    assert "not_state" in str(caught.value)
+    root = module.partition(".")[0]
+    is_of_library = root in sys.stdlib_module_names or not isinstance(_named(module, name), type | None)
+    assert (f"runtime.trusted_modules=[{root}]" in str(caught.value)) is not is_of_library
+
+
+def _named(module: str, name: str) -> Any:
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, "__dict__", {}).get(part)
+    return found
 
 
 def test_looking_up_a_refused_name_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,41 +357,73 @@ def test_a_class_put_into_a_module_of_torch_by_another_is_refused(monkeypatch: p
         ALLOW.find("torch.nn.modules.linear", "Layer")
 
 
-@pytest.mark.parametrize("module", ["numpy._core.multiarray", "numpy.core.multiarray"])
-@pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:numpy.core.multiarray is deprecated:DeprecationWarning")
-def test_arrays_of_older_and_newer_versions_of_numpy_are_read(module: str) -> None:
-    allow = AllowList()
-    assert allow.find(module, "_reconstruct")(allow.find("numpy", "ndarray"), (0,), b"b").shape == (0,)
-    assert allow.find(module, "scalar")(allow.find("numpy", "dtype")("f8", False, True), bytes(8)) == 0.0
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy._core.numeric", "_frombuffer"),
+        ("numpy.random._pickle", "__bit_generator_ctor"),
+        ("numpy.random._pickle", "__generator_ctor"),
+        ("numpy.random._pickle", "__randomstate_ctor"),
+        ("numpy.random.bit_generator", "__pyx_unpickle_SeedSequence"),
+        ("numpy.random._pcg64", "PCG64"),
+        ("numpy.random._mt19937", "MT19937"),
+    ],
+)
+def test_reconstruction_functions_of_numpy_are_refused(module: str, name: str) -> None:
+    with pytest.raises(UntrustedTypeError, match="may travel"):
+        AllowList(["numpy_of_mine"]).find(module, name)
 
 
-# What stands for numpy's classes.
+@pytest.mark.parametrize(
+    ("trusted", "value"),
+    [
+        ("torch", [torch.float16, torch.channels_last, torch.sparse_coo, torch.device("cpu"), torch.Size([1])]),
+        ("collections", [collections.OrderedDict(a=1), collections.Counter("aab")]),
+        ("numpy", [np.arange(3), np.float32(1), np.dtype("i4")]),
+    ],
+)
+def test_trust_in_a_package_takes_nothing_from_what_travels_anyway(trusted: str, value: list[Any]) -> None:
+    received = pack(value).open(AllowList([trusted]))
+    assert list(map(repr, received)) == list(map(repr, value))
+
+
+def test_trust_in_builtins_makes_no_classes() -> None:
+    with pytest.raises(UntrustedTypeError, match="standard library"):
+        AllowList(["builtins"]).find("builtins", "type")
+
+
+# Numpy's classes.
 
 
 class Waves(np.ndarray):
     """A trusted class of arrays."""
 
+    unit: str
+
 
 @pytest.mark.parametrize(("module", "name"), [("numpy", "ndarray"), (HERE, "Waves")])
 def test_a_class_of_arrays_may_be_named_and_not_called(module: str, name: str) -> None:
-    stand_in = ALLOW.find(module, name)
-    assert not callable(stand_in)
-    assert f".{name}, in a pickle>" in repr(stand_in)
+    found = ALLOW.find(module, name)
+    assert issubclass(found, np.ndarray)
+    with pytest.raises(UntrustedTypeError, match="which pickling never does"):
+        ALLOW.constructor(found)
+    assert not ALLOW.may_have_instances(found)
 
 
 def test_an_array_of_a_trusted_class_travels() -> None:
     for value in (np.arange(6.0).reshape(2, 3).T.view(Waves), np.array([None, "a"], dtype=object).view(Waves)):
+        value.unit = "Hz"
         received = pack(value).open(ALLOW)
         assert type(received) is Waves
+        assert received.unit == "Hz"
         assert received.tolist() == value.tolist()
 
 
 @pytest.mark.parametrize("name", ["f8", ">i4", "|b1", "U5", "S3", "V16", "M8", "O8", "?", "c16", "u1", "e"])
-def test_a_dtype_is_made_by_its_name_alone_and_anew(name: str) -> None:
-    make = ALLOW.find("numpy", "dtype")
-    assert make(name, False, True) == np.dtype(name)
-    assert make(name, False, False) is not np.dtype(name)
+def test_a_dtype_is_made_by_its_name(name: str) -> None:
+    assert arrays.put_together("dtype", (name,), owned=False) == np.dtype(name)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +433,7 @@ def test_a_dtype_is_made_by_its_name_alone_and_anew(name: str) -> None:
 )
 def test_a_dtype_is_made_of_nothing_else(spec: Any) -> None:
     with pytest.raises(SerializationError, match="numpy dtype"):
-        ALLOW.find("numpy", "dtype")(spec, False, True)
+        arrays.put_together("dtype", (spec,), owned=False)
 
 
 @pytest.mark.parametrize(
@@ -423,3 +465,15 @@ def test_a_dtype_keeps_its_layout(dtype: np.dtype[Any]) -> None:
 def test_records_that_hold_objects_are_refused_with_what_to_send() -> None:
     with pytest.raises(SerializationError, match="send a dict of arrays"):
         pack(np.zeros(2, dtype=[("a", "O"), ("b", "f8")])).open(ALLOW)
+
+
+def test_the_page_on_trust_names_each_entry_of_the_list() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "trust.md").read_text()
+    missing = {name for _, name in _LISTED if f"`{name}`" not in page}
+    assert missing == set()
+
+
+def test_each_entry_of_the_list_is_found_or_is_of_another_version_of_python() -> None:
+    for module, name in _LISTED:
+        if module != "pathlib._local":
+            assert AllowList().find(module, name) is getattr(sys.modules[module], name)

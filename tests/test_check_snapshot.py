@@ -365,7 +365,7 @@ def test_a_state_dict_without_the_optimiser_is_found_by_its_first_wrong_result()
     text = str(caught.value)
     assert "Forgetful after call 2 of 4 (evaluate) is not complete" in text
     assert "call 3 of 4 (train_epoch) gives another result['model_weights']['0.weight']." in text
-    assert "Not restored: 'optimiser', 'scheduler'." in text  # which has the optimiser
+    assert "'optimiser', 'scheduler'." in text  # which has the optimiser
 
 
 def test_short_values_that_differ_are_told_with_their_place() -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import io
 import json
+import socket
+import ssl
 import subprocess
+import traceback
 import urllib.error
 import zipfile
 from collections.abc import Callable
@@ -20,6 +25,7 @@ from torchfedrpc.errors import ConfigError, GroupCallError, QuorumError, RemoteE
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import exception_state, rebuild_exception
 from torchfedrpc.wire.failure import Failure, RemoteTraceback
+from torchfedrpc.wire.serializer import ParameterSerializer
 
 ALLOW = AllowList([__name__])
 
@@ -217,6 +223,26 @@ def test_what_a_builtin_or_a_slot_keeps_aside_arrives_too(make: Callable[[], Any
     assert [getattr(received, name) for name in names] == [getattr(error, name) for name in names]
 
 
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (lambda: OSError(2, "No such file", "a"), {"errno": 5, "strerror": "other", "filename": b"/bytes"}),
+        (lambda: UnicodeDecodeError("utf-8", b"\xff\xfe", 0, 1, "bad"), {"end": 2, "reason": "worse", "start": 1}),
+        (lambda: SyntaxError("bad", ("file.py", 3, 7, "x =")), {"msg": "worse", "lineno": 9, "end_lineno": 10}),
+        (lambda: ImportError("cannot"), {"msg": "other", "name": "module"}),
+    ],
+    ids=lambda value: type(value()).__name__ if callable(value) else "",
+)
+def test_attributes_changed_after_construction_arrive(make: Callable[[], Any], changes: dict[str, Any]) -> None:
+    error = make()
+    for name, value in changes.items():
+        setattr(error, name, value)
+    received = arrives(error)
+    assert type(received) is type(error)
+    assert {name: getattr(received, name) for name in changes} == changes
+    assert str(received) == str(error)
+
+
 def test_a_private_slot_arrives() -> None:
     assert arrives(InSlots(4)).private() == 5
 
@@ -293,6 +319,57 @@ def test_what_would_break_the_callers_loop_arrives_as_a_remote_error(error: Base
     assert received.type_name.rpartition(".")[2] == type(error).__name__
     assert received.message == str(error)
     assert type(error).__name__ in received.remote_traceback
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(2),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        BaseExceptionGroup("several", [ValueError(), SystemExit(3)]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_the_body_of_a_worker_in_the_wrong_hands_cannot_end_the_driver(error: BaseException) -> None:
+    forged = Failure("ValueError", "x", "", ParameterSerializer.serialize(error))
+    assert type(forged.restore(ALLOW, "a note")) is RemoteError
+
+
+@pytest.mark.parametrize("notes", [5, "text", {"a": 1}, None])
+def test_notes_that_are_no_list_are_left_out(notes: Any) -> None:
+    error = ValueError("x")
+    error.__dict__["__notes__"] = notes
+    received = arrives(error)
+    assert type(received) is ValueError
+    traceback.format_exception(received)
+
+
+@pytest.mark.parametrize("name", ["__class__", "__traceback__", "__dict__", "__setattr__"])
+def test_a_forged_state_sets_no_special_attribute(name: str) -> None:
+    with pytest.raises(SerializationError, match="among its attributes"):
+        rebuild_exception(ValueError, (), {name: {}})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        socket.gaierror(-2, "Name"),
+        ssl.SSLError(1, "bad"),
+        http.client.IncompleteRead(b"x"),
+        io.UnsupportedOperation("w"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_exceptions_of_the_standard_library_arrive(error: Exception) -> None:
+    received = arrives(error)
+    assert type(received) is type(error)
+    assert received.args == error.args
+
+
+def test_an_exception_of_an_enum_of_the_standard_library_arrives() -> None:
+    received = arrives(KeyError(http.HTTPStatus.NOT_FOUND))
+    assert received.args[0] is http.HTTPStatus.NOT_FOUND
 
 
 def test_a_type_that_is_not_trusted_arrives_as_a_remote_error_that_says_how_to_trust_it() -> None:

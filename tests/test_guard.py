@@ -76,7 +76,7 @@ def test_a_call_of_each_of_our_entries_is_read_with_its_tensors(entry: Callable[
 
 @pytest.mark.parametrize(
     "value",
-    [None, 3, 2.5, "ü", b"bytes", [1, (2,)], {"a": {1, 2}}, torch.tensor(3), [torch.ones(2), torch.ones(0)]],
+    [None, 3, 2.5, "ü", b"bytes", [1, (2,)], torch.tensor(3), [torch.ones(2), torch.ones(0)]],
     ids=lambda value: type(value).__name__,
 )
 def test_an_answer_of_plain_values_and_tensors_is_read(value: Any) -> None:
@@ -140,7 +140,7 @@ def test_the_receiver_of_tensors_is_read() -> None:
 def test_any_other_function_is_refused_wherever_it_stands(function: Callable[..., Any], place: str) -> None:
     message = {
         "function": internal.PythonUDF(function, (), {}),
-        "argument": internal.PythonUDF(endpoint.serve, (0, [{"deep": function}]), {}),
+        "argument": internal.PythonUDF(endpoint.serve, (0, [("deep", [function])]), {}),
         "called": [Reduced(function, ())],
     }[place]
     data = internal.serialize(message)
@@ -213,7 +213,7 @@ def test_a_message_sets_no_attributes() -> None:
     class_state = named("torch.distributed.rpc.internal", "PythonUDF")[:-1] + b"N}\x8c\x04funcNs\x86b."
     entry_state = named("torchfedrpc.rpc.endpoint", "submit")[:-1] + b"}\x8c\x04nameNsb."
     for data in (class_state, entry_state):
-        with pytest.raises(pickle.UnpicklingError, match=r"refused a message: .* opcode b'b'"):
+        with pytest.raises(pickle.UnpicklingError, match=r"refused a message: .* opcode b'[bs]'"):
             read(data)
     assert internal.PythonUDF._fields == ("func", "args", "kwargs")
     assert not hasattr(endpoint.serve, "name")

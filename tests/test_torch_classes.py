@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.state_proof import first_difference
-from torchfedrpc.wire.torch_classes import reduce_optimizer, scheduled_step
+from torchfedrpc.wire.torch_classes import ScheduledStep, reduce_optimizer, scheduled_step
 
 
 class Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, ScheduledStep):
+            return scheduled_step, (obj.optimizer,)
         return reduce_optimizer(obj) if isinstance(obj, Optimizer) else NotImplemented
 
 

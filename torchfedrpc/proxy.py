@@ -400,8 +400,8 @@ def _kwargs_by_id(ids: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> Mappi
         raise ConfigError(f"clients must be several ids, not the string {ids!r}: write [{ids!r}]")
     if isinstance(ids, set | frozenset):
         raise ConfigError(
-            f"clients must have an order, and that of a {type(ids).__name__} is another one in each process: give a list, "
-            f"such as sorted(ids)"
+            f"clients must have an order, and that of a {type(ids).__name__} is another one in each process: give a "
+            f"list, such as sorted(ids)"
         )
     kwargs_by_id: dict[str, Mapping[str, Any]] = {}
     for client_id in ids:

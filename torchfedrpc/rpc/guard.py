@@ -9,7 +9,7 @@ from typing import Any
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.wire.scan import checked
+from torchfedrpc.wire.scan import check_opcodes
 
 _INTERNAL = "torch.distributed.rpc.internal"
 _ENTRIES = {"torchfedrpc.rpc.endpoint": ("serve", "acknowledge")}
@@ -29,7 +29,8 @@ class GuardedUnpickler(pickle.Unpickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         try:
-            data = checked(file.read(), may_build=False)
+            data = file.read()
+            check_opcodes(data)
         except SerializationError as error:
             raise pickle.UnpicklingError(f"refused a message: {error}") from error
         super().__init__(io.BytesIO(data))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import functools
+import types
 from typing import Any
 
 from torchfedrpc.errors import SerializationError
 
-# What builtin exceptions keep outside ``args`` and ``__dict__`` and a caller may look at.
-_C_ATTRIBUTES = ("filename", "filename2", "name", "path")
+# Read-only, made of ``args``; and the object whose attribute was missing, which is the learner more often than not.
+_NOT_STATE = frozenset(("message", "exceptions", "obj"))
+_SPECIAL_STATE = frozenset(("__notes__",))  # a pickle may set it; no other name of this form
 
 
 def exception_args(error: BaseException) -> tuple[Any, ...]:
@@ -28,9 +31,9 @@ def exception_state(error: BaseException) -> dict[str, Any]:
             name = f"_{cls.__name__.lstrip('_')}{name}" if private else name
             if name not in ("__dict__", "__weakref__") and hasattr(error, name):
                 state[name] = getattr(error, name)
-    base = _builtin_base(type(error))
-    for name in _C_ATTRIBUTES:
-        if hasattr(base, name) and isinstance(value := getattr(error, name), str):
+    base: Any = _builtin_base(type(error))
+    for name in _kept_in_c(base):
+        if (value := getattr(error, name, None)) is not None:
             state[name] = value
     return state | error.__dict__
 
@@ -42,13 +45,32 @@ def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) ->
         SerializationError: ``cls`` is no exception type.
     """
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
-        raise SerializationError(f"{cls!r} is not a type of exception")
+        raise SerializationError(f"a {type(cls).__qualname__} is not a type of exception")
     base = _builtin_base(cls)
     error: BaseException = base.__new__(cls, *args)
     base.__init__(error, *args)  # some builtins keep nothing of what __new__ is given
     for name, value in state.items():
+        if type(name) is not str or (name.startswith("__") and name not in _SPECIAL_STATE):
+            shown = name if type(name) is str else f"a {type(name).__qualname__}"  # a sender's repr can be endless
+            raise SerializationError(f"an exception came with {shown} among its attributes")
+        if name == "__notes__" and not isinstance(value, list):
+            continue  # anything that formats the exception would fail
         BaseException.__setattr__(error, name, value)  # a frozen dataclass has one of its own that refuses
     return error
+
+
+@functools.cache
+def _kept_in_c(base: type[BaseException]) -> tuple[str, ...]:
+    """Return the attributes that a builtin exception keeps outside ``args`` and ``__dict__``."""
+    return tuple(
+        name
+        for cls in base.__mro__
+        for name, entry in vars(cls).items()
+        if isinstance(entry, types.MemberDescriptorType | types.GetSetDescriptorType)
+        and not name.startswith("_")
+        and name not in _NOT_STATE
+        and name != "args"
+    )
 
 
 def _builtin_base(cls: type[BaseException]) -> type[BaseException]:

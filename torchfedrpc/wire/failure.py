@@ -53,7 +53,7 @@ class Failure:
             skip_modules: leave out the outermost frames that are in modules of this prefix.
         """
         body, text = None, _traceback(error, skip_modules)
-        if not isinstance(error, _LOOP_BREAKERS):
+        if not _breaks_loop(error):
             try:
                 body = ParameterSerializer.serialize(error)
             except SerializationError as reason:
@@ -74,16 +74,24 @@ class Failure:
         if self.body is not None:
             try:
                 rebuilt = ParameterSerializer.deserialize(self.body, trusted_modules=allow.trusted)
-                if isinstance(rebuilt, BaseException):
+                if isinstance(rebuilt, BaseException) and not _breaks_loop(rebuilt):  # whatever a worker sent
                     error = rebuilt
             except SerializationError as reason:
                 error.add_note(f"(its own type did not arrive: {reason})")
-        notes = [*getattr(error, "__notes__", []), note]
+        own = getattr(error, "__notes__", [])
+        notes = [*(own if isinstance(own, list) else [repr(own)]), note]
         set_attribute = BaseException.__setattr__  # a frozen dataclass has one of its own that refuses
         set_attribute(error, "__notes__", notes)
         if self.traceback:
             set_attribute(error, "__cause__", RemoteTraceback(self.traceback))
         return error
+
+
+def _breaks_loop(error: BaseException) -> bool:
+    """Whether it would break the caller's event loop, itself or as a member of a group."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(_breaks_loop, error.exceptions))
+    return isinstance(error, _LOOP_BREAKERS)
 
 
 def _text(error: BaseException) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import array
+import enum
 import io
 import pickle
+import types
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -14,15 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from torchfedrpc.errors import SerializationError
+from torchfedrpc.errors import SerializationError, UntrustedTypeError
+from torchfedrpc.wire import arrays, rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.file import TensorFiles
+from torchfedrpc.wire.functions import function_named, name_of_function
 from torchfedrpc.wire.memory import NO_ROOM, KeptMemory
 from torchfedrpc.wire.owned import owned_storages
-from torchfedrpc.wire.scan import HARMLESS_ARRAYS, check_depth, checked
-from torchfedrpc.wire.state import set_state
+from torchfedrpc.wire.scan import BUILD, HARMLESS_ARRAYS, REDUCE, check_depth, with_requests
 from torchfedrpc.wire.tensors import (
     PlainTensors,
     View,
@@ -34,12 +39,12 @@ from torchfedrpc.wire.tensors import (
     restore_special,
     take_apart,
 )
+from torchfedrpc.wire.torch_classes import ScheduledStep, reduce_optimizer, scheduled_step
 
 _NONE = pickle.dumps(None, protocol=5)  # what most methods return
 _NOTHING = pickle.dumps(((), {}), protocol=5)  # a call's arguments, where it has none
 _PLAIN: dict[bytes, Callable[[], Any]] = {_NONE: lambda: None, _NOTHING: lambda: ((), {})}
 _MAPPED_BYTES = 2 << 20  # smaller ones are copied or sent: to map them would cost as much
-_GRADIENT = ".grad"  # its place among a tensor's attributes, in the pickle
 _INLINE_BYTES = 4096  # smaller numpy arrays stay in the pickle: a tensor of their own costs more than the copy
 
 
@@ -71,6 +76,7 @@ class Parcel:
         ready: makes the calling thread's CUDA streams wait for the slots' values; None where they are there.
         apart: what the pickle names that is opened apart.
         files: where the slots lie, if in files that other processes of this machine may map.
+        copies_buffers: whether numpy arrays get memory of their own, which can be resized, as they are opened.
     """
 
     head: bytes
@@ -80,6 +86,7 @@ class Parcel:
     ready: Callable[[], None] | None = None
     apart: tuple[SentApart, ...] = ()
     files: TensorFiles | None = None
+    copies_buffers: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -114,12 +121,12 @@ class Parcel:
             self.ready()
         try:
             with torch.inference_mode(False) if self.slots else nullcontext():
-                builder = _Builder(self.views, self.slots, self.apart, allow)
+                builder = _Builder(self, allow)
                 obj = _Unpickler(self.head, self._buffers(), builder, allow).load()
         except (SerializationError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise SerializationError(f"{type(error).__name__}: {error}") from error
+            raise SerializationError(f"{type(error).__name__}: {_text_of(error)}") from error
         self.slots.clear()
         return obj
 
@@ -179,8 +186,8 @@ def pack(
 ) -> Parcel:
     """Take the value of an object, as it is now.
 
-    Tensors keep dtype, shape, strides (where they leave no gaps), requires_grad and Parameter-ness; those that
-    share a storage stay tied. Autograd history does not travel.
+    Tensors keep dtype, shape, strides, requires_grad, Parameter-ness and ``grad``; those that share a storage stay
+    tied. Autograd history does not travel.
 
     Args:
         obj: anything that pickles; tensors anywhere in it.
@@ -298,11 +305,47 @@ class _Pickler(pickle.Pickler):
                 return restore, self._tensor(obj)
         if isinstance(obj, SentApart):
             return restore, ("apart", self._table.add_apart(obj.value))
-        if type(obj) is np.ndarray and obj.nbytes >= _INLINE_BYTES and not (obj.flags.forc or obj.dtype.hasobject):
-            return np.ascontiguousarray(obj).__reduce_ex__(5)  # with gaps it would stay in the pickle
+        if _is_of_numpy(obj):
+            return self._numpy(obj)
         if isinstance(obj, BaseException):
             return restore, ("exception", type(obj), exception_args(obj), exception_state(obj))
+        if isinstance(obj, enum.Enum):
+            return restore, (
+                "member",
+                type(obj),
+                obj.name if type(obj)._member_map_.get(obj.name) is obj else obj.value,
+            )
+        return self._odd(obj)
+
+    def _odd(self, obj: Any) -> Any:
+        """Take apart what pickling would write as a call of a function."""
+        if isinstance(obj, torch.Generator):
+            with PlainTensors():
+                return restore, ("torch_generator", obj.device, obj.get_state())
+        if isinstance(obj, torch.layout):
+            return restore, ("layout", str(obj).removeprefix("torch."))
+        if isinstance(obj, torch.optim.Optimizer):
+            return reduce_optimizer(obj)
+        if isinstance(obj, ScheduledStep):
+            return restore, ("scheduled_step", obj.optimizer)
+        if type(obj) is Fraction:
+            return Fraction, (obj.numerator, obj.denominator)
+        if type(obj) is array.array:
+            return restore, ("array.array", obj.typecode, obj.tobytes())
+        if isinstance(obj, types.FunctionType | types.BuiltinFunctionType) and (name := name_of_function(obj)):
+            return restore, ("function", name)
         return NotImplemented
+
+    def _numpy(self, obj: Any) -> Any:
+        if isinstance(obj, np.ndarray) and type(obj).__reduce__ is not np.ndarray.__reduce__:
+            return NotImplemented  # the class has a way of its own
+        if (taken := arrays.take_apart(obj)) is None:
+            return NotImplemented
+        kind, *parts = taken
+        if kind == "array":
+            parts[-1] = pickle.PickleBuffer(parts[-1])
+        state = (arrays.items_of(obj),) if kind == "objects" else ()  # apart: the array may be among its own items
+        return restore, (kind, *parts), *state
 
     def _tensor(self, tensor: Tensor) -> tuple[Any, ...]:
         check_can_travel(tensor)
@@ -311,18 +354,25 @@ class _Pickler(pickle.Pickler):
             plain = plain.as_subclass(Tensor)
         kind = None if type(tensor) is Tensor else "parameter" if type(tensor) is Parameter else type(tensor)
         state = tensor.__dict__ or None
-        if tensor.is_leaf and tensor.grad is not None:
-            state = {**tensor.__dict__, _GRADIENT: tensor.grad}
+        grad = tensor.grad if tensor.is_leaf else None
         if parts := take_apart(plain):
-            return "special", tensor.requires_grad, kind, state, *parts
-        if plain.is_conj() or plain.is_neg():
-            plain = plain.resolve_conj().resolve_neg()
+            return "special", tensor.requires_grad, kind, state, grad, *parts
+        lazily = ""
+        if plain.is_conj():
+            plain, lazily = plain.conj(), "conj"
+        if plain.is_neg():
+            plain, lazily = torch._neg_view(plain), f"{lazily}neg"
         if plain._is_zerotensor():  # has no memory
             plain = plain.clone()
         number = self._table.add_tensor(plain)
-        if kind is None and state is None and not tensor.requires_grad:
+        if kind is None and state is None and grad is None and not tensor.requires_grad and not lazily:
             return "plain", number
-        return "dense", tensor.requires_grad, kind, state, number
+        return "dense", tensor.requires_grad, kind, state, grad, number, lazily
+
+
+def _is_of_numpy(obj: Any) -> bool:
+    """Whether it is an array, a dtype, a scalar or a generator of numpy's; without importing numpy.random."""
+    return isinstance(obj, np.ndarray | np.generic | np.dtype) or type(obj).__module__.startswith("numpy.random")
 
 
 def _are_large(slots: list[Tensor]) -> bool:
@@ -362,24 +412,63 @@ class _Builder:
     tensors alive until the next collection.
     """
 
-    def __init__(
-        self, views: list[View], slots: list[Tensor], apart: tuple[SentApart, ...], allow: AllowList
-    ) -> None:
-        self._apart = apart
+    def __init__(self, parcel: Parcel, allow: AllowList) -> None:
+        self._apart = parcel.apart
         self._opened: dict[int, Any] = {}  # of those apart, by number: what is twice in the object is the same there
         self._allow = allow
-        with torch.no_grad() if views else nullcontext():
-            self._tensors = lay_out(views, slots)
+        self._owns_buffers = not parcel.copies_buffers
+        self._num_head_bytes = len(parcel.head)
+        # Arrays of objects whose items are to come, by id, and whether they may be written afterwards.
+        self._unfilled: dict[int, tuple[Any, bool]] = {}
+        with torch.no_grad() if parcel.views else nullcontext():
+            self._tensors = lay_out(parcel.views, parcel.slots)
 
     def restore(self, kind: str, *parts: Any) -> Any:
+        """Return the object that the pickler took apart into these parts.
+
+        Raises:
+            SerializationError: If they make no object of that kind.
+        """
+        if type(kind) is not str:
+            raise SerializationError("a parcel has a part without a kind")
         if kind == "plain":
             return self._tensors[parts[0]]
+        if kind == "dense" or kind == "special":
+            return self._restore_tensor(kind, *parts)
+        if arrays.is_kind(kind):
+            made = arrays.put_together(kind, parts, owned=self._owns_buffers, max_items=self._num_head_bytes)
+            if kind == "objects":
+                self._unfilled[id(made)] = made, parts[2] == 1
+            return made
         if kind == "apart":
             return self._open_apart(parts[0])
-        if kind == "exception":
-            return rebuild_exception(*parts)
-        requires_grad, cls, state, *rest = parts
-        plain = restore_special(*rest) if kind == "special" else self._tensors[rest[0]]
+        if (restorer := _RESTORERS.get(kind)) is None:
+            raise SerializationError("a parcel has a part of a kind that there is not")
+        return restorer(*parts)
+
+    def fill(self, array: Any, items: Any) -> Any:
+        """Put the items into an array of objects that `restore` has made; return it.
+
+        Raises:
+            UntrustedTypeError: If it is another array.
+            SerializationError: If they are not as many as its elements.
+        """
+        known, is_writeable = self._unfilled.pop(id(array), (None, False))
+        if known is not array:
+            raise UntrustedTypeError("a pickle changes an array that is in use")
+        arrays.fill(array, items, is_writeable=is_writeable)
+        return array
+
+    def _restore_tensor(self, form: str, requires_grad: Any, cls: Any, state: Any, grad: Any, *rest: Any) -> Tensor:
+        if form == "special":
+            plain = restore_special(*rest)
+        else:
+            number, lazily = rest
+            plain = self._tensors[number]
+            if lazily != "":
+                if type(lazily) is not str or lazily not in _LAZILY:
+                    raise SerializationError("a tensor came as a view of a kind that there is not")
+                plain = _LAZILY[lazily](plain)
         if cls == "parameter":
             tensor: Tensor = Parameter(plain, requires_grad=requires_grad)
         elif cls is None:
@@ -387,10 +476,11 @@ class _Builder:
         elif isinstance(cls, type) and issubclass(cls, Tensor):
             tensor = plain.as_subclass(cls).requires_grad_(requires_grad)
         else:
-            raise SerializationError(f"{cls!r} is not a kind of tensor")
+            raise SerializationError(f"a {type(cls).__qualname__} is not a kind of tensor")
         if state:
-            tensor.grad = state.pop(_GRADIENT, None)
             tensor.__dict__.update(state)
+        if grad is not None:
+            tensor.grad = grad
         return tensor
 
     def _open_apart(self, number: int) -> Any:
@@ -399,25 +489,79 @@ class _Builder:
         return self._opened[number]
 
 
+def _text_of(error: Exception) -> str:
+    """Return the text of an error in which nothing is shown that a sender has made: that can be endless."""
+    return str(error) if all(type(part) in (str, int) for part in error.args) else ""
+
+
+def _restore_member(cls: Any, name: Any) -> enum.Enum:
+    if not (isinstance(cls, type) and issubclass(cls, enum.Enum)):
+        raise SerializationError(f"a {type(cls).__qualname__} is not an enum")
+    if type(name) is int and issubclass(cls, enum.Flag):
+        combined: enum.Flag = cls(name)
+        return combined
+    member = cls._member_map_.get(name) if type(name) is str else None
+    if member is None:
+        raise SerializationError(f"a pickle names a member that the enum {cls.__qualname__} does not have")
+    return member
+
+
+def _restore_torch_generator(device: Any, state: Any) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.set_state(state)
+    return generator
+
+
+def _restore_layout(name: Any) -> torch.layout:
+    layout = getattr(torch, name, None)
+    if not isinstance(layout, torch.layout):
+        raise SerializationError("a pickle names a layout of tensors that torch does not have")
+    return layout
+
+
+def _restore_array(typecode: Any, content: Any) -> array.array[Any]:
+    if type(content) is not bytes or typecode not in tuple("bBhHiIlLqQfd"):  # text has 'u', which may be no text
+        raise SerializationError("a pickle makes an array.array of what is none")
+    return array.array(typecode, content)
+
+
+_LAZILY: dict[str, Callable[[Tensor], Tensor]] = {
+    "conj": torch.conj,
+    "neg": torch._neg_view,
+    "conjneg": lambda plain: torch.conj(torch._neg_view(plain)),
+}
+_RESTORERS: dict[str, Callable[..., Any]] = {
+    "exception": rebuild_exception,
+    "member": _restore_member,
+    "torch_generator": _restore_torch_generator,
+    "layout": _restore_layout,
+    "array.array": _restore_array,
+    "function": function_named,
+    "scheduled_step": scheduled_step,
+}
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, head: bytes, buffers: list[memoryview], builder: _Builder, allow: AllowList) -> None:
-        super().__init__(io.BytesIO(checked(head)), buffers=buffers)
-        self._restore: Callable[..., Any] = builder.restore
+        super().__init__(io.BytesIO(with_requests(head)), buffers=buffers)
+        self._builder = builder
         self._allow = allow
         self._head = head
         self._num_arrays = 0
 
-    def persistent_load(self, pair: Any) -> Any:
-        """Set a state; `checked` has made this of the opcode that does so."""
-        obj, state = pair
-        if isinstance(obj, np.ndarray):
+    def persistent_load(self, request: Any) -> Any:
+        """Carry out what `with_requests` has made of an opcode that calls, makes or changes an object."""
+        target, argument, op = request
+        if op == REDUCE and target is restore:
+            return self._builder.restore(*argument)
+        if op == BUILD and isinstance(target, np.ndarray):
             self._num_arrays += 1
             if self._num_arrays == HARMLESS_ARRAYS:
                 check_depth(self._head)
-        set_state(obj, state)
-        return obj
+            return self._builder.fill(target, argument)
+        return rebuild.answer(self._allow, target, argument, op)
 
     def find_class(self, module: str, name: str) -> Any:
         if module == __name__ and name == restore.__name__:
-            return self._restore
+            return restore
         return self._allow.find(module, name)

@@ -1,4 +1,8 @@
-"""What a pickle is made of, read before it is loaded: the loader obeys opcodes that nobody here ever writes."""
+"""The opcodes of a pickle, checked and rewritten before it is loaded.
+
+CPython's unpickler makes numbers, texts, tuples and empty containers by itself. Every opcode that calls, makes or
+changes an object is replaced by a request to ``persistent_load``, where `rebuild` holds the rules.
+"""
 
 from __future__ import annotations
 
@@ -25,81 +29,167 @@ _APPEND, _APPENDS, _SETITEM, _SETITEMS, _ADDITEMS = b"aesu\x90"
 _MEMOIZE, _BINGET, _LONG_BINGET = b"\x94hj"
 _STACK_GLOBAL, _REDUCE, _NEWOBJ, _NEWOBJ_EX, _BUILD = b"\x93R\x81\x92b"
 
-_ONE_BYTE = b"(01N\x88\x89\x97\x98)]}\x8ft\x85\x86\x87\x91aesu\x90\x94\x93R\x81\x92"  # all but STOP and BUILD
+_ONE_BYTE = b"(01N\x88\x89\x97\x98)]}\x8ft\x85\x86\x87\x91aesu\x90\x94\x93R\x81\x92b"  # all but STOP
+_HARMLESS = b"(01N\x88\x89\x97\x98)]}\x8ft\x85\x86\x87\x94\x93"  # those of them that are not replaced
 _MAKERS = b"(]})\x8f\x85\x86\x87R\x81\x92"  # each object with content needs one of these of its own
 _FIXED = {_BININT1: 1, _BININT2: 2, _BININT: 4, _BINFLOAT: 8, _BINGET: 1, _LONG_BINGET: 4}
 _COUNTED_BY_1 = (_SHORT_BINUNICODE, _SHORT_BINBYTES, _LONG1)
 _COUNTED_BY_MORE = {_BINUNICODE: 4, _BINBYTES: 4, _LONG4: 4, _BINUNICODE8: 8, _BINBYTES8: 8, _BYTEARRAY8: 8}
 
-_BUILD_BY_ID = b"\x86Q"  # TUPLE2, BINPERSID: what stands for BUILD, so that the loader asks before it sets a state
+# What opcodes with a rule become: their operands as one tuple (target, argument, opcode), and BINPERSID.
+REDUCE, NEWOBJ, NEWOBJ_EX, BUILD = _REDUCE, _NEWOBJ, _NEWOBJ_EX, _BUILD
+APPEND, APPENDS, SETITEM, SETITEMS, ADDITEMS, FROZENSET = (
+    _APPEND,
+    _APPENDS,
+    _SETITEM,
+    _SETITEMS,
+    _ADDITEMS,
+    _FROZENSET,
+)
 
 
-def checked(head: bytes, *, may_build: bool = True) -> bytes:
-    """A pickle that may be loaded by an unpickler whose ``find_class`` refuses what it does not know.
+def _request(before: bytes, op: int) -> bytes:
+    return before + bytes((_BININT1, op, _TUPLE3)) + b"Q"
+
+
+_REQUESTS = {
+    **{bytes((op,)): _request(b"", op) for op in (_REDUCE, _NEWOBJ, _BUILD, _APPEND)},
+    **{bytes((op,)): _request(b"t", op) for op in (_APPENDS, _SETITEMS, _ADDITEMS)},  # all items, as a tuple
+    **{bytes((op,)): _request(b"\x86", op) for op in (_SETITEM, _NEWOBJ_EX)},  # two operands, as a tuple
+    bytes((_FROZENSET,)): _request(b"tN", _FROZENSET),
+}
+
+
+def _request_for(found: re.Match[bytes]) -> bytes:
+    return found[1] + _REQUESTS[found[2]] if found[2] else found[1]
+
+
+def check_opcodes(head: bytes) -> None:
+    """Check a pickle that an unpickler with a strict ``find_class`` is about to load without requests.
 
     Args:
-        head: a pickle from anybody.
-        may_build: whether objects may be given a state. Then each opcode that does so comes back as a persistent
-            id, the pair of object and state: ``persistent_load`` has to give the object the state and return it.
+        head: a pickle from any sender.
 
     Raises:
-        SerializationError: it uses opcodes that CPython's pickler of protocol 4 and 5 does not, claims more bytes
-            than it has, or nests so many objects deeper than `MAX_DEPTH` that it matters. That is not looked
-            for in arrays of objects: see `check_depth`.
+        SerializationError: If it uses opcodes that CPython's pickler of protocol 4 and 5 does not, sets the state of
+            an object, fills a dict or a set (hashing can take for ever), claims more bytes than it has, or nests too
+            many objects too deeply.
     """
-    pieces: list[bytes] = []
-    runs: list[tuple[int, int]] = []
-    position = kept = 0
-    builds = False
-    common = _common_opcodes()
+    _parts(head, _opcodes_of_sequences())
+
+
+def with_requests(head: bytes) -> bytes:
+    """Return a pickle in which each opcode that calls, makes or changes an object is a request.
+
+    The unpickler passes ``(target, argument, opcode)`` to ``persistent_load`` and goes on with what that returns.
+    For `REDUCE` these are the function and its arguments; for `NEWOBJ` the class and arguments (`NEWOBJ_EX`: the
+    pair of arguments and keywords); for `BUILD` the object and its state; for `APPEND` the list and an item; for
+    `SETITEM` the dict and the pair of key and value; for `APPENDS`, `ADDITEMS` and `SETITEMS` the container and all
+    items (keys and values in turn); for `FROZENSET` the items and None.
+
+    Args:
+        head: a pickle from any sender.
+
+    Raises:
+        SerializationError: If it uses opcodes that CPython's pickler of protocol 4 and 5 does not, claims more bytes
+            than it has, or nests so many objects deeper than `MAX_DEPTH` that it matters. Arrays of objects are not
+            looked into: see `check_depth`.
+    """
+    parts = _parts(head, _common_opcodes())
+    if all(_kept_opcodes().fullmatch(head, start, end) for start, end, is_run in parts if is_run):
+        return head
+    rewrite = _up_to_a_request().sub
+    pieces = [rewrite(_request_for, head[start:end]) if is_run else head[start:end] for start, end, is_run in parts]
+    body = b"".join(pieces)
+    return bytes((_FRAME,)) + len(body).to_bytes(8, "little") + body  # without one, each opcode is read by itself
+
+
+def _parts(head: bytes, common: re.Pattern[bytes]) -> list[tuple[int, int, bool]]:
+    """Check the opcodes of a pickle; return its parts: start, end, and whether it is a run of common opcodes.
+
+    The other parts are opcodes with long arguments. Frames are left out: a frame says how much to read ahead, which
+    is another amount where opcodes are replaced.
+    """
+    parts: list[tuple[int, int, bool]] = []
+    position, size = 0, len(head)
+    match = common.match
     while True:
-        end = common.match(head, position).end()  # type: ignore[union-attr]  # it matches nothing, too
-        runs.append((position, end))
+        end = match(head, position).end()  # type: ignore[union-attr]  # it matches nothing, too
+        parts.append((position, end, True))
         position = end
-        op = head[position] if position < len(head) else None
+        op = head[position] if position < size else None
         if op == _STOP:
+            parts.append((position, size, False))
             break
-        if op == _BUILD and may_build:
-            pieces += (head[kept:position], _BUILD_BY_ID)
-            position = kept = position + 1
-            builds = True
-        elif op == _FRAME:  # says how much to read ahead, which is another amount where pieces are replaced
-            pieces.append(head[kept:position])
-            position = kept = position + 9
-            if _after_counted(head, position - 9, 8) > len(head):
+        if op == _FRAME:
+            position += 9
+            if _after_counted(head, position - 9, 8) > size:
                 raise _claim()
         elif op in _COUNTED_BY_MORE:
             position = _after_counted(head, position, _COUNTED_BY_MORE[op])
+            parts.append((end, position, False))
         else:
             raise _refusal(head, position)
-        if position > len(head):
+        if position > size:
             raise _claim()
-    if len(head) > _HARMLESS_MADE and _makes_more(head, runs, _HARMLESS_MADE):
+    if size > _HARMLESS_MADE and _makes_more(head, parts, _HARMLESS_MADE):
         check_depth(head)
-    if not builds:
-        return head
-    body = b"".join((*pieces, head[kept:]))
-    return bytes((_FRAME,)) + len(body).to_bytes(8, "little") + body  # without one, each opcode is read by itself
+    return parts
 
 
 def _common_opcode(*first: bytes, one_byte: bytes) -> bytes:
     """A pattern of one opcode with less than 256 bytes of argument, or of one of ``first``."""
 
-    def counted(op: int) -> bytes:
-        by_length = b"|".join(re.escape(bytes((length,))) + b".{%d}" % length for length in range(256))
-        return re.escape(bytes((op,))) + b"(?:" + by_length + b")"
-
     fixed = [re.escape(bytes((op,))) + b".{%d}" % num_bytes for op, num_bytes in _FIXED.items()]
     one = b"[" + re.escape(one_byte) + b"]++"
-    return b"(?s:" + b"|".join((*first, one, *fixed, *map(counted, _COUNTED_BY_1))) + b")"
+    return b"(?s:" + b"|".join((*first, one, *fixed, *map(_counted, _COUNTED_BY_1))) + b")"
+
+
+def _counted(op: int, then: bytes = b"") -> bytes:
+    """A pattern of an opcode whose argument is counted by one byte."""
+    by_length = b"|".join(re.escape(bytes((length,))) + b".{%d}" % length for length in range(256))
+    return re.escape(bytes((op,))) + b"(?:" + by_length + b")" + then
+
+
+_PROTOCOL = rb"\x80[\x00-\x05]"
 
 
 @functools.cache
 def _common_opcodes() -> re.Pattern[bytes]:
     """A run of opcodes; a loop in Python would take three times as long."""
-    protocol = rb"\x80[\x00-\x05]"
-    tensor = rb"\x94h.h.(?:K.|M..)\x86\x94R\x94"  # an entry of a state dict, after its key
-    return re.compile(_common_opcode(tensor, protocol, one_byte=_ONE_BYTE) + b"*+")
+    return re.compile(_common_opcode(_PROTOCOL, one_byte=_ONE_BYTE) + b"*+")
+
+
+@functools.cache
+def _kept() -> bytes:
+    """A pattern of a run of opcodes that stay as they are.
+
+    A new list of atoms is among them, and a new dict of atoms by texts: their opcodes change nothing but that list or
+    dict, and hashing such keys takes no time.
+    """
+    atom = _common_opcode(rb"K.K.\x86", one_byte=b"N\x88\x89)") + rb"\x94?"
+    entry = _counted(_SHORT_BINUNICODE, b"\x94") + atom
+    flat_list = rb"\]\x94?(?:(?:\((?:" + atom + rb")++e)++|" + atom + rb"a)"
+    flat_dict = rb"\}\x94?(?:(?:\((?:" + entry + rb")++u)++|" + entry + rb"s)"
+    one_byte = _HARMLESS.translate(None, b"]}")
+    return _common_opcode(_PROTOCOL, flat_list, flat_dict, rb"[\]}]", one_byte=one_byte) + b"*+"
+
+
+@functools.cache
+def _kept_opcodes() -> re.Pattern[bytes]:
+    return re.compile(_kept())
+
+
+@functools.cache
+def _up_to_a_request() -> re.Pattern[bytes]:
+    """A run of opcodes that stay as they are, and the one after it, which is replaced."""
+    return re.compile(b"(" + _kept() + b")([" + re.escape(b"".join(_REQUESTS)) + b"]|\\Z)", re.DOTALL)
+
+
+@functools.cache
+def _opcodes_of_sequences() -> re.Pattern[bytes]:
+    one_byte = _ONE_BYTE.translate(None, bytes((_BUILD, _SETITEM, _SETITEMS, _ADDITEMS, _FROZENSET)))
+    return re.compile(_common_opcode(_PROTOCOL, one_byte=one_byte) + b"*+")
 
 
 @functools.cache
@@ -112,13 +202,13 @@ def _opcodes_that_make_nothing() -> re.Pattern[bytes]:
     return re.compile(_common_opcode(flat, protocol, one_byte=one_byte) + b"++")
 
 
-def _makes_more(head: bytes, runs: list[tuple[int, int]], limit: int) -> bool:
+def _makes_more(head: bytes, parts: list[tuple[int, int, bool]], limit: int) -> bool:
     """Whether more objects with content are made than that, tuples of numbers not counted."""
-    at_most = sum(end - start - len(head[start:end].translate(None, _MAKERS)) for start, end in runs)
-    if at_most <= limit:
+    runs = [head[start:end] for start, end, is_run in parts if is_run]
+    if sum(len(run) - len(run.translate(None, _MAKERS)) for run in runs) <= limit:
         return False
     nothing = _opcodes_that_make_nothing()
-    return sum(len(nothing.sub(b"", head[start:end])) for start, end in runs) > limit
+    return sum(len(nothing.sub(b"", run)) for run in runs) > limit
 
 
 def _after_counted(head: bytes, position: int, width: int) -> int:

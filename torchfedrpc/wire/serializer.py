@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import struct
 import zlib
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
+from torchfedrpc.wire import rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Parcel, pack
-from torchfedrpc.wire.scan import checked
-from torchfedrpc.wire.tensors import check_extent
+from torchfedrpc.wire.scan import with_requests
+from torchfedrpc.wire.tensors import check_extent, dtype_named
 
 # Layout: magic, a checksum of table and head, the lengths of both, both, then each slot's memory at a multiple of 64.
 _MAGIC = b"TFR\x01"
@@ -31,8 +33,8 @@ class ParameterSerializer:
     def serialize(obj: Any) -> bytes:
         """The object as bytes.
 
-        Kept are dtype (bf16, fp8, bool, complex, quantised, sparse included), shape, strides where they leave no
-        gaps, requires_grad and Parameter-ness; tensors on a common storage stay tied.
+        Kept are dtype (bf16, fp8, bool, complex, quantised, sparse included), shape, strides, requires_grad,
+        Parameter-ness and ``grad``; tensors on a common storage stay tied.
 
         Raises:
             SerializationError: it cannot be pickled, or holds a tensor without values (nested, mkldnn, meta).
@@ -98,23 +100,27 @@ def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
         raise SerializationError("these bytes are cut short")
     if _checksum(data[_PREFIX.size : position], data[position : position + head_bytes]) != checksum:
         raise SerializationError("these bytes are damaged")
-    table = checked(bytes(data[_PREFIX.size : position]), may_build=False)
+    table = with_requests(bytes(data[_PREFIX.size : position]))
     views, num_buffers, layouts = _PlainUnpickler(io.BytesIO(table)).load()
     head = bytes(data[position : position + head_bytes])
     position += head_bytes
     slots = []
-    for index, (dtype, shape, stride, num_bytes) in enumerate(layouts):
+    num_tensors = len(layouts) - num_buffers
+    for index, (dtype_name, shape, stride, num_bytes) in enumerate(layouts):
         position += -position % _ALIGNMENT_BYTES
-        if num_bytes > len(data) - position:
+        if not 0 <= num_bytes <= len(data) - position:
             raise SerializationError("these bytes are cut short")
-        memory = torch.empty(num_bytes, dtype=torch.uint8)
-        memory.numpy().data[:] = data[position : position + num_bytes]
+        content = data[position : position + num_bytes]
         position += num_bytes
-        check_extent(shape, stride, 0, getattr(torch, dtype), num_bytes)
-        slot = torch.empty(0, dtype=getattr(torch, dtype)).set_(memory.untyped_storage(), 0, shape, stride)
-        is_buffer = index >= len(layouts) - num_buffers
-        slots.append(slot if device is None or is_buffer else slot.to(device))
-    return Parcel(head, views, slots, num_buffers)
+        dtype = dtype_named(dtype_name)
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        memory.numpy().data[:] = content
+        if math.prod(shape) * dtype.itemsize != num_bytes:
+            raise SerializationError("a tensor's memory is not that of its elements")
+        check_extent(shape, stride, 0, dtype, num_bytes)
+        slot = torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape, stride)
+        slots.append(slot if device is None or index >= num_tensors else slot.to(device))
+    return Parcel(head, views, slots, num_buffers, copies_buffers=True)
 
 
 def _checksum(table: bytes | memoryview, head: bytes | memoryview) -> int:
@@ -128,8 +134,14 @@ def _storage_bytes(slot: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(slot.untyped_storage(), offset, (slot.nbytes,), (1,))
 
 
+_NO_TYPES = AllowList()  # of which `_PlainUnpickler` names none
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings and containers, and nothing that has a name."""
+
+    def persistent_load(self, request: Any) -> Any:
+        return rebuild.answer(_NO_TYPES, *request)
 
     def find_class(self, module: str, name: str) -> Any:
         raise SerializationError(f"the table of a serialized object names {module}.{name}")

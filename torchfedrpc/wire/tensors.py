@@ -26,7 +26,17 @@ _split: Any = torch.split_with_sizes_copy  # torch's type stubs have it return n
 
 # How a tensor lies in a slot: the slot's number alone where it is all of it; with its shape where it is one of the
 # small tensors that follow each other there, in the order of their views; else with dtype, shape, strides and offset.
-View = int | tuple[int, tuple[int, ...]] | tuple[int, str, tuple[int, ...], tuple[int, ...], int]
+# One whose strides leave gaps has its elements in the slot without them (one for each dimension of stride 0), and as
+# the last number that of the elements of the memory in which it lies.
+View = (
+    int
+    | tuple[int, tuple[int, ...]]
+    | tuple[int, str, tuple[int, ...], tuple[int, ...], int]
+    | tuple[int, str, tuple[int, ...], tuple[int, ...], int, int]
+)
+_SPREAD, _SPREAD_ELEMENTS = 4096, 1 << 14
+"""Gaps may take this many times the elements' memory, a few elements always so many: a few bytes from a sender must
+not claim gigabytes. A column of a table with up to 4096 columns fits."""
 
 
 class PlainTensors:
@@ -89,7 +99,7 @@ def restore_special(kind: str, *parts: Any) -> Tensor:
         return torch._make_per_tensor_quantized_tensor(*parts)
     if kind == "per_channel":
         return torch._make_per_channel_quantized_tensor(*parts)
-    raise SerializationError(f"unknown kind of tensor {kind!r}")
+    raise SerializationError("unknown kind of tensor")
 
 
 def take_apart(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -161,9 +171,10 @@ def gather_slots(
             if join and _is_small(tensor):
                 small.setdefault(tensor.dtype, []).append(index)
                 continue
-            views[index] = len(slots)
-            slots.append(_dense(tensor, copy=copy and storage not in owned))
-            continue
+            views[index], slot = _lone_slot(tensor, len(slots), copy=copy and storage not in owned)
+            if slot is not None:
+                slots.append(slot)
+                continue
         for start, stop, cluster in _clusters(tensors, members):
             span = _span(tensors[cluster[0]], start, stop)
             for index in cluster:
@@ -215,10 +226,33 @@ def lay_out(views: list[View], slots: list[Tensor]) -> list[Tensor]:
 def _view_slot(view: Any, slots: list[Tensor]) -> Tensor:
     if isinstance(view, int):
         return slots[view]
-    number, dtype_name, shape, stride, offset = view
+    number, dtype_name, shape, stride, offset, *spread = view
     dtype, slot = dtype_named(dtype_name), slots[number]
+    if spread:
+        return _spread_out(slot, dtype, shape, stride, offset, *spread)
     check_extent(shape, stride, offset, dtype, slot.untyped_storage().nbytes())
     return torch.empty(0, dtype=dtype, device=slot.device).set_(slot.untyped_storage(), offset, shape, stride)
+
+
+def _spread_out(
+    slot: Tensor, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, num_elements: int
+) -> Tensor:
+    """Return a tensor whose elements, which the slot has without gaps, lie in memory with them."""
+    compact = _without_repeats(shape, stride)
+    if not _may_spread(math.prod(compact), num_elements) or slot.dtype != dtype or tuple(slot.shape) != compact:
+        raise SerializationError("a tensor has gaps that do not fit its elements")
+    check_extent(shape, stride, offset, dtype, num_elements * dtype.itemsize)
+    memory = torch.zeros(num_elements, dtype=dtype, device=slot.device)
+    memory.as_strided(compact, stride, offset).copy_(slot)
+    return memory.as_strided(shape, stride, offset)
+
+
+def _without_repeats(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(1 if not step else size for size, step in zip(shape, stride, strict=True))
+
+
+def _may_spread(num_compact: int, num_elements: int) -> bool:
+    return 0 <= num_elements <= max(_SPREAD_ELEMENTS, _SPREAD * num_compact)
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -229,7 +263,7 @@ def dtype_named(name: str) -> torch.dtype:
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise SerializationError(f"unknown dtype {name!r}")
+        raise SerializationError(f"unknown dtype {name}")
     return dtype
 
 
@@ -247,14 +281,59 @@ def check_extent(
 
 
 def _dense(tensor: Tensor, *, copy: bool) -> Tensor:
-    needed = tensor.storage_offset() + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    if (needed + 1) * tensor.itemsize > tensor.untyped_storage().nbytes():
+    """Return a tensor without gaps as a slot.
+
+    Raises:
+        SerializationError: If its storage was freed.
+    """
+    if (_last_element(tensor) + 1) * tensor.itemsize > tensor.untyped_storage().nbytes():
         raise SerializationError("the storage of this tensor was freed or resized below its shape")
     if copy or not fills_its_storage(tensor):
         return tensor.clone(memory_format=torch.preserve_format)
     return tensor.detach()
+
+
+def _lone_slot(tensor: Tensor, number: int, *, copy: bool) -> tuple[View, Tensor | None]:
+    """Return how a tensor that is alone on its storage lies in a slot, and the slot; None if its memory is to be it.
+
+    Raises:
+        SerializationError: If its storage was freed, or its elements lie too far apart.
+    """
+    start = int(tensor.storage_offset()) % max(
+        ALIGNMENT_BYTES // tensor.itemsize, 1
+    )  # as far from an aligned address
+    if tensor.is_contiguous():
+        return (number, None) if start else (number, _dense(tensor, copy=copy))
+    shape, stride = tuple(tensor.shape), tensor.stride()
+    compact = tensor.as_strided(_without_repeats(shape, stride), stride, tensor.storage_offset())
+    if _overlaps(compact):
+        return number, None
+    slot = _dense(compact, copy=True)
+    if slot.stride() == stride and slot.shape == tensor.shape and not start:
+        return number, slot
+    num_elements = start + _last_element(tensor) - int(tensor.storage_offset()) + 1
+    if not _may_spread(int(compact.numel()), num_elements):
+        raise SerializationError(
+            f"a tensor whose {compact.numel()} elements lie in memory for {num_elements} cannot travel as it is: "
+            f"send tensor.clone(memory_format=torch.contiguous_format)"
+        )
+    return (number, str(tensor.dtype).removeprefix("torch."), shape, stride, start, num_elements), slot.contiguous()
+
+
+def _last_element(tensor: Tensor) -> int:
+    return int(tensor.storage_offset()) + sum(
+        (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements of it may share memory: sorted by stride, each dimension has to step over those before it."""
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += (size - 1) * step
+    return False
 
 
 def _is_small(tensor: Tensor) -> bool:
@@ -264,6 +343,7 @@ def _is_small(tensor: Tensor) -> bool:
         num_bytes <= SMALL_BYTES
         and tensor.is_cpu
         and tensor.stride() == _row_major(tensor.shape)
+        and not int(tensor.storage_offset()) * tensor.itemsize % ALIGNMENT_BYTES
         and tensor.storage_offset() * tensor.itemsize + num_bytes <= tensor.untyped_storage().nbytes()
     )
 

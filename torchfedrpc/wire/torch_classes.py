@@ -30,7 +30,7 @@ def reduce_optimizer(optimizer: Optimizer) -> Any:
         return NotImplemented
     state = dict(vars(optimizer))
     if hasattr(state.get("step"), _MARK):
-        state["step"] = _ScheduledStep(optimizer)
+        state["step"] = ScheduledStep(optimizer)
     new: Any = copyreg
     return new.__newobj__, (cls,), state
 
@@ -55,11 +55,8 @@ def scheduled_step(optimizer: Any) -> Callable[..., Any]:
     return step
 
 
-class _ScheduledStep:
-    """Stands for the wrapper in the state of an optimiser."""
+class ScheduledStep:
+    """Stands for the wrapper in the state of an optimiser, where the pickler meets it."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def __reduce__(self) -> Any:
-        return scheduled_step, (self._optimizer,)
+        self.optimizer = optimizer
