@@ -13,29 +13,28 @@ from torch import nn
 import torchfedrpc as tfr
 
 CLIENTS = [f"client_{number}" for number in range(8)]
-NUM_ROUNDS = 3
+NUM_ROUNDS = 2
 WAYS: dict[str, dict[str, Any]] = {
     "evicted": {"execution_mode": "local", "max_resident_learners": 1},
-    "two workers": pseudo(),
     "evicted on two workers": pseudo(max_resident_learners=1),
     "killed": pseudo(journal_max_calls=1),
 }
 
 
 class Split:
-    """Has backward() in one call and the optimiser's step in the next; or forward() in one of its own, too."""
+    """Has backward() in one call and the step in the next; or forward() in one of its own, too."""
 
     def __init__(self, client_id: str) -> None:
         self.weight = nn.Parameter(torch.zeros(1))
-        self.optimiser = torch.optim.SGD([self.weight], lr=1.0)
         self.loss: Any = None
 
     def backward(self) -> None:
         (-2 * self.weight).sum().backward()
 
     def step(self) -> float:
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        with torch.no_grad():  # an optimiser of torch's takes seconds to import in each worker
+            self.weight -= self.weight.grad  # type: ignore[arg-type]
+        self.weight.grad = None
         return self.weight.item()
 
     def forward(self) -> None:

@@ -474,6 +474,40 @@ def test_learner_that_is_a_container_is_refused() -> None:
         capture(Content(), "client_1")
 
 
+def test_inference_tensor_is_refused() -> None:
+    learner = Slots()
+    with torch.inference_mode():
+        learner.weights = torch.ones(1)
+    with pytest.raises(SnapshotError, match=r"because of 'weights': \.weights is an inference tensor.*clone\(\) it"):
+        dumped(learner)
+
+
+def test_optimisers_are_captured_with_all_attributes() -> None:
+    learner = Plain()
+    learner.optimiser = torch.optim.LBFGS(learner.model.parameters())  # type: ignore[assignment]
+    restored = moved(learner, Plain())
+    for one in (learner, restored):
+        inputs = torch.ones(1, 2)
+
+        def closure(one: Any = one, inputs: Tensor = inputs) -> Tensor:
+            one.optimiser.zero_grad()
+            loss = one.model(inputs).square().sum()
+            loss.backward()
+            return loss
+
+        one.optimiser.step(closure)
+    assert all(map(torch.equal, weights_of(restored), weights_of(learner)))
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_arrays_that_share_memory_are_refused(value: int) -> None:
+    learner = Plain()
+    learner.rows = torch.arange(4.0)  # type: ignore[attr-defined]
+    learner.view = learner.rows.numpy() if value else learner.rows.numpy()[1:]  # type: ignore[attr-defined]
+    with pytest.raises(SnapshotError, match=r"because of 'view': \.view shares memory with \.rows, and would not"):
+        dumped(learner)
+
+
 def test_graph_between_two_calls_is_refused_with_its_attribute_and_a_remedy() -> None:
     learner = Plain()
     learner.activations = learner.model(torch.ones(1, 2))  # type: ignore[attr-defined]

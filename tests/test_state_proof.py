@@ -532,7 +532,7 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
     ),
     "conjugated": (torch.ones(2, dtype=torch.cfloat).conj(), torch.ones(2, dtype=torch.cfloat), "conjugated view"),
     "negated": (torch._neg_view(torch.ones(2)), -torch.ones(2), "instead of negated view"),
-    "inference": (torch.inference_mode()(torch.ones)(2), torch.ones(2), "instead of inference tensor"),
+    "inference": (torch.inference_mode()(torch.ones)(2), torch.ones(2), "is an inference tensor"),
     "attribute of a tensor": (with_attribute(torch.ones(2)), torch.ones(2), r"\.note would be missing"),
     "subclass of tensor": (torch.ones(2).as_subclass(TensorChild), torch.ones(2), "Tensor instead of a TensorChild"),
     "layout": (torch.eye(2).to_sparse(), torch.eye(2), "sparse_coo"),

@@ -88,6 +88,8 @@ def tensor_difference(live: Tensor, rebuilt: Tensor) -> str | None:
     """
     if live.grad_fn is not None or not live.is_leaf:
         return "holds an autograd graph: keep tensor.detach(), or call backward() in the same call"
+    if live.is_inference():  # also where both have one memory, and so are of one kind
+        return "is an inference tensor, and would be a plain one: clone() it outside of inference_mode()"
     if torch._C._dispatch_keys(live) != torch._C._dispatch_keys(rebuilt):
         return f"would be another kind of tensor ({_kind_of(rebuilt)} instead of {_kind_of(live)})"
     if live.device != rebuilt.device:
@@ -166,7 +168,6 @@ def _kind_of(tensor: Tensor) -> str:
         for name, holds in (
             ("conjugated view", tensor.is_conj()),
             ("negated view", tensor.is_neg()),
-            ("inference tensor", tensor.is_inference()),
             ("zero tensor", tensor._is_zerotensor()),
             (str(tensor.layout), tensor.layout != torch.strided),
             (str(tensor.device), tensor.device.type != "cpu"),

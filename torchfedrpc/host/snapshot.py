@@ -151,10 +151,14 @@ def dump(snapshot: Snapshot, allow: AllowList, learner: Any = None, shared: Shar
     try:
         parcel = pack(dict(vars(snapshot)), copy=False)
         data = bytearray().join((bytes(_HEADER.size), *chunks_of(parcel)))
+        is_on_cpu = all(slot.is_cpu for slot in parcel.slots)
         rebuilt = parcel.open(allow)["state"]
     except SerializationError as error:
-        part, cause = _culprit(snapshot.state, allow, learner) or ("its whole", error)
-        raise _refusal(snapshot, part, cause) from error
+        part, reason = _culprit(snapshot.state, allow, learner) or ("its whole", error)
+        raise _refusal(snapshot, part, reason) from error
+    if not is_on_cpu and (place := _on_a_device(snapshot.state)) is not None:
+        reason = "it has tensors on a device, and a snapshot would bring them back on the CPU"
+        raise _refusal(snapshot, place, reason)
     if snapshot.state is not None and (found := _difference(snapshot.state, rebuilt, learner, shared)) is not None:
         raise _refusal(snapshot, repr(found.attribute.strip(".")), found)
     # Of the copy: a thread of the learner's own may go on writing to what was copied.
@@ -297,6 +301,17 @@ def _culprit(state: Any, allow: AllowList, learner: Any) -> tuple[str, object] |
             if learner is not None and _refers_to(value, learner):
                 return part, f"it refers to the learner itself ({error})"
             return part, error
+    return None
+
+
+def _on_a_device(state: Any) -> str | None:
+    """The first attribute with tensors that are not on the CPU; a load_state_dict() sees to it where they go."""
+    kind, content = state
+    if kind == "state_dict":
+        return None
+    for part, value in _parts((content["values"], content["slots"]) if kind == "attributes" else content):
+        if not all(slot.is_cpu for slot in pack(value, copy=False).slots):
+            return part
     return None
 
 
