@@ -773,3 +773,26 @@ def test_quantised_tensors_are_compared_with_their_scales() -> None:
     for one, other in (by_tensor, by_channel):
         assert reason(one, pickled(one)) is None
         assert "would have other values" in str(reason(one, other))
+
+
+class LeavesOut:
+    """Leaves a number out of its state, and makes nothing anew."""
+
+    def __init__(self) -> None:
+        self.kept, self.left_out = 1, 2
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"kept": self.kept}
+
+
+class MakesAnew(LeavesOut):
+    """Says itself what becomes of what it leaves out."""
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__dict__.update(state, left_out=0)
+
+
+def test_state_that_a_part_leaves_out_is_missed_unless_the_part_makes_it_anew() -> None:
+    found = first_difference([LeavesOut()], pickle.loads(pickle.dumps([LeavesOut()])))
+    assert str(found) == "[0].left_out would be missing"
+    assert first_difference([MakesAnew()], pickle.loads(pickle.dumps([MakesAnew()]))) is None

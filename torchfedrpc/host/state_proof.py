@@ -3,8 +3,8 @@
 Both object graphs are walked side by side. Numbers, strings and the like are equal by value (floats by bits),
 functions and classes by identity. Every other object of the live graph belongs to exactly one of the rebuilt graph:
 what was one object is one again. Instances are compared attribute by attribute, also where torch's own
-``__getstate__`` leaves some out. Where a user's class defines ``__reduce__``, ``__getstate__`` or ``__setstate__``,
-what these give for both is compared. C types are compared by what they give to pickle.
+``__getstate__`` leaves some out. Where a user's class defines ``__reduce__`` or ``__setstate__``, what these or
+``__getstate__`` give for both is compared. C types are compared by what they give to pickle.
 """
 
 from __future__ import annotations
@@ -253,7 +253,11 @@ class _Walk:
             self._users_classes |= {base for base in kind.__mro__ if not is_foundation(base)}
         protocol = [(base, vars(base)[name]) for base in kind.__mro__ for name in _PROTOCOL if name in vars(base)]
         protocol = [(base, method) for base, method in protocol if base is not object]
-        says_itself = kind in copyreg.dispatch_table or any(not is_foundation(base) for base, _ in protocol)
+        own = {
+            method.__name__ for base, method in protocol if not is_foundation(base) and hasattr(method, "__name__")
+        }
+        # With __getstate__ alone nothing makes anew what that leaves out, so the attributes themselves are compared.
+        says_itself = kind in copyreg.dispatch_table or bool(own - {"__getstate__"})
         if says_itself or issubclass(kind, _FAITHFUL):
             return functools.partial(self._by_reduction, is_value=not is_users and has_value(kind))
         slots = slots_of(kind)
@@ -262,7 +266,8 @@ class _Walk:
         if not protocol and not has_plain_state(one):
             return functools.partial(self._by_reduction, is_value=False)
         is_python = all(isinstance(method, types.FunctionType) for _, method in protocol)
-        if not protocol or (is_python and all(root_of(base) in ("torch", "numpy") for base, _ in protocol)):
+        is_torchs = all(root_of(base) in ("torch", "numpy") for base, _ in protocol if is_foundation(base))
+        if not protocol or (is_python and is_torchs):
             leaves_out = _OPTIMISER_WARNS_BY if issubclass(kind, torch.optim.Optimizer) else frozenset()
             return functools.partial(self._instance, slots=slots, leaves_out=leaves_out)
         return functools.partial(self._by_reduction, is_value=has_value(kind), has_attributes=True)
