@@ -76,7 +76,7 @@ def main() -> None:
     for name, make in CASES.items():
         learner = Learner()
         learner.content = make()
-        with mock.patch.object(snapshot, "_difference", lambda *_: None):
+        with mock.patch.object(snapshot, "_difference", return_value=None):
             without = seconds(learner, allow, repeats)
         with_it = seconds(learner, allow, repeats)
         columns = [(statistics.mean(times) * 1000, statistics.median(times) * 1000) for times in (without, with_it)]
