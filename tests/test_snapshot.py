@@ -454,8 +454,11 @@ def test_not_state_of_a_class_is_looked_at_as_the_proxy_is_made() -> None:
 
 
 def test_name_in_not_state_that_is_no_attribute_is_refused() -> None:
-    with pytest.raises(SnapshotError, match="not_state names 'loder', which is no attribute: did you mean 'loader'"):
+    with pytest.raises(
+        SnapshotError, match="not_state names 'loder', which is no attribute: did you mean 'loader'"
+    ) as caught:
         capture(Wrong({"loder"}), "client_1")
+    assert caught.value.attribute == "'loder'"
 
 
 def test_object_that_is_state_and_not_is_refused() -> None:

@@ -76,7 +76,7 @@ def attributes_of(learner: Any, shared: SharedObjects | None) -> dict[str, Any]:
         elif not isinstance(getattr(cls, name, None), functools._lru_cache_wrapper):
             near = difflib.get_close_matches(name, [*values, *slots], 1)
             hint = f"did you mean {near[0]!r}?" if near else "name what the constructor makes"
-            raise SnapshotError(f"{cls.__qualname__}.not_state names {name!r}, which is no attribute: {hint}")
+            raise _refusal(name, f"{cls.__qualname__}.not_state names {name!r}, which is no attribute: {hint}")
     keys = {}
     for name, value in list(values.items()):
         if type(value) in ATOMS or shared is None or (found := shared.key_of(value)) is None:
@@ -84,10 +84,11 @@ def attributes_of(learner: Any, shared: SharedObjects | None) -> dict[str, Any]:
         keys[name], is_constructors = found
         values[name] = None
         if not is_constructors:
-            raise SnapshotError(
+            raise _refusal(
+                name,
                 f"{name!r} of a {cls.__qualname__} is the shared object {keys[name]!r}, for which no constructor has "
                 f"asked, so that another process need not have it: call current_call().shared() in the constructor, "
-                f"or name {name!r} in not_state"
+                f"or name {name!r} in not_state",
             )
     return {"values": values, "slots": slots, "not_state": list(left_out), "shared": keys}
 
@@ -143,6 +144,12 @@ def made_anew(learner: Any, shared: SharedObjects | None) -> list[Apart]:
         )
         found.append(Apart("the object shared as", objects, remedy))
     return found
+
+
+def _refusal(name: str, text: str) -> SnapshotError:
+    error = SnapshotError(text)
+    error.attribute = repr(name)
+    return error
 
 
 def _plain_attributes(learner: Any) -> Mapping[str, Any]:
