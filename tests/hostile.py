@@ -594,8 +594,8 @@ _PREFIX = struct.Struct("<4sIQQ")
 
 def serialized(head: bytes, table: bytes | None = None, memory: bytes = bytes(16)) -> bytes:
     """The same as bytes for `ParameterSerializer.deserialize`, well-formed; or with table and memory of one's own."""
-    table = table or pickle.dumps(([0], 0, [("float32", (4,), (1,), 16)]))
-    prefix = _PREFIX.pack(b"TFR\x01", zlib.crc32(table + head), len(table), len(head))
+    table = table or pickle.dumps(([0], 0, [("float32", (4,), (1,), 16, False)]))
+    prefix = _PREFIX.pack(b"TFR\x02", zlib.crc32(table + head), len(table), len(head))
     body = prefix + table + head
     return body + bytes(-len(body) % 64) + memory
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import torchfedrpc as tfr
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
+from torchfedrpc.wire import serializer
 from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.packing import Parcel, pack
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Sparse \w+ tensor support is in beta state"),
@@ -295,7 +297,7 @@ def prefix(data: bytes) -> tuple[int, int, int]:
 def forged(table: bytes, head: bytes = b"\x80\x05N.", tail: bytes = b"") -> bytes:
     """Well-formed bytes with that table, head, and memory after them."""
     checksum = zlib.crc32(table + head)
-    body = struct.pack("<4sIQQ", b"TFR\x01", checksum, len(table), len(head)) + table + head
+    body = struct.pack("<4sIQQ", b"TFR\x02", checksum, len(table), len(head)) + table + head
     return body + bytes(-len(body) % 64) + tail
 
 
@@ -338,7 +340,7 @@ def test_a_changed_byte_of_the_pickles_is_always_noticed(part: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200), st.sampled_from([b"", b"TFR\x01", b"TFR\x01\0\0\0\0"]))
+@given(st.binary(max_size=200), st.sampled_from([b"", b"TFR\x02", b"TFR\x02\0\0\0\0"]))
 def test_foreign_bytes_are_an_error_of_ours(noise: bytes, start: bytes) -> None:
     with pytest.raises(SerializationError):
         deserialize(start + noise)
@@ -348,13 +350,13 @@ def test_foreign_bytes_are_an_error_of_ours(noise: bytes, start: bytes) -> None:
     "data",
     [
         b"",
-        b"TFR\x01",
-        b"TFR\x02" + bytes(100),
+        b"TFR\x02",
+        b"TFR\x03" + bytes(100),
         bytes(100),
         pickle.dumps({"a": 1}),
         b"PK\x03\x04" + bytes(100),
-        struct.pack("<4sIQQ", b"TFR\x01", 0, 2**63, 2**63),
-        struct.pack("<4sIQQ", b"TFR\x01", 0, 2**64 - 1, 1),
+        struct.pack("<4sIQQ", b"TFR\x02", 0, 2**63, 2**63),
+        struct.pack("<4sIQQ", b"TFR\x02", 0, 2**64 - 1, 1),
     ],
     ids=["nothing", "magic", "version", "zeros", "pickle", "zip", "huge", "wrapping"],
 )
@@ -401,7 +403,7 @@ def test_a_table_that_lies_about_memory_is_an_error_of_ours(layout: Any) -> None
     _, table_bytes, head_bytes = prefix(honest := serialize(torch.ones(4)))
     head = honest[24 + table_bytes :][:head_bytes]
     assert (
-        deserialize(forged(pickle.dumps(([0], 0, [("float32", (4,), (1,), 16)])), head, bytes(16))).tolist()
+        deserialize(forged(pickle.dumps(([0], 0, [("float32", (4,), (1,), 16, False)])), head, bytes(16))).tolist()
         == [0] * 4
     )
     with pytest.raises(SerializationError):
@@ -413,7 +415,7 @@ def test_a_table_that_lies_about_views_is_an_error_of_ours(views: Any) -> None:
     _, table_bytes, head_bytes = prefix(honest := serialize(torch.ones(4)))
     head = honest[24 + table_bytes :][:head_bytes]
     with pytest.raises(SerializationError):
-        deserialize(forged(pickle.dumps((views, 0, [("float32", (4,), (1,), 16)])), head, bytes(16)))
+        deserialize(forged(pickle.dumps((views, 0, [("float32", (4,), (1,), 16, False)])), head, bytes(16)))
 
 
 def test_damaged_sparse_indices_do_not_reach_other_memory() -> None:
@@ -431,3 +433,31 @@ def test_serializing_leaves_a_storage_resizable_and_gives_one_that_is() -> None:
     received[0].resize_(16)
     received[1].resize(4000, refcheck=False)
     assert received[0][:4].tolist() == [0, 1, 2, 3]
+
+
+def test_tensors_of_a_gpu_go_where_the_reader_says() -> None:
+    parcel = pack([torch.ones(3), torch.ones(2, 2, dtype=torch.int8)[:, 0]])
+    on_gpu = [slot.dtype is torch.float32 for slot in parcel.slots]
+    chunks = serializer.chunks_of(parcel)
+    views, num_buffers, layouts = pickle.loads(chunks[1])
+    layouts = [(*layout[:-1], was) for layout, was in zip(layouts, on_gpu, strict=True)]
+    table = pickle.dumps((views, num_buffers, layouts), protocol=5)
+    prefix = serializer._PREFIX.pack(
+        serializer._MAGIC, serializer._checksum(table, parcel.head), len(table), len(parcel.head)
+    )
+    assert len(table) == len(chunks[1])  # what follows is aligned as before
+    data = b"".join([prefix, table, *chunks[2:]])
+    there, here = serializer.read(data, gpu=torch.device("meta")).open(AllowList())
+    assert (there.device.type, here.device.type) == ("meta", "cpu")
+    assert serializer.read(data).open(AllowList())[0].tolist() == [1, 1, 1]
+    assert serializer.read(data, device="cpu", gpu=torch.device("meta")).open(AllowList())[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "shape", [((1,) * 100_000, 10**6), ([0], 10**9), ("a" * 1000, 10**9)], ids=["tuple", "list", "text"]
+)
+def test_a_shape_that_is_no_shape_takes_no_memory(shape: Any) -> None:
+    for views in ([(0, "float32", shape, (1, 1), 0)], [(0, shape), (0, shape)]):
+        head = pack([torch.zeros(4)]).head
+        with pytest.raises(SerializationError):
+            Parcel(head, views, [torch.zeros(4)], 0).open(AllowList())

@@ -297,12 +297,12 @@ class Runner:
         def take() -> bytearray:
             state = capture(mailbox.learner, mailbox.client_id, self._shared) if mailbox.made else None
             snapshot = Snapshot(mailbox.client_id, self._spec.name, dict(mailbox.counts), state)
-            return dump(snapshot, self.allow, mailbox.learner, self._shared)
+            return dump(snapshot, self.allow, mailbox.learner, self._shared, self._device)
 
         return self._apart(job, "state_dict", take, mailbox.client_id)
 
     def _restore(self, job: Job, data: memoryview, kwargs: dict[str, Any] | None) -> None:
-        snapshot, mailbox = load(data, self.allow), job.mailbox
+        snapshot, mailbox = load(data, self.allow, self._device), job.mailbox
         check_belongs(snapshot, mailbox.client_id, self._spec.name)
         constructor = mailbox.kwargs if kwargs is None else self.take_value(kwargs)
         assert constructor is not None

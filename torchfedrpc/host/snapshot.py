@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchfedrpc.errors import SerializationError, SnapshotError, UntrustedTypeError
@@ -21,7 +22,7 @@ from torchfedrpc.host.object_parts import is_foundation
 from torchfedrpc.host.state_proof import Difference, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
-from torchfedrpc.wire.serializer import ParameterSerializer, chunks_of
+from torchfedrpc.wire.serializer import chunks_of, read
 
 # Layout: magic, version of the format, a checksum of all that follows; then the fields, by ParameterSerializer.
 _MAGIC = b"TFRSNAP\x00"
@@ -133,7 +134,13 @@ def reinstate(learner: Any, state: Any, client_id: str = "a client", shared: Sha
         ) from error
 
 
-def dump(snapshot: Snapshot, allow: AllowList, learner: Any = None, shared: SharedObjects | None = None) -> bytearray:
+def dump(
+    snapshot: Snapshot,
+    allow: AllowList,
+    learner: Any = None,
+    shared: SharedObjects | None = None,
+    device: torch.device | None = None,
+) -> bytearray:
     """A snapshot as bytes, which share no memory with the learner.
 
     The state is read again, and compared with the live one: types, values, attributes, and what is one object. So a
@@ -144,6 +151,7 @@ def dump(snapshot: Snapshot, allow: AllowList, learner: Any = None, shared: Shar
         allow: the types that `load` will allow.
         learner: whose state it is; None for a state of no learner's.
         shared: what the learners of this process share.
+        device: where the learners of this process have tensors beside the CPU. Of another process they go to its own.
 
     Raises:
         SnapshotError: the state holds what cannot be pickled, or read again, or is not equal then; it names where.
@@ -151,13 +159,13 @@ def dump(snapshot: Snapshot, allow: AllowList, learner: Any = None, shared: Shar
     try:
         parcel = pack(dict(vars(snapshot)), copy=False)
         data = bytearray().join((bytes(_HEADER.size), *chunks_of(parcel)))
-        is_on_cpu = all(slot.is_cpu for slot in parcel.slots)
+        is_in_place = all(slot.is_cpu or slot.device == device for slot in parcel.slots)
         rebuilt = parcel.open(allow)["state"]
     except SerializationError as error:
         part, reason = _culprit(snapshot.state, allow, learner) or ("its whole", error)
         raise _refusal(snapshot, part, reason) from error
-    if not is_on_cpu and (place := _on_a_device(snapshot.state)) is not None:
-        reason = "it has tensors on a device, and a snapshot would bring them back on the CPU"
+    if not is_in_place and (place := _elsewhere(snapshot.state, device)) is not None:
+        reason = f"it has tensors on another device than {device or 'the CPU'}, to which they would come back"
         raise _refusal(snapshot, place, reason)
     if snapshot.state is not None and (found := _difference(snapshot.state, rebuilt, learner, shared)) is not None:
         raise _refusal(snapshot, repr(found.attribute.strip(".")), found)
@@ -166,8 +174,13 @@ def dump(snapshot: Snapshot, allow: AllowList, learner: Any = None, shared: Shar
     return data
 
 
-def load(data: bytes | bytearray | memoryview, allow: AllowList) -> Snapshot:
+def load(data: bytes | bytearray | memoryview, allow: AllowList, device: torch.device | None = None) -> Snapshot:
     """The snapshot that `dump` made these bytes of, on memory of its own.
+
+    Args:
+        data: the bytes.
+        allow: the types that may be among them.
+        device: where tensors go that were on a GPU; the CPU unless given.
 
     Raises:
         UntrustedTypeError: a type outside the allow-list. It is no `SnapshotError`, since nothing is wrong with
@@ -192,12 +205,12 @@ def load(data: bytes | bytearray | memoryview, allow: AllowList) -> Snapshot:
     if zlib.crc32(payload) != checksum:
         raise SnapshotError("this snapshot is damaged, its checksum differs: take another")
     try:
-        fields = ParameterSerializer.deserialize(payload, trusted_modules=allow.trusted)
+        fields = read(payload, gpu=device if device is not None and device.type == "cuda" else None).open(allow)
     except UntrustedTypeError as error:
         raise UntrustedTypeError(
             f"this snapshot holds a type that runtime.trusted_modules does not cover: {error}"
         ) from error
-    except SerializationError as error:
+    except Exception as error:
         raise SnapshotError(
             f"this snapshot cannot be read: {error}; its learner's classes may have changed"
         ) from error
@@ -304,13 +317,13 @@ def _culprit(state: Any, allow: AllowList, learner: Any) -> tuple[str, object] |
     return None
 
 
-def _on_a_device(state: Any) -> str | None:
-    """The first attribute with tensors that are not on the CPU; a load_state_dict() sees to it where they go."""
+def _elsewhere(state: Any, device: torch.device | None) -> str | None:
+    """The first attribute with tensors on neither CPU nor that device; a load_state_dict() sees where they go."""
     kind, content = state
     if kind == "state_dict":
         return None
     for part, value in _parts((content["values"], content["slots"]) if kind == "attributes" else content):
-        if not all(slot.is_cpu for slot in pack(value, copy=False).slots):
+        if not all(slot.is_cpu or slot.device == device for slot in pack(value, copy=False).slots):
             return part
     return None
 

@@ -20,7 +20,7 @@ from torchfedrpc.wire.scan import with_requests
 from torchfedrpc.wire.tensors import check_extent, dtype_named, memory_of
 
 # Layout: magic, a checksum of table and head, the lengths of both, both, then each slot's memory at a multiple of 64.
-_MAGIC = b"TFR\x01"
+_MAGIC = b"TFR\x02"
 _PREFIX = struct.Struct("<4sIQQ")
 _ALIGNMENT_BYTES = 64
 
@@ -59,7 +59,7 @@ class ParameterSerializer:
             SerializationError: the bytes are damaged or of another format.
         """
         try:
-            return _read(memoryview(data), device).open(AllowList(trusted_modules))
+            return read(data, device=device).open(AllowList(trusted_modules))
         except SerializationError:
             raise
         except Exception as error:
@@ -77,7 +77,8 @@ def chunks_of(parcel: Parcel) -> list[bytes | memoryview]:
         parcel.ready()
     slots = [slot.cpu() for slot in parcel.slots]
     layouts = [
-        (str(slot.dtype).removeprefix("torch."), tuple(slot.shape), slot.stride(), slot.nbytes) for slot in slots
+        (str(slot.dtype).removeprefix("torch."), tuple(slot.shape), slot.stride(), slot.nbytes, origin.is_cuda)
+        for slot, origin in zip(slots, parcel.slots, strict=True)
     ]
     table = pickle.dumps((parcel.views, parcel.num_buffers, layouts), protocol=5)
     prefix = _PREFIX.pack(_MAGIC, _checksum(table, parcel.head), len(table), len(parcel.head))
@@ -90,7 +91,23 @@ def chunks_of(parcel: Parcel) -> list[bytes | memoryview]:
     return chunks
 
 
-def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
+def read(
+    serialized: bytes | bytearray | memoryview,
+    *,
+    device: torch.device | str | None = None,
+    gpu: torch.device | None = None,
+) -> Parcel:
+    """Return the parcel of bytes from `chunks_of`, on memory of its own.
+
+    Args:
+        serialized: the bytes.
+        device: where all tensors go.
+        gpu: where those go that were on a GPU, unless ``device`` is given; the CPU where there is neither.
+
+    Raises:
+        SerializationError: If the bytes are damaged or of another format.
+    """
+    data = memoryview(serialized).cast("B")
     magic, checksum, table_bytes, head_bytes = _PREFIX.unpack_from(data)
     if magic != _MAGIC:
         raise SerializationError("these bytes are not from ParameterSerializer.serialize of this version")
@@ -105,7 +122,7 @@ def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
     position += head_bytes
     slots = []
     num_tensors = len(layouts) - num_buffers
-    for index, (dtype_name, shape, stride, num_bytes) in enumerate(layouts):
+    for index, (dtype_name, shape, stride, num_bytes, was_on_gpu) in enumerate(layouts):
         position += -position % _ALIGNMENT_BYTES
         if not 0 <= num_bytes <= len(data) - position:
             raise SerializationError("these bytes are cut short")
@@ -115,11 +132,12 @@ def _read(data: memoryview, device: torch.device | str | None) -> Parcel:
         memory = torch.empty(num_bytes, dtype=torch.uint8)
         if num_bytes:  # an empty view is of other memory
             memory_of(memory)[:] = content
+        check_extent(shape, stride, 0, dtype, num_bytes)
         if math.prod(shape) * dtype.itemsize != num_bytes:
             raise SerializationError("a tensor's memory is not that of its elements")
-        check_extent(shape, stride, 0, dtype, num_bytes)
         slot = torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape, stride)
-        slots.append(slot if device is None or index >= num_tensors else slot.to(device))
+        target = device if device is not None or not was_on_gpu else gpu
+        slots.append(slot if target is None or index >= num_tensors else slot.to(target))
     return Parcel(head, views, slots, num_buffers, copies_buffers=True)
 
 

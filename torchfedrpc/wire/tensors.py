@@ -216,6 +216,8 @@ def lay_out(views: list[View], slots: list[Tensor]) -> list[Tensor]:
             tensors[index] = _view_slot(view, slots)
     for number, members in joined.items():
         shapes: list[Any] = [views[index][1] for index in members]  # type: ignore[index]
+        for shape in shapes:
+            _check_sizes(shape)
         parts = _split(slots[number], [math.prod(shape) for shape in shapes])
         for index, part, shape in zip(members, parts, shapes, strict=True):
             if min(shape, default=0) < 0:
@@ -228,6 +230,7 @@ def _view_slot(view: Any, slots: list[Tensor]) -> Tensor:
     if isinstance(view, int):
         return slots[view]
     number, dtype_name, shape, stride, offset, *spread = view
+    _check_sizes(shape, stride, (offset, *spread))
     dtype, slot = dtype_named(dtype_name), slots[number]
     if spread:
         return _spread_out(slot, dtype, shape, stride, offset, *spread)
@@ -256,6 +259,12 @@ def _may_spread(num_compact: int, num_elements: int) -> bool:
     return 0 <= num_elements <= max(_SPREAD_ELEMENTS, _SPREAD * num_compact)
 
 
+def _check_sizes(*sizes: Any) -> None:
+    """Check that these are tuples of numbers: a product of other things can take all memory."""
+    if not all(type(part) is tuple and all(type(size) is int for size in part) for part in sizes):
+        raise SerializationError("a tensor came with a shape or strides that are no numbers")
+
+
 def dtype_named(name: str) -> torch.dtype:
     """The dtype of a name such as ``float32``.
 
@@ -276,6 +285,7 @@ def check_extent(
     Raises:
         SerializationError: so it does.
     """
+    _check_sizes(shape, stride, (offset, num_bytes))
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if min(offset, *shape, *stride, 0) < 0 or (0 not in shape and (last + 1) * dtype.itemsize > num_bytes):
         raise SerializationError("a tensor reaches beyond the memory that came with it")
