@@ -14,7 +14,7 @@ import torch
 
 import torchfedrpc as tfr
 from corpus.bits import Trained, bits
-from corpus.registry import ask, kind, stream
+from corpus.registry import SAME, ask, kind, stream
 
 _tag: contextvars.ContextVar[str] = contextvars.ContextVar("corpus_tag", default="none")
 
@@ -98,7 +98,7 @@ class TrainsInTasks(Trained):
         return bits(await asyncio.gather(train(), evaluate()), *self.model.parameters())
 
 
-@kind("start", "finish", "start", "finish", refused="'task'")
+@kind("start", "finish", "start", "finish", refused="'task'", ways={"evicted": SAME})
 class TaskKept(_Drawing):
     """A task that a call starts and a later one awaits."""
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from corpus.bits import Trained, bits, problem, weights
-from corpus.registry import ask, kind
+from corpus.registry import SAME, ask, kind
 
 GRAPH = "an autograd graph"
 HOOK = "a hook on a tensor"
@@ -147,7 +147,7 @@ class GraphKept(Trained):
         return weights(self.model)
 
 
-@kind("forward", ask("backward", 2.0), "forward", ask("backward", 3.0), refused=GRAPH)
+@kind("forward", ask("backward", 2.0), "forward", ask("backward", 3.0), refused=GRAPH, ways={"evicted": SAME})
 class GraphDropped(GraphKept):
     """Split learning that drops the graph after its backward pass."""
 

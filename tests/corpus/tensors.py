@@ -228,7 +228,7 @@ class Quantised:
         return bits(self.q.int_repr(), self.q.q_zero_point(), self.c.int_repr(), self.c.q_per_channel_scales())
 
 
-@kind()
+@kind(refused="'features'")
 class InferenceTensor:
     """A tensor made in inference mode, of which autograd takes no part."""
 
