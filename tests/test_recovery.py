@@ -182,7 +182,7 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
     clients = next(on_1), next(on_2)
     await steps.check(*clients)
 
-    def start() -> None:
+    def start(surroundings: object) -> None:
         monkeypatch.undo()
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
