@@ -319,7 +319,9 @@ def test_what_could_run_something_is_refused_by_name_with_what_to_do(
     assert f"{module}.{name} is not a type that may travel" in str(caught.value)
     assert "not_state" in str(caught.value)
     root = module.partition(".")[0]
-    is_of_library = root in sys.stdlib_module_names or not isinstance(_named(module, name), type | None)
+    is_of_library = (
+        root == "numpy" or root in sys.stdlib_module_names or not isinstance(_named(module, name), type | None)
+    )
     assert (f"runtime.trusted_modules=[{root}]" in str(caught.value)) is not is_of_library
 
 
@@ -403,9 +405,14 @@ class Waves(np.ndarray):
     unit: str
 
 
-@pytest.mark.parametrize(("module", "name"), [("numpy", "ndarray"), (HERE, "Waves")])
-def test_a_class_of_arrays_may_be_named_and_not_called(module: str, name: str) -> None:
-    found = ALLOW.find(module, name)
+@pytest.mark.parametrize("allow", [AllowList(), AllowList(["numpy"])], ids=["trusting_nobody", "trusting_numpy"])
+def test_numpys_own_class_of_arrays_is_not_named(allow: AllowList) -> None:
+    with pytest.raises(UntrustedTypeError, match="may not travel|may travel: it is of numpy"):
+        allow.find("numpy", "ndarray")
+
+
+def test_a_class_of_arrays_may_be_named_and_not_called() -> None:
+    found = ALLOW.find(HERE, "Waves")
     assert issubclass(found, np.ndarray)
     with pytest.raises(UntrustedTypeError, match="which pickling never does"):
         ALLOW.constructor(found)

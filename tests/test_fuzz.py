@@ -243,7 +243,7 @@ class _Opened(pickle.Unpickler):
         super().__init__(io.BytesIO(with_requests(data)))
 
     def persistent_load(self, request: Any) -> Any:
-        return rebuild.answer(ALLOW, *request)
+        return rebuild.answer(ALLOW, rebuild.Budget(1 << 20), *request)
 
 
 nested = st.recursive(

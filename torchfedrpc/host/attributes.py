@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import copy
 import difflib
-import functools
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -73,10 +72,10 @@ def attributes_of(learner: Any, shared: SharedObjects | None) -> dict[str, Any]:
         elif (registry := _registry_of(values, name)) is not None:
             values[registry] = copy.copy(values[registry])
             values[registry][name] = None
-        elif not isinstance(getattr(cls, name, None), functools._lru_cache_wrapper):
-            near = difflib.get_close_matches(name, [*values, *slots], 1)
-            hint = f"did you mean {near[0]!r}?" if near else "name what the constructor makes"
-            raise _refusal(name, f"{cls.__qualname__}.not_state names {name!r}, which is no attribute: {hint}")
+        elif not hasattr(cls, name) and (near := difflib.get_close_matches(name, [*values, *slots], 1)):
+            # One that is not near any other may be made later, as a cache is.
+            what = f"{cls.__qualname__}.not_state names {name!r}, which is no attribute"
+            raise _refusal(name, f"{what}: did you mean {near[0]!r}?")
     keys = {}
     for name, value in list(values.items()):
         if type(value) in ATOMS or shared is None or (found := shared.key_of(value)) is None:

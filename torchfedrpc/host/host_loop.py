@@ -80,7 +80,7 @@ class HostLoop(asyncio.SelectorEventLoop):
             if scope is not None and context is not None:
                 with contextlib.suppress(RuntimeError):  # it is entered: this callback alone is in the scope
                     context.run(scope._bind)
-        if scope is None or callback in _NO_USER_CODE:
+        if scope is None or any(callback is known for known in _NO_USER_CODE):
             return callback, args
         return self._step, (scope, callback, args)
 

@@ -160,7 +160,8 @@ def dump(
         parcel = pack(dict(vars(snapshot)), copy=False)
         data = bytearray().join((bytes(_HEADER.size), *chunks_of(parcel)))
         is_in_place = all(slot.is_cpu or slot.device == device for slot in parcel.slots)
-        rebuilt = parcel.open(allow)["state"]
+        # What the bytes give, and not what lies in the learner's own memory: a __setstate__ may write to that.
+        rebuilt = read(memoryview(data)[_HEADER.size :], gpu=_gpu(device)).open(allow)["state"]
     except SerializationError as error:
         part, reason = _culprit(snapshot.state, allow, learner) or ("its whole", error)
         raise _refusal(snapshot, part, reason) from error
@@ -205,7 +206,7 @@ def load(data: bytes | bytearray | memoryview, allow: AllowList, device: torch.d
     if zlib.crc32(payload) != checksum:
         raise SnapshotError("this snapshot is damaged, its checksum differs: take another")
     try:
-        fields = read(payload, gpu=device if device is not None and device.type == "cuda" else None).open(allow)
+        fields = read(payload, gpu=_gpu(device)).open(allow)
     except UntrustedTypeError as error:
         raise UntrustedTypeError(
             f"this snapshot holds a type that runtime.trusted_modules does not cover: {error}"
@@ -315,6 +316,10 @@ def _culprit(state: Any, allow: AllowList, learner: Any) -> tuple[str, object] |
                 return part, f"it refers to the learner itself ({error})"
             return part, error
     return None
+
+
+def _gpu(device: torch.device | None) -> torch.device | None:
+    return device if device is not None and device.type == "cuda" else None
 
 
 def _elsewhere(state: Any, device: torch.device | None) -> str | None:

@@ -604,9 +604,7 @@ class _Walk:
     def _refuse_global(self, value: Any, name: str) -> None:
         one, path = self._singletons.get(id(value), (None, None))
         if one is not None and one is value and self._rebuilt_of[id(value)] != id(value):
-            raise _Found(
-                path, f"is {name}, and would be another object: use an enum member, a string or None as such a mark"
-            )
+            raise _Found(path, f"is {name}, and would be another object: use an enum member or None as such a mark")
 
     def _refuse_caches(self) -> None:
         left_out = set(getattr(type(self._owner), "not_state", ()))

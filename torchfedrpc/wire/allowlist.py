@@ -43,13 +43,13 @@ _PLAIN_OBJECTS = {
 }
 # Types that a pickle may name, as the value of an attribute say, and call only as `_CONSTRUCTORS` allows.
 _NAMED = {
-    "builtins": "Ellipsis NotImplemented bool bytearray bytes complex dict float frozenset int list object range set "
+    "builtins": "Ellipsis NotImplemented bool bytes complex dict float frozenset int list object range set "
     "slice str tuple",
     "collections": "Counter OrderedDict defaultdict deque",
     "datetime": "date datetime time timedelta timezone",
     "decimal": "Decimal",
     "fractions": "Fraction",
-    "numpy": "dtype ndarray",
+    "numpy": "dtype",
     "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath",
     "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath",  # from Python 3.13 on
     "random": "Random",
@@ -155,7 +155,7 @@ class AllowList:
         raise UntrustedTypeError(f"a pickle calls {name}, which pickling never does")
 
     def _find_trusted(self, module: str, name: str) -> Any:
-        if module.endswith(".__main__"):
+        if "__main__" in module.split(".")[1:]:
             raise UntrustedTypeError(f"{module}.{name} may not travel: to import {module} would run it")
         try:
             owner: Any = importlib.import_module(canonical(module))
@@ -168,9 +168,12 @@ class AllowList:
                     f"{module}.{name} may not travel: of a trusted package only classes that it defines itself are "
                     f"allowed, no functions and no names that it imported; {_LEAVE_OUT}"
                 )
+        if _root(module) in _LIBRARIES and issubclass(owner, _RAW_MEMORY):
+            raise UntrustedTypeError(f"{module}.{name} may not travel: called, it would view memory; {_LEAVE_OUT}")
         return owner
 
 
+_LIBRARIES = ("numpy", "torch")
 _LEAVE_OUT = (
     "send plain data (tensors, numbers, lists, dicts), and leave it out of a learner's state by "
     "not_state or state_dict()"
@@ -185,8 +188,8 @@ def _advice(module: str, name: str) -> str:
     root = _root(module)
     if found is not None and not isinstance(found, type):
         return f"it is a {type(found).__name__} and no class; {_LEAVE_OUT}"
-    if root in sys.stdlib_module_names and root != "__main__":
-        return f"it is of the standard library; {_LEAVE_OUT}"
+    if (root in sys.stdlib_module_names and root != "__main__") or root == "numpy":
+        return f"it is of {'numpy' if root == 'numpy' else 'the standard library'}; {_LEAVE_OUT}"
     return f"if it is a class of yours, name its package in runtime.trusted_modules=[{root}]; else {_LEAVE_OUT}"
 
 
@@ -196,7 +199,7 @@ def _find_known(module: str, name: str) -> Any:
         module, name = "torch", name.removeprefix("torch.")
     if "." in name or module not in sys.modules:
         return None
-    entry = getattr(sys.modules[module], name, None)
+    entry = vars(sys.modules[module]).get(name)  # not by getattr, which may import or call something
     if module == "torch" and isinstance(entry, _CONSTANT_KINDS):
         return entry
     if not isinstance(entry, type):
@@ -236,7 +239,7 @@ def _plain_objects() -> frozenset[type]:
 
 # What pickles may call: each constructor with the arguments that pickling gives it, and no others.
 
-_MAX_BITS = 1 << 16  # of a fraction's numbers: cancelling takes the square of that
+_MAX_BITS = 1 << 11  # of a fraction's numbers: cancelling takes the square of that
 
 
 def _refusal(cls: type) -> SerializationError:
@@ -309,7 +312,7 @@ def _make_fraction(*args: Any) -> Any:
     raise _refusal(Fraction)
 
 
-_DECIMAL = re.compile(r"[-+]?(?:\d*\.?\d*(?:[eE][-+]?\d{1,20})?|Infinity|s?NaN\d*)", re.ASCII)
+_DECIMAL = re.compile(r"[-+]?(?:\d++(?:\.\d*+)?(?:[eE][-+]?\d{1,20})?|\.\d++|Infinity|s?NaN\d*+)", re.ASCII)
 
 
 def _make_decimal(*args: Any) -> Any:

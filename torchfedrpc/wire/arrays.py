@@ -30,7 +30,8 @@ _ALIGNMENT_BYTES = 16  # of memory that numpy allocates
 _MT19937_WORDS, _PHILOX_WORDS = 624, 4
 _BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 _MAX_POOL_WORDS = 1024  # of a SeedSequence: 4 by default, mixing takes the square of it
-_MAX_FIELDS = 10_000
+_MAX_SEED_BITS = 1 << 16
+_MAX_FIELDS = 1000  # of a dtype, those of fields included, each as often as it occurs
 
 # A dtype: its ``str``; ("struct", names, formats, offsets, titles, itemsize, aligned); ("sub", base, shape); or
 # ("metadata", dtype, metadata).
@@ -239,15 +240,19 @@ def fill(array: np.ndarray[Any, Any], items: Any, *, is_writeable: bool) -> None
         array.flags.writeable = False
 
 
-def _make_dtype(parts: Any) -> np.dtype[Any]:
+def _make_dtype(parts: Any, made: list[int] | None = None) -> np.dtype[Any]:
+    made = made if made is not None else []
+    made.append(1)
+    if len(made) > _MAX_FIELDS:
+        raise SerializationError(f"a numpy dtype has more than {_MAX_FIELDS} parts")
     match parts:
         case str() if _SIMPLE_DTYPE.fullmatch(parts):
             return np.dtype(parts)
         case ("sub", base, tuple(shape)) if _is_shape(shape):
-            return np.dtype((_make_dtype(base), shape))
+            return np.dtype((_make_dtype(base, made), shape))
         case ("metadata", inner, dict(metadata)):
-            made = _make_dtype(inner)
-            return np.dtype(made, metadata=metadata)
+            plain = _make_dtype(inner, made)
+            return np.dtype(plain, metadata=metadata)
         case (
             "struct",
             tuple(names),
@@ -256,18 +261,20 @@ def _make_dtype(parts: Any) -> np.dtype[Any]:
             tuple(titles),
             int(size),
             bool(aligned),
-        ) if len(names) <= _MAX_FIELDS and all(type(name) is str for name in names):
+        ) if len(names) <= _MAX_FIELDS and all(
+            type(name) is str for name in (*names, *(title for title in titles if title is not None))
+        ):
             spec = {
                 "names": list(names),
-                "formats": [_make_dtype(part) for part in formats],
+                "formats": [_make_dtype(part, made) for part in formats],
                 "offsets": list(offsets),
                 "titles": list(titles),
                 "itemsize": size,
             }
-            made = np.dtype(spec, align=aligned)  # type: ignore[call-overload]
-            if made.hasobject:
+            dtype: np.dtype[Any] = np.dtype(spec, align=aligned)  # type: ignore[call-overload]
+            if dtype.hasobject:
                 raise _records_of_objects()
-            return made  # type: ignore[no-any-return]
+            return dtype
     raise SerializationError("a pickle makes a numpy dtype of what is none")
 
 
@@ -362,7 +369,7 @@ def _bytes_of(memory: Any, count: int, dtype: np.dtype[Any]) -> memoryview:
         raw = memoryview(memory).cast("B")
     except TypeError:
         raise SerializationError("a numpy array came without its bytes") from None
-    if dtype.hasobject or raw.nbytes != count * dtype.itemsize:
+    if dtype.hasobject or not dtype.itemsize or raw.nbytes != count * dtype.itemsize:
         raise SerializationError("a numpy array came with another number of bytes than its shape and dtype need")
     return raw
 
@@ -380,6 +387,7 @@ def _make_seeds(entropy: Any, spawn_key: Any, pool_size: Any, num_spawned: Any) 
         or not all(type(key) is int for key in spawn_key)
         or not (type(pool_size) is int and pool_size <= _MAX_POOL_WORDS)
         or type(num_spawned) is not int
+        or sum(number.bit_length() for number in (*(numbers or ()), *spawn_key)) > _MAX_SEED_BITS
     ):
         raise SerializationError("a pickle makes a numpy SeedSequence of what is none")
     return np.random.SeedSequence(entropy, spawn_key=spawn_key, pool_size=pool_size, n_children_spawned=num_spawned)
@@ -425,7 +433,8 @@ def _make_generator(bits: Any) -> np.random.Generator:
 def _make_random_state(bits: Any, gauss: Any) -> np.random.RandomState:
     generator = np.random.RandomState(_known_bits(bits))
     if gauss is not None:
-        if type(bits) is not np.random.MT19937 or not isinstance(gauss, dict):
+        drawn = (gauss.get("has_gauss"), gauss.get("gauss")) if type(gauss) is dict else ()
+        if type(bits) is not np.random.MT19937 or tuple(map(type, drawn)) != (int, float):
             raise SerializationError("a random generator of numpy has a state that is out of range")
         known = generator.get_state(legacy=False)
         generator.set_state({**known, "has_gauss": int(gauss["has_gauss"]), "gauss": float(gauss["gauss"])})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -46,6 +47,8 @@ def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) ->
     """
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
         raise SerializationError(f"a {type(cls).__qualname__} is not a type of exception")
+    if type(args) is not tuple or type(state) is not dict:
+        raise SerializationError(f"a {cls.__qualname__} came without its arguments and attributes")
     base = _builtin_base(cls)
     error: BaseException = base.__new__(cls, *args)
     base.__init__(error, *args)  # some builtins keep nothing of what __new__ is given
@@ -55,7 +58,11 @@ def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) ->
             raise SerializationError(f"an exception came with {shown} among its attributes")
         if name == "__notes__" and not isinstance(value, list):
             continue  # anything that formats the exception would fail
-        BaseException.__setattr__(error, name, value)  # a frozen dataclass has one of its own that refuses
+        slot = inspect.getattr_static(cls, name, None)
+        if isinstance(slot, types.MemberDescriptorType | types.GetSetDescriptorType):
+            slot.__set__(error, value)
+        else:  # past properties and a __setattr__ of the class, which could do anything
+            error.__dict__[name] = value
     return error
 
 

@@ -89,9 +89,15 @@ class Failure:
 
 def _breaks_loop(error: BaseException) -> bool:
     """Whether it would break the caller's event loop, itself or as a member of a group."""
-    if isinstance(error, BaseExceptionGroup):
-        return any(map(_breaks_loop, error.exceptions))
-    return isinstance(error, _LOOP_BREAKERS)
+    todo, seen = [error], set()
+    while todo:
+        one = todo.pop()
+        if isinstance(one, _LOOP_BREAKERS):
+            return True
+        if isinstance(one, BaseExceptionGroup) and id(one) not in seen:
+            seen.add(id(one))
+            todo += one.exceptions
+    return False
 
 
 def _text(error: BaseException) -> str:

@@ -422,10 +422,11 @@ class _Builder:
         self._allow = allow
         self._owns_buffers = not parcel.copies_buffers
         self._num_head_bytes = len(parcel.head)
+        self.budget = rebuild.Budget(parcel.num_bytes)
         # Arrays of objects whose items are to come, by id, and whether they may be written afterwards.
         self._unfilled: dict[int, tuple[Any, bool]] = {}
         with torch.no_grad() if parcel.views else nullcontext():
-            self._tensors = lay_out(parcel.views, parcel.slots)
+            self._tensors = lay_out(parcel.views, parcel.slots, self.budget.spend)
 
     def restore(self, kind: str, *parts: Any) -> Any:
         """Return the object that the pickler took apart into these parts.
@@ -441,6 +442,8 @@ class _Builder:
             return self._restore_tensor(kind, *parts)
         if arrays.is_kind(kind):
             made = arrays.put_together(kind, parts, owned=self._owns_buffers, max_items=self._num_head_bytes)
+            fields = getattr(getattr(made, "dtype", made), "names", None) or ()
+            self.budget.spend(getattr(made, "nbytes", 1000) + 100_000 * len(fields))
             if kind == "objects":
                 self._unfilled[id(made)] = made, parts[2] == 1
             return made
@@ -482,8 +485,12 @@ class _Builder:
         else:
             raise SerializationError(f"a {type(cls).__qualname__} is not a kind of tensor")
         if state:
+            if type(state) is not dict or any(callable(getattr(type(tensor), name, None)) for name in state):
+                raise SerializationError("a tensor came with attributes that take the place of its methods")
             tensor.__dict__.update(state)
         if grad is not None:
+            if not isinstance(grad, Tensor) or grad.grad is not None:  # a chain of them is freed by recursion
+                raise SerializationError("a tensor came with a gradient that is none, or has one itself")
             tensor.grad = grad
         return tensor
 
@@ -552,19 +559,25 @@ class _Unpickler(pickle.Unpickler):
         self._builder = builder
         self._allow = allow
         self._head = head
-        self._num_arrays = 0
+        self._num_arrays = self._num_calls = 0
 
     def persistent_load(self, request: Any) -> Any:
         """Carry out what `with_requests` has made of an opcode that calls, makes or changes an object."""
         target, argument, op = request
-        if op == REDUCE and target is restore:
-            return self._builder.restore(*argument)
-        if op == BUILD and isinstance(target, np.ndarray):
+        if op == REDUCE:
+            if target is restore:
+                if type(argument) is not tuple:
+                    raise SerializationError("a parcel has a part without a tuple of parts")
+                return self._builder.restore(*argument)
+            self._num_calls += 1  # of deques, slices and the like, which free their content by recursion
+            if self._num_calls == HARMLESS_ARRAYS:
+                check_depth(self._head)
+        elif op == BUILD and isinstance(target, np.ndarray):
             self._num_arrays += 1
             if self._num_arrays == HARMLESS_ARRAYS:
                 check_depth(self._head)
             return self._builder.fill(target, argument)
-        return rebuild.answer(self._allow, target, argument, op)
+        return rebuild.answer(self._allow, self._builder.budget, target, argument, op)
 
     def find_class(self, module: str, name: str) -> Any:
         if module == __name__ and name == restore.__name__:

@@ -10,8 +10,15 @@ from __future__ import annotations
 
 import sys
 import types
-from collections import OrderedDict, defaultdict, deque
+import weakref
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from random import Random
 from typing import Any
+from uuid import UUID
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
 from torchfedrpc.wire.allowlist import AllowList
@@ -27,14 +34,35 @@ from torchfedrpc.wire.scan import (
     SETITEMS,
 )
 
-_MAX_KEY_PARTS = 10_000
+_MAX_KEY_PARTS = 1000
 """Parts of a key, those of parts included, each as often as it occurs: hashing visits them all. A few nested tuples
 that hold each other twice have 2**40."""
-_CHECKED_KEYS = 1024  # collisions of fewer keys cost no more than milliseconds
+_CHECKED_KEYS = 16  # collisions of fewer keys cost nothing
 _MIN_HASHES = 8  # the keys may share their hashes by so many each: 40,000 keys of one hash take 8 seconds
 
 
-def reduce(allow: AllowList, function: Any, arguments: Any) -> Any:
+class Budget:
+    """What a pickle may cost in time and memory: a few bytes must not cost seconds or gigabytes.
+
+    Args:
+        num_bytes: of the pickle and the memory that came with it.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = (64 << 20) + 32 * num_bytes
+
+    def spend(self, amount: int) -> None:
+        """Count so many bytes, or steps of about a nanosecond each.
+
+        Raises:
+            SerializationError: If that is more than is left.
+        """
+        self._left -= amount
+        if self._left < 0:
+            raise SerializationError("a pickle costs far more than its size: send what torchfedrpc packed")
+
+
+def reduce(allow: AllowList, function: Any, arguments: Any, budget: Budget) -> Any:
     """Call what a pickle calls.
 
     Raises:
@@ -43,6 +71,9 @@ def reduce(allow: AllowList, function: Any, arguments: Any) -> Any:
     """
     if type(arguments) is not tuple:
         raise SerializationError("a pickle calls a function without a tuple of arguments")
+    if function is Counter and len(arguments) == 1 and type(arguments[0]) is dict:
+        budget.spend(100 * len(arguments[0]))  # it is copied, and the pickle may name it many times
+    budget.spend(1000)
     return allow.constructor(function)(*arguments)
 
 
@@ -72,10 +103,17 @@ def set_state(allow: AllowList, obj: Any, state: Any) -> Any:
             f"a pickle sets attributes of {_name(obj)}, which all of this process has in common: send instances, and "
             f"set what belongs to the class in its module"
         )
-    if (setstate := getattr(obj, "__setstate__", None)) is not None:
-        setstate(state)
-    else:
+    if type(obj) in _CHECKED_STATES:
+        _CHECKED_STATES[type(obj)](state)
+    setstate: Any = getattr(type(obj), "__setstate__", None)  # not an attribute that the pickle has set
+    if setstate is None:
         _set_attributes(obj, state)
+    elif (setter := _setter_of_torchs(type(obj))) is not None:
+        _check_attributes(obj, state)
+        _check_shadows(obj, state)
+        setter(obj, state)
+    else:
+        setstate(obj, state)
     return obj
 
 
@@ -97,7 +135,7 @@ def add_items(allow: AllowList, container: Any, items: tuple[Any, ...]) -> Any:
     return container
 
 
-def add_members(container: Any, items: tuple[Any, ...]) -> Any:
+def add_members(container: Any, items: tuple[Any, ...], budget: Budget) -> Any:
     """Add members to a set; return it.
 
     Raises:
@@ -106,29 +144,31 @@ def add_members(container: Any, items: tuple[Any, ...]) -> Any:
     """
     if type(container) is not set:
         raise _no_container(container, "set")
-    _check_keys(items)
+    can_collide = _check_keys(items, budget)
     container.update(items)
-    _check_growth(container, len(items))
+    if can_collide:
+        _check_growth(container, len(items))
     return container
 
 
-def frozen_set(items: tuple[Any, ...]) -> frozenset[Any]:
+def frozen_set(items: tuple[Any, ...], budget: Budget) -> frozenset[Any]:
     """Make a frozenset.
 
     Raises:
         SerializationError: If hashing its members would take too long.
     """
-    _check_keys(items)
+    _check_keys(items, budget)
     return frozenset(items)
 
 
-def set_items(allow: AllowList, container: Any, items: tuple[Any, ...]) -> Any:
+def set_items(allow: AllowList, container: Any, items: tuple[Any, ...], budget: Budget) -> Any:
     """Put items into a dict, or into another container that pickling treats as one; return it.
 
     Args:
         allow: the types that may travel.
         container: the dict.
         items: keys and values in turn.
+        budget: counts what hashing the keys costs.
 
     Raises:
         UntrustedTypeError: If it is no dict.
@@ -137,16 +177,17 @@ def set_items(allow: AllowList, container: Any, items: tuple[Any, ...]) -> Any:
     if len(items) % 2:
         raise SerializationError("a pickle puts a key without a value into a dict")
     keys, values = items[::2], items[1::2]
-    _check_keys(keys)
+    can_collide = _check_keys(keys, budget)
     if type(container) is dict or type(container) is defaultdict:
         container.update(zip(keys, values, strict=True))
-        if len(container) > _CHECKED_KEYS:
+        if can_collide:
             _check_growth(container, len(keys))
     elif isinstance(container, dict):  # not by a method of a subclass, which may store something else
         put = OrderedDict.__setitem__ if isinstance(container, OrderedDict) else dict.__setitem__
         for key, value in zip(keys, values, strict=True):
             put(container, key, value)
-        _check_growth(container, len(keys))
+        if can_collide:
+            _check_growth(container, len(keys))
     elif allow.is_trusted(type(container)):
         for key, value in zip(keys, values, strict=True):
             container[key] = value
@@ -155,7 +196,7 @@ def set_items(allow: AllowList, container: Any, items: tuple[Any, ...]) -> Any:
     return container
 
 
-def answer(allow: AllowList, target: Any, argument: Any, op: int) -> Any:
+def answer(allow: AllowList, budget: Budget, target: Any, argument: Any, op: int) -> Any:
     """Carry out one of the requests of `scan.with_requests`, other than of parts that the parcel itself has.
 
     Raises:
@@ -163,34 +204,100 @@ def answer(allow: AllowList, target: Any, argument: Any, op: int) -> Any:
         SerializationError: As of the rule for that opcode.
     """
     if op in (SETITEM, SETITEMS):
-        return set_items(allow, target, argument)
+        return set_items(allow, target, argument, budget)
     if op == APPENDS:
         return add_items(allow, target, argument)
     if op == APPEND:
         return add_items(allow, target, (argument,))
     if op == REDUCE:
-        return reduce(allow, target, argument)
+        return reduce(allow, target, argument, budget)
     if op == NEWOBJ:
         return new(allow, target, argument, {})
     if op == BUILD:
         return set_state(allow, target, argument)
     if op == ADDITEMS:
-        return add_members(target, argument)
+        return add_members(target, argument, budget)
     if op == FROZENSET:
-        return frozen_set(target)
+        return frozen_set(target, budget)
     arguments, keywords = argument
     return new(allow, target, arguments, keywords)
 
 
+def _setter_of_torchs(cls: type) -> Callable[[Any, Any], None] | None:
+    """Return what sets the state of a class with a ``__setstate__`` of torch's; None where another has it.
+
+    Torch's own methods for subclasses fill in what old versions lacked, and go through lists of any length for that.
+    """
+    owner = next(base for base in cls.__mro__ if "__setstate__" in vars(base))
+    if not owner.__module__.startswith("torch."):
+        return None
+    if issubclass(cls, nn.RNNBase):
+        return _set_recurrent
+    if issubclass(cls, nn.Module):
+        setter: Any = nn.Module.__setstate__
+        return setter  # type: ignore[no-any-return]
+    return _set_optimizer if issubclass(cls, Optimizer) else _set_attributes
+
+
+def _set_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    groups, parts = state.get("param_groups"), state.get("state")
+    if (
+        type(groups) is not list
+        or not all(type(group) is dict and type(group.get("params")) is list for group in groups)
+        or type(parts) not in (dict, defaultdict)
+        or type(state.get("defaults")) is not dict
+    ):
+        raise SerializationError(f"the state of a {type(optimizer).__qualname__} has no groups of parameters")
+    Optimizer.__setstate__(optimizer, state)
+
+
+def _check_shadows(obj: Any, state: dict[str, Any]) -> None:
+    """Check that no attribute takes the place of a method: who calls that would call what the sender has chosen."""
+    cls = type(obj)
+    for name in state:
+        if callable(getattr(cls, name, None)) and not (name == "step" and isinstance(obj, Optimizer)):
+            raise SerializationError(f"the state of a {cls.__qualname__} has {name!r}, which is a method of it")
+
+
+def _check_random(state: Any) -> None:
+    match state:
+        case (3, tuple(words), None | float()) if len(words) == _RANDOM_WORDS and set(map(type, words)) == {int}:
+            return
+    raise SerializationError("the state of a random.Random is none that getstate() gives")
+
+
+def _check_uuid(state: Any) -> None:
+    if type(state) is not dict or type(state.get("int")) is not int:
+        raise SerializationError("the state of a UUID is no number")
+
+
+_RANDOM_WORDS = 625
+_CHECKED_STATES: dict[type, Callable[[Any], None]] = {Random: _check_random, UUID: _check_uuid}
+
+
+def _set_recurrent(module: Any, state: dict[str, Any]) -> None:
+    set_module: Any = nn.Module.__setstate__
+    set_module(module, state)
+    weights = state.get("_flat_weights")
+    if type(weights) is not list or not all(weight is None or isinstance(weight, Tensor) for weight in weights):
+        raise SerializationError(f"the state of a {type(module).__qualname__} has no weights")
+    module._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
+
+
+def _check_attributes(obj: Any, state: Any) -> None:
+    if type(state) is not dict or not all(type(name) is str for name in state):
+        raise SerializationError(f"the state of a {type(obj).__qualname__} is no dict of attributes")
+
+
 def _set_attributes(obj: Any, state: Any) -> None:
-    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+    attributes, slots = state if type(state) is tuple and len(state) == 2 else (state, None)
     for part in (attributes, slots):
-        if part and not isinstance(part, dict):
-            raise SerializationError(f"the state of a {type(obj).__qualname__} is a {type(part).__qualname__}")
-    if attributes:
+        if part is not None:
+            _check_attributes(obj, part)
+    if attributes is not None:
         own = obj.__dict__
         for name, value in attributes.items():
-            own[sys.intern(name) if type(name) is str else name] = value
+            own[sys.intern(name)] = value
     for name, value in (slots or {}).items():
         slot = getattr(type(obj), name, None)
         if not isinstance(slot, types.MemberDescriptorType):  # a property could do anything
@@ -200,34 +307,45 @@ def _set_attributes(obj: Any, state: Any) -> None:
         slot.__set__(obj, value)
 
 
-def _check_keys(keys: tuple[Any, ...]) -> None:
-    """Check that hashing the keys takes no longer than their bytes justify."""
-    if not set(map(type, keys)) <= _SIMPLE_KEYS:
+def _check_keys(keys: tuple[Any, ...], budget: Budget) -> bool:
+    """Check that hashing and comparing the keys takes no longer than their bytes justify.
+
+    Returns:
+        Whether their hashes may be equal: Python's for texts cannot be foreseen.
+    """
+    kinds = set(map(type, keys))
+    if kinds <= _TEXTS:
+        return False
+    if not kinds <= _SIMPLE_KEYS:
         for key in keys:
-            _check_parts(key)
+            budget.spend(100 * _num_parts(key))
     if len(keys) > _CHECKED_KEYS:
         _check_hashes(keys)
+    return True
 
 
 _BY_IDENTITY: Any = object.__hash__
+_TEXTS = frozenset((str, bytes, bool, type(None)))
 _SIMPLE_KEYS = frozenset((str, int, float, bytes, bool, type(None)))
 
 
-def _check_parts(key: Any) -> None:
+def _num_parts(key: Any) -> int:
+    """Return how many parts hashing a key visits.
+
+    Raises:
+        SerializationError: If they are too many.
+    """
     num_parts, todo = 0, [key]
     while todo:
         part = todo.pop()
         num_parts += 1
         if num_parts > _MAX_KEY_PARTS:
-            raise SerializationError(
-                f"a key of a dict or set has more than {_MAX_KEY_PARTS} parts: use a shorter one"
-            )
+            raise SerializationError(f"a key of a dict or set has more than {_MAX_KEY_PARTS} parts: use a short one")
         if isinstance(part, tuple | frozenset):
             todo += part
         elif type(part) not in _SIMPLE_KEYS and type(part).__hash__ is not _BY_IDENTITY:
-            todo += getattr(
-                part, "__dict__", {}
-            ).values()  # of a class of a trusted package, whose hash may be theirs
+            todo += getattr(part, "__dict__", {}).values()  # a trusted class may make its hash of them
+    return num_parts
 
 
 def _check_growth(container: Any, num_added: int) -> None:

@@ -137,11 +137,14 @@ def _parts(head: bytes, common: re.Pattern[bytes]) -> list[tuple[int, int, bool]
     return parts
 
 
-def _common_opcode(*first: bytes, one_byte: bytes) -> bytes:
-    """A pattern of one opcode with less than 256 bytes of argument, or of one of ``first``."""
+def _common_opcode(*first: bytes, one_byte: bytes, is_single: bool = False) -> bytes:
+    """A pattern of one opcode with less than 256 bytes of argument, or of one of ``first``.
+
+    Unless it has to be a single one, it takes any number of opcodes without argument at once.
+    """
 
     fixed = [re.escape(bytes((op,))) + b".{%d}" % num_bytes for op, num_bytes in _FIXED.items()]
-    one = b"[" + re.escape(one_byte) + b"]++"
+    one = b"[" + re.escape(one_byte) + (b"]" if is_single else b"]++")
     return b"(?s:" + b"|".join((*first, one, *fixed, *map(_counted, _COUNTED_BY_1))) + b")"
 
 
@@ -167,7 +170,7 @@ def _kept() -> bytes:
     A new list of atoms is among them, and a new dict of atoms by texts: their opcodes change nothing but that list or
     dict, and hashing such keys takes no time.
     """
-    atom = _common_opcode(rb"K.K.\x86", one_byte=b"N\x88\x89)") + rb"\x94?"
+    atom = _common_opcode(rb"K.K.\x86", one_byte=b"N\x88\x89)", is_single=True) + rb"\x94?"
     entry = _counted(_SHORT_BINUNICODE, b"\x94") + atom
     flat_list = rb"\]\x94?(?:(?:\((?:" + atom + rb")++e)++|" + atom + rb"a)"
     flat_dict = rb"\}\x94?(?:(?:\((?:" + entry + rb")++u)++|" + entry + rb"s)"

@@ -116,8 +116,7 @@ def read(
         raise SerializationError("these bytes are cut short")
     if _checksum(data[_PREFIX.size : position], data[position : position + head_bytes]) != checksum:
         raise SerializationError("these bytes are damaged")
-    table = with_requests(bytes(data[_PREFIX.size : position]))
-    views, num_buffers, layouts = _PlainUnpickler(io.BytesIO(table)).load()
+    views, num_buffers, layouts = _PlainUnpickler(bytes(data[_PREFIX.size : position])).load()
     head = bytes(data[position : position + head_bytes])
     position += head_bytes
     slots = []
@@ -152,8 +151,12 @@ _NO_TYPES = AllowList()  # of which `_PlainUnpickler` names none
 class _PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings and containers, and nothing that has a name."""
 
+    def __init__(self, table: bytes) -> None:
+        super().__init__(io.BytesIO(with_requests(table)))
+        self._budget = rebuild.Budget(len(table))
+
     def persistent_load(self, request: Any) -> Any:
-        return rebuild.answer(_NO_TYPES, *request)
+        return rebuild.answer(_NO_TYPES, self._budget, *request)
 
     def find_class(self, module: str, name: str) -> Any:
         raise SerializationError(f"the table of a serialized object names {module}.{name}")

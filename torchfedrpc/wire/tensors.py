@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any, TypeGuard
 
@@ -205,20 +205,36 @@ def is_joined(view: View) -> TypeGuard[tuple[int, tuple[int, ...]]]:
     return isinstance(view, tuple) and len(view) == 2
 
 
-def lay_out(views: list[View], slots: list[Tensor]) -> list[Tensor]:
-    """The tensors that the views describe; small ones that came together each get memory of their own."""
+def lay_out(views: list[View], slots: list[Tensor], spend: Callable[[int], None] = lambda num_bytes: None) -> Any:
+    """Return the tensors that the views describe; small ones that came together each get memory of their own.
+
+    Args:
+        views: how they lie in the slots.
+        slots: their memory.
+        spend: told of the bytes of memory that are taken beside the slots.
+
+    Raises:
+        SerializationError: If a view does not fit its slot.
+    """
     tensors: list[Any] = [None] * len(views)
     joined: dict[int, list[int]] = {}
     for index, view in enumerate(views):
         if is_joined(view):
             joined.setdefault(view[0], []).append(index)
         else:
+            if isinstance(view, tuple) and len(view) == 6:
+                _check_sizes(view[5:])
+                spend(16 * view[5])
             tensors[index] = _view_slot(view, slots)
     for number, members in joined.items():
         shapes: list[Any] = [views[index][1] for index in members]  # type: ignore[index]
         for shape in shapes:
             _check_sizes(shape)
-        parts = _split(slots[number], [math.prod(shape) for shape in shapes])
+        sizes = [math.prod(shape) for shape in shapes]
+        if slots[number].dim() != 1 or sum(sizes) != slots[number].numel():
+            raise SerializationError("small tensors came with shapes that do not fit the memory that they share")
+        spend(slots[number].nbytes)
+        parts = _split(slots[number], sizes)
         for index, part, shape in zip(members, parts, shapes, strict=True):
             if min(shape, default=0) < 0:
                 raise SerializationError(f"a tensor cannot have the shape {shape}")
