@@ -367,13 +367,15 @@ _PARTS: dict[str, bytes] = {
     "a tensor that is not there": called(RESTORE, text("plain"), b"K\x07"),
     "a tensor before the first": called(RESTORE, text("plain"), number(-5)),
     "a tensor by name": called(RESTORE, text("plain"), text("0")),
-    "a tensor of a kind that is none": called(RESTORE, text("dense"), NO, TRUSTED, b"N", b"K\x00"),
-    "a tensor that is a function": called(RESTORE, text("dense"), NO, RESTORE, b"N", b"K\x00"),
-    "a tensor with a state that is no dict": called(RESTORE, text("dense"), NO, b"N", b"K\x01", b"K\x00"),
-    "a special tensor of no parts": called(RESTORE, text("special"), NO, b"N", b"N", text("sparse_coo")),
-    "an unknown special tensor": called(RESTORE, text("special"), NO, b"N", b"N", text("nested")),
+    "a tensor of a kind that is none": called(RESTORE, text("dense"), NO, TRUSTED, b"N", b"N", b"K\x00", text("")),
+    "a tensor that is a function": called(RESTORE, text("dense"), NO, RESTORE, b"N", b"N", b"K\x00", text("")),
+    "a tensor with a state that is no dict": called(
+        RESTORE, text("dense"), NO, b"N", b"K\x01", b"N", b"K\x00", text("")
+    ),
+    "a special tensor of no parts": called(RESTORE, text("special"), NO, b"N", b"N", b"N", text("sparse_coo")),
+    "an unknown special tensor": called(RESTORE, text("special"), NO, b"N", b"N", b"N", text("nested")),
     "sparse indices that are numbers": called(
-        RESTORE, text("special"), NO, b"N", b"N", text("sparse_coo"), b"K\x00", b"K\x00", b"K\x00\x85", YES
+        RESTORE, text("special"), NO, b"N", b"N", b"N", text("sparse_coo"), b"K\x00", b"K\x00", b"K\x00\x85", YES
     ),
     "a restored part of no kind": called(RESTORE, text("everything")),
     "restore without a kind": called(RESTORE),

@@ -407,7 +407,7 @@ class Waves(np.ndarray):
 
 @pytest.mark.parametrize("allow", [AllowList(), AllowList(["numpy"])], ids=["trusting_nobody", "trusting_numpy"])
 def test_numpys_own_class_of_arrays_is_not_named(allow: AllowList) -> None:
-    with pytest.raises(UntrustedTypeError, match="may not travel|may travel: it is of numpy"):
+    with pytest.raises(UntrustedTypeError, match=r"may not travel|may travel: it is of numpy"):
         allow.find("numpy", "ndarray")
 
 

@@ -117,7 +117,8 @@ def _is_for_all(entry: Any) -> bool:
         return True
     if isinstance(entry, type):
         return home.startswith(_TORCH) and issubclass(entry, nn.Module)
-    return home in _TORCH_FUNCTIONS or home.startswith("torch.nn.utils.")
+    is_unset = getattr(entry, "__name__", "") == "skip_init"  # it gives memory that nobody has written
+    return home in _TORCH_FUNCTIONS or (home.startswith("torch.nn.utils.") and not is_unset)
 
 
 def _home(entry: Any) -> str:

@@ -17,7 +17,7 @@ from torchfedrpc.host.context import SharedObjects
 from torchfedrpc.host.object_parts import ATOMS, UNSET, get, is_foundation, slots_of
 from torchfedrpc.host.state_proof import Apart
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")  # where a module has what else would be its attributes
+REGISTRIES = ("_parameters", "_buffers", "_modules")  # where a module has what else would be its attributes
 _MORE_THAN_ATTRIBUTES = (
     dict, list, tuple, set, frozenset, str, bytes, bytearray, int, float, complex, BaseException, Tensor, np.ndarray,
     collections.deque, random.Random,
@@ -32,6 +32,11 @@ def not_state_of(cls: Any) -> tuple[str, ...]:
     """
     names: Any = getattr(cls, "not_state", ())
     if isinstance(names, set | frozenset | tuple | list) and all(type(name) is str for name in names):
+        if held := sorted(set(names) & {*REGISTRIES}):
+            raise ConfigError(
+                f"{cls.__qualname__}.not_state must not name {held[0]!r}, which has all that a module consists of: "
+                f"name single parameters, buffers or submodules"
+            )
         return tuple(sorted(names))
     given = f"{{{names!r}}}" if isinstance(names, str) else '{"loader"}'
     raise ConfigError(
@@ -100,6 +105,9 @@ def set_attributes(learner: Any, state: Any, shared: SharedObjects | None) -> No
         Exception: the state is not what `attributes_of` gives.
     """
     cls = type(learner)
+    parts = [state[name] for name in ("values", "slots", "shared")]
+    if not all(type(part) is dict for part in parts) or type(state["not_state"]) is not list:
+        raise SnapshotError(f"the state of a {cls.__qualname__} is none that its attributes give")
     values, slots, left_out = dict(state["values"]), state["slots"], frozenset(state["not_state"])
     fresh = dict(_plain_attributes(learner))
     for name, key in state["shared"].items():
@@ -161,4 +169,4 @@ def _plain_attributes(learner: Any) -> Mapping[str, Any]:
 
 
 def _registry_of(values: Mapping[str, Any], name: str) -> str | None:
-    return next((registry for registry in _REGISTRIES if name in (values.get(registry) or ())), None)
+    return next((registry for registry in REGISTRIES if name in (values.get(registry) or ())), None)

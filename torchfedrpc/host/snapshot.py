@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfedrpc.errors import SerializationError, SnapshotError, UntrustedTypeError
+from torchfedrpc.host.attributes import REGISTRIES as _REGISTRIES
 from torchfedrpc.host.attributes import attributes_of, made_anew, not_state_of, set_attributes
 from torchfedrpc.host.context import SharedObjects
 from torchfedrpc.host.object_parts import is_foundation
@@ -77,7 +78,14 @@ def capture(learner: Any, client_id: str = "a client", shared: SharedObjects | N
     name = f"{client_id}'s {type(learner).__qualname__}"
     kind = _kind_of_state(type(learner))
     if kind == "attributes":
-        return kind, attributes_of(learner, shared)
+        try:
+            return kind, attributes_of(learner, shared)
+        except SnapshotError:
+            raise
+        except RuntimeError as error:  # torch's, of modules that are parametrized themselves
+            raise SnapshotError(
+                f"{name} cannot be captured: {error}; define state_dict() and load_state_dict()"
+            ) from error
     if kind == "state_dict" and any(map(inspect.iscoroutinefunction, (learner.state_dict, learner.load_state_dict))):
         raise SnapshotError(
             f"state_dict() and load_state_dict() of {name} must not be async: make them plain methods"
@@ -281,6 +289,8 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
         return
     for part in parts:
         for name, value in part.items():
+            if name in _REGISTRIES and isinstance(value, dict):  # of a module: what it has in them is named
+                yield from ((repr(own), of_module) for own, of_module in value.items())
             yield repr(name), value
 
 

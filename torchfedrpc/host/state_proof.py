@@ -14,6 +14,7 @@ import copyreg
 import enum
 import functools
 import marshal
+import random
 import reprlib
 import sys
 import types
@@ -222,6 +223,10 @@ class _Walk:
 
     def _way_of(self, one: Any) -> Way:
         kind = type(one)
+        if issubclass(kind, torch.Generator | random.Random) or kind.__name__ == "RandomState":
+            own: Any = (torch.default_generator, getattr(random, "_inst", None), np.random.mtrand._rand)
+            if any(one is generator for generator in own):
+                return self._process_generator
         families: tuple[tuple[Any, Way], ...] = (
             (enum.Enum, self._identical),
             (BY_IDENTITY, self._identical),
@@ -271,6 +276,11 @@ class _Walk:
             leaves_out = _OPTIMISER_WARNS_BY if issubclass(kind, torch.optim.Optimizer) else frozenset()
             return functools.partial(self._instance, slots=slots, leaves_out=leaves_out)
         return functools.partial(self._by_reduction, is_value=has_value(kind), has_attributes=True)
+
+    def _process_generator(self, one: Any, other: Any, path: Path) -> None:
+        raise _Found(
+            path, "is the process's own generator, which each call seeds: keep a generator of the learner's own"
+        )
 
     def _atom(self, one: Any, other: Any, path: Path) -> None:
         if not (one == other and one) and one is not other and bits_of(one) != bits_of(other):

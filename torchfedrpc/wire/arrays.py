@@ -297,6 +297,8 @@ def _make_array(
             raise SerializationError(f"a {type(cls).__qualname__} is not a class of arrays")
         array = array.view(cls)
         if own is not None:
+            if type(own) is not dict:
+                raise SerializationError("a numpy array came with attributes that are no dict")
             array.__dict__.update(own)
     return array
 
@@ -375,6 +377,9 @@ def _bytes_of(memory: Any, count: int, dtype: np.dtype[Any]) -> memoryview:
 
 
 def _make_scalar(dtype_of: Any, memory: Any) -> Any:
+    dtype = _make_dtype(dtype_of)
+    if not dtype.itemsize and not len(memory):
+        return dtype.type()  # an empty text
     return _filled((), "C", dtype_of, memory, owned=False)[()]
 
 

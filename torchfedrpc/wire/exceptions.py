@@ -50,6 +50,7 @@ def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) ->
     if type(args) is not tuple or type(state) is not dict:
         raise SerializationError(f"a {cls.__qualname__} came without its arguments and attributes")
     base = _builtin_base(cls)
+    known: Any = base
     error: BaseException = base.__new__(cls, *args)
     base.__init__(error, *args)  # some builtins keep nothing of what __new__ is given
     for name, value in state.items():
@@ -59,6 +60,8 @@ def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) ->
         if name == "__notes__" and not isinstance(value, list):
             continue  # anything that formats the exception would fail
         slot = inspect.getattr_static(cls, name, None)
+        if isinstance(slot, types.GetSetDescriptorType) and name not in _kept_in_c(known):
+            raise SerializationError(f"an exception came with {name} among its attributes")
         if isinstance(slot, types.MemberDescriptorType | types.GetSetDescriptorType):
             slot.__set__(error, value)
         else:  # past properties and a __setattr__ of the class, which could do anything

@@ -341,7 +341,8 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
     def _numpy(self, obj: Any) -> Any:
-        if isinstance(obj, np.ndarray) and type(obj).__reduce__ is not np.ndarray.__reduce__:
+        is_masked = isinstance(obj, np.ma.MaskedArray)
+        if isinstance(obj, np.ndarray) and type(obj).__reduce__ is not np.ndarray.__reduce__ and not is_masked:
             return NotImplemented  # the class has a way of its own
         if (taken := arrays.take_apart(obj)) is None:
             return NotImplemented
@@ -443,7 +444,9 @@ class _Builder:
         if arrays.is_kind(kind):
             made = arrays.put_together(kind, parts, owned=self._owns_buffers, max_items=self._num_head_bytes)
             fields = getattr(getattr(made, "dtype", made), "names", None) or ()
-            self.budget.spend(getattr(made, "nbytes", 1000) + 100_000 * len(fields))
+            memory = getattr(made, "base", None)  # of one with gaps it is larger
+            num_bytes = max(getattr(made, "nbytes", 1000), getattr(memory, "nbytes", 0))
+            self.budget.spend(num_bytes + 100_000 * len(fields))
             if kind == "objects":
                 self._unfilled[id(made)] = made, parts[2] == 1
             return made

@@ -13,12 +13,15 @@ import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from random import Random
 from typing import Any
 from uuid import UUID
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
 from torchfedrpc.wire.allowlist import AllowList
@@ -74,6 +77,7 @@ def reduce(allow: AllowList, function: Any, arguments: Any, budget: Budget) -> A
     if function is Counter and len(arguments) == 1 and type(arguments[0]) is dict:
         budget.spend(100 * len(arguments[0]))  # it is copied, and the pickle may name it many times
     budget.spend(1000)
+    _check_builtin_arguments(function, arguments)
     return allow.constructor(function)(*arguments)
 
 
@@ -88,10 +92,23 @@ def new(allow: AllowList, cls: Any, arguments: Any, keywords: Any) -> Any:
         raise SerializationError("a pickle makes an object without a tuple of arguments")
     if not allow.may_have_instances(cls) or ((arguments or keywords) and not allow.is_trusted(cls)):
         raise UntrustedTypeError(f"a pickle makes a {_name(cls)} in a way in which none is pickled")
+    _check_builtin_arguments(cls, arguments)
     return cls.__new__(cls, *arguments, **keywords)
 
 
-def set_state(allow: AllowList, obj: Any, state: Any) -> Any:
+def _check_builtin_arguments(cls: Any, arguments: tuple[Any, ...]) -> None:
+    """Check what a trusted class may hand on to a builtin type that it derives from: a few bytes could name a lot."""
+    if isinstance(cls, type) and issubclass(cls, _BUILTINS):
+        for argument in arguments:
+            is_count = type(argument) is int and issubclass(cls, bytes | bytearray)
+            if is_count or isinstance(argument, range | Decimal | Fraction):
+                raise SerializationError(f"a pickle makes a {cls.__qualname__} of a {type(argument).__qualname__}")
+
+
+_BUILTINS = (list, tuple, set, frozenset, dict, bytes, bytearray, int, deque)
+
+
+def set_state(allow: AllowList, obj: Any, state: Any, budget: Budget) -> Any:
     """Give an instance its state, by ``__setstate__`` or as attributes; return it.
 
     Raises:
@@ -103,6 +120,8 @@ def set_state(allow: AllowList, obj: Any, state: Any) -> Any:
             f"a pickle sets attributes of {_name(obj)}, which all of this process has in common: send instances, and "
             f"set what belongs to the class in its module"
         )
+    for part in state if type(state) is tuple else (state,):
+        budget.spend(200 * len(part) if type(part) in (dict, list, tuple) else 1000)
     if type(obj) in _CHECKED_STATES:
         _CHECKED_STATES[type(obj)](state)
     setstate: Any = getattr(type(obj), "__setstate__", None)  # not an attribute that the pickle has set
@@ -128,8 +147,9 @@ def add_items(allow: AllowList, container: Any, items: tuple[Any, ...]) -> Any:
     elif isinstance(container, deque):
         deque.extend(container, items)
     elif allow.is_trusted(type(container)):
+        append = type(container).append
         for item in items:
-            container.append(item)
+            append(container, item)
     else:
         raise _no_container(container, "list")
     return container
@@ -189,8 +209,9 @@ def set_items(allow: AllowList, container: Any, items: tuple[Any, ...], budget: 
         if can_collide:
             _check_growth(container, len(keys))
     elif allow.is_trusted(type(container)):
+        put = type(container).__setitem__
         for key, value in zip(keys, values, strict=True):
-            container[key] = value
+            put(container, key, value)
     else:
         raise _no_container(container, "dict")
     return container
@@ -214,7 +235,7 @@ def answer(allow: AllowList, budget: Budget, target: Any, argument: Any, op: int
     if op == NEWOBJ:
         return new(allow, target, argument, {})
     if op == BUILD:
-        return set_state(allow, target, argument)
+        return set_state(allow, target, argument, budget)
     if op == ADDITEMS:
         return add_members(target, argument, budget)
     if op == FROZENSET:
@@ -234,8 +255,7 @@ def _setter_of_torchs(cls: type) -> Callable[[Any, Any], None] | None:
     if issubclass(cls, nn.RNNBase):
         return _set_recurrent
     if issubclass(cls, nn.Module):
-        setter: Any = nn.Module.__setstate__
-        return setter  # type: ignore[no-any-return]
+        return _set_module
     return _set_optimizer if issubclass(cls, Optimizer) else _set_attributes
 
 
@@ -249,6 +269,7 @@ def _set_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     ):
         raise SerializationError(f"the state of a {type(optimizer).__qualname__} has no groups of parameters")
     Optimizer.__setstate__(optimizer, state)
+    _skip_handles(state)
 
 
 def _check_shadows(obj: Any, state: dict[str, Any]) -> None:
@@ -275,9 +296,22 @@ _RANDOM_WORDS = 625
 _CHECKED_STATES: dict[type, Callable[[Any], None]] = {Random: _check_random, UUID: _check_uuid}
 
 
-def _set_recurrent(module: Any, state: dict[str, Any]) -> None:
+def _set_module(module: Any, state: dict[str, Any]) -> None:
     set_module: Any = nn.Module.__setstate__
     set_module(module, state)
+    _skip_handles(state)
+
+
+def _skip_handles(state: dict[str, Any]) -> None:
+    """See to it that no hook of this process gets the number of one that came: to remove it would remove both."""
+    for name, hooks in state.items():
+        if name.endswith("_hooks") and isinstance(hooks, dict) and hooks:
+            highest = max((key for key in hooks if type(key) is int), default=0)
+            RemovableHandle.next_id = max(RemovableHandle.next_id, highest + 1)
+
+
+def _set_recurrent(module: Any, state: dict[str, Any]) -> None:
+    _set_module(module, state)
     weights = state.get("_flat_weights")
     if type(weights) is not list or not all(weight is None or isinstance(weight, Tensor) for weight in weights):
         raise SerializationError(f"the state of a {type(module).__qualname__} has no weights")

@@ -250,6 +250,7 @@ def _view_slot(view: Any, slots: list[Tensor]) -> Tensor:
     dtype, slot = dtype_named(dtype_name), slots[number]
     if spread:
         return _spread_out(slot, dtype, shape, stride, offset, *spread)
+    offset += int(slot.storage_offset()) * slot.itemsize // dtype.itemsize  # the slot may be a part of a storage
     check_extent(shape, stride, offset, dtype, slot.untyped_storage().nbytes())
     return torch.empty(0, dtype=dtype, device=slot.device).set_(slot.untyped_storage(), offset, shape, stride)
 
