@@ -476,6 +476,66 @@ _FILLING: dict[str, bytes] = {
     "an array.array of text": called(RESTORE, text("array.array"), text("u"), binary(b"\xff" * 4)),
     "a member of what is no enum": called(RESTORE, text("member"), TRUSTED, text("train")),
 }
+_BIG_RANGE = called(named("builtins", "range"), b"K\x00", number(3 * 10**8), b"K\x01")
+_NAMESPACE = called(named("types", "SimpleNamespace"))
+
+
+def _with_gradient(gradient: bytes) -> bytes:
+    return called(RESTORE, text("dense"), NO, b"N", b"N", gradient, b"K\x00", text(""))
+
+
+_SECOND_LOOK: dict[str, bytes] = {
+    "__setstate__ set on an instance, then called": _NAMESPACE
+    + keyed(__setstate__=named("builtins", "list"))
+    + b"b"
+    + _BIG_RANGE
+    + b"b",
+    "a state whose keys() are called": named("torch.nn.modules.linear", "Identity")
+    + b")\x81"
+    + _NAMESPACE
+    + keyed(keys=named("builtins", "list"))
+    + b"bb",
+    "a method of a layer replaced": named("torch.nn.modules.linear", "Linear")
+    + b")\x81"
+    + keyed(forward=named("builtins", "list"))
+    + b"b",
+    "a method of a tensor replaced": called(
+        RESTORE, text("dense"), NO, b"N", keyed(detach=named("builtins", "list")), b"N", b"K\x00", text("")
+    ),
+    "the attributes of a tensor that are no dict": called(
+        RESTORE, text("dense"), NO, b"N", _NAMESPACE, b"N", b"K\x00", text("")
+    ),
+    "an optimiser over a range": named("torch.optim.adam", "Adam")
+    + b")\x81"
+    + keyed(defaults=b"}", param_groups=b"]" + keyed(params=_BIG_RANGE) + b"a", state=b"}")
+    + b"b",
+    "an optimiser whose defaults are called": named("torch.optim.sgd", "SGD")
+    + b")\x81"
+    + keyed(defaults=_NAMESPACE, param_groups=b"]", state=b"}")
+    + b"b",
+    "a recurrent layer of a billion layers": named("torch.nn.modules.rnn", "LSTM")
+    + b")\x81"
+    + keyed(num_layers=number(10**9), bidirectional=NO, all_weights=b"](](K\x00ee", bias=NO, proj_size=b"K\x00")
+    + b"b",
+    "parts that are a range": RESTORE + _BIG_RANGE + b"R",
+    "arguments of an exception that are a range": called(
+        RESTORE, text("exception"), named("builtins", "ValueError"), _BIG_RANGE, b"}"
+    ),
+    "args of an exception that are a range": called(
+        RESTORE, text("exception"), named("builtins", "ValueError"), b")", keyed(args=_BIG_RANGE)
+    ),
+    "a state of random that is a range": called(named("random", "Random")) + b"K\x02" + _BIG_RANGE + b"N\x87b",
+    "a UUID of parts": named("uuid", "UUID") + b")\x81" + keyed(int=b")") + b"b",
+    "a decimal of many digits that is none": called(named("decimal", "Decimal"), text("1" * 60_000 + "x")),
+    "text without length": called(
+        RESTORE, text("array"), b"NNK\x01", number(3000) + b"\x85", text("C"), text("|S0"), binary(b"")
+    ),
+    "a gradient with a gradient": _with_gradient(_with_gradient(_with_gradient(b"N"))),
+    "numpy's class of arrays as a layer": named("torch.nn.modules.container", "Sequential")
+    + b")\x81"
+    + keyed(_modules=b"}" + text("0") + named("numpy", "ndarray") + b"s")
+    + b"b",
+}
 _COLLISIONS = [number(count * (2**61 - 1)) for count in range(1, 40_000)]
 _NESTED = b")\x94" + b"".join(b"0" + (b"h" + bytes([level])) * 2 + b"\x86\x94" for level in range(60)) + b"0"
 _SLOW: dict[str, bytes] = {
@@ -483,6 +543,7 @@ _SLOW: dict[str, bytes] = {
     "keys of one hash, one by one": whole(b"}", *(key + b"Ns" for key in _COLLISIONS)),
     "members of one hash": whole(b"\x8f(", *_COLLISIONS, b"\x90"),
     "members of one hash, one by one": whole(b"\x8f", *(b"(" + key + b"\x90" for key in _COLLISIONS)),
+    "a flat dict with a key out of turn": whole(_NESTED, b"}\x94(" + text("a") + b"\x94NN" + b"h\x3cNu"),
     "a frozenset of one hash": whole(b"(", *_COLLISIONS, b"\x91"),
     "a key of 2**60 parts": whole(_NESTED, b"}h\x3cNs"),
     "a member of 2**60 parts": whole(_NESTED, b"\x8f(h\x3c\x90"),
@@ -573,8 +634,13 @@ _DEEP: dict[str, bytes] = {
     "marks without end": whole(b"(" * DEEP),
 }  # fmt: skip
 
+_PARTS_OF_PICKLES = (_CALLS, _SETTING, _NUMPY, _PARTS, _FILLING, _SECOND_LOOK)
 CORPUS: dict[str, bytes] = (
-    {name: whole(part) for part_of in (_CALLS, _SETTING, _NUMPY, _PARTS, _FILLING) for name, part in part_of.items()}
+    {
+        name: whole(part)
+        for part_of in (_CALLS, _SETTING, _NUMPY, _PARTS, _FILLING, _SECOND_LOOK)
+        for name, part in part_of.items()
+    }
     | _OPCODES
     | _SIZES
     | _DEEP

@@ -15,6 +15,7 @@ import random
 import types
 import uuid
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -843,3 +844,28 @@ def test_a_generator_of_torch_goes_on_where_it_was() -> None:
 def test_other_types_of_numpy_are_refused(obj: Any) -> None:
     with pytest.raises(SerializationError, match="numpy"):
         sent(obj)
+
+
+@pytest.mark.parametrize("start", [1, 4, 7, 13, 16, 50])
+@pytest.mark.parametrize("copy", [True, False], ids=["copied", "aliased"])
+def test_overlapping_slices_keep_their_values_and_their_tie(start: int, copy: bool) -> None:
+    table = torch.arange(500.0).reshape(100, 5)
+    alone, (first, second) = pack(table[start:], copy=copy), (table[start:90], table[start + 3 :])
+    assert torch.equal(alone.open(ALLOW), table[start:])
+    one, other = pack([first, second], copy=copy).open(ALLOW)
+    assert torch.equal(one, first)
+    assert torch.equal(other, second)
+    before = float(one[3, 0])
+    other[0, 0] += 1
+    assert float(one[3, 0]) == before + 1
+
+
+def test_a_hook_that_came_keeps_its_number_beside_new_ones() -> None:
+    layer = nn.Linear(1, 1)
+    layer.register_forward_hook(torch.nn.functional.relu)
+    received = sent(layer)
+    received._forward_hooks = OrderedDict((10**6 + key, hook) for key, hook in received._forward_hooks.items())
+    again = sent(received)
+    handle = again.register_forward_hook(torch.nn.functional.relu)
+    handle.remove()
+    assert len(again._forward_hooks) == 1

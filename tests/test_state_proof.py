@@ -796,3 +796,14 @@ def test_state_that_a_part_leaves_out_is_missed_unless_the_part_makes_it_anew() 
     found = first_difference([LeavesOut()], pickle.loads(pickle.dumps([LeavesOut()])))
     assert str(found) == "[0].left_out would be missing"
     assert first_difference([MakesAnew()], pickle.loads(pickle.dumps([MakesAnew()]))) is None
+
+
+@pytest.mark.parametrize(
+    "generator", [torch.default_generator, np.random.mtrand._rand, random._inst], ids=["torch", "numpy", "random"]
+)
+def test_generators_of_the_process_are_refused(generator: Any) -> None:
+    found = first_difference(
+        [generator], [copy.deepcopy(generator)] if generator is not torch.default_generator else [generator]
+    )
+    assert found is not None
+    assert "the process's own generator" in str(found)
