@@ -273,7 +273,8 @@ class Disk:
             real["replace"](source, target)
 
         def unlink(path: Any) -> None:
-            self._steps.append(("unlink", Path(path).name))
+            if os.path.lexists(path):
+                self._steps.append(("unlink", Path(path).name))
             real["unlink"](path)
 
         for function in (pwrite, fsync, replace, unlink):
@@ -338,7 +339,7 @@ def apply(files: dict[str, bytearray], kind: str, name: str, data: bytearray | N
 def test_a_disk_that_is_full_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "small"
     path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(path)]
     if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs root, and the right to mount a tmpfs")
     try:

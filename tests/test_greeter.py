@@ -129,8 +129,7 @@ async def test_a_stranger_is_refused_with_one_warning_and_a_guest_still_comes_in
             stranger.sendall(said)
     if "left" in reason:
         for stranger in strangers:
-            await asyncio.to_thread(stranger.makefile("rb").readline)
-            await asyncio.to_thread(stranger.makefile("rb").readline)
+            await asyncio.to_thread(stranger.makefile("rb").readline)  # the proof
             stranger.close()
     for stranger in strangers:
         assert "left" in reason or await asyncio.to_thread(closed, stranger)

@@ -51,5 +51,5 @@ def test_copied_weights_do_not_follow_the_model() -> None:
 
 
 def test_a_recipe_that_makes_no_module_is_refused() -> None:
-    with pytest.raises(ConfigError, match="makes a dict, not a torch"):
-        build_model({"_target_": "builtins.dict"}, 0, ["builtins"])
+    with pytest.raises(ConfigError, match="makes a Counter, not a torch"):
+        build_model({"_target_": "collections.Counter"}, 0, ["collections"])

@@ -31,7 +31,7 @@ async def test_it_ends_in_the_middle_of_an_import_and_says_why(
     (tmp_path / "endless.py").write_text(MODULE.format(path=str(begun)))
     monkeypatch.syspath_prepend(str(tmp_path))
     spec = LearnerSpec("endless", "Learner", 0, RuntimeConfig()).to_message()
-    prepare = {"do": "prepare", "spec": spec, "label": "worker1", "local_index": 0, "main": None, "defaults": {}}
+    prepare = {"do": "prepare", "spec": spec, "label": "worker1", "local_index": 0, "main": None, "settings": {}}
     ours, theirs = socket.socketpair()
     our_pulse, their_pulse = socket.socketpair()
     with theirs, their_pulse:
