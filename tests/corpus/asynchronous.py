@@ -221,7 +221,9 @@ class CutOff:
 
     def step(self) -> str:
         self.log.append("step")
-        return bits(self.log)
+        # On a busy machine the deadline may pass before the call begins: work that is cut off is no promise.
+        num_steps = self.log.count("step")
+        return bits(num_steps, len(self.log) in (num_steps, num_steps + 2))
 
 
 @kind("step", ask("wait", timeout_s=0.2), "step", refused="'lock'")
