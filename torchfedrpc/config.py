@@ -148,7 +148,7 @@ class RuntimeConfig:
                 raise ConfigError(f"runtime.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for module in self.trusted_modules:
             root = module.partition(".")[0]
-            if root in sys.stdlib_module_names and root != "__main__":
+            if root in sys.stdlib_module_names:
                 raise ConfigError(
                     f"runtime.trusted_modules must not name {module}: with classes of the standard library a message "
                     f"could run anything. Name packages of your own"

@@ -188,7 +188,7 @@ def _advice(module: str, name: str) -> str:
     root = _root(module)
     if found is not None and not isinstance(found, type):
         return f"it is a {type(found).__name__} and no class; {_LEAVE_OUT}"
-    if (root in sys.stdlib_module_names and root != "__main__") or root == "numpy":
+    if root in sys.stdlib_module_names or root == "numpy":
         return f"it is of {'numpy' if root == 'numpy' else 'the standard library'}; {_LEAVE_OUT}"
     return f"if it is a class of yours, name its package in runtime.trusted_modules=[{root}]; else {_LEAVE_OUT}"
 
@@ -206,10 +206,10 @@ def _find_known(module: str, name: str) -> Any:
         return None
     root = _root(module)
     if issubclass(entry, BaseException):  # they are made without a constructor of their own
-        is_known = root in ("torch", "numpy") or root in sys.stdlib_module_names
-        return entry if module == errors.__name__ or (is_known and root != "__main__") else None
+        is_known = root in _LIBRARIES or root in sys.stdlib_module_names
+        return entry if module == errors.__name__ or is_known else None
     if issubclass(entry, enum.Enum):  # a pickle only looks members up
-        return entry if root in sys.stdlib_module_names and root != "__main__" else None
+        return entry if root in sys.stdlib_module_names else None
     if module == "numpy" and issubclass(entry, np.generic):
         return entry
     return entry if entry.__module__ == module and _is_of_torch(entry) else None
@@ -246,30 +246,16 @@ def _refusal(cls: type) -> SerializationError:
     return SerializationError(f"a pickle makes a {cls.__qualname__} of other arguments than pickling gives it")
 
 
-def _nothing(cls: type) -> Callable[..., Any]:
-    def make(*args: Any) -> Any:
-        if args:
-            raise _refusal(cls)
-        return cls()
-
-    return make
-
-
-def _of(cls: Any, *kinds: type | tuple[type, ...], least: int | None = None) -> Callable[..., Any]:
+def _of(cls: Any, *kinds: type, least: int | None = None) -> Callable[..., Any]:
     """Return the constructor, for arguments of exactly these types; those from number ``least`` on may be missing."""
-    expected = [kind if isinstance(kind, tuple) else (kind,) for kind in kinds]
     num_least = len(kinds) if least is None else least
 
     def make(*args: Any) -> Any:
-        if not num_least <= len(args) <= len(expected) or not all(map(_is_one_of, args, expected)):
+        if len(args) < num_least or tuple(map(type, args)) != kinds[: len(args)]:
             raise _refusal(cls)
         return cls(*args)
 
     return make
-
-
-def _is_one_of(argument: Any, kinds: tuple[type, ...]) -> bool:
-    return type(argument) in kinds
 
 
 def _path(cls: Any) -> Callable[..., Any]:
@@ -337,9 +323,9 @@ def _make_size(*args: Any) -> Any:
 
 
 _CONSTRUCTORS: dict[type, Callable[..., Any]] = {
-    OrderedDict: _nothing(OrderedDict),
-    Random: _nothing(Random),
-    SimpleNamespace: _nothing(SimpleNamespace),
+    OrderedDict: _of(OrderedDict),
+    Random: _of(Random),
+    SimpleNamespace: _of(SimpleNamespace),
     Counter: _of(Counter, dict),
     defaultdict: _make_defaultdict,
     deque: _make_deque,

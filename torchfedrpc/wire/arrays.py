@@ -91,9 +91,7 @@ def _plain_dtype_parts(dtype: np.dtype[Any]) -> _DtypeParts:
         parts = ("sub", dtype_parts(base), shape)
     elif dtype.names is not None:
         if dtype.hasobject:
-            raise SerializationError(
-                "a numpy array of records that hold objects cannot travel: send a dict of arrays"
-            )
+            raise _records_of_objects()
         fields: Any = [dtype.fields[name] for name in dtype.names]  # type: ignore[index]
         parts = (
             "struct",
@@ -107,7 +105,8 @@ def _plain_dtype_parts(dtype: np.dtype[Any]) -> _DtypeParts:
     else:
         parts = dtype.str
     try:
-        is_same = _make_dtype(parts) == dtype and type(_make_dtype(parts)) is type(dtype)
+        made = _make_dtype(parts)
+        is_same = made == dtype and type(made) is type(dtype)
     except (SerializationError, TypeError, ValueError):
         is_same = False
     if not is_same:
@@ -118,23 +117,21 @@ def _plain_dtype_parts(dtype: np.dtype[Any]) -> _DtypeParts:
     return parts
 
 
-def _array_parts(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+def _array_parts(array: np.ndarray[Any, Any]) -> tuple[Any, ...] | None:
     if isinstance(array, np.ma.MaskedArray):
         raise SerializationError("a masked numpy array cannot travel: send its data and its mask as two arrays")
     if isinstance(array, np.memmap):
         raise SerializationError(
             "a numpy.memmap cannot travel, it is a file's: send numpy.array(it), or its file name"
         )
+    if type(array).__reduce__ is not np.ndarray.__reduce__:
+        return None  # the class has a way of its own
     cls = None if type(array) is np.ndarray else type(array)
     own = getattr(array, "__dict__", None) or None
     array = array.view(np.ndarray) if cls is not None else array
     flags, shape = int(array.flags.writeable), array.shape
     dtype = dtype_parts(array.dtype)
-    if array.dtype.hasobject:
-        if array.dtype != np.dtype(object):
-            raise SerializationError(
-                "a numpy array of records that hold objects cannot travel: send a dict of arrays"
-            )
+    if array.dtype.hasobject:  # of objects alone: `dtype_parts` refuses records with some
         return "objects", cls, own, flags, array.shape, _layout(array)
     layout = _layout(array)
     if layout == "F":

@@ -12,7 +12,6 @@ from torchfedrpc.errors import SerializationError
 
 # Read-only, made of ``args``; and the object whose attribute was missing, which is the learner more often than not.
 _NOT_STATE = frozenset(("message", "exceptions", "obj"))
-_SPECIAL_STATE = frozenset(("__notes__",))  # a pickle may set it; no other name of this form
 
 
 def exception_args(error: BaseException) -> tuple[Any, ...]:
@@ -49,18 +48,17 @@ def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) ->
         raise SerializationError(f"a {type(cls).__qualname__} is not a type of exception")
     if type(args) is not tuple or type(state) is not dict:
         raise SerializationError(f"a {cls.__qualname__} came without its arguments and attributes")
-    base = _builtin_base(cls)
-    known: Any = base
+    base: Any = _builtin_base(cls)
     error: BaseException = base.__new__(cls, *args)
     base.__init__(error, *args)  # some builtins keep nothing of what __new__ is given
     for name, value in state.items():
-        if type(name) is not str or (name.startswith("__") and name not in _SPECIAL_STATE):
+        if type(name) is not str or (name.startswith("__") and name != "__notes__"):
             shown = name if type(name) is str else f"a {type(name).__qualname__}"  # a sender's repr can be endless
             raise SerializationError(f"an exception came with {shown} among its attributes")
         if name == "__notes__" and not isinstance(value, list):
             continue  # anything that formats the exception would fail
         slot = inspect.getattr_static(cls, name, None)
-        if isinstance(slot, types.GetSetDescriptorType) and name not in _kept_in_c(known):
+        if isinstance(slot, types.GetSetDescriptorType) and name not in _kept_in_c(base):
             raise SerializationError(f"an exception came with {name} among its attributes")
         if isinstance(slot, types.MemberDescriptorType | types.GetSetDescriptorType):
             slot.__set__(error, value)

@@ -78,8 +78,7 @@ class Failure:
                     error = rebuilt
             except SerializationError as reason:
                 error.add_note(f"(its own type did not arrive: {reason})")
-        own = error.__dict__.get("__notes__", [])  # not by getattr, which its class may have
-        notes = [*(own if isinstance(own, list) else [repr(own)]), note]
+        notes = [*error.__dict__.get("__notes__", ()), note]  # not by getattr, which its class may have
         set_attribute = BaseException.__setattr__  # a frozen dataclass has one of its own that refuses
         set_attribute(error, "__notes__", notes)
         if self.traceback:

@@ -341,9 +341,6 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
     def _numpy(self, obj: Any) -> Any:
-        is_masked = isinstance(obj, np.ma.MaskedArray)
-        if isinstance(obj, np.ndarray) and type(obj).__reduce__ is not np.ndarray.__reduce__ and not is_masked:
-            return NotImplemented  # the class has a way of its own
         if (taken := arrays.take_apart(obj)) is None:
             return NotImplemented
         kind, *parts = taken
@@ -562,7 +559,7 @@ class _Unpickler(pickle.Unpickler):
         self._builder = builder
         self._allow = allow
         self._head = head
-        self._num_arrays = self._num_calls = 0
+        self._num_recursive = 0
 
     def persistent_load(self, request: Any) -> Any:
         """Carry out what `with_requests` has made of an opcode that calls, makes or changes an object."""
@@ -572,15 +569,17 @@ class _Unpickler(pickle.Unpickler):
                 if type(argument) is not tuple:
                     raise SerializationError("a parcel has a part without a tuple of parts")
                 return self._builder.restore(*argument)
-            self._num_calls += 1  # of deques, slices and the like, which free their content by recursion
-            if self._num_calls == HARMLESS_ARRAYS:
-                check_depth(self._head)
+            self._count_recursive()  # deques, slices and the like
         elif op == BUILD and isinstance(target, np.ndarray):
-            self._num_arrays += 1
-            if self._num_arrays == HARMLESS_ARRAYS:
-                check_depth(self._head)
+            self._count_recursive()
             return self._builder.fill(target, argument)
         return rebuild.answer(self._allow, self._builder.budget, target, argument, op)
+
+    def _count_recursive(self) -> None:
+        """Count an object that may free its content by recursion; once they are many, check how deep they lie."""
+        self._num_recursive += 1
+        if self._num_recursive == HARMLESS_ARRAYS:
+            check_depth(self._head)
 
     def find_class(self, module: str, name: str) -> Any:
         if module == __name__ and name == restore.__name__:

@@ -200,20 +200,19 @@ def set_items(allow: AllowList, container: Any, items: tuple[Any, ...], budget: 
     can_collide = _check_keys(keys, budget)
     if type(container) is dict or type(container) is defaultdict:
         container.update(zip(keys, values, strict=True))
-        if can_collide:
-            _check_growth(container, len(keys))
     elif isinstance(container, dict):  # not by a method of a subclass, which may store something else
         put = OrderedDict.__setitem__ if isinstance(container, OrderedDict) else dict.__setitem__
         for key, value in zip(keys, values, strict=True):
             put(container, key, value)
-        if can_collide:
-            _check_growth(container, len(keys))
     elif allow.is_trusted(type(container)):
         put = type(container).__setitem__
         for key, value in zip(keys, values, strict=True):
             put(container, key, value)
+        return container
     else:
         raise _no_container(container, "dict")
+    if can_collide:
+        _check_growth(container, len(keys))
     return container
 
 

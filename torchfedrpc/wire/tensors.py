@@ -205,7 +205,9 @@ def is_joined(view: View) -> TypeGuard[tuple[int, tuple[int, ...]]]:
     return isinstance(view, tuple) and len(view) == 2
 
 
-def lay_out(views: list[View], slots: list[Tensor], spend: Callable[[int], None] = lambda num_bytes: None) -> Any:
+def lay_out(
+    views: list[View], slots: list[Tensor], spend: Callable[[int], None] = lambda num_bytes: None
+) -> list[Tensor]:
     """Return the tensors that the views describe; small ones that came together each get memory of their own.
 
     Args:
@@ -246,7 +248,6 @@ def _view_slot(view: Any, slots: list[Tensor]) -> Tensor:
     if isinstance(view, int):
         return slots[view]
     number, dtype_name, shape, stride, offset, *spread = view
-    _check_sizes(shape, stride, (offset, *spread))
     dtype, slot = dtype_named(dtype_name), slots[number]
     if spread:
         return _spread_out(slot, dtype, shape, stride, offset, *spread)
@@ -259,6 +260,7 @@ def _spread_out(
     slot: Tensor, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, num_elements: int
 ) -> Tensor:
     """Return a tensor whose elements, which the slot has without gaps, lie in memory with them."""
+    _check_sizes(shape, stride, (offset, num_elements))
     compact = _without_repeats(shape, stride)
     if not _may_spread(math.prod(compact), num_elements) or slot.dtype != dtype or tuple(slot.shape) != compact:
         raise SerializationError("a tensor has gaps that do not fit its elements")
@@ -327,9 +329,8 @@ def _lone_slot(tensor: Tensor, number: int, *, copy: bool) -> tuple[View, Tensor
     Raises:
         SerializationError: If its storage was freed, or its elements lie too far apart.
     """
-    start = int(tensor.storage_offset()) % max(
-        ALIGNMENT_BYTES // tensor.itemsize, 1
-    )  # as far from an aligned address
+    aligned = max(ALIGNMENT_BYTES // tensor.itemsize, 1)  # so many elements lie between aligned addresses
+    start = int(tensor.storage_offset()) % aligned
     if tensor.is_contiguous():
         return (number, None) if start else (number, _dense(tensor, copy=copy))
     shape, stride = tuple(tensor.shape), tensor.stride()
