@@ -53,6 +53,7 @@ from torchfedrpc.host.object_parts import (
     root_of,
     slots_of,
 )
+from torchfedrpc.wire.torch_classes import is_scheduled
 
 _CONTENTS = (dict, list, tuple, set, frozenset, collections.deque, bytearray, int, float, complex, str, bytes)
 _PROTOCOL = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__", "__getnewargs__")
@@ -287,7 +288,7 @@ class _Walk:
             raise _Found(path, f"would be {reprlib.repr(other)} instead of {reprlib.repr(one)}")
 
     def _identical(self, one: Any, other: Any, path: Path) -> None:
-        if one is other or (hasattr(one, "_wrapped_by_lr_sched") and hasattr(other, "_wrapped_by_lr_sched")):
+        if one is other or (is_scheduled(one) and is_scheduled(other)):
             return
         if isinstance(one, types.GenericAlias) and one == other:
             return
@@ -335,7 +336,7 @@ class _Walk:
             return
         if not slots and not getattr(one, "__dict__", None):
             self._singletons[id(one)] = one, path  # it has nothing but its identity
-        if leaves_out and not hasattr(one.__dict__.get("step"), "_wrapped_by_lr_sched"):
+        if leaves_out and not is_scheduled(one.__dict__.get("step")):
             leaves_out = leaves_out - {"step"}  # some other wrapper, which may do anything
         self._slots(one, other, path, slots)
         if hasattr(one, "__dict__"):

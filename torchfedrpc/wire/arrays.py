@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 
 from torchfedrpc.errors import SerializationError
+from torchfedrpc.wire.tensors import SPREAD
 
-SPREAD = 4096
-"""Memory may be this many times the size of the elements that lie in it with gaps: a few bytes from a sender must not
-claim gigabytes. A column of a table with up to 4096 columns fits."""
-SPREAD_BYTES = 1 << 16  # so much memory is always allowed
+_SPREAD_BYTES = 1 << 16  # so much memory with gaps is always allowed, else `SPREAD` times the elements' size
 
 _SIMPLE_DTYPE = re.compile(
     r"[<>|=]?(?:[?bBhHiIlLqQefdgFDGOc]|[biufcSUVO?]\d{1,9}|[SUV]|[Mm]8?(?:\[\d{0,9}[A-Za-z]{1,2}\])?)"
@@ -160,7 +158,7 @@ def _layout(array: np.ndarray[Any, Any]) -> str | tuple[tuple[int, ...], int, in
 
 
 def _may_spread(num_bytes: int, num_memory_bytes: int) -> bool:
-    return 0 <= num_memory_bytes <= max(SPREAD_BYTES, SPREAD * num_bytes)
+    return 0 <= num_memory_bytes <= max(_SPREAD_BYTES, SPREAD * num_bytes)
 
 
 def _byte_bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:

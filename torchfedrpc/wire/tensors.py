@@ -35,9 +35,10 @@ View = (
     | tuple[int, str, tuple[int, ...], tuple[int, ...], int]
     | tuple[int, str, tuple[int, ...], tuple[int, ...], int, int]
 )
-_SPREAD, _SPREAD_ELEMENTS = 4096, 1 << 14
-"""Gaps may take this many times the elements' memory, a few elements always so many: a few bytes from a sender must
-not claim gigabytes. A column of a table with up to 4096 columns fits."""
+SPREAD = 4096
+"""Memory may be this many times the size of the elements that lie in it with gaps: a few bytes from a sender must not
+claim gigabytes. A column of a table with up to 4096 columns fits."""
+_SPREAD_ELEMENTS = 1 << 14  # memory for so many elements is always allowed
 
 
 class PlainTensors:
@@ -275,7 +276,7 @@ def _without_repeats(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[i
 
 
 def _may_spread(num_compact: int, num_elements: int) -> bool:
-    return 0 <= num_elements <= max(_SPREAD_ELEMENTS, _SPREAD * num_compact)
+    return 0 <= num_elements <= max(_SPREAD_ELEMENTS, SPREAD * num_compact)
 
 
 def _check_sizes(*sizes: Any) -> None:

@@ -29,10 +29,15 @@ def reduce_optimizer(optimizer: Optimizer) -> Any:
     if own != (object.__reduce_ex__, object.__reduce__, Optimizer.__getstate__):
         return NotImplemented
     state = dict(vars(optimizer))
-    if hasattr(state.get("step"), _MARK):
+    if is_scheduled(state.get("step")):
         state["step"] = ScheduledStep(optimizer)
     new: Any = copyreg
     return new.__newobj__, (cls,), state
+
+
+def is_scheduled(step: Any) -> bool:
+    """Whether it is an optimiser's ``step()`` in the wrapper of a scheduler."""
+    return hasattr(step, _MARK)
 
 
 def scheduled_step(optimizer: Any) -> Callable[..., Any]:
