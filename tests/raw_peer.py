@@ -184,7 +184,7 @@ class Peer:
 def _in_words(value: Any) -> str:
     if value is None:
         return "nothing"
-    _, parts = value
+    _, parts, _ = value
     _, (flags, failure, _) = parts[0]
     return f"answered {flags[0]} {failure and failure[:2]}"
 
@@ -201,6 +201,7 @@ def main() -> None:
         for name, header in headers():
             peer.ask(f"{victim}: serve, {name}", victim, endpoint.serve, (header, order))
             peer.ask(f"{victim}: acknowledge, {name}", victim, endpoint.acknowledge, (header,))
+            peer.ask(f"{victim}: rref, {name}", victim, endpoint.rref, (header, "a"))
         for number in range(NUM_EMPTY):
             peer.ask(f"{victim}: empty {number}", victim, endpoint.serve, ((bytes(32), number, 0, (), None), []))
     for victim, (secret, number) in told["secrets"].items():

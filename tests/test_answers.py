@@ -10,13 +10,14 @@ import torch
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.rpc.answers import Answers, Reported
 from torchfedrpc.rpc.message import read_outcome, read_report
+from torchfedrpc.rpc.rrefs import OwnedRRefs
 from torchfedrpc.wire.packing import pack
 
 CPU = torch.device("cpu")
 
 
 def answers(unheard: list[Reported] | None = None) -> Answers:
-    return Answers(CPU, frozenset(), unheard or [])
+    return Answers(CPU, frozenset(), OwnedRRefs(), unheard or [])
 
 
 def outcome(value: Any) -> Outcome:
@@ -30,7 +31,7 @@ def reported(number: int) -> Reported:
 def told(future: Any) -> tuple[int, list[int | str | None]]:
     """Number of an answer, and what is in it: the questions' numbers, and of reports ``report N``."""
     assert future.done()
-    number, parts = future.value()
+    number, parts, _ = future.value()
     return number, [f"report {read_report(part)[1]}" if question is None else question for question, part in parts]
 
 
@@ -135,5 +136,5 @@ def test_each_outcome_is_told_once_whichever_threads_come_together() -> None:
 def test_an_outcome_is_read_as_it_was() -> None:
     ours = answers()
     ours.outcome(0, Outcome("cancelled", never_ran=True))
-    _, [(_, message)] = ours.request().value()
+    _, [(_, message)], _ = ours.request().value()
     assert read_outcome(message, None) == Outcome("cancelled", never_ran=True)

@@ -24,9 +24,32 @@ SECRET = bytes(range(32))
 NOTHING = frozenset[torch.device]()
 
 
+class Registered:
+    """Stands for `OwnedRRefs`, which needs an agent of torch RPC."""
+
+    def __init__(self) -> None:
+        self.learners: dict[str, Any] = {}
+
+    def own(self, client_id: str, learner: Any) -> None:
+        self.learners[client_id] = learner
+
+    def of(self, client_id: str) -> Any:
+        return self.learners.get(client_id)
+
+    def untold(self) -> list[tuple[str, str]]:
+        return [(client_id, "an RRef") for client_id in self.learners]
+
+    def give_up(self, client_id: str) -> None:
+        self.learners.pop(client_id, None)
+
+    def close(self) -> None:
+        self.learners.clear()
+
+
 @pytest.fixture
-def host() -> Iterator[LearnerHost]:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[LearnerHost]:
     """The host of a worker that is in a world."""
+    monkeypatch.setattr(endpoint, "OwnedRRefs", Registered)
     serving = Endpoint(torch.device("cpu"))
     serving.host = host = LearnerHost(LearnerSpec.of(Probe, 0, RuntimeConfig())[0], together=serving.together)
     serving.connect(SECRET, NOTHING)
@@ -57,7 +80,8 @@ REGISTER = ("register", "a", parcel_message(pack({}), NOTHING), 0)
 
 
 def test_a_request_with_the_secret_is_answered(host: LearnerHost) -> None:
-    _, [(question, (flags, failure, _))] = served(0, REGISTER, call(7, 1))
+    _, [(question, (flags, failure, _))], rrefs = served(0, REGISTER, call(7, 1))
+    assert rrefs == [("a", "an RRef")]
     assert (question, flags[0], failure) == (7, "value", None)
 
 
@@ -104,10 +128,24 @@ def test_another_world_has_another_secret(host: LearnerHost) -> None:
     ],
 )
 def test_a_header_of_another_form_is_an_error_and_the_next_request_is_served(host: LearnerHost, header: Any) -> None:
-    for entry in (lambda: endpoint.serve(header, []), lambda: endpoint.acknowledge(header)):
+    entries = endpoint.serve, endpoint.acknowledge, endpoint.rref
+    for entry in (lambda: entries[0](header, []), lambda: entries[1](header), lambda: entries[2](header, "a")):
         with pytest.raises(SerializationError):
             entry()
     assert served(0, REGISTER, call(7, 1)) is not None
+
+
+def test_an_rref_is_given_in_its_turn_behind_the_request_that_registers_the_learner(host: LearnerHost) -> None:
+    early = endpoint.rref((SECRET, 1, 0, (), None), "a")
+    assert not early.done()
+    endpoint.serve((SECRET, 0, 0, (), None), [REGISTER])
+    assert early.wait() is host.register("a", None)
+    assert endpoint.rref((SECRET, 2, 0, (), None), "b").wait() is None
+    with pytest.raises(SerializationError, match="a client's id is a string"):
+        endpoint.rref((SECRET, 3, 0, (), None), ["a"])
+    assert endpoint.rref((b"2" * 32, 3, 0, (), None), "a").value() is None
+    endpoint.serve((SECRET, 3, 0, (), None), [("forget", "a")])
+    assert endpoint.rref((SECRET, 4, 0, (), None), "a").wait() is None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +169,7 @@ def test_a_header_of_another_form_is_an_error_and_the_next_request_is_served(hos
     ],
 )
 def test_an_item_that_cannot_be_read_is_left_out_and_the_others_are_done(host: LearnerHost, item: Any) -> None:
-    _, answers = served(0, item, REGISTER, call(7, 1))
+    _, answers, _ = served(0, item, REGISTER, call(7, 1))
     assert [(question, outcome[0][0]) for question, outcome in answers] == [(7, "value")]
     assert served(1, call(8, 2)) is not None
 
@@ -151,7 +189,7 @@ def test_an_item_that_cannot_be_read_is_left_out_and_the_others_are_done(host: L
     ],
 )
 def test_a_question_that_cannot_be_read_is_answered_with_that(host: LearnerHost, arguments: Any) -> None:
-    _, [(question, (flags, failure, _))] = served(0, REGISTER, ("submit", 7, *arguments))
+    _, [(question, (flags, failure, _))], _ = served(0, REGISTER, ("submit", 7, *arguments))
     assert (question, flags[0]) == (7, "failed")
     assert failure
     assert served(1, call(8, 2)) is not None

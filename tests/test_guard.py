@@ -23,7 +23,7 @@ from torchfedrpc.rpc import endpoint, guard
 from torchfedrpc.rpc.guard import GuardedUnpickler
 from torchfedrpc.wire import packing
 
-ENTRIES = [endpoint.serve, endpoint.acknowledge]
+ENTRIES = [endpoint.serve, endpoint.acknowledge, endpoint.rref]
 
 
 @pytest.fixture(autouse=True)

@@ -202,6 +202,16 @@ class Dispatcher:
         self.check_open()
         return self._router.share(obj)
 
+    def rref(self, client_id: str) -> Any:
+        """The RRef of a client's learner; None in local mode.
+
+        Raises:
+            ConfigError: The proxy is closed.
+            WorkerLostError: The learner's worker is lost.
+        """
+        self.check_open()
+        return self._router.get_executor(client_id).rref(client_id)
+
     def changes(self) -> dict[str, int]:
         """For each client a number, which is another after each call or restore, and in the middle of one."""
         return dict(self._num_changes)

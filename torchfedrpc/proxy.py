@@ -55,6 +55,22 @@ class LearnerHandle:
         options = self._options.updated(changes, CALL_OPTIONS)
         return LearnerHandle(self._dispatcher, self.client_id, options, self._methods)
 
+    @property
+    def rref(self) -> Any:
+        """The learner's ``torch.distributed.rpc`` RRef, which its worker owns; None in local mode.
+
+        It is of the present world: after the loss of a worker, or once another has joined, ask for it again. A
+        learner that has not been called yet is registered for it, which waits for its worker for about a millisecond
+        (5 s at most), and is made by its first call. ``rref.owner()`` is where its calls go. The learner itself stays
+        on its worker: ``rref.to_here()`` raises.
+
+        Raises:
+            ConfigError: The proxy is closed.
+            WorkerLostError: The learner's worker is lost, or the world is being formed anew. Await a call of the
+                client, then ask again.
+        """
+        return self._dispatcher.rref(self.client_id)
+
     def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         if method.startswith("_"):
             raise AttributeError(method)

@@ -77,3 +77,14 @@ async def test_proxies_one_after_another_open_as_fast_as_the_first(lone_runtime:
     for number in range(3):
         async with asyncio.timeout(20), tfr.LearnerProxy(Probe, ["a", "b"], runtime=lone_runtime) as proxy:
             assert await proxy.clients().call("same", number) == {"a": number, "b": number}
+
+
+async def test_a_closed_proxy_has_no_rref(lone_runtime: dict[str, Any], mode: str) -> None:
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
+        handle = proxy.client("a")
+        held = handle.rref
+    with pytest.raises(tfr.ConfigError, match="the proxy is not open: use it inside async with"):
+        _ = handle.rref
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
+        assert await proxy.client("a").append("a") == 1
+        assert (held is None) == (proxy.client("a").rref is None) == (mode == "local")

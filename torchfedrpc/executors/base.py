@@ -204,6 +204,14 @@ class AbstractExecutor(ABC):
         """The name of the process that has this client's learner, for messages."""
         return type(self).__name__
 
+    def rref(self, client_id: str) -> Any:
+        """The learner's ``torch.distributed.rpc`` RRef in the present world; None where calls need no RPC.
+
+        Raises:
+            WorkerLostError: It has none now.
+        """
+        return None
+
     @property
     def join_address(self) -> str | None:
         """Where workers can join a run, ``HOST:PORT``; None where they cannot."""

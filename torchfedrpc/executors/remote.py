@@ -103,6 +103,18 @@ class RemoteExecutor(MovingExecutor):
         record = self._ledger.get(client_id)
         return record.label if record is not None else self._places.get(client_id)
 
+    def rref(self, client_id: str) -> Any:
+        """The learner's RRef; a learner that is not on its worker yet is registered there, or rebuilt, for that."""
+        record = self._record(client_id)
+        self._push(record)
+        host = self._host(record)
+        reason = record.given_up or self._unreachable(record)
+        if reason is None and (host is None or client_id not in host):
+            reason = "its learner has no RRef while the world is formed anew; await a call of this client first"
+        if reason is not None or host is None:
+            raise WorkerLostError(f"{client_id} on {self.worker_of(client_id)}: {reason}")
+        return host.rref(client_id)
+
     def workers(self) -> list[str]:
         """``worker1`` and so on, and the addresses of those that listen."""
         return list(self._machines)

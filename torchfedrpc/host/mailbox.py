@@ -70,6 +70,17 @@ class Mailbox:
         """Keep nothing of the learner, which is on disk now."""
         self.learner, self.is_stored, self.counts = None, True, _NEVER
 
+    def __reduce__(self) -> str:
+        """Refuse to travel: ``rref.to_here()`` asks for that.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"the learner of {self.client_id} stays on its worker: call its methods through the proxy, and take its "
+            f"state with proxy.snapshots()"
+        )
+
 
 @dataclass(eq=False, slots=True)
 class Job:

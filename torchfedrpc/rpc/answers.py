@@ -13,6 +13,7 @@ import torch
 
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.rpc.message import MappedDevices, outcome_message, report_message
+from torchfedrpc.rpc.rrefs import OwnedRRefs
 from torchfedrpc.wire.packing import Packed, Parcel
 
 Reported = tuple[Call, int, Packed]  # as a `Report` takes it
@@ -39,12 +40,16 @@ class Answers:
     Args:
         device: the worker's device, whose streams a future takes along.
         covered: the worker's devices that the world's device map takes to the driver.
+        rrefs: of the worker's learners; what the driver has not been told of them goes along with each answer.
         unheard: reports that the driver may not have heard in earlier worlds; they come first.
     """
 
-    def __init__(self, device: torch.device, covered: MappedDevices, unheard: Iterable[Reported] = ()) -> None:
+    def __init__(
+        self, device: torch.device, covered: MappedDevices, rrefs: OwnedRRefs, unheard: Iterable[Reported] = ()
+    ) -> None:
         self._devices: list[Any] = [device] if device.type == "cuda" else []
         self._covered = covered
+        self._rrefs = rrefs
         self._lock = threading.Lock()  # guards what follows
         self._telling = threading.Lock()  # held by the one thread that answers requests
         self._ready: deque[_Answer] = deque()
@@ -159,7 +164,7 @@ class Answers:
         for answer in taken:
             if answer.ready is not None:
                 answer.ready()  # whichever thread this is, it sends what the method's thread has made
-        future.set_result((number, [answer.message for answer in taken]))
+        future.set_result((number, [answer.message for answer in taken], self._rrefs.untold()))
 
 
 def _of_report(reported: Reported) -> _Answer:

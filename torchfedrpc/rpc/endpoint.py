@@ -25,6 +25,7 @@ from torchfedrpc.rpc.answers import Answers, Reported
 from torchfedrpc.rpc.backend import async_entry
 from torchfedrpc.rpc.in_order import InOrder
 from torchfedrpc.rpc.message import MappedDevices, read_call, read_files, read_parcel
+from torchfedrpc.rpc.rrefs import OwnedRRefs
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.packing import Packed, Unreadable
 from torchfedrpc.wire.shared import SharedValue
@@ -59,7 +60,8 @@ class Endpoint:
         """
         self.host.unshare_all()
         with self._lock:
-            self._world = _World(secret, Answers(self.device, covered, self._unheard))
+            rrefs = OwnedRRefs()
+            self._world = _World(secret, Answers(self.device, covered, rrefs, self._unheard), rrefs)
             self._unheard = []
 
     def disconnect(self) -> None:
@@ -71,6 +73,7 @@ class Endpoint:
             world, self._world = self._world, None
             if world is not None:
                 self._unheard = world.answers.close()
+                world.rrefs.close()
 
     def world(self, header: object) -> _World | None:
         """The present world; None where a request's header does not have its secret."""
@@ -96,9 +99,10 @@ class Endpoint:
 class _World:
     """What an endpoint has at hand while it is in a world."""
 
-    def __init__(self, secret: bytes, answers: Answers) -> None:
+    def __init__(self, secret: bytes, answers: Answers, rrefs: OwnedRRefs) -> None:
         self.secret = secret
         self.answers = answers
+        self.rrefs = rrefs
         self.requests = InOrder()
 
 
@@ -116,8 +120,8 @@ def serve(header: tuple[Any, ...], items: Sequence[tuple[Any, ...]]) -> Any:
             an error where it is a question, else logged; the others are done.
 
     Returns:
-        A future of (number of the answer, [(question, outcome) or (None, report), ...]); of None, where this worker
-        leaves the world, or the secret is that of another.
+        A future of (number of the answer, [(question, outcome) or (None, report), ...], [(client id, its learner's
+        RRef), ...]); of None, where this worker leaves the world, or the secret is that of another.
 
     Raises:
         SerializationError: the header or the items are of another form; nothing of the request is done.
@@ -132,7 +136,7 @@ def serve(header: tuple[Any, ...], items: Sequence[tuple[Any, ...]]) -> Any:
     world.requests.check(number)
     host.acknowledge(acknowledged)
     answers.heard(heard)
-    actions = [_read(endpoint, answers, item) for item in items]
+    actions = [_read(endpoint, world, item) for item in items]
     future = answers.request(alone)
 
     def run() -> None:
@@ -157,6 +161,34 @@ def acknowledge(header: tuple[Any, ...]) -> None:
         world.requests.put(number, lambda: None)
 
 
+@async_entry
+def rref(header: tuple[Any, ...], client_id: str) -> Any:
+    """The RRef of a learner that need not have been called yet, in its turn among the requests.
+
+    Args:
+        header: as of `serve`.
+        client_id: whose learner; a request before this one has registered it.
+
+    Returns:
+        A future of what the driver makes the RRef of; of None where there is none, as of `serve`.
+
+    Raises:
+        SerializationError: The header or the client's id is of another form.
+    """
+    endpoint = serving
+    if endpoint is None or (world := endpoint.world(header)) is None:
+        return _nothing()
+    number, heard, acknowledged, _ = _fields(header)
+    if type(client_id) is not str:
+        raise SerializationError(f"a client's id is a string, not a {type(client_id).__name__}")
+    world.requests.check(number)
+    endpoint.host.acknowledge(acknowledged)
+    world.answers.heard(heard)
+    future: Any = torch.futures.Future()
+    world.requests.put(number, lambda: future.set_result(world.rrefs.of(client_id)))
+    return future
+
+
 def _fields(header: tuple[Any, ...]) -> tuple[int, int, tuple[int, ...], int | None]:
     """What a header has behind the secret.
 
@@ -171,17 +203,17 @@ def _fields(header: tuple[Any, ...]) -> tuple[int, int, tuple[int, ...], int | N
     raise SerializationError("a request's header is not of the form that this version of torchfedrpc sends")
 
 
-def _read(endpoint: Endpoint, answers: Answers, item: Any) -> _Action:
+def _read(endpoint: Endpoint, world: _World, item: Any) -> _Action:
     """What an item asks for; where it cannot be read, to answer that."""
     try:
         verb, *arguments = item
         numbers = arguments[:1] if verb == "submit" else arguments if verb in _QUESTIONS else ()
         if {*map(type, numbers)} - {int}:
             raise SerializationError(f"{verb} takes numbers")
-        return _VERBS[verb](endpoint, answers, *arguments)
+        return _VERBS[verb](endpoint, world, *arguments)
     except Exception as error:
         return _refusal(
-            answers, item, SerializationError(f"a request cannot be read: {type(error).__name__}: {error}")
+            world.answers, item, SerializationError(f"a request cannot be read: {type(error).__name__}: {error}")
         )
 
 
@@ -196,36 +228,45 @@ def _refusal(answers: Answers, item: Any, error: SerializationError) -> _Action:
 # Verbs: each reads its item on the thread where RPC delivers it, and gives what to do in the item's turn.
 
 
-def _submit(endpoint: Endpoint, answers: Answers, question: int, message: Any) -> _Action:
+def _submit(endpoint: Endpoint, world: _World, question: int, message: Any) -> _Action:
     """Run a call, or join it; its (first) outcome is the answer."""
-    (call, numbers), reply = read_call(message, endpoint.device), partial(answers.outcome, question)
+    (call, numbers), reply = read_call(message, endpoint.device), partial(world.answers.outcome, question)
     return _answering(reply, lambda host: host.submit(call, reply, numbers))
 
 
-def _advance(endpoint: Endpoint, answers: Answers, question: int, call_id: int, step: int) -> _Action:
+def _advance(endpoint: Endpoint, world: _World, question: int, call_id: int, step: int) -> _Action:
     """Ask an open stream for an item; the outcome of that step is the answer."""
-    reply = partial(answers.outcome, question)
+    reply = partial(world.answers.outcome, question)
     return _answering(reply, lambda host: host.advance(call_id, step, reply))
 
 
-def _cancel(endpoint: Endpoint, answers: Answers, question: int, call_id: int) -> _Action:
+def _cancel(endpoint: Endpoint, world: _World, question: int, call_id: int) -> _Action:
     """Nobody waits for this call any more; what became of it is the answer."""
-    reply = partial(answers.outcome, question)
+    reply = partial(world.answers.outcome, question)
     return _answering(reply, lambda host: host.cancel(call_id, reply))
 
 
-def _register(endpoint: Endpoint, answers: Answers, client_id: str, kwargs: Any, build: int) -> _Action:
+def _register(endpoint: Endpoint, world: _World, client_id: str, kwargs: Any, build: int) -> _Action:
     """Make room for a learner."""
     arguments = read_parcel(kwargs, endpoint.device)
-    return lambda host: host.register(client_id, arguments, build)
+
+    def register(host: LearnerHost) -> None:
+        world.rrefs.own(client_id, host.register(client_id, arguments, build))
+
+    return register
 
 
-def _forget(endpoint: Endpoint, answers: Answers, client_id: str) -> _Action:
+def _forget(endpoint: Endpoint, world: _World, client_id: str) -> _Action:
     """A learner has moved elsewhere."""
-    return lambda host: host.forget(client_id)
+
+    def forget(host: LearnerHost) -> None:
+        world.rrefs.give_up(client_id)
+        host.forget(client_id)
+
+    return forget
 
 
-def _share(endpoint: Endpoint, answers: Answers, number: int, message: Any, num_calls: int | None) -> _Action:
+def _share(endpoint: Endpoint, world: _World, number: int, message: Any, num_calls: int | None) -> _Action:
     """Keep a value for calls that refer to it."""
     parcel = read_parcel(message, endpoint.device)
     assert parcel is not None
@@ -233,7 +274,7 @@ def _share(endpoint: Endpoint, answers: Answers, number: int, message: Any, num_
     return lambda host: host.share(value)
 
 
-def _share_files(endpoint: Endpoint, answers: Answers, number: int, message: Any, num_calls: int | None) -> _Action:
+def _share_files(endpoint: Endpoint, world: _World, number: int, message: Any, num_calls: int | None) -> _Action:
     """Keep a value that lies in files of the driver's process."""
     try:
         parcel: Packed = read_files(message, endpoint.driver_pid)
@@ -243,14 +284,14 @@ def _share_files(endpoint: Endpoint, answers: Answers, number: int, message: Any
     return lambda host: host.share(value)
 
 
-def _unshare(endpoint: Endpoint, answers: Answers, number: int) -> _Action:
+def _unshare(endpoint: Endpoint, world: _World, number: int) -> _Action:
     """No call that is to come refers to that value."""
     return lambda host: host.unshare(number)
 
 
 def _reduce(
     endpoint: Endpoint,
-    answers: Answers,
+    world: _World,
     number: int,
     message: Any,
     num_places: int,
@@ -262,7 +303,7 @@ def _reduce(
     return lambda host: host.begin_reduction(number, prototype, num_places, going_on)
 
 
-def _end_reduction(endpoint: Endpoint, answers: Answers, number: int) -> _Action:
+def _end_reduction(endpoint: Endpoint, world: _World, number: int) -> _Action:
     """A reduction is over."""
     return lambda host: host.end_reduction(number)
 

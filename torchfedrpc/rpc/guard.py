@@ -12,7 +12,7 @@ from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.wire.scan import check_opcodes
 
 _INTERNAL = "torch.distributed.rpc.internal"
-_ENTRIES = {"torchfedrpc.rpc.endpoint": ("serve", "acknowledge")}
+_ENTRIES = {"torchfedrpc.rpc.endpoint": ("serve", "acknowledge", "rref")}
 _PLAIN = {
     _INTERNAL: ("PythonUDF", "RemoteException", "_InternalRPCPickler"),
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchfedrpc.errors import SerializationError
+from torchfedrpc.errors import SerializationError, WorkerLostError
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
@@ -28,6 +28,7 @@ from torchfedrpc.rpc.message import (
     read_outcome,
     read_report,
 )
+from torchfedrpc.rpc.rrefs import hold
 from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed
 from torchfedrpc.wire.shared import SharedValue, shared_values
@@ -37,6 +38,7 @@ _MAX_KEPT_BYTES = 8 << 20  # outcomes that a worker keeps until the next request
 _MAX_ITEMS = 64  # in one request: the worker begins with the first as the next are packed
 _LARGE_BYTES = 256 << 10  # an item so large begins a request of its own: those before it need not wait for it
 _LATE_S = 0.02  # what is not urgent waits so long for other items to go along with
+_RREF_TIMEOUT_S = 5.0  # the event loop waits: a worker answers this beside its training, within a millisecond
 _MAX_OPEN = 2  # requests that wait for an answer, where no other need for them is
 
 
@@ -116,7 +118,7 @@ class RemoteHost:
         self._suspects = suspects
         self._on_error = on_error
         self._is_open = True
-        self._learners: set[str] = set()
+        self._learners: dict[str, Any] = {}  # client id -> its learner's RRef; None until that has come
         self._outgoing: list[tuple[int, tuple[Any, ...] | _Share]] = []  # each with its size in bytes
         self._shares: dict[int, _Share] = {}  # of this tick, by the value's number
         self._placed: set[int] = set()  # numbers of the values that the worker keeps
@@ -143,12 +145,12 @@ class RemoteHost:
             kwargs: for the learner's constructor; None where the worker has the learner from an earlier world.
             build: which one of this client's learners it is to be; another one that the worker has is of no use.
         """
-        self._learners.add(client_id)
+        self._learners[client_id] = None
         self._put(("register", client_id, parcel_message(kwargs, self._covered), build))
 
     def forget(self, client_id: str) -> None:
         """A learner has moved elsewhere, and all of its calls here were answered."""
-        self._learners.discard(client_id)
+        self._learners.pop(client_id, None)
         self._put(("forget", client_id))
 
     def submit(self, call: Call, reply: Reply) -> None:
@@ -175,6 +177,24 @@ class RemoteHost:
         self._num_kept_bytes += outcome.parcel.num_bytes if outcome.parcel is not None else 0
         if self._num_kept_bytes > _MAX_KEPT_BYTES and self._is_open:
             self._ping()
+
+    def rref(self, client_id: str) -> Any:
+        """The RRef of a registered learner, which this worker owns. Waits for the worker where it has not come yet.
+
+        Raises:
+            WorkerLostError: The worker does not answer within 5 s, or the connection to it breaks.
+        """
+        if self._learners[client_id] is None:
+            self._flush()  # its registration goes first
+            try:
+                fork = self._send(endpoint.rref, None, client_id, timeout_s=_RREF_TIMEOUT_S).wait()
+                self._learners[client_id] = hold(fork, self._worker.id)
+            except (RuntimeError, SerializationError) as error:
+                raise WorkerLostError(
+                    f"{self.label} did not give the RRef of {client_id} within {_RREF_TIMEOUT_S:g} s: await a call "
+                    f"of this client, which tells what became of the worker, and ask again: {error}"
+                ) from error
+        return self._learners[client_id]
 
     async def is_reached(self) -> bool:
         """Whether the worker answers; ends when it does, or when the connection to it breaks."""
@@ -328,12 +348,12 @@ class RemoteHost:
         except RuntimeError:
             return None
 
-    def _send(self, entry: Any, alone: int | None, *args: Any) -> Any:
+    def _send(self, entry: Any, alone: int | None, *args: Any, timeout_s: float = 0) -> Any:
         acknowledged, self._acknowledged = tuple(self._acknowledged), []
         self._num_kept_bytes = 0
-        # Deadlines are kept by the caller's event loop, so RPC's own is off.
+        # Deadlines are kept by the caller's event loop, so RPC's own is off where somebody awaits the answer there.
         header = (self._secret, self._next_request, self._num_heard, acknowledged, alone)
-        sent = torch_rpc().rpc_async(self._worker, entry, args=(header, *args), timeout=0)
+        sent = torch_rpc().rpc_async(self._worker, entry, args=(header, *args), timeout=timeout_s)
         self._next_request += 1  # not for what could not be sent: the worker would wait for it
         return sent
 
@@ -347,14 +367,15 @@ class RemoteHost:
             message = future.wait()
             if message is None:  # the worker is leaving this world
                 return
-            number, parts = message
+            number, parts, registered = message
             self._in_order.check(number)
             read = [(question, self._read(question, part)) for question, part in parts]
             answers = [(question, answer) for question, answer in read if answer is not None]
+            rrefs = [(client_id, hold(fork, self._worker.id)) for client_id, fork in registered]
         except Exception as error:  # whatever RPC makes of a connection that broke
             call_on(self._loop, self._failed, alone, error)
             return
-        self._in_order.put(number, partial(call_on, self._loop, self._deliver, alone, answers))
+        self._in_order.put(number, partial(call_on, self._loop, self._deliver, alone, answers, rrefs))
 
     def _read(self, number: int | None, part: Any) -> Any:
         """A report or an outcome; None where that is not in its worker's memory, as where the worker is gone."""
@@ -367,9 +388,12 @@ class RemoteHost:
             call_on(self._loop, self._missed, number, error)
             return None
 
-    def _deliver(self, alone: int | None, answers: list[tuple[int | None, Any]]) -> None:
+    def _deliver(
+        self, alone: int | None, answers: list[tuple[int | None, Any]], rrefs: list[tuple[str, Any]]
+    ) -> None:
         if not self._is_open:
             return
+        self._learners.update((client_id, rref) for client_id, rref in rrefs if client_id in self._learners)
         self._num_open -= alone is None
         self._num_heard += 1
         for number, answer in answers:

@@ -6,7 +6,7 @@ import atexit
 import functools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -18,6 +18,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.rpc import guard
 from torchfedrpc.rpc.backend import set_connection_warnings, torch_rpc
+from torchfedrpc.rpc.rrefs import MAX_MEMBERS
 
 _INTERFACE = "TP_SOCKET_IFNAME"
 _JOIN_TIMEOUT_S = 30.0
@@ -26,6 +27,7 @@ _NUM_THREADS = 4  # more of them hand the GIL around more often and are slower
 _distributed: Any = torch.distributed  # exports less to type checkers than it has
 _cuda: Any = torch.cuda
 _has_autograd = False
+_has_rrefs = False
 _agents_store: _LettingStore | None = None  # an agent does not keep it alive
 
 
@@ -54,8 +56,11 @@ class WorldPlan:
     device_maps: list[tuple[str, str] | None]
 
     def name(self, rank: int) -> str:
-        """The RPC name of a member (of letters and digits, as a label need not be); other generations have others."""
-        return f"rank{rank}_{self.generation}"
+        """The RPC name of a member, of letters and digits, as a label need not be.
+
+        It is the same in all worlds: the RRef context of a process knows members by the names of its first one.
+        """
+        return f"rank{rank}"
 
     def to_message(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -133,11 +138,13 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
     set_connection_warnings(False)
     try:
         client = _distributed.TCPStore(plan.store_host, plan.store_port, is_master=False, timeout=timeout)
-        _agents_store = store = _LettingStore(client)
+        world_size = len(plan.labels)
+        num_names = max(world_size, MAX_MEMBERS) if rank == 0 and not _has_rrefs else world_size
+        _agents_store = store = _LettingStore(client, _absent(plan, num_names))
         with _bound_to(interface):
-            world_size = len(plan.labels)
-            agent = rpc.TensorPipeAgent(store, plan.name(rank), rank, world_size, options, reverse_maps, devices)
+            agent = rpc.TensorPipeAgent(store, plan.name(rank), rank, num_names, options, reverse_maps, devices)
             rpc.api._init_rpc_states(agent)
+        _start_rrefs()
     except BaseException as error:
         if rpc.api._is_current_rpc_agent_set():  # it got as far as an agent that runs
             leave()
@@ -166,11 +173,13 @@ class _LettingStore(_distributed.Store):  # type: ignore[misc]
 
     Args:
         store: where everything is kept; its own methods let the GIL go.
+        absent: what it answers itself.
     """
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, absent: Mapping[str, bytes]) -> None:
         super().__init__()
         self._store = store
+        self._absent = absent
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""
@@ -183,8 +192,19 @@ class _LettingStore(_distributed.Store):  # type: ignore[misc]
 
     def get(self, key: str) -> bytes:
         """Wait for a value."""
-        value: bytes = self._store.get(key)
+        absent = self._absent.get(key)
+        value: bytes = self._store.get(key) if absent is None else absent
         return value
+
+
+def _absent(plan: WorldPlan, num_names: int) -> dict[str, bytes]:
+    """What the store tells an agent of members that the world does not have.
+
+    Later worlds may have them, and torch looks for the owner of an RRef in the driver's first agent alone.
+    """
+    ranks = range(len(plan.labels), num_names)
+    names = {f"names/{rank}": plan.name(rank).encode() for rank in ranks}
+    return names | {f"addrs/{plan.name(rank)}": b"" for rank in ranks}
 
 
 def _clean_up() -> None:
@@ -224,6 +244,14 @@ def _start_autograd(rank: int) -> None:
     if not _has_autograd:
         torch_rpc().dist_autograd._init(rank)
         _has_autograd = True
+
+
+def _start_rrefs() -> None:
+    """Make the RRef context of this process, of its first agent, and let it send no messages; see `rpc.rrefs`."""
+    global _has_rrefs
+    if not _has_rrefs:
+        torch_rpc().api._destroy_rref_context(True)  # an empty one, which is used all the same
+        _has_rrefs = True
 
 
 @functools.cache

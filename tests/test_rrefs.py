@@ -1,0 +1,174 @@
+"""RRefs of learners over losses, worlds and evictions: none is of another world, and none is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed.rpc as rpc
+from conftest import Seen
+from losses import Losses
+
+import torchfedrpc as tfr
+from torchfedrpc.rpc.rrefs import hold
+
+TWO = {"execution_mode": "pseudo", "num_processes": 2}
+ONE = {"execution_mode": "pseudo", "num_processes": 1}
+CLIENTS = [f"client_{number}" for number in range(40)]
+
+
+class Owner:
+    """Knows how many RRefs its process owns, and how much memory that has."""
+
+    def __init__(self, client_id: str) -> None:
+        self.num_calls = 0
+
+    def call(self) -> int:
+        self.num_calls += 1
+        return self.num_calls
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+    def num_owned(self) -> int:
+        return int(rpc._rref_context_get_debug_info()["num_owner_rrefs"])
+
+    def memory(self) -> int:
+        return resident_bytes()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+async def owners(proxy: tfr.LearnerProxy) -> set[tuple[str, int]]:
+    """RPC name of each owner, and the process that runs the learner's calls."""
+    processes = await proxy.clients().call("process_id")
+    return {(proxy.client(client).rref.owner_name(), process) for client, process in processes.items()}
+
+
+async def test_rrefs_after_a_loss_are_those_of_the_next_world() -> None:
+    seen = Losses()
+    async with tfr.LearnerProxy(Owner, CLIENTS, runtime=TWO) as proxy:
+        proxy.subscribe(seen)
+        before = await owners(proxy)
+        lost, kept = proxy.client(CLIENTS[0]), proxy.client(CLIENTS[-1])
+        old = lost.rref, kept.rref
+        os.kill(await lost.process_id(), signal.SIGKILL)
+        await seen.loss()
+        with pytest.raises(tfr.WorkerLostError, match=f"{CLIENTS[0]} on worker1: .*await a call of this client"):
+            _ = lost.rref
+        await proxy.clients().call("call")
+        assert lost.rref is not old[0]
+        assert kept.rref is not old[1]
+        after = await owners(proxy)
+        assert len(before) == len(after) == 2
+        assert len({process for _, process in before} & {process for _, process in after}) == 1
+
+
+async def test_rrefs_of_a_learner_that_is_given_up_raise() -> None:
+    seen = Seen()
+    async with tfr.LearnerProxy(Owner, CLIENTS, runtime=TWO | {"on_worker_lost": "fail"}) as proxy:
+        proxy.subscribe(seen)
+        handle = proxy.client(CLIENTS[0])
+        os.kill(await handle.process_id(), signal.SIGKILL)
+        with pytest.raises(tfr.WorkerLostError):
+            await handle.call()
+        with pytest.raises(tfr.WorkerLostError, match=f"{CLIENTS[0]} on worker1: worker1 was lost"):
+            _ = handle.rref
+
+
+async def test_fifty_worlds_leave_no_rref_behind() -> None:
+    seen = Losses()
+    held = []
+    async with tfr.LearnerProxy(Owner, CLIENTS, runtime=TWO) as proxy:
+        proxy.subscribe(seen)
+        await proxy.clients().call("call")
+        group: Any = proxy._router._main._group
+        for number in range(1, 51):
+            group._break()
+            await seen.world(number)
+            await proxy.clients().call("call")
+            held += [proxy.client(client).rref for client in CLIENTS]
+            if number == 5:
+                memory = await proxy.client(CLIENTS[0]).memory()
+        assert await proxy.client(CLIENTS[0]).num_owned() == len(CLIENTS) // 2
+        assert await proxy.client(CLIENTS[0]).call() == 52
+        assert await proxy.client(CLIENTS[0]).memory() - memory < 4 << 20
+        assert len(await owners(proxy)) == 2
+    assert len({str(rref) for rref in held}) == len(held)
+
+
+async def passes(num_clients: int, **limits: Any) -> tuple[list[int], list[int], int]:
+    """Memory of driver and worker after each of three passes over many clients; how many RRefs the worker owns."""
+    clients = [f"client_{number}" for number in range(num_clients)]
+    here, there = [], []
+    async with tfr.LearnerProxy(Owner, clients, runtime=ONE | limits) as proxy:
+        for _ in range(3):
+            for first in range(0, num_clients, 1000):
+                await proxy.clients(clients[first : first + 1000]).call("call")
+            here.append(resident_bytes())
+            there.append(await proxy.client(clients[0]).memory())
+        return here, there, await proxy.client(clients[0]).num_owned()
+
+
+@pytest.mark.parametrize("num_clients", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1200)
+async def test_rrefs_of_many_learners_with_few_in_memory_do_not_leak(num_clients: int) -> None:
+    here, there, num_owned = await passes(num_clients, max_resident_learners=100)
+    assert num_owned == num_clients
+    for memory in (here, there):
+        assert memory[2] - memory[1] < max(8 << 20, 0.02 * memory[1]), memory
+
+
+SCRIPT = """
+import asyncio, os, signal
+import torchfedrpc as tfr
+
+class Owner:
+    def __init__(self, client_id): pass
+    def process_id(self): return os.getpid()
+
+async def main():
+    global held
+    async with tfr.LearnerProxy(Owner, ["a", "b"], runtime={"execution_mode": "pseudo", "num_processes": 2}) as proxy:
+        held = [proxy.client("a").rref, proxy.client("b").rref]
+        os.kill(await proxy.client("a").process_id(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+    print("ended with", len(held))
+"""
+
+
+def test_a_process_ends_in_order_with_rrefs_alive_and_a_dead_worker(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (0, "ended with 2\n"), ended.stderr
+    assert "RRef" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "fork",
+    [
+        None,
+        (),
+        (1, 1, 0, 1, 1, 1),
+        (1, 1 << 15, 0, 1, 1, 1, "PyObject"),
+        (1, 1, 1 << 63, 1, 1, 1, "PyObject"),
+        (1, -1, 0, 1, 1, 1, "PyObject"),
+        (1, "1", 0, 1, 1, 1, "PyObject"),
+        (1, 1, 0, 1, 1, 1, "Tensor"),
+        (1, 1, 0, 1, 1, 1, "PyObject", 0),
+    ],
+    ids=repr,
+)
+def test_an_rref_of_another_form_is_refused(fork: object) -> None:
+    with pytest.raises(tfr.SerializationError, match="an RRef is not of the form"):
+        hold(fork, 1)
