@@ -49,7 +49,7 @@ def resident_bytes() -> int:
 async def owners(proxy: tfr.LearnerProxy) -> set[tuple[str, int]]:
     """RPC name of each owner, and the process that runs the learner's calls."""
     processes = await proxy.clients().call("process_id")
-    return {(proxy.client(client).rref.owner_name(), process) for client, process in processes.items()}
+    return {(proxy.client(client).rref.owner().name, process) for client, process in processes.items()}
 
 
 async def test_rrefs_after_a_loss_are_those_of_the_next_world() -> None:
@@ -171,4 +171,42 @@ def test_a_process_ends_in_order_with_rrefs_alive_and_a_dead_worker(tmp_path: Pa
 )
 def test_an_rref_of_another_form_is_refused(fork: object) -> None:
     with pytest.raises(tfr.SerializationError, match="an RRef is not of the form"):
-        hold(fork, 1)
+        hold(fork, None)
+
+
+FOREIGN = """
+import asyncio, sys
+import torch.distributed.rpc as rpc
+import torchfedrpc as tfr
+
+class Owner:
+    def __init__(self, client_id): self.n = 0
+    def call(self):
+        self.n += 1
+        return self.n
+
+async def main():
+    async with tfr.LearnerProxy(Owner, ["a"], runtime={"execution_mode": "pseudo", "num_processes": 1}) as proxy:
+        calls = [await proxy.client("a").call() for _ in range(3)]
+        try:
+            proxy.client("a").rref
+        except tfr.ConfigError as error:
+            print(calls, error)
+
+if __name__ == "__main__":
+    options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{sys.argv[2]}")
+    rpc.init_rpc(sys.argv[1], rank=0, world_size=1, rpc_backend_options=options)
+    rpc.shutdown()
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("name", ["mine", "rank0"])
+def test_a_process_with_an_rpc_world_of_its_own_before_calls_learners_and_has_no_rrefs(
+    tmp_path: Path, name: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(FOREIGN)
+    command = [sys.executable, script, name, tmp_path / "store"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert ended.stdout.startswith("[1, 2, 3] there are no RRefs in a process that has called"), ended

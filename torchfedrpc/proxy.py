@@ -65,7 +65,7 @@ class LearnerHandle:
         on its worker: ``rref.to_here()`` raises.
 
         Raises:
-            ConfigError: The proxy is closed.
+            ConfigError: The proxy is closed, or this process has called ``init_rpc`` before it opened the proxy.
             WorkerLostError: The learner's worker is lost, or the world is being formed anew. Await a call of the
                 client, then ask again.
         """

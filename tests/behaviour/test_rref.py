@@ -18,7 +18,7 @@ async def test_an_rref_names_the_worker_that_runs_the_learner_s_calls(
         assert set(rrefs.values()) == {None}
         return
     assert all(type(rref).__name__ == "PyRRef" and not rref.is_owner() for rref in rrefs.values())
-    pairs = {(rrefs[client].owner_name(), processes[client]) for client in clients}
+    pairs = {(rrefs[client].owner().name, processes[client]) for client in clients}
     assert len(pairs) == len(set(processes.values())) == 2
     assert len({str(rref) for rref in rrefs.values()}) == len(clients)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchfedrpc.errors import SerializationError, WorkerLostError
+from torchfedrpc.errors import ConfigError, SerializationError, WorkerLostError
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
@@ -183,12 +183,13 @@ class RemoteHost:
 
         Raises:
             WorkerLostError: The worker does not answer within 5 s, or the connection to it breaks.
+            ConfigError: This process cannot have RRefs, as of `hold`.
         """
         if self._learners[client_id] is None:
             self._flush()  # its registration goes first
             try:
                 fork = self._send(endpoint.rref, None, client_id, timeout_s=_RREF_TIMEOUT_S).wait()
-                self._learners[client_id] = hold(fork, self._worker.id)
+                self._learners[client_id] = hold(fork, self._worker)
             except (RuntimeError, SerializationError) as error:
                 raise WorkerLostError(
                     f"{self.label} did not give the RRef of {client_id} within {_RREF_TIMEOUT_S:g} s: await a call "
@@ -371,7 +372,7 @@ class RemoteHost:
             self._in_order.check(number)
             read = [(question, self._read(question, part)) for question, part in parts]
             answers = [(question, answer) for question, answer in read if answer is not None]
-            rrefs = [(client_id, hold(fork, self._worker.id)) for client_id, fork in registered]
+            rrefs = [(client_id, self._held(fork)) for client_id, fork in registered]
         except Exception as error:  # whatever RPC makes of a connection that broke
             call_on(self._loop, self._failed, alone, error)
             return
@@ -386,6 +387,13 @@ class RemoteHost:
             return read_outcome(part, question.home if question is not None else None, self._pid)
         except (OSError, SerializationError) as error:
             call_on(self._loop, self._missed, number, error)
+            return None
+
+    def _held(self, fork: object) -> Any:
+        """A learner's RRef; None where this process cannot have any, which `rref` tells the user who asks for it."""
+        try:
+            return hold(fork, self._worker)
+        except ConfigError:
             return None
 
     def _deliver(
