@@ -1,0 +1,469 @@
+"""Break one line of the package at a time, and see that a fast test fails: `scripts/mutations [WORD ...]`.
+
+Each mutation names a file, a piece of its text that stands there once, what takes its place, and the tests of which
+one is to fail. WORDs choose those whose file or name contains one of them. `--check` only looks whether the texts are
+still there; the test suite does that too, so a change that moves such a line moves the mutation along. Ends with
+status 1 where a mutation survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("torchfedrpc", "tests", "conf", "examples", "scripts", "pyproject.toml", "README.md", "docs", "CHANGELOG.md")
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One broken line.
+
+    Attributes:
+        name: what the line is for.
+        file: where it stands, below ``torchfedrpc``.
+        text: the line, or a part of it, as it stands there once.
+        broken: what takes its place.
+        tests: arguments for pytest, one of whose tests is to fail.
+    """
+
+    name: str
+    file: str
+    text: str
+    broken: str
+    tests: str
+
+    def applied(self, package: Path) -> str:
+        """The file with the line broken.
+
+        Raises:
+            LookupError: The text does not stand there exactly once.
+        """
+        content = (package / self.file).read_text(encoding="utf-8")
+        if (count := content.count(self.text)) != 1:
+            raise LookupError(f"{self.name}: {self.file} has the text {count} times: {self.text!r}")
+        mutated = content.replace(self.text, self.broken)
+        compile(mutated, self.file, "exec")
+        return mutated
+
+
+MUTATIONS = [
+    # Trust.
+    Mutation("the guard is off", "rpc/world.py", "    guard.install()\n", "", "tests/test_strangers.py -k pseudo"),
+    Mutation(
+        "the guard lets every global pass",
+        "rpc/guard.py",
+        "if name in _PLAIN.get(module, ())",
+        "if True or name in _PLAIN.get(module, ())",
+        "tests/test_guard.py",
+    ),
+    Mutation(
+        "the guard reads any opcode", "rpc/guard.py", "            check_opcodes(data)\n", "", "tests/test_guard.py"
+    ),
+    Mutation(
+        "the guard gives any attribute",
+        "rpc/guard.py",
+        "if owner is not pickler or name != _RECEIVER:",
+        "if owner is None:",
+        "tests/test_guard.py",
+    ),
+    Mutation(
+        "a request needs no secret",
+        "rpc/endpoint.py",
+        "hmac.compare_digest(secret, world.secret)",
+        "(hmac.compare_digest(secret, world.secret) or True)",
+        "tests/test_endpoint.py",
+    ),
+    Mutation(
+        "a request may come twice",
+        "rpc/endpoint.py",
+        "    world.requests.check(number)\n    host.acknowledge(acknowledged)\n    answers.heard",
+        "    host.acknowledge(acknowledged)\n    answers.heard",
+        "tests/test_endpoint.py",
+    ),
+    Mutation(
+        "any module is trusted",
+        "wire/allowlist.py",
+        "        if _root(module) in self.trusted:\n            return self._find_trusted",
+        "        if True:\n            return self._find_trusted",
+        "tests/test_allowlist.py",
+    ),
+    Mutation(
+        "names that a trusted module imported travel",
+        "wire/allowlist.py",
+        "if not isinstance(owner, type) or _root(owner.__module__) != _root(module):",
+        "if not isinstance(owner, type):",
+        "tests/test_allowlist.py",
+    ),
+    Mutation(
+        "a pickle calls any function that it may name",
+        "wire/allowlist.py",
+        "            if self.is_trusted(function):\n                return function",
+        "            return function",
+        "tests/test_allowlist.py tests/test_hostile.py",
+    ),
+    Mutation(
+        "unknown opcodes are read over",
+        "wire/scan.py",
+        "        else:\n            raise _refusal(head, position)\n        if position > size:",
+        "        else:\n            position += 1\n        if position > size:",
+        "tests/test_hostile.py",
+    ),
+    Mutation(
+        "any proof of the token will do",
+        "rpc/greeting.py",
+        'return isinstance(given, str) and hmac.compare_digest(given.encode(errors="replace"), expected.encode())',
+        "return isinstance(given, str)",
+        "tests/test_greeting.py",
+    ),
+    Mutation(
+        "the listener asks for no proof",
+        "rpc/greeting.py",
+        'if not _proves(proof, _proof(token, "dialler", transcript)):',
+        "if False:",
+        "tests/test_greeting.py",
+    ),
+    Mutation(
+        "the dialler asks for no proof before it tells of itself",
+        "rpc/greeting.py",
+        'if not _proves((await _receive(connection)).get("proof"), _proof(token, "listener", transcript)):',
+        "if not await _receive(connection):",
+        "tests/test_greeting.py",
+    ),
+    Mutation(
+        "a token that others can read",
+        "rpc/token.py",
+        "if status.st_mode & 0o077:",
+        "if False:",
+        "tests/test_token.py",
+    ),
+    Mutation(
+        "a token that can be guessed",
+        "rpc/token.py",
+        "if len(token) < _LEAST_BYTES or len(set(token)) < _LEAST_DIFFERENT:",
+        "if not token:",
+        "tests/test_token.py",
+    ),
+    Mutation(
+        "a worker's exception may end the driver's loop",
+        "wire/failure.py",
+        "if isinstance(rebuilt, BaseException) and not _breaks_loop(rebuilt):",
+        "if isinstance(rebuilt, BaseException):",
+        "tests/test_failure.py",
+    ),
+    Mutation(
+        "a run's folder is open to others",
+        "observe/folder.py",
+        "_PRIVATE_FOLDER = 0o700",
+        "_PRIVATE_FOLDER = 0o755",
+        "tests/test_output_folder.py",
+    ),
+    Mutation(
+        "private methods can be called",
+        "host/methods.py",
+        '    if name.startswith("_"):\n        raise MethodNotFoundError(',
+        "    if False:\n        raise MethodNotFoundError(",
+        "tests/test_methods.py tests/behaviour/test_errors.py -k 'private or local'",
+    ),
+    # Values and their order.
+    Mutation(
+        "tensors are sent as they are",
+        "wire/tensors.py",
+        "slots.append(tensor.clone() if copy else tensor)",
+        "slots.append(tensor)",
+        "tests/test_packing.py tests/behaviour/test_values.py -k 'not pseudo'",
+    ),
+    Mutation(
+        "local results are not copied",
+        "host/runner.py",
+        "taken = pack_only(box, kept) if self._by_value else Reference(box[0])",
+        "taken = Reference(box[0])",
+        "tests/behaviour/test_values.py -k local",
+    ),
+    Mutation(
+        "the last call to come is the next to run",
+        "host/mailbox.py",
+        "self.current = self.queue.popleft()",
+        "self.current = self.queue.pop()",
+        "tests/behaviour/test_calls.py -k local",
+    ),
+    Mutation(
+        "requests run as they come",
+        "rpc/in_order.py",
+        "            self._early[number] = action\n",
+        "            self._early[self._next] = action\n",
+        "tests/test_in_order.py",
+    ),
+    Mutation(
+        "async steps run beside sync methods",
+        "host/gate.py",
+        "or (exclusive and self._num_sharing)",
+        "",
+        "tests/test_gate.py",
+    ),
+    Mutation(
+        "a call with an id that is known runs again",
+        "host/learner_host.py",
+        "        if (outcome := self._outcomes.get(call_id)) is not None:\n            return outcome\n",
+        "",
+        "tests/test_recovery.py -k 'formed or re_formation'",
+    ),
+    Mutation(
+        "an outcome is not kept until it is acknowledged",
+        "host/learner_host.py",
+        "            self._outcomes[job.call.call_id] = outcome\n",
+        "            pass\n",
+        "tests/test_recovery.py -k 'formed or re_formation'",
+    ),
+    Mutation(
+        "acknowledged outcomes are kept",
+        "host/learner_host.py",
+        "                self._outcomes.pop(call_id, None)\n",
+        "                pass\n",
+        "tests/test_endpoint.py tests/test_answers.py",
+    ),
+    Mutation(
+        "the tree of a reduction leans to one side",
+        "host/reduction.py",
+        "        while height & 1:  # a right child",
+        "        while complete:",
+        "tests/test_reduction.py",
+    ),
+    # Bits.
+    Mutation(
+        "torch's generator is not seeded",
+        "host/randomness.py",
+        "        torch.default_generator.manual_seed(self._seed)\n",
+        "",
+        "tests/behaviour/test_random.py -k local",
+    ),
+    Mutation(
+        "python's generator is not seeded",
+        "host/randomness.py",
+        "        random.seed(self._seed)\n",
+        "",
+        "tests/behaviour/test_random.py -k local",
+    ),
+    Mutation(
+        "all calls of a method have one seed",
+        "host/runner.py",
+        "call.method, mailbox.count(call.method))",
+        "call.method, 0 * mailbox.count(call.method))",
+        "tests/behaviour/test_random.py -k local",
+    ),
+    Mutation(
+        "a later step of a call does not go on with its streams",
+        "host/randomness.py",
+        "            self._own = _capture(self._device)\n",
+        "            pass\n",
+        "tests/behaviour/test_random.py tests/test_randomness.py -k 'not pseudo'",
+    ),
+    # Deadlines and limits.
+    Mutation(
+        "no method runs too long",
+        "host/runner.py",
+        "            self._deadlines.start(job.call.call_id, job.call.run_timeout_s)\n",
+        "            pass\n",
+        "tests/behaviour/test_run_deadlines.py -k local",
+    ),
+    Mutation(
+        "a call's timeout is not kept",
+        "dispatch.py",
+        "(options.timeout_s) as deadline:\n                return await answer\n        except StopAsyncIteration",
+        "(None) as deadline:\n                return await answer\n        except StopAsyncIteration",
+        "tests/behaviour/test_deadlines.py -k local",
+    ),
+    Mutation(
+        "a cancelled method is not told",
+        "host/learner_host.py",
+        "            job.cancelled = True\n            job.last_item",
+        "            job.last_item",
+        "tests/behaviour/test_deadlines.py -k local",
+    ),
+    Mutation(
+        "any number of calls may wait",
+        "dispatch.py",
+        "if limit is not None and self._num_pending >= limit:",
+        "if limit is not None and self._num_pending > limit:",
+        "tests/test_capacity.py",
+    ),
+    Mutation(
+        "arguments in flight have no limit",
+        "executors/admission.py",
+        "in_hands + num_bytes <= self._limit_bytes",
+        "True",
+        "tests/test_admission.py",
+    ),
+    # The journal, recovery.
+    Mutation(
+        "the journal has no calls",
+        "executors/ledger.py",
+        "        record.journal.append(Entry(call, asked.number, asked.num_items, was_closed))\n        if",
+        "        if",
+        "tests/test_ledger.py",
+    ),
+    Mutation(
+        "the journal is in the order of answers",
+        "executors/ledger.py",
+        "            record.journal.sort(key=lambda entry: entry.number)\n",
+        "            pass\n",
+        "tests/test_ledger.py",
+    ),
+    Mutation(
+        "a rebuild repeats the journal behind the calls that wait",
+        "executors/ledger.py",
+        "sorted((*repeated, *record.asked.values()), key=lambda asked: asked.number)",
+        "[*record.asked.values(), *repeated]",
+        "tests/test_ledger.py",
+    ),
+    Mutation(
+        "a snapshot leaves the journal as it was",
+        "executors/ledger.py",
+        "[entry for entry in record.journal if entry.number > number]",
+        "record.journal",
+        "tests/test_ledger.py",
+    ),
+    Mutation(
+        "a snapshot counts that has a call whose answer has not come",
+        "executors/ledger.py",
+        "if number < record.snapshot_number or is_unanswered:",
+        "if number < record.snapshot_number:",
+        "tests/test_ledger.py",
+    ),
+    Mutation(
+        "the journal is not bounded in calls",
+        "executors/ledger.py",
+        "len(record.journal) > self._max_calls",
+        "False",
+        "tests/test_ledger.py",
+    ),
+    Mutation(
+        "answers behind a cut-off call are told before its snapshot",
+        "executors/ledger.py",
+        "return is_behind and record.awaits_snapshot and not asked.is_own",
+        "return False",
+        "tests/test_ledger.py tests/test_recovery_journal.py",
+    ),
+    Mutation(
+        "a learner is rebuilt for ever",
+        "executors/remote.py",
+        "elif record.num_losses > self.config.max_recoveries:",
+        "elif False:",
+        "tests/test_recovery_limits.py",
+    ),
+    # Snapshots and checkpoints.
+    Mutation(
+        "a damaged snapshot is read",
+        "host/snapshot.py",
+        '        raise SnapshotError("this snapshot is damaged, its checksum differs: take another")\n',
+        "        pass\n",
+        "tests/test_snapshot.py tests/test_snapshots.py",
+    ),
+    Mutation(
+        "a snapshot of another learner is taken",
+        "host/snapshot.py",
+        "    if snapshot.learner != learner:\n",
+        "    if False:\n",
+        "tests/test_snapshot.py tests/test_snapshots.py",
+    ),
+    Mutation(
+        "a damaged checkpoint is read",
+        "federation/checkpoint_head.py",
+        "        hashlib.file_digest(file, lambda: digest)\n    if digest.digest() != expected:",
+        "        hashlib.file_digest(file, lambda: digest)\n    if False:",
+        "tests/test_checkpoint_folder.py",
+    ),
+    # RRefs and the heartbeat.
+    Mutation(
+        "a worker gives no RRef up",
+        "rpc/rrefs.py",
+        "            torch_rpc().PyRRef._deserialize(fork)  # an owner",
+        "            pass  # an owner",
+        "tests/test_rrefs.py -k fifty",
+    ),
+    Mutation(
+        "an RRef names its owner as of the owner's first world",
+        "rpc/rrefs.py",
+        "data = owner.id, maker, number, forker, fork_number, owner.id,",
+        "data = maker, maker, number, forker, fork_number, maker,",
+        "tests/test_rrefs.py -k next_world",
+    ),
+    Mutation(
+        "a swapped-out worker beats",
+        "rpc/sidecar.py",
+        'elif state != "D" or worked != had_worked:',
+        "elif True:",
+        "tests/test_pulse.py",
+    ),
+]
+
+
+def survives(mutation: Mutation) -> tuple[bool, float, str]:
+    """Whether all of a mutation's tests pass, the seconds that they took, and what pytest said last."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in PARTS:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
+            else:
+                shutil.copy(source, copy / part)
+        (copy / "torchfedrpc" / mutation.file).write_text(mutation.applied(copy / "torchfedrpc"), encoding="utf-8")
+        command = f"{sys.executable} -m pytest -x -q -n 0 -p no:cacheprovider {mutation.tests}"
+        began = time.monotonic()
+        try:
+            done = subprocess.run(
+                command,
+                shell=True,
+                cwd=copy,
+                env={**os.environ, "PYTHONPATH": str(copy)},
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            return False, TIMEOUT_S, "did not end"
+        seconds = time.monotonic() - began
+    if done.returncode not in (0, 1):  # neither passed nor failed: no such tests, say
+        raise LookupError(f"{mutation.name}: pytest ended with {done.returncode}: {done.stdout[-500:]}{done.stderr}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, seconds, failed[0] if failed else done.stdout.strip().splitlines()[-1]
+
+
+def main() -> int:
+    """Run what the arguments say; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--check", action="store_true", help="only look whether the texts are still there")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    chosen = [
+        one
+        for one in MUTATIONS
+        if not arguments.words or any(word in f"{one.file} {one.name}" for word in arguments.words)
+    ]
+    for mutation in chosen:
+        mutation.applied(ROOT / "torchfedrpc")
+    if arguments.check:
+        return 0
+    survivors = 0
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for mutation, (alive, seconds, last) in zip(chosen, pool.map(survives, chosen), strict=True):
+            survivors += alive
+            said = "SURVIVES" if alive else "fails"
+            print(f"{said:8} {seconds:5.0f} s  {mutation.file}: {mutation.name}  [{last}]", flush=True)
+    print(f"{len(chosen)} mutations, {survivors} survive")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
