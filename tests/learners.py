@@ -316,6 +316,12 @@ class Probe:
         self.log.append("hold released")
         return "released"
 
+    def work(self, until: str | None = None) -> int:
+        """As `hold` where a file is named, else nothing."""
+        if until is not None:
+            self.hold(until)
+        return 1
+
     def hold_regardless(self, until: str) -> str:
         """As `hold`, and blind to cancellation."""
         self.log.append("hold begins")

@@ -182,9 +182,9 @@ class Dispatcher:
         with self._changes(client_id):
             await self._apart(options, client_id, "restore", restore)
 
-    def plan(self, client_ids: Iterable[str], method: str) -> list[str]:
-        """The clients of a group's call in the order in which to submit it, before it is."""
-        return self._router.plan(sorted(client_ids, key=self._places.__getitem__), method)
+    def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
+        """The clients of a group's call in the order in which to submit it; as of `AbstractExecutor.plan`."""
+        return self._router.plan(sorted(client_ids, key=self._places.__getitem__), method, is_awaited=is_awaited)
 
     def reduction(self, prototype: Reducer, client_ids: Iterable[str]) -> GroupReduction:
         """Begin a reduction over these clients, whose results are added up in the order of `client_ids`.

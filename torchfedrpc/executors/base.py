@@ -18,7 +18,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
 from torchfedrpc.executors.admission import Admission, estimate
 from torchfedrpc.executors.cut import Cut
-from torchfedrpc.executors.durations import Durations, longest_first
+from torchfedrpc.executors.durations import Durations, fastest_first, longest_first
 from torchfedrpc.executors.reduction import Collecting, Gathering, Reduction
 from torchfedrpc.executors.sharing import SharedRef, Sharing, held
 from torchfedrpc.executors.stream import CallStream
@@ -192,8 +192,14 @@ class AbstractExecutor(ABC):
         """
         raise ConfigError(f"{type(self).__name__} shares nothing: override its share(), or pass the object itself")
 
-    def plan(self, client_ids: Sequence[str], method: str) -> list[str]:
-        """The clients of a group's call in the order in which to submit it, before it is."""
+    def plan(self, client_ids: Sequence[str], method: str, *, is_awaited: bool) -> list[str]:
+        """The clients of a group's call in the order in which to submit it, before it is.
+
+        Args:
+            client_ids: the group's.
+            method: the method's name.
+            is_awaited: whether the group has a deadline, or waits for some of its clients alone.
+        """
         return list(client_ids)
 
     def reduction(self, reduction: Reduction) -> Collecting:
@@ -307,9 +313,10 @@ class CallExecutor(AbstractExecutor):
                 num_bytes += self._holders.pop(value)[1]
         return num_bytes
 
-    def plan(self, client_ids: Sequence[str], method: str) -> list[str]:
-        """The clients of a group's call in the order in which to submit it: the longest first, by times seen."""
-        return longest_first(self._durations.expected(client_ids, method))
+    def plan(self, client_ids: Sequence[str], method: str, *, is_awaited: bool) -> list[str]:
+        """The clients by the times of earlier calls: the longest first, with a deadline or a quorum the fastest."""
+        expected = self._durations.expected(client_ids, method)
+        return fastest_first(expected) if is_awaited else longest_first(expected)
 
     async def snapshot(self, client_id: str) -> bytes:
         """A learner's state between two calls."""

@@ -53,12 +53,13 @@ class ExecutorRouter:
         """Close all that were begun."""
         await self._begun.aclose()
 
-    def plan(self, client_ids: Iterable[str], method: str) -> list[str]:
-        """The clients of a group's call in the order in which to submit it, before it is."""
+    def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
+        """The clients of a group's call in the order in which to submit it; as of `AbstractExecutor.plan`."""
         by_executor: dict[AbstractExecutor, list[str]] = {}
         for client_id in client_ids:
             by_executor.setdefault(self.get_executor(client_id), []).append(client_id)
-        return [one for executor, of_one in by_executor.items() for one in executor.plan(of_one, method)]
+        plans = [executor.plan(of_one, method, is_awaited=is_awaited) for executor, of_one in by_executor.items()]
+        return [client_id for plan in plans for client_id in plan]
 
     def reduction(self, reduction: Reduction) -> dict[str, Collecting]:
         """For each client of a reduction the share of its executor."""
