@@ -38,22 +38,20 @@ class LearnerHandle:
         dispatcher: sends the calls.
         client_id: whose learner.
         options: what holds for the calls.
-        methods: names for completion in an editor.
+        learner: has the class whose methods an editor completes.
     """
 
-    def __init__(
-        self, dispatcher: Dispatcher, client_id: str, options: CallOptions, methods: Iterable[str] = ()
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, client_id: str, options: CallOptions, learner: LearnerSpec) -> None:
         dispatcher.check_client(client_id)
         self._dispatcher = dispatcher
         self._options = options
-        self._methods = tuple(methods)
+        self._learner = learner
         self.client_id = client_id
 
     def options(self, **changes: Any) -> LearnerHandle:
         """The same handle with other options: ``timeout_s``, ``retries``."""
         options = self._options.updated(changes, CALL_OPTIONS)
-        return LearnerHandle(self._dispatcher, self.client_id, options, self._methods)
+        return LearnerHandle(self._dispatcher, self.client_id, options, self._learner)
 
     def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         if method.startswith("_"):
@@ -66,7 +64,7 @@ class LearnerHandle:
         return call
 
     def __dir__(self) -> Iterable[str]:
-        return [*super().__dir__(), *self._methods]
+        return [*super().__dir__(), *public_methods(self._learner.load())]
 
     def __repr__(self) -> str:
         return f"LearnerHandle({self.client_id!r})"
@@ -229,7 +227,7 @@ class LearnerProxy:
         Raises:
             UnknownClientError: no such client.
         """
-        return LearnerHandle(self._dispatcher, client_id, self._options, public_methods(self._spec.learner.load()))
+        return LearnerHandle(self._dispatcher, client_id, self._options, self._spec.learner)
 
     def clients(self, ids: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None) -> LearnerGroup:
         """A group of clients to call together; all of them, unless ids are given.
