@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.dispatch import Dispatcher, LearnerStream
-from torchfedrpc.errors import ConfigError
+from torchfedrpc.errors import ConfigError, GroupCallError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.cut import Cut
 from torchfedrpc.executors.router import ExecutorRouter
@@ -292,17 +292,30 @@ class LearnerProxy:
             snapshots: client id -> what `snapshots` gave, in this run or another, in whatever mode.
 
         Raises:
-            UnknownClientError: an id is no client's.
+            UnknownClientError: an id is no client's; nothing is restored then.
+            GroupCallError: some learners could not be restored, and the others were; its ``failures`` has the error
+                of each client, one of those that follow.
             SnapshotError: the bytes are damaged, of another client or learner; that learner stays as it was.
             WorkerLostError: the learner was given up.
             UntrustedTypeError: they hold a type that ``runtime.trusted_modules`` does not cover.
         """
+        self._dispatcher.check_open()
         for client_id in snapshots:
             self._dispatcher.check_client(client_id)
         restoring = [self._dispatcher.restore(self._options, *item) for item in snapshots.items()]
-        for outcome in await asyncio.gather(*restoring, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
+        outcomes = dict(zip(snapshots, await asyncio.gather(*restoring, return_exceptions=True), strict=True))
+        failures = {client_id: error for client_id, error in outcomes.items() if isinstance(error, Exception)}
+        for error in outcomes.values():
+            if isinstance(error, BaseException) and not isinstance(error, Exception):
+                raise error
+        if failures:
+            first = next(iter(failures.values()))
+            raise GroupCallError(
+                f"restore failed for {', '.join(failures)}, first with {type(first).__name__}: {first}; the other "
+                f"{len(outcomes) - len(failures)} learners were restored",
+                failures,
+                {client_id: None for client_id in outcomes if client_id not in failures},
+            )
 
     @property
     def trusted_modules(self) -> frozenset[str]:
