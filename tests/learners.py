@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import functools
+import gc
 import os
 import random
 import threading
@@ -395,6 +396,10 @@ class Probe:
         before = _steps
         time.sleep(seconds)
         return _steps - before
+
+    def num_frozen(self) -> int:
+        """How many objects the garbage collector of this process leaves alone."""
+        return gc.get_freeze_count()
 
     def process_id(self) -> int:
         return os.getpid()

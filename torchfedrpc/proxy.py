@@ -9,6 +9,7 @@ import hashlib
 import operator
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torchfedrpc.config import RuntimeConfig
@@ -73,8 +74,10 @@ class LearnerHandle:
 class LearnerProxy:
     """Calls methods of learners, wherever they live, as plain async functions.
 
-    Use it as an async context manager; one proxy can be open in a process at a time, on rank 0 alone. Arguments
-    and results are passed by value in every mode, and a learner's calls run one at a time in the order submitted.
+    Use it as an async context manager; one proxy can be open in a process at a time, on rank 0 alone. It can be
+    opened again once it was closed, or could not be opened: then with new learners and nothing of the session before;
+    what subscribes to its events stays. Arguments and results are passed by value in every mode, and a learner's
+    calls run one at a time in the order submitted.
 
     Args:
         learner: a class, a factory function, or a name registered with ``@tfr.learner``. Called as
@@ -124,13 +127,14 @@ class LearnerProxy:
                 "clients of both to one proxy"
             )
         stack = AsyncExitStack()
+        spec = replace(self._spec, publish=self._dispatcher.begin())
         try:
             LearnerProxy._open_in_process = self
             stack.callback(self._closed)
             stack.enter_context(process_settings(self._spec.learner.runtime))
             warn_of_default_device()
             stack.push_async_callback(self._router.close)
-            await self._router.open(self._spec)
+            await self._router.open(spec)
         except BaseException:
             await _to_its_end(stack.aclose())
             raise
@@ -145,6 +149,7 @@ class LearnerProxy:
             if self._dispatcher.is_stranded:  # nothing can close it in order; its workers end all the same
                 with contextlib.suppress(Exception):
                     await _to_its_end(self._exit.aclose())
+                self._before_close.clear()
                 self._take_no_calls()
             raise
         self._exit.callback(self._take_no_calls)

@@ -126,7 +126,8 @@ class AbstractExecutor(ABC):
     """One way for calls to reach learners.
 
     A mode of your own overrides `execute_method`, `open` and `close`, and is registered with
-    ``@tfr.executor("name")``; ``execution_mode: name`` then selects it.
+    ``@tfr.executor("name")``; ``execution_mode: name`` then selects it. An executor is opened once: each opening of a
+    proxy makes another one.
 
     Args:
         config: the run's configuration.
@@ -240,6 +241,7 @@ class CallExecutor(AbstractExecutor):
 
     def __init__(self, config: RuntimeConfig | None = None) -> None:
         super().__init__(config)
+        self._was_opened = False
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no proxy numbered
         self._admission = Admission(self.config.max_inflight_bytes)
         self._cut: Cut | None = None
@@ -249,9 +251,17 @@ class CallExecutor(AbstractExecutor):
         self._sharing = Sharing(self._take_shared, self._unshare)
 
     async def open(self, spec: ExecutorSpec) -> None:
-        """Remember what the run is; subclasses reach their hosts here."""
+        """Remember what the run is; subclasses reach their hosts here.
+
+        Raises:
+            ConfigError: it was opened before.
+        """
+        if self._was_opened:
+            raise ConfigError(
+                f"this {type(self).__name__} was opened before, and is of that run: make another one for the next run"
+            )
+        self._was_opened = True
         self._spec = spec
-        self._sharing = Sharing(self._take_shared, self._unshare)
         self.allow = spec.learner.allow_list()
 
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
