@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import functools
+import gc
 import os
 import random
 import threading
@@ -316,6 +317,12 @@ class Probe:
         self.log.append("hold released")
         return "released"
 
+    def work(self, until: str | None = None) -> int:
+        """As `hold` where a file is named, else nothing."""
+        if until is not None:
+            self.hold(until)
+        return 1
+
     def hold_regardless(self, until: str) -> str:
         """As `hold`, and blind to cancellation."""
         self.log.append("hold begins")
@@ -389,6 +396,10 @@ class Probe:
         before = _steps
         time.sleep(seconds)
         return _steps - before
+
+    def num_frozen(self) -> int:
+        """How many objects the garbage collector of this process leaves alone."""
+        return gc.get_freeze_count()
 
     def process_id(self) -> int:
         return os.getpid()

@@ -6,9 +6,12 @@ import asyncio
 import gc
 import time
 import weakref
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from conftest import Latch, Seen
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
@@ -69,3 +72,45 @@ async def test_a_host_that_is_closed_hands_over_what_it_has_held() -> None:
         assert await first == 1
         await asyncio.wait([second])
     assert isinstance(second.exception(), tfr.WorkerLostError)
+
+
+async def test_freeze_of_the_users_own_outlasts_a_proxy() -> None:
+    gc.freeze()
+    try:
+        num_frozen = gc.get_freeze_count()
+        async with tfr.LearnerProxy(Keeping, ["a"], runtime="local") as proxy:
+            await proxy.custom_method("a", "keep", torch.ones(1))
+        assert gc.get_freeze_count() > num_frozen // 2
+    finally:
+        gc.unfreeze()
+
+
+class Lingering:
+    """A learner whose method goes on when nobody waits for it any more."""
+
+    def __init__(self, client_id: str) -> None:
+        pass
+
+    def linger(self, until: str) -> None:
+        tfr.current_call().report("holding")
+        while not Path(until).exists():
+            time.sleep(0.001)
+        tfr.current_call().report("late")
+        Path(until + ".reported").touch()
+
+
+async def test_method_left_behind_by_an_earlier_session_publishes_no_event_in_the_next(latch: Latch) -> None:
+    proxy, seen = tfr.LearnerProxy(Lingering, ["a"], runtime="local"), Seen()
+    proxy.subscribe(seen)
+    async with proxy:
+        call = asyncio.ensure_future(proxy.custom_method("a", "linger", latch.path))
+        await seen.reported("a")
+    with pytest.raises(tfr.WorkerLostError):
+        await call
+    async with asyncio.timeout(20), proxy:
+        seen.events.clear()
+        latch.open()
+        while not Path(latch.path + ".reported").exists():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+        assert seen.progress("a") == []

@@ -5,8 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+import torch
+
 import torchfedrpc as tfr
-from torchfedrpc.executors.durations import Durations, longest_first
+from torchfedrpc.executors import durations as durations_module
+from torchfedrpc.executors.durations import Durations, fastest_first, longest_first
+from torchfedrpc.observe.events import CallStarted, Event
 
 
 def test_client_without_calls_is_expected_to_take_the_usual_time() -> None:
@@ -30,6 +35,30 @@ def test_single_slow_call_does_not_make_its_client_slow() -> None:
     assert durations.expected("a", "train") == {"a": 0.2}
 
 
+def test_clients_that_take_about_as_long_as_most_keep_their_order() -> None:
+    expected = {"a": 0.11, "b": 0.1, "c": 0.3, "d": 0.02, "e": 0.09, "f": 0.2, "g": 0.1}
+    assert longest_first(expected) == ["c", "f", "a", "b", "d", "e", "g"]
+    assert fastest_first(expected) == ["d", "a", "b", "e", "g", "f", "c"]
+    assert fastest_first(dict.fromkeys("cab", 0.0)) == ["c", "a", "b"]
+    assert fastest_first({}) == []
+
+
+def test_times_of_the_clients_called_least_recently_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durations_module, "_MAX_CLIENTS", 4)
+    durations = Durations()
+    durations.saw("a", "train", 9.0)
+    for number in range(50):
+        durations.saw(f"client_{number}", "train", 0.1)
+        durations.saw(f"client_{number}", f"method_{number}", 0.1)
+        durations.saw("a", "train", 9.0)
+    assert len(durations) == 4
+    assert durations.expected(["a", "client_49", "client_3"], "train") == {
+        "a": 9.0,
+        "client_49": 0.1,
+        "client_3": 4.55,
+    }
+
+
 class Sleeper:
     """Takes as long as its client is said to, and counts its calls."""
 
@@ -42,6 +71,10 @@ class Sleeper:
         self.count += 1
         return self.count
 
+    def draw(self) -> float:
+        time.sleep(self.seconds)
+        return torch.rand(()).item()
+
 
 async def test_learners_stay_on_their_workers_however_unequal_the_clients_are() -> None:
     clients = {f"client_{number}": {"seconds": 0.1 if number < 4 else 0.0} for number in range(12)}
@@ -53,3 +86,19 @@ async def test_learners_stay_on_their_workers_however_unequal_the_clients_are() 
             assert list((await proxy.clients().call("work")).values()) == [number] * 12
         assert [executor.worker_of(client) for client in clients] == before
         assert proxy.stats()["snapshot_bytes"] == 0
+
+
+async def test_bits_do_not_depend_on_the_order_in_which_a_group_starts() -> None:
+    clients = {f"client_{number}": {"seconds": 0.05 if number == 2 else 0.0} for number in range(5)}
+    orders, results = [], []
+    for options in ({}, {"timeout_s": 60}, {"min_results": 5}):
+        async with tfr.LearnerProxy(Sleeper, clients, runtime="local", seed=5) as proxy:
+            group = proxy.clients().options(**options)
+            drawn = [dict(await group.call("draw"))]
+            events: list[Event] = []
+            proxy.subscribe(events.append)
+            drawn += [dict(await group.call("draw")), (await group.reduce("draw", tfr.Sum())).value]
+        orders.append([event.client_id for event in events if isinstance(event, CallStarted)][:5])
+        results.append(drawn)
+    assert results[0] == results[1] == results[2]
+    assert orders[0][0] == orders[1][-1] == orders[2][-1] == "client_2"

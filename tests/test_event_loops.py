@@ -16,14 +16,20 @@ async def same(proxy: tfr.LearnerProxy) -> Any:
     return await proxy.custom_method("a", "same", 1)
 
 
-async def opened_and_closed(runtime: dict[str, Any]) -> Any:
-    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+async def opened_again(proxy: tfr.LearnerProxy) -> Any:
+    async with proxy:
         return await same(proxy)
 
 
-def test_proxy_left_open_in_a_closed_loop_is_refused_and_does_not_bar_the_next(lone_runtime: dict[str, Any]) -> None:
+def test_proxy_left_open_in_a_closed_loop_is_refused_and_can_be_opened_again(lone_runtime: dict[str, Any]) -> None:
     proxy = tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime)
     asyncio.run(proxy.__aenter__())
+    closing: list[str] = []
+
+    async def note() -> None:
+        closing.append("closing")
+
+    proxy.before_close(note)
     uses: list[Callable[[], Coroutine[Any, Any, Any]]] = [
         lambda: same(proxy),
         lambda: proxy.clients().call("same", value=1),
@@ -36,7 +42,8 @@ def test_proxy_left_open_in_a_closed_loop_is_refused_and_does_not_bar_the_next(l
             asyncio.run(use())
     with pytest.raises(tfr.ConfigError, match="not open"):
         asyncio.run(same(proxy))
-    assert asyncio.run(opened_and_closed(lone_runtime)) == 1
+    assert asyncio.run(opened_again(proxy)) == 1
+    assert not closing  # which was for the session that was left
 
 
 async def test_call_from_another_threads_loop_is_refused_and_the_proxy_goes_on(lone_runtime: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import torchfedrpc as tfr
 from torchfedrpc.errors import MethodNotFoundError
 from torchfedrpc.host.methods import find_method, public_methods
 
@@ -130,3 +131,29 @@ def test_listing_the_methods_evaluates_no_property() -> None:
     with pytest.raises(MethodNotFoundError):
         find_method(site, "zzz", "client_1")
     assert site.asked == 0
+
+
+class Counted(type):
+    """Counts how often the names of a class are asked for."""
+
+    num_asked = 0
+
+    def __dir__(cls) -> list[str]:
+        Counted.num_asked += 1
+        return list(super().__dir__())
+
+
+class Listed(metaclass=Counted):
+    def __init__(self, client_id: str) -> None: ...
+
+    def train_epoch(self) -> None: ...
+
+
+def test_names_for_completion_are_listed_when_they_are_asked_for() -> None:
+    proxy = tfr.LearnerProxy(Listed, ["client_1"])
+    Counted.num_asked = 0
+    for _ in range(3):
+        handle = proxy.client("client_1").options(timeout_s=1)
+    assert Counted.num_asked == 0
+    assert {"train_epoch", "options", "client_id"} <= set(dir(handle))
+    assert Counted.num_asked == 1

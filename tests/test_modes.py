@@ -248,13 +248,17 @@ async def test_a_worker_that_dies_while_a_proxy_opens_is_told(
 async def test_a_module_that_a_worker_cannot_import_is_a_config_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "only_here.py").write_text("class Learner:\n    def __init__(self, client_id):\n        pass\n")
+    (tmp_path / "only_here.py").write_text("from learners import Probe\n\n\nclass Learner(Probe): ...\n")
     with monkeypatch.context() as patched:
         patched.syspath_prepend(tmp_path)
         import only_here
+    proxy = tfr.LearnerProxy(only_here.Learner, ["a"], runtime={"num_processes": 1})
     with pytest.raises(tfr.ConfigError, match=r"worker1.*only_here"):
-        async with tfr.LearnerProxy(only_here.Learner, ["a"], runtime={"num_processes": 1}):
+        async with proxy:
             pass
+    monkeypatch.syspath_prepend(tmp_path)
+    async with proxy:  # the same one opens, once its worker finds the module
+        assert await proxy.custom_method("a", "append", 1) == 1
     del sys.modules["only_here"]
 
 
@@ -666,3 +670,5 @@ async def test_an_executor_serves_without_a_proxy(runtime: Any, kind: type[tfr.A
         assert await executor.execute_method("a", "echo", 1, method_name=2) == ((1,), {"method_name": 2})
     finally:
         await executor.close()
+    with pytest.raises(tfr.ConfigError, match=f"this {kind.__name__} was opened before.*make another"):
+        await executor.open(tfr.ExecutorSpec(spec, {"a": {}}, lambda event: None))

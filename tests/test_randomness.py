@@ -238,6 +238,17 @@ def test_the_calls_gpu_has_streams_of_its_own_too() -> None:
 # Seeds.
 
 
+@pytest.mark.parametrize(
+    ("name", "uses_all_bits"), [("torch", False), ("numpy", True), ("numpy_gaussian", True), ("random", True)]
+)
+def test_all_bits_of_a_seed_count_for_all_generators_but_torchs_own(name: str, uses_all_bits: bool) -> None:
+    drawn = []
+    for seed in (5, 5 + (7 << 32), 5 + (1 << 62)):
+        with streams(seed):
+            drawn.append(str(DRAWS[name]()))
+    assert len(set(drawn)) == (3 if uses_all_bits else 1)
+
+
 def test_a_seed_depends_on_everything_that_is_named() -> None:
     names = [
         (1, "client_1", "train", 0),

@@ -84,18 +84,30 @@ async def test_retries_cover_a_constructor_that_fails_and_recovery_one_that_ends
     assert len(path.read_text().splitlines()) == 4
 
 
-async def test_a_proxy_closes_soon_after_a_loss_and_the_next_starts_afresh() -> None:
-    async with tfr.LearnerProxy(Mortal, CLIENTS, runtime=pseudo(num_processes=1)) as proxy:
-        seen = Losses()
-        proxy.subscribe(seen)
-        assert await proxy.custom_method("a", "append", 1) == 1
-        kill(proxy, "worker1")
-        assert await proxy.custom_method("a", "append", 2) == 2
+async def test_proxy_closes_soon_after_a_loss_and_recovers_from_another_once_it_is_opened_again(
+    expected: dict[str, dict[str, Any]],
+) -> None:
+    runtime = pseudo(num_processes=1, journal_max_calls=1, max_recoveries=0)
+    proxy, seen = tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime, seed=SEED), Losses()
+    proxy.subscribe(seen)
+    async with proxy:
+        await Steps(proxy, expected).check(*CLIENTS)
+        with pytest.raises(tfr.WorkerLostError, match="max_recoveries=0"):
+            await proxy.custom_method("a", "die")
+        with pytest.raises(tfr.WorkerLostError, match="given up"):
+            await proxy.custom_method("a", "step")
+        await proxy.custom_method("b", "process_id")
         kill(proxy, "worker1")
         await seen.loss(2)
         began = time.monotonic()
     assert time.monotonic() - began < 5
-    async with tfr.LearnerProxy(Mortal, CLIENTS, runtime=pseudo(num_processes=1)) as proxy:
-        assert await proxy.custom_method("a", "append", 1) == 1
+    assert proxy.stats()["workers_lost"] == 2
+    async with proxy:
+        assert proxy.stats()["workers_lost"] == 0
+        steps = Steps(proxy, expected)
+        for _ in range(3):  # each is a call more than the journal takes, so that snapshots are stored
+            await steps.check(*CLIENTS)
         kill(proxy, "worker1")
-        assert await proxy.custom_method("a", "append", 2) == 2
+        await steps.check(*CLIENTS)
+        assert proxy.stats()["workers_lost"] == 1
+    assert seen.workers == ["worker1"] * 3

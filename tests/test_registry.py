@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 import torchfedrpc as tfr
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.registry import Registry, executors
+from torchfedrpc.registry import Registry, executors, learners, trainers
 
 
 @pytest.fixture
@@ -54,6 +56,29 @@ def test_a_name_is_not_given_to_another_class(registry: Registry[Any]) -> None:
     with pytest.raises(ConfigError, match=r"the recipe 'soup' .* by kitchen\.Soup: .* for garden\.Stew$"):
         registry.register("soup")(make("Stew", "garden"))
     assert registry.get("soup") is first
+
+
+@pytest.mark.parametrize("kind", ["trainer", "learner", "executor"])
+def test_name_registered_by_two_modules_is_refused_and_a_reload_is_not(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry: Registry[Any] = {"trainer": trainers, "learner": learners, "executor": executors}[kind]
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for module in ("soup_of_one", "soup_of_another"):
+        (tmp_path / f"{module}.py").write_text(
+            f"import torchfedrpc as tfr\n\n\n@tfr.{kind}('soup')\nclass Soup: ...\n"
+        )
+    monkeypatch.delitem(sys.modules, "soup_of_one", raising=False)
+    first = importlib.import_module("soup_of_one")
+    with pytest.raises(ConfigError, match=r"'soup' .* by soup_of_one\.Soup: .* for soup_of_another\.Soup$"):
+        importlib.import_module("soup_of_another")
+    assert registry.get("soup") is first.Soup
+    importlib.reload(first)
+    assert registry.get("soup") is first.Soup
+    script = runpy.run_path(str(tmp_path / "soup_of_one.py"), run_name="__mp_main__")  # as a worker runs a script
+    assert script["Soup"].__module__ == "__mp_main__"
+    assert registry.get("soup") is script["Soup"]
 
 
 def test_a_class_imported_anew_takes_its_own_place(registry: Registry[Any]) -> None:

@@ -109,9 +109,30 @@ async def test_bytes_that_are_not_its_snapshot_leave_a_learner_as_it_was(
     expected = await steps(proxy, one, 1)
     await proxy.restore(taken)
     await steps(proxy, one, 1)
-    with pytest.raises(tfr.SnapshotError, match=complaint):
+    with pytest.raises(tfr.GroupCallError, match=complaint) as caught:
         await proxy.restore({one: change(taken[one]), other: taken[other]})
+    assert {client: type(error) for client, error in caught.value.failures.items()} == {one: tfr.SnapshotError}
     assert await steps(proxy, one, 1) == expected
+
+
+async def test_restore_reports_every_failure_by_client_and_restores_the_others(
+    proxy: tfr.LearnerProxy, fresh: Fresh
+) -> None:
+    first, second, third, fourth = ids = fresh.apart(4)
+    taken = await snapshots_of(proxy, *ids)
+    expected = {one: await steps(proxy, one, 2) for one in ids}
+    damaged = {first: _damaged(taken[first]), third: _of("client_id", "another")(taken[third])}
+    with pytest.raises(tfr.GroupCallError, match=f"restore failed for {first}, {third}, first with Snap") as caught:
+        await proxy.restore(taken | damaged)
+    failures = caught.value.failures
+    assert list(failures) == [first, third]
+    assert "damaged" in str(failures[first])
+    assert "snapshot of 'another'" in str(failures[third])
+    assert list(caught.value.results) == [second, fourth]
+    assert {one: await steps(proxy, one, 2) for one in (second, fourth)} == {
+        one: expected[one] for one in (second, fourth)
+    }
+    assert (await steps(proxy, first, 1))[0] not in expected[first]  # it goes on from where it was
 
 
 async def test_an_unknown_client_is_refused_before_anything_is_restored(proxy: tfr.LearnerProxy, one: str) -> None:

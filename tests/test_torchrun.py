@@ -97,14 +97,18 @@ PARTS = """
 
     async def halting():
         import halting
+        late = tfr.LearnerProxy(halting.Late, ["a", "b"])
         for _ in range(2):
             try:
-                async with tfr.LearnerProxy(halting.Late, ["a", "b"]):
+                async with late:
                     raise AssertionError("it opened")
             except tfr.ConfigError as error:
                 assert "not on rank 1" in str(error) and "worker1" in str(error), error
         async with asyncio.timeout(60), tfr.LearnerProxy(Probe, ["a", "b"]) as proxy:
-            return dict(await proxy.clients().call("same", 1))
+            same = dict(await proxy.clients().call("same", 1))
+        open(halting.MARKER, "w").close()
+        async with asyncio.timeout(60), late:
+            return same, dict(await late.clients().call("same", 1))
 
     async def loading():
         async with tfr.LearnerProxy(Loading, ["a", "b"]) as proxy:
@@ -137,12 +141,15 @@ PARTS = """
 """
 HALTING = """
 import os, time
-if os.environ["RANK"] == "1":
+MARKER = __file__ + ".may_be_imported"
+if os.environ["RANK"] == "1" and not os.path.exists(MARKER):
     raise ImportError("not on rank 1")
 time.sleep(1.0 if os.environ["RANK"] == "2" else 0)  # answers long after the other
 class Late:
     def __init__(self, client_id):
         pass
+    def same(self, value):
+        return value
 """
 
 
@@ -190,8 +197,8 @@ def test_proxies_one_after_another_use_the_same_workers(became: dict[str, str]) 
     assert became["one_after_another"] == "(1, 2)"
 
 
-def test_a_learner_that_one_worker_cannot_import_leaves_the_workers_well(became: dict[str, str]) -> None:
-    assert became["halting"] == "{'a': 1, 'b': 1}"
+def test_a_learner_that_one_worker_cannot_import_leaves_workers_and_proxy_well(became: dict[str, str]) -> None:
+    assert became["halting"] == "({'a': 1, 'b': 1}, {'a': 1, 'b': 1})"
 
 
 def test_a_learner_of_the_script_may_load_data_with_processes_of_its_own(became: dict[str, str]) -> None:

@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torchfedrpc.errors import (
@@ -29,13 +30,35 @@ from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Part
 from torchfedrpc.host.reducers import Reducer
-from torchfedrpc.observe.events import CallEnded, CallStarted, EventBus
+from torchfedrpc.observe.events import CallEnded, CallStarted, Event, EventBus
 from torchfedrpc.options import CallOptions
 
 T = TypeVar("T")
 
 # The streams that this task reads; tasks that it starts inherit it, since waiting for them is waiting all the same.
 _reading: ContextVar[frozenset[int]] = ContextVar("torchfedrpc_reading", default=frozenset())
+_stream_numbers = itertools.count()  # in this process
+
+
+@dataclass(eq=False)
+class _Session:
+    """What one opening of the proxy has counted, until the proxy is opened again.
+
+    Attributes:
+        call_ids: of its calls.
+        num_changes: client -> calls and restores that have begun or ended.
+        open_streams: number of each stream that is being read -> its client.
+        num_calls: calls that have begun.
+        num_failed: calls that have failed.
+        num_pending: calls that have not ended.
+    """
+
+    call_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    num_changes: Counter[str] = field(default_factory=Counter)
+    open_streams: dict[int, str] = field(default_factory=dict)
+    num_calls: int = 0
+    num_failed: int = 0
+    num_pending: int = 0
 
 
 class Dispatcher:
@@ -53,10 +76,7 @@ class Dispatcher:
         self._loop: asyncio.AbstractEventLoop | None = None  # in which the proxy is open
         self._places = {client_id: place for place, client_id in enumerate(client_ids)}
         self._router = router
-        self._call_ids = itertools.count(1)
-        self._num_changes: Counter[str] = Counter()  # client -> calls and restores that have begun or ended
-        self.open_streams: dict[int, str] = {}  # call id of each stream that is being read -> its client
-        self._num_calls = self._num_failed = self._num_pending = 0
+        self.session = _Session()
 
     @property
     def is_open(self) -> bool:
@@ -67,6 +87,19 @@ class Dispatcher:
     def is_stranded(self) -> bool:
         """Whether the event loop in which the proxy was opened is closed."""
         return self._loop is not None and self._loop.is_closed()
+
+    def begin(self) -> Callable[[Event], None]:
+        """Begin a session, with nothing of the one before; returns what publishes its events, until the next begins.
+
+        A call of the session before may end, and a method that was left behind may report, when this one is open.
+        """
+        session = self.session = _Session()
+
+        def publish(event: Event) -> None:
+            if self.session is session:
+                self.events.publish(event)
+
+        return publish
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take calls, from that event loop."""
@@ -120,7 +153,8 @@ class Dispatcher:
         Raises:
             LearnerBusyError: so it is.
         """
-        if self.open_streams and any(self.open_streams.get(stream) == client_id for stream in _reading.get()):
+        open_streams = self.session.open_streams
+        if open_streams and any(open_streams.get(stream) == client_id for stream in _reading.get()):
             raise LearnerBusyError(
                 f"{client_id}.{method} would wait for ever: it is called in the loop over a stream of that client, "
                 f"which holds the learner. Call it after the loop, or close the stream first: await stream.aclose()"
@@ -132,10 +166,10 @@ class Dispatcher:
         Raises:
             CapacityError: so it is.
         """
-        limit = self._router.config.max_pending_calls
-        if limit is not None and self._num_pending >= limit:
+        limit, num_pending = self._router.config.max_pending_calls, self.session.num_pending
+        if limit is not None and num_pending >= limit:
             raise CapacityError(
-                f"{client_id}.{method} was not sent: {self._num_pending} calls are pending, and "
+                f"{client_id}.{method} was not sent: {num_pending} calls are pending, and "
                 f"runtime.max_pending_calls={limit} allows no more; raise it, or await some calls first"
             )
 
@@ -182,9 +216,9 @@ class Dispatcher:
         with self._changes(client_id):
             await self._apart(options, client_id, "restore", restore)
 
-    def plan(self, client_ids: Iterable[str], method: str) -> list[str]:
-        """The clients of a group's call in the order in which to submit it, before it is."""
-        return self._router.plan(sorted(client_ids, key=self._places.__getitem__), method)
+    def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
+        """The clients of a group's call in the order in which to submit it; as of `AbstractExecutor.plan`."""
+        return self._router.plan(sorted(client_ids, key=self._places.__getitem__), method, is_awaited=is_awaited)
 
     def reduction(self, prototype: Reducer, client_ids: Iterable[str]) -> GroupReduction:
         """Begin a reduction over these clients, whose results are added up in the order of `client_ids`.
@@ -214,16 +248,17 @@ class Dispatcher:
 
     def changes(self) -> dict[str, int]:
         """For each client a number, which is another after each call or restore, and in the middle of one."""
-        return dict(self._num_changes)
+        return dict(self.session.num_changes)
 
     @contextmanager
     def _changes(self, client_id: str) -> Iterator[None]:
         """Around what may change a client's learner, at some time between the beginning and the end."""
-        self._num_changes[client_id] += 1
+        num_changes = self.session.num_changes
+        num_changes[client_id] += 1
         try:
             yield
         finally:
-            self._num_changes[client_id] += 1
+            num_changes[client_id] += 1
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
         """The states of these clients' learners as of now, one by one, while calls go on.
@@ -231,8 +266,8 @@ class Dispatcher:
         Raises:
             LearnerBusyError: a stream is open, so that a learner is in the middle of something.
         """
-        if self.open_streams:
-            client_id = next(iter(self.open_streams.values()))
+        if open_streams := self.session.open_streams:
+            client_id = next(iter(open_streams.values()))
             raise LearnerBusyError(
                 f"a stream of {client_id} is open: close it before the state of its learner is taken"
             )
@@ -261,12 +296,12 @@ class Dispatcher:
         )
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of the run so far."""
+        """Numbers of the session so far."""
         return {
             "mode": self._router.mode,
-            "calls": self._num_calls,
-            "failed_calls": self._num_failed,
-            "pending_calls": self._num_pending,
+            "calls": self.session.num_calls,
+            "failed_calls": self.session.num_failed,
+            "pending_calls": self.session.num_pending,
             **self._router.stats(),
         }
 
@@ -286,7 +321,14 @@ class Dispatcher:
         run_timeout_s = self._router.config.call_timeout_s if options.timeout_s is None else None
         # Plain strings: numpy's, which are strings too, would not get past the guard of RPC.
         return Invocation(
-            next(self._call_ids), str(client_id), str(method), args, kwargs, run_timeout_s, options.retries, part
+            next(self.session.call_ids),
+            str(client_id),
+            str(method),
+            args,
+            kwargs,
+            run_timeout_s,
+            options.retries,
+            part,
         )
 
     async def observed(self, options: CallOptions, invocation: Invocation, answer: Any) -> Any:
@@ -294,10 +336,10 @@ class Dispatcher:
         client_id, method = invocation.client_id, invocation.method
         if self.events.has_subscribers:
             self.events.publish(CallStarted(invocation.call_id, client_id, method))
-        began, failure = time.perf_counter(), None
-        self._num_calls += 1
-        self._num_pending += 1
-        self._num_changes[client_id] += 1
+        began, failure, session = time.perf_counter(), None, self.session
+        session.num_calls += 1
+        session.num_pending += 1
+        session.num_changes[client_id] += 1
         try:
             if options.timeout_s is None:
                 return await answer
@@ -312,10 +354,10 @@ class Dispatcher:
                 raise failure from None
             raise
         finally:
-            self._num_changes[client_id] += 1
-            self._num_pending -= 1
-            self._num_failed += failure is not None
-            if self.events.has_subscribers:
+            session.num_changes[client_id] += 1
+            session.num_pending -= 1
+            session.num_failed += failure is not None
+            if self.events.has_subscribers and self.session is session:
                 seconds = time.perf_counter() - began
                 self.events.publish(CallEnded(invocation.call_id, client_id, method, seconds, failure))
             failure = None  # its traceback has this frame, and the arguments: a circle that would keep them
@@ -335,6 +377,8 @@ class LearnerStream(AsyncIterator[Any]):
         self._options = options
         self._invocation = invocation
         self._stream = stream
+        self._session = dispatcher.session
+        self._number = next(_stream_numbers)
         self._is_stepping = False
         self._loop: asyncio.AbstractEventLoop | None = None  # on which it is read
 
@@ -342,17 +386,23 @@ class LearnerStream(AsyncIterator[Any]):
         invocation = self._invocation
         self._loop = asyncio.get_running_loop()
         self._dispatcher.check_open()
+        if self._session is not self._dispatcher.session:
+            raise ConfigError(
+                f"the stream of {invocation.client_id}.{invocation.method} was opened before the proxy was closed: "
+                f"open another, proxy.stream({invocation.client_id!r}, {invocation.method!r}, ...)"
+            )
         if self._is_stepping:
             raise LearnerBusyError(
                 f"the stream of {invocation.client_id}.{invocation.method} is already waiting for an item: one loop "
                 f"reads a stream; open another for a second reader"
             )
         self._dispatcher.check_capacity(invocation.client_id, invocation.method)  # the stream may go on later
-        if invocation.call_id not in self._dispatcher.open_streams:
+        open_streams = self._session.open_streams
+        if self._number not in open_streams:
             self._dispatcher.check_not_reading(invocation.client_id, invocation.method)
-            self._dispatcher.open_streams[invocation.call_id] = invocation.client_id
-        still_open = frozenset(stream for stream in _reading.get() if stream in self._dispatcher.open_streams)
-        _reading.set(still_open | {invocation.call_id})
+            open_streams[self._number] = invocation.client_id
+        still_open = frozenset(stream for stream in _reading.get() if stream in open_streams)
+        _reading.set(still_open | {self._number})
         self._is_stepping = True
         try:
             return await self._dispatcher.observed(self._options, invocation, self._stream.step())
@@ -367,11 +417,11 @@ class LearnerStream(AsyncIterator[Any]):
         self._close()
 
     def _close(self) -> None:
-        self._dispatcher.open_streams.pop(self._invocation.call_id, None)
+        self._session.open_streams.pop(self._number, None)
         self._stream.close()
 
     def __del__(self) -> None:
-        self._dispatcher.open_streams.pop(self._invocation.call_id, None)
+        self._session.open_streams.pop(self._number, None)
         if self._loop is not None:
             # Not at once: a garbage collection may come where this thread holds the very lock that closing takes.
             call_on(self._loop, self._stream.close)

@@ -262,7 +262,7 @@ class LearnerGroup:
         # Neighbours of a reduction one after another: their results are merged as they come.
         clients = self._clients if reduction is None else reduction.reduction.client_ids
         are_awaited = self._options.timeout_s is not None or self._options.min_results is not None
-        for client_id in self._dispatcher.plan(clients, method):
+        for client_id in self._dispatcher.plan(clients, method, is_awaited=are_awaited):
             own = self._clients[client_id]
             part = reduction.reduction.part(client_id, is_awaited=are_awaited) if reduction is not None else None
             call = self._dispatcher.call(self._options, client_id, method, args, {**kwargs, **own}, part)

@@ -9,11 +9,12 @@ import hashlib
 import operator
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.dispatch import Dispatcher, LearnerStream
-from torchfedrpc.errors import ConfigError
+from torchfedrpc.errors import ConfigError, GroupCallError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.cut import Cut
 from torchfedrpc.executors.router import ExecutorRouter
@@ -38,22 +39,20 @@ class LearnerHandle:
         dispatcher: sends the calls.
         client_id: whose learner.
         options: what holds for the calls.
-        methods: names for completion in an editor.
+        learner: has the class whose methods an editor completes.
     """
 
-    def __init__(
-        self, dispatcher: Dispatcher, client_id: str, options: CallOptions, methods: Iterable[str] = ()
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, client_id: str, options: CallOptions, learner: LearnerSpec) -> None:
         dispatcher.check_client(client_id)
         self._dispatcher = dispatcher
         self._options = options
-        self._methods = tuple(methods)
+        self._learner = learner
         self.client_id = client_id
 
     def options(self, **changes: Any) -> LearnerHandle:
         """The same handle with other options: ``timeout_s``, ``retries``."""
         options = self._options.updated(changes, CALL_OPTIONS)
-        return LearnerHandle(self._dispatcher, self.client_id, options, self._methods)
+        return LearnerHandle(self._dispatcher, self.client_id, options, self._learner)
 
     @property
     def rref(self) -> Any:
@@ -82,7 +81,7 @@ class LearnerHandle:
         return call
 
     def __dir__(self) -> Iterable[str]:
-        return [*super().__dir__(), *self._methods]
+        return [*super().__dir__(), *public_methods(self._learner.load())]
 
     def __repr__(self) -> str:
         return f"LearnerHandle({self.client_id!r})"
@@ -91,8 +90,10 @@ class LearnerHandle:
 class LearnerProxy:
     """Calls methods of learners, wherever they live, as plain async functions.
 
-    Use it as an async context manager; one proxy can be open in a process at a time, on rank 0 alone. Arguments
-    and results are passed by value in every mode, and a learner's calls run one at a time in the order submitted.
+    Use it as an async context manager; one proxy can be open in a process at a time, on rank 0 alone. It can be
+    opened again once it was closed, or could not be opened: then with new learners and nothing of the session before;
+    what subscribes to its events stays. Arguments and results are passed by value in every mode, and a learner's
+    calls run one at a time in the order submitted.
 
     Args:
         learner: a class, a factory function, or a name registered with ``@tfr.learner``. Called as
@@ -142,13 +143,14 @@ class LearnerProxy:
                 "clients of both to one proxy"
             )
         stack = AsyncExitStack()
+        spec = replace(self._spec, publish=self._dispatcher.begin())
         try:
             LearnerProxy._open_in_process = self
             stack.callback(self._closed)
             stack.enter_context(process_settings(self._spec.learner.runtime))
             warn_of_default_device()
             stack.push_async_callback(self._router.close)
-            await self._router.open(self._spec)
+            await self._router.open(spec)
         except BaseException:
             await _to_its_end(stack.aclose())
             raise
@@ -163,6 +165,7 @@ class LearnerProxy:
             if self._dispatcher.is_stranded:  # nothing can close it in order; its workers end all the same
                 with contextlib.suppress(Exception):
                     await _to_its_end(self._exit.aclose())
+                self._before_close.clear()
                 self._take_no_calls()
             raise
         self._exit.callback(self._take_no_calls)
@@ -245,7 +248,7 @@ class LearnerProxy:
         Raises:
             UnknownClientError: no such client.
         """
-        return LearnerHandle(self._dispatcher, client_id, self._options, public_methods(self._spec.learner.load()))
+        return LearnerHandle(self._dispatcher, client_id, self._options, self._spec.learner)
 
     def clients(self, ids: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None) -> LearnerGroup:
         """A group of clients to call together; all of them, unless ids are given.
@@ -310,17 +313,30 @@ class LearnerProxy:
             snapshots: client id -> what `snapshots` gave, in this run or another, in whatever mode.
 
         Raises:
-            UnknownClientError: an id is no client's.
+            UnknownClientError: an id is no client's; nothing is restored then.
+            GroupCallError: some learners could not be restored, and the others were; its ``failures`` has the error
+                of each client, one of those that follow.
             SnapshotError: the bytes are damaged, of another client or learner; that learner stays as it was.
             WorkerLostError: the learner was given up.
             UntrustedTypeError: they hold a type that ``runtime.trusted_modules`` does not cover.
         """
+        self._dispatcher.check_open()
         for client_id in snapshots:
             self._dispatcher.check_client(client_id)
         restoring = [self._dispatcher.restore(self._options, *item) for item in snapshots.items()]
-        for outcome in await asyncio.gather(*restoring, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
+        outcomes = dict(zip(snapshots, await asyncio.gather(*restoring, return_exceptions=True), strict=True))
+        failures = {client_id: error for client_id, error in outcomes.items() if isinstance(error, Exception)}
+        for error in outcomes.values():
+            if isinstance(error, BaseException) and not isinstance(error, Exception):
+                raise error
+        if failures:
+            first = next(iter(failures.values()))
+            raise GroupCallError(
+                f"restore failed for {', '.join(failures)}, first with {type(first).__name__}: {first}; the other "
+                f"{len(outcomes) - len(failures)} learners were restored",
+                failures,
+                {client_id: None for client_id in outcomes if client_id not in failures},
+            )
 
     @property
     def trusted_modules(self) -> frozenset[str]:

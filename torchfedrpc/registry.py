@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -31,14 +32,15 @@ class Registry(Generic[T]):
         """Decorate a class or function to give it a name.
 
         Raises:
-            ConfigError: another object has that name (the same one, imported anew, takes its own place).
+            ConfigError: another class or function has that name. The same one may be registered again, as where its
+                module is reloaded, or is the script and is imported as well; the later one is kept.
         """
 
         def decorate(entry: T) -> T:
             if self._modules.get(name) != entry.__module__:
                 self._import(name)
             known = self._entries.get(name)
-            if known is not None and known.__qualname__ != entry.__qualname__:
+            if known is not None and not _is_defined_as(known, entry):
                 raise ConfigError(
                     f"the {self.kind} {name!r} is registered already, by {known.__module__}.{known.__qualname__}: "
                     f"choose another name for {entry.__module__}.{entry.__qualname__}"
@@ -67,6 +69,15 @@ class Registry(Generic[T]):
     def _import(self, name: str) -> None:
         if (module := self._modules.get(name)) is not None:
             importlib.import_module(module)  # where another thread does so, too, Python has one wait for the other
+
+
+def _is_defined_as(known: Any, entry: Any) -> bool:
+    """Whether two entries come from one definition: one name in one module, or in one file that two modules are."""
+    modules, files = set(), set()
+    for one in (known, entry):
+        modules.add("__main__" if one.__module__ == "__mp_main__" else one.__module__)  # the script, in its workers
+        files.add(getattr(sys.modules.get(one.__module__), "__file__", None))
+    return known.__qualname__ == entry.__qualname__ and (len(modules) == 1 or (len(files) == 1 and None not in files))
 
 
 trainers: Registry[Any] = Registry("trainer")

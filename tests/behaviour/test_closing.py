@@ -56,20 +56,21 @@ async def test_a_method_that_goes_on_regardless_does_not_hold_the_proxy_up_for_e
     latch.open()
 
 
-async def test_a_proxy_that_is_cancelled_while_it_opens_leaves_the_next_one_well(
+async def test_a_proxy_that_is_cancelled_while_it_opens_can_be_opened_again(
     lone_runtime: dict[str, Any],
 ) -> None:
+    proxy = tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime)
     for delay_s in (0.0, 0.2, 0.7):  # a time in each of the stages
-        opening = asyncio.create_task(tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime).__aenter__())
+        opening = asyncio.create_task(proxy.__aenter__())
         await asyncio.sleep(delay_s)
         opening.cancel()
         try:
-            proxy = await opening
+            await opening
         except asyncio.CancelledError:
             pass
         else:
             await proxy.__aexit__(None, None, None)
-    async with asyncio.timeout(60), tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
+    async with asyncio.timeout(60), proxy:
         assert await proxy.custom_method("a", "same", 1) == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import Fresh, Latch, Seen
 
 import torchfedrpc as tfr
+from torchfedrpc.observe.events import CallStarted
 
 # What a method that waits has logged when its call was cancelled: nothing, where that came before its first step.
 NOT_TO_THE_END = ([], [("hold cancelled", True)])
@@ -142,6 +144,38 @@ async def test_a_quorum_that_failures_rule_out_does_not_wait_for_the_deadline(
         with pytest.raises(tfr.QuorumError) as caught:
             await proxy.clients(calls).options(min_results=2, timeout_s=60).call("hold_if")
     assert isinstance(caught.value.failures[ids[1]], TypeError)
+
+
+async def test_group_with_a_deadline_or_a_quorum_starts_the_fastest_first(
+    proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch, seen: Seen
+) -> None:
+    ids = fresh.together(6)
+    slow = ids[2]
+    quick = [one for one in ids if one != slow]
+    group = proxy.clients({one: {"until": latch.path if one == slow else None} for one in ids})
+
+    def started() -> list[str]:
+        clients = [event.client_id for event in seen.events if isinstance(event, CallStarted)]
+        seen.events.clear()
+        return clients
+
+    first = asyncio.ensure_future(group.call("work"))
+    await seen.reported(slow)
+    await asyncio.sleep(0.3)  # how long it takes is what is learned
+    latch.open()
+    await first
+    started()
+    await group.call("work")
+    assert started() == [slow, *quick]
+    Path(latch.path).unlink()  # else the slow one held the thread, and no other would have begun
+    results = await group.options(min_results=5, timeout_s=20).call("work")
+    assert list(results) == quick
+    assert started() == [*quick, slow]
+    results = await group.options(timeout_s=1, on_error="collect").call("work")
+    assert list(results) == quick
+    assert {one: type(error) for one, error in results.failures.items()} == {slow: tfr.CallTimeoutError}
+    reduced = await group.options(min_results=5, timeout_s=20).reduce("work", tfr.Sum())
+    assert (reduced.value, reduced.count) == (5, 5)
 
 
 async def test_more_results_than_clients_can_never_be_met(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:

@@ -18,7 +18,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
 from torchfedrpc.executors.admission import Admission, estimate
 from torchfedrpc.executors.cut import Cut
-from torchfedrpc.executors.durations import Durations, longest_first
+from torchfedrpc.executors.durations import Durations, fastest_first, longest_first
 from torchfedrpc.executors.reduction import Collecting, Gathering, Reduction
 from torchfedrpc.executors.sharing import SharedRef, Sharing, held
 from torchfedrpc.executors.stream import CallStream
@@ -126,7 +126,8 @@ class AbstractExecutor(ABC):
     """One way for calls to reach learners.
 
     A mode of your own overrides `execute_method`, `open` and `close`, and is registered with
-    ``@tfr.executor("name")``; ``execution_mode: name`` then selects it.
+    ``@tfr.executor("name")``; ``execution_mode: name`` then selects it. An executor is opened once: each opening of a
+    proxy makes another one.
 
     Args:
         config: the run's configuration.
@@ -192,8 +193,14 @@ class AbstractExecutor(ABC):
         """
         raise ConfigError(f"{type(self).__name__} shares nothing: override its share(), or pass the object itself")
 
-    def plan(self, client_ids: Sequence[str], method: str) -> list[str]:
-        """The clients of a group's call in the order in which to submit it, before it is."""
+    def plan(self, client_ids: Sequence[str], method: str, *, is_awaited: bool) -> list[str]:
+        """The clients of a group's call in the order in which to submit it, before it is.
+
+        Args:
+            client_ids: the group's.
+            method: the method's name.
+            is_awaited: whether the group has a deadline, or waits for some of its clients alone.
+        """
         return list(client_ids)
 
     def reduction(self, reduction: Reduction) -> Collecting:
@@ -242,6 +249,7 @@ class CallExecutor(AbstractExecutor):
 
     def __init__(self, config: RuntimeConfig | None = None) -> None:
         super().__init__(config)
+        self._was_opened = False
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no proxy numbered
         self._admission = Admission(self.config.max_inflight_bytes)
         self._cut: Cut | None = None
@@ -251,9 +259,17 @@ class CallExecutor(AbstractExecutor):
         self._sharing = Sharing(self._take_shared, self._unshare)
 
     async def open(self, spec: ExecutorSpec) -> None:
-        """Remember what the run is; subclasses reach their hosts here."""
+        """Remember what the run is; subclasses reach their hosts here.
+
+        Raises:
+            ConfigError: it was opened before.
+        """
+        if self._was_opened:
+            raise ConfigError(
+                f"this {type(self).__name__} was opened before, and is of that run: make another one for the next run"
+            )
+        self._was_opened = True
         self._spec = spec
-        self._sharing = Sharing(self._take_shared, self._unshare)
         self.allow = spec.learner.allow_list()
 
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -315,9 +331,10 @@ class CallExecutor(AbstractExecutor):
                 num_bytes += self._holders.pop(value)[1]
         return num_bytes
 
-    def plan(self, client_ids: Sequence[str], method: str) -> list[str]:
-        """The clients of a group's call in the order in which to submit it: the longest first, by times seen."""
-        return longest_first(self._durations.expected(client_ids, method))
+    def plan(self, client_ids: Sequence[str], method: str, *, is_awaited: bool) -> list[str]:
+        """The clients by the times of earlier calls: the longest first, with a deadline or a quorum the fastest."""
+        expected = self._durations.expected(client_ids, method)
+        return fastest_first(expected) if is_awaited else longest_first(expected)
 
     async def snapshot(self, client_id: str) -> bytes:
         """A learner's state between two calls."""

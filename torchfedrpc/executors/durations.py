@@ -1,32 +1,40 @@
-"""How long calls take, by which a group call starts the longest first. No result depends on it."""
+"""How long calls take, which decides the order in which a group call starts them. No result depends on it."""
 
 from __future__ import annotations
 
 import statistics
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 _NUM_KEPT = 3  # times of a client's last calls: the middle one counts, since a worker may be disturbed for a while
-_MUCH = 1.5  # times as long as most clients take: so long ones are begun before the others
+_MUCH = 1.5  # times as long as most clients take, or as short: such clients are begun out of the group's order
+_MAX_CLIENTS = 1 << 16  # with one method each; about 20 MB
 
 
 class Durations:
-    """How long calls ran, by client and method."""
+    """How long calls ran, by client and method; those that were called least recently are forgotten."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, dict[str, tuple[float, ...]]] = {}  # method -> client -> of its last calls
+        self._seconds: OrderedDict[tuple[str, str], tuple[float, ...]] = OrderedDict()  # client, method -> last calls
+
+    def __len__(self) -> int:
+        return len(self._seconds)
 
     def saw(self, client_id: str, method: str, seconds: float) -> None:
-        """A call ran for so long."""
-        of_method = self._seconds.setdefault(method, {})
-        of_method[client_id] = (*of_method.get(client_id, ()), seconds)[-_NUM_KEPT:]
+        """Note that a call ran for so long."""
+        key = client_id, method
+        self._seconds[key] = (*self._seconds.pop(key, ()), seconds)[-_NUM_KEPT:]
+        if len(self._seconds) > _MAX_CLIENTS:
+            self._seconds.popitem(last=False)
 
     def expected(self, client_ids: Iterable[str], method: str) -> dict[str, float]:
         """Seconds that each of these clients will take: as most of its last calls did, else as most others will.
 
         Where no call of the method was seen, all take 0 seconds.
         """
-        of_method = self._seconds.get(method, {})
-        seen = {one: statistics.median_low(of_method[one]) for one in client_ids if one in of_method}
+        client_ids = list(client_ids)
+        known = {one: self._seconds.get((one, method)) for one in client_ids}
+        seen = {one: statistics.median_low(seconds) for one, seconds in known.items() if seconds}
         usual = statistics.median(seen.values()) if seen else 0.0
         return {client_id: seen.get(client_id, usual) for client_id in client_ids}
 
@@ -38,3 +46,17 @@ def longest_first(expected: Mapping[str, float]) -> list[str]:
     """
     ordinary = _MUCH * statistics.median(expected.values()) if expected else 0.0
     return sorted(expected, key=lambda client_id: -expected[client_id] if expected[client_id] > ordinary else 0.0)
+
+
+def fastest_first(expected: Mapping[str, float]) -> list[str]:
+    """Clients by the time that they will take, for a group that waits for some of them or until a deadline.
+
+    Those that will take about as long as most are in order, as of `longest_first`.
+    """
+    usual = statistics.median(expected.values()) if expected else 0.0
+
+    def seconds(client_id: str) -> float:
+        own = expected[client_id]
+        return usual if usual <= own * _MUCH and own <= usual * _MUCH else own
+
+    return sorted(expected, key=seconds)

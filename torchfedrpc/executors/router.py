@@ -32,18 +32,19 @@ class ExecutorRouter:
     def __init__(self, config: RuntimeConfig | Mapping[str, Any] | str | None = None) -> None:
         self.config = RuntimeConfig.of(config)
         self.mode = resolve_mode(self.config, Launch.from_environment())
-        self._main: AbstractExecutor = executors.get(self.mode)(self.config)
-        self._local = self._main
         self._begun = AsyncExitStack()
-        if self.mode != "local" and LOCAL in self.config.client_endpoints.values():
-            self._local = executors.get("local")(self.config)
+        self._were_opened = False
+        self._make_executors()
 
     def get_executor(self, client_id: str) -> AbstractExecutor:
         """The executor of a client."""
         return self._local if self.config.client_endpoints.get(client_id) == LOCAL else self._main
 
     async def open(self, spec: ExecutorSpec) -> None:
-        """Open every executor that has clients; close them also where one fails."""
+        """Open every executor that has clients, new ones each time; `close` them also where one fails."""
+        if self._were_opened:
+            self._make_executors()
+        self._were_opened = True
         self.allow = spec.learner.allow_list()
         for executor in self._executors():
             self._begun.push_async_callback(executor.close)
@@ -53,12 +54,13 @@ class ExecutorRouter:
         """Close all that were begun."""
         await self._begun.aclose()
 
-    def plan(self, client_ids: Iterable[str], method: str) -> list[str]:
-        """The clients of a group's call in the order in which to submit it, before it is."""
+    def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
+        """The clients of a group's call in the order in which to submit it; as of `AbstractExecutor.plan`."""
         by_executor: dict[AbstractExecutor, list[str]] = {}
         for client_id in client_ids:
             by_executor.setdefault(self.get_executor(client_id), []).append(client_id)
-        return [one for executor, of_one in by_executor.items() for one in executor.plan(of_one, method)]
+        plans = [executor.plan(of_one, method, is_awaited=is_awaited) for executor, of_one in by_executor.items()]
+        return [client_id for plan in plans for client_id in plan]
 
     def reduction(self, reduction: Reduction) -> dict[str, Collecting]:
         """For each client of a reduction the share of its executor."""
@@ -114,6 +116,12 @@ class ExecutorRouter:
         for executor in reversed(self._executors()):  # local first, which refuses more
             if own := {label: faults[label] for label in executor.workers() if label in faults}:
                 await executor.arm(own)
+
+    def _make_executors(self) -> None:
+        self._main: AbstractExecutor = executors.get(self.mode)(self.config)
+        self._local = self._main
+        if self.mode != "local" and LOCAL in self.config.client_endpoints.values():
+            self._local = executors.get("local")(self.config)
 
     def _executors(self) -> list[AbstractExecutor]:
         return [self._main] if self._local is self._main else [self._main, self._local]

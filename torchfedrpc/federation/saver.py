@@ -64,7 +64,8 @@ class Saver:
 
         Raises:
             ConfigError: the folder is another run's, or the checkpoint does not fit this one.
-            SnapshotError: a learner's state cannot be restored.
+            SnapshotError: the checkpoint is damaged.
+            GroupCallError: learners' states cannot be restored.
         """
         config = await asyncio.to_thread(checkpoints.config_of, trainer)
         owns_folder = not checkpoints.is_open

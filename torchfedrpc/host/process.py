@@ -16,13 +16,9 @@ from torchfedrpc.config import RuntimeConfig
 def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
     """Set torch's threads and determinism as the configuration says; what was before comes back at the end.
 
-    Until then Python's garbage collector leaves alone what is there now: it would look through all of torch again
-    and again, as calls come and go, which takes as long as the calls.
-
     The driver needs the same settings as the workers: what it computes itself (an aggregate, a test score) has
     other last bits with another number of threads.
     """
-    gc.freeze()
     num_threads = torch.get_num_threads()
     makes_deterministic = runtime.deterministic and not torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(runtime.torch_threads)
@@ -32,10 +28,24 @@ def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.unfreeze()
         torch.set_num_threads(num_threads)
         if makes_deterministic:
             torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def frozen_modules() -> Iterator[None]:
+    """Keep Python's garbage collector from what a worker has imported: torch and all modules.
+
+    It would look through them again and again as calls come and go, which takes as long as the calls. For workers
+    alone: in the user's own process, garbage that is there already would not be freed.
+    """
+    gc.collect()  # else cyclic garbage would be frozen as well
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def visible_gpus() -> str | None:

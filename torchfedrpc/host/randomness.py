@@ -13,7 +13,11 @@ import torch
 
 
 def call_seed(seed: int, *names: object) -> int:
-    """A 63-bit seed from the run's seed and the names of what is seeded (client, method, number of the call)."""
+    """A 63-bit seed from the run's seed and the names of what is seeded (client, method, number of the call).
+
+    `random`, numpy and torch's CUDA generators use all of its bits, torch's CPU generator the low 32 alone: of 77,000
+    calls, two have the same torch stream with even odds, and different streams of numpy and `random`.
+    """
     text = "\0".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
@@ -104,7 +108,7 @@ class RandomStreams:
             generator.manual_seed(self._seed)
         self._numpy_generator = _spare_generators.pop() if _spare_generators else _numpy.random.MT19937(0)
         _numpy.random.set_bit_generator(self._numpy_generator)
-        _numpy.random.seed(self._seed & 0xFFFFFFFF)
+        _numpy.random.seed((self._seed & 0xFFFFFFFF, self._seed >> 32))  # as one number it would have to be 32 bits
 
     def __exit__(
         self,

@@ -21,7 +21,7 @@ from torchfedrpc import launcher
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
-from torchfedrpc.host.process import choose_device, process_settings, visible_gpus
+from torchfedrpc.host.process import choose_device, frozen_modules, process_settings, visible_gpus
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import adopt_settings
 from torchfedrpc.rpc import endpoint, reach, world
@@ -256,6 +256,7 @@ class _Worker:
             adopt_main(main)
         device = choose_device(local_index if self._local_index is None else self._local_index)
         learner.load()
+        self._stack.enter_context(frozen_modules())
         self._stack.enter_context(process_settings(learner.runtime))
         problems = adopt_settings(settings)  # after the import, which may set its own
         driver_pid = driver[0] if driver is not None and TensorFile.is_found(*driver) else None
