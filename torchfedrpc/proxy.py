@@ -9,7 +9,7 @@ import hashlib
 import operator
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Never
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.dispatch import Dispatcher, LearnerStream
@@ -25,7 +25,7 @@ from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import warn_of_default_device
 from torchfedrpc.launcher import check_is_driver
 from torchfedrpc.observe.events import Event, EventBus, Subscriber
-from torchfedrpc.options import CALL_OPTIONS, CallOptions
+from torchfedrpc.options import CALL_OPTIONS, UNCHANGED, CallOptions, OnError, Unchanged
 from torchfedrpc.wire.fingerprint import fingerprint
 
 _SETTINGS_OF_BITS = ("deterministic", "max_concurrent_calls", "torch_threads")
@@ -50,9 +50,26 @@ class LearnerHandle:
         self._methods = tuple(methods)
         self.client_id = client_id
 
-    def options(self, **changes: Any) -> LearnerHandle:
-        """The same handle with other options: ``timeout_s``, ``retries``."""
-        options = self._options.updated(changes, CALL_OPTIONS)
+    def options(
+        self,
+        *,
+        timeout_s: float | Unchanged | None = UNCHANGED,
+        retries: int | Unchanged = UNCHANGED,
+        **unknown: Never,
+    ) -> LearnerHandle:
+        """The same handle with other options; those that are not given stay as they are.
+
+        Args:
+            timeout_s: seconds for queue, transfer and run of a call together, above 0. None: no such deadline, and
+                ``runtime.call_timeout_s`` holds for the run.
+            retries: how often a call is sent again whose method was not begun, because its constructor failed, for
+                example; at least 0.
+            **unknown: refused, with the nearest option.
+
+        Raises:
+            ConfigError: no such option, or a value has the wrong type or is out of range.
+        """
+        options = self._options.updated({"timeout_s": timeout_s, "retries": retries, **unknown}, CALL_OPTIONS)
         return LearnerHandle(self._dispatcher, self.client_id, options, self._methods)
 
     def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
@@ -154,6 +171,9 @@ class LearnerProxy:
             self._exit.push_async_callback(self._before_close.pop(0))
         await _to_its_end(self._exit.aclose())
 
+    def _learner_methods(self) -> list[str]:
+        return public_methods(self._spec.learner.load())
+
     def _take_no_calls(self) -> None:
         self._dispatcher.close()
 
@@ -175,13 +195,36 @@ class LearnerProxy:
         """Where workers can join this run, ``HOST:PORT``; None where ``runtime.join_at`` is not set."""
         return self._router.join_address
 
-    def options(self, **changes: Any) -> LearnerProxy:
-        """A view of this proxy with other options: ``timeout_s``, ``retries``; for groups ``on_error`` and more.
+    def options(
+        self,
+        *,
+        timeout_s: float | Unchanged | None = UNCHANGED,
+        retries: int | Unchanged = UNCHANGED,
+        on_error: OnError | Unchanged = UNCHANGED,
+        min_results: int | Unchanged | None = UNCHANGED,
+        **unknown: Never,
+    ) -> LearnerProxy:
+        """A view of this proxy with other options; those that are not given stay as they are.
 
         The view is the same open proxy; it need not be closed.
+
+        Args:
+            timeout_s: seconds for queue, transfer and run of a call together, above 0; of a stream, for each step.
+                None: no such deadline, and ``runtime.call_timeout_s`` holds for the run.
+            retries: how often a call is sent again whose method was not begun, because its constructor failed, for
+                example; at least 0.
+            on_error: of groups: ``raise`` a GroupCallError where clients fail, or ``collect`` their exceptions in
+                ``failures``.
+            min_results: of groups: return once that many clients have succeeded, at least 1, and cancel the other
+                calls. None: wait for all clients.
+            **unknown: refused, with the nearest option.
+
+        Raises:
+            ConfigError: no such option, or a value has the wrong type or is out of range.
         """
+        changes = {"timeout_s": timeout_s, "retries": retries, "on_error": on_error, "min_results": min_results}
         view = copy.copy(self)
-        view._options = self._options.updated(changes)
+        view._options = self._options.updated({**changes, **unknown})
         view._exit = AsyncExitStack()
         return view
 
@@ -243,7 +286,7 @@ class LearnerProxy:
         """
         if ids is None:
             ids = self._dispatcher.client_ids
-        return LearnerGroup(self._dispatcher, _kwargs_by_id(ids), self._options)
+        return LearnerGroup(self._dispatcher, _kwargs_by_id(ids), self._options, self._learner_methods)
 
     def stream(self, client_id: str, method: str, /, *args: Any, **kwargs: Any) -> LearnerStream:
         """Iterate over what a generator method yields: ``async for item in proxy.stream(...)``.

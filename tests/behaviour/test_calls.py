@@ -118,9 +118,33 @@ async def test_options_add_up_on_proxies_handles_and_groups(proxy: tfr.LearnerPr
         {"timeout": 3},
     ],
 )
-async def test_a_wrong_option_is_refused_when_it_is_set(proxy: tfr.LearnerProxy, options: dict[str, Any]) -> None:
-    with pytest.raises(tfr.ConfigError, match=next(iter(options))):
-        proxy.options(**options)
+async def test_a_wrong_option_is_refused_when_it_is_set(
+    proxy: tfr.LearnerProxy, one: str, options: dict[str, Any]
+) -> None:
+    for owner in (proxy, proxy.client(one), proxy.clients([one])):
+        with pytest.raises(tfr.ConfigError, match=next(iter(options))):
+            owner.options(**options)
+
+
+async def test_an_unknown_option_names_the_nearest_one(proxy: tfr.LearnerProxy, one: str) -> None:
+    for owner in (proxy, proxy.client(one), proxy.clients([one])):
+        with pytest.raises(tfr.ConfigError, match=r"no option 'timeout' here \(did you mean 'timeout_s'\?\)"):
+            owner.options(timeout=3)  # type: ignore[arg-type]
+    with pytest.raises(tfr.ConfigError, match=r"no option 'min_results' here; it is for groups: proxy\.clients"):
+        proxy.client(one).options(min_results=1)  # type: ignore[arg-type]
+
+
+async def test_an_option_that_is_not_given_stays_and_none_takes_it_back(
+    proxy: tfr.LearnerProxy, one: str, latch: Latch
+) -> None:
+    view = proxy.options(timeout_s=0.05, on_error="collect")
+    late = await view.clients([one]).options(retries=1).call("hold", latch.path)
+    assert isinstance(late.failures[one], tfr.CallTimeoutError)
+    held = asyncio.create_task(view.clients([one]).options(timeout_s=None).call("hold", latch.path))
+    await asyncio.sleep(0.1)  # longer than the view's timeout
+    assert not held.done()
+    latch.open()
+    assert (await held)[one] == "released"
 
 
 async def test_calls_of_one_learner_run_in_the_order_submitted(proxy: tfr.LearnerProxy, one: str) -> None:
