@@ -11,7 +11,9 @@ from typing import Any, Never
 from torchfedrpc.dispatch import Dispatcher
 from torchfedrpc.errors import CallTimeoutError, ConfigError, GroupCallError, QuorumError
 from torchfedrpc.executors.reduction import GroupReduction
+from torchfedrpc.host.methods import public_methods
 from torchfedrpc.host.reduction import MergeError, prototype_of
+from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.options import UNCHANGED, CallOptions, OnError, Unchanged
 
 
@@ -65,7 +67,7 @@ class LearnerGroup:
         dispatcher: sends the calls.
         clients: client id -> keyword arguments of that client's own, merged over the call's.
         options: what holds for the calls.
-        methods: gives the names of the learners' methods, for completion in an editor.
+        learner: has the class whose methods an editor completes.
     """
 
     def __init__(
@@ -73,14 +75,14 @@ class LearnerGroup:
         dispatcher: Dispatcher,
         clients: Mapping[str, Mapping[str, Any]],
         options: CallOptions,
-        methods: Callable[[], Iterable[str]] = tuple,
+        learner: LearnerSpec,
     ) -> None:
         for client_id in clients:
             dispatcher.check_client(client_id)
         self._dispatcher = dispatcher
         self._clients = dict(clients)
         self._options = options
-        self._methods = methods
+        self._learner = learner
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -89,7 +91,7 @@ class LearnerGroup:
         return iter(self._clients)
 
     def __dir__(self) -> Iterable[str]:
-        return [*super().__dir__(), *self._methods()]
+        return [*super().__dir__(), *public_methods(self._learner.load())]
 
     @property
     def client_ids(self) -> tuple[str, ...]:
@@ -122,7 +124,7 @@ class LearnerGroup:
         """
         changes = {"timeout_s": timeout_s, "retries": retries, "on_error": on_error, "min_results": min_results}
         return LearnerGroup(
-            self._dispatcher, self._clients, self._options.updated({**changes, **unknown}), self._methods
+            self._dispatcher, self._clients, self._options.updated({**changes, **unknown}), self._learner
         )
 
     def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, GroupResult]]:

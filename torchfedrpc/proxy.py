@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import hashlib
+import inspect
 import operator
+import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, ClassVar, Never
@@ -19,7 +22,7 @@ from torchfedrpc.executors.cut import Cut
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.sharing import SharedRef, submits_first
 from torchfedrpc.group import LearnerGroup
-from torchfedrpc.host.methods import public_methods
+from torchfedrpc.host.methods import hidden_methods, public_methods
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import warn_of_default_device
@@ -40,6 +43,8 @@ class LearnerHandle:
         options: what holds for the calls.
         methods: names for completion in an editor.
     """
+
+    client_id: str
 
     def __init__(
         self, dispatcher: Dispatcher, client_id: str, options: CallOptions, methods: Iterable[str] = ()
@@ -105,6 +110,11 @@ class LearnerProxy:
 
     Raises:
         ConfigError: an argument or a setting cannot be met; the message says what to do.
+
+    Warns:
+        UserWarning: a method of the learner has a name that handles or groups have themselves, such as ``options``.
+            `execute_remote_method` and ``group.call`` can call it. If a factory makes the learners, the process that
+            makes the first one logs this as a warning.
     """
 
     _open_in_process: ClassVar[LearnerProxy | None] = None
@@ -123,6 +133,10 @@ class LearnerProxy:
         except TypeError:
             raise ConfigError(f"the seed must be a whole number, not {seed!r}") from None
         spec, common_kwargs = LearnerSpec.of(learner, seed, config)
+        if not isinstance(factory := spec.load(), type):
+            spec = dataclasses.replace(spec, taken_names=_taken_names())  # of no known class before it is called
+        elif hidden := hidden_methods(factory, _taken_names()):
+            warnings.warn(hidden, stacklevel=2)
         kwargs_by_client = _clients(clients, config, common_kwargs)
         for client_id in config.client_endpoints:
             if client_id not in kwargs_by_client:
@@ -170,9 +184,6 @@ class LearnerProxy:
         while self._before_close:
             self._exit.push_async_callback(self._before_close.pop(0))
         await _to_its_end(self._exit.aclose())
-
-    def _learner_methods(self) -> list[str]:
-        return public_methods(self._spec.learner.load())
 
     def _take_no_calls(self) -> None:
         self._dispatcher.close()
@@ -286,7 +297,7 @@ class LearnerProxy:
         """
         if ids is None:
             ids = self._dispatcher.client_ids
-        return LearnerGroup(self._dispatcher, _kwargs_by_id(ids), self._options, self._learner_methods)
+        return LearnerGroup(self._dispatcher, _kwargs_by_id(ids), self._options, self._spec.learner)
 
     def stream(self, client_id: str, method: str, /, *args: Any, **kwargs: Any) -> LearnerStream:
         """Iterate over what a generator method yields: ``async for item in proxy.stream(...)``.
@@ -410,6 +421,15 @@ async def _to_its_end(closing: Coroutine[Any, Any, None]) -> None:
     if cancelled:
         raise asyncio.CancelledError
     task.result()
+
+
+def _taken_names() -> dict[str, list[str]]:
+    """The public names that handles and groups have themselves, so that they call no learner's method."""
+    owners = {"proxy.client(...)": LearnerHandle, "proxy.clients(...)": LearnerGroup}
+    return {
+        name: [one for one in (*dir(owner), *inspect.get_annotations(owner)) if not one.startswith("_")]
+        for name, owner in owners.items()
+    }
 
 
 def _clients(
