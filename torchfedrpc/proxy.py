@@ -405,7 +405,23 @@ class LearnerProxy:
         self._events.publish(event)
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of the run: calls, failures, bytes sent, received and kept for recovery, and of each worker."""
+        """Numbers of the run, with the same keys in every mode.
+
+        Returns:
+            A dict of its own, with
+
+            - ``mode``: as `mode`.
+            - ``calls``: calls of methods so far; each step of a stream counts.
+            - ``failed_calls``: those of them that raised, for example because they were cancelled.
+            - ``pending_calls``: calls that wait for their results now.
+            - ``bytes_sent``: bytes of calls' arguments sent to workers; 0 in local mode.
+            - ``bytes_received``: bytes of calls' results received from workers; 0 in local mode.
+            - ``snapshot_bytes``: bytes of snapshots to and from workers; 0 in local mode.
+            - ``journal_bytes``: bytes of arguments that the driver keeps now, to make lost calls again.
+            - ``workers_lost``: workers lost so far.
+            - ``workers``: name of a process that has learners -> ``{"learners": how many}``; in local mode the only
+              one is ``local``, with its ``pending_calls`` too.
+        """
         return self._dispatcher.stats()
 
 
