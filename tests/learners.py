@@ -200,10 +200,7 @@ class Probe:
     def set_model_weights(self, weights: Any) -> None:
         self.kept = weights
 
-    # Names that a proxy or a handle might take for its own.
-
-    def call(self, /, *args: Any, **kwargs: Any) -> Any:
-        return args, kwargs
+    # A name that the proxy has too.
 
     def stream(self, *args: Any) -> Any:
         return args
@@ -744,3 +741,24 @@ class Stillborn:
 
     def made(self) -> int:
         return self.num_made
+
+
+class Shadowed:
+    """Some of its methods have names that handles or groups have themselves."""
+
+    def __init__(self, client_id: str) -> None:
+        self.client_id = client_id  # an attribute, which no handle would call
+
+    def options(self) -> str:
+        return "its options"
+
+    def reduce(self) -> str:
+        return "its reduce"
+
+    def train_epoch(self) -> str:
+        return "trained"
+
+
+def shadowed(client_id: str) -> Shadowed:
+    """A factory: nothing tells the class of what it makes before it is called."""
+    return Shadowed(client_id)

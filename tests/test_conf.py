@@ -11,7 +11,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
 from torchfedrpc import cli  # registers the runtime's schema
-from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.config import Isolation, OnWorkerLost, RuntimeConfig, Transport
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.federation.experiment import ExperimentConfig
 from torchfedrpc.federation.recipe import locate
 
@@ -78,8 +79,34 @@ def test_the_runtime_has_the_keys_and_defaults_of_its_dataclass() -> None:
     assert config == RuntimeConfig()
 
 
+@pytest.mark.parametrize("runtime", ["auto", "local", "pseudo", "distributed"])
+def test_overrides_reach_a_configuration_that_is_frozen_afterwards(runtime: str) -> None:
+    overrides = ["runtime.execution_mode=a_mode_of_ones_own", "runtime.isolation=none", "runtime.on_worker_lost=fail"]
+    overrides += ["runtime.trusted_modules=[lab]", "+runtime.client_endpoints={a: local}", "runtime.transport=shm"]
+    config = ExperimentConfig.of(cli.plain(_compose(f"runtime={runtime}", *overrides))).runtime
+    assert config == RuntimeConfig(
+        execution_mode="a_mode_of_ones_own",
+        num_clients=10,
+        isolation=Isolation.none,
+        on_worker_lost=OnWorkerLost.fail,
+        trusted_modules=["lab"],
+        client_endpoints={"a": "local"},
+        transport=Transport.shm,
+    )
+    with pytest.raises(ConfigError, match=r"dataclasses\.replace"):
+        config.num_clients = 3
+
+
 @pytest.mark.parametrize(
-    "override", ["foo=1", "runtime.num_client=3", "runtime.num_clients=many", "trainer.rounds=3", "model=transformer"]
+    "override",
+    [
+        "runtime.isolation=copy",
+        "foo=1",
+        "runtime.num_client=3",
+        "runtime.num_clients=many",
+        "trainer.rounds=3",
+        "model=transformer",
+    ],
 )
 def test_a_wrong_key_or_value_is_an_error(override: str) -> None:
     with pytest.raises(ConfigCompositionException):

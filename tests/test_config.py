@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
+import pickle
 import re
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from learners import Probe
+from omegaconf import OmegaConf, ValidationError
 
-from torchfedrpc.config import RuntimeConfig
+import torchfedrpc as tfr
+from torchfedrpc.config import DeviceMap, ExecutionMode, Isolation, OnWorkerLost, RuntimeConfig, Transport
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.router import resolve_mode
 
+CHOICES = {"on_worker_lost": OnWorkerLost, "isolation": Isolation, "device_map": DeviceMap, "transport": Transport}
 FIELDS = [item.name for item in dataclasses.fields(RuntimeConfig)]
 
 
@@ -67,9 +73,88 @@ def test_none_means_the_defaults() -> None:
     assert RuntimeConfig.of(None) == RuntimeConfig()
 
 
-def test_a_configuration_is_taken_as_it_is() -> None:
-    config = RuntimeConfig(num_clients=2)
-    assert RuntimeConfig.of(config) is config
+def test_a_configuration_is_copied_and_checked_again() -> None:
+    config = RuntimeConfig(num_clients=2, trusted_modules=["lab"], client_endpoints={"a": "local"})
+    copied = RuntimeConfig.of(config)
+    assert copied == config
+    config.client_endpoints["b"] = "worker1"
+    config.trusted_modules.append("os")
+    assert (copied.client_endpoints, copied.trusted_modules) == ({"a": "local"}, ["lab"])
+    with pytest.raises(ConfigError, match="must not name os"):
+        RuntimeConfig.of(config)
+
+
+def test_containers_that_are_given_stay_the_callers_own() -> None:
+    given = {"trusted_modules": ["lab"], "channels": ["basic"], "client_endpoints": {"a": "local"}}
+    config = RuntimeConfig(**given)  # type: ignore[arg-type]
+    for container in given.values():
+        container.clear()  # type: ignore[attr-defined]
+    assert (config.trusted_modules, config.channels, config.client_endpoints) == (["lab"], ["basic"], {"a": "local"})
+    assert RuntimeConfig(trusted_modules=("lab",)).trusted_modules == ["lab"]  # type: ignore[arg-type]
+
+
+async def test_a_proxy_has_a_configuration_of_its_own() -> None:
+    config = RuntimeConfig(execution_mode="local", num_clients=2)
+    async with tfr.LearnerProxy(Probe, runtime=config) as proxy:
+        config.trusted_modules.append("lab")
+        config.client_endpoints["client_9"] = "worker1"
+        assert "lab" not in proxy.trusted_modules
+        assert proxy.mode == "local"
+        assert type(proxy.mode) is str  # it may be an argument of a learner, where our Enums may not travel
+        assert await proxy.custom_method("client_1", "same", 1) == 1
+    with pytest.raises(ConfigError, match="client_9"):
+        tfr.LearnerProxy(Probe, runtime=config)
+
+
+@pytest.mark.parametrize("make", [RuntimeConfig, copy.deepcopy, pickle.dumps, RuntimeConfig.of, "omegaconf"])
+def test_a_configuration_cannot_be_set_after_its_checks(make: Any) -> None:
+    config = RuntimeConfig(call_timeout_s=5)
+    if make == "omegaconf":
+        config = OmegaConf.to_object(OmegaConf.structured(config))  # type: ignore[assignment]
+    elif make is pickle.dumps:
+        config = pickle.loads(pickle.dumps(config))
+    elif make is not RuntimeConfig:
+        config = make(config)
+    with pytest.raises(ConfigError, match=r"call_timeout_s .*dataclasses\.replace\(config, call_timeout_s=-1\)"):
+        config.call_timeout_s = -1
+    assert config.call_timeout_s == 5
+    assert dataclasses.replace(config, call_timeout_s=7).call_timeout_s == 7
+    with pytest.raises(ConfigError, match="must be above 0 seconds"):
+        dataclasses.replace(config, call_timeout_s=-1)
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_choice_is_a_member_that_equals_its_name(key: str) -> None:
+    for member in CHOICES[key]:
+        assert member == member.name
+        for given in (member, str(member)):
+            value = getattr(RuntimeConfig(**{key: given}), key)  # type: ignore[arg-type]
+            assert value is member
+            assert value == str(member) == f"{value}"
+    assert isinstance(getattr(RuntimeConfig(), key), CHOICES[key])
+
+
+def test_a_modes_name_is_a_member_where_the_mode_is_ours() -> None:
+    for mode in ExecutionMode:
+        assert RuntimeConfig(execution_mode=str(mode)).execution_mode is mode
+        assert RuntimeConfig(execution_mode=mode).execution_mode == mode.name
+    assert RuntimeConfig(execution_mode="a_mode_of_ones_own").execution_mode == "a_mode_of_ones_own"
+
+
+def test_a_configuration_with_choices_is_plain_data_for_json() -> None:
+    config = RuntimeConfig(execution_mode="pseudo", isolation=Isolation.none, on_worker_lost=OnWorkerLost.fail)
+    assert RuntimeConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_structured_node_takes_choices_by_name_and_refuses_others(key: str) -> None:
+    node = OmegaConf.structured(RuntimeConfig)
+    for member in CHOICES[key]:
+        node[key] = member.name
+        assert getattr(RuntimeConfig.of(node), key) is member
+        assert OmegaConf.create(OmegaConf.to_yaml(node))[key] == member.name
+    with pytest.raises(ValidationError, match=r"expected one of \["):
+        node[key] = "nonsense"
 
 
 def test_no_two_configurations_share_a_container() -> None:
@@ -225,7 +310,7 @@ def test_a_value_out_of_range_is_told_with_its_bounds(key: str, value: Any, mess
         ("max_pending_calls", 1),
         ("max_inflight_bytes", 1),
         ("interface", "wg0"),
-        ("trusted_modules", ("site_tools", "lab")),
+        ("trusted_modules", ["site_tools", "lab"]),
         ("client_endpoints", MappingProxyType({"a": "local"})),
     ],
 )

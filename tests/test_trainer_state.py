@@ -119,7 +119,7 @@ class Simple:
     def __init__(self, client_id: str) -> None:
         self.num_calls = 0
 
-    def call(self) -> int:
+    def count(self) -> int:
         self.num_calls += 1
         return self.num_calls
 
@@ -136,7 +136,7 @@ class Trainer(tfr.AbstractFederationTrainer):
 
     async def train(self) -> list[float]:
         async for _ in self.rounds():
-            await self.learner_proxy.clients().call("call")
+            await self.learner_proxy.clients().call("count")
             with torch.no_grad():
                 self.model.weight.fill_(self.model.weight.item() + 1)
         return self.models["global"].weight.tolist()[0]

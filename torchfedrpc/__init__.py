@@ -10,7 +10,7 @@ The same code runs its learners in this process, in worker processes, or on the 
 import importlib
 import typing
 
-from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.config import DeviceMap, ExecutionMode, Isolation, OnWorkerLost, RuntimeConfig, Transport
 from torchfedrpc.dispatch import LearnerStream
 from torchfedrpc.errors import (
     CallTimeoutError,
@@ -77,14 +77,17 @@ __all__ = [
     "Checkpoints",
     "ClassificationLearner",
     "ConfigError",
+    "DeviceMap",
     "DistributedExecutor",
     "Event",
+    "ExecutionMode",
     "ExecutorRouter",
     "ExecutorSpec",
     "FedAvgTrainer",
     "FedProxTrainer",
     "GroupCallError",
     "GroupResult",
+    "Isolation",
     "Learner",
     "LearnerBusyError",
     "LearnerGroup",
@@ -95,6 +98,7 @@ __all__ = [
     "LocalExecutor",
     "Mean",
     "MethodNotFoundError",
+    "OnWorkerLost",
     "ParameterSerializer",
     "ProgressReported",
     "PseudoExecutor",
@@ -109,6 +113,7 @@ __all__ = [
     "SnapshotError",
     "Sum",
     "TorchFedRpcError",
+    "Transport",
     "UnknownClientError",
     "UntrustedTypeError",
     "WeightedMean",

@@ -63,6 +63,6 @@ def main() -> None:
 
 def plain(config: DictConfig) -> dict[str, object]:
     """The resolved configuration as dicts and lists, which can travel to workers."""
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

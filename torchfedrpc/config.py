@@ -9,16 +9,11 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from typing import Any, ClassVar
 
 from torchfedrpc.errors import ConfigError, suggest
 
-_CHOICES = {
-    "isolation": ("value", "none"),
-    "transport": ("auto", "uv", "shm"),
-    "device_map": ("auto", "none"),
-    "on_worker_lost": ("recover", "fail"),
-}
 _CHANNELS = ("mpt_uv", "cma", "basic")
 _LEAST = {
     "num_clients": 1,
@@ -34,13 +29,58 @@ _LEAST = {
 _MIB = 1024 * 1024
 
 
+# Hydra finds a member by its name, a mapping by its value: they are the same. Each equals its name as a string.
+
+
+class ExecutionMode(StrEnum):
+    """The modes that ``execution_mode`` has beside those registered with ``@tfr.executor``."""
+
+    auto = "auto"
+    local = "local"
+    pseudo = "pseudo"
+    distributed = "distributed"
+
+
+class OnWorkerLost(StrEnum):
+    """What becomes of the learners of a lost worker."""
+
+    recover = "recover"
+    fail = "fail"
+
+
+class Isolation(StrEnum):
+    """How arguments and results pass between driver and learners in local mode."""
+
+    value = "value"
+    none = "none"
+
+
+class DeviceMap(StrEnum):
+    """How CUDA tensors travel between driver and workers."""
+
+    auto = "auto"
+    none = "none"
+
+
+class Transport(StrEnum):
+    """TensorPipe's transport."""
+
+    auto = "auto"
+    uv = "uv"
+    shm = "shm"
+
+
 @dataclass
 class RuntimeConfig:
     """Where learners run and under which limits; the same keys everywhere, flat.
 
+    A configuration keeps the values that were checked as it was made: to set one later raises ConfigError, and
+    ``dataclasses.replace(config, call_timeout_s=60)`` makes another one. A proxy has a copy of its own. Keys with
+    choices hold members of an Enum, which equal their names; a name as a string is accepted as well.
+
     Attributes:
-        execution_mode: ``auto``, ``local``, ``pseudo``, ``distributed``, or a name registered with
-            ``@tfr.executor``. ``auto`` takes distributed where a launcher's WORLD_SIZE is above 1 or
+        execution_mode: an `ExecutionMode` (``auto``, ``local``, ``pseudo``, ``distributed``), or a name registered
+            with ``@tfr.executor``. ``auto`` takes distributed where a launcher's WORLD_SIZE is above 1 or
             ``client_endpoints`` are given, pseudo where ``use_multiprocessing`` or ``num_processes`` > 0,
             distributed where ``join_at`` is given, else local.
         num_clients: how many clients a proxy makes (``client_1 .. client_N``) when it is given no ids. Without
@@ -110,21 +150,23 @@ class RuntimeConfig:
         ConfigError: a value has the wrong type or is out of range.
     """
 
-    execution_mode: str = "auto"
+    _is_checked: ClassVar[bool] = False  # hydra's overrides need a class that is not frozen, so instances are
+
+    execution_mode: str = ExecutionMode.auto  # any name: modes can be registered
     num_clients: int | None = None
     num_processes: int | None = None
     use_multiprocessing: bool = False
     client_endpoints: dict[str, str] = field(default_factory=dict)
     call_timeout_s: float | None = 300.0
     heartbeat_timeout_s: float = 10.0
-    on_worker_lost: str = "recover"
+    on_worker_lost: OnWorkerLost = OnWorkerLost.recover
     max_recoveries: int = 3
     journal_max_calls: int = 256
     journal_max_bytes: int = 256 * _MIB
     max_pending_calls: int | None = None
     max_inflight_bytes: int = 512 * _MIB
     max_resident_learners: int | None = None
-    isolation: str = "value"
+    isolation: Isolation = Isolation.value
     interface: str | None = None
     token_file: str | None = None
     join_at: str | None = None
@@ -132,20 +174,22 @@ class RuntimeConfig:
     deterministic: bool = False
     torch_threads: int = 1
     max_concurrent_calls: int = 1
-    device_map: str = "auto"
+    device_map: DeviceMap = DeviceMap.auto
     trusted_modules: list[str] = field(default_factory=list)
-    transport: str = "auto"
+    transport: Transport = Transport.auto
     channels: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(RuntimeConfig)
         for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if not _fits(value, hints[item.name]):
+            value, hint = getattr(self, item.name), hints[item.name]
+            if isinstance(hint, type) and issubclass(hint, StrEnum):
+                setattr(self, item.name, _chosen(item.name, value, hint))
+            elif not _fits(value, hint):
                 raise ConfigError(f"runtime.{item.name} must be {item.type}, not {value!r} ({type(value).__name__})")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"runtime.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+            elif (container := typing.get_origin(hint)) in (list, dict):
+                setattr(self, item.name, container(value))  # later changes of the caller's own do not reach it
+        self.execution_mode = ExecutionMode.__members__.get(self.execution_mode, self.execution_mode)
         for module in self.trusted_modules:
             root = module.partition(".")[0]
             if root in sys.stdlib_module_names:
@@ -177,10 +221,19 @@ class RuntimeConfig:
                 f"runtime.heartbeat_timeout_s must be at least 1 second and finite, but it is "
                 f"{self.heartbeat_timeout_s}"
             )
+        super().__setattr__("_is_checked", True)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if self._is_checked:
+            raise ConfigError(
+                f"runtime.{name} cannot be set to {value!r}: a configuration keeps the values that were checked; "
+                f"make another one, dataclasses.replace(config, {name}={value!r})"
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def of(cls, runtime: RuntimeConfig | Mapping[str, Any] | str | None) -> RuntimeConfig:
-        """Make a configuration of whatever a user hands over.
+        """Make a configuration of whatever a user hands over; of a `RuntimeConfig` a copy, which is checked again.
 
         Args:
             runtime: a `RuntimeConfig`, a mapping of its keys, an OmegaConf node, a mode's name, or None for the
@@ -192,7 +245,7 @@ class RuntimeConfig:
         if runtime is None:
             return cls()
         if isinstance(runtime, RuntimeConfig):
-            return runtime
+            return dataclasses.replace(runtime)
         if isinstance(runtime, str):
             return cls(execution_mode=runtime)
         omegaconf = sys.modules.get("omegaconf")  # a node exists only where omegaconf is imported
@@ -221,6 +274,21 @@ class RuntimeConfig:
         if not count:
             raise ConfigError("no clients: give LearnerProxy(learner, clients=[...]) or set runtime.num_clients")
         return [f"client_{number}" for number in range(1, count + 1)]
+
+
+def _chosen(key: str, value: object, choices: type[StrEnum]) -> StrEnum:
+    """The member of an Enum that a value of a key names.
+
+    Raises:
+        ConfigError: The value is no string, or names no member.
+    """
+    names = ", ".join(choices)
+    if not isinstance(value, str):
+        raise ConfigError(f"runtime.{key} must be one of {names}, not {value!r} ({type(value).__name__})")
+    try:
+        return choices(value)
+    except ValueError:
+        raise ConfigError(f"runtime.{key} must be one of {names}, not {value!r}") from None
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Never
 
 from torchfedrpc.dispatch import Dispatcher
 from torchfedrpc.errors import CallTimeoutError, ConfigError, GroupCallError, QuorumError
 from torchfedrpc.executors.reduction import GroupReduction
+from torchfedrpc.host.methods import public_methods
 from torchfedrpc.host.reduction import MergeError, prototype_of
-from torchfedrpc.options import CallOptions
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.options import UNCHANGED, CallOptions, OnError, Unchanged
 
 
 class GroupResult(Mapping[str, Any]):
@@ -59,29 +61,71 @@ class ReduceResult:
 class LearnerGroup:
     """Some clients of a proxy, called together. Any public method of the learners is a method of the group.
 
+    ``len(group)`` is the number of clients, and iteration gives their ids, in the group's order.
+
     Args:
         dispatcher: sends the calls.
         clients: client id -> keyword arguments of that client's own, merged over the call's.
         options: what holds for the calls.
+        learner: has the class whose methods an editor completes.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, clients: Mapping[str, Mapping[str, Any]], options: CallOptions
+        self,
+        dispatcher: Dispatcher,
+        clients: Mapping[str, Mapping[str, Any]],
+        options: CallOptions,
+        learner: LearnerSpec,
     ) -> None:
         for client_id in clients:
             dispatcher.check_client(client_id)
         self._dispatcher = dispatcher
         self._clients = dict(clients)
         self._options = options
+        self._learner = learner
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._clients)
+
+    def __dir__(self) -> Iterable[str]:
+        return [*super().__dir__(), *public_methods(self._learner.load())]
 
     @property
     def client_ids(self) -> tuple[str, ...]:
         """The group's clients, in order."""
         return tuple(self._clients)
 
-    def options(self, **changes: Any) -> LearnerGroup:
-        """The same group with other options: ``timeout_s``, ``retries``, ``on_error``, ``min_results``."""
-        return LearnerGroup(self._dispatcher, self._clients, self._options.updated(changes))
+    def options(
+        self,
+        *,
+        timeout_s: float | Unchanged | None = UNCHANGED,
+        retries: int | Unchanged = UNCHANGED,
+        on_error: OnError | Unchanged = UNCHANGED,
+        min_results: int | Unchanged | None = UNCHANGED,
+        **unknown: Never,
+    ) -> LearnerGroup:
+        """The same group with other options; those that are not given stay as they are.
+
+        Args:
+            timeout_s: seconds for queue, transfer and run of each call together, above 0. None: no such deadline, and
+                ``runtime.call_timeout_s`` holds for the run.
+            retries: how often a call is sent again whose method was not begun, because its constructor failed, for
+                example; at least 0.
+            on_error: ``raise`` a GroupCallError where clients fail, or ``collect`` their exceptions in ``failures``.
+            min_results: return once that many clients have succeeded, at least 1, and cancel the other calls. None:
+                wait for all clients.
+            **unknown: refused, with the nearest option.
+
+        Raises:
+            ConfigError: no such option, or a value has the wrong type or is out of range.
+        """
+        changes = {"timeout_s": timeout_s, "retries": retries, "on_error": on_error, "min_results": min_results}
+        return LearnerGroup(
+            self._dispatcher, self._clients, self._options.updated({**changes, **unknown}), self._learner
+        )
 
     def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, GroupResult]]:
         if method.startswith("_"):

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from enum import Enum
+from typing import Any, Final, Literal
 
 from torchfedrpc.errors import ConfigError, suggest
 
 CALL_OPTIONS = ("timeout_s", "retries")
 GROUP_OPTIONS = (*CALL_OPTIONS, "on_error", "min_results")
+
+OnError = Literal["raise", "collect"]
+
+
+class Unchanged(Enum):
+    """The default of each keyword of ``options(...)``: the option stays as it is, since None has a meaning."""
+
+    UNCHANGED = "unchanged"
+
+    def __repr__(self) -> str:
+        return "UNCHANGED"
+
+
+UNCHANGED: Final = Unchanged.UNCHANGED
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class CallOptions:
         """These options with some changed.
 
         Args:
-            changes: option -> value.
+            changes: option -> value; one that is `UNCHANGED` stays as it is.
             known: the options that have a meaning where this is asked.
 
         Raises:
@@ -59,7 +74,7 @@ class CallOptions:
             if name not in known:
                 where = "; it is for groups: proxy.clients(...).options(...)" if name in GROUP_OPTIONS else ""
                 raise ConfigError(f"no option {name!r} here{where or suggest(name, known)}")
-        return replace(self, **changes)
+        return replace(self, **{name: value for name, value in changes.items() if value is not UNCHANGED})
 
 
 def _is_number(value: object) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import hashlib
+import inspect
 import operator
+import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Never
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.dispatch import Dispatcher, LearnerStream
@@ -20,13 +22,13 @@ from torchfedrpc.executors.cut import Cut
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.sharing import SharedRef, submits_first
 from torchfedrpc.group import LearnerGroup
-from torchfedrpc.host.methods import public_methods
+from torchfedrpc.host.methods import hidden_methods, public_methods
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import warn_of_default_device
 from torchfedrpc.launcher import check_is_driver
 from torchfedrpc.observe.events import Event, EventBus, Subscriber
-from torchfedrpc.options import CALL_OPTIONS, CallOptions
+from torchfedrpc.options import CALL_OPTIONS, UNCHANGED, CallOptions, OnError, Unchanged
 from torchfedrpc.wire.fingerprint import fingerprint
 
 _SETTINGS_OF_BITS = ("deterministic", "max_concurrent_calls", "torch_threads")
@@ -42,6 +44,8 @@ class LearnerHandle:
         learner: has the class whose methods an editor completes.
     """
 
+    client_id: str
+
     def __init__(self, dispatcher: Dispatcher, client_id: str, options: CallOptions, learner: LearnerSpec) -> None:
         dispatcher.check_client(client_id)
         self._dispatcher = dispatcher
@@ -49,9 +53,26 @@ class LearnerHandle:
         self._learner = learner
         self.client_id = client_id
 
-    def options(self, **changes: Any) -> LearnerHandle:
-        """The same handle with other options: ``timeout_s``, ``retries``."""
-        options = self._options.updated(changes, CALL_OPTIONS)
+    def options(
+        self,
+        *,
+        timeout_s: float | Unchanged | None = UNCHANGED,
+        retries: int | Unchanged = UNCHANGED,
+        **unknown: Never,
+    ) -> LearnerHandle:
+        """The same handle with other options; those that are not given stay as they are.
+
+        Args:
+            timeout_s: seconds for queue, transfer and run of a call together, above 0. None: no such deadline, and
+                ``runtime.call_timeout_s`` holds for the run.
+            retries: how often a call is sent again whose method was not begun, because its constructor failed, for
+                example; at least 0.
+            **unknown: refused, with the nearest option.
+
+        Raises:
+            ConfigError: no such option, or a value has the wrong type or is out of range.
+        """
+        options = self._options.updated({"timeout_s": timeout_s, "retries": retries, **unknown}, CALL_OPTIONS)
         return LearnerHandle(self._dispatcher, self.client_id, options, self._learner)
 
     @property
@@ -105,6 +126,11 @@ class LearnerProxy:
 
     Raises:
         ConfigError: an argument or a setting cannot be met; the message says what to do.
+
+    Warns:
+        UserWarning: a method of the learner has a name that handles or groups have themselves, such as ``options``.
+            `execute_remote_method` and ``group.call`` can call it. If a factory makes the learners, the process that
+            makes the first one logs this as a warning.
     """
 
     _open_in_process: ClassVar[LearnerProxy | None] = None
@@ -123,6 +149,10 @@ class LearnerProxy:
         except TypeError:
             raise ConfigError(f"the seed must be a whole number, not {seed!r}") from None
         spec, common_kwargs = LearnerSpec.of(learner, seed, config)
+        if not isinstance(factory := spec.load(), type):
+            spec = dataclasses.replace(spec, taken_names=_taken_names())  # of no known class before it is called
+        elif hidden := hidden_methods(factory, _taken_names()):
+            warnings.warn(hidden, stacklevel=2)
         kwargs_by_client = _clients(clients, config, common_kwargs)
         for client_id in config.client_endpoints:
             if client_id not in kwargs_by_client:
@@ -143,7 +173,7 @@ class LearnerProxy:
                 "clients of both to one proxy"
             )
         stack = AsyncExitStack()
-        spec = replace(self._spec, publish=self._dispatcher.begin())
+        spec = dataclasses.replace(self._spec, publish=self._dispatcher.begin())
         try:
             LearnerProxy._open_in_process = self
             stack.callback(self._closed)
@@ -194,13 +224,36 @@ class LearnerProxy:
         """Where workers can join this run, ``HOST:PORT``; None where ``runtime.join_at`` is not set."""
         return self._router.join_address
 
-    def options(self, **changes: Any) -> LearnerProxy:
-        """A view of this proxy with other options: ``timeout_s``, ``retries``; for groups ``on_error`` and more.
+    def options(
+        self,
+        *,
+        timeout_s: float | Unchanged | None = UNCHANGED,
+        retries: int | Unchanged = UNCHANGED,
+        on_error: OnError | Unchanged = UNCHANGED,
+        min_results: int | Unchanged | None = UNCHANGED,
+        **unknown: Never,
+    ) -> LearnerProxy:
+        """A view of this proxy with other options; those that are not given stay as they are.
 
         The view is the same open proxy; it need not be closed.
+
+        Args:
+            timeout_s: seconds for queue, transfer and run of a call together, above 0; of a stream, for each step.
+                None: no such deadline, and ``runtime.call_timeout_s`` holds for the run.
+            retries: how often a call is sent again whose method was not begun, because its constructor failed, for
+                example; at least 0.
+            on_error: of groups: ``raise`` a GroupCallError where clients fail, or ``collect`` their exceptions in
+                ``failures``.
+            min_results: of groups: return once that many clients have succeeded, at least 1, and cancel the other
+                calls. None: wait for all clients.
+            **unknown: refused, with the nearest option.
+
+        Raises:
+            ConfigError: no such option, or a value has the wrong type or is out of range.
         """
+        changes = {"timeout_s": timeout_s, "retries": retries, "on_error": on_error, "min_results": min_results}
         view = copy.copy(self)
-        view._options = self._options.updated(changes)
+        view._options = self._options.updated({**changes, **unknown})
         view._exit = AsyncExitStack()
         return view
 
@@ -262,7 +315,7 @@ class LearnerProxy:
         """
         if ids is None:
             ids = self._dispatcher.client_ids
-        return LearnerGroup(self._dispatcher, _kwargs_by_id(ids), self._options)
+        return LearnerGroup(self._dispatcher, _kwargs_by_id(ids), self._options, self._spec.learner)
 
     def stream(self, client_id: str, method: str, /, *args: Any, **kwargs: Any) -> LearnerStream:
         """Iterate over what a generator method yields: ``async for item in proxy.stream(...)``.
@@ -383,7 +436,23 @@ class LearnerProxy:
         self._events.publish(event)
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of the run: calls, failures, bytes sent, received and kept for recovery, and of each worker."""
+        """Numbers of the run, with the same keys in every mode.
+
+        Returns:
+            A dict of its own, with
+
+            - ``mode``: as `mode`.
+            - ``calls``: calls of methods so far; each step of a stream counts.
+            - ``failed_calls``: those of them that raised, for example because they were cancelled.
+            - ``pending_calls``: calls that wait for their results now.
+            - ``bytes_sent``: bytes of calls' arguments sent to workers; 0 in local mode.
+            - ``bytes_received``: bytes of calls' results received from workers; 0 in local mode.
+            - ``snapshot_bytes``: bytes of snapshots to and from workers; 0 in local mode.
+            - ``journal_bytes``: bytes of arguments that the driver keeps now, to make lost calls again.
+            - ``workers_lost``: workers lost so far.
+            - ``workers``: name of a process that has learners -> ``{"learners": how many}``; in local mode the only
+              one is ``local``, with its ``pending_calls`` too.
+        """
         return self._dispatcher.stats()
 
 
@@ -399,6 +468,15 @@ async def _to_its_end(closing: Coroutine[Any, Any, None]) -> None:
     if cancelled:
         raise asyncio.CancelledError
     task.result()
+
+
+def _taken_names() -> dict[str, list[str]]:
+    """The public names that handles and groups have themselves, so that they call no learner's method."""
+    owners = {"proxy.client(...)": LearnerHandle, "proxy.clients(...)": LearnerGroup}
+    return {
+        name: [one for one in (*dir(owner), *inspect.get_annotations(owner)) if not one.startswith("_")]
+        for name, owner in owners.items()
+    }
 
 
 def _clients(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,20 @@ from conftest import Fresh, Latch, Seen
 
 import torchfedrpc as tfr
 from torchfedrpc.observe.events import CallEnded, CallStarted, ProgressReported
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+DOCUMENTED = [
+    "mode",
+    "calls",
+    "failed_calls",
+    "pending_calls",
+    "bytes_sent",
+    "bytes_received",
+    "snapshot_bytes",
+    "journal_bytes",
+    "workers_lost",
+    "workers",
+]
 
 
 async def test_the_seed_interface_reaches_the_methods_of_those_names(proxy: tfr.LearnerProxy, one: str) -> None:
@@ -35,7 +52,7 @@ async def test_any_method_is_awaited_on_a_handle(proxy: tfr.LearnerProxy, one: s
     assert learner.client_id == one
     assert await learner.echo(1, b=2) == ((1,), {"b": 2})
     assert await learner.echo_async() == ((), {})
-    assert await learner.call(1) == ((1,), {})
+    assert await learner.stream(1) == (1,)  # a name that the proxy has too
 
 
 async def test_a_handle_completes_the_names_of_the_learners_methods(proxy: tfr.LearnerProxy, one: str) -> None:
@@ -118,9 +135,49 @@ async def test_options_add_up_on_proxies_handles_and_groups(proxy: tfr.LearnerPr
         {"timeout": 3},
     ],
 )
-async def test_a_wrong_option_is_refused_when_it_is_set(proxy: tfr.LearnerProxy, options: dict[str, Any]) -> None:
-    with pytest.raises(tfr.ConfigError, match=next(iter(options))):
-        proxy.options(**options)
+async def test_a_wrong_option_is_refused_when_it_is_set(
+    proxy: tfr.LearnerProxy, one: str, options: dict[str, Any]
+) -> None:
+    for owner in (proxy, proxy.client(one), proxy.clients([one])):
+        with pytest.raises(tfr.ConfigError, match=next(iter(options))):
+            owner.options(**options)
+
+
+async def test_an_unknown_option_names_the_nearest_one(proxy: tfr.LearnerProxy, one: str) -> None:
+    for owner in (proxy, proxy.client(one), proxy.clients([one])):
+        with pytest.raises(tfr.ConfigError, match=r"no option 'timeout' here \(did you mean 'timeout_s'\?\)"):
+            owner.options(timeout=3)  # type: ignore[arg-type]
+    with pytest.raises(tfr.ConfigError, match=r"no option 'min_results' here; it is for groups: proxy\.clients"):
+        proxy.client(one).options(min_results=1)  # type: ignore[arg-type]
+
+
+async def test_statistics_have_the_keys_that_are_documented(proxy: tfr.LearnerProxy, one: str) -> None:
+    await proxy.custom_method(one, "same", 1)
+    stats = proxy.stats()
+    docstring = inspect.getdoc(tfr.LearnerProxy.stats) or ""
+    assert re.findall(r"^    - ``(\w+)``:", docstring, re.MULTILINE) == DOCUMENTED
+    table = README.partition("`proxy.stats()` gives the numbers")[2].partition("\n\nWhat may change")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert sorted(key for row in rows for key in re.findall(r"`(\w+)`", row)) == sorted(DOCUMENTED)
+    assert sorted(stats) == sorted(DOCUMENTED)
+    assert stats["mode"] == proxy.mode
+    assert all(type(stats[key]) is int for key in DOCUMENTED if key not in ("mode", "workers"))
+    keys = {"learners", "pending_calls"} if proxy.mode == "local" else {"learners"}
+    assert all(set(numbers) == keys for numbers in stats["workers"].values())
+    assert sum(numbers["learners"] for numbers in stats["workers"].values()) > 0
+
+
+async def test_an_option_that_is_not_given_stays_and_none_takes_it_back(
+    proxy: tfr.LearnerProxy, one: str, latch: Latch
+) -> None:
+    view = proxy.options(timeout_s=0.05, on_error="collect")
+    late = await view.clients([one]).options(retries=1).call("hold", latch.path)
+    assert isinstance(late.failures[one], tfr.CallTimeoutError)
+    held = asyncio.create_task(view.clients([one]).options(timeout_s=None).call("hold", latch.path))
+    await asyncio.sleep(0.1)  # longer than the view's timeout
+    assert not held.done()
+    latch.open()
+    assert (await held)[one] == "released"
 
 
 async def test_calls_of_one_learner_run_in_the_order_submitted(proxy: tfr.LearnerProxy, one: str) -> None:

@@ -35,6 +35,23 @@ async def test_all_clients_are_the_default_group(proxy: tfr.LearnerProxy) -> Non
     assert list(proxy.clients().client_ids) == proxy.client_ids
 
 
+async def test_a_group_has_a_length_and_iterates_over_its_clients_in_order(
+    proxy: tfr.LearnerProxy, fresh: Fresh
+) -> None:
+    ids = fresh.apart(3)[::-1]
+    for group in (proxy.clients(ids), proxy.clients(ids).options(retries=1)):
+        assert list(group) == ids
+        assert len(group) == 3
+        assert ids[0] in group
+    assert len(proxy.clients([])) == 0
+
+
+async def test_a_group_and_a_handle_complete_the_learners_methods(proxy: tfr.LearnerProxy, one: str) -> None:
+    for owner in (proxy.clients([one]), proxy.clients([one]).options(retries=1), proxy.client(one)):
+        assert {"train_epoch", "echo", "hold", "options"} <= set(dir(owner))
+    assert {"reduce", "as_completed", "client_ids"} <= set(dir(proxy.clients([one])))
+
+
 async def test_an_empty_group_gives_an_empty_result(proxy: tfr.LearnerProxy) -> None:
     assert dict(await proxy.clients([]).call("echo")) == {}
     assert [pair async for pair in proxy.clients([]).as_completed("echo")] == []

@@ -91,7 +91,7 @@ async def until_freed(proxy: tfr.LearnerProxy, before: list[int], *ids: str) -> 
 
 async def test_a_reference_arrives_as_its_object(proxy: tfr.LearnerProxy, one: str) -> None:
     ref = await proxy.share({"w": torch.arange(float(SIZE))})
-    (first, second), kwargs = await proxy.custom_method(one, "call", ref, [ref], named=ref, deep={"x": (ref,)})
+    (first, second), kwargs = await proxy.custom_method(one, "echo", ref, [ref], named=ref, deep={"x": (ref,)})
     assert torch.equal(first["w"], torch.arange(float(SIZE)))
     assert first is second[0] is kwargs["named"] is kwargs["deep"]["x"][0]
     again = await proxy.custom_method(one, "same", ref)
@@ -216,7 +216,7 @@ async def test_a_group_call_sends_once_per_worker(proxy: tfr.LearnerProxy, fresh
     result: dict[str, Any] = {}
 
     async def call() -> None:
-        result.update(await proxy.clients(own).call("call", weights, more={"epochs": [1, 2]}))
+        result.update(await proxy.clients(own).call("echo", weights, more={"epochs": [1, 2]}))
 
     check_once(proxy, await sent_by(proxy, call()))
     assert {one: {"lr": kwargs["lr"], "which": kwargs["which"]} for one, (_, kwargs) in result.items()} == own
@@ -266,9 +266,9 @@ async def test_several_large_arguments_are_each_sent_once_per_worker(proxy: tfr.
     """As SCAFFOLD does: the weights, and a control variate of the same size."""
     weights, control = {"w": torch.ones(SIZE)}, {"w": torch.zeros(SIZE)}
     ids = fresh.apart(6)
-    check_once(proxy, await sent_by(proxy, proxy.clients(ids).call("call", weights, control=control)), 2 * NUM_BYTES)
+    check_once(proxy, await sent_by(proxy, proxy.clients(ids).call("echo", weights, control=control)), 2 * NUM_BYTES)
     arrays = [np.ones(SIZE, dtype=np.float32)]
-    check_once(proxy, await sent_by(proxy, proxy.clients(ids).call("call", arrays, {"epochs": 1})))
+    check_once(proxy, await sent_by(proxy, proxy.clients(ids).call("echo", arrays, {"epochs": 1})))
 
 
 # Never stale.
@@ -448,7 +448,7 @@ async def test_ties_between_arguments_are_kept_whatever_else_is_shared(proxy: tf
     assert tied == [False, False, True] or all(tied)
     for one in ids:
         results = await asyncio.gather(
-            proxy.custom_method(one, "same", weights), proxy.custom_method(one, "call", weights, weights["w"], names)
+            proxy.custom_method(one, "same", weights), proxy.custom_method(one, "echo", weights, weights["w"], names)
         )
         state, part, same_names = results[1][0]
         assert state["w"].data_ptr() == part.data_ptr()

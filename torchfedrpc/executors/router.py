@@ -138,7 +138,7 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
         ConfigError: an endpoint is malformed, or pseudo or distributed mode is asked for and cannot be had.
     """
     endpoints = {client: Endpoint.parse(client, text) for client, text in config.client_endpoints.items()}
-    mode = config.execution_mode
+    mode = str(config.execution_mode)
     if mode == "auto":
         if launch is not None or config.client_endpoints:
             mode = "distributed"

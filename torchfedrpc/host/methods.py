@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torchfedrpc.errors import MethodNotFoundError, suggest
@@ -41,3 +41,25 @@ def public_methods(learner: Any) -> list[str]:
     entries = {name: inspect.getattr_static(learner, name, None) for name in dir(learner) if not name.startswith("_")}
     kinds = (classmethod, functools.partialmethod)  # become callable when they are looked up
     return [name for name, entry in entries.items() if callable(entry) or isinstance(entry, kinds)]
+
+
+def hidden_methods(learner: type, taken_names: Mapping[str, Collection[str]]) -> str | None:
+    """Say which public methods of a learner cannot be called as attributes, and how they can be.
+
+    Args:
+        learner: its class.
+        taken_names: what a user calls methods on -> the public names that it has itself.
+
+    Returns:
+        The text of a warning; None where every method can be called as an attribute.
+    """
+    methods = public_methods(learner)
+    hidden = {owner: sorted({*methods} & {*names}) for owner, names in taken_names.items()}
+    if not any(hidden.values()):
+        return None
+    where = " and ".join(f"{owner} ({', '.join(names)})" for owner, names in hidden.items() if names)
+    example = min(name for names in hidden.values() for name in names)
+    return (
+        f"the learner {learner.__qualname__} has methods whose names are taken by {where}: call them by their names, "
+        f"proxy.execute_remote_method(client_id, {example!r}) or group.call({example!r}), or name them otherwise"
+    )

@@ -24,7 +24,7 @@ from torchfedrpc.host.faults import Saboteur
 from torchfedrpc.host.gate import Gate
 from torchfedrpc.host.lanes import AsyncLane, SyncLane
 from torchfedrpc.host.mailbox import Job, Mailbox
-from torchfedrpc.host.methods import find_method
+from torchfedrpc.host.methods import find_method, hidden_methods
 from torchfedrpc.host.randomness import ProcessStreams, RandomStreams, call_seed
 from torchfedrpc.host.reductions import Reductions
 from torchfedrpc.host.residents import Residents
@@ -84,6 +84,7 @@ class Runner:
     ) -> None:
         self.allow = spec.allow_list()
         self._factory = spec.load()
+        self._kinds: set[type] = set()  # of the learners that were made here
         self._spec = spec
         self._device = device
         self._by_value = by_value
@@ -263,7 +264,15 @@ class Runner:
 
     def _make_learner(self, job: Job, packed: Packed) -> Any:
         kwargs = packed.copy().open(self.allow)
-        return self._apart(job, "__init__", lambda: self._factory(job.call.client_id, **kwargs))
+        learner = self._apart(job, "__init__", lambda: self._factory(job.call.client_id, **kwargs))
+        self._warn_of_hidden_methods(type(learner))
+        return learner
+
+    def _warn_of_hidden_methods(self, kind: type) -> None:
+        if kind not in self._kinds:
+            self._kinds.add(kind)
+            if hidden := hidden_methods(kind, self._spec.taken_names):
+                logger.warning(hidden)
 
     def _carry(self, job: Job) -> Outcome:
         """Take a snapshot of the job's learner, or restore it from one."""

@@ -6,7 +6,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
@@ -27,12 +27,14 @@ class LearnerSpec:
         qualname: its name there.
         seed: the run's seed.
         runtime: the run's configuration.
+        taken_names: for `hidden_methods`, if a factory makes the learners: their class is known from the first one.
     """
 
     module: str
     qualname: str
     seed: int
     runtime: RuntimeConfig
+    taken_names: Mapping[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(
