@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import importlib
 import inspect
+import logging
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -26,6 +30,9 @@ LAUNCHED = int(os.environ.get("WORLD_SIZE", "1")) > 1
 MODES = ["distributed"] if LAUNCHED else ["local", "pseudo"]
 NUM_CLIENTS = 400
 _LEAK_TIMEOUT_S = 10.0
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under nohup; the processes that tests start inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Coroutine tests.
@@ -51,6 +58,49 @@ def runner(_nothing_left_behind: None) -> Iterator[asyncio.Runner]:
     """One event loop for all coroutines of a module: its proxy lives on it."""
     with asyncio.Runner() as runner:
         yield runner
+
+
+class LoopErrors(logging.Handler):
+    """What event loops log as errors: exceptions that were never retrieved, and those of callbacks."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(self.format(record))
+
+    def check(self) -> None:
+        """Fail if there were any since the last check."""
+        texts, self._texts = self._texts, []
+        if texts:
+            pytest.fail("\n".join(["an event loop has logged errors:", *texts]), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def loop_errors() -> Iterator[LoopErrors]:
+    errors, logger = LoopErrors(), logging.getLogger("asyncio")
+    logger.addHandler(errors)
+    yield errors
+    logger.removeHandler(errors)
+
+
+@pytest.fixture(autouse=True)
+def _no_loop_errors(loop_errors: LoopErrors) -> Iterator[None]:
+    """Event loops, of all kinds of tests, log no errors; an error that shows late fails the test under way."""
+    yield
+    loop_errors.check()
+
+
+# Optional packages.
+
+
+def needs(module: str) -> None:
+    """Skip a test where an optional package is missing; in continuous integration (`CI` is set) fail it."""
+    if os.environ.get("CI"):
+        importlib.import_module(module)
+    else:
+        pytest.importorskip(module)
 
 
 # Modes.
@@ -279,10 +329,12 @@ def _warm_torch(_temporary_folder: None) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_left_behind(_warm_torch: None) -> Iterator[None]:
+def _nothing_left_behind(_warm_torch: None, loop_errors: LoopErrors) -> Iterator[None]:
     """Processes, threads, descriptors, shared memory and temporary files are as they were before the module."""
     before = _held()
     yield
+    gc.collect()  # of tasks whose exceptions were not retrieved
+    loop_errors.check()
     deadline = time.monotonic() + _LEAK_TIMEOUT_S
     while (left := _held() - before) and time.monotonic() < deadline:
         time.sleep(0.02)

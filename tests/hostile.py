@@ -7,6 +7,8 @@ import enum
 import os
 import pickle
 import struct
+import tempfile
+import uuid
 import zlib
 from collections.abc import Callable
 from os import system
@@ -22,7 +24,8 @@ from torchfedrpc.host import snapshot
 from torchfedrpc.wire import packing
 from torchfedrpc.wire.packing import Parcel
 
-CANARY = Path(__file__).with_name("hostile_has_run")
+# One path for each process of tests, and for the workers that it starts.
+CANARY = Path(os.environ.setdefault("TORCHFEDRPC_TEST_CANARY", f"{tempfile.gettempdir()}/canary_{uuid.uuid4()}"))
 DEEP = 60_000
 HERE = __name__
 ran: list[Any] = []

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torchfedrpc
 
@@ -17,6 +20,18 @@ import sys, types
 sys.modules["torchfedrpc"] = types.ModuleType("torchfedrpc")  # in place of the one that imports everything
 sys.modules["torchfedrpc"].__path__ = [{str(Path(torchfedrpc.__file__).parent)!r}]
 """
+
+
+@contextlib.contextmanager
+def killed_unless_done(process: subprocess.Popen[Any], timeout_s: float = 60.0) -> Iterator[None]:
+    """Kill a process unless the block is left in time: reading its output then comes to an end."""
+    timer = threading.Timer(timeout_s, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 class LightProcess:
@@ -41,7 +56,8 @@ class LightProcess:
     def line(self) -> str:
         """The next line of its output, or what there is of one at its end."""
         assert self.popen.stdout is not None
-        return self.popen.stdout.readline().rstrip("\n")
+        with killed_unless_done(self.popen):
+            return self.popen.stdout.readline().rstrip("\n")
 
     def tell(self, line: str) -> None:
         """Write a line to its input."""

@@ -152,6 +152,7 @@ def press(folder: Path, num_calls: int, num_clients: int, **runtime: int) -> tup
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
+        timeout=850,
         check=True,
     )
     before, after = json.loads(done.stdout.splitlines()[-1])

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODES
 from learners import Mortal
 
 import torchfedrpc as tfr
@@ -124,7 +123,6 @@ async def test_a_run_goes_on_to_the_bits_of_an_undisturbed_one(
     assert result == undisturbed
 
 
-@pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
 async def test_a_checkpoint_of_one_mode_and_number_of_workers_resumes_in_another(
     tmp_path: Path, undisturbed: tuple[list[Any], dict[str, bytes]]
 ) -> None:
@@ -449,7 +447,6 @@ def test_settings_of_all_kinds_are_told_apart(one: Any, other: Any) -> None:
     assert plain(one) == plain(copy.deepcopy(one))
 
 
-@pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
 async def test_a_learner_that_was_given_up_is_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

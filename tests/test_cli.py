@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from conftest import needs
+from torchrun import environment
 
 SMOKE = ["experiment=smoke", "runtime=local"]
 HIDE_EXTRAS = """
@@ -23,10 +27,16 @@ main()
 
 
 def _command(
-    folder: Path, *arguments: str, start: tuple[str, ...] = ("-m", "torchfedrpc")
+    folder: Path, *arguments: str, start: tuple[str, ...] = ("-m", "torchfedrpc"), timeout_s: float = 100
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *start, *arguments], cwd=folder, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, *start, *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
     )
 
 
@@ -40,8 +50,10 @@ def _history(outputs: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (outputs / "history.jsonl").read_text().splitlines()]
 
 
-def _without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in history]
+def _learned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A history without the times and the traffic."""
+    unlike = ("seconds", "bytes_sent", "bytes_received")
+    return [{key: value for key, value in record.items() if key not in unlike} for record in history]
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +70,17 @@ def smoke(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a sweep of four jobs."""
+    """The folder of a sweep of four jobs: seeds by runtimes."""
     folder = tmp_path_factory.mktemp("sweep")
-    done = _command(folder, "-m", *SMOKE, "seed=1,2", "trainer=fedavg,fedprox", "hydra.sweep.dir=sweep")
+    watch = ["+hydra.callbacks.watch._target_=watching.Watch", f"+hydra.callbacks.watch.path={folder / 'held.jsonl'}"]
+    jobs = ["experiment=smoke", "seed=1,2", "runtime=local,pseudo"]
+    done = _command(folder, "-m", *jobs, "hydra.sweep.dir=sweep", *watch, timeout_s=200)
     assert done.returncode == 0, done.stderr
     return folder / "sweep"
 
 
 def test_a_run_leaves_everything_in_one_folder(folder: Path, smoke: subprocess.CompletedProcess[str]) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib")
     outputs = _output_dir(smoke)
     assert outputs.parent.parent == folder / "outputs"
 
@@ -93,22 +107,56 @@ def test_without_a_terminal_progress_is_a_line_a_round(smoke: subprocess.Complet
     assert [line.split("  ")[0] for line in lines[1:4]] == ["round 1/3", "round 2/3", "round 3/3"]
 
 
+def test_a_run_ends_with_a_table_of_its_rounds(folder: Path, smoke: subprocess.CompletedProcess[str]) -> None:
+    last = _history(_output_dir(smoke))[-1]
+    _, _, end = smoke.stdout.partition("round 3/3")
+    heading = next(line for line in end.splitlines() if "test accuracy" in line)
+    assert re.findall(r"[a-z][a-z ]+[a-z]", heading) == [
+        *("rounds", "test accuracy", "test loss", "train loss", "clients", "seconds")
+    ]
+    rows = [re.findall(r"[\d.]+", line) for line in end.splitlines() if re.match(r"\W*\d", line)]
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert rows[-1][1:5] == [
+        *(f"{last[name]:.3f}" for name in ("test_accuracy", "test_loss", "train_loss")),
+        f"{last['num_clients']}",
+    ]
+    assert end.splitlines()[-3].startswith("centralised baseline: test accuracy ")
+
+
+@pytest.mark.timeout(240)
 def test_the_same_seed_gives_the_same_history(
     tmp_path: Path, smoke: subprocess.CompletedProcess[str], sweep: Path
 ) -> None:
-    first = _without_times(_history(_output_dir(smoke)))
+    first = _learned(_history(_output_dir(smoke)))
     again = _output_dir(_command(tmp_path, *SMOKE, "hydra.run.dir=again"))
-    assert first == _without_times(_history(tmp_path / again))
-    assert first != _without_times(_history(sweep / "0"))
+    assert first == _learned(_history(tmp_path / again))
+    assert first != _learned(_history(sweep / "0"))
 
 
 def test_a_sweep_runs_every_job_in_a_folder_of_its_own(sweep: Path) -> None:
     seen = []
     for job in range(4):
         config = yaml.safe_load((sweep / str(job) / "config.yaml").read_text())
-        seen.append((config["seed"], config["trainer"]["_target_"].rpartition(".")[2]))
+        seen.append((config["seed"], config["runtime"]["execution_mode"]))
         assert len(_history(sweep / str(job))) == 3
-    assert seen == [(1, "FedAvgTrainer"), (1, "FedProxTrainer"), (2, "FedAvgTrainer"), (2, "FedProxTrainer")]
+    assert seen == [(1, "local"), (1, "pseudo"), (2, "local"), (2, "pseudo")]
+
+
+def test_the_jobs_of_a_sweep_give_the_same_history_in_each_runtime(sweep: Path) -> None:
+    local_1, pseudo_1, local_2, pseudo_2 = (_learned(_history(sweep / str(job))) for job in range(4))
+    assert local_1 == pseudo_1
+    assert local_2 == pseudo_2
+    assert local_1 != local_2
+
+
+def test_each_job_of_a_sweep_leaves_its_process_clean(sweep: Path) -> None:
+    held = [Counter(json.loads(line)) for line in (sweep.parent / "held.jsonl").read_text().splitlines()]
+    assert len(held) == 4
+    for job in held:
+        kept = [one for one in job if one.startswith(("process", "thread", "shared memory", "temporary"))]
+        assert kept == ["thread MainThread"]
+    for job in held[2:]:  # the first job of each runtime opens what a process keeps: fonts, torch's thread pools
+        assert not job - held[1]
 
 
 def test_the_core_alone_runs_and_names_the_extra_that_brings_the_rest(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import needs
 
 from torchfedrpc.data.digits import digits
 from torchfedrpc.data.partition import Indices, dirichlet, iid, shards
@@ -35,7 +36,7 @@ def _num_classes(part: Indices) -> int:
 
 
 def test_digits_are_1797_images_in_the_range_of_one() -> None:
-    pytest.importorskip("sklearn")
+    needs("sklearn")
     data = digits()
     assert len(data.train) + len(data.test) == 1797
     assert data.train.inputs.shape[1:] == (1, 8, 8)

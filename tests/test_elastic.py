@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MODES, Latch
+from conftest import Latch
 from learners import Mortal
 from losses import SEED, Losses, Steps, undisturbed
 from torchrun import children_of, wait_for_end
@@ -27,8 +27,6 @@ from torchfedrpc.executors.ledger import Asked
 from torchfedrpc.observe.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
 from torchfedrpc.rpc.greeting import Greeted, dial
 from torchfedrpc.rpc.sidecar import LEAVING
-
-pytestmark = pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
 
 CLIENTS = [f"client_{number}" for number in range(6)]
 

@@ -94,6 +94,7 @@ def endure(folder: Path, num_rounds: int, num_clients: int, kills: list[int], wa
         env=environment() | ALLOCATOR,
         stdout=subprocess.PIPE,
         text=True,
+        timeout=850,
         check=True,
     )
     seen = json.loads(done.stdout.splitlines()[-1])

@@ -35,6 +35,7 @@ from typing import Any
 import pytest
 from conftest import Latch
 from learners import Probe
+from light import killed_unless_done
 from torchrun import children_of, environment, is_alive, wait_for_end, write_script
 
 import torchfedrpc as tfr
@@ -123,7 +124,8 @@ class Script:
 
     def numbers(self) -> list[int]:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        with killed_unless_done(self.process):
+            line = self.process.stdout.readline()
         assert line.replace(" ", "").strip().isdigit(), line + self.process.stdout.read()
         return [int(word) for word in line.split()]
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import Latch, Seen
 from learners import Probe
+from light import killed_unless_done
 from test_seed_examples import MyFedAvgTrainer
 from torchrun import children_of, environment, run_script, wait_for_end, write_script
 
@@ -327,7 +328,8 @@ def test_two_pseudo_runs_side_by_side_do_not_disturb_each_other(tmp_path: Path) 
     try:
         for run in runs:
             assert run.stdout is not None
-            assert run.stdout.readline() == "open\n"
+            with killed_unless_done(run):
+                assert run.stdout.readline() == "open\n"
         outputs = [run.communicate("go\n", timeout=60)[0] for run in runs]  # both are open by now
     finally:
         for run in runs:
@@ -406,10 +408,11 @@ def test_workers_end_within_5_s_of_their_driver_however_it_ends(tmp_path: Path, 
 def _lines_until(process: subprocess.Popen[str], word: str) -> list[str]:
     assert process.stdout is not None
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(word):
-            return lines
+    with killed_unless_done(process):
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(word):
+                return lines
     raise AssertionError("".join(lines))
 
 

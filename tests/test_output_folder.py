@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 
 from torchfedrpc import extras
 from torchfedrpc.errors import ConfigError
@@ -150,7 +151,7 @@ def test_a_folder_that_hydra_made_is_closed_to_others_unless_one_works_in_it(
 
 
 def test_a_picture_follows_no_link(tmp_path: Path, target: Path) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib")
     (tmp_path / "metrics.png").symlink_to(target)
     code = "import sys; from torchfedrpc.observe.picture import draw_metrics; draw_metrics([], sys.argv[1])"
     code = f"from pathlib import Path; {code.replace('sys.argv[1]', 'Path(sys.argv[1])')}"

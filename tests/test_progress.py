@@ -6,6 +6,7 @@ import io
 import sys
 
 import pytest
+from conftest import needs
 
 from torchfedrpc.observe.events import CallEnded, CallStarted, RoundEnded, RoundStarted
 from torchfedrpc.observe.progress import LineProgress, live_progress
@@ -41,7 +42,7 @@ def test_the_last_line_has_no_time_left() -> None:
 
 
 def test_a_terminal_gets_a_bar() -> None:
-    pytest.importorskip("rich")
+    needs("rich")
     stream = Terminal()
     with live_progress(stream) as show:
         show(RoundStarted(0, 20))
@@ -53,6 +54,20 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "7/20" in shown
     assert "1 in flight" in shown
     assert "accuracy 0.875" in shown
+
+
+def test_the_bar_shows_the_time_left_as_the_last_rounds_took() -> None:
+    needs("rich")
+    from torchfedrpc.observe.bar import BarProgress
+
+    stream, now_s = Terminal(), 0.0
+    with BarProgress(stream, clock=lambda: now_s) as show:
+        for round_num, seconds in enumerate((50.0, 10.0, 10.0)):  # the first one loads data and libraries
+            show(RoundStarted(round_num, 12))
+            now_s += seconds
+            show(RoundEnded(round_num, 12, {}))
+    assert "3/12" in stream.getvalue()
+    assert "0:01:30" in stream.getvalue().rpartition("3/12")[2]
 
 
 def test_a_terminal_without_rich_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MODES, Latch, opened
+from conftest import Latch, opened
 from losses import (
     SEED,
     Losses,
@@ -33,7 +33,6 @@ from torchfedrpc.executors.reducing import ReducingExecutor
 from torchfedrpc.testing import Faults
 
 __all__ = ["on_1", "on_2", "seen"]  # fixtures
-pytestmark = pytest.mark.skipif("pseudo" not in MODES, reason="starts workers of its own")
 
 ALL = [f"client_{number}" for number in range(240)]
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import needs
 
 from torchfedrpc.observe.history import RoundRecord
 from torchfedrpc.observe.report import print_table
@@ -26,7 +27,7 @@ def _table(records: list[RoundRecord]) -> str:
 @pytest.fixture(params=["rich", "plain"])
 def _drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "rich":
-        pytest.importorskip("rich")
+        needs("rich")
     else:
         monkeypatch.setitem(sys.modules, "rich", None)
 
@@ -79,7 +80,7 @@ draw_metrics([], Path("empty.png"))
 
 
 def test_a_picture_is_drawn_of_whatever_was_measured(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib")
     # In a process of its own, because matplotlib keeps its fonts open.
     subprocess.run([sys.executable, "-W", "error", "-c", DRAW], cwd=tmp_path, check=True, timeout=60)
     for name in ("full", "one", "unmeasured", "empty"):

@@ -22,17 +22,21 @@ def make_token(folder: Path) -> str:
     return str(path)
 
 
+PROGRAM = (sys.executable, "-m", "torchfedrpc.worker_cli")
+
+
 class WorkerCommand:
     """``torchfedrpc-worker``, with all that it has printed so far.
 
     Args:
         arguments: of the command.
         prefix: a command that runs it, such as one that enters a network namespace.
+        program: what it is called by.
     """
 
-    def __init__(self, *arguments: str, prefix: Sequence[str] = ()) -> None:
+    def __init__(self, *arguments: str, prefix: Sequence[str] = (), program: Sequence[str] = PROGRAM) -> None:
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "torchfedrpc.worker_cli", *arguments],
+            [*prefix, *program, *arguments],
             env=environment(),
             cwd=TESTS,
             stdout=subprocess.PIPE,
@@ -95,10 +99,10 @@ class WorkerCommand:
 
 @contextlib.contextmanager
 def listening(
-    token: str, address: str = "127.0.0.1:0", prefix: Sequence[str] = ()
+    token: str, address: str = "127.0.0.1:0", prefix: Sequence[str] = (), program: Sequence[str] = PROGRAM
 ) -> Iterator[tuple[WorkerCommand, str]]:
     """A worker that listens, and where."""
-    worker = WorkerCommand("--listen", address, "--token-file", token, prefix=prefix)
+    worker = WorkerCommand("--listen", address, "--token-file", token, prefix=prefix, program=program)
     try:
         yield worker, worker.line("listening on ").removeprefix("listening on ")
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
@@ -16,9 +18,10 @@ class BarProgress:
 
     Args:
         stream: a terminal.
+        clock: seconds from some fixed point.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._num_in_flight = 0
         self._progress = Progress(
             TextColumn("[bold]rounds"),
@@ -29,6 +32,7 @@ class BarProgress:
             TimeRemainingColumn(),
             console=Console(file=stream),
             refresh_per_second=5,
+            get_time=clock,
         )
         self._task = self._progress.add_task("rounds", total=None, in_flight=0, accuracy="  -  ")
 
