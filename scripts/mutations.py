@@ -292,8 +292,8 @@ MUTATIONS = [
     Mutation(
         "any number of calls may wait",
         "dispatch.py",
-        "if limit is not None and self._num_pending >= limit:",
-        "if limit is not None and self._num_pending > limit:",
+        "if limit is not None and num_pending >= limit:",
+        "if limit is not None and num_pending > limit:",
         "tests/test_capacity.py",
     ),
     Mutation(
