@@ -15,9 +15,10 @@ from typing import Any
 import torch.distributed
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.rpc import guard
 from torchfedrpc.rpc.backend import set_connection_warnings, torch_rpc
+from torchfedrpc.rpc.interfaces import LOOPBACK
 
 _INTERFACE = "TP_SOCKET_IFNAME"
 _JOIN_TIMEOUT_S = 30.0
@@ -27,6 +28,7 @@ _distributed: Any = torch.distributed  # exports less to type checkers than it h
 _cuda: Any = torch.cuda
 _has_autograd = False
 _agents_store: _LettingStore | None = None  # an agent does not keep it alive
+_interface: str | None = None  # of this process's first agent; torch has all later ones listen there too
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,22 @@ def serve_store(host: str) -> tuple[Any, int]:
     return store, port
 
 
+def check_interface(interface: str) -> None:
+    """Check that this process can listen on an interface.
+
+    An agent on loopback is as good: no member connects to the driver's.
+
+    Raises:
+        ConfigError: torch RPC has listened on another one in this process before, and would again.
+    """
+    if _interface not in (None, LOOPBACK, interface):
+        raise ConfigError(
+            f"torch RPC listens on one network interface for the life of a process: here on {_interface}, which an "
+            f"earlier proxy used, and this one is for {interface}. Set runtime.interface={_interface}, or open this "
+            f"proxy in a new process"
+        )
+
+
 def join(plan: WorldPlan, rank: int, interface: str) -> None:
     """Join a world; returns when all its members have. It ends early where the world's store is closed.
 
@@ -112,7 +130,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
     Raises:
         WorkerLostError: a member did not come within 30 s, or died meanwhile.
     """
-    global _agents_store
+    global _agents_store, _interface
     rpc = torch_rpc()
     # The driver too is a client of the store that it serves: torch keeps the first agent of a process, and what the
     # agent holds, until the process ends.
@@ -135,6 +153,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
         client = _distributed.TCPStore(plan.store_host, plan.store_port, is_master=False, timeout=timeout)
         _agents_store = store = _LettingStore(client)
         with _bound_to(interface):
+            _interface = _interface or interface
             world_size = len(plan.labels)
             agent = rpc.TensorPipeAgent(store, plan.name(rank), rank, world_size, options, reverse_maps, devices)
             rpc.api._init_rpc_states(agent)
