@@ -335,9 +335,19 @@ def test_workers_end_within_5_s_of_their_driver_however_it_ends(tmp_path: Path, 
                     print("child", child.pid, flush=True)
                 print("pids", *pids, flush=True)
                 sys.stdin.readline()
-                tasks = [asyncio.create_task(proxy.custom_method(one, "nap", 300.0)) for one in "ab"] if busy else []
-                if tasks:
-                    await asyncio.sleep(0.2)
+                running, both_run = set(), asyncio.Event()
+
+                def note(event):
+                    if type(event).__name__ == "ProgressReported":
+                        running.add(event.client_id)
+                        if len(running) == 2:
+                            both_run.set()
+
+                if busy:
+                    proxy.subscribe(note)
+                    calls = [proxy.custom_method(one, "hold_regardless", "no such file") for one in "ab"]
+                    tasks = [asyncio.create_task(call) for call in calls]
+                    await both_run.wait()
                 print("ready", flush=True)
                 if how == "os._exit":
                     os._exit(3)
