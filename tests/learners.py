@@ -328,6 +328,14 @@ class Probe:
         self.log.append(("hold ends", tfr.current_call().cancelled))
         return "released"
 
+    def compute(self, until: str) -> int:
+        """Compute until a file is there, and hardly ever let another thread run."""
+        tfr.current_call().report("computing")
+        total = 0
+        while not Path(until).exists():
+            total += sum(range(10_000))
+        return total
+
     async def hold_async(self, until: str) -> str:
         self.log.append("hold begins")
         tfr.current_call().report("holding")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,23 @@ NEEDS_NAMESPACES = [
 def inside(name: str) -> list[str]:
     """What a command that runs in a namespace begins with."""
     return ["ip", "netns", "exec", name]
+
+
+def listening_addresses(pid: int) -> list[str]:
+    """The addresses on which a process of this network namespace listens, one for each port."""
+    sockets = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(entry))
+    found = []
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                words = bytes.fromhex(fields[1].partition(":")[0])  # of four bytes, the last one first
+                packed = b"".join(words[start : start + 4][::-1] for start in range(0, len(words), 4))
+                found.append(socket.inet_ntop(family, packed).removeprefix("::ffff:"))
+    return found
 
 
 def _run(*command: str) -> None:

@@ -191,6 +191,8 @@ class SlowToPack(Brackets):
         self.until = until
 
     def __getstate__(self) -> Any:
+        if self.text:
+            Path(self.until + ".packing").touch()
         while self.text and not Path(self.until).exists():
             time.sleep(_POLL_S)
         return self.__dict__

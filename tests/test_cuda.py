@@ -15,10 +15,23 @@ from torch.profiler import ProfilerActivity, profile
 
 import torchfedrpc as tfr
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 SIZE = 1 << 22  # float32: 16 MB
 _SLEEP_CYCLES = 300_000_000  # some tenths of a second
+
+
+def make_late_ones(device: Any) -> Tensor:
+    """A tensor whose ones are there once a long kernel of the current stream has ended."""
+    tensor = torch.zeros(SIZE, device=device)
+    torch.cuda._sleep(_SLEEP_CYCLES)
+    return tensor.add_(1)
+
+
+def sum_too_early(tensor: Tensor) -> float:
+    """What a reader sees that does not wait for the stream that makes the tensor."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return float(tensor.sum())
 
 
 class OnGpu:
@@ -39,16 +52,21 @@ class OnGpu:
         return self.kept
 
     def late_ones(self) -> Tensor:
-        """Ones that are there once a long kernel has ended."""
-        self.kept = torch.zeros(SIZE, device=tfr.current_call().device)
-        torch.cuda._sleep(_SLEEP_CYCLES)
-        return self.kept.add_(1)
+        self.kept = make_late_ones(tfr.current_call().device)
+        return self.kept
+
+    def sum_of_late_ones_too_early(self) -> float:
+        return sum_too_early(make_late_ones(tfr.current_call().device))
 
     def begin_profile(self) -> None:
         self.profile = profile(activities=[ProfilerActivity.CUDA])
         self.profile.start()
 
+    def copy_through_host_memory(self) -> None:
+        self.kept = self.kept.cpu().to(tfr.current_call().device)
+
     def end_profile(self) -> list[str]:
+        torch.cuda.synchronize()
         self.profile.stop()
         return names_of_copies(self.profile)
 
@@ -65,6 +83,34 @@ def proxy(runner: asyncio.Runner) -> Iterator[tfr.LearnerProxy]:
         runner.run(proxy.client("a").keep(torch.zeros(SIZE, device="cuda")))
         runner.run(proxy.client("a").give())
         yield proxy
+
+
+# Positive controls: what the tests below look for can be seen.
+
+
+async def test_reader_that_waits_for_no_stream_sees_tensors_too_early(proxy: tfr.LearnerProxy) -> None:
+    """So the tests of streams fail without a fence: their kernels take long enough."""
+    tensor = make_late_ones("cuda")
+    assert sum_too_early(tensor) < SIZE
+    assert float(tensor.sum()) == SIZE
+    assert await proxy.client("a").sum_of_late_ones_too_early() < SIZE
+
+
+async def test_profiler_sees_copies_through_host_memory(proxy: tfr.LearnerProxy) -> None:
+    """So the test that there are none can fail, on either side."""
+    learner, tensor = proxy.client("a"), torch.ones(SIZE, device="cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        tensor.cpu().to("cuda")
+        torch.cuda.synchronize()
+    await learner.keep(tensor)
+    await learner.begin_profile()
+    await learner.copy_through_host_memory()
+    for names in (names_of_copies(profiled), await learner.end_profile()):
+        for direction in ("DtoH", "HtoD"):
+            assert any(direction in name for name in names), names
+
+
+# Order and way.
 
 
 @pytest.mark.parametrize("is_own_stream", [False, True], ids=["default stream", "stream of its own"])

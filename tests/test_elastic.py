@@ -26,6 +26,7 @@ from torchfedrpc.executors import room
 from torchfedrpc.executors.ledger import Asked
 from torchfedrpc.observe.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
 from torchfedrpc.rpc.greeting import Greeted, dial
+from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sidecar import LEAVING
 
 CLIENTS = [f"client_{number}" for number in range(6)]
@@ -326,7 +327,9 @@ async def test_a_listening_worker_that_is_asked_to_stop_leaves_its_learners_for_
             assert seen.names(WorkerLost) == []
 
 
-async def test_a_worker_that_dies_as_it_joins_does_no_harm(token: str, expected: dict[str, dict[str, Any]]) -> None:
+async def test_a_worker_that_dies_as_it_joins_does_no_harm(
+    token: str, expected: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runtime = {"execution_mode": "pseudo", "num_processes": 1, "join_at": "127.0.0.1:0", "token_file": token}
     async with opened(expected, **runtime) as (proxy, steps, seen):
         assert proxy.join_address is not None
@@ -336,8 +339,23 @@ async def test_a_worker_that_dies_as_it_joins_does_no_harm(token: str, expected:
             worker.signal(signal.SIGKILL)
             await seen.loss()
         await steps.check(*CLIENTS)
+        tell, struck = Member.tell, []
+
+        async def strike(member: Member, message: Any) -> Any:
+            """As the world is formed for it: the others have left theirs, and wait for it in the next."""
+            if message["do"] == "join" and member.label != "worker1":
+                struck.append(member.label)
+                worker.signal(signal.SIGKILL)
+            return await tell(member, message)
+
+        with monkeypatch.context() as patched, joining(proxy.join_address, token) as worker:
+            patched.setattr(Member, "tell", strike)
+            await seen.loss(2)
+            await steps.check(*CLIENTS)
+        assert len(struck) == 1
+        assert seen.names(WorkerJoined) == []
         with joining(proxy.join_address, token):
-            assert await seen.joined() in ("worker2", "worker3")
+            assert await seen.joined() in ("worker2", "worker3", "worker4")
             await steps.check(*CLIENTS)
 
 

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import errno
 import logging
+import pickle
 import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +137,52 @@ async def test_a_stranger_is_refused_with_one_warning_and_a_guest_still_comes_in
         assert "left" in reason or await asyncio.to_thread(closed, stranger)
     await door.lets_in()
     assert warnings() == [f"refused a connection from 127.0.0.1: {reason}"]
+
+
+async def test_stranger_that_drips_bytes_is_refused_in_time(
+    opened: Callable[..., Door], warnings: Callable[[], list[str]]
+) -> None:
+    """Each byte comes well within the time for a greeting, and all of them do not."""
+    door, num_bytes = opened(greeting_timeout_s=2.0), 0
+    stranger = door.connect()
+    stranger.setblocking(False)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with contextlib.suppress(ConnectionError):
+        while loop.time() - began < 20:
+            await loop.sock_sendall(stranger, b" ")
+            num_bytes += 1
+            await asyncio.sleep(0.02)
+            if num_bytes == 5:
+                await door.lets_in()  # it holds nobody up
+    assert loop.time() - began < 10
+    assert num_bytes >= 5
+    stranger.close()
+    assert warnings() == ["refused a connection from 127.0.0.1: it did not greet within 2 s"]
+
+
+async def test_pickle_in_place_of_a_greeting_is_not_opened(
+    opened: Callable[..., Door], warnings: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    canary = tmp_path / "canary"
+
+    class Touch:
+        def __reduce__(self) -> Any:
+            return Path.touch, (canary,)
+
+    door, data = opened(greeting_timeout_s=1.0), pickle.dumps(Touch())
+    for lines in ([data + b"\n"], [b'{"nonce": "0"}\n', data + b"\n"]):
+        stranger = door.connect()
+        with contextlib.suppress(ConnectionError):
+            for line in lines:
+                stranger.makefile("rb").readline()  # what the door says before
+                stranger.sendall(line)
+        assert await asyncio.to_thread(closed, stranger)
+    await door.lets_in()
+    assert not canary.exists()
+    assert warnings() == ["refused a connection from 127.0.0.1: what it sent is no greeting"]
+    pickle.loads(data)
+    assert canary.exists()  # so the bytes would have done it
 
 
 async def test_one_that_closes_at_once_is_no_more_than_a_warning(

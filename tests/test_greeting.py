@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import json
@@ -9,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -489,3 +491,45 @@ def test_what_is_no_address_is_refused_by_name(address: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT") as raised:
         parse_address(address)
     assert repr(address) in str(raised.value)
+
+
+# What is used before a proof.
+
+
+@pytest.mark.parametrize("module", ["greeting", "greeter", "link", "token"])
+def test_modules_that_read_before_a_proof_import_nothing_that_unpickles(module: str) -> None:
+    tree = ast.parse(Path(greeting.__file__).with_name(f"{module}.py").read_text())
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module))
+    assert "json" in imported or module in ("greeter", "token")
+    assert [name for name in imported if name.split(".")[0] in ("pickle", "marshal", "shelve", "torch", "numpy")] in (
+        [],
+        ["torch"],  # of whose version both ends tell
+    )
+    assert not any(name.startswith(("torchfedrpc.wire", "torchfedrpc.host")) for name in imported)
+
+
+@pytest.mark.parametrize("is_equal", [False, True])
+async def test_proofs_are_compared_in_constant_time_alone(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch, is_equal: bool
+) -> None:
+    """What `hmac.compare_digest` says is what counts, whether the tokens are the same or not."""
+    compared = []
+
+    def compare(given: bytes, expected: bytes) -> bool:
+        compared.append((given, expected))
+        return is_equal
+
+    monkeypatch.setattr(greeting.hmac, "compare_digest", compare)
+    dialler, listener = pair
+    token = b"another token than that of the listener" if is_equal else TOKEN
+    outcomes = await both(
+        greet(dialler, token, {"role": "driver"}, address=ADDRESS),
+        receive(listener, TOKEN, accept, timeout_s=1),
+    )
+    assert len(compared) == (3 if is_equal else 1)
+    assert [isinstance(outcome, MistrustError) for outcome in outcomes] == [not is_equal] * 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import torch
 from conftest import Latch, Seen
 from learners import Probe
 from light import killed_unless_done
+from nodes import listening_addresses
 from test_seed_examples import MyFedAvgTrainer
 from torchrun import children_of, environment, run_script, wait_for_end, write_script
 
@@ -190,14 +190,6 @@ async def test_several_sync_methods_run_at_once_where_that_is_allowed(mode: str,
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
-async def test_the_shm_transport_works_as_well() -> None:
-    runtime = {"execution_mode": "pseudo", "num_processes": 2, "transport": "shm"}
-    async with tfr.LearnerProxy(Probe, ["a", "b"], runtime=runtime) as proxy:
-        tensor = torch.rand(300_000)
-        for back in (await proxy.clients().call("same", tensor)).values():
-            assert torch.equal(back, tensor)
-
-
 async def test_a_mixed_run_has_some_clients_in_the_drivers_process() -> None:
     endpoints = {"a": "local", "b": "worker2"}
     runtime = {"execution_mode": "pseudo", "num_processes": 2, "client_endpoints": endpoints}
@@ -266,39 +258,22 @@ async def test_a_module_that_a_worker_cannot_import_is_a_config_error(
 # Addresses and processes.
 
 
-def _listening(pid: int) -> list[str]:
-    """The addresses on which a process listens, in hex as /proc has them."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            target = os.readlink(entry)
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                found.append(fields[1].rpartition(":")[0])
-    return found
-
-
 async def test_driver_and_workers_listen_on_loopback_alone() -> None:
-    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
     async with tfr.LearnerProxy(Probe, ["a", "b"], runtime={"num_processes": 2}) as proxy:
         workers = set((await proxy.clients().call("process_id")).values())
         await proxy.clients().call("same", torch.zeros(100_000))
-        addresses = [address for pid in [os.getpid(), *workers] for address in _listening(pid)]
-    assert len(addresses) >= 3  # the store, and each worker
-    assert set(addresses) <= loopback
+        found = {pid: listening_addresses(pid) for pid in [os.getpid(), *workers]}
+    assert len(found) == 3
+    assert all(found.values())  # the driver has the world's store, and all have an agent
+    assert {address for addresses in found.values() for address in addresses} == {"127.0.0.1"}
 
 
 async def test_local_mode_starts_no_process_and_listens_nowhere() -> None:
-    before = _listening(os.getpid())
+    before = listening_addresses(os.getpid())
     async with tfr.LearnerProxy(Probe, ["a"], runtime="local") as proxy:
         assert await proxy.custom_method("a", "process_id") == os.getpid()
         assert children_of(os.getpid()) == []
-        assert _listening(os.getpid()) == before
+        assert listening_addresses(os.getpid()) == before
 
 
 def test_two_pseudo_runs_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -366,9 +341,19 @@ def test_workers_end_within_5_s_of_their_driver_however_it_ends(tmp_path: Path, 
                     print("child", child.pid, flush=True)
                 print("pids", *pids, flush=True)
                 sys.stdin.readline()
-                tasks = [asyncio.create_task(proxy.custom_method(one, "nap", 300.0)) for one in "ab"] if busy else []
-                if tasks:
-                    await asyncio.sleep(0.2)
+                running, both_run = set(), asyncio.Event()
+
+                def note(event):
+                    if type(event).__name__ == "ProgressReported":
+                        running.add(event.client_id)
+                        if len(running) == 2:
+                            both_run.set()
+
+                if busy:
+                    proxy.subscribe(note)
+                    calls = [proxy.custom_method(one, "hold_regardless", "no such file") for one in "ab"]
+                    tasks = [asyncio.create_task(call) for call in calls]
+                    await both_run.wait()
                 print("ready", flush=True)
                 if how == "os._exit":
                     os._exit(3)

@@ -489,3 +489,44 @@ def test_a_sidecar_has_no_descriptors_but_its_own(start: Start) -> None:
 def test_the_state_of_a_process_with_an_odd_name_is_read_right() -> None:
     fields = " ".join(map(str, range(4, 53))).encode()
     assert sidecar.look(b"12 (R) 1 (x) S " + fields) == ("S", 10 + 12 + 14 + 15)
+
+
+@pytest.mark.parametrize(
+    ("states", "beats"),
+    [
+        (["S 5", "S 5", "S 5"], 3),  # idle
+        (["D 5", "D 6", "D 7"], 3),  # it waits for its disk now and then, and gets on
+        (["S 5", "D 5", "D 5", "D 5"], 1),  # swapped out, say
+        (["S 5", "D 5", "D 5", "D 6", "D 6", "S 6"], 3),
+    ],
+    ids=str,
+)
+def test_sidecar_beats_for_a_worker_in_uninterruptible_sleep_only_while_it_gets_on(
+    monkeypatch: pytest.MonkeyPatch, states: list[str], beats: int
+) -> None:
+    activity, looks = Activity(), iter(states)
+    ours, theirs = socket.socketpair()
+    stat = os.open("/proc/self/stat", os.O_RDONLY)
+    process = os.pidfd_open(os.getpid())
+    pread = os.pread
+
+    def read(descriptor: int, count: int, offset: int) -> bytes:
+        if descriptor != stat:
+            return pread(descriptor, count, offset)
+        if (look := next(looks, None)) is None:
+            raise ConnectionResetError("all has been looked at")
+        state, user_time = look.split()
+        return f"7 (python) {state} {'0 ' * 10}{user_time} 0 0 0".encode()
+
+    monkeypatch.setattr(sidecar.os, "pread", read)
+    monkeypatch.setattr(sidecar, "tell_begun", lambda: True)
+    try:
+        with pytest.raises(ConnectionResetError, match="looked at"):
+            sidecar.watch(theirs.fileno(), activity.descriptor, process, stat, 0.0, GRACE_S)
+        theirs.close()
+        assert ours.recv(100) == sidecar.BEAT * beats
+    finally:
+        ours.close()
+        theirs.close()
+        os.close(stat)
+        os.close(process)

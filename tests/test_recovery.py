@@ -35,6 +35,7 @@ from losses import (
 import torchfedrpc as tfr
 from torchfedrpc.observe.events import Event, WorkerLost
 from torchfedrpc.rpc import process_source
+from torchfedrpc.rpc.member import Member
 from torchfedrpc.testing import Faults
 
 __all__ = ["on_1", "on_2", "seen"]  # fixtures
@@ -235,6 +236,37 @@ async def test_a_worker_may_be_lost_while_all_leave_their_world(
     await steps.check(*clients)
     await steps.check(*clients)
     assert seen.workers == ["worker2"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_worker_may_be_lost_while_all_join_their_next_world(
+    proxy: tfr.LearnerProxy,
+    steps: Steps,
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    how: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients, tell = [next(on_1), next(on_2)], Member.tell
+    await steps.check(*clients)
+    struck = []
+
+    async def strike(member: Member, message: Any) -> Any:
+        """Before it hears that it is to join, so that the others wait for it in the middle of joining."""
+        if message["do"] == "join" and member.label == "worker2" and not struck:
+            struck.append(pid_of(proxy, "worker2"))
+            os.kill(struck[0], how)
+        return await tell(member, message)
+
+    monkeypatch.setattr(Member, "tell", strike)
+    group: Any = proxy._router._main._group
+    group._break()
+    await steps.check(*clients)
+    await steps.check(*clients)
+    assert struck
+    assert seen.workers == ["worker2"]
+    assert pid_of(proxy, "worker2") not in struck
 
 
 @pytest.mark.slow

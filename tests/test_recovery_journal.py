@@ -230,13 +230,24 @@ async def test_a_call_in_the_loop_over_a_stream_waits_for_nobody_elses_snapshot(
     await snapshots_are_stored(proxy)
 
 
-async def test_a_learner_that_is_given_up_holds_no_others_snapshot_up(proxy: tfr.LearnerProxy, one: str) -> None:
-    await proxy.custom_method(one, "step")
+async def test_a_learner_that_is_given_up_holds_no_others_snapshot_up(
+    proxy: tfr.LearnerProxy, clients: Iterator[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "BUDGET_BYTES", 1)  # one state at a time
+    one, other = next(clients), next(clients)
+    for client in (one, other):
+        await proxy.custom_method(client, "step")
     executor: Any = proxy._router._main
     record = ledger_of(proxy).get(one)
     executor._request_snapshot(record)
     executor._give_up(record, "a test wants it")
-    assert not record.awaits_state
+    async with asyncio.timeout(30):
+        for _ in range(MAX_CALLS + 1):
+            await proxy.custom_method(other, "step")
+        while not ledger_of(proxy).get(other).snapshot_number:
+            await asyncio.sleep(0.01)
+    with pytest.raises(tfr.WorkerLostError, match="a test wants it"):
+        await proxy.custom_method(one, "step")
 
 
 async def test_a_snapshot_that_cannot_be_stored_as_its_worker_is_lost_costs_no_call(

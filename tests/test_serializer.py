@@ -314,16 +314,16 @@ def test_cut_anywhere_it_is_an_error_of_ours(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("change", [0x01, 0x80, 0xFF])
-@pytest.mark.parametrize("part", ["prefix", "table"])
-def test_a_changed_byte_gives_an_error_of_ours_or_another_value(data: bytes, part: str, change: int) -> None:
-    size, table_bytes, _ = prefix(data)
-    for position in range(size) if part == "prefix" else range(size, size + table_bytes):
+@pytest.mark.parametrize("part", ["prefix", "table", "head"])
+def test_a_changed_byte_is_an_error_of_ours(data: bytes, part: str, change: int) -> None:
+    size, table_bytes, head_bytes = prefix(data)
+    ends = {"prefix": (0, size), "table": (size, size + table_bytes)}
+    ends["head"] = (size + table_bytes, size + table_bytes + head_bytes)
+    for position in range(*ends[part]):
         changed = bytearray(data)
         changed[position] ^= change
-        try:
+        with pytest.raises(SerializationError):
             deserialize(changed)
-        except SerializationError:
-            pass
 
 
 @pytest.mark.parametrize("part", ["table", "head"])

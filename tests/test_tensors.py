@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchfedrpc.errors import SerializationError
+from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.packing import pack
 from torchfedrpc.wire.tensors import (
     ALIGNMENT_BYTES,
     check_can_travel,
@@ -270,7 +273,17 @@ def test_a_view_of_a_freed_storage_is_refused(copy: bool, num_views: int, left_b
         gather_slots(views, copy=copy, join=True)
 
 
-# Views as they arrive.
+# Views as they arrive: what is wrong with them is an error of ours where their parcel is opened.
+
+
+def opened(views: list[Any], slots: list[Tensor]) -> Any:
+    """A list of tensors that has arrived with these views and slots."""
+    return dataclasses.replace(pack([torch.zeros(1) for _ in views]), views=views, slots=slots).open(AllowList())
+
+
+def test_views_that_fit_their_slots_are_opened() -> None:
+    assert opened([(0, "float32", (2,), (2,), 1)], [torch.arange(4.0).view(torch.uint8)])[0].tolist() == [1, 3]
+    assert [one.tolist() for one in opened([(0, (1,)), (0, (2,))], [torch.arange(3.0)])] == [[0], [1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -287,8 +300,8 @@ def test_a_view_of_a_freed_storage_is_refused(copy: bool, num_views: int, left_b
     ids=str,
 )
 def test_a_view_that_cannot_be_gives_an_error(view: Any) -> None:
-    with pytest.raises((SerializationError, RuntimeError, IndexError, ValueError)):
-        lay_out([view], [torch.zeros(16, dtype=torch.uint8)])
+    with pytest.raises(SerializationError):
+        opened([view], [torch.zeros(16, dtype=torch.uint8)])
 
 
 @pytest.mark.parametrize(
@@ -302,8 +315,8 @@ def test_a_view_that_cannot_be_gives_an_error(view: Any) -> None:
     ids=str,
 )
 def test_a_view_beyond_its_slot_shows_no_other_memory(view: Any) -> None:
-    with pytest.raises((SerializationError, RuntimeError)):
-        lay_out([view], [torch.zeros(16, dtype=torch.uint8)])
+    with pytest.raises(SerializationError):
+        opened([view], [torch.zeros(16, dtype=torch.uint8)])
 
 
 @pytest.mark.parametrize(
@@ -323,20 +336,20 @@ def test_a_view_beyond_its_slot_shows_no_other_memory(view: Any) -> None:
     ids=str,
 )
 def test_small_tensors_that_do_not_fill_their_slot_give_an_error(shapes: list[Any]) -> None:
-    with pytest.raises((SerializationError, RuntimeError, TypeError)):
-        lay_out([(0, shape) for shape in shapes], [torch.zeros(3)])
+    with pytest.raises(SerializationError):
+        opened([(0, shape) for shape in shapes], [torch.zeros(3)])
 
 
 @pytest.mark.parametrize("number", [1, -2, None, 0.5, "0", []], ids=str)
 def test_small_tensors_of_no_slot_give_an_error(number: Any) -> None:
-    with pytest.raises((IndexError, TypeError)):
-        lay_out([(number, (3,))], [torch.zeros(3)])
+    with pytest.raises(SerializationError):
+        opened([(number, (3,))], [torch.zeros(3)])
 
 
 @pytest.mark.parametrize("name", ["system", "load", "Tensor", "float99", ""])
 def test_a_view_of_no_dtype_is_refused(name: str) -> None:
     with pytest.raises(SerializationError, match="unknown dtype"):
-        lay_out([(0, name, (1,), (1,), 0)], [torch.zeros(4)])
+        opened([(0, name, (1,), (1,), 0)], [torch.zeros(4)])
 
 
 # Special layouts.

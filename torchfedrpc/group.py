@@ -166,9 +166,10 @@ class LearnerGroup:
 
         Raises:
             TypeError: the reducer lacks a method.
-            ValueError: the results of two clients do not go together, or no client counts.
+            ValueError: the results of two clients do not go together.
+            ConfigError: the group has no clients.
             UntrustedTypeError: the reducer's type may not travel.
-            GroupCallError: as of `call`; its results have no values.
+            GroupCallError: as of `call`, and where all clients failed; its results have no values.
             QuorumError: the same.
             CallTimeoutError: the results of the calls could not be added up in time.
         """
@@ -187,9 +188,9 @@ class LearnerGroup:
         self._check_quorum(method, results, failures)
         self._check(method, failures, results)
         if not counted:
-            text = f"{method}: there is nothing to reduce, since no client counts"
-            reason = GroupCallError(f"{method} failed for all clients", failures, {}) if failures else None
-            raise ValueError(text) from reason
+            if failures:
+                raise self._group_error(method, failures, {})
+            raise ConfigError(f"{method}: there is nothing to reduce, since the group has no clients: name some")
         return ReduceResult(value, len(counted), failures)
 
     async def _finished(
@@ -268,13 +269,16 @@ class LearnerGroup:
 
     def _check(self, method: str, failures: dict[str, Exception], results: dict[str, Any]) -> None:
         if failures and self._options.min_results is None and self._options.on_error == "raise":
-            first = next(iter(failures.values()))
-            others = f"; options(on_error='collect') returns the other {len(results)} results" if results else ""
-            raise GroupCallError(
-                f"{method} failed for {', '.join(failures)}, first with {type(first).__name__}: {first}{others}",
-                failures,
-                results,
-            )
+            raise self._group_error(method, failures, results)
+
+    def _group_error(self, method: str, failures: dict[str, Exception], results: dict[str, Any]) -> GroupCallError:
+        first = next(iter(failures.values()))
+        others = f"; options(on_error='collect') returns the other {len(results)} results" if results else ""
+        return GroupCallError(
+            f"{method} failed for {', '.join(failures)}, first with {type(first).__name__}: {first}{others}",
+            failures,
+            results,
+        )
 
     async def as_completed(self, method: str, /, *args: Any, **kwargs: Any) -> AsyncIterator[tuple[str, Any]]:
         """Call a method of every client's learner and yield ``(client_id, result)`` as each completes.

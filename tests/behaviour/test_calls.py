@@ -225,14 +225,22 @@ async def test_no_step_of_an_async_method_runs_beside_a_sync_one(
 async def test_learners_of_a_process_wait_for_each_other_and_those_of_two_do_not(
     proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch, seen: Seen, num_hosts: int
 ) -> None:
-    if num_hosts == 1:
-        pytest.skip("one process")
-    busy, other = fresh.apart(2)
+    busy, neighbour = fresh.together(2)
+    where = await proxy.clients([busy, neighbour, *fresh.apart(2)]).call("process_id")
+    assert where[neighbour] == where[busy]
+    elsewhere = [one for one in where if where[one] != where[busy]]
+    assert len(elsewhere) == num_hosts - 1
     held = asyncio.create_task(proxy.custom_method(busy, "hold", latch.path))
     await seen.reported(busy)
-    assert await proxy.custom_method(other, "process_id") != 0
+    waiting = [asyncio.create_task(proxy.custom_method(neighbour, name, 1)) for name in ("same", "append")]
+    for one in elsewhere * 20:
+        assert await proxy.custom_method(one, "process_id") == where[one]
+    with pytest.raises(tfr.CallTimeoutError):  # by its end the others would have run, too
+        await proxy.options(timeout_s=0.2).custom_method(neighbour, "same", 2)
+    assert not any(task.done() for task in waiting)
     latch.open()
-    await held
+    assert await held == "released"
+    assert await asyncio.gather(*waiting) == [1, 1]
 
 
 async def test_clients_live_where_the_mode_says(proxy: tfr.LearnerProxy, fresh: Fresh, num_hosts: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import Any
 
 import pytest
@@ -36,9 +37,26 @@ async def test_an_open_stream_ends_with_the_proxy(lone_runtime: dict[str, Any]) 
         for stream in streams:
             assert await anext(stream) == 0
     for stream in streams:
-        with pytest.raises((tfr.TorchFedRpcError, StopAsyncIteration)):
-            async with asyncio.timeout(20):
+        for _ in range(2):
+            with pytest.raises(tfr.ConfigError, match="the proxy is not open"):
                 await anext(stream)
+
+
+@pytest.mark.parametrize("method", ["stream_with_hold", "stream_with_hold_async"])
+async def test_a_step_of_a_stream_that_is_under_way_ends_with_the_proxy(
+    lone_runtime: dict[str, Any], latch: Latch, method: str
+) -> None:
+    seen = Seen()
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
+        proxy.subscribe(seen)
+        stream = proxy.stream("a", method, latch.path)
+        assert await anext(stream) == "first"
+        step = asyncio.ensure_future(anext(stream))
+        await seen.reported("a")
+    async with asyncio.timeout(20):
+        with pytest.raises(tfr.WorkerLostError, match=r"closing|lost"):
+            await step
+    latch.open()
 
 
 async def test_a_method_that_goes_on_regardless_does_not_hold_the_proxy_up_for_ever(
@@ -59,10 +77,13 @@ async def test_a_method_that_goes_on_regardless_does_not_hold_the_proxy_up_for_e
 async def test_a_proxy_that_is_cancelled_while_it_opens_can_be_opened_again(
     lone_runtime: dict[str, Any],
 ) -> None:
+    began = time.monotonic()
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime):
+        takes_s = time.monotonic() - began
     proxy = tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime)
-    for delay_s in (0.0, 0.2, 0.7):  # a time in each of the stages
+    for part in (0.0, 0.3, 0.6, 0.9):  # of the way: a time in each of the stages
         opening = asyncio.create_task(proxy.__aenter__())
-        await asyncio.sleep(delay_s)
+        await asyncio.sleep(part * takes_s)
         opening.cancel()
         try:
             await opening
@@ -75,9 +96,13 @@ async def test_a_proxy_that_is_cancelled_while_it_opens_can_be_opened_again(
 
 
 async def test_proxies_one_after_another_open_as_fast_as_the_first(lone_runtime: dict[str, Any]) -> None:
+    took_s = []
     for number in range(3):
-        async with asyncio.timeout(20), tfr.LearnerProxy(Probe, ["a", "b"], runtime=lone_runtime) as proxy:
+        began = time.monotonic()
+        async with tfr.LearnerProxy(Probe, ["a", "b"], runtime=lone_runtime) as proxy:
+            took_s.append(time.monotonic() - began)
             assert await proxy.clients().call("same", number) == {"a": number, "b": number}
+    assert min(took_s[1:]) < 2 * took_s[0] + 0.5  # a join or an end that waits for a time-out takes seconds
 
 
 async def test_a_closed_proxy_has_no_rref(lone_runtime: dict[str, Any], mode: str) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+import statistics
+import threading
 import time
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,27 @@ from conftest import Fresh, Latch, Seen
 import torchfedrpc as tfr
 from torchfedrpc.observe.events import CallEnded
 
-PROMPT_S = 0.05  # the promise, on an idle host
-TRIES = 3  # this machine is not idle: another program may have the core for a moment
+PROMPT_S = 0.05  # the promise
+TRIES = 5
+FAIR_S = 2.0  # under load: much less than the load lasts
 
 
-async def _overrun_s(view: tfr.LearnerProxy, timeout_s: float, one: str, method: str, *args: Any) -> float:
+async def overrun_s(call: Coroutine[Any, Any, Any], timeout_s: float) -> float:
+    """How much later a call's deadline is told than a plain timer rings, which a busy machine delays as well."""
+    rang_at = math.inf
+
+    def ring() -> None:
+        nonlocal rang_at
+        rang_at = time.perf_counter()
+
     began = time.perf_counter()
+    timer = asyncio.get_running_loop().call_later(timeout_s, ring)
     with pytest.raises(tfr.CallTimeoutError):
-        await view.custom_method(one, method, *args)
-    return time.perf_counter() - began - timeout_s
+        await call
+    told_at = time.perf_counter()
+    timer.cancel()
+    assert told_at - began > timeout_s - 0.01
+    return max(told_at - rang_at, 0.0)
 
 
 @pytest.mark.parametrize("method", ["hold", "hold_async"])
@@ -32,9 +48,51 @@ async def test_timeout_s_is_told_within_50_ms(
     overruns = []
     for one in fresh.apart(TRIES):
         await proxy.custom_method(one, "same", 1)
-        overruns.append(await _overrun_s(proxy.options(timeout_s=0.2), 0.2, one, method, latch.path))
-    assert all(overrun > -0.01 for overrun in overruns)
-    assert min(overruns) < PROMPT_S
+        call = proxy.options(timeout_s=0.2).custom_method(one, method, latch.path)
+        overruns.append(await overrun_s(call, 0.2))
+    assert statistics.median(overruns) < PROMPT_S, overruns
+
+
+@pytest.fixture
+def load(latch: Latch) -> Iterator[None]:
+    """Threads of the driver that compute all the time, with the interpreter's lock, until the latch opens."""
+
+    def compute() -> None:
+        while not Path(latch.path).exists():
+            sum(range(10_000))
+
+    threads = [threading.Thread(target=compute) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    yield
+    latch.open()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.usefixtures("load")
+async def test_deadlines_are_told_in_time_while_driver_and_host_are_busy(
+    proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch, seen: Seen
+) -> None:
+    """A method computes all the time: its own deadline, those of calls behind it, and of async ones beside it."""
+    busy, queued, beside = fresh.together(3)
+    await proxy.clients([busy, queued, beside]).call("same", 1)
+    waiting = asyncio.create_task(proxy.custom_method(beside, "hold_async", latch.path))
+    await seen.reported(beside)
+    computing = asyncio.create_task(proxy.options(timeout_s=60).custom_method(busy, "compute", latch.path))
+    await seen.reported(busy)
+    for one in (busy, queued, beside):
+        for method in ("same", "echo_async"):
+            call = proxy.options(timeout_s=0.2).custom_method(one, method, 1)
+            assert await overrun_s(call, 0.2) < FAIR_S
+    assert not computing.done()
+    assert not waiting.done()
+    computing.cancel()
+    latch.open()
+    assert await waiting == "released"
+    assert await proxy.custom_method(queued, "what_happened") == []
+    with pytest.raises(asyncio.CancelledError):
+        await computing
 
 
 async def test_a_timeout_is_a_builtin_timeout_error_that_names_the_call(

@@ -14,7 +14,7 @@ from learners import Probe
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.executors.base import ExecutorSpec
+from torchfedrpc.executors.base import ExecutorSpec, Invocation
 from torchfedrpc.host.spec import LearnerSpec
 
 
@@ -56,6 +56,23 @@ async def _draw_alone(client_id: str, path: str) -> Any:
         assert host.close()
 
 
+async def _streams_alone(client_id: str) -> list[list[Any]]:
+    """The items of both streams of the same client, where nobody else draws."""
+    spec, _ = LearnerSpec.of(Probe, 11, RuntimeConfig())
+    executor = tfr.LocalExecutor(RuntimeConfig())
+    await executor.open(ExecutorSpec(spec, {client_id: {}}, lambda event: None))
+    try:
+        streams = []
+        for number, method in enumerate(("draw_stream", "draw_async_stream")):
+            stream = executor.stream(Invocation(number, client_id, method, (3,), {}, None))
+            streams.append([await stream.step() for _ in range(3)])
+            with pytest.raises(StopAsyncIteration):
+                await stream.step()
+        return streams
+    finally:
+        await executor.close()
+
+
 async def test_a_stream_draws_as_if_alone(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
     streaming, between = fresh.together(2)
     items = []
@@ -68,6 +85,8 @@ async def test_a_stream_draws_as_if_alone(proxy: tfr.LearnerProxy, fresh: Fresh)
         again.append(item)
         await proxy.custom_method(between, "draw_async", 2)
     assert len({repr(item) for item in [*items, *again]}) == 6
+    # The number of a call counts for its method alone, and so these are the first of each.
+    assert [items, again] == await _streams_alone(streaming)
 
 
 def _process_draws() -> tuple[Any, ...]:

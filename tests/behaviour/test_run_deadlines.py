@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +13,9 @@ from learners import Probe
 
 import torchfedrpc as tfr
 
+from .test_deadlines import PROMPT_S, TRIES, overrun_s
+
 LIMIT_S = 0.3
-PROMPT_S = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +31,12 @@ async def test_a_method_that_runs_too_long_is_told_within_50_ms(
     proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch, method: str
 ) -> None:
     overruns = []
-    for one in fresh.apart(3):  # other programs share this machine: one try of three has to keep the promise
+    for one in fresh.apart(TRIES):
         await proxy.custom_method(one, "same", 1)
-        began = time.perf_counter()
-        with pytest.raises(tfr.CallTimeoutError, match=rf"{one}\.{method} .*call_timeout_s"):
-            await proxy.custom_method(one, method, latch.path)
-        overruns.append(time.perf_counter() - began - LIMIT_S)
-    assert all(overrun > -0.01 for overrun in overruns)
-    assert min(overruns) < PROMPT_S
+        overruns.append(await overrun_s(proxy.custom_method(one, method, latch.path), LIMIT_S))
+    assert statistics.median(overruns) < PROMPT_S, overruns
+    with pytest.raises(tfr.CallTimeoutError, match=rf"{one}\.{method} .*call_timeout_s"):
+        await proxy.custom_method(one, method, latch.path)
 
 
 async def test_the_learner_answers_after_its_method_was_stopped(

@@ -282,7 +282,10 @@ class CallExecutor(AbstractExecutor):
 
         Its arguments' value is taken once ``max_inflight_bytes`` has room for it.
         """
-        given = held(invocation.args, invocation.kwargs)
+        try:
+            given = held(invocation.args, invocation.kwargs)
+        except SerializationError as reason:
+            raise _unsendable(invocation, reason) from reason
         args, kwargs = self._sharing.recognised(*given)
         num_bytes = estimate(args, kwargs)
         if await self._admission.admit(num_bytes):  # it had to wait, and may have to take what others had then
@@ -438,9 +441,7 @@ class CallExecutor(AbstractExecutor):
                 args, kwargs = self._sharing.shared(args, kwargs, num_bytes)
             arguments = self._take_arguments(args, kwargs)
         except SerializationError as error:
-            raise type(error)(
-                f"the arguments of {invocation.client_id}.{invocation.method} cannot be sent: {error}"
-            ) from error
+            raise _unsendable(invocation, error) from error
         return Call(
             invocation.call_id,
             invocation.client_id,
@@ -453,6 +454,10 @@ class CallExecutor(AbstractExecutor):
 
     def _result(self, outcome: Outcome, call: Call) -> Any:
         return outcome.result(call, self.allow, self.worker_of(call.client_id))
+
+
+def _unsendable(invocation: Invocation, error: SerializationError) -> SerializationError:
+    return type(error)(f"the arguments of {invocation.client_id}.{invocation.method} cannot be sent: {error}")
 
 
 def _may_go_better(outcome: Outcome) -> bool:

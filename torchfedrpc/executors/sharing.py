@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from torchfedrpc.errors import ConfigError, SerializationError
+from torchfedrpc.errors import SerializationError
 from torchfedrpc.executors.admission import estimate
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.wire.allowlist import AllowList
@@ -62,12 +62,16 @@ class SharedRef(SentApart):
         """What was placed.
 
         Raises:
-            ConfigError: it was released, or the proxy that placed it is closed.
+            SerializationError: it was released, or the proxy that placed it is closed.
         """
         if not self._sharing.is_open:
-            raise ConfigError("this SharedRef is of a proxy that is closed: share the object again with the open one")
+            raise SerializationError(
+                "this SharedRef is of a proxy that is closed: share the object again with the open one"
+            )
         if self._value is None:
-            raise ConfigError("this SharedRef was released: share the object again with await proxy.share(obj)")
+            raise SerializationError(
+                "this SharedRef was released: share the object again with await proxy.share(obj)"
+            )
         return self._value
 
     def open(self, allow: AllowList) -> Any:
@@ -218,7 +222,7 @@ def held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...]
     """Arguments of a call, which hold what they refer to, so that whoever placed it may release it meanwhile.
 
     Raises:
-        ConfigError: it was released before.
+        SerializationError: it was released before.
     """
     if not (args or kwargs) or not any(isinstance(arg, SharedRef) for arg in (*args, *kwargs.values())):
         return args, kwargs

@@ -121,3 +121,6 @@ class Outcome:
             return self.parcel.open(allow)
         except SerializationError as error:
             raise type(error)(f"the result of {where} cannot be read: {error}") from error
+        except Exception as error:  # this process, or its GPU, is out of memory
+            error.add_note(f"as the result of {where} was read")
+            raise

@@ -43,6 +43,14 @@ class DriverPlace:
         self._joining: asyncio.Future[None] | None = None  # the driver's own joining of its present world
         self._leaving: asyncio.Future[None] | None = None
 
+    def check_interface(self, members: Sequence[Member]) -> None:
+        """Check that the driver can listen where a world of these members has it listen.
+
+        Raises:
+            ConfigError: as of `world.check_interface`, or the interface does not exist.
+        """
+        world.check_interface(interface_of(self.address(members)))
+
     async def join(
         self, members: Sequence[Member], tell: Tell, asked: Callable[[str], list[int]]
     ) -> tuple[world.WorldPlan, dict[str, bytes]]:

@@ -117,12 +117,14 @@ class WorkerGroup:
         """Let all workers import the learner, then form the first world with them.
 
         Raises:
-            ConfigError: a worker cannot import the learner, or the interface does not exist.
+            ConfigError: a worker cannot import the learner, or this process cannot listen on the interface.
             WorkerLostError: a worker ended meanwhile, or cannot be reached.
         """
         self._watch = Watch(self._learner.runtime.heartbeat_timeout_s, self._lose, self._leaves)
         for member in self.members.values():
             self._take_on(member, self.members)
+        if self.members:
+            self._place.check_interface(list(self.members.values()))
         await all_of([self._prepare(member) for member in self.members.values()])
         await self._form()
         self._is_open = True

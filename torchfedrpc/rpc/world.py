@@ -15,9 +15,10 @@ from typing import Any
 import torch.distributed
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.rpc import guard
 from torchfedrpc.rpc.backend import set_connection_warnings, torch_rpc
+from torchfedrpc.rpc.interfaces import LOOPBACK
 from torchfedrpc.rpc.rrefs import MAX_MEMBERS
 
 _INTERFACE = "TP_SOCKET_IFNAME"
@@ -29,6 +30,7 @@ _cuda: Any = torch.cuda
 _has_autograd = False
 _has_rrefs = False
 _agents_store: _LettingStore | None = None  # an agent does not keep it alive
+_interface: str | None = None  # of this process's first agent; torch has all later ones listen there too
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,22 @@ def serve_store(host: str) -> tuple[Any, int]:
     return store, port
 
 
+def check_interface(interface: str) -> None:
+    """Check that this process can listen on an interface.
+
+    An agent on loopback is as good: no member connects to the driver's.
+
+    Raises:
+        ConfigError: torch RPC has listened on another one in this process before, and would again.
+    """
+    if _interface not in (None, LOOPBACK, interface):
+        raise ConfigError(
+            f"torch RPC listens on one network interface for the life of a process: here on {_interface}, which an "
+            f"earlier proxy used, and this one is for {interface}. Set runtime.interface={_interface}, or open this "
+            f"proxy in a new process"
+        )
+
+
 def join(plan: WorldPlan, rank: int, interface: str) -> None:
     """Join a world; returns when all its members have. It ends early where the world's store is closed.
 
@@ -117,7 +135,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
     Raises:
         WorkerLostError: a member did not come within 30 s, or died meanwhile.
     """
-    global _agents_store
+    global _agents_store, _interface
     rpc = torch_rpc()
     # The driver too is a client of the store that it serves: torch keeps the first agent of a process, and what the
     # agent holds, until the process ends.
@@ -142,6 +160,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
         num_names = max(world_size, MAX_MEMBERS) if rank == 0 and not _has_rrefs else world_size
         _agents_store = store = _LettingStore(client, _absent(plan, num_names))
         with _bound_to(interface):
+            _interface = _interface or interface
             agent = rpc.TensorPipeAgent(store, plan.name(rank), rank, num_names, options, reverse_maps, devices)
             rpc.api._init_rpc_states(agent)
         _start_rrefs()
