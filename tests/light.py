@@ -41,11 +41,14 @@ class LightProcess:
         code: what it runs; ``sys`` is imported.
         arguments: its ``sys.argv[1:]``.
         pass_fds: descriptors that it has too, under the same numbers.
+        prefix: a command that runs it, such as one that enters a network namespace.
     """
 
-    def __init__(self, code: str, *arguments: object, pass_fds: Sequence[int] = ()) -> None:
+    def __init__(
+        self, code: str, *arguments: object, pass_fds: Sequence[int] = (), prefix: Sequence[str] = ()
+    ) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", _PREAMBLE + textwrap.dedent(code), *map(str, arguments)],
+            [*prefix, sys.executable, "-c", _PREAMBLE + textwrap.dedent(code), *map(str, arguments)],
             pass_fds=pass_fds,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

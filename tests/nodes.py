@@ -7,7 +7,8 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,9 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-@pytest.fixture
-def nodes() -> Iterator[dict[str, str]]:
-    """Two network namespaces: name -> address."""
+@contextlib.contextmanager
+def _joined(connect: Callable[[list[str]], None]) -> Iterator[dict[str, str]]:
+    """Two namespaces, each with a device of its name that `connect` puts there: name -> address."""
     tag = f"tfr{os.getpid() % 100_000}"
     names = [f"{tag}a", f"{tag}b"]
     addresses = ["10.99.0.1", "10.99.0.2"]
@@ -54,7 +55,7 @@ def nodes() -> Iterator[dict[str, str]]:
         try:
             for name in names:
                 _run("ip", "netns", "add", name)
-            _run(*f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}".split())
+            connect(names)
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
         for name, address in zip(names, addresses, strict=True):
@@ -65,3 +66,49 @@ def nodes() -> Iterator[dict[str, str]]:
     finally:
         for name in names:  # their cable goes with them
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.fixture
+def nodes() -> Iterator[dict[str, str]]:
+    """Two network namespaces: name -> address."""
+
+    def connect(names: list[str]) -> None:
+        _run(*f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}".split())
+
+    with _joined(connect) as nodes:
+        yield nodes
+
+
+@contextlib.contextmanager
+def by_cable(
+    *, delay_s: float = 0.0, loss: float = 0.0, bytes_per_s: float = 1e8, firewall: bool = False
+) -> Iterator[dict[str, str]]:
+    """Two network namespaces with a cable that delays and drops packets, see cable.py: name -> address."""
+    started: list[subprocess.Popen[str]] = []
+
+    def connect(names: list[str]) -> None:
+        if not Path("/dev/net/tun").exists():
+            pytest.skip("no tap devices here")
+        options = map(str, (delay_s, loss, bytes_per_s, int(firewall)))
+        command = [sys.executable, str(Path(__file__).with_name("cable.py")), *names, *options]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert started[0].stdout is not None
+        assert started[0].stdout.readline() == "ready\n"
+        for name in names:
+            _run("ip", "link", "set", name, "netns", name)
+
+    try:
+        with _joined(connect) as nodes:
+            (cable,) = started
+            assert cable.stdin is not None
+            cable.stdin.write("\n")
+            cable.stdin.flush()
+            try:
+                yield nodes
+                assert cable.poll() is None, "the cable broke"
+            finally:
+                cable.kill()
+    finally:
+        for cable in started:
+            cable.kill()
+            cable.communicate()

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -18,14 +19,15 @@ import pytest
 from conftest import Latch
 from learners import Mortal
 from losses import SEED, Losses, Steps, undisturbed
-from torchrun import children_of, wait_for_end
-from workers import joining, listening, make_token
+from torchrun import TESTS, children_of, environment, wait_for_end, write_script
+from workers import WorkerCommand, joining, listening, make_token
 
 import torchfedrpc as tfr
-from torchfedrpc.executors import room
+from torchfedrpc.executors import remote, room
 from torchfedrpc.executors.ledger import Asked
 from torchfedrpc.observe.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
-from torchfedrpc.rpc.greeting import Greeted, dial
+from torchfedrpc.rpc import guests
+from torchfedrpc.rpc.greeting import Greeted, UnreachableError, dial
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sidecar import LEAVING
 
@@ -219,6 +221,7 @@ async def test_workers_join_and_leave_a_running_job_and_no_call_is_lost_or_run_t
             await asyncio.gather(holding, waiting, behind)
             assert await seen.left() == leaving
             assert await asyncio.to_thread(first.ended) == 0
+            assert "left the run of" in first.output
             assert sorted(notes.read_text().splitlines()) == sorted(
                 [f"{held} ", f"{queued} queued", f"{held} behind"]
             )
@@ -290,8 +293,7 @@ async def test_workers_of_all_kinds_serve_one_run(token: str, expected: dict[str
 async def test_a_run_of_nobody_waits_for_the_first_to_join_and_for_the_next_when_all_have_gone(
     token: str, expected: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     with joining(address, token) as first:
         async with opened(expected, join_at=address, token_file=token, rejoin_timeout_s=3.0) as (proxy, steps, seen):
             assert proxy.mode == "distributed"
@@ -443,6 +445,133 @@ async def test_nobody_waits_for_one_who_takes_long_to_get_ready(
         assert message == {"do": "stop", "reason": "the run has no world any more"}
         guest.link.close()
         guest.pulse.close()
+
+
+async def test_a_first_joiner_that_is_of_no_use_is_refused_and_the_run_waits_for_the_next(
+    token: str, expected: dict[str, dict[str, Any]]
+) -> None:
+    address = free_address()
+    proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime={"join_at": address, "token_file": token}, seed=SEED)
+    entering = asyncio.ensure_future(proxy.__aenter__())
+    guest = await until_up(address, token)
+    assert "no module named learners" in await asyncio.to_thread(_refuse, guest)
+    assert not entering.done()
+    with joining(address, token) as worker:
+        await entering
+        await Steps(proxy, expected).check(*CLIENTS)
+        assert set(where(proxy).values()) == {"worker2"}
+        await proxy.__aexit__(None, None, None)
+        assert await asyncio.to_thread(worker.ended) == 0
+        worker.line("has ended well")
+
+
+async def test_a_run_that_no_useful_worker_joins_ends_with_what_was_wrong_with_the_last(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_FIRST_TIMEOUT_S", 5.0)
+    address = free_address()
+    proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime={"join_at": address, "token_file": token}, seed=SEED)
+    entering = asyncio.ensure_future(proxy.__aenter__())
+    guest = await until_up(address, token)
+    await asyncio.to_thread(_refuse, guest)
+    with pytest.raises(tfr.ConfigError, match=r"no worker that can serve has joined .*worker1 was lost .*no module"):
+        await entering
+
+
+async def test_workers_end_with_an_error_where_the_run_does(token: str, expected: dict[str, dict[str, Any]]) -> None:
+    with listening(token) as (listener, address), contextlib.ExitStack() as stack:
+        runtime = {"client_endpoints": {CLIENTS[0]: address}, "join_at": "127.0.0.1:0", "token_file": token}
+
+        async def fail() -> None:
+            async with opened(expected, **runtime) as (proxy, _, seen):
+                assert proxy.join_address is not None
+                workers.append(stack.enter_context(joining(proxy.join_address, token)))
+                await seen.joined()
+                raise ZeroDivisionError
+
+        workers: list[WorkerCommand] = []
+        with pytest.raises(ZeroDivisionError):
+            await fail()
+        (worker,) = workers
+        assert await asyncio.to_thread(worker.ended) == 1
+        worker.line("does without this worker: the run has failed with ZeroDivisionError")
+        await asyncio.to_thread(listener.line, "ended with exit status 1")
+
+
+async def test_a_heartbeat_timeout_that_is_too_short_for_another_machine_refuses_its_worker(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guests, "network_site", lambda: "another machine")
+    address = free_address()
+    runtime = {"join_at": address, "token_file": token, "heartbeat_timeout_s": 2.0}
+    proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime, seed=SEED)
+    entering = asyncio.ensure_future(proxy.__aenter__())
+    guest = await until_up(address, token)
+    message: Any = await asyncio.to_thread(guest.link.receive)
+    assert message["do"] == "stop"
+    assert message["reason"].startswith("runtime.heartbeat_timeout_s=2 is too short for worker1 on ")
+    assert message["reason"].endswith("set 5 or more")
+    guest.link.close()
+    guest.pulse.close()
+    entering.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await entering
+
+
+DRIVER = """
+    async def main(address, token, *waits):
+        async with tfr.LearnerProxy(Probe, ["a"], runtime={"join_at": address, "token_file": token}) as proxy:
+            await proxy.custom_method("a", "same", 1)
+            print("here", flush=True)
+            if waits:
+                await asyncio.Event().wait()
+
+    if __name__ == "__main__":
+        tfr.run(main, *sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_driver_that_is_started_again_after_sigterm_gets_its_workers_back(token: str, tmp_path: Path) -> None:
+    script, address = str(write_script(tmp_path, DRIVER)), free_address()
+    join = f"{sys.executable} -m torchfedrpc.worker_cli --join {address} --token-file {token}"
+    loop = subprocess.Popen(
+        ["sh", "-c", f"until {join}; do sleep 0.2; done"],
+        env=environment(),
+        cwd=TESTS,
+        start_new_session=True,
+    )
+    try:
+        for waits, status in (["waits"], 143), ([], 0):
+            driver = subprocess.Popen(
+                [sys.executable, script, address, token, *waits], env=environment(), stdout=subprocess.PIPE, text=True
+            )
+            with driver:
+                assert driver.stdout is not None
+                assert driver.stdout.readline() == "here\n"
+                if waits:
+                    driver.terminate()
+                assert driver.wait(30) == status
+        assert loop.wait(30) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(loop.pid, signal.SIGKILL)
+        loop.wait()
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+async def until_up(address: str, token: str) -> Greeted:
+    """Join by hand a driver that is starting."""
+    while True:
+        try:
+            return await dial(address, Path(token).read_bytes(), {"role": "worker"}, timeout_s=5.0)
+        except UnreachableError:
+            await asyncio.sleep(0.01)
 
 
 def _refuse(guest: Greeted) -> str:

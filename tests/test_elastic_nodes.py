@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nodes import NEEDS_NAMESPACES, inside, nodes
+from light import LightProcess
+from nodes import NEEDS_NAMESPACES, by_cable, inside, nodes
 from torchrun import environment, run_script, write_script
 from workers import joining, listening, make_token
 
@@ -67,16 +68,25 @@ def result(output: str) -> list[object]:
 
 def drive(node: str, script: Path, *arguments: str) -> tuple[int, str]:
     """Run the script on a node: its exit status and its output."""
-    done = subprocess.run(
+    with started(node, script, *arguments) as driver:
+        output, _ = driver.communicate(timeout=60)
+        return driver.returncode, output
+
+
+@contextlib.contextmanager
+def started(node: str, script: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The script under way on a node; it is killed at the end."""
+    with subprocess.Popen(
         [*inside(node), sys.executable, str(script), *arguments],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    ) as driver:
+        try:
+            yield driver
+        finally:
+            driver.kill()
 
 
 @contextlib.contextmanager
@@ -139,3 +149,53 @@ def test_a_site_behind_a_gateway_is_told_what_it_needs(nodes: dict[str, str], tm
     assert code == 1, output
     assert "cannot be reached from" in output
     assert "WireGuard: set runtime.interface=wg0" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_first_joiner_behind_a_firewall_is_refused_and_the_run_goes_on_with_the_next(tmp_path: Path) -> None:
+    script, token = write_script(tmp_path, SCRIPT), make_token(tmp_path)
+    with by_cable(firewall=True) as nodes:
+        here, there = nodes
+        address = f"{nodes[here]}:29600"
+        with started(here, script, f"token_file={token}", f"join_at={address}") as driver:
+            assert driver.stdout is not None
+            line = driver.stdout.readline()
+            assert line.startswith("waiting for a worker"), line + driver.stdout.read()
+            with joining(address, token, inside(there)) as refused:
+                assert refused.ended(100) == 1
+                assert f"{nodes[here]}:" in refused.output
+                assert "(no answer within 5 s)" in refused.output
+            with joining(address, token, inside(here)) as worker:
+                output, _ = driver.communicate(timeout=100)
+                assert worker.ended() == 0, worker.output
+    assert driver.returncode == 0, output
+    assert result(output)[2:] == ["distributed", ["worker2"]]
+
+
+def test_idle_connections_outlive_a_network_that_loses_packets() -> None:
+    ends = """
+        import socket, time
+        from torchfedrpc.rpc.link import end_when_cut_off
+
+        host, is_server = sys.argv[1], sys.argv[2] == "server"
+        if is_server:
+            server = socket.create_server((host, 29600), backlog=64)
+            print("ready", flush=True)
+            connections = [server.accept()[0] for _ in range(40)]
+        else:
+            connections = [socket.create_connection((host, 29600)) for _ in range(40)]
+        for connection in connections:
+            end_when_cut_off(connection, 2.0)
+        time.sleep(10)  # each is probed ten times by either end
+        print(sum(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0 for connection in connections))
+    """
+    with by_cable(delay_s=0.04, loss=0.02) as nodes, contextlib.ExitStack() as stack:
+        processes = []
+        for node, role in zip(nodes, ("server", "client"), strict=True):
+            process = LightProcess(ends, next(iter(nodes.values())), role, prefix=inside(node))
+            stack.callback(process.close)
+            processes.append(process)
+            if role == "server":
+                assert process.line() == "ready"
+        assert [process.line() for process in processes] == ["0", "0"]

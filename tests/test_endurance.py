@@ -108,7 +108,6 @@ def endure(
         text=True,
         timeout=850,
         check=True,
-        timeout=850,
     )
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["lost"] == len(kills)

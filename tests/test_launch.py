@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from workers import make_token
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.launcher import Launch
+from torchfedrpc.rpc import greeting
 from torchfedrpc.rpc import launch as module
 from torchfedrpc.rpc.launch import LaunchedWorkers, dial_driver
 from torchfedrpc.rpc.token import VARIABLE
@@ -27,7 +30,7 @@ _TIMEOUT_S = 20.0
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The launcher's store."""
     store = _distributed.HashStore()
-    monkeypatch.setattr(module, "_open_store", lambda launch, serve: store)
+    monkeypatch.setattr(module, "_open_store", lambda launch, **options: store)
     return store
 
 
@@ -35,7 +38,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
 def launch(store: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Launch]:
     """The launch of two ranks, as one of them has it."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(module, "_MISTRUST_S", 0.5)
+    monkeypatch.setattr(module, "_STALE_S", 0.5)
     return lambda rank: Launch(rank, 2, rank, 1, "127.0.0.1", 29500, agent_store=True)
 
 
@@ -177,6 +180,97 @@ async def test_a_rank_waits_while_the_driver_asks_for_no_workers(
     driver._members.clear()
 
 
+# Ranks that cannot come.
+
+
+async def failure_of(driver: LaunchedWorkers) -> str:
+    """Why the driver does not wait any longer."""
+    async with asyncio.timeout(_TIMEOUT_S):
+        with pytest.raises(ConfigError) as raised:
+            await driver.members(RuntimeConfig())
+    return str(raised.value)
+
+
+async def test_ranks_that_are_awaited_are_named_every_10_s(
+    driver: LaunchedWorkers, launch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert module._TELL_EVERY_S == 10.0
+    monkeypatch.setattr(module, "_TELL_EVERY_S", 0.2)
+    monkeypatch.setattr(module, "_LOOK_S", 0.05)
+    waiting = asyncio.ensure_future(driver.members(RuntimeConfig()))
+    async with asyncio.timeout(_TIMEOUT_S):
+        while caplog.text.count("waiting for ranks [1] of the launch, for ") < 2:
+            await asyncio.sleep(0.01)
+    assert {record.levelname for record in caplog.records} == {"WARNING"}  # shown where logging is not configured
+    rank = Rank(launch(1))
+    assert len(await waiting) == 1
+    rank.close()
+
+
+async def test_an_address_that_a_rank_cannot_reach_ends_the_wait_of_the_driver(
+    driver: LaunchedWorkers, launch: Any, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver._listen(RuntimeConfig())
+    where = json.loads(published(store))
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    store.set(module._KEY, json.dumps({**where, "port": port}))  # as where a firewall refuses what comes there
+    driver._address = address = f"127.0.0.1:{port}"
+    rank = Rank(launch(1))
+    failure = await failure_of(driver)
+    assert f"rank 1 cannot join the launch: {address} cannot be reached from {socket.gethostname()}" in failure
+    assert "(Connection refused)" in failure
+    assert "ephemeral ports" in failure
+
+    def gone(keys: list[str]) -> bool:
+        raise RuntimeError("the store has ended with its launcher")
+
+    monkeypatch.setattr(module, "_driver_in", gone)
+    error = await asyncio.to_thread(rank.ended)
+    assert isinstance(error, ConfigError)
+    assert f"rank 1 could not join the launch: {address} cannot be reached" in str(error)
+
+
+async def test_an_address_of_an_earlier_attempt_ends_no_wait(
+    driver: LaunchedWorkers, launch: Any, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.set(f"{module._FAILED}/1", json.dumps({"reason": "rank 1 cannot join", "address": "127.0.0.1:9"}))
+    waiting = asyncio.ensure_future(driver.members(RuntimeConfig()))
+    await asyncio.wait([waiting], timeout=3 * module._LOOK_S)
+    assert not waiting.done()
+    rank = Rank(launch(1))
+    assert len(await waiting) == 1
+    rank.close()
+
+
+async def test_a_rank_of_another_version_ends_the_wait_of_the_driver(
+    driver: LaunchedWorkers, launch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = greeting.own_versions()
+
+    def own_versions() -> dict[str, str]:
+        is_rank = isinstance(threading.current_thread(), Rank)
+        return {**versions, "torch": "1.0.0"} if is_rank else versions
+
+    monkeypatch.setattr(greeting, "own_versions", own_versions)
+    rank = Rank(launch(1))
+    failure = await failure_of(driver)
+    assert "rank 1 cannot join the launch: 127.0.0.1:" in failure
+    assert f"have different versions: torch 1.0.0 and {versions['torch']}" in failure
+    assert isinstance(await asyncio.to_thread(rank.ended), ConfigError)
+
+
+async def test_a_rank_whose_script_fails_ends_the_wait_of_the_driver_once(
+    driver: LaunchedWorkers, launch: Any, store: Any
+) -> None:
+    module.tell_script_failed(launch(1), ModuleNotFoundError("No module named 'learners_of_node_0'"))
+    failure = await failure_of(driver)
+    assert f"rank 1 failed on {socket.gethostname()} before it reached tfr.run: ModuleNotFoundError" in failure
+    assert "No module named 'learners_of_node_0'" in failure
+    assert not store.check([f"{module._FAILED}/1"])  # or the next attempt would end as well
+    driver.close(failed=False)  # at once: that rank will not come
+
+
 @pytest.mark.parametrize("num_nodes", [1, 2])
 def test_ranks_are_greeted_on_the_interface_that_is_named(num_nodes: int) -> None:
     launch = Launch(0, 2, 0, num_nodes, "localhost", 29500, agent_store=True)
@@ -185,9 +279,20 @@ def test_ranks_are_greeted_on_the_interface_that_is_named(num_nodes: int) -> Non
         module._listen_addresses(launch, "nowhere0")
 
 
-def test_without_an_interface_ranks_are_greeted_on_loopback_or_the_masters_address() -> None:
-    assert module._listen_addresses(Launch(0, 2, 0, 1, "h", 1, agent_store=True), None) == ("127.0.0.1", "127.0.0.1")
-    assert module._listen_addresses(Launch(0, 2, 0, 2, "10.0.0.1", 1, agent_store=True), None) == (
-        "10.0.0.1",
-        "10.0.0.1",
-    )
+@pytest.mark.parametrize(
+    ("num_nodes", "master_address", "where"),
+    [
+        (1, "192.0.2.7", ("127.0.0.1", "127.0.0.1")),
+        (2, "192.0.2.7", ("192.0.2.7", "192.0.2.7")),
+        (None, "192.0.2.7", ("192.0.2.7", "192.0.2.7")),
+        (None, "127.0.0.1", ("127.0.0.1", "127.0.0.1")),
+        (None, "localhost", ("127.0.0.1", "127.0.0.1")),
+        (None, "hub", ("hub", "")),  # a name of this machine that has a loopback address here alone
+    ],
+)
+def test_the_launchers_number_of_machines_or_its_master_address_says_where_ranks_are_greeted(
+    monkeypatch: pytest.MonkeyPatch, num_nodes: int | None, master_address: str, where: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1" if name == "hub" else name)
+    launch = Launch(0, 2, 0, num_nodes, master_address, 29500, agent_store=False)
+    assert module._listen_addresses(launch, None) == where

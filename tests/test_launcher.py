@@ -17,7 +17,7 @@ TORCHRUN = {
     "MASTER_PORT": "29500",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
 }
-OTHERS = ["GROUP_RANK", "LOCAL_WORLD_SIZE", "ROLE_RANK"]
+OTHERS = ["GROUP_RANK", "LOCAL_WORLD_SIZE", "ROLE_RANK", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_what_plain_launchers_leave_out_has_defaults(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name)
     launch = Launch.from_environment()
     assert launch is not None
-    assert (launch.local_rank, launch.num_nodes, launch.agent_store) == (0, 1, False)
+    assert (launch.local_rank, launch.num_nodes, launch.agent_store) == (0, None, False)
 
 
 @pytest.mark.usefixtures("_launched")
@@ -65,6 +65,18 @@ def test_an_agent_store_that_torchrun_does_not_offer_is_not_used(monkeypatch: py
     launch = Launch.from_environment()
     assert launch is not None
     assert launch.agent_store is False
+
+
+@pytest.mark.usefixtures("_launched")
+@pytest.mark.parametrize(("count", "is_last"), [("0", False), ("1", False), ("2", True)])
+def test_the_last_attempt_of_a_launcher_that_restarts_is_known(
+    monkeypatch: pytest.MonkeyPatch, count: str, is_last: bool
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    launch = Launch.from_environment()
+    assert launch is not None
+    assert launch.is_last_attempt == is_last
 
 
 @pytest.mark.usefixtures("_launched")

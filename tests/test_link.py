@@ -235,6 +235,17 @@ async def test_a_worker_that_has_ended_before_is_lost(pair: tuple[Link, Link]) -
             await driver.request({"do": "join"}, "worker1")
 
 
+@pytest.mark.parametrize(("timeout_s", "ended_after_ms"), [(1.0, 6000), (5.0, 6000), (10.0, 10_000)])
+def test_a_link_is_probed_every_second_and_ended_after_6_s_at_least(timeout_s: float, ended_after_ms: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        link = Link(socket.create_connection(server.getsockname()))
+        link.end_when_cut_off(timeout_s)
+        names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT)
+        assert [link._socket.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [1, 1, ended_after_ms]
+        assert link._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        link.close()
+
+
 # What is no answer.
 
 _FLOODS = {

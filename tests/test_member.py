@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -85,6 +86,25 @@ def test_what_has_another_form_is_not_taken(ends: tuple[Member, Link], changed: 
     assert not member.adopt({**GOOD, **changed})
     assert not member.adopt({name: value for name, value in GOOD.items() if name not in changed})
     assert (member.device, member.pid) == ("cpu", None)
+
+
+async def test_an_address_that_does_not_answer_is_named_with_the_time_that_it_had(
+    ends: tuple[Member, Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "_TIMEOUT_S", 0.2)
+    member, link = ends
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        for _ in range(4):  # so many that the last wait to get in
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        host, port = full.getsockname()
+        member.begin()
+        link.send({"number": 0, "host": host, "port": port})
+        with pytest.raises(
+            WorkerLostError, match=rf"{host}:{port} cannot be reached from .* \(no answer within 0\.2 s"
+        ):
+            await reach.check(member, "127.0.0.1", None)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ async def test_a_stopped_worker_is_lost_at_the_timeout_with_its_calls(start: Sta
         stopped_at = time.monotonic()
         loss = await losses.of(worker, TIMEOUT_S + SLACK_S)
         assert time.monotonic() - stopped_at > TIMEOUT_S - sidecar.INTERVAL_S
-    assert loss == Loss("it was stopped or cut off: no sign of life for 1 s", (7,))
+    assert loss == Loss("no heartbeat for 1 s: it was stopped, or cut off", (7,))
 
 
 async def test_a_worker_killed_while_it_is_stopped_is_lost_within_a_second(start: Start) -> None:
@@ -166,7 +166,7 @@ async def test_a_worker_whose_sidecar_is_suspended_is_lost_at_the_timeout_and_li
     with watching(worker) as (_, losses):
         worker.tell("sidecar.suspend()")
         loss = await losses.of(worker, TIMEOUT_S + SLACK_S)
-        assert loss == Loss("it was stopped or cut off: no sign of life for 1 s", None)
+        assert loss == Loss("no heartbeat for 1 s: it was stopped, or cut off", None)
         assert worker.popen.poll() is None
     assert ends_within(worker.pid, GRACE_S + SLACK_S)
 

@@ -6,10 +6,22 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from torchrun import TESTS, children_of, launched, run_launch, wait_for_end, write_script
+from torchrun import (
+    TESTS,
+    children_of,
+    environment,
+    launched,
+    rank_variables,
+    run_launch,
+    wait_for_end,
+    write_script,
+)
 
 MAIN = """
 if __name__ == "__main__":
@@ -324,6 +336,42 @@ def test_a_launch_of_one_process_runs_locally(tmp_path: Path) -> None:
     code, output = run_launch(script, num_processes=1)
     assert code == 0, output
     assert "result 0 local" in output, output
+
+
+def test_ranks_that_environment_variables_alone_start_serve_on_loopback(tmp_path: Path) -> None:
+    script = write_script(
+        tmp_path,
+        """
+        from torchfedrpc.rpc import launch
+
+        async def main():
+            async with tfr.LearnerProxy(Probe, ["a"]) as proxy:
+                assert await proxy.custom_method("a", "process_id") != os.getpid()
+                return proxy.mode, launch.current_workers()._address.split(":")[0]
+        """,
+        MAIN,
+    )
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**environment(), **rank_variables(rank, rank, 2, "127.0.0.1", port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        output = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert [rank.returncode for rank in ranks] == [0, 0], output
+    assert "result 0 ('distributed', '127.0.0.1')" in output
+    assert "result 1 None" in output
 
 
 @pytest.mark.slow

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from nodes import NEEDS_NAMESPACES, nodes
-from torchrun import environment, run_script, write_script
+from nodes import NEEDS_NAMESPACES, by_cable, inside, nodes
+from torchrun import environment, rank_variables, run_script, write_script
 
 pytestmark = NEEDS_NAMESPACES
 __all__ = ["nodes"]  # a fixture
@@ -40,23 +41,31 @@ if __name__ == "__main__":
 
 def _launch(nodes: dict[str, str], script: Path, *, hostnames: bool, launcher: list[str]) -> tuple[list[int], str]:
     """Start torchrun on both nodes: their exit statuses and their output, one after the other."""
-    processes = []
+    commands = []
+    for rank, (name, address) in enumerate(nodes.items()):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={2 - rank}"]
+        torchrun += [part.format(rank=rank, address=address, is_host=int(rank == 0)) for part in launcher]
+        with_name = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', f"node-{rank}"]
+        command = [*inside(name), *(with_name if hostnames else []), *torchrun, str(script)]
+        commands.append((command, {"TFR_NODE": f"node {rank}"}))
+    return _run(commands)
+
+
+def _run(commands: list[tuple[list[str], dict[str, str]]]) -> tuple[list[int], str]:
+    """Run commands with their variables: their exit statuses and their output, one after the other."""
+    processes: list[subprocess.Popen[str]] = []
     try:
-        for rank, (name, address) in enumerate(nodes.items()):
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={2 - rank}"]
-            torchrun += [part.format(rank=rank, address=address, is_host=int(rank == 0)) for part in launcher]
-            inside = ["sh", "-c", 'hostname "$0" && exec "$@"', f"node-{rank}"] if hostnames else []
-            command = ["ip", "netns", "exec", name, *(["unshare", "--uts"] if hostnames else []), *inside, *torchrun]
+        for command, variables in commands:
             processes.append(
                 subprocess.Popen(
-                    [*command, str(script)],
-                    env={**environment(), "TFR_NODE": f"node {rank}"},
+                    command,
+                    env={**environment(), **variables},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
                 )
             )
-        outputs = [process.communicate(timeout=100)[0] for process in processes]
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
     except subprocess.TimeoutExpired:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -97,3 +106,41 @@ def test_a_proxy_reaches_workers_on_both_machines_and_the_bits_are_those_of_loca
     local = json.loads(_result(output).removeprefix("result "))
     assert distributed["draws"] == local["draws"]
     assert distributed["stream"] == local["stream"]
+
+
+@pytest.mark.timeout(240)
+def test_ranks_that_environment_variables_alone_start_on_two_machines_find_each_other(
+    nodes: dict[str, str], tmp_path: Path
+) -> None:
+    script = write_script(tmp_path, SCRIPT)
+    here, there = nodes
+    commands = []
+    for rank, (node, local_rank) in enumerate([(here, 0), (here, 1), (there, 0)]):
+        variables = rank_variables(rank, local_rank, 3, nodes[here], 29413)
+        command = [*inside(node), sys.executable, str(script)]
+        commands.append((command, {**variables, "TFR_NODE": "node 0" if node == here else "node 1"}))
+    codes, output = _run(commands)
+    assert codes == [0, 0, 0], output
+    found = json.loads(_result(output).removeprefix("result "))
+    assert (found["nodes"], found["workers"]) == (["node 0", "node 1"], 2)
+
+
+@pytest.mark.timeout(240)
+def test_a_firewall_between_machines_ends_a_launch_with_the_address_that_it_hides(tmp_path: Path) -> None:
+    script = write_script(tmp_path, SCRIPT)
+    with by_cable(firewall=True) as nodes:
+        codes, output = _launch(nodes, script, hostnames=True, launcher=STATIC)
+    assert 0 not in codes, output
+    for what in ("ConfigError: rank 2 cannot join the launch", "ConfigError: rank 2 could not join the launch"):
+        address = r"10\.99\.0\.1:\d+ cannot be reached from node-1 \(no answer within 5 s\)"
+        assert re.search(f"{what}: {address}", output), output
+
+
+@pytest.mark.timeout(240)
+def test_a_module_that_one_machine_lacks_ends_a_launch_with_its_name(nodes: dict[str, str], tmp_path: Path) -> None:
+    missing = 'if os.environ["TFR_NODE"] == "node 1":\n    import learners_of_node_0\n'
+    script = write_script(tmp_path, missing, SCRIPT)
+    codes, output = _launch(nodes, script, hostnames=True, launcher=STATIC)
+    assert 0 not in codes, output
+    assert "ConfigError: rank 2 failed on node-1 before it reached tfr.run: ModuleNotFoundError: No module" in output
+    assert "No module named 'learners_of_node_0'" in output

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,14 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc.link import Link
-from torchfedrpc.rpc.processes import start_worker
+from torchfedrpc.rpc.processes import how_it_ended, start_worker
+
+
+def test_a_killed_process_may_have_run_out_of_memory() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+    process.wait()
+    assert how_it_ended(process) == " by SIGKILL, which the system sends where memory runs out"
+
 
 MODULE = """
 import time

@@ -78,7 +78,7 @@ def busy(about: Message) -> Message:
 @pytest.mark.parametrize(
     ("reason", "status", "out", "err"),
     [
-        ("", 0, ["the run of train.py on hub needs this worker no more"], ""),
+        ("", 0, ["the run of train.py on hub has ended well"], ""),
         (
             "it has no learner",
             1,

@@ -24,6 +24,18 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
+def rank_variables(rank: int, local_rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
+    """What a launcher that is not torchrun gives a rank: srun, mpirun, and Lightning's."""
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
 def write_script(folder: Path, *parts: str) -> Path:
     """A script of these parts, with the usual imports."""
     head = """

@@ -95,9 +95,11 @@ class RuntimeConfig:
             over all where there are no others. Local mode has no workers and takes no notice of it.
         call_timeout_s: seconds a method may run, its time in queues not counted; None for no limit. In local
             mode it is not applied while a debugger is attached.
-        heartbeat_timeout_s: seconds without a sign of life after which a frozen or unreachable worker counts as lost,
-            at least 1. A killed one is noticed sooner, and a busy one is never lost. The default outlasts a machine's
-            usual stalls; less notices sooner, and takes a stall of swapping or of a virtual machine for a loss.
+        heartbeat_timeout_s: seconds without a heartbeat after which a frozen or unreachable worker counts as lost, at
+            least 1, and at least 5 where workers are on other machines, since a link that loses packets is silent for
+            seconds at times. A killed one is noticed sooner, and a busy one is never lost. The default outlasts a
+            machine's usual stalls; less notices sooner, and takes a stall of swapping or of a virtual machine for a
+            loss.
         on_worker_lost: ``recover`` rebuilds the learners of a lost worker elsewhere and goes on, to the same bits;
             ``fail`` raises WorkerLostError for their calls.
         max_recoveries: how often in succession a learner is rebuilt of which a call was running as its worker was

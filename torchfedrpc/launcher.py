@@ -16,19 +16,21 @@ class Launch:
         rank: 0 for the driver, 1 .. world_size - 1 for the workers.
         world_size: processes in the launch.
         local_rank: this process's number on its machine.
-        num_nodes: machines in the launch.
+        num_nodes: machines in the launch; None where the launcher does not say (torchrun does).
         master_address: the machine of rank 0, as the launcher names it.
         master_port: the port of the launch's store there.
         agent_store: whether the launcher itself serves that store (torchrun does; else rank 0 has to).
+        is_last_attempt: whether the launcher will not start this process again where it fails.
     """
 
     rank: int
     world_size: int
     local_rank: int
-    num_nodes: int
+    num_nodes: int | None
     master_address: str
     master_port: int
     agent_store: bool
+    is_last_attempt: bool = True
 
     @classmethod
     def from_environment(cls) -> Launch | None:
@@ -45,10 +47,12 @@ class Launch:
                 rank=int(environment["RANK"]),
                 world_size=int(environment["WORLD_SIZE"]),
                 local_rank=int(environment.get("LOCAL_RANK", "0")),
-                num_nodes=int(environment.get("GROUP_WORLD_SIZE", "1")),
+                num_nodes=int(environment["GROUP_WORLD_SIZE"]) if "GROUP_WORLD_SIZE" in environment else None,
                 master_address=environment["MASTER_ADDR"],
                 master_port=int(environment["MASTER_PORT"]),
                 agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                is_last_attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+                >= int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")),
             )
         except KeyError as error:
             raise ConfigError(

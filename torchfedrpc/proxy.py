@@ -12,6 +12,7 @@ import operator
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
+from types import TracebackType
 from typing import Any, ClassVar, Never
 
 from torchfedrpc.config import RuntimeConfig
@@ -179,29 +180,34 @@ class LearnerProxy:
             stack.callback(self._closed)
             stack.enter_context(process_settings(self._spec.learner.runtime))
             warn_of_default_device()
-            stack.push_async_callback(self._router.close)
+            stack.push_async_exit(self._close_router)
             await self._router.open(spec)
-        except BaseException:
-            await _to_its_end(stack.aclose())
+        except BaseException as error:
+            await _to_its_end(stack.__aexit__(type(error), error, error.__traceback__))
             raise
         self._dispatcher.open(asyncio.get_running_loop())
         self._exit = stack
         return self
 
-    async def __aexit__(self, *exception: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
             self._dispatcher.check_loop()
         except ConfigError:
             if self._dispatcher.is_stranded:  # nothing can close it in order; its workers end all the same
                 with contextlib.suppress(Exception):
-                    await _to_its_end(self._exit.aclose())
+                    await _to_its_end(self._exit.__aexit__(kind, error, traceback))
                 self._before_close.clear()
                 self._take_no_calls()
             raise
         self._exit.callback(self._take_no_calls)
         while self._before_close:
             self._exit.push_async_callback(self._before_close.pop(0))
-        await _to_its_end(self._exit.aclose())
+        await _to_its_end(self._exit.__aexit__(kind, error, traceback))
+
+    async def _close_router(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        await self._router.close(_why_early(error))
 
     def _take_no_calls(self) -> None:
         self._dispatcher.close()
@@ -456,7 +462,16 @@ class LearnerProxy:
         return self._dispatcher.stats()
 
 
-async def _to_its_end(closing: Coroutine[Any, Any, None]) -> None:
+def _why_early(error: BaseException | None) -> str:
+    """Why a run that ends with this error ends early, for its workers; empty where it ends well."""
+    if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        return ""
+    if isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
+        return "the run was interrupted"
+    return f"the run has failed with {type(error).__name__}"
+
+
+async def _to_its_end(closing: Coroutine[Any, Any, object]) -> None:
     """Await a clean-up whole, though the task be cancelled meanwhile: half of it would spoil the next proxy."""
     task = asyncio.ensure_future(closing)
     cancelled = False

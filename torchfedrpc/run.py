@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from torchfedrpc.errors import ConfigError
@@ -51,6 +52,8 @@ def drive(job: Callable[[], T]) -> T | None:
     from torchfedrpc.rpc import worker  # noqa: PLC0415
 
     if launch.rank != 0:
+        global _has_come
+        _has_come = True  # what fails from now on is told by other ways
         with _ended_by_ctrl_c():
             link, pulse = ranks.dial_driver(launch)
         if not worker.serve_launch(link, pulse, launch.local_rank).is_clean:
@@ -59,6 +62,35 @@ def drive(job: Callable[[], T]) -> T | None:
     check_is_driver()
     with ranks.driving(launch):
         return job()
+
+
+_has_come = False
+
+
+def tell_of_failing_script() -> None:
+    """Let a rank whose script fails before it comes to `run` say so to the driver; for the import of the library.
+
+    The driver would wait for that rank in vain: torchrun does not tell the machines of a launch when one fails.
+    Rank 0, and a process of no launch, are left as they are.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        before(kind, error, where)
+        if _has_come or not isinstance(error, Exception):
+            return
+        try:
+            launch = Launch.from_environment()
+            if launch is not None and launch.is_last_attempt:
+                from torchfedrpc.rpc.launch import tell_script_failed  # noqa: PLC0415
+
+                tell_script_failed(launch, error)
+        except (ConfigError, RuntimeError) as problem:  # no store, for one
+            print(f"the driver could not be told that this rank has failed: {problem}", file=sys.stderr)
+
+    sys.excepthook = hook
 
 
 @contextmanager

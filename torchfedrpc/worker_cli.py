@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those behind the command's name; None takes the process's.
 
     Returns:
-        The exit status: 0 where the driver, or a signal to a worker that listens, ended the work; 1 where a driver
-        to join is not there, refuses, or gives this worker up; 2 for a setting that is wrong; 128 and its number for
-        a signal that cut work off.
+        The exit status: 0 where the run ended well, or a signal asked the worker to leave; 1 where a driver to join
+        is not there, refuses, gives this worker up, or ends its run early; 2 for a setting that is wrong; 128 and its
+        number for a signal that cut work off.
     """
     parser = argparse.ArgumentParser(
         prog=_NAME,
@@ -85,7 +85,7 @@ def _join(address: str, token: bytes) -> int:
         status = _fail(f"{run} does without this worker: {ending.reason}", 1)
     else:
         status = 0
-        print(f"{run} needs this worker no more", flush=True)
+        print(f"left {run}, as it was asked to" if ending.was_asked else f"{run} has ended well", flush=True)
     if not ending.is_clean:  # a learner's method goes on regardless, and its thread would break the interpreter's end
         os._exit(status)
     return status

@@ -131,7 +131,12 @@ class AbstractExecutor(ABC):
 
     Args:
         config: the run's configuration.
+
+    Attributes:
+        ends_early: why the run ends before its end, as `close` is called; empty where it ends well.
     """
+
+    ends_early = ""
 
     def __init__(self, config: RuntimeConfig | None = None) -> None:
         self.config = config or RuntimeConfig()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.ledger import Record
 from torchfedrpc.executors.moving import MovingExecutor
@@ -37,6 +38,7 @@ from torchfedrpc.rpc.worker_group import WorkerGroup
 logger = logging.getLogger(__name__)
 
 _REPLACED_WITHIN_S = 120.0  # by a process that the run starts itself
+_FIRST_TIMEOUT_S = 120.0  # until a worker joins a run that has no others
 
 
 class RemoteExecutor(MovingExecutor):
@@ -62,6 +64,8 @@ class RemoteExecutor(MovingExecutor):
         self._num_lost = 0
         self._gone: dict[str, str] = {}  # label of a worker that was lost for good -> what its clients are told
         self._failed: str | None = None  # why no worker can be called any more
+        self._last_loss = ""  # how the last worker was lost
+        self._news = asyncio.Event()  # a world was formed, or none can be
 
     async def open(self, spec: ExecutorSpec) -> None:
         """Gather the workers, form a world with them and place the clients."""
@@ -69,13 +73,17 @@ class RemoteExecutor(MovingExecutor):
         torch_rpc()  # refuse before any process is started
         self._sources = self._make_sources(spec)
         members = await self._gather()
-        self._places = place_clients(list(spec.clients), self.config.client_endpoints, self._machines)
+        if members:
+            self._place_all(self._machines)
         self._group = WorkerGroup(members, spec.learner, self, self._reported)
         await self._group.open()
         self._is_open = True
         self._in_world = set(self._group.members)
         for source in self._sources:
             source.start(partial(self._admit, source))
+        if not members:
+            await self._first_to_join()
+            self._place_all(self._present())
         self._group.hear_leavers()
 
     async def close(self) -> None:
@@ -89,7 +97,7 @@ class RemoteExecutor(MovingExecutor):
         try:
             await super().close()
         finally:
-            await asyncio.gather(*(source.close() for source in self._sources))
+            await asyncio.gather(*(source.close(self.ends_early) for source in self._sources))
 
     def worker_of(self, client_id: str) -> str:
         """``worker1`` and so on, or the address of one that listens; of a learner that moves, the one it leaves."""
@@ -144,8 +152,7 @@ class RemoteExecutor(MovingExecutor):
 
     async def _gather(self) -> list[Member]:
         """The workers of all sources, by rank."""
-        is_only = len(self._sources) == 1
-        gathering = [asyncio.ensure_future(source.gather(is_only=is_only)) for source in self._sources]
+        gathering = [asyncio.ensure_future(source.gather()) for source in self._sources]
         try:
             gathered = await asyncio.gather(*gathering)
         finally:
@@ -156,6 +163,34 @@ class RemoteExecutor(MovingExecutor):
             for member in members:
                 self._name(source, member)
         return [member for members in gathered for member in members]
+
+    def _place_all(self, machines: Mapping[str, str]) -> None:
+        self._places = place_clients(list(self._spec.clients), self.config.client_endpoints, machines)
+
+    async def _first_to_join(self) -> None:
+        """Wait until a run that has no other workers can call one that has joined.
+
+        Raises:
+            ConfigError: none that can serve joined within 120 s.
+            WorkerLostError: no world could be formed with those who did.
+        """
+        assert self._joined is not None
+        print(f"waiting for a worker: {self._joined.command}", file=sys.stderr, flush=True)
+        while not (self._in_world or self._failed):
+            self._news.clear()
+            try:
+                async with asyncio.timeout(_FIRST_TIMEOUT_S):
+                    await self._news.wait()
+            except TimeoutError:
+                if self._opened().is_taking_in:  # for no longer than that takes at most
+                    continue
+                why = f" ({self._last_loss})" if self._last_loss else ""
+                raise ConfigError(
+                    f"no worker that can serve has joined within {_FIRST_TIMEOUT_S:.0f} s{why}: start one by "
+                    f"{self._joined.command}"
+                ) from None
+        if self._failed:
+            raise WorkerLostError(self._failed)
 
     def _make_sources(self, spec: ExecutorSpec) -> list[Source]:
         """Where workers come from; a mode may have others besides."""
@@ -219,7 +254,7 @@ class RemoteExecutor(MovingExecutor):
         self._spec.publish(WorkerLost(member.label, loss.reason))
         records = [record for record in self._ledger if record.label == member.label]
         running = loss.running if loss.running is not None else _first_sent(records)
-        where = f"{member.label} was lost ({loss.reason})"
+        where = self._last_loss = f"{member.label} was lost ({loss.reason})"
         if self.config.on_worker_lost == "fail":
             self._gone[member.label] = f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it"
         for record in records:
@@ -365,6 +400,7 @@ class RemoteExecutor(MovingExecutor):
         self._spec.publish(WorldFormed(generation, seconds))
         members = self._opened().members
         newcomers, self._in_world = members.keys() - self._in_world, set(members)
+        self._news.set()
         for label in newcomers:
             self._missed.pop(label, None)
             if (timer := self._waited_for.pop(label, None)) is not None:
@@ -403,6 +439,7 @@ class RemoteExecutor(MovingExecutor):
     def world_failed(self, error: WorkerLostError) -> None:
         """No worker can be called any more."""
         self._failed = str(error)
+        self._news.set()
         for record in self._ledger:
             self._give_up(record, str(error))
 

@@ -50,8 +50,14 @@ class ExecutorRouter:
             self._begun.push_async_callback(executor.close)
             await executor.open(spec)
 
-    async def close(self) -> None:
-        """Close all that were begun."""
+    async def close(self, reason: str = "") -> None:
+        """Close all that were begun.
+
+        Args:
+            reason: why the run ends early; empty where it ends well.
+        """
+        for executor in self._executors():
+            executor.ends_early = reason
         await self._begun.aclose()
 
     def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:

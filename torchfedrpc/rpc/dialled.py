@@ -40,7 +40,7 @@ class DialledSource:
         self._retries = Retries()
         self._admit: Admit | None = None
 
-    async def gather(self, *, is_only: bool) -> Sequence[Member]:
+    async def gather(self) -> Sequence[Member]:
         """Dial all of them at once.
 
         Raises:
@@ -72,14 +72,14 @@ class DialledSource:
     def abandon(self) -> None:
         """Nobody is dialled any more."""
 
-    async def close(self) -> None:
+    async def close(self, reason: str) -> None:
         """Let them go, to wait for the next job."""
         self._admit = None
         for task in self._dialling.values():
             task.cancel()
         await asyncio.gather(*self._dialling.values(), return_exceptions=True)
         for member in self._members.values():
-            member.dismiss("")
+            member.dismiss(reason)
         self._members.clear()
 
     async def _reach(self, address: str, deadline: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import sys
 from collections.abc import Sequence
 
 from torchfedrpc.errors import ConfigError
@@ -17,8 +16,6 @@ from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.source import Admit
 
 logger = logging.getLogger(__name__)
-
-_FIRST_TIMEOUT_S = 120.0  # until somebody joins a run that has no other workers
 
 
 class JoinedSource:
@@ -45,10 +42,9 @@ class JoinedSource:
         self._port = listener.getsockname()[1]
         self._members: list[Member] = []
         self._waiting: list[Member] = []  # not handed over yet
-        self._somebody = asyncio.Event()
         self._admit: Admit | None = None
         self._loop = asyncio.get_running_loop()
-        self._is_closed = False
+        self._why_closed: str | None = None
         self._greeter = Greeter(listener, token, self._answer, self._on_guest)
         logger.info("workers can join at %s", self.address)
 
@@ -57,24 +53,14 @@ class JoinedSource:
         """Where they join: ``HOST:PORT``."""
         return f"{self._host}:{self._port}"
 
-    async def gather(self, *, is_only: bool) -> Sequence[Member]:
-        """Those who are there already; the first to come, where the run has no others.
+    @property
+    def command(self) -> str:
+        """What starts a worker that joins."""
+        return f"torchfedrpc-worker --join {self.address} --token-file FILE"
 
-        Raises:
-            ConfigError: nobody joined within 120 s.
-        """
-        if is_only:
-            command = f"torchfedrpc-worker --join {self.address} --token-file FILE"
-            print(f"waiting for a worker: {command}", file=sys.stderr, flush=True)
-            try:
-                async with asyncio.timeout(_FIRST_TIMEOUT_S):
-                    await self._somebody.wait()
-            except TimeoutError:
-                raise ConfigError(
-                    f"nobody joined within {_FIRST_TIMEOUT_S:.0f} s: start a worker by {command}"
-                ) from None
-        members, self._waiting = self._waiting, []
-        return members
+    async def gather(self) -> Sequence[Member]:
+        """None: those who are there already are handed over like later ones, so that a bad one is refused alone."""
+        return []
 
     def start(self, admit: Admit) -> None:
         """From now on hand over whoever joins."""
@@ -92,12 +78,12 @@ class JoinedSource:
     def abandon(self) -> None:
         """Those who came are let go in `close`."""
 
-    async def close(self) -> None:
+    async def close(self, reason: str) -> None:
         """Listen no longer, and let all go."""
-        self._is_closed = True
+        self._why_closed = reason
         await asyncio.to_thread(self._greeter.close)
         for member in self._members:
-            member.dismiss("")
+            member.dismiss(reason)
         self._members.clear()
 
     def _answer(self, about: About) -> About:
@@ -112,12 +98,11 @@ class JoinedSource:
 
     def _came(self, guest: Greeted) -> None:
         member = member_of(guest)
-        if self._is_closed:
-            member.dismiss("")
+        if self._why_closed is not None:
+            member.dismiss(self._why_closed)
             return
         self._members.append(member)
         if self._admit is not None:
             self._admit(member)
         else:
             self._waiting.append(member)
-            self._somebody.set()

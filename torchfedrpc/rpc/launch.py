@@ -20,8 +20,9 @@ import torch.distributed
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.launcher import Launch
+from torchfedrpc.rpc import reach
 from torchfedrpc.rpc.greeter import Greeter
-from torchfedrpc.rpc.greeting import About, Greeted, GreetingError, MistrustError, RefusedError, dial
+from torchfedrpc.rpc.greeting import About, Greeted, GreetingError, MistrustError, RefusedError, dial, parse_address
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, network_site
 from torchfedrpc.rpc.link import Link
 from torchfedrpc.rpc.member import Member
@@ -30,12 +31,14 @@ from torchfedrpc.rpc.token import VARIABLE, has_token_file, load_token
 logger = logging.getLogger(__name__)
 
 _KEY = "torchfedrpc/driver"
+_FAILED = "torchfedrpc/failed"  # and the rank: why it cannot come
 _GATHER_TIMEOUT_S = 120.0  # ranks of one launch start together; importing torch from a cold disk takes a while
+_TELL_EVERY_S = 10.0
+_LOOK_S = 0.5
+_REPORT_TIMEOUT_S = 10.0
 _DIAL_TIMEOUT_S = 10.0
 _RETRY_S = 0.2
-_MISTRUST_S = (
-    10.0  # the driver may start later than its ranks, and what an earlier attempt has left misleads till then
-)
+_STALE_S = 10.0  # the driver may start later than its ranks, and what an earlier attempt has left misleads till then
 _NOT_YET = "null"
 
 
@@ -57,6 +60,8 @@ class LaunchedWorkers:
         self._store = _open_store(launch, serve=not launch.agent_store)
         self._store.set(_KEY, _NOT_YET)
         self._greeter: Greeter | None = None
+        self._address = ""  # where ranks are greeted
+        self._failure: str | None = None  # why a rank cannot come
 
     async def members(self, runtime: RuntimeConfig) -> list[Member]:
         """The workers by rank, once all are there, but for those that were lost since.
@@ -65,20 +70,28 @@ class LaunchedWorkers:
             runtime: says, to the first that asks, on which interface ranks are greeted, and with which token.
 
         Raises:
-            ConfigError: some ranks did not come, or the interface or the token file cannot be used.
+            ConfigError: some ranks did not come or cannot, or the interface or the token file cannot be used.
             WorkerLostError: all were lost.
         """
         if self._greeter is None:
             self._listen(runtime)
-        try:
-            async with asyncio.timeout(_GATHER_TIMEOUT_S):
-                await asyncio.shield(asyncio.wrap_future(self._complete))
-        except TimeoutError:
-            missing = sorted(set(range(1, self._launch.world_size)) - set(self._members))
-            raise ConfigError(
-                f"ranks {missing} of the launch did not come within {_GATHER_TIMEOUT_S:.0f} s: every rank has to run "
-                f"the same script and reach tfr.run(main), with the token file of this one if it has one"
-            ) from None
+        complete, began, num_told = asyncio.wrap_future(self._complete), time.monotonic(), 0
+        while not complete.done():
+            if self._failure is None:
+                self._failure = await asyncio.to_thread(self._look_for_failure)
+            if self._failure is not None:
+                raise ConfigError(self._failure)
+            waited_s = time.monotonic() - began
+            if waited_s > _GATHER_TIMEOUT_S:
+                raise ConfigError(
+                    f"ranks {self._missing()} of the launch did not come within {_GATHER_TIMEOUT_S:.0f} s: every "
+                    f"rank has to run the same script and reach tfr.run(main), with the token file of this one if it "
+                    f"has one"
+                )
+            if waited_s > (num_told + 1) * _TELL_EVERY_S:
+                num_told += 1
+                logger.warning("waiting for ranks %s of the launch, for %.0f s so far", self._missing(), waited_s)
+            await asyncio.wait([complete], timeout=_LOOK_S)
         present = [self._members[rank] for rank in sorted(set(self._members) - self._lost)]
         if not present:
             raise WorkerLostError(
@@ -95,7 +108,10 @@ class LaunchedWorkers:
             if self._greeter is None:  # no run has asked for workers, and they wait to be told that it is over
                 self._listen(RuntimeConfig())
             # One that is still importing would look for us in vain.
-            concurrent.futures.wait([self._complete], _GATHER_TIMEOUT_S)
+            give_up_at = time.monotonic() + _GATHER_TIMEOUT_S
+            while self._failure is None and not self._complete.done() and time.monotonic() < give_up_at:
+                self._failure = self._look_for_failure()
+                concurrent.futures.wait([self._complete], _LOOK_S)
         if self._greeter is not None:
             self._greeter.close()
         for rank in set(self._members) - self._lost:
@@ -114,8 +130,23 @@ class LaunchedWorkers:
         host, bind = _listen_addresses(self._launch, runtime.interface)
         listener = socket.create_server((bind, 0))
         where = {"host": host, "port": listener.getsockname()[1], "token": None if has_file else token.decode()}
+        self._address = f"{host}:{where['port']}"
         self._greeter = Greeter(listener, token, self._answer, self._admit)
         self._store.set(_KEY, json.dumps(where))
+
+    def _missing(self) -> list[int]:
+        return sorted(set(range(1, self._launch.world_size)) - set(self._members))
+
+    def _look_for_failure(self) -> str | None:
+        """Why a rank cannot come, if it has said so in the launcher's store; waits for the store."""
+        for rank in self._missing():
+            key = f"{_FAILED}/{rank}"
+            if self._store.check([key]):
+                match json.loads(self._store.get(key)):
+                    case {"reason": str(reason), "address": address} if address in (None, self._address):
+                        self._store.delete_key(key)  # which the next attempt would take for its own
+                        return reason
+        return None
 
     def _dismiss(self, rank: int, reason: str) -> None:
         """A worker was lost: should it come back to life, it ends in order, and its launcher ends no other."""
@@ -178,39 +209,76 @@ def driving(launch: Launch) -> Iterator[None]:
 def dial_driver(launch: Launch) -> tuple[Link, socket.socket]:
     """A worker's side: reach the driver of this attempt, however long that takes (a failed launch ends us).
 
+    Where it cannot, the driver is told by the launcher's store, since it would wait for this rank in vain.
+
     Returns:
         This worker's ends of the link and of the pulse.
 
     Raises:
-        ConfigError: the driver refuses this process, or has another token file, or one of them has none.
+        ConfigError: the driver refuses this process, has another token file, or one of them has none; or it has
+            ended and could never be reached.
     """
     token = load_token(None) if has_token_file(None) else None
     store = _open_store(launch, serve=False)
     about = {"role": "worker", "rank": launch.rank}
-    refused = f"rank {launch.rank} cannot join the launch"
-    mistrusted_since: tuple[str, float] | None = None
+    since = "", 0.0  # the address that is published, and when it was read first
+    unreached = "", ""  # an address, and why that one cannot be reached
+
+    def failed(reason: object, address: str) -> ConfigError:
+        return ConfigError(_tell_failure(store, launch, f"cannot join the launch: {reason}", address))
+
     while True:
-        address, published = _driver_in(store)
+        try:
+            address, published = _driver_in(store)
+        except RuntimeError as error:  # the launcher has ended, with the driver
+            if unreached[0]:
+                raise ConfigError(f"rank {launch.rank} could not join the launch: {unreached[1]}") from error
+            raise
+        if address != since[0]:
+            since = address, time.monotonic()
         if (token is None) == (published is None):
             side = (
                 "the driver has a token file and this rank has none"
                 if token is None
                 else "the driver has no token file and this rank has one"
             )
-            raise ConfigError(f"{refused}: {side}; set {VARIABLE} for every rank of the launch, on each machine")
+            raise failed(f"{side}; set {VARIABLE} for every rank of the launch, on each machine", address)
         try:
             driver = asyncio.run(dial(address, token or published or b"", about, timeout_s=_DIAL_TIMEOUT_S))
             return driver.link, driver.pulse
         except RefusedError as error:
-            raise ConfigError(f"{refused}: {error}") from None
+            raise failed(error, address) from None
         except MistrustError as error:  # an earlier attempt's address where something else is, or another token
-            if mistrusted_since is None or mistrusted_since[0] != address:
-                mistrusted_since = address, time.monotonic()
-            if token is not None and time.monotonic() - mistrusted_since[1] > _MISTRUST_S:
-                raise ConfigError(f"{refused}: {error}") from None
-        except GreetingError as error:  # an earlier attempt's address, where nobody is
+            if token is not None and time.monotonic() - since[1] > _STALE_S:
+                raise failed(error, address) from None
+        except GreetingError as error:
             logger.debug("no driver of this launch: %s", error)
+            if unreached[0] != address and time.monotonic() - since[1] > _STALE_S:
+                try:
+                    reach.dial(*parse_address(address))  # a driver that is only busy has a port that answers
+                except WorkerLostError as reason:
+                    unreached = address, str(reason)
+                    logger.warning("rank %d cannot reach the driver, and tries on: %s", launch.rank, reason)
+                    _tell_failure(store, launch, f"cannot join the launch: {reason}", address)
         time.sleep(_RETRY_S)
+
+
+def tell_script_failed(launch: Launch, error: BaseException) -> None:
+    """Tell the driver that the script of this rank has failed before it reached ``tfr.run``."""
+    store = _open_store(launch, serve=False, timeout_s=_REPORT_TIMEOUT_S)
+    _tell_failure(
+        store,
+        launch,
+        f"failed on {socket.gethostname()} before it reached tfr.run: {type(error).__name__}: {error}",
+        None,
+    )
+
+
+def _tell_failure(store: Any, launch: Launch, failure: str, address: str | None) -> str:
+    """Tell the driver that listens at an address, or whichever there is, why this rank does not come."""
+    reason = f"rank {launch.rank} {failure}"
+    store.set(f"{_FAILED}/{launch.rank}", json.dumps({"reason": reason, "address": address}))
+    return reason
 
 
 def _driver_in(store: Any) -> tuple[str, bytes | None]:
@@ -234,7 +302,10 @@ def _listen_addresses(launch: Launch, interface: str | None) -> tuple[str, str]:
     """
     if interface is not None:
         return (address := address_of(interface)), address
-    if launch.num_nodes == 1:
+    # A launcher that does not tell the number of machines gives their first one's address, which all of them reach;
+    # loopback, as a number or by this name, is one that leads to no other machine.
+    is_loopback = launch.master_address == "localhost" or launch.master_address.startswith("127.")
+    if launch.num_nodes == 1 or (launch.num_nodes is None and is_loopback):
         loopback = address_of(LOOPBACK)
         return loopback, loopback
     resolved = socket.gethostbyname(launch.master_address)
@@ -242,12 +313,12 @@ def _listen_addresses(launch: Launch, interface: str | None) -> tuple[str, str]:
     return launch.master_address, "" if resolved.startswith("127.") else resolved
 
 
-def _open_store(launch: Launch, *, serve: bool) -> Any:
+def _open_store(launch: Launch, *, serve: bool, timeout_s: float = _GATHER_TIMEOUT_S) -> Any:
     distributed: Any = torch.distributed  # some builds have it without its stores
     return distributed.TCPStore(
         launch.master_address,
         launch.master_port,
         is_master=serve,
         wait_for_workers=False,
-        timeout=timedelta(seconds=_GATHER_TIMEOUT_S),
+        timeout=timedelta(seconds=timeout_s),
     )

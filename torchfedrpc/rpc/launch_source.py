@@ -25,7 +25,7 @@ class LaunchSource:
         self._workers = workers
         self._runtime = runtime
 
-    async def gather(self, *, is_only: bool) -> Sequence[Member]:
+    async def gather(self) -> Sequence[Member]:
         """The ranks that are left, by rank."""
         return await self._workers.members(self._runtime)
 
@@ -39,5 +39,5 @@ class LaunchSource:
     def abandon(self) -> None:
         """They stay."""
 
-    async def close(self) -> None:
+    async def close(self, reason: str) -> None:
         """They stay."""

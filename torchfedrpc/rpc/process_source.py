@@ -38,7 +38,7 @@ class ProcessSource:
         self._ending: set[asyncio.Task[None]] = set()
         self._admit: Admit | None = None
 
-    async def gather(self, *, is_only: bool) -> Sequence[Member]:
+    async def gather(self) -> Sequence[Member]:
         """Start all of them."""
         return [self._start(label) for label in self._labels]
 
@@ -61,7 +61,7 @@ class ProcessSource:
         for member in list(self.processes):
             self._kill(member)
 
-    async def close(self) -> None:
+    async def close(self, reason: str) -> None:
         """End the processes."""
         self._admit = None
         for task in self._starting:

@@ -140,6 +140,8 @@ def how_it_ended(process: subprocess.Popen[bytes]) -> str:
     status = process.poll()
     if status is None:
         return ""
+    if status == -signal.SIGKILL:
+        return " by SIGKILL, which the system sends where memory runs out"
     return f" by {signal.Signals(-status).name}" if status < 0 else f" with exit status {status}"
 
 

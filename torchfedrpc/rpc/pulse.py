@@ -200,7 +200,7 @@ class Watch:
             if self._is_silent(key, pulse):
                 self._read(key)  # what a driver that slept has not read yet
             if self._is_silent(key, pulse):
-                self._lose(key, f"it was stopped or cut off: no sign of life for {self._timeout_s:g} s")
+                self._lose(key, f"no heartbeat for {self._timeout_s:g} s: it was stopped, or cut off")
 
     def _is_silent(self, key: Hashable, pulse: _Pulse) -> bool:
         return self._pulses.get(key) is pulse and time.monotonic() - pulse.seen_at > self._timeout_s

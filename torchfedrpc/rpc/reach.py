@@ -7,6 +7,7 @@ import re
 import socket
 
 from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.rpc.greeting import in_words
 from torchfedrpc.rpc.member import Member
 
 _TIMEOUT_S = 5.0
@@ -60,6 +61,5 @@ async def check(member: Member, address: str, interface: str | None) -> None:
 
 
 def _unreached(host: str, port: int, error: OSError) -> WorkerLostError:
-    return WorkerLostError(
-        f"{host}:{port} cannot be reached from {socket.gethostname()} ({error or 'no answer'}): {_REMEDY}"
-    )
+    words = f"no answer within {_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else in_words(error)
+    return WorkerLostError(f"{host}:{port} cannot be reached from {socket.gethostname()} ({words}): {_REMEDY}")

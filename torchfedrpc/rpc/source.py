@@ -23,11 +23,8 @@ class Source(Protocol):
     expects_workers: bool
     replaces: bool
 
-    async def gather(self, *, is_only: bool) -> Sequence[Member]:
+    async def gather(self) -> Sequence[Member]:
         """The workers to begin with; one without a name gets it from the run.
-
-        Args:
-            is_only: whether the run has no other source, so that at least one has to come.
 
         Raises:
             ConfigError: some cannot be had, because of a setting.
@@ -46,5 +43,9 @@ class Source(Protocol):
     def abandon(self) -> None:
         """Opening was cut short: whoever is still starting need not."""
 
-    async def close(self) -> None:
-        """Let all workers go; the run is over."""
+    async def close(self, reason: str) -> None:
+        """Let all workers go; the run is over.
+
+        Args:
+            reason: why it ended early, which those that other machines have started end with; empty if it did not.
+        """

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchfedrpc import launcher
@@ -47,11 +47,13 @@ class Ending:
 
     Attributes:
         is_clean: whether all threads ended in time.
-        reason: why the driver gave this worker up; empty where it did not.
+        reason: why the driver gave this worker up, or ended its run early; empty where it did not.
+        was_asked: whether this worker was told by a signal to leave.
     """
 
     is_clean: bool
     reason: str
+    was_asked: bool = False
 
 
 def main(descriptor: int, pulse_descriptor: int) -> None:
@@ -105,7 +107,11 @@ def serve_remote(link: Link, pulse: socket.socket) -> Ending:
     launcher.become_worker()
     activity = Activity()
 
+    was_asked = False
+
     def leave(number: int, frame: object) -> None:
+        nonlocal was_asked
+        was_asked = True
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)
         activity.ask_to_leave()
@@ -117,7 +123,8 @@ def serve_remote(link: Link, pulse: socket.socket) -> Ending:
     end_when_cut_off(pulse, _PATIENCE_S)
     with _handling({signal.SIGTERM: leave, signal.SIGINT: leave}):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})  # see processes.py
-        return serve(link, pulse, activity=activity, notice="the driver is gone, or has given this worker up\n")
+        ending = serve(link, pulse, activity=activity, notice="the driver is gone, or has given this worker up\n")
+        return replace(ending, was_asked=was_asked)
 
 
 def serve_launch(link: Link, pulse: socket.socket, local_index: int) -> Ending:
