@@ -125,11 +125,24 @@ def test_a_restore_is_repeated_until_its_snapshot_is_stored(ledger: Ledger) -> N
 def test_the_largest_journals_are_named_until_the_arguments_fit(ledger: Ledger) -> None:
     small, large = recorded(ledger, "small"), recorded(ledger, "large")
     ledger.settle(small, ledger.ask(small, call(1, num_floats=500), None), VALUE)
-    assert ledger.largest_journals() == []
+    assert ledger.relief() == ([], [])
     ledger.settle(large, ledger.ask(large, call(2, num_floats=2400), None), VALUE)
-    assert ledger.largest_journals() == [large]
+    assert ledger.relief() == ([large], [])
     large.awaits_snapshot = True
-    assert ledger.largest_journals() == []
+    assert ledger.relief() == ([], [])
+
+
+def test_a_snapshot_has_a_limit_that_makes_it_worth_it_unless_it_is_needed_anyway(ledger: Ledger) -> None:
+    record = recorded(ledger)
+    ledger.settle(record, ledger.ask(record, call(1, num_floats=2500), None), VALUE)
+    assert ledger.relief() == ([record], [])
+    assert ledger.limit_bytes(record) == record.num_journal_bytes // 4
+    record.state_bytes = record.num_journal_bytes  # it was refused, and what the calls have cannot go to disk
+    assert ledger.relief() == ([record], [])
+    assert ledger.limit_bytes(record) is None
+    record.limit_bytes = 1
+    ledger.settle(record, ledger.ask(record, call(2), None), Outcome("cancelled", cut_off=True))
+    assert ledger.limit_bytes(record) is None
 
 
 def test_nothing_is_kept_where_nothing_is_rebuilt() -> None:

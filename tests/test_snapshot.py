@@ -20,11 +20,12 @@ from torch import Tensor, nn
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SnapshotError, UntrustedTypeError
-from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, load, reinstate
+from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, load, reinstate, seal, taken
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.testing.rehearsal import Rehearsal, Step, rehearsal
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import pack
+from torchfedrpc.wire.memory import KeptMemory
+from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.serializer import ParameterSerializer
 
 ALLOW = AllowList([__name__])
@@ -267,6 +268,85 @@ def test_a_snapshot_survives_its_way_through_bytes() -> None:
     assert (loaded.client_id, loaded.learner, loaded.counts) == ("client_1", "there.Learner", {"step": 2})
     assert loaded.made
     assert torch.equal(loaded.state[1]["weights"], torch.ones(3))
+
+
+class Large:
+    """A learner with more than is worth a file."""
+
+    def __init__(self, factor: int = 1) -> None:
+        self.factor = factor
+        self.weights = torch.rand(1 << 20)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"factor": self.factor, "weights": self.weights / self.factor}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.factor, self.weights = state["factor"], state["weights"].mul_(state["factor"])
+
+
+class Resizing(Large):
+    """One whose tensor gets more room as it is read again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"held": Resized(self.weights)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.factor, self.weights = 1, state["held"].weights
+
+
+class Resized:
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.weights = state["weights"]
+        num_floats = len(self.weights)
+        self.weights.resize_(2 * num_floats).resize_(num_floats)
+
+
+class Rounding(Large):
+    """One whose attribute does not come back equal."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.weights = self.weights.round()
+
+
+@pytest.fixture
+def kept() -> Iterator[KeptMemory]:
+    kept = KeptMemory(1 << 30)
+    yield kept
+    kept.close()
+
+
+def in_files(state: Any, kept: KeptMemory, **limits: Any) -> Parcel:
+    """A snapshot in memory that other processes may map, of a state with such a learner in it."""
+    snapshot = Snapshot("client_1", "there.Learner", {"step": 2}, ("state_dict", state))
+    return taken(snapshot, ALLOW, kept=kept, **limits)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.rand(1 << 20), lambda: Large(2), Resizing], ids=["tensor", "in place", "resized"]
+)
+def test_large_snapshot_in_a_file_has_the_bits_of_one_in_memory(kept: KeptMemory, make: Any) -> None:
+    state = {"part": make(), "odd": torch.rand((1 << 19) + 3).to(torch.float16)}
+    for _ in range(2):  # in memory that is new, and in that which is written again
+        parcel = in_files(state, kept)
+        assert parcel.files is not None
+        snapshot = Snapshot("client_1", "there.Learner", {"step": 2}, ("state_dict", state))
+        assert bytes(seal(parcel.open(ALLOW))) == bytes(dump(snapshot, ALLOW))
+
+
+def test_large_snapshot_in_a_file_is_refused_where_it_would_not_come_back_equal(kept: KeptMemory) -> None:
+    with pytest.raises(SnapshotError, match=r"weights.*would have other values"):
+        in_files({"part": Rounding()}, kept)
+
+
+def test_snapshot_above_its_limit_is_a_size(kept: KeptMemory) -> None:
+    state = {"part": torch.rand(1 << 20)}
+    size = in_files(state, kept, limit_bytes=4 << 20).open(ALLOW)
+    assert 4 << 20 < size < 5 << 20
+    assert isinstance(in_files(state, kept, limit_bytes=size).open(ALLOW), Tensor)
 
 
 def test_a_learner_that_was_not_made_yet_has_a_snapshot_too() -> None:

@@ -2,8 +2,8 @@
 
 Learners live in two worker processes. Each run is a process of its own, since its peak memory is measured. A save
 goes on beside the rounds that follow it: what it adds is the time from its round's end to that of the next round that
-is saved, less as many rounds that had no save beside them, in the same run. Printed are medians, and in brackets the
-least and the most.
+is saved, less as many rounds that had no save beside them, in the same run. Printed are medians and means, and in
+brackets the least and the most.
 """
 
 from __future__ import annotations
@@ -155,8 +155,9 @@ def written_s(folder: Path, num_bytes: int) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """Median and range of seconds."""
-    return f"{statistics.median(values):.3f} s ({min(values):.3f} to {max(values):.3f})"
+    """Median, mean and range of seconds."""
+    median, mean = statistics.median(values), statistics.fmean(values)
+    return f"{median:.3f} s, mean {mean:.3f} s ({min(values):.3f} to {max(values):.3f})"
 
 
 def in_mb(num_bytes: float) -> str:

@@ -62,7 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="with --quick: take the peers in, which takes longer")
     parser.add_argument("--rows", metavar="A,B", type=lambda text: text.split(","), help="these rows alone")
     parser.add_argument("--list", action="store_true", help="list the rows and end")
-    parser.add_argument("--report", metavar="PATH", type=Path, help="file for the report (default: results/DATE.md)")
+    parser.add_argument(
+        "--report", metavar="PATH", type=Path, help="the report's file (default: results/DATE-HHMM.md)"
+    )
     arguments = parser.parse_args()
     names = [*(row.name for row in rows()), STAGES]
     if unknown := [name for name in arguments.rows or [] if name not in names]:

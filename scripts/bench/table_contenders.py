@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from table_rows import Program
+from table_rows import UNEVENNESS, Program
 
 FOLDER = Path(__file__).parent
 _END_TIMEOUT_S = 15.0
@@ -30,9 +30,15 @@ class Measured:
     check: str | list[float]
     extra: dict[str, float]
 
-    def value(self, quantity: str) -> float:
+    def median(self, quantity: str) -> float:
         """The median of the seconds, or a number by its name."""
+        if quantity == UNEVENNESS:
+            return statistics.fmean(self.seconds) / statistics.median(self.seconds)
         return statistics.median(self.seconds) if quantity == "seconds" else self.extra[quantity]
+
+    def mean(self, quantity: str) -> float:
+        """The mean of the seconds, or the same number by its name."""
+        return statistics.fmean(self.seconds) if quantity == "seconds" else self.median(quantity)
 
 
 class Unable(Exception):

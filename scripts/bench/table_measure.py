@@ -79,32 +79,44 @@ class RowResult:
 
     def own(self, line: Line) -> Spread:
         """The number of torchfedrpc."""
-        return Spread.of([batch.value(line.quantity) for batch in self.batches[self.row.entries[0].label]])
+        return Spread.of([batch.median(line.quantity) for batch in self.batches[self.row.entries[0].label]])
 
     def other(self, line: Line) -> Spread:
         """The number that it is held against."""
         assert line.against is not None
-        return Spread.of([batch.value(line.quantity) for batch in self.batches[line.against]])
+        return Spread.of([batch.median(line.quantity) for batch in self.batches[line.against]])
+
+    def mean(self, line: Line, label: str) -> float:
+        """The mean of a contender's number over all batches."""
+        return statistics.fmean(batch.mean(line.quantity) for batch in self.batches[label])
 
     def compared(self, line: Line) -> Spread:
-        """What a line is about: each round's own ratio or difference."""
+        """What a line is about: each round's own ratio or difference, of medians."""
         ours = self.batches[self.row.entries[0].label]
         if line.against is None:
             return self.own(line)
         pairs = zip(ours, self.batches[line.against], strict=True)
-        values = [(own.value(line.quantity), other.value(line.quantity)) for own, other in pairs]
-        if line.kind == "difference":
-            return Spread.of([own - other for own, other in values])
-        if line.kind == "speed":
-            return Spread.of([other / own for own, other in values])
-        return Spread.of([own / other for own, other in values])
+        return Spread.of(
+            [_compared(line, own.median(line.quantity), other.median(line.quantity)) for own, other in pairs]
+        )
+
+    def compared_means(self, line: Line) -> float:
+        """The same of the means over all batches."""
+        own = self.mean(line, self.row.entries[0].label)
+        return own if line.against is None else _compared(line, own, self.mean(line, line.against))
 
     def is_met(self, line: Line) -> bool | None:
         """Whether a line's target is reached; None where there is none."""
         if line.target is None:
             return None
-        median = self.compared(line).median
-        return median >= line.target if line.kind == "speed" else median <= line.target
+        value = self.compared_means(line) if line.is_of_mean else self.compared(line).median
+        return value >= line.target if line.kind == "speed" else value <= line.target
+
+
+def _compared(line: Line, own: float, other: float) -> float:
+    if line.kind == "difference":
+        return own - other
+    return other / own if line.kind == "speed" else own / other
 
 
 def measured(rows: Sequence[Row], effort: Effort) -> Iterator[RowResult]:
@@ -183,8 +195,8 @@ async def _measure(row: Row, contenders: _Contenders, effort: Effort, deadline: 
 
 async def _check(row: Row, running: dict[Entry, Contender], effort: Effort, result: RowResult) -> dict[Entry, int]:
     """Compare the results of all contenders; how many repetitions each of them does in a batch."""
-    if row.count is not None:
-        count = row.quick_count if effort.quick and row.quick_count is not None else row.count
+    count = row.quick_count if effort.quick and row.quick_count is not None else row.count
+    if count is not None and not row.is_compared:
         return dict.fromkeys(running, count)
     counts: dict[Entry, int] = {}
     checks: dict[Entry, str | list[float]] = {}
@@ -195,7 +207,7 @@ async def _check(row: Row, running: dict[Entry, Contender], effort: Effort, resu
             result.unable[entry.label] = error
             continue
         checks[entry] = checked.check
-        counts[entry] = max(1, min(1000, round(effort.batch_s / statistics.median(checked.seconds))))
+        counts[entry] = count or max(1, min(1000, round(effort.batch_s / statistics.median(checked.seconds))))
     # The result that counts is the second entry's where there is one: a loop or a library that is simpler than ours.
     reference = next((checks[entry] for entry in row.entries[1:] if entry in checks), None)
     for entry, check in checks.items():

@@ -29,7 +29,7 @@ def load() -> str:
 
 def default_path(now: datetime) -> Path:
     """Where the report of a full run goes."""
-    return RESULTS / f"{now:%Y-%m-%d}.md"
+    return RESULTS / f"{now:%Y-%m-%d-%H%M}.md"
 
 
 def write(
@@ -57,16 +57,17 @@ def write(
             versions.setdefault(label, {}).update(of_one)
     took_min = (datetime.now() - began).total_seconds() / 60
     sections = [
-        f"# Benchmark of {began:%Y-%m-%d}",
+        f"# Benchmark of {began:%Y-%m-%d %H:%M}",
         f"Made by `{command}` at {began:%H:%M}, in {took_min:.0f} min.",
         f"- machine: {machine()}\n- load before: {load_before}; after: {load()}",
         "\n".join(
             f"- {label}: {', '.join(f'{library} {version}' for library, version in of_one.items())}"
             for label, of_one in versions.items()
         ),
-        "Each ratio is the median of those of the rounds, in which the contenders' batches alternate, with the least "
-        "and the most beside it. *time* is ours / theirs, *speed* theirs / ours. Contenders of a row had "
-        "given the same result before they were timed.",
+        "A median is that of the rounds' own medians, a mean that of all calls of all rounds, in which the "
+        "contenders' batches alternate. The ratio of medians is the median of those of the rounds, with the least "
+        "and the most beside it; the ratio of means is one of all calls. *time* is ours / theirs, *speed* theirs / "
+        "ours. Contenders of a row had given the same result before they were timed.",
         in_markdown(HEADER, [line for result in results for line in cells(result)]),
     ]
     if stages:

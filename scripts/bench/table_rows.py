@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+UNEVENNESS = "mean_by_median"
+"""The quantity that tells how much the mean of the seconds is more than their median."""
+
 Kind = Literal["time", "speed", "difference", "value"]
 """What a number is: ``time``: ours / theirs, ``speed``: theirs / ours, ``difference``: ours less theirs, ``value``.
 
@@ -53,7 +56,8 @@ class Line:
         kind: what is made of the two.
         target: what it is to be at least (``speed``) or at most; None where the line is for orientation.
         what: what is measured, where that is not the row's title.
-        quantity: ``seconds`` of a repetition, or the name of another number that the contenders give.
+        quantity: ``seconds`` of a repetition, `UNEVENNESS`, or the name of another number that the contenders give.
+        is_of_mean: whether the target is one of the means, and not of the medians.
     """
 
     against: str | None
@@ -61,6 +65,7 @@ class Line:
     target: float | None = None
     what: str = ""
     quantity: str = "seconds"
+    is_of_mean: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Row:
         entries: the contenders.
         lines: what is printed.
         count: repetitions in each batch; None to fit a batch into a given time. With ``quick_count`` for ``--quick``.
+        is_compared: whether the contenders' results are compared first; where ``count`` is given, they may not be.
         tolerance: how far numbers that tell a result may differ, relatively and absolutely.
     """
 
@@ -85,6 +91,7 @@ class Row:
     lines: tuple[Line, ...]
     count: int | None = None
     quick_count: int | None = None
+    is_compared: bool = True
     tolerance: float = 5e-4
 
 
@@ -146,6 +153,13 @@ def _calls() -> list[Row]:
         )
         return Row(workload, title, ONE_WORKER, same(workload, MEMCPY, RAY, MONARCH), lines)
 
+    def in_a_row(workload: str, title: str) -> Row:
+        lines = (
+            Line("raw RPC", "time", 1.7, is_of_mean=True),
+            Line(None, "value", 1.3, "mean / median", UNEVENNESS),
+        )
+        return Row(f"{workload}_60", f"{title}, 60 calls in a row", ONE_WORKER, same(workload), lines, count=60)
+
     def spared(workload: str, raw_workload: str, title: str) -> Row:
         entries = (_entry(CALLS, workload), _entry(RAW, raw_workload))
         return Row(workload, title, ONE_WORKER, entries, (Line("raw RPC", "speed", 0.9),))
@@ -165,6 +179,8 @@ def _calls() -> list[Row]:
         ),
         moved("push", "40 MB state dict, push by value"),
         moved("pull", "40 MB state dict, pull by value"),
+        in_a_row("push", "40 MB state dict, push by value"),
+        in_a_row("pull", "40 MB state dict, pull by value"),
         spared("push_shared", "push", "40 MB, push by a SharedRef that is there"),
         spared("push_anew", "push", "40 MB, push by a SharedRef made for the call"),
         spared("pull_given", "pull_given", "40 MB, pull of what its learner does not keep"),
@@ -252,7 +268,8 @@ def _many() -> list[Row]:
             Line(None, "value", None, "a round"),
         )
         title = f"100,000 clients, 1,000 a round, 100 resident, {where}"
-        return Row(name, title, name, (_entry(MANY, name),), lines, count=20, quick_count=4)
+        entries = (_entry(MANY, name),)
+        return Row(name, title, name, entries, lines, count=20, quick_count=4, is_compared=False)
 
     return [row("many", "local", ""), row("many_two", "2 workers", ", beside one of two clients")]
 
@@ -266,10 +283,11 @@ def _starts() -> Row:
     }
     entries = (_entry(STARTS, "start_torchfedrpc"), *(_entry(STARTS, name, label) for name, label in others.items()))
     lines = tuple(Line(label, "time") for label in others.values())
-    return Row("start", "pseudo mode with 2 workers, until both answer", "imports", entries, lines, count=1)
+    title = "pseudo mode with 2 workers, until both answer"
+    return Row("start", title, "imports", entries, lines, count=1, is_compared=False)
 
 
 def _imports() -> Row:
     entries = (_entry(IMPORTS, "import_torchfedrpc"), _entry(IMPORTS, "import_torch", "import torch"))
     lines = (Line("import torch", "difference", 0.05),)
-    return Row("import", "import torchfedrpc", "imports", entries, lines, count=5, quick_count=1)
+    return Row("import", "import torchfedrpc", "imports", entries, lines, 5, quick_count=1, is_compared=False)

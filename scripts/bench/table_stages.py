@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from contenders.stamps import STAGES
+from contenders.stamps import MEAN, STAGES
 from table_contenders import Contender, Measured, Unable
 from table_measure import Effort, Spread
 from table_rows import US, Program
@@ -17,12 +17,12 @@ _COUNT = 300
 
 
 def measured(effort: Effort) -> list[Cells]:
-    """Lines of the stages in order, their header first; in microseconds, medians of the rounds' medians."""
+    """Lines of the stages in order, their header first; in us, medians of the rounds' medians and of their means."""
     by_program = {program: asyncio.run(_stages(program, effort)) for program in (_OURS, _RAW)}
-    header = ("stage", *(f"{program.label}, us" for program in by_program))
+    header = ("stage", *(f"{program.label}{what}, us" for program in by_program for what in ("", MEAN)))
     lines = [header]
     for stage in [*STAGES.values(), "all"]:
-        of_each = (stages.get(stage) for stages in by_program.values())
+        of_each = (stages.get(stage + what) for stages in by_program.values() for what in ("", MEAN))
         lines.append((stage, *("" if value is None else f"{value:.0f}" for value in of_each)))
     return lines
 
@@ -46,4 +46,4 @@ async def _stages(program: Program, effort: Effort) -> dict[str, float]:
 
 def on_terminal(lines: Sequence[Cells]) -> str:
     """Lines as columns."""
-    return "\n".join(f"{stage:40}{''.join(value.rjust(16) for value in values)}" for stage, *values in lines)
+    return "\n".join(f"{stage:40}{''.join(value.rjust(24) for value in values)}" for stage, *values in lines)

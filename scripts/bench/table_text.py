@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from table_measure import RowResult, Spread
 from table_rows import US, Line
 
-HEADER = ("what", "torchfedrpc", "against", "theirs", "ratio", "spread", "target", "met")
-_WIDTHS = (62, 11, 22, 11, 14, 18, 11, 7)
-_UNITS = {"_mb": "MB", "_s": "s", "_percent": "%"}
+HEADER = (
+    *("what", "torchfedrpc: median", "mean", "against", "theirs: median", "mean"),
+    *("ratio of medians", "spread", "of means", "target", "met"),
+)
+_WIDTHS = (62, 19, 10, 22, 14, 10, 17, 18, 14, 17, 4)
+_UNITS = {"_mb": "MB", "_s": "s", "_percent": "%", "_by_median": "x"}
 
 Cells = tuple[str, ...]
 
@@ -18,21 +21,25 @@ Cells = tuple[str, ...]
 def cells(result: RowResult) -> list[Cells]:
     """The lines of a row, each with a cell for each column of `HEADER`."""
     if US not in result.batches:
-        return [(result.row.title, _why(result, US), "", "", "", "", "", "")]
+        return [(result.row.title, _why(result, US), *("" for _ in HEADER[2:]))]
     return [_cells(result, line) for line in result.row.lines]
 
 
 def _cells(result: RowResult, line: Line) -> Cells:
     what = f"{result.row.title}: {line.what}" if line.what else result.row.title
     against, target = line.against or "", _target(line)
-    own = number(result.own(line).median, line.quantity)
+    own = number(result.own(line).median, line.quantity), number(result.mean(line, US), line.quantity)
     if line.against is not None and line.against not in result.batches:
-        return what, own, against, _why(result, line.against), "", "", target, ""
-    theirs = number(result.other(line).median, line.quantity) if line.against is not None else ""
+        return what, *own, against, _why(result, line.against), "", "", "", "", target, ""
+    theirs, compared, spread = ("", ""), ("", ""), result.compared(line)
+    if line.against is not None:
+        theirs = (
+            number(result.other(line).median, line.quantity),
+            number(result.mean(line, line.against), line.quantity),
+        )
+        compared = _compared(line, spread.median), _compared(line, result.compared_means(line))
     met = {None: "", True: "yes", False: "NO"}[result.is_met(line)]
-    spread = result.compared(line)
-    compared = "" if line.kind == "value" else _compared(line, spread.median)
-    return what, own, against, theirs, compared, _range(line, spread), target, met
+    return what, *own, against, *theirs, compared[0], _range(line, spread), compared[1], target, met
 
 
 def _why(result: RowResult, label: str) -> str:
@@ -66,9 +73,10 @@ def _range(line: Line, spread: Spread) -> str:
 def _target(line: Line) -> str:
     if line.target is None:
         return ""
+    of_what = " of means" if line.is_of_mean else ""
     if line.kind == "speed":
-        return f">= {line.target:g} x"
-    return f"<= {line.target:g} x" if line.kind == "time" else f"<= {number(line.target, line.quantity)}"
+        return f">= {line.target:g} x{of_what}"
+    return f"<= {line.target:g} x{of_what}" if line.kind == "time" else f"<= {number(line.target, line.quantity)}"
 
 
 def on_terminal(lines: Sequence[Cells]) -> str:

@@ -20,6 +20,7 @@ from torchfedrpc.executors.room import Room
 from torchfedrpc.executors.turns import Turns
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.snapshot import seal
 from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
 from torchfedrpc.wire.memory import KeptMemory
@@ -204,12 +205,14 @@ class AskingExecutor(CallExecutor):
             assert outcome.failure is not None
             self._give_up(record, f"it could not be rebuilt on {record.label}: {outcome.failure.message}")
             return
-        if asked.reply is not None:
-            asked.reply(outcome)
         is_newer = asked.number > record.snapshot_number  # else the learner was rebuilt from its last snapshot
         if asked.call.kind == "restore" and outcome.kind == "value" and is_newer and record.journal:
             self._keep(record, asked.number, lambda: asked.call.arguments.copy().open(self.allow)[0])
-        self._settled(record)
+        try:
+            self._settled(record)
+        finally:  # behind it: a snapshot is asked for before the caller takes the value of the next call's arguments
+            if asked.reply is not None:
+                asked.reply(outcome)
 
     def _settled(self, record: Record) -> None:
         """A call of a learner is over: see whether its journal has become too long, and let others go on."""
@@ -217,12 +220,17 @@ class AskingExecutor(CallExecutor):
             self._request_snapshot(record)
         elif self._ledger.has_long_journal(record) or self._ledger.may_try_again(record):
             self._snapshot_in_turn(record)
-        for value in self._ledger.to_spill():
-            self._in_background(self._spill(value))
-        for largest in self._ledger.largest_journals():
-            self._snapshot_in_turn(largest)
+        self._relieve_memory()
         self._went_on(record)
         self._call_next()
+
+    def _relieve_memory(self) -> None:
+        """See that the journals' arguments are within their bound, or will be."""
+        records, values = self._ledger.relief()
+        for value in values:
+            self._in_background(self._spill(value))
+        for record in records:
+            self._snapshot_in_turn(record)
 
     def _item_arrived(self, host: RemoteHost, record: Record, asked: Asked, outcome: Outcome) -> None:
         asked.num_items_here += 1
@@ -277,14 +285,15 @@ class AskingExecutor(CallExecutor):
 
     def _request_snapshot(self, record: Record) -> None:
         record.awaits_snapshot = True
-        call = Call(self._own_call_id(), record.client_id, "snapshot", pack(None), kind="snapshot")
+        limit_bytes = pack(self._ledger.limit_bytes(record))
+        call = Call(self._own_call_id(), record.client_id, "snapshot", limit_bytes, kind="snapshot")
         asked = self._ledger.ask(record, call, None, is_own=True)
         self._ledger.put_behind(record, [one for one in record.asked.values() if record.holds_back(one)])
         asked.reply = lambda outcome: self._keep(record, asked.number, partial(self._result, outcome, call))
         self._push(record)
 
-    def _keep(self, record: Record, number: int, read: Callable[[], torch.Tensor]) -> None:
-        """Store the learner's state as of call ``number``, which ``read`` gives as uint8 [num_bytes]."""
+    def _keep(self, record: Record, number: int, read: Callable[[], torch.Tensor | int]) -> None:
+        """Store the learner's state as of call ``number``, which ``read`` gives as uint8 [num_bytes], or its size."""
         self._in_background(self._store(record, number, read))
 
     def _in_background(self, storing: Coroutine[Any, Any, None]) -> None:
@@ -298,17 +307,22 @@ class AskingExecutor(CallExecutor):
         except OSError as error:
             logger.warning("journals take more memory than journal_max_bytes allows: %s", error)
 
-    async def _store(self, record: Record, number: int, read: Callable[[], torch.Tensor]) -> None:
+    async def _store(self, record: Record, number: int, read: Callable[[], torch.Tensor | int]) -> None:
         try:
             await self._try_to_store(record, number, read)
         finally:  # whatever went wrong: callers wait for the outcomes that were held for this snapshot
             self._deliver_held(record)
 
-    async def _try_to_store(self, record: Record, number: int, read: Callable[[], torch.Tensor]) -> None:
+    async def _try_to_store(self, record: Record, number: int, read: Callable[[], torch.Tensor | int]) -> None:
         try:
-            data = read().numpy().data
-            self._room.saw(len(data))
-            await asyncio.to_thread(self._ledger.store, record, number, data)
+            state = read()
+            if isinstance(state, int):  # it would not free enough
+                record.state_bytes = state
+                return
+            record.state_bytes = state.nbytes
+            self._room.saw(state.nbytes)
+            if not self._ledger.keep(record, number, state):
+                await asyncio.to_thread(lambda: self._ledger.store(record, number, seal(state)))
             self._ledger.took(record, number)
         except Exception as error:
             if record.moving_to is not None:
@@ -328,6 +342,7 @@ class AskingExecutor(CallExecutor):
         held, record.held = record.held, []
         for answer in held:
             self._arrived(answer[0], record, *answer[1:])
+        self._relieve_memory()
         self._went_on(record)
         self._call_next()
 

@@ -29,6 +29,7 @@ from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.host.process import choose_device
 from torchfedrpc.host.runner import Report
+from torchfedrpc.host.snapshot import seal
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.observe.events import Event, ProgressReported
 from torchfedrpc.wire.packing import Packed, Reference, pack, pack_nothing
@@ -354,7 +355,7 @@ class CallExecutor(AbstractExecutor):
         call = Call(self._own_call_id(), client_id, "snapshot", self._take_value(None), kind="snapshot")
         outcome = await self._answered(call)
         data: torch.Tensor = self._result(outcome, call)
-        return data.numpy().tobytes()
+        return await asyncio.to_thread(lambda: bytes(seal(data)))
 
     async def restore(self, client_id: str, data: bytes) -> None:
         """Make a learner anew, with the state of a snapshot of it."""

@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.snapshot import seal
 from torchfedrpc.host.spool import Spool
 from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.wire.packing import Packed
@@ -18,6 +21,8 @@ from torchfedrpc.wire.shared import SharedValue, shared_values
 _MANY_USES = 4  # of a value, from which on it costs less to write it to disk than to take snapshots
 _MAX_PAUSE = 64  # calls, from one try to capture a learner to the next
 _DISK_SHARE = 8  # times as much as in memory
+_WORTH = 4  # times its own size that a snapshot has to free
+_STATES_SHARE = 4  # of the arguments' bound, so much less for snapshots in memory: 64 MiB, a 40 MB model
 
 
 @dataclass(eq=False, slots=True)
@@ -98,6 +103,8 @@ class Record:
         moving_to: the worker that is to have it once the calls that its present one has are answered.
         moves_by_journal: whether its calls are made again there, since it cannot be captured.
         num_builds: how often it was made on some worker.
+        state_bytes: size of its last snapshot, or of the one that was too large; 0 where none is known.
+        limit_bytes: the size from which on the next one is not worth it; None for no limit.
     """
 
     client_id: str
@@ -120,6 +127,8 @@ class Record:
     moving_to: str | None = None
     moves_by_journal: bool = False
     num_builds: int = 0
+    state_bytes: int = 0
+    limit_bytes: int | None = None
 
     @property
     def awaits_state(self) -> bool:
@@ -158,6 +167,7 @@ class Ledger:
         self._records: dict[str, Record] = {}
         self._numbers = itertools.count(1)
         self._spool = Spool()
+        self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory, under the keys of the spool
         self._num_uses: Counter[SharedValue] = Counter()  # of each shared value, by the entries of all journals
         self._on_disk: set[SharedValue] = set()  # those that are on disk, or on their way there
         self._num_disk_bytes = 0
@@ -252,33 +262,65 @@ class Ledger:
         is_behind = asked.number > record.cut_off_number > record.snapshot_number
         return is_behind and record.awaits_snapshot and not asked.is_own
 
-    def largest_journals(self) -> list[Record]:
-        """The learners whose snapshots bring the journals' arguments under their bound, once they have come."""
+    def relief(self) -> tuple[list[Record], list[SharedValue]]:
+        """What brings the journals' arguments under their bound: snapshots to take, and values to put on disk.
+
+        A snapshot is taken where it frees several times its own size; the learner's process tells whether it does.
+        Where none does, the oldest values go to disk. Only where these are too many for the disk as well, or lie in
+        the calls themselves, is a snapshot taken whatever its size.
+        """
+        values = self._to_spill(self.num_journal_bytes - self._max_bytes, _MANY_USES)
         beyond_disk = max(self._num_disk_bytes - _DISK_SHARE * self._max_bytes, 0)
         excess = float(self.num_journal_bytes - self._max_bytes + beyond_disk)
         if excess <= 0:
-            return []
+            return [], values
         shares = {record: self._share(record) for record in self if record.journal}
         excess -= sum(share for record, share in shares.items() if record.awaits_snapshot)
+        largest = sorted((one for one in shares if not one.awaits_snapshot), key=shares.__getitem__, reverse=True)
+        worth = self._chosen([one for one in largest if shares[one] >= _WORTH * one.state_bytes], shares, excess)
+        for record in worth:
+            record.limit_bytes = int(shares[record] / _WORTH)
+        excess -= sum(shares.pop(record) for record in worth)
+        largest = [record for record in largest if record in shares]
+        if excess > 0:
+            # A quarter more, so that the next call does not have to look for values again.
+            spilled = self._to_spill(excess + self._max_bytes // 4, 1)
+            values += spilled
+            excess -= sum(value.num_bytes for value in spilled)
+        needed = self._chosen(largest, shares, excess) if excess > 0 else []
+        for record in needed:
+            record.limit_bytes = None
+        return worth + needed, values
+
+    def limit_bytes(self, record: Record) -> int | None:
+        """The size from which on a learner's next snapshot is not worth it; None where it is needed anyway."""
+        is_lost = record.unrecoverable is not None or record.cut_off_number > record.snapshot_number
+        is_needed = is_lost or record.moving_to is not None or len(record.journal) > self._max_calls
+        return None if is_needed else record.limit_bytes
+
+    @staticmethod
+    def _chosen(records: list[Record], shares: dict[Record, float], excess: float) -> list[Record]:
+        """The first of them, until their shares make up for the excess."""
         chosen = []
-        for record, share in sorted(shares.items(), key=lambda item: item[1], reverse=True):
-            if excess <= 0 or not share:
+        for record in records:
+            if excess <= 0 or not shares[record]:
                 break
-            if not record.awaits_snapshot:
-                chosen.append(record)
-                excess -= share
+            chosen.append(record)
+            excess -= shares[record]
         return chosen
 
-    def to_spill(self) -> list[SharedValue]:
-        """Values that many calls of the journals have in common, whose way to disk brings these under their bound.
+    def _to_spill(self, excess: float, num_uses: int) -> list[SharedValue]:
+        """Values in the journals, the oldest first, whose way to disk makes up for the excess.
 
-        Snapshots of all the learners that had them would cost more.
+        Args:
+            excess: bytes.
+            num_uses: of each value at least, by the entries of all journals.
         """
-        excess, chosen = self.num_journal_bytes - self._max_bytes, []
+        chosen = []
         for value in list(self._num_uses) if excess > 0 else ():
             if excess <= 0 or self._num_disk_bytes > _DISK_SHARE * self._max_bytes:
                 break
-            if self._num_uses[value] >= _MANY_USES and value not in self._on_disk:
+            if self._num_uses[value] >= num_uses and value.can_spill and value not in self._on_disk:
                 chosen.append(value)
                 self._on_disk.add(value)
                 self._num_disk_bytes += value.num_bytes
@@ -290,6 +332,21 @@ class Ledger:
         """Bytes that a learner's journal keeps; of what several entries share, each has its part."""
         shared = (value for entry in record.journal for value in shared_values(entry.call.arguments))
         return record.num_journal_bytes + sum(value.num_bytes / self._num_uses[value] for value in shared)
+
+    def keep(self, record: Record, number: int, state: Tensor) -> bool:
+        """Keep a snapshot in memory, if a part of the journals' bound has room for it; `took` makes it the record's.
+
+        Args:
+            record: whose.
+            number: of the call as which it was taken.
+            state: what the learner's process gave, uint8 [num_bytes].
+        """
+        replaced = self._states.get((record.client_id, record.snapshot_number))
+        others = sum(one.nbytes for one in self._states.values() if one is not replaced)
+        if others + state.nbytes > self._max_bytes // _STATES_SHARE:
+            return False
+        self._states[record.client_id, number] = state
+        return True
 
     def store(self, record: Record, number: int, data: memoryview) -> None:
         """Write a snapshot to disk, on any thread; `took` makes it the record's own.
@@ -311,9 +368,9 @@ class Ledger:
             asked.number < number and not asked.is_own and asked not in held for asked in record.asked.values()
         )
         if number < record.snapshot_number or is_unanswered:
-            self._spool.discard((record.client_id, number))
+            self._discard(record, number)
             return
-        self._spool.discard((record.client_id, record.snapshot_number))
+        self._discard(record, record.snapshot_number)
         record.snapshot_number = number
         record.unrecoverable, record.num_refusals = None, 0
         self._cut(record, [entry for entry in record.journal if entry.number > number])
@@ -350,7 +407,11 @@ class Ledger:
         Raises:
             OSError: the disk cannot be read.
         """
-        return self._spool.get((record.client_id, record.snapshot_number)) if record.snapshot_number else None
+        if not record.snapshot_number:
+            return None
+        key = record.client_id, record.snapshot_number
+        state = self._states.get(key)
+        return bytes(seal(state.clone())) if state is not None else self._spool.get(key)
 
     def close(self) -> None:
         """Give memory and disk back."""
@@ -360,7 +421,12 @@ class Ledger:
         self._records.clear()
         self._num_uses.clear()
         self._on_disk.clear()
+        self._states.clear()
         self._spool.close()
+
+    def _discard(self, record: Record, number: int) -> None:
+        self._states.pop((record.client_id, number), None)
+        self._spool.discard((record.client_id, number))
 
     def _cut(self, record: Record, journal: list[Entry]) -> None:
         kept = set(journal)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchfedrpc.wire.tensors import memory_of
+
 Describe = Callable[[Any], str]
 Child = tuple[str, Any, Any]
 
@@ -79,12 +81,13 @@ class Memory:
         self._stretches.setdefault(device, []).append((live, rebuilt, num_bytes, path))
 
 
-def tensor_difference(live: Tensor, rebuilt: Tensor) -> str | None:
+def tensor_difference(live: Tensor, rebuilt: Tensor, mapped: range = range(0)) -> str | None:
     """What is different of two tensors of one type, their attributes, hooks and gradients apart.
 
     Args:
         live: any tensor.
         rebuilt: what it should be equal to.
+        mapped: addresses of the snapshot, where ``rebuilt`` may lie, so that its memory cannot be resized.
     """
     if live.grad_fn is not None or not live.is_leaf:
         return "holds an autograd graph: keep tensor.detach(), or call backward() in the same call"
@@ -106,7 +109,8 @@ def tensor_difference(live: Tensor, rebuilt: Tensor) -> str | None:
         return f"would have strides {rebuilt.stride()} instead of {live.stride()}"
     if live.is_quantized:
         return None if _same_quantised(live, rebuilt) else "would have other values"
-    if live.untyped_storage().resizable() and not rebuilt.untyped_storage().resizable():
+    can_resize = rebuilt.untyped_storage().resizable() or rebuilt.data_ptr() in mapped
+    if live.untyped_storage().resizable() and not can_resize:
         return "could not be resized"
     if live.numel() and live.data_ptr() != rebuilt.data_ptr() and not _same_bits(live, rebuilt):
         return "would have other values"
@@ -147,7 +151,16 @@ def dtype_difference(live: np.dtype[Any], rebuilt: np.dtype[Any]) -> str | None:
 
 def _same_bits(live: Tensor, rebuilt: Tensor) -> bool:
     one, other = (tensor.detach().resolve_conj().resolve_neg().contiguous() for tensor in (live, rebuilt))
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    if not (one.is_cpu and other.is_cpu):
+        return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    # torch.equal takes 45 ms for 40 MB of bytes, numpy 8 ms for the same as words of 8 bytes.
+    ours, theirs = memory_of(one), memory_of(other)
+    num_words = len(ours) // 8
+    if bytes(ours[8 * num_words :]) != bytes(theirs[8 * num_words :]):
+        return False
+    if not num_words:
+        return True
+    return np.array_equal(np.frombuffer(ours, np.uint64, num_words), np.frombuffer(theirs, np.uint64, num_words))
 
 
 def _same_quantised(live: Tensor, rebuilt: Tensor) -> bool:

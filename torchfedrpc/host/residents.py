@@ -59,7 +59,7 @@ class Residents:
         """Whether one more has to go where so many come."""
         return self._limit is not None and len(self._mailboxes) + num_coming > self._limit
 
-    def store(self, mailbox: Mailbox, snapshot: bytes | bytearray) -> None:
+    def store(self, mailbox: Mailbox, snapshot: bytes | memoryview) -> None:
         """Keep a learner's snapshot in place of the learner.
 
         Raises:

@@ -29,12 +29,12 @@ from torchfedrpc.host.randomness import ProcessStreams, RandomStreams, call_seed
 from torchfedrpc.host.reductions import Reductions
 from torchfedrpc.host.residents import Residents
 from torchfedrpc.host.scope import CallScope
-from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, load, reinstate
+from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, load, reinstate, seal, taken
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import OpenedSettings, SettingsGuard, adopt_settings
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.memory import KeptMemory
-from torchfedrpc.wire.packing import Packed, Reference, pack, pack_only
+from torchfedrpc.wire.packing import Packed, Parcel, Reference, pack, pack_only
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ class Runner:
 
     def _store(self, job: Job, mailbox: Mailbox) -> None:
         try:
-            self._residents.store(mailbox, self._snapshot(job, mailbox))
+            self._residents.store(mailbox, seal(self._snapshot(job, mailbox).open(self.allow)))
         except Exception as error:
             self._residents.cannot_store(mailbox, error)
             return
@@ -278,8 +278,9 @@ class Runner:
         """Take a snapshot of the job's learner, or restore it from one."""
         try:
             if job.call.kind == "snapshot":
-                data = self._snapshot(job, job.mailbox)
-                return Outcome("value", pack(torch.frombuffer(data, dtype=torch.uint8), copy=False))
+                limit_bytes = job.call.arguments.open(self.allow)
+                kept = self._kept if self.shows_files else None
+                return Outcome("value", self._snapshot(job, job.mailbox, kept=kept, limit_bytes=limit_bytes))
             state, kwargs = job.call.arguments.open(self.allow)
             self._make_room(job, 1)
             self._restore(job, state.numpy().data, kwargs)
@@ -298,15 +299,28 @@ class Runner:
             outcome = self.failed(error)
         self._done(job, outcome)
 
-    def _snapshot(self, job: Job, mailbox: Mailbox) -> bytearray:
-        """A snapshot of a learner that no call has, on behalf of a job."""
+    def _snapshot(
+        self, job: Job, mailbox: Mailbox, *, kept: KeptMemory | None = None, limit_bytes: int | None = None
+    ) -> Parcel:
+        """A snapshot of a learner that no call has, on behalf of a job; as of `taken`."""
         if mailbox.is_stored:
-            return bytearray(self._residents.stored(mailbox.client_id))
+            data = bytearray(self._residents.stored(mailbox.client_id))
+            if limit_bytes is not None and len(data) > limit_bytes:
+                return pack(len(data))
+            return pack(torch.frombuffer(data, dtype=torch.uint8), copy=False)
 
-        def take() -> bytearray:
+        def take() -> Parcel:
             state = capture(mailbox.learner, mailbox.client_id, self._shared) if mailbox.made else None
             snapshot = Snapshot(mailbox.client_id, self._spec.name, dict(mailbox.counts), state)
-            return dump(snapshot, self.allow, mailbox.learner, self._shared, self._device)
+            return taken(
+                snapshot,
+                self.allow,
+                mailbox.learner,
+                self._shared,
+                self._device,
+                kept=kept,
+                limit_bytes=limit_bytes,
+            )
 
         return self._apart(job, "state_dict", take, mailbox.client_id)
 

@@ -9,7 +9,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from torchfedrpc.host.context import SharedObjects
 from torchfedrpc.host.object_parts import is_foundation
 from torchfedrpc.host.state_proof import Difference, first_difference
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import pack
+from torchfedrpc.wire.file import TensorFiles
+from torchfedrpc.wire.memory import KeptMemory
+from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.serializer import chunks_of, read
 
 # Layout: magic, version of the format, a checksum of all that follows; then the fields, by ParameterSerializer.
@@ -164,23 +166,91 @@ def dump(
     Raises:
         SnapshotError: the state holds what cannot be pickled, or read again, or is not equal then; it names where.
     """
+    return bytearray(seal(taken(snapshot, allow, learner, shared, device).open(allow)))
+
+
+def taken(
+    snapshot: Snapshot,
+    allow: AllowList,
+    learner: Any = None,
+    shared: SharedObjects | None = None,
+    device: torch.device | None = None,
+    *,
+    kept: KeptMemory | None = None,
+    limit_bytes: int | None = None,
+) -> Parcel:
+    """A snapshot as `dump` makes it, before `seal`: on its way from its learner's process.
+
+    Args:
+        snapshot: as of `dump`, and so are those that follow.
+        allow: see there.
+        learner: see there.
+        shared: see there.
+        device: see there.
+        kept: has the memory for a large one: files that other processes may map.
+        limit_bytes: of a larger one only the size is wanted; None for no limit.
+
+    Returns:
+        A uint8 tensor [num_bytes], or the size as an int.
+
+    Raises:
+        SnapshotError: as of `dump`.
+    """
     try:
         parcel = pack(dict(vars(snapshot)), copy=False)
-        data = bytearray().join((bytes(_HEADER.size), *chunks_of(parcel)))
+        if limit_bytes is not None and parcel.num_bytes > limit_bytes:
+            return pack(parcel.num_bytes)
+        chunks: list[bytes | memoryview] = [bytes(_HEADER.size), *chunks_of(parcel)]
         is_in_place = all(slot.is_cpu or slot.device == device for slot in parcel.slots)
+        files, data = _joined(chunks, kept if parcel.is_large else None)
         # What the bytes give, and not what lies in the learner's own memory: a __setstate__ may write to that.
-        rebuilt = read(memoryview(data)[_HEADER.size :], gpu=_gpu(device)).open(allow)["state"]
+        rebuilt, mapped = _rebuilt(files, data, allow, device)
     except SerializationError as error:
         part, reason = _culprit(snapshot.state, allow, learner) or ("its whole", error)
         raise _refusal(snapshot, part, reason) from error
     if not is_in_place and (place := _elsewhere(snapshot.state, device)) is not None:
         reason = f"it has tensors on another device than {device or 'the CPU'}, to which they would come back"
         raise _refusal(snapshot, place, reason)
-    if snapshot.state is not None and (found := _difference(snapshot.state, rebuilt, learner, shared)) is not None:
+    if (
+        snapshot.state is not None
+        and (found := _difference(snapshot.state, rebuilt, learner, shared, mapped)) is not None
+    ):
         raise _refusal(snapshot, repr(found.attribute.strip(".")), found)
-    # Of the copy: a thread of the learner's own may go on writing to what was copied.
-    _HEADER.pack_into(data, 0, _MAGIC, _VERSION, zlib.crc32(memoryview(data)[_HEADER.size :]))
-    return data
+    return replace(pack(data, copy=False), files=files)
+
+
+def _joined(chunks: list[bytes | memoryview], kept: KeptMemory | None) -> tuple[TensorFiles | None, Tensor]:
+    """Pieces of a snapshot as one tensor, which lies in files where there is memory for them."""
+    if kept is not None:
+        with contextlib.suppress(OSError):  # there is no room for it; it can be sent as well
+            files = TensorFiles.of_bytes(chunks, kept)
+            return files, files.tensors()[0]
+    return None, torch.frombuffer(bytearray().join(chunks), dtype=torch.uint8)
+
+
+def _rebuilt(
+    files: TensorFiles | None, data: Tensor, allow: AllowList, device: torch.device | None
+) -> tuple[Any, range]:
+    """The state that a snapshot gives, and the addresses where its tensors may lie in place of memory of their own.
+
+    A file is mapped once more for it: a page is copied only where a method like ``__setstate__`` writes to it.
+    """
+    if files is not None:
+        again = files.tensors()[0]
+        with contextlib.suppress(SerializationError):  # such as of a method that resizes a tensor
+            parcel = read(again.numpy().data[_HEADER.size :], gpu=_gpu(device), in_place=True)
+            return parcel.open(allow)["state"], range(again.data_ptr(), again.data_ptr() + again.nbytes)
+    return read(data.numpy().data[_HEADER.size :], gpu=_gpu(device)).open(allow)["state"], range(0)
+
+
+def seal(data: Tensor) -> memoryview:
+    """Give a snapshot from `taken` its header, with the checksum of what was copied; its bytes, in the same memory.
+
+    That takes as long as two copies, so it is done where the snapshot leaves memory, and not as its learner waits.
+    """
+    view = data.numpy().data
+    _HEADER.pack_into(view, 0, _MAGIC, _VERSION, zlib.crc32(view[_HEADER.size :]))
+    return view
 
 
 def load(data: bytes | bytearray | memoryview, allow: AllowList, device: torch.device | None = None) -> Snapshot:
@@ -294,13 +364,15 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
             yield repr(name), value
 
 
-def _difference(state: Any, rebuilt: Any, learner: Any, shared: SharedObjects | None) -> Difference | None:
+def _difference(
+    state: Any, rebuilt: Any, learner: Any, shared: SharedObjects | None, mapped: range
+) -> Difference | None:
     kind, content = state
     if kind != "attributes":
-        return first_difference(content, rebuilt[1], owner=learner)
+        return first_difference(content, rebuilt[1], owner=learner, mapped=mapped)
     apart = made_anew(learner, shared) if learner is not None else []
     live, other = ({**part["values"], **part["slots"]} for part in (content, rebuilt[1]))
-    return first_difference(live, other, owner=learner, apart=apart, are_attributes=True)
+    return first_difference(live, other, owner=learner, apart=apart, are_attributes=True, mapped=mapped)
 
 
 def _refusal(snapshot: Snapshot, part: str, cause: object) -> SnapshotError:

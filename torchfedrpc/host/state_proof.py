@@ -105,7 +105,13 @@ class Apart(NamedTuple):
 
 
 def first_difference(
-    live: Any, rebuilt: Any, *, owner: Any = None, apart: Iterable[Apart] = (), are_attributes: bool = False
+    live: Any,
+    rebuilt: Any,
+    *,
+    owner: Any = None,
+    apart: Iterable[Apart] = (),
+    are_attributes: bool = False,
+    mapped: range = range(0),
 ) -> Difference | None:
     """The first place where a rebuilt object graph is not equal to the live one; None where they are equal.
 
@@ -118,8 +124,9 @@ def first_difference(
         owner: the learner, to which nothing in its state may refer.
         apart: objects that are no part of the graphs, so that nothing in the graphs may be part of them.
         are_attributes: whether the two are dicts of all attributes of the owner, whose class then counts as well.
+        mapped: addresses of the snapshot, where rebuilt tensors may lie; a restored learner has copies of them.
     """
-    walk = _Walk(owner)
+    walk = _Walk(owner, mapped)
     try:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             if are_attributes:
@@ -146,10 +153,12 @@ class _Walk:
 
     Args:
         owner: the learner, if the graphs are its state.
+        mapped: as of `first_difference`.
     """
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: Any, mapped: range) -> None:
         self._owner = owner
+        self._mapped = mapped
         self._todo: list[tuple[Any, Any, Path]] = []
         self._sets: list[tuple[Any, Any, Path]] = []  # of objects without a value: compared once all else is known
         self._rebuilt_of: dict[int, int] = {}
@@ -416,7 +425,7 @@ class _Walk:
     def _tensor(self, one: Any, other: Any, path: Path) -> None:
         if self._is_known(one, other, path):
             return
-        if (reason := tensor_difference(one, other)) is not None:
+        if (reason := tensor_difference(one, other, self._mapped)) is not None:
             raise _Found(path, reason)
         for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
             if getattr(one, hooks) and not getattr(other, hooks):

@@ -17,6 +17,7 @@ from torchfedrpc.errors import ConfigError, MethodNotFoundError
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.snapshot import seal
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.wire.packing import Packed, pack
 
@@ -107,7 +108,7 @@ class Rehearsal:
         Raises:
             SnapshotError: its state cannot be captured.
         """
-        return bytes(self._ask("snapshot", "snapshot", ()).numpy())
+        return bytes(seal(self._ask("snapshot", "snapshot", None)))
 
     def restore(self, snapshot: bytes) -> None:
         """Make the learner of a snapshot.

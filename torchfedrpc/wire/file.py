@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import mmap
 import os
 import stat
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire.memory import NAME, SEALS, STAMP_BYTES, KeptMemory, Memory, map_file, stamp_of
-from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named
+from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named, memory_of
 
 _MAX_FILES = 16  # for the tensors of one object
 _FILE_BYTES = 4 << 20  # fewer where they would have less than that: descriptors are few, and journals keep many
@@ -48,6 +49,20 @@ class TensorFiles:
             groups[-1].append(tensor)
             num_bytes += tensor.nbytes
         return cls([TensorFile.of(group, on_disk=on_disk, kept=kept) for group in groups])
+
+    @classmethod
+    def of_bytes(cls, chunks: Sequence[bytes | memoryview], kept: KeptMemory) -> TensorFiles:
+        """A copy of bytes, one piece behind the other, as one tensor, uint8 [num_bytes].
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        stops = list(itertools.accumulate(map(len, chunks)))
+        memory = kept.take(stops[-1])
+        layout = [(0, stops[-1], torch.uint8, (stops[-1],), (1,))]
+        file = TensorFile(memory.descriptor, stops[-1], layout, memory, kept)
+        memory.write((stop - len(chunk), memoryview(chunk)) for stop, chunk in zip(stops, chunks, strict=True))
+        return cls([file])
 
     @classmethod
     def at(cls, addresses: Sequence[Address], pid: int) -> TensorFiles:
@@ -124,7 +139,7 @@ class TensorFile:
         num_bytes = max(num_bytes, 1)
         memory = kept.take(num_bytes) if kept is not None else Memory(num_bytes, on_disk=on_disk)
         file = cls(memory.descriptor, num_bytes, layout, memory, kept)
-        memory.write((start, tensor) for tensor, (start, *_) in zip(tensors, layout, strict=True))
+        memory.write((start, memory_of(tensor)) for tensor, (start, *_) in zip(tensors, layout, strict=True))
         return file
 
     @classmethod

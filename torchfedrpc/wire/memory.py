@@ -18,9 +18,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-
-from torchfedrpc.wire.tensors import memory_of
 
 NAME = "torchfedrpc-shared"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -95,14 +92,14 @@ class Memory:
             self.close()
             raise
 
-    def write(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
-        """Put in dense tensors of the CPU's whose strides leave no gaps, each with the place where it begins.
+    def write(self, contents: Iterable[tuple[int, memoryview]]) -> None:
+        """Put in bytes, each piece with the place where it begins.
 
         Raises:
             OSError: there is no room for them.
         """
-        for start, tensor in tensors:
-            self._write(start, memory_of(tensor))
+        for start, content in contents:
+            self._write(start, content)
         self.stamp = secrets.randbits(8 * STAMP_BYTES - 1) + 1
         self._put_stamp(self.stamp)
 

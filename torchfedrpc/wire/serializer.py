@@ -96,6 +96,7 @@ def read(
     *,
     device: torch.device | str | None = None,
     gpu: torch.device | None = None,
+    in_place: bool = False,
 ) -> Parcel:
     """Return the parcel of bytes from `chunks_of`, on memory of its own.
 
@@ -103,6 +104,7 @@ def read(
         serialized: the bytes.
         device: where all tensors go.
         gpu: where those go that were on a GPU, unless ``device`` is given; the CPU where there is neither.
+        in_place: whether its tensors lie in the bytes themselves, which must be writable.
 
     Raises:
         SerializationError: If the bytes are damaged or of another format.
@@ -128,9 +130,12 @@ def read(
         content = data[position : position + num_bytes]
         position += num_bytes
         dtype = dtype_named(dtype_name)
-        memory = torch.empty(num_bytes, dtype=torch.uint8)
-        if num_bytes:  # an empty view is of other memory
-            memory_of(memory)[:] = content
+        if in_place and num_bytes:
+            memory = torch.frombuffer(content, dtype=torch.uint8)
+        else:
+            memory = torch.empty(num_bytes, dtype=torch.uint8)
+            if num_bytes:  # an empty view is of other memory
+                memory_of(memory)[:] = content
         check_extent(shape, stride, 0, dtype, num_bytes)
         if math.prod(shape) * dtype.itemsize != num_bytes:
             raise SerializationError("a tensor's memory is not that of its elements")

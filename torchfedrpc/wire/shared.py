@@ -15,6 +15,7 @@ from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel, SentApart, mapped_copies, pack
 from torchfedrpc.wire.twins import is_plain_structure, twin
 
+_SPILLED_BYTES = 64 << 10  # a smaller one is not worth a file
 _MODEL_HEAD_BYTES = 16 << 10  # a longer pickle is read about as fast as its object is copied
 
 _memcmp = ctypes.CDLL(None).memcmp
@@ -92,14 +93,20 @@ class SharedValue(SentApart):
                 self._model, self._may_have_model = model, False
         return opened
 
+    @property
+    def can_spill(self) -> bool:
+        """Whether it is worth a file on disk: what is in it are tensors of the CPU's, first of all."""
+        slots = self._parcel.slots if isinstance(self._parcel, Parcel) else []
+        return sum(slot.nbytes for slot in slots) >= _SPILLED_BYTES and all(slot.is_cpu for slot in slots)
+
     def spill(self) -> None:
-        """Keep it on disk from now on, if it is large; it may be opened and sent as before.
+        """Keep it on disk from now on, if it `can_spill`; it may be opened and sent as before.
 
         Raises:
             OSError: the disk is full, or cannot be written.
         """
         parcel = self._parcel
-        if isinstance(parcel, Parcel) and parcel.is_large:
+        if isinstance(parcel, Parcel) and self.can_spill:
             with contextlib.closing(TensorFiles.of(parcel.slots, on_disk=True)) as files:
                 mapped = files.tensors()
             with self._lock:

@@ -27,6 +27,8 @@ STAGES = {
 }
 """The moments of a call in order, after its beginning, each with the stage that it ends."""
 
+MEAN = ", mean"
+
 stamps: list[Stamp] = []  # of this process
 
 
@@ -66,11 +68,14 @@ def note_rpc() -> None:
 
 
 def split(calls: Iterable[tuple[float, float]], moments: Iterable[Stamp]) -> dict[str, float]:
-    """Medians of the stages of calls that were awaited one after another, in microseconds, with ``all`` at the end.
+    """Medians and means of the stages of calls that were awaited one after another, in microseconds.
 
     Args:
         calls: when each began, and when its result was there.
         moments: of all processes.
+
+    Returns:
+        Stage -> its median, and stage + `MEAN` -> its mean; ``all`` stages together come last.
     """
     in_order = sorted(moments, key=lambda stamp: stamp[1])
     of_stage: dict[str, list[float]] = {name: [] for name in STAGES}
@@ -89,5 +94,6 @@ def split(calls: Iterable[tuple[float, float]], moments: Iterable[Stamp]) -> dic
             if name in last:
                 of_stage[name].append(last[name] - before)
                 before = last[name]
-    medians = {STAGES[name]: 1e6 * statistics.median(each) for name, each in of_stage.items() if each}
-    return {**medians, "all": 1e6 * statistics.median(whole)}
+    stages = {**{STAGES[name]: each for name, each in of_stage.items() if each}, "all": whole}
+    medians = {stage: 1e6 * statistics.median(each) for stage, each in stages.items()}
+    return {**medians, **{stage + MEAN: 1e6 * statistics.fmean(each) for stage, each in stages.items()}}
