@@ -342,8 +342,8 @@ MUTATIONS = [
     Mutation(
         "the journal is not bounded in calls",
         "executors/ledger.py",
-        "len(record.journal) > self._max_calls",
-        "False",
+        "return self._may_need_snapshot(record) and len(record.journal) > self._max_calls",
+        "return False",
         "tests/test_ledger.py",
     ),
     Mutation(
