@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import needs
-from torchrun import environment
+from torchrun import environment, run_launch
 
 SMOKE = ["experiment=smoke", "runtime=local"]
 HIDE_EXTRAS = """
@@ -198,6 +198,61 @@ def test_options_of_ones_own_come_from_a_folder_of_ones_own(tmp_path: Path) -> N
     (tmp_path / "conf" / "trainer" / "short.yaml").write_text("defaults: [fedavg, _self_]\nnum_rounds: 1\n")
     done = _command(tmp_path, "--config-dir", "conf", *SMOKE, "trainer=short", "trainer.num_rounds=2")
     assert len(_history(_output_dir(done))) == 2
+
+
+def test_info_has_a_help_and_refuses_arguments(tmp_path: Path) -> None:
+    done = _command(tmp_path, "info", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage: torchfedrpc info" in done.stdout
+    assert "torchfedrpc --help" in done.stdout
+    done = _command(tmp_path, "info", "seed=1")
+    assert done.returncode == 2
+    assert "unrecognized arguments: seed=1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model._target_=nosuchpackage.Net",
+            r"a recipe may not call nosuchpackage\.Net: .*\[nosuchpackage\], and install the package",
+        ),
+        ("model._target_=torchfedrpc.models.mlp.MPL", r"cannot find .* \(did you mean 'MLP'\?\)"),
+        ("~model._target_", r"a recipe needs _target_, the dotted name of what makes it"),
+        ("~model", r"the configuration lacks model: give it on the command line, such as model=cnn"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_one_line_with_the_next_step(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    done = _command(tmp_path, *SMOKE, override)
+    assert done.returncode == 1
+    assert re.match(f"torchfedrpc: {message}", done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+LAUNCHER = """
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+
+class JoblibLauncher(BasicLauncher):
+    pass
+
+node = {"_target_": f"{__name__}.JoblibLauncher"}
+ConfigStore.instance().store(group="hydra/launcher", name="joblib", node=node)
+"""
+
+
+def test_a_sweep_under_torchrun_by_another_launcher_names_the_one_that_works(tmp_path: Path) -> None:
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins" / "joblib_like.py").write_text(LAUNCHER)
+    (tmp_path / "script.py").write_text("from torchfedrpc.cli import main\nmain()\n")
+    arguments = ["-m", *SMOKE[:1], "hydra/launcher=joblib", f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=1,2"]
+    code, output = run_launch(tmp_path / "script.py", *arguments, num_processes=2)
+    assert code != 0, output
+    assert "hydra/launcher=joblib (hydra_plugins.joblib_like.JoblibLauncher) starts the jobs of a sweep in" in output
+    assert "set hydra/launcher=basic" in output
+    assert not list(tmp_path.glob("sweep/*/history.jsonl"))
 
 
 def test_info_tells_versions_and_the_road_between_processes(tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def test_the_default_is_fedavg_of_a_cnn_on_digits() -> None:
     assert config.trainer._target_.endswith("FedAvgTrainer")
 
 
+def test_the_launcher_of_a_sweep_is_the_one_that_may_run_under_torchrun() -> None:
+    config = compose("config", return_hydra_config=True)
+    assert config.hydra.launcher._target_ == cli._BASIC_LAUNCHER
+
+
 def test_the_seed_reaches_everything_that_draws() -> None:
     config = _compose("seed=7")
     assert config.seed == config.dataset.seed == config.partition.seed == config.trainer.seed == 7

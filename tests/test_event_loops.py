@@ -52,3 +52,13 @@ async def test_call_from_another_threads_loop_is_refused_and_the_proxy_goes_on(l
             with pytest.raises(tfr.ConfigError, match=r"another event loop.*run_coroutine_threadsafe"):
                 await asyncio.to_thread(asyncio.run, use())
         assert await same(proxy) == 1
+
+
+async def test_run_within_a_running_loop_says_to_await_main() -> None:
+    async def main(runtime: str) -> Any:
+        return await opened_again(tfr.LearnerProxy(Probe, ["a"], runtime=runtime))
+
+    with pytest.raises(tfr.ConfigError, match=r"as in a notebook: write await main\(\.\.\.\) instead"):
+        tfr.run(main, "local")
+    assert await main("local") == 1
+    assert await asyncio.to_thread(tfr.run, main, "local") == 1  # a thread without a loop may start one

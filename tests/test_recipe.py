@@ -203,3 +203,29 @@ def test_a_recipe_without_target_is_refused() -> None:
         build({"size": 3})
     with pytest.raises(ConfigError, match="_target_"):
         locate({"size": 3})
+
+
+# What is missing.
+
+
+def test_a_module_that_is_not_installed_is_named_with_the_next_step() -> None:
+    recipe = {"_target_": "nosuchpackage.Net"}
+    with pytest.raises(ConfigError, match=r"trusted_modules=\[nosuchpackage\], and install the .*PYTHONPATH"):
+        build(recipe)
+    for make in (lambda: build(recipe, ["nosuchpackage"]), lambda: locate(recipe)):
+        with pytest.raises(ConfigError, match=r"cannot find 'nosuchpackage\.Net': .*; install .*PYTHONPATH"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("torchfedrpc.models.mlp.MPL", "'MLP'"),
+        ("torchfedrpc.models.convnet.ConvNet", "'conv_net'"),
+        ("torch.nn.Linaer", "'Linear'"),
+        (f"{__name__}.Pair.Iner", "'Inner'"),
+    ],
+)
+def test_a_target_that_a_module_lacks_names_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"cannot find '{name}': .*\(did you mean .*{near}"):
+        build({"_target_": name}, HERE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -18,8 +19,12 @@ from torchfedrpc.errors import ConfigError, SnapshotError, WorkerLostError
 from torchfedrpc.federation.experiment import ExperimentConfig, run_experiment
 from torchfedrpc.info import describe
 from torchfedrpc.interrupts import run_interruptible
+from torchfedrpc.launcher import Launch
 from torchfedrpc.observe.folder import close_to_others, make_private, replaced
 from torchfedrpc.run import drive
+
+_INFO = "Print the versions, the machine and the transport between processes; torchfedrpc --help is of experiments."
+_BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in its own process
 
 ConfigStore.instance().store(group="runtime", name="schema", node=RuntimeConfig)
 
@@ -27,12 +32,31 @@ ConfigStore.instance().store(group="runtime", name="schema", node=RuntimeConfig)
 @hydra.main(version_base="1.3", config_path="pkg://torchfedrpc.conf", config_name="config")
 def _task(config: DictConfig) -> float:
     """Run one job; sweepers optimise what it returns, the final test accuracy."""
+    _check_launcher()
     try:
         return _run(config, Path(HydraConfig.get().runtime.output_dir))
     except (ConfigError, SnapshotError, WorkerLostError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN or "HYDRA_FULL_ERROR" in os.environ:
             raise  # the other jobs go on
         sys.exit("\n".join([f"torchfedrpc: {error}", *getattr(error, "__notes__", [])]))
+
+
+def _check_launcher() -> None:
+    """Check that a job of a sweep runs in the driver of the launch, if there is one.
+
+    Raises:
+        ConfigError: Hydra's launcher starts the jobs in processes of its own, which the ranks do not serve.
+    """
+    config = HydraConfig.get()
+    target = str(config.launcher._target_)
+    is_sweep = config.mode == RunMode.MULTIRUN
+    if is_sweep and target != _BASIC_LAUNCHER and Launch.from_environment() is not None:
+        name = config.runtime.choices.get("hydra/launcher")
+        raise ConfigError(
+            f"hydra/launcher={name} ({target}) starts the jobs of a sweep in processes of its own, and the ranks of "
+            f"a launch serve rank 0 alone: set hydra/launcher=basic, which runs the jobs one after another on all "
+            f"ranks, or start the sweep without torchrun, with runtime=pseudo or runtime=local"
+        )
 
 
 def _run(config: DictConfig, output_dir: Path) -> float:
@@ -52,7 +76,8 @@ def _run(config: DictConfig, output_dir: Path) -> float:
 
 def main() -> None:
     """Run the command line; on the other ranks of a launch, serve learners until rank 0 ends."""
-    if sys.argv[1:] == ["info"]:
+    if sys.argv[1:2] == ["info"]:
+        argparse.ArgumentParser("torchfedrpc info", description=_INFO).parse_args(sys.argv[2:])
         print(describe())
         return
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import signal
@@ -32,13 +33,19 @@ def run(main: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kw
     a second signal of the same kind ends it at once. Handlers of the script's own are left in place.
 
     Raises:
-        ConfigError: ``main`` is no coroutine function, or a worker process calls this as it imports the script.
+        ConfigError: ``main`` is no coroutine function, an event loop is running already, or a worker process calls
+            this as it imports the script.
         KeyboardInterrupt: on rank 0, SIGINT came.
         SystemExit: on rank 0, SIGTERM came; the exit status is 143.
         Exception: on rank 0, whatever ``main`` raised.
     """
     if not inspect.iscoroutinefunction(main):
         raise ConfigError(f"tfr.run needs a coroutine function: async def main(): ..., not {main!r}")
+    if asyncio._get_running_loop() is not None:
+        raise ConfigError(
+            f"tfr.run starts an event loop, and one is running here already, as in a notebook: write "
+            f"await {main.__name__}(...) instead, or call tfr.run outside of coroutines"
+        )
     return drive(lambda: run_interruptible(lambda: main(*args, **kwargs)))
 
 

@@ -74,7 +74,10 @@ class ExperimentConfig:
                 raise ConfigError(f"unknown key {key}{suggest(key, known)}")
         missing = [item.name for item in dataclasses.fields(cls) if item.name not in values and _is_required(item)]
         if missing:
-            raise ConfigError(f"the configuration lacks {', '.join(missing)}")
+            raise ConfigError(
+                f"the configuration lacks {', '.join(missing)}: give it on the command line, such as model=cnn; "
+                f"torchfedrpc --help lists the options of each group"
+            )
         return cls(**{**values, "runtime": RuntimeConfig.of(values["runtime"])})
 
     @property

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import pkgutil
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.machinery import PathFinder
 from typing import Any
 
 from torch import nn
 
-from torchfedrpc.errors import ConfigError
+from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.wire.allowlist import AllowList, canonical
 
 _OWN_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")  # hydra's
@@ -24,6 +26,7 @@ _OURS = ("torchfedrpc.data.", "torchfedrpc.models.")
 _TORCH = "torch.nn."
 # Its other functions set hooks for all modules of a process, or are no part of a model.
 _TORCH_FUNCTIONS = ("torch.nn.functional", "torch.nn.init", "torch.nn.utils")
+_INSTALL = "install the package, or put the folder that it is in on PYTHONPATH, for the driver and its workers"
 _NEVER_WHOLE = ("torch", "torchfedrpc")  # both have functions that run any command or script
 
 
@@ -146,7 +149,7 @@ def _entries(target: str) -> Iterator[Any]:
             break
         except ModuleNotFoundError as error:
             if not name.startswith(str(error.name)) or count == 1:
-                raise ConfigError(f"cannot find {target!r}: {error}") from error
+                raise ConfigError(f"cannot find {target!r}: {error}; {_INSTALL}") from error
         except ImportError as error:
             raise ConfigError(f"cannot find {target!r}: {error}") from error
     if owner is None:
@@ -155,8 +158,14 @@ def _entries(target: str) -> Iterator[Any]:
         try:
             owner = getattr(owner, part)
         except AttributeError as error:
-            raise ConfigError(f"cannot find {target!r}: {error}") from error
+            raise ConfigError(f"cannot find {target!r}: {error}{suggest(part, _names(owner))}") from error
         yield owner
+
+
+def _names(owner: Any) -> set[str]:
+    """The public names in a module, those of its submodules included, or in a class."""
+    modules = {module.name for module in pkgutil.iter_modules(getattr(owner, "__path__", ()))}
+    return {name for name in modules | {*dir(owner)} if not name.startswith("_")}
 
 
 def _untrusted(target: str, home: str) -> ConfigError:
@@ -166,6 +175,8 @@ def _untrusted(target: str, home: str) -> ConfigError:
         remedy = f"{advice} runtime.trusted_modules"
     else:
         remedy = f"if you trust its package, add that to the others in runtime.trusted_modules=[{root}]"
+        if root not in sys.modules and PathFinder.find_spec(root) is None:  # which imports nothing
+            remedy += f", and {_INSTALL}"
     return ConfigError(
         f"a recipe may not call {target}: recipes may name the data sets and models of torchfedrpc, torch.nn, and "
         f"classes and functions that the learner's own package and runtime.trusted_modules define; {remedy}"
