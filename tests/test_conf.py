@@ -118,6 +118,14 @@ def test_a_wrong_key_or_value_is_an_error(override: str) -> None:
         _compose(override)
 
 
+def test_a_configuration_without_a_model_says_how_to_give_one() -> None:
+    message = r"the configuration lacks model: give it on the command line, such as model=cnn; torchfedrpc --help"
+    with pytest.raises(ConfigError, match=message):
+        ExperimentConfig.of(cli.plain(_compose("~model")))
+    with pytest.raises(ConfigError, match="needs _target_, the dotted name of what makes it; this has none"):
+        locate(ExperimentConfig.of(cli.plain(_compose("~model._target_"))).model)
+
+
 def test_the_keys_are_these() -> None:
     assert _keys(_compose()) == [
         "baseline.batch_size",
