@@ -130,6 +130,20 @@ def test_a_handler_that_a_script_has_set_stays() -> None:
     assert came == [signal.SIGTERM]
 
 
+def test_a_sigint_that_is_ignored_stays_so() -> None:
+    async def main() -> str:
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(0)
+        return "finished"
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `&` in a script does for what follows
+    try:
+        assert tfr.run(main) == "finished"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_run_in_another_thread_leaves_signals_alone() -> None:
     results: list[Any] = []
     before = [signal.getsignal(number) for number in ENDING]
