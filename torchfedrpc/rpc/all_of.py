@@ -14,7 +14,7 @@ async def all_of(doing: Sequence[Awaitable[Any]], on_failure: Callable[[], None]
         return
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        errors = [error for task in done if (error := task.exception()) is not None]
+        errors = [error for error in (task.exception() for task in done) if error is not None]
         if errors and on_failure is not None:
             on_failure()
         await asyncio.wait(tasks)
@@ -22,4 +22,7 @@ async def all_of(doing: Sequence[Awaitable[Any]], on_failure: Callable[[], None]
         for task in tasks:
             task.cancel()
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:  # its traceback has this frame: a circle that would keep what its steps held
+            del doing, tasks, task, done, errors
