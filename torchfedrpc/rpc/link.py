@@ -170,10 +170,15 @@ def end_when_cut_off(connection: socket.socket, timeout_s: float) -> None:
     interval_s = max(int(timeout_s / 3), 1)
     with contextlib.suppress(OSError):  # it is at its end already, which whoever reads it finds out
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval_s)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval_s)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
+        for name, value in (
+            ("TCP_KEEPIDLE", interval_s),
+            ("TCP_KEEPALIVE", interval_s),  # what macOS calls it
+            ("TCP_KEEPINTVL", interval_s),
+            ("TCP_KEEPCNT", 3),
+            ("TCP_USER_TIMEOUT", int(timeout_s * 1000)),
+        ):
+            if (option := getattr(socket, name, None)) is not None:
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _line(message: Message) -> bytes:
