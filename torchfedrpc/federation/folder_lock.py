@@ -102,7 +102,9 @@ def _lock(file: IO[bytes]) -> None:
         import msvcrt  # noqa: PLC0415 - Windows alone has it
 
         file.seek(_BEYOND_BYTES)  # nobody can read what is locked, and who holds the lock is to be read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        file.seek(0)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        finally:
+            file.seek(0)
     else:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

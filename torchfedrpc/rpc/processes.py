@@ -23,7 +23,7 @@ import json, os, select, sys, threading
 def end_with_driver():
     poll = select.poll()
     poll.register(link, getattr(select, "POLLRDHUP", 0))  # for its end alone
-    poll.register(imported, 0)
+    poll.register(imported, select.POLLIN)
     while not (ready := poll.poll(1000)):
         if os.getppid() != parent:  # macOS need not tell of an end for which no event was asked
             os._exit(1)

@@ -150,8 +150,11 @@ def end(process: int, worker: int, grace_s: float) -> None:
 
 def tell(worker: int, number: int) -> None:
     """Send the worker a signal; as long as it is this process's parent no other has its number."""
-    if os.getppid() == worker:
-        os.kill(worker, number)
+    try:
+        if os.getppid() == worker:
+            os.kill(worker, number)
+    except ProcessLookupError:  # it has ended in between
+        return
 
 
 def suspend(*_: object) -> None:
