@@ -463,9 +463,11 @@ def test_a_dtype_is_made_of_nothing_else(spec: Any) -> None:
 def test_a_dtype_keeps_its_layout(dtype: np.dtype[Any]) -> None:
     received = pack(dtype).open(ALLOW)
     assert received == dtype
-    assert (received.itemsize, received.alignment, received.flags, received.isalignedstruct) == (
-        (dtype.itemsize, dtype.alignment, dtype.flags, dtype.isalignedstruct)
+    assert (received.itemsize, received.alignment, received.isalignedstruct) == (
+        (dtype.itemsize, dtype.alignment, dtype.isalignedstruct)
     )
+    # From 2.5 on numpy has a hint for its copies in the bit above, which its own pickles change too.
+    assert received.flags & 0xFF == dtype.flags & 0xFF
     assert (received.fields, received.metadata) == (dtype.fields, dtype.metadata)
 
 

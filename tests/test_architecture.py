@@ -16,7 +16,7 @@ PACKAGE = Path(tfr.__file__).parent
 
 # From the ground up; a module imports from floors below its own and, without a cycle, from its own.
 FLOORS = [
-    {"version", "errors", "config", "registry", "launcher", "extras"},
+    {"version", "errors", "config", "registry", "launcher", "extras", "system"},
     {"observe"},
     {"wire"},
     {"host"},

@@ -13,6 +13,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.rpc import world
 from torchfedrpc.rpc.backend import torch_rpc
+from torchfedrpc.system import num_usable_cores
 from torchfedrpc.version import __version__
 
 
@@ -25,7 +26,7 @@ def describe() -> str:
         "torch": f"{torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}",
         "numpy": np.__version__,
         "system": platform.platform(),
-        "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
+        "cores": f"{num_usable_cores()} of {os.cpu_count()}",
         "GPUs": ", ".join(gpus) or "none",
         "calls between processes": _road(),
         "snapshots on disk": tempfile.gettempdir(),

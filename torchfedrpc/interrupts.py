@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -92,13 +93,13 @@ class _Interrupts:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         global _current
-        signals, wakeup = os.pipe()
-        os.set_blocking(wakeup, False)
+        signals, wakeup = socket.socketpair()  # Windows wants a socket
+        wakeup.setblocking(False)
         watcher = threading.Thread(target=self._watch, args=(signals,), name="torchfedrpc-interrupts", daemon=True)
         watcher.start()
         _leave_forks_alone()
         current_before, _current = _current, self
-        wakeup_before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        wakeup_before = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
         try:
             for number, default in _DEFAULTS.items():
                 if signal.getsignal(number) == default:
@@ -108,9 +109,9 @@ class _Interrupts:
             self._over.set()
             self.restore(wakeup_before)
             _current = current_before
-            os.close(wakeup)
+            wakeup.close()
             watcher.join()
-            os.close(signals)
+            signals.close()
 
     def restore(self, wakeup_fd: int = -1) -> None:
         """Put the handlers from before back, but for those that the run itself has replaced."""
@@ -153,9 +154,9 @@ class _Interrupts:
         if self._task is not None and not self._task.done():
             self._task.cancel()
 
-    def _watch(self, signals: int) -> None:
+    def _watch(self, signals: socket.socket) -> None:
         """On a thread of its own, which hears of signals also while the main thread is in a long call of C."""
-        while byte := os.read(signals, 1):
+        while byte := signals.recv(1):
             number = byte[0]
             if number in self._before:
                 self._enforce(number)
@@ -168,7 +169,10 @@ class _Interrupts:
             return
         if self._came and not self._loop_turns and not debugger_attached():
             self._forcing = True
-            signal.pthread_kill(self._main_thread, number)  # wakes it from a system call
+            if hasattr(signal, "pthread_kill"):
+                signal.pthread_kill(self._main_thread, number)  # wakes it from a system call
+            else:  # Windows
+                signal.raise_signal(number)
         if not self._over.wait(_LIMIT_S - blocked_s) and not debugger_attached():
             self._leave(number)
 
@@ -220,7 +224,8 @@ def _leave_forks_alone() -> None:
         if _current is not None:
             _current.restore()
 
-    os.register_at_fork(after_in_child=restore)
+    if hasattr(os, "register_at_fork"):  # Windows does not fork
+        os.register_at_fork(after_in_child=restore)
 
 
 def _end_learner_threads() -> None:

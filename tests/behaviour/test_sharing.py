@@ -20,12 +20,15 @@ import torchfedrpc as tfr
 
 SIZE = 600_000  # float32: large enough to lie in files
 NUM_BYTES = 4 * SIZE
+SHOWS_FILES = Path("/proc/self/fd").exists()  # only Linux does, and elsewhere such values lie in no files
 
 
 class Sharer(Probe):
     """A learner that knows what its process holds of shared values."""
 
     def num_files(self) -> int:
+        if not SHOWS_FILES:
+            return 0
         count = Path("/proc/self/maps").read_text().count("torchfedrpc-shared")
         for entry in Path("/proc/self/fd").iterdir():
             with suppress(OSError):
@@ -177,7 +180,8 @@ async def test_a_reference_that_is_done_with_is_freed(proxy: tfr.LearnerProxy, f
     before = await files_of(proxy, *ids)
     ref = await proxy.share(torch.ones(SIZE))
     await proxy.clients(ids).call("sums", ref)
-    assert all(now > then for now, then in zip(await files_of(proxy, *ids), before, strict=True))
+    if SHOWS_FILES:
+        assert all(now > then for now, then in zip(await files_of(proxy, *ids), before, strict=True))
     if how == "released":
         await ref.release()
     del ref

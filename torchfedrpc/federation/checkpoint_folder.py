@@ -21,8 +21,9 @@ from typing import Any
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError, UntrustedTypeError
 from torchfedrpc.federation.checkpoint_head import PACK_NAME, Head, check, encode, name_of, read_head, read_state
 from torchfedrpc.federation.folder_lock import FolderLock
-from torchfedrpc.federation.snapshot_pack import Entry, PackWriter, read, wasteful, write_at
+from torchfedrpc.federation.snapshot_pack import Entry, PackWriter, read, wasteful
 from torchfedrpc.observe.folder import open_private
+from torchfedrpc.system import write_at
 from torchfedrpc.wire.packing import Parcel
 
 logger = logging.getLogger(__name__)
@@ -213,6 +214,8 @@ class CheckpointFolder:
 
     def _sync(self) -> None:
         """Wait until the names of the files are on the disk."""
+        if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders; its file systems journal names
+            return
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -10,12 +10,14 @@ from typing import IO
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.observe.folder import make_private, open_private
 
+_BEYOND_BYTES = 1 << 20
+
 _held: set[tuple[int, str]] = set()
 """Process and lock file: a second lock of the same process would be granted, and its end would release the first."""
 
 
 class FolderLock:
-    """A POSIX record lock on the file ``lock`` of a folder.
+    """A POSIX record lock on the file ``lock`` of a folder; on Windows, the lock that it has.
 
     Of all locks this is the one that a forked child does not have a share in: a worker that outlives its driver
     must not keep the next run from going on. Its weak side is that whoever closes any descriptor of the file, in
@@ -40,8 +42,6 @@ class FolderLock:
         Raises:
             ConfigError: another run has it, or it cannot be made or locked.
         """
-        import fcntl  # noqa: PLC0415 - Unix alone has it, and the package is imported elsewhere too
-
         key = (os.getpid(), os.path.realpath(self._folder))
         if key in _held:
             raise self._taken("in this process")
@@ -51,7 +51,7 @@ class FolderLock:
         except OSError as error:
             raise ConfigError(f"{self._folder} cannot hold checkpoints: {error}; name another folder") from error
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         except (BlockingIOError, PermissionError):  # POSIX leaves open which
@@ -87,3 +87,24 @@ class FolderLock:
             f"the checkpoints in {self._folder} belong to a run that goes on ({holder or 'in another process'}): "
             f"wait for its end, or give this run a folder of its own"
         )
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Lock a file for this process alone, without waiting.
+
+    Raises:
+        BlockingIOError: another process has it locked; or `PermissionError`.
+        OSError: its file system has no locks.
+    """
+    try:
+        import fcntl  # noqa: PLC0415 - Unix alone has it
+    except ImportError:
+        import msvcrt  # noqa: PLC0415 - Windows alone has it
+
+        file.seek(_BEYOND_BYTES)  # nobody can read what is locked, and who holds the lock is to be read
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        finally:
+            file.seek(0)
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

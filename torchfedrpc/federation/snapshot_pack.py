@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torchfedrpc.errors import SnapshotError
 from torchfedrpc.observe.folder import open_private
+from torchfedrpc.system import read_at, write_at
 
 _PIECE_BYTES = 1 << 20  # so much of a snapshot is in memory while it is checked or copied
 
@@ -127,19 +128,11 @@ def wasteful(folder: Path, entries: Iterable[Entry], new_bytes: int) -> set[str]
     return moving
 
 
-def write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
-    """Write all of it: a disk that is nearly full takes a part first, and says so at the next attempt."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, position)
-        view, position = view[written:], position + written
-
-
 def _pieces(descriptor: int, entry: Entry) -> Iterator[bytes]:
     digest, position, end = hashlib.sha256(), entry.offset, entry.offset + entry.num_bytes
     if end > os.fstat(descriptor).st_size:  # the offset need not be a number that the system can take, either
         raise SnapshotError(f"{entry.pack} is cut short before byte {end}")
-    while position < end and (piece := os.pread(descriptor, min(_PIECE_BYTES, end - position), position)):
+    while position < end and (piece := read_at(descriptor, min(_PIECE_BYTES, end - position), position)):
         digest.update(piece)
         yield piece
         position += len(piece)

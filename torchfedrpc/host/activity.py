@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 from array import array
 from collections.abc import MutableSequence
 
@@ -20,7 +21,11 @@ class Activity:
     """
 
     def __init__(self) -> None:
-        self.descriptor = os.memfd_create("torchfedrpc-activity")
+        try:
+            self.descriptor = os.memfd_create("torchfedrpc-activity")
+        except (AttributeError, OSError):  # another system than Linux, or a sandbox that forbids it
+            with tempfile.TemporaryFile() as file:
+                self.descriptor = os.dup(file.fileno())
         os.ftruncate(self.descriptor, _NUM_BYTES)
         self._ids: MutableSequence[int] | memoryview[int] = memoryview(mmap.mmap(self.descriptor, 0)).cast("q")
         # No lock, since a lock is what a call can hold when it is stopped: pop and append are atomic.

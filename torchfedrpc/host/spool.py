@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 from collections.abc import Hashable
 from typing import IO
+
+from torchfedrpc.system import read_at, write_at
 
 _BLOCK_BYTES = 1 << 12
 _Runs = list[tuple[int, int]]  # of blocks that follow each other: number of the first, how many
@@ -46,7 +47,7 @@ class Spool:
             try:
                 for first, number in runs:
                     stop = start + number * _BLOCK_BYTES
-                    _write(self._file.fileno(), view[start:stop], first * _BLOCK_BYTES)
+                    write_at(self._file.fileno(), view[start:stop], first * _BLOCK_BYTES)
                     start = stop
             except BaseException:
                 self._free_blocks(runs)
@@ -112,14 +113,7 @@ class Spool:
 def _read(descriptor: int, num_bytes: int, position: int) -> bytes:
     """All of it, or as much as the file has: a single read gives no more than 2 GiB."""
     chunks = []
-    while num_bytes and (chunk := os.pread(descriptor, num_bytes, position)):
+    while num_bytes and (chunk := read_at(descriptor, num_bytes, position)):
         chunks.append(chunk)
         num_bytes, position = num_bytes - len(chunk), position + len(chunk)
     return b"".join(chunks)
-
-
-def _write(descriptor: int, view: memoryview, position: int) -> None:
-    """All of it: a disk that is nearly full takes a part first, and says so at the next attempt."""
-    while view:
-        written = os.pwrite(descriptor, view, position)
-        view, position = view[written:], position + written

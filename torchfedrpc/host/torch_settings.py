@@ -23,6 +23,7 @@ _torch: Any = torch
 _C: Any = torch._C
 _invariants: Any = torch.sparse.check_sparse_tensor_invariants
 _backends: Any = torch.backends
+_opt_einsum: Any = importlib.import_module("torch.backends.opt_einsum")  # torch 2.6 imports it when it is used
 _TINY = sys.float_info.min
 _HALF = 0.5  # a name, since the compiler would fold a product of two numbers
 
@@ -253,7 +254,7 @@ def _all_settings() -> Iterator[_Setting]:
     )
     yield _Setting("torch.backends.mha fast path", mha.get_fastpath_enabled, mha.set_fastpath_enabled)
     yield _Setting("torch.backends.quantized.engine", lambda: quantized.engine, _set_quantized_engine)
-    yield _Setting("torch.backends.opt_einsum", _einsum, lambda value: _backends.opt_einsum.set_flags(*value))
+    yield _Setting("torch.backends.opt_einsum", _einsum, lambda value: _opt_einsum.set_flags(*value))
     for name in ("overwrite", "swap"):
         what = f"{name}_module_params_on_conversion"
         yield _Setting(
@@ -285,7 +286,8 @@ def _all_settings() -> Iterator[_Setting]:
             _C._cuda_set_cudnn_benchmark_limit,
         )
     for documented, name in _LEGACY.items():  # they set what the new ones tell, so these come after them
-        yield _Setting(documented, _or_none(getattr(_C, f"_get_{name}")), getattr(_C, f"_set_{name}"))
+        if hasattr(_C, f"_set_{name}"):
+            yield _Setting(documented, _or_none(getattr(_C, f"_get_{name}")), getattr(_C, f"_set_{name}"))
     if hasattr(_C, "_get_fp32_precision_getter"):
         yield _Setting("torch.backends fp32_precision", _precisions, _set_precisions)
 
@@ -330,7 +332,7 @@ def _set_quantized_engine(name: str) -> None:
 
 
 def _einsum() -> list[Any]:
-    return [_backends.opt_einsum.enabled, _backends.opt_einsum.strategy]
+    return [_opt_einsum.enabled, _opt_einsum.strategy]
 
 
 def _listed(get: Callable[[], Any]) -> Callable[[], Any]:

@@ -13,6 +13,9 @@ from torchfedrpc.errors import ConfigError
 
 _PRIVATE_FOLDER = 0o700
 _PRIVATE_FILE = 0o600
+# What Windows has of these is the last alone.
+_PRIVATE_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
+_HAS_OWNERS = hasattr(os, "geteuid")  # Windows has access lists instead, which a folder inherits
 
 
 def make_private(path: Path) -> None:
@@ -25,6 +28,8 @@ def make_private(path: Path) -> None:
         OSError: it cannot be made.
     """
     path.mkdir(mode=_PRIVATE_FOLDER, parents=True, exist_ok=True)
+    if not _HAS_OWNERS:
+        return
     status = path.stat()
     if status.st_uid != os.geteuid():
         raise ConfigError(
@@ -43,6 +48,8 @@ def close_to_others(path: Path) -> None:
 
     A folder in which the user works is left as it is.
     """
+    if not _HAS_OWNERS:
+        return
     status = path.stat()
     if status.st_uid == os.geteuid() and status.st_mode & 0o077 and not Path.cwd().is_relative_to(path.resolve()):
         path.chmod(_PRIVATE_FOLDER)
@@ -58,7 +65,7 @@ def open_private(path: Path, flags: int) -> int:
     Raises:
         OSError: it cannot be opened, or is a link.
     """
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, _PRIVATE_FILE)
+    descriptor = os.open(path, flags | _PRIVATE_FLAGS, _PRIVATE_FILE)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"{path} is no regular file")

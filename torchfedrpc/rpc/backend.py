@@ -26,7 +26,7 @@ def torch_rpc() -> Any:
     if _rpc is None or not _rpc.is_available():
         raise ConfigError(
             "this build of torch has no torch.distributed.rpc, which pseudo and distributed mode need: set "
-            "runtime.execution_mode=local, or install torch for Linux"
+            "runtime.execution_mode=local, or install torch for Linux or macOS"
         )
     return _rpc
 

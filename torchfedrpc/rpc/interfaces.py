@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
+import uuid
 from pathlib import Path
 
 from torchfedrpc.errors import ConfigError
 
-LOOPBACK = "lo"
-_SIOCGIFADDR = 0x8915  # see netdevice(7)
+_IS_LINUX = sys.platform == "linux"
+LOOPBACK = "lo" if _IS_LINUX else "lo0"
+_SIOCGIFADDR = 0x8915 if _IS_LINUX else 0xC0206921  # see netdevice(7), and <sys/sockio.h> of macOS
 
 
 def address_of(interface: str) -> str:
@@ -49,5 +52,8 @@ def interface_of(address: str) -> str:
 
 def network_site() -> str:
     """What two processes have in common exactly if they reach each other on loopback: the boot and the namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
+    except OSError:  # macOS, which has no namespaces; without a network card each process has a number of its own
+        return f"{socket.gethostname()}/{uuid.getnode():x}"

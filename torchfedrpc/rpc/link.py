@@ -174,11 +174,15 @@ def end_when_cut_off(connection: socket.socket, timeout_s: float) -> None:
         return
     with contextlib.suppress(OSError):  # it is at its end already, which whoever reads it finds out
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_S)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S)
-        # This, and no number of probes, says when the connection ends; see tcp(7).
-        timeout_ms = int(max(timeout_s, _LEAST_CUT_OFF_S) * 1000)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+        for name, value in (
+            ("TCP_KEEPIDLE", _PROBE_S),
+            ("TCP_KEEPALIVE", _PROBE_S),  # what macOS calls it
+            ("TCP_KEEPINTVL", _PROBE_S),
+            # On Linux this, and no number of probes, says when the connection ends; see tcp(7).
+            ("TCP_USER_TIMEOUT", int(max(timeout_s, _LEAST_CUT_OFF_S) * 1000)),
+        ):
+            if (option := getattr(socket, name, None)) is not None:
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _line(message: Message) -> bytes:

@@ -8,6 +8,7 @@ import math
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -41,8 +42,10 @@ async def listen(host: str, port: int, token: bytes, *, start: Start = start_wor
         The exit status: 0, or 128 and the number of the signal that killed the process that served.
 
     Raises:
-        ConfigError: it cannot listen there.
+        ConfigError: it cannot listen there, or the system is another than Linux.
     """
+    if sys.platform != "linux":
+        raise ConfigError("torchfedrpc-worker --listen needs Linux, to end with its driver: join one by --join")
     try:
         listener = socket.create_server((host, port))
     except OSError as error:

@@ -22,27 +22,31 @@ import json, os, select, sys, threading
 
 def end_with_driver():
     poll = select.poll()
-    poll.register(link, select.POLLRDHUP)  # for its end alone
-    poll.register(imported, 0)
-    if any(descriptor == link for descriptor, _ in poll.poll()):
+    poll.register(link, getattr(select, "POLLRDHUP", 0))  # for its end alone
+    poll.register(imported, select.POLLIN)
+    while not (ready := poll.poll(1000)):
+        if os.getppid() != parent:  # macOS need not tell of an end for which no event was asked
+            os._exit(1)
+    if any(descriptor == link for descriptor, _ in ready):
         os._exit(1)
     os.close(imported)
 
-link, pulse, parent = map(int, sys.argv[1:4])
-if parent:
+link, pulse, parent, remote = map(int, sys.argv[1:5])
+if remote:
     import ctypes
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != parent:
         os._exit(1)
 imported, importing = os.pipe()
 threading.Thread(target=end_with_driver, daemon=True).start()  # importing torch takes seconds
-sys.path[:] = json.loads(sys.argv[4])
+sys.path[:] = json.loads(sys.argv[5])
 from torchfedrpc.rpc import worker
 os.close(importing)
-sys.argv[:] = json.loads(sys.argv[5])
-(worker.main_remote if parent else worker.main)(link, pulse)
+sys.argv[:] = json.loads(sys.argv[6])
+(worker.main_remote if remote else worker.main)(link, pulse)
 """
 _STOP_TIMEOUT_S = 4.0
+_LOOK_S = 0.02
 _HASH_SEED = "PYTHONHASHSEED"
 
 
@@ -109,7 +113,6 @@ def start_worker(
         remote: whether it serves a driver that is not this process: it has signals of its own to handle, and it is
             killed when the thread that calls this ends, whatever ends that.
     """
-    parent = os.getpid() if remote else 0
     here = surroundings or Surroundings.of_this_process()
     # What it inherits: a signal that comes before it can handle it waits until then.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT} if remote else set())
@@ -121,7 +124,7 @@ def start_worker(
                 *here.flags,
                 "-c",
                 _BOOT,
-                *map(str, (link, pulse, parent)),
+                *map(str, (link, pulse, os.getpid(), int(remote))),
                 json.dumps(here.path),
                 json.dumps(here.arguments),
             ],
@@ -150,7 +153,10 @@ async def ends_within(process: subprocess.Popen[bytes], timeout_s: float | None)
     if process.poll() is not None:
         return True
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    descriptor = os.pidfd_open(process.pid)
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):  # another system than Linux, or a sandbox that forbids it
+        return await _is_seen_to_end(process, timeout_s)
     loop.add_reader(descriptor, ended.set)
     try:
         async with asyncio.timeout(timeout_s):
@@ -160,6 +166,17 @@ async def ends_within(process: subprocess.Popen[bytes], timeout_s: float | None)
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)
+    return True
+
+
+async def _is_seen_to_end(process: subprocess.Popen[bytes], timeout_s: float | None) -> bool:
+    """The same, by looking again and again."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while process.poll() is None:
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError:
+        return False
     return True
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.rpc import sidecar
 from torchfedrpc.rpc.forks import close_in_children
@@ -45,14 +46,22 @@ class Sidecar:
         grace_s: float = sidecar.GRACE_S,
     ) -> None:
         with pulse, contextlib.ExitStack() as opened:
-            # Handed over open, they mean this process for ever, whoever gets its number next.
-            process = os.pidfd_open(os.getpid())
+            self._alive, process = _end_of_this_process()
             opened.callback(os.close, process)
-            stat = os.open("/proc/self/stat", os.O_RDONLY)
-            opened.callback(os.close, stat)
-            descriptors = [pulse.fileno(), activity.descriptor, process, stat]
+            descriptors = [pulse.fileno(), activity.descriptor, process]
+            stat = -1
+            if os.path.exists(sidecar.STAT):
+                stat = os.open(sidecar.STAT, os.O_RDONLY)
+                opened.callback(os.close, stat)
+                descriptors.append(stat)
+            elif not os.path.exists(sidecar.PS):
+                raise ConfigError(
+                    f"this system has neither {sidecar.STAT} nor {sidecar.PS}, and nobody would notice that a worker "
+                    f"is stopped: set runtime.execution_mode=local"
+                )
+            arguments = [pulse.fileno(), activity.descriptor, process, stat, os.getpid(), interval_s, grace_s]
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", sidecar.__file__, *map(str, [*descriptors, interval_s, grace_s])],
+                [sys.executable, "-I", "-S", sidecar.__file__, *map(str, arguments)],
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -79,6 +88,21 @@ class Sidecar:
         """End it, which ends the pulse."""
         with self._process:
             self._process.kill()
+        if self._alive is not None:
+            self._alive.close()
+
+
+def _end_of_this_process() -> tuple[socket.socket | None, int]:
+    """A descriptor to hand over that can be read once this process has ended, and what is to be kept till then.
+
+    Handed over open, it means this process for ever, whoever gets its number next.
+    """
+    try:
+        return None, os.pidfd_open(os.getpid())
+    except (AttributeError, OSError):  # another system than Linux, or a sandbox that forbids it
+        kept, handed_over = socket.socketpair()
+        close_in_children(kept)
+        return kept, handed_over.detach()
 
 
 @dataclass(frozen=True, slots=True)

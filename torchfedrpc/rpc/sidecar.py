@@ -19,6 +19,9 @@ STOPPED = b"="
 ENDED = b"."
 LEAVING = b"-"
 
+STAT = "/proc/self/stat"
+PS = "/bin/ps"  # where there is no /proc
+
 _READ_BYTES = 4096
 
 suspended = False
@@ -33,6 +36,22 @@ def look(stat: bytes) -> tuple[str, int]:
     fields = stat.rpartition(b")")[2].split()
     minor_faults, major_faults, user_time, system_time = (int(fields[index]) for index in (7, 9, 11, 12))
     return fields[0].decode(), minor_faults + major_faults + user_time + system_time
+
+
+def look_by_ps(worker: int) -> tuple[str, str]:
+    """The same by ``ps``; what changes is the processor's time, as text.
+
+    Args:
+        worker: the process's number.
+    """
+    import subprocess  # noqa: PLC0415 - where there is /proc this starts faster without it
+
+    try:
+        shown = subprocess.run([PS, "-o", "state=,time=", "-p", str(worker)], stdout=subprocess.PIPE, timeout=1)
+    except subprocess.TimeoutExpired:
+        return "D", ""
+    state, _, worked = shown.stdout.decode().strip().partition(" ")
+    return (state[:1] or "X").replace("U", "D"), worked  # macOS says U for uninterruptible
 
 
 def running(activity: int) -> list[int]:
@@ -83,7 +102,7 @@ def wait(descriptor: int, event: int, timeout_s: float) -> bool:
     return bool(poll.poll(timeout_s * 1000))
 
 
-def watch(pulse: int, activity: int, process: int, stat: int, interval_s: float, grace_s: float) -> None:
+def watch(pulse: int, activity: int, process: int, stat: int, worker: int, interval_s: float, grace_s: float) -> None:
     """Beat for the worker until it ends.
 
     Raises:
@@ -92,11 +111,12 @@ def watch(pulse: int, activity: int, process: int, stat: int, interval_s: float,
     poll = select.poll()
     poll.register(process, select.POLLIN)
     poll.register(pulse, select.POLLIN)
-    unsent, worked, has_told, has_begun = b"", 0, False, False
+    unsent, has_told, has_begun = b"", False, False
+    worked: object = 0
     while True:
         had_worked = worked
         try:
-            state, worked = look(os.pread(stat, _READ_BYTES, 0))
+            state, worked = look(os.pread(stat, _READ_BYTES, 0)) if stat >= 0 else look_by_ps(worker)
         except ProcessLookupError:
             state = "X"
         if state in "TZX":
@@ -112,7 +132,7 @@ def watch(pulse: int, activity: int, process: int, stat: int, interval_s: float,
         if not has_begun:
             has_begun = tell_begun()
         ready = [descriptor for descriptor, _ in poll.poll(interval_s * 1000)]
-        if process in ready:
+        if process in ready or os.getppid() != worker:
             break
         if pulse in ready and is_closed(pulse):
             raise ConnectionResetError
@@ -121,13 +141,19 @@ def watch(pulse: int, activity: int, process: int, stat: int, interval_s: float,
         unsent = send(pulse, unsent)
 
 
-def end(process: int, grace_s: float) -> None:
+def end(process: int, worker: int, grace_s: float) -> None:
     """Let the worker leave by itself, which it can only do if it is not stopped, and kill it if it does not."""
+    tell(worker, signal.SIGCONT)
+    if not wait(process, select.POLLIN, grace_s):
+        tell(worker, signal.SIGKILL)
+
+
+def tell(worker: int, number: int) -> None:
+    """Send the worker a signal; as long as it is this process's parent no other has its number."""
     try:
-        signal.pidfd_send_signal(process, signal.SIGCONT)
-        if not wait(process, select.POLLIN, grace_s):
-            signal.pidfd_send_signal(process, signal.SIGKILL)
-    except ProcessLookupError:
+        if os.getppid() == worker:
+            os.kill(worker, number)
+    except ProcessLookupError:  # it has ended in between
         return
 
 
@@ -137,14 +163,15 @@ def suspend(*_: object) -> None:
     suspended = True
 
 
-def main(pulse: int, activity: int, process: int, stat: int, interval_s: float, grace_s: float) -> None:
+def main(pulse: int, activity: int, process: int, stat: int, worker: int, interval_s: float, grace_s: float) -> None:
     """Run until the worker's end.
 
     Args:
         pulse: the socket to the driver. This and the next three are descriptors.
         activity: the memory of the worker's `Activity`.
-        process: the worker itself, a pidfd.
-        stat: its ``/proc/PID/stat``.
+        process: can be read once the worker has ended: a pidfd of it, or the other end of a socket that it keeps.
+        stat: its ``/proc/PID/stat``; -1 where there is none.
+        worker: its process id.
         interval_s: seconds between two beats.
         grace_s: seconds in which the worker has to be gone once the driver is.
     """
@@ -153,10 +180,10 @@ def main(pulse: int, activity: int, process: int, stat: int, interval_s: float, 
     signal.signal(signal.SIGUSR1, suspend)
     os.set_blocking(pulse, False)
     try:
-        watch(pulse, activity, process, stat, interval_s, grace_s)
+        watch(pulse, activity, process, stat, worker, interval_s, grace_s)
     except OSError:
-        end(process, grace_s)
+        end(process, worker, grace_s)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:5]), *map(float, sys.argv[5:7]))
+    main(*map(int, sys.argv[1:6]), *map(float, sys.argv[6:8]))

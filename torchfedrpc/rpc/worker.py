@@ -269,8 +269,8 @@ class _Worker:
         driver_pid = driver[0] if driver is not None and TensorFile.is_found(*driver) else None
         own = None
         if driver is not None:
-            self._probe = TensorFile.of([])
-            own = (os.getpid(), self._probe.address())
+            self._probe = TensorFile.probe()
+            own = (os.getpid(), self._probe.address()) if self._probe is not None else None
         self._endpoint = Endpoint(device, driver_pid)
         self._host = LearnerHost(
             learner,

@@ -377,7 +377,8 @@ class WorkerGroup:
                 f"{_LEAST_HEARTBEAT_TIMEOUT_S:g} or more"
             )
         imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
-        with contextlib.closing(TensorFile.of([])) as probe:
+        probe = None if member.elsewhere else TensorFile.probe()
+        with contextlib.closing(probe) if probe is not None else contextlib.nullcontext():
             message: Message = {
                 "do": "prepare",
                 "spec": learner.to_message(),
@@ -385,7 +386,7 @@ class WorkerGroup:
                 "local_index": member.local_index,
                 "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
                 "settings": self._settings,
-                "driver": None if member.elsewhere else (os.getpid(), probe.address()),
+                "driver": (os.getpid(), probe.address()) if probe is not None else None,
             }
             answer = await self._tell(member, message)
         if not member.adopt(answer):

@@ -25,6 +25,9 @@ _INTERFACE = "TP_SOCKET_IFNAME"
 _JOIN_TIMEOUT_S = 30.0
 _NUM_THREADS = 4  # more of them hand the GIL around more often and are slower
 
+# Before torch 2.8 its store of libuv does not take a socket that listens; the other one has always done.
+_HAS_LIBUV_LISTENER = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+
 _distributed: Any = torch.distributed  # exports less to type checkers than it has
 _cuda: Any = torch.cuda
 _has_autograd = False
@@ -80,8 +83,26 @@ def road(runtime: RuntimeConfig) -> tuple[str, list[str]]:
 
     The default is what costs a whole round least: ``shm``, with which an empty call is quicker, has a thread of each
     process spin on one core; ``mpt_uv`` adds half a millisecond to each message that has tensors, however small.
+
+    Raises:
+        ConfigError: torch has not got what the settings name.
     """
-    return "uv" if runtime.transport == "auto" else runtime.transport, runtime.channels or ["cma", "basic"]
+    transport = "uv" if runtime.transport == "auto" else runtime.transport
+    channels = runtime.channels or [name for name in ("cma", "basic") if _has(_channels=[name])]
+    if not _has(_transports=[transport]):
+        raise ConfigError(f"runtime.transport={transport}: this build of torch does not have it; set transport=auto")
+    if not _has(_channels=channels):
+        raise ConfigError(f"runtime.channels={channels}: this build of torch has not all of them; set channels=[]")
+    return transport, channels
+
+
+def _has(**named: list[str]) -> bool:
+    """Whether torch's TensorPipe has these; on macOS it is without ``shm`` and ``cma``."""
+    try:
+        torch_rpc().TensorPipeRpcBackendOptions(**named)
+    except RuntimeError:
+        return False
+    return True
 
 
 def serve_store(host: str) -> tuple[Any, int]:
@@ -100,6 +121,7 @@ def serve_store(host: str) -> tuple[Any, int]:
         wait_for_workers=False,
         timeout=timeout,
         master_listen_fd=listener.detach(),
+        use_libuv=_HAS_LIBUV_LISTENER,
     )
     return store, port
 

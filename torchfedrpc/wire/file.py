@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import mmap
 import os
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.wire.memory import NAME, SEALS, STAMP_BYTES, KeptMemory, Memory, map_file, stamp_of
+from torchfedrpc.wire.memory import NAME, STAMP_BYTES, UNAVAILABLE, KeptMemory, Memory, is_sealed, map_file, stamp_of
 from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named, memory_of
 
 _MAX_FILES = 16  # for the tensors of one object
@@ -143,6 +142,16 @@ class TensorFile:
         return file
 
     @classmethod
+    def probe(cls) -> TensorFile | None:
+        """An empty file, for others to find out whether they see this process's; None where it can have none."""
+        try:
+            return cls.of([])
+        except OSError as error:
+            if error.errno not in UNAVAILABLE:
+                raise
+            return None
+
+    @classmethod
     def at(cls, address: Address, pid: int) -> TensorFile:
         """That of another process of this machine, which this one may look into.
 
@@ -161,7 +170,7 @@ class TensorFile:
         status = os.fstat(descriptor)
         is_meant = stat.S_ISREG(status.st_mode) and status.st_ino == inode
         # What is sealed does not shrink under those who map it, nor is it written while any do: see `KeptMemory`.
-        if not is_meant or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
+        if not is_meant or not is_sealed(descriptor):
             raise SerializationError("what a call refers to is not there any more")
         if num_bytes + STAMP_BYTES != os.fstat(descriptor).st_size:
             raise SerializationError("a file has another size than it is said to have")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
+import functools
 import mmap
 import os
 import secrets
@@ -19,19 +19,29 @@ from typing import Any
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 NAME = "torchfedrpc-shared"
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 STAMP_BYTES = 8
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # for another descriptor or mapping: errors that may pass
+# Other systems than Linux have no such memory; sandboxes forbid it, or show no /proc. Then values are copied instead.
+UNAVAILABLE = (*NO_ROOM, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOENT)
 _MAX_KEPT = 64  # descriptors
 
 _FAILED = ctypes.c_void_p(-1).value
 
-# Not the module mmap's own: that keeps a descriptor open for each mapping.
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+@functools.cache
+def _libc() -> Any:
+    """The C library, whose mmap keeps no descriptor open for each mapping, as that of the module mmap does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
 
 
 def map_file(descriptor: int, num_bytes: int, flags: int) -> Any:
@@ -40,19 +50,31 @@ def map_file(descriptor: int, num_bytes: int, flags: int) -> Any:
     Raises:
         OSError: there is no address space, or there are too many mappings.
     """
-    address = _libc.mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
+    address = _libc().mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
     if address == _FAILED:
         number = ctypes.get_errno()
         raise OSError(number, f"{os.strerror(number)}: {num_bytes} bytes that calls share cannot be mapped")
     array = (ctypes.c_char * num_bytes).from_address(address)
     # Not at exit, when tensors may still be looked at.
-    weakref.finalize(array, _libc.munmap, address, num_bytes).atexit = False
+    weakref.finalize(array, _libc().munmap, address, num_bytes).atexit = False
     return array
 
 
 def stamp_of(descriptor: int, num_bytes: int) -> int:
     """The stamp behind so many bytes of a file of `Memory`, as it is now."""
     return int.from_bytes(os.pread(descriptor, STAMP_BYTES, num_bytes), "little")
+
+
+def is_sealed(descriptor: int) -> bool:
+    """Whether a file of `Memory` keeps its size, so that it does not shrink under those who map it."""
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & seals == seals
+
+
+def _sealable_file() -> int:
+    if not hasattr(os, "memfd_create") or not hasattr(fcntl, "F_ADD_SEALS"):
+        raise OSError(errno.ENOSYS, "this system has no files in memory whose size can be sealed, as Linux has")
+    return os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
 class Memory:
@@ -83,11 +105,11 @@ class Memory:
             with tempfile.TemporaryFile() as file:
                 self.descriptor = os.dup(file.fileno())
         else:
-            self.descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self.descriptor = _sealable_file()
         try:
             os.ftruncate(self.descriptor, num_bytes + STAMP_BYTES)
             if not on_disk:
-                fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, SEALS)
+                fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         except BaseException:
             self.close()
             raise

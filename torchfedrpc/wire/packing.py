@@ -25,7 +25,7 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.file import TensorFiles
-from torchfedrpc.wire.memory import NO_ROOM, KeptMemory
+from torchfedrpc.wire.memory import UNAVAILABLE, KeptMemory
 from torchfedrpc.wire.owned import owned_storages
 from torchfedrpc.wire.scan import BUILD, HARMLESS_ARRAYS, REDUCE, check_depth, with_requests
 from torchfedrpc.wire.tensors import (
@@ -382,14 +382,14 @@ def _are_large(slots: list[Tensor]) -> bool:
 
 
 def mapped_copies(slots: list[Tensor], kept: KeptMemory | None = None) -> tuple[TensorFiles | None, list[Tensor]]:
-    """Copies of slots, and their files; None where these are not worth while, or no descriptor or mapping is left."""
+    """Copies of slots, and their files; None where these are not worth while, or cannot be had."""
     if not _are_large(slots):
         return None, []
     try:
         files = TensorFiles.of(slots, kept=kept)
         return files, files.tensors()
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in UNAVAILABLE:
             raise
         return None, []
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import threading
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel, SentApart, mapped_copies, pack
+from torchfedrpc.wire.tensors import memory_of
 from torchfedrpc.wire.twins import is_plain_structure, twin
 
 _SPILLED_BYTES = 64 << 10  # a smaller one is not worth a file
 _MODEL_HEAD_BYTES = 16 << 10  # a longer pickle is read about as fast as its object is copied
-
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 class SharedValue(SentApart):
@@ -157,4 +155,5 @@ def _have_equal_bytes(ours: Tensor, theirs: Tensor) -> bool:
         return False
     if ours.is_cuda or theirs.is_cuda:
         return False
-    return not _memcmp(ours.data_ptr(), theirs.data_ptr(), ours.nbytes)
+    unit = np.uint8 if ours.nbytes % 8 else np.uint64  # as fast as the C library's memcmp
+    return np.array_equal(np.frombuffer(memory_of(ours), unit), np.frombuffer(memory_of(theirs), unit))
