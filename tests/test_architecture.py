@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,6 +148,55 @@ def test_all_errors_of_the_contract_are_exported() -> None:
 
     own = {name for name, value in vars(errors).items() if isinstance(value, type) and name.endswith("Error")}
     assert own <= set(tfr.__all__)
+
+
+PROMISED = {
+    "run": "(main, *args, **kwargs)",
+    "LearnerProxy": "(learner, clients=None, *, runtime=None, seed=0)",
+    "LearnerProxy.execute_remote_method": "(client_id, method_name, *args, **kwargs)",
+    "LearnerProxy.custom_method": "(client_id, method_name, *args, **kwargs)",
+    "LearnerProxy.train_epoch": "(client_id, **kwargs)",
+    "LearnerProxy.evaluate": "(client_id, **kwargs)",
+    "LearnerProxy.get_model_weights": "(client_id)",
+    "LearnerProxy.set_model_weights": "(client_id, weights)",
+    "LearnerProxy.stream": "(client_id, method, *args, **kwargs)",
+    "LearnerProxy.clients": "(ids=None)",
+    "LearnerProxy.snapshots": "(ids=None)",
+    "AbstractFederationTrainer": "(config, learner_proxy)",
+    "AbstractFederationTrainer.select_clients": "(round_num)",
+    "AbstractFederationTrainer.aggregate_weights": "(weights_list, num_samples=None)",
+    "WeightedMean": "(value='model_weights', weight='num_samples')",
+    "AbstractExecutor.execute_method": "(client_id, method_name, *args, **kwargs)",
+    "AbstractExecutor.open": "(spec)",
+    "AbstractExecutor.close": "()",
+}
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_signatures_are_those_that_are_promised(name: str) -> None:
+    owner, _, method = name.partition(".")
+    promised = getattr(tfr, owner)
+    signature = inspect.signature(getattr(promised, method) if method else promised)
+    parameters = [
+        parameter.replace(
+            annotation=parameter.empty,
+            kind=parameter.POSITIONAL_OR_KEYWORD if parameter.kind is parameter.POSITIONAL_ONLY else parameter.kind,
+        )
+        for parameter in signature.parameters.values()
+        if parameter.name != "self"
+    ]
+    assert str(signature.replace(parameters=parameters, return_annotation=signature.empty)) == PROMISED[name]
+
+
+def test_promised_names_are_exported() -> None:
+    promised = """
+        run LearnerProxy LearnerHandle LearnerGroup GroupResult ReduceResult WeightedMean Mean Sum SharedRef Learner
+        current_call AbstractFederationTrainer trainer learner get_trainer get_learner TorchFedRpcError ConfigError
+        UnknownClientError MethodNotFoundError CallTimeoutError WorkerLostError SerializationError UntrustedTypeError
+        SnapshotError CapacityError QuorumError GroupCallError RemoteError ParameterSerializer AbstractExecutor
+        LocalExecutor PseudoExecutor DistributedExecutor ExecutorRouter executor LearnerHost RuntimeConfig
+    """
+    assert set(promised.split()) <= set(tfr.__all__)
 
 
 def test_importing_the_library_imports_none_of_what_is_optional_or_slow() -> None:

@@ -40,6 +40,9 @@ class Keeper:
     def had(self) -> list[int]:
         return self.numbers
 
+    def total(self, weights: torch.Tensor) -> float:
+        return float(weights.sum())
+
 
 @pytest.fixture(scope="module")
 def proxy(runner: asyncio.Runner, runtime: dict[str, Any]) -> Iterator[tfr.LearnerProxy]:
@@ -65,6 +68,21 @@ async def test_calls_that_wait_for_room_stay_in_their_order(proxy: tfr.LearnerPr
     for place, client in enumerate(ids):
         expected = [number for number in range(60) if number // 2 % 3 == place]
         assert await proxy.custom_method(client, "had") == expected
+
+
+async def test_call_that_waits_for_room_has_the_value_of_its_admission(
+    proxy: tfr.LearnerProxy, clients: Iterator[str], latch: Latch, seen: Seen
+) -> None:
+    holder, other = next(clients), next(clients)
+    weights = LARGE.clone()
+    holding = asyncio.ensure_future(proxy.custom_method(holder, "hold", latch.path, LARGE))
+    await seen.reported(holder)
+    waiting = asyncio.ensure_future(proxy.custom_method(other, "total", weights))
+    await asyncio.sleep(0)  # it is submitted, and finds no room
+    weights.fill_(1)
+    latch.open()
+    await holding
+    assert await waiting == LARGE.numel()
 
 
 async def test_a_deadline_passes_while_a_call_waits_for_room_and_it_never_runs(

@@ -17,6 +17,7 @@ from conftest import needs
 from torchrun import environment, run_launch
 
 from torchfedrpc import cli
+from torchfedrpc.rpc import launch, worker
 
 SMOKE = ["experiment=smoke", "runtime=local"]
 HIDE_EXTRAS = """
@@ -193,6 +194,24 @@ def test_a_setting_that_cannot_be_met_ends_the_command_with_its_error(tmp_path: 
     message = "the trainer's clients_per_round must be a whole number from 1 to 4, the number of clients, not 5"
     assert done.stderr.splitlines()[-1] == f"torchfedrpc: {message}"
     assert "Traceback" not in done.stderr
+
+
+def test_hydra_runs_on_rank_0_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    served = []
+
+    def serve(link: str, pulse: str, local_rank: int) -> worker.Ending:
+        served.append((link, pulse, local_rank))
+        return worker.Ending(True, "")
+
+    monkeypatch.setattr(launch, "dial_driver", lambda launch: ("link", "pulse"))
+    monkeypatch.setattr(worker, "serve_launch", serve)
+    monkeypatch.setattr(cli, "_task", lambda: pytest.fail("hydra has run"))
+    monkeypatch.setattr(sys, "argv", ["torchfedrpc", "no_such_key=1"])
+    cli.main()
+    assert served == [("link", "pulse", 1)]
 
 
 def test_options_of_ones_own_come_from_a_folder_of_ones_own(tmp_path: Path) -> None:

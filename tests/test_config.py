@@ -73,6 +73,24 @@ def test_none_means_the_defaults() -> None:
     assert RuntimeConfig.of(None) == RuntimeConfig()
 
 
+def test_the_defaults_are_those_that_are_promised() -> None:
+    promised = {
+        "execution_mode": "auto",
+        "call_timeout_s": 300,
+        "heartbeat_timeout_s": 10,
+        "on_worker_lost": "recover",
+        "max_recoveries": 3,
+        "isolation": "value",
+        "torch_threads": 1,
+        "max_concurrent_calls": 1,
+        "device_map": "auto",
+        "trusted_modules": [],
+        "transport": "auto",
+    }
+    config = RuntimeConfig()
+    assert {name: getattr(config, name) for name in promised} == promised
+
+
 def test_a_configuration_is_copied_and_checked_again() -> None:
     config = RuntimeConfig(num_clients=2, trusted_modules=["lab"], client_endpoints={"a": "local"})
     copied = RuntimeConfig.of(config)

@@ -421,6 +421,31 @@ async def test_few_states_are_in_the_driver_at_once_as_learners_move(
         assert most == {"worker1": 1, "worker2": 1}
 
 
+async def _hide(proxy: tfr.LearnerProxy, hiding: list[str], steps: Steps, warned: Any) -> None:
+    """Give learners an attribute that cannot be captured, and call them until the user is told."""
+    await proxy.clients(hiding).call("hide", what="lock")
+    await steps.check(*CLIENTS)
+    async with asyncio.timeout(30):
+        while not len(warned):
+            await proxy.clients(hiding).call("process_id")
+
+
+async def test_learners_that_cannot_be_captured_do_not_move(token: str, expected: dict[str, dict[str, Any]]) -> None:
+    runtime = {"execution_mode": "pseudo", "num_processes": 1, "join_at": "127.0.0.1:0", "token_file": token}
+    hiding = CLIENTS[::2]
+    async with opened(expected, **runtime, journal_max_calls=1) as (proxy, steps, seen):
+        assert proxy.join_address is not None
+        with pytest.warns(UserWarning, match="could not be rebuilt if its worker were lost.*'hidden'") as warned:
+            await _hide(proxy, hiding, steps, warned)
+        with joining(proxy.join_address, token):
+            await seen.joined()
+            for _ in range(2):
+                await steps.check(*CLIENTS)
+            places = where(proxy)
+        assert {places[client] for client in hiding} == {"worker1"}
+        assert "worker2" in places.values()  # the others move
+
+
 async def test_nobody_waits_for_one_who_takes_long_to_get_ready(
     token: str, expected: dict[str, dict[str, Any]]
 ) -> None:

@@ -110,6 +110,11 @@ def test_an_endpoint_of_an_unknown_client_is_refused() -> None:
         tfr.LearnerProxy(Probe, ["a"], runtime={"client_endpoints": {"b": "local"}})
 
 
+def test_client_ids_given_to_a_proxy_come_before_those_of_its_configuration() -> None:
+    runtime = {"num_clients": 3, "client_endpoints": {"a": "local"}}
+    assert tfr.LearnerProxy(Probe, ["b", "a"], runtime=runtime).client_ids == ["b", "a"]
+
+
 @pytest.mark.parametrize(
     ("runtime", "words"),
     [
@@ -177,6 +182,8 @@ async def test_several_sync_methods_run_at_once_where_that_is_allowed(mode: str,
         held = [asyncio.create_task(proxy.custom_method(one, "hold", latch.path)) for one in "abc"]
         for one in "abc":
             await seen.reported(one)
+        with pytest.raises(tfr.CallTimeoutError):  # a fourth has to wait
+            await proxy.options(timeout_s=0.1).custom_method("d", "same", 1)
         waiting = asyncio.create_task(proxy.custom_method("d", "append_async", 1))
         with pytest.raises(tfr.CallTimeoutError):
             await proxy.options(timeout_s=0.1).custom_method("a", "same", 1)
@@ -652,6 +659,7 @@ async def test_an_executor_serves_without_a_proxy(runtime: Any, kind: type[tfr.A
     router = tfr.ExecutorRouter(runtime)
     executor = router.get_executor("a")
     assert type(executor) is kind
+    assert router.mode == ("local" if kind is tfr.LocalExecutor else "pseudo")
     spec, _ = LearnerSpec.of(Probe, 0, RuntimeConfig.of(runtime))
     try:
         await executor.open(tfr.ExecutorSpec(spec, {"a": {}, "b": {}}, lambda event: None))

@@ -94,6 +94,14 @@ def test_a_setting_that_cannot_be_met_is_refused(config: dict[str, Any]) -> None
         _make(config)
 
 
+def test_a_trainer_without_train_cannot_be_made() -> None:
+    async def make(proxy: tfr.LearnerProxy) -> Any:
+        return tfr.AbstractFederationTrainer({}, proxy)  # type: ignore[abstract]
+
+    with pytest.raises(TypeError, match=r"abstract.*train"):
+        _with_proxy(make)
+
+
 def test_rounds_need_their_number() -> None:
     async def train(proxy: tfr.LearnerProxy) -> Any:
         return await OneTrainer({}, proxy).train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,22 @@ async def test_stats_count_calls_failures_and_learners(
     made = [sum(worker["learners"] for worker in stats["workers"].values()) for stats in (before, after)]
     assert made[1] - made[0] == 1
     assert len(after["workers"]) == num_hosts
+
+
+async def test_stats_do_not_wait_for_a_method_that_runs(
+    proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch, seen: Seen
+) -> None:
+    one, other = fresh.together(2)
+    calls = [asyncio.create_task(proxy.custom_method(one, "hold", latch.path))]
+    await seen.reported(one)
+    calls.append(asyncio.create_task(proxy.custom_method(other, "same", 1)))
+    await asyncio.sleep(0)
+    began = time.perf_counter()
+    stats = proxy.stats()
+    assert time.perf_counter() - began < 0.1
+    assert stats["pending_calls"] == 2
+    latch.open()
+    await asyncio.gather(*calls)
 
 
 async def test_a_proxy_knows_its_clients(proxy: tfr.LearnerProxy) -> None:

@@ -1,0 +1,84 @@
+"""A host and the ids of calls: one that is asked for again has the first outcome, until that is acknowledged."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.wire.packing import pack
+
+TIMEOUT_S = 20.0
+opened = threading.Event()
+
+
+class Counting:
+    """Counts its calls."""
+
+    def __init__(self, client_id: str) -> None:
+        self.count = 0
+
+    def add(self) -> int:
+        self.count += 1
+        return self.count
+
+    def add_once_opened(self) -> int:
+        assert opened.wait(TIMEOUT_S)
+        return self.add()
+
+    def fail(self) -> None:
+        raise ValueError(f"call {self.add()}")
+
+
+@pytest.fixture
+def host() -> Iterator[LearnerHost]:
+    host = LearnerHost(LearnerSpec.of(Counting, 0, RuntimeConfig())[0])
+    host.register("client_1", pack({}))
+    yield host
+    opened.clear()
+    assert host.close()
+
+
+def call(call_id: int, method: str = "add") -> Call:
+    return Call(call_id, "client_1", method, pack(((), {})))
+
+
+def asked(host: LearnerHost, what: Call) -> Future[Outcome]:
+    outcome: Future[Outcome] = Future()
+    host.submit(what, outcome.set_result)
+    return outcome
+
+
+def result(host: LearnerHost, what: Call) -> object:
+    return asked(host, what).result(TIMEOUT_S).result(what, host.allow, "worker1")
+
+
+def test_repeated_id_has_the_first_outcome(host: LearnerHost) -> None:
+    assert [result(host, call(1)) for _ in range(3)] == [1, 1, 1]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="call 2"):
+            result(host, call(2, "fail"))
+    assert result(host, call(3)) == 3
+
+
+def test_repeated_id_of_a_call_that_runs_or_waits_joins_it(host: LearnerHost) -> None:
+    asked(host, call(1, "add_once_opened"))
+    asked(host, call(2))
+    repeated = asked(host, call(1, "add_once_opened")), asked(host, call(2))
+    opened.set()
+    values = [outcome.result(TIMEOUT_S).result(call(1), host.allow, "worker1") for outcome in repeated]
+    assert values == [1, 2]
+    assert result(host, call(3)) == 3
+
+
+def test_outcome_is_forgotten_once_it_is_acknowledged(host: LearnerHost) -> None:
+    assert [result(host, call(number)) for number in (1, 2)] == [1, 2]
+    host.acknowledge([1])
+    assert result(host, call(2)) == 2
+    assert result(host, call(1)) == 3  # a new call to the host, which the driver does not send
