@@ -26,11 +26,11 @@ class Owner:
     """Knows how many RRefs its process owns, and how much memory that has."""
 
     def __init__(self, client_id: str) -> None:
-        self.num_calls = 0
+        self.num_steps = 0
 
-    def call(self) -> int:
-        self.num_calls += 1
-        return self.num_calls
+    def step(self) -> int:
+        self.num_steps += 1
+        return self.num_steps
 
     def process_id(self) -> int:
         return os.getpid()
@@ -63,7 +63,7 @@ async def test_rrefs_after_a_loss_are_those_of_the_next_world() -> None:
         await seen.loss()
         with pytest.raises(tfr.WorkerLostError, match=f"{CLIENTS[0]} on worker1: .*await a call of this client"):
             _ = lost.rref
-        await proxy.clients().call("call")
+        await proxy.clients().call("step")
         assert lost.rref is not old[0]
         assert kept.rref is not old[1]
         after = await owners(proxy)
@@ -78,7 +78,7 @@ async def test_rrefs_of_a_learner_that_is_given_up_raise() -> None:
         handle = proxy.client(CLIENTS[0])
         os.kill(await handle.process_id(), signal.SIGKILL)
         with pytest.raises(tfr.WorkerLostError):
-            await handle.call()
+            await handle.step()
         with pytest.raises(tfr.WorkerLostError, match=f"{CLIENTS[0]} on worker1: worker1 was lost"):
             _ = handle.rref
 
@@ -88,17 +88,17 @@ async def test_fifty_worlds_leave_no_rref_behind() -> None:
     held = []
     async with tfr.LearnerProxy(Owner, CLIENTS, runtime=TWO) as proxy:
         proxy.subscribe(seen)
-        await proxy.clients().call("call")
+        await proxy.clients().call("step")
         group: Any = proxy._router._main._group
         for number in range(1, 51):
             group._break()
             await seen.world(number)
-            await proxy.clients().call("call")
+            await proxy.clients().call("step")
             held += [proxy.client(client).rref for client in CLIENTS]
             if number == 5:
                 memory = await proxy.client(CLIENTS[0]).memory()
         assert await proxy.client(CLIENTS[0]).num_owned() == len(CLIENTS) // 2
-        assert await proxy.client(CLIENTS[0]).call() == 52
+        assert await proxy.client(CLIENTS[0]).step() == 52
         assert await proxy.client(CLIENTS[0]).memory() - memory < 4 << 20
         assert len(await owners(proxy)) == 2
     assert len({str(rref) for rref in held}) == len(held)
@@ -111,7 +111,7 @@ async def passes(num_clients: int, **limits: Any) -> tuple[list[int], list[int],
     async with tfr.LearnerProxy(Owner, clients, runtime=ONE | limits) as proxy:
         for _ in range(3):
             for first in range(0, num_clients, 1000):
-                await proxy.clients(clients[first : first + 1000]).call("call")
+                await proxy.clients(clients[first : first + 1000]).call("step")
             here.append(resident_bytes())
             there.append(await proxy.client(clients[0]).memory())
         return here, there, await proxy.client(clients[0]).num_owned()
@@ -181,13 +181,13 @@ import torchfedrpc as tfr
 
 class Owner:
     def __init__(self, client_id): self.n = 0
-    def call(self):
+    def step(self):
         self.n += 1
         return self.n
 
 async def main():
     async with tfr.LearnerProxy(Owner, ["a"], runtime={"execution_mode": "pseudo", "num_processes": 1}) as proxy:
-        calls = [await proxy.client("a").call() for _ in range(3)]
+        calls = [await proxy.client("a").step() for _ in range(3)]
         try:
             proxy.client("a").rref
         except tfr.ConfigError as error:
