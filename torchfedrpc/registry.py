@@ -72,11 +72,12 @@ class Registry(Generic[T]):
 
 
 def _is_defined_as(known: Any, entry: Any) -> bool:
-    """Whether two entries come from one definition: one name in one module, or in one file that two modules are."""
-    modules, files = set(), set()
-    for one in (known, entry):
-        modules.add("__main__" if one.__module__ == "__mp_main__" else one.__module__)  # the script, in its workers
-        files.add(getattr(sys.modules.get(one.__module__), "__file__", None))
+    """Whether two entries come from one definition: one name in one module, or in one file that two modules are.
+
+    Such a file is the script, which workers import as ``__mp_main__``.
+    """
+    modules = {known.__module__, entry.__module__}
+    files = {getattr(sys.modules.get(module), "__file__", None) for module in modules}
     return known.__qualname__ == entry.__qualname__ and (len(modules) == 1 or (len(files) == 1 and None not in files))
 
 
