@@ -16,13 +16,14 @@ from torchfedrpc.rpc.forks import close_in_children
 from torchfedrpc.rpc.greeting import (
     CHANNELS,
     GREETING_TIMEOUT_S,
+    PATIENCE_S,
     About,
     Greeted,
     GreetingError,
     MistrustError,
     receive,
 )
-from torchfedrpc.rpc.link import Link
+from torchfedrpc.rpc.link import Link, end_when_cut_off
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,8 @@ class Greeter:
         if set(channels) != set(CHANNELS):
             first.connection.close()
             raise MistrustError("its two connections are not a link and a pulse")
+        for end in channels.values():
+            end_when_cut_off(end, PATIENCE_S)
         guest = Greeted(Link(channels["link"]), channels["pulse"], first.about)
         try:
             self._on_guest(guest)

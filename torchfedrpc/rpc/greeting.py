@@ -32,13 +32,14 @@ import torch
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.rpc.interfaces import network_site
-from torchfedrpc.rpc.link import Link
+from torchfedrpc.rpc.link import Link, end_when_cut_off
 from torchfedrpc.version import __version__
 
 About = dict[str, Any]
 
 CHANNELS = ("link", "pulse")  # the two connections between a driver and a worker
 GREETING_TIMEOUT_S = 5.0
+PATIENCE_S = 15.0  # with an end that is out of reach before the run has told its heartbeat_timeout_s
 
 _PROTOCOL = {"protocol": "torchfedrpc", "number": 2}
 _LINE_BYTES = 4096
@@ -151,6 +152,8 @@ async def dial(address: str, token: bytes, about: About, *, timeout_s: float) ->
         if isinstance(error, OSError | UnicodeError):  # a name can be none, too
             raise _unreachable(address, error) from None
         raise
+    for connection in connections:
+        end_when_cut_off(connection, PATIENCE_S)
     link, pulse = connections
     return Greeted(Link(link), pulse, answers[0])
 

@@ -168,7 +168,8 @@ def end_when_cut_off(connection: socket.socket, timeout_s: float) -> None:
     The kernels tell each other, whatever the processes are busy with. They do so once a second, so that it takes the
     loss of five probes in succession, or of their acknowledgements, to end a connection of a link that only loses
     some of its packets: with 2 % of them lost each way that happens once in 100 days. A cut in the heartbeat is
-    noticed by `Watch`, which needs none of this.
+    noticed by `Watch`, which needs none of this. It has to be called while the connection is fresh: of one that has
+    been silent for longer than that, the kernel takes the first lost probe for the last.
     """
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return
