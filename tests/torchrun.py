@@ -17,7 +17,7 @@ _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTE
 
 
 def environment() -> dict[str, str]:
-    """Ours, without the traces of a launcher or of coverage tools, and with the tests to import."""
+    """Ours, without the variables of a launcher, and with the tests to import."""
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
     kept = {name: value for name, value in kept.items() if not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))}
     path = os.pathsep.join([str(TESTS), *filter(None, [kept.get("PYTHONPATH")])])
