@@ -28,6 +28,7 @@ class Flags:
         }
 
 
+@pytest.mark.timeout(240)  # to use them imports torch's compiler, which takes seconds in each process
 @pytest.mark.parametrize("deterministic", [False, True])
 async def test_learners_and_driver_use_deterministic_algorithms_while_the_proxy_is_open(
     lone_runtime: dict[str, Any], deterministic: bool, monkeypatch: pytest.MonkeyPatch
