@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import torch
 from corpus import ways
 from corpus.registry import DIFFERS, KINDS, NUM_ROUNDS, WAYS, Kind
 from corpus.table import page
@@ -81,6 +82,7 @@ def test_sentences_of_kinds_are_unique() -> None:
     assert len(set(sentences)) == len(sentences)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the page has a line on an optimiser of torch 2.9")
 def test_state_page_says_what_the_corpus_says() -> None:
     command = "PYTHONPATH=tests .venv/bin/python -m corpus > docs/state.md"
     assert STATE.read_text(encoding="utf-8") == page(), f"docs/state.md is out of date: {command}"

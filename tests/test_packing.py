@@ -801,7 +801,7 @@ def test_two_arrays_on_common_memory_arrive_on_memory_of_their_own() -> None:
 
 def test_tensors_in_an_array_of_objects_are_left_out_of_the_pickle() -> None:
     array = np.empty(2, dtype=object)
-    array[:] = [torch.arange(3.0), "x"]
+    array[0], array[1] = torch.arange(3.0), "x"
     received = sent(array)
     assert received[0].tolist() == [0, 1, 2]
     assert received[1] == "x"

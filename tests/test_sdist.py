@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(300)  # they take seconds; a busy machine starts Python slowly
+
 ROOT = Path(__file__).parent.parent
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
 OUTSIDE = {".gitignore", ".ci/run"}  # of the repository alone
@@ -27,7 +29,7 @@ def run(*arguments: str, folder: Path, **variables: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout
@@ -55,10 +57,10 @@ def test_a_source_distribution_has_what_the_repository_has(unpacked: Path) -> No
     assert not [name for name in files if name.endswith((".pyc", ".so"))]
 
 
-def test_its_tests_run_from_it(unpacked: Path) -> None:
+def test_its_tests_run_from_it(unpacked: Path, tmp_path: Path) -> None:
     code = "import torchfedrpc; print(torchfedrpc.__file__)"
     variables = {"PYTHONPATH": str(unpacked), "TEST_MODES": "local"}
     assert run("-c", code, folder=unpacked, **variables).strip() == str(unpacked / "torchfedrpc" / "__init__.py")
-    chosen = ["tests/test_client_ids.py", "tests/behaviour/test_constructors.py", "tests/test_allowlist.py"]
-    options = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", "not pickle"]
+    chosen = ["tests/test_client_ids.py", "tests/behaviour/test_constructors.py"]
+    options = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}"]
     assert " passed" in run(*options, *chosen, folder=unpacked, **variables)

@@ -32,6 +32,8 @@ OPTIMISERS: dict[str, Callable[[_Params], torch.optim.Optimizer]] = {
     "AdamFused": lambda p: torch.optim.Adam(p, lr=0.05, fused=True),
     "SGDTensorRate": lambda p: torch.optim.SGD(p, lr=torch.tensor(0.05)),
 }
+if not hasattr(torch.optim, "Muon"):  # before torch 2.9
+    del OPTIMISERS["Muon"]
 
 # Each is made of an optimiser whose rate is 0.1, and steps after each step of it.
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
@@ -83,7 +85,7 @@ for _name, _make in OPTIMISERS.items():
 
     def _make_optimiser(self: Trained, make: Any = _make) -> torch.optim.Optimizer:
         # Muon takes matrices only.
-        return make([p for p in self.model.parameters() if p.ndim == 2 or make is not OPTIMISERS["Muon"]])
+        return make([p for p in self.model.parameters() if p.ndim == 2 or make is not OPTIMISERS.get("Muon")])
 
     _define(f"Optimiser{_name}", Trained, f"`{_name}`.", make_optimiser=_make_optimiser)
 

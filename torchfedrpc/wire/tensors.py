@@ -134,7 +134,7 @@ def is_plain(tensor: Tensor) -> bool:
 
     False where it may be anything else: in some mode, layout, or transform, or on another device.
     """
-    keys: bool = torch._C._dispatch_keys(tensor) == _plain_keys()
+    keys: bool = torch._C._dispatch_keys(tensor).raw_repr() == _plain_keys()
     return keys
 
 
@@ -387,7 +387,7 @@ def _row_major(shape: torch.Size) -> tuple[int, ...]:
 @functools.cache
 def _plain_keys() -> Any:
     with torch.inference_mode(False):
-        return torch._C._dispatch_keys(torch.empty(0, device="cpu"))
+        return torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
 
 
 def fills_its_storage(tensor: Tensor) -> bool:
