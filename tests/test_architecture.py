@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,6 +187,12 @@ def test_signatures_are_those_that_are_promised(name: str) -> None:
         if parameter.name != "self"
     ]
     assert str(signature.replace(parameters=parameters, return_annotation=signature.empty)) == PROMISED[name]
+
+
+def test_declared_versions_are_those_that_are_promised() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == ">=3.11"
+    assert "torch>=2.6" in project["dependencies"]
 
 
 def test_promised_names_are_exported() -> None:

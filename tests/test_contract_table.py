@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-MARKS = ("not yet:", "needs a GPU:", "no promise:", "TODO:")
+MARKS = ("not yet:", "needs a GPU:", "no promise:")
 _TEST = re.compile(r"`tests/([\w/]+\.py)::([\w:]+)`")
 
 
