@@ -317,10 +317,13 @@ class LearnerProxy:
 
         Raises:
             UnknownClientError: an id is no client's.
-            ConfigError: an id is given twice.
+            ConfigError: an id is given twice, or a group is given, whose own keyword arguments and options would be
+                left out.
         """
         if ids is None:
             ids = self._dispatcher.client_ids
+        elif isinstance(ids, LearnerGroup):
+            raise ConfigError("clients() takes ids and no group: call the group itself, or give list(group)")
         return LearnerGroup(self._dispatcher, _kwargs_by_id(ids), self._options, self._spec.learner)
 
     def stream(self, client_id: str, method: str, /, *args: Any, **kwargs: Any) -> LearnerStream:

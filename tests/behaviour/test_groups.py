@@ -288,3 +288,12 @@ async def test_a_group_has_no_private_methods(proxy: tfr.LearnerProxy, one: str)
     with pytest.raises(tfr.GroupCallError) as caught:
         await proxy.clients([one]).call("_private")
     assert isinstance(caught.value.exceptions[0], tfr.MethodNotFoundError)
+
+
+async def test_a_group_of_a_group_is_refused_since_its_own_arguments_would_be_left_out(
+    proxy: tfr.LearnerProxy, fresh: Fresh
+) -> None:
+    group = proxy.clients({fresh.one(): {"value": 1}})
+    with pytest.raises(tfr.ConfigError, match=r"give list\(group\)"):
+        proxy.clients(group)
+    assert proxy.clients(list(group)).client_ids == group.client_ids
