@@ -224,7 +224,7 @@ def test_the_device_of_the_tensors_can_be_given() -> None:
 
 def test_ties_survive_a_move_to_a_device() -> None:
     base = torch.arange(6.0)
-    first, second = deserialize(serialize([base[:4], base[2:]]), device=torch.device("cpu"))
+    first, second = deserialize(serialize([base[:4], base[2:]]), torch.device("cpu"))
     first[3] = 9
     assert second.tolist() == [2, 9, 4, 5]
 

@@ -43,8 +43,8 @@ class ParameterSerializer:
     @staticmethod
     def deserialize(
         data: bytes | bytearray | memoryview,
-        *,
         device: torch.device | str | None = None,
+        *,
         trusted_modules: Iterable[str] = (),
     ) -> Any:
         """The object that `serialize` made these bytes of, on memory of its own.
