@@ -231,7 +231,7 @@ async def test_a_call_in_the_loop_over_a_stream_waits_for_nobody_elses_snapshot(
 
 
 async def test_a_learner_that_is_given_up_holds_no_others_snapshot_up(
-    proxy: tfr.LearnerProxy, clients: Iterator[str], monkeypatch: pytest.MonkeyPatch
+    proxy: tfr.LearnerProxy, clients: Iterator[str], seen: Losses, latch: Latch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "BUDGET_BYTES", 1)  # one state at a time
     one, other = next(clients), next(clients)
@@ -239,13 +239,18 @@ async def test_a_learner_that_is_given_up_holds_no_others_snapshot_up(
         await proxy.custom_method(client, "step")
     executor: Any = proxy._router._main
     record = ledger_of(proxy).get(one)
-    executor._request_snapshot(record)
+    held = asyncio.ensure_future(proxy.custom_method(one, "hold_async", latch.path))
+    await seen.reported(one)
+    executor._request_snapshot(record)  # which comes behind the call that is held
     executor._give_up(record, "a test wants it")
+    with pytest.raises(tfr.WorkerLostError, match="a test wants it"):
+        await held
     async with asyncio.timeout(30):
         for _ in range(MAX_CALLS + 1):
             await proxy.custom_method(other, "step")
         while not ledger_of(proxy).get(other).snapshot_number:
             await asyncio.sleep(0.01)
+    latch.open()
     with pytest.raises(tfr.WorkerLostError, match="a test wants it"):
         await proxy.custom_method(one, "step")
 
