@@ -58,7 +58,7 @@ class Mutation:
 
 MUTATIONS = [
     # Trust.
-    Mutation("the guard is off", "rpc/world.py", "    guard.install()\n", "", "tests/test_strangers.py -k pseudo"),
+    Mutation("the guard is off", "rpc/world.py", "    guard.install()\n", "", "tests/test_members.py"),
     Mutation(
         "the guard lets every global pass",
         "rpc/guard.py",
@@ -190,6 +190,13 @@ MUTATIONS = [
         "tests/behaviour/test_values.py -k local",
     ),
     Mutation(
+        "a memory fence does not wait",
+        "wire/fence.py",
+        "            torch.cuda.current_stream(device).wait_event(event)\n",
+        "            pass\n",
+        "tests/test_devices.py",
+    ),
+    Mutation(
         "the last call to come is the next to run",
         "host/mailbox.py",
         "self.current = self.queue.popleft()",
@@ -215,21 +222,21 @@ MUTATIONS = [
         "host/learner_host.py",
         "        if (outcome := self._outcomes.get(call_id)) is not None:\n            return outcome\n",
         "",
-        "tests/test_recovery.py -k 'formed or re_formation'",
+        "tests/test_learner_host.py",
     ),
     Mutation(
         "an outcome is not kept until it is acknowledged",
         "host/learner_host.py",
         "            self._outcomes[job.call.call_id] = outcome\n",
         "            pass\n",
-        "tests/test_recovery.py -k 'formed or re_formation'",
+        "tests/test_learner_host.py",
     ),
     Mutation(
         "acknowledged outcomes are kept",
         "host/learner_host.py",
         "                self._outcomes.pop(call_id, None)\n",
         "                pass\n",
-        "tests/test_endpoint.py tests/test_answers.py",
+        "tests/test_learner_host.py",
     ),
     Mutation(
         "the tree of a reduction leans to one side",
@@ -360,7 +367,21 @@ MUTATIONS = [
         "elif False:",
         "tests/test_recovery_limits.py",
     ),
+    Mutation(
+        "a snapshot may free less than its own size",
+        "executors/ledger.py",
+        "return None if is_needed else record.limit_bytes",
+        "return None",
+        "tests/test_ledger.py",
+    ),
     # Snapshots and checkpoints.
+    Mutation(
+        "a snapshot is not compared with the learner",
+        "host/snapshot.py",
+        "and (found := _difference(snapshot.state, rebuilt, learner, shared, mapped)) is not None",
+        "and (found := None) is not None",
+        "tests/test_snapshot.py tests/test_state_proof.py",
+    ),
     Mutation(
         "a damaged snapshot is read",
         "host/snapshot.py",
@@ -381,6 +402,35 @@ MUTATIONS = [
         "        hashlib.file_digest(file, lambda: digest)\n    if digest.digest() != expected:",
         "        hashlib.file_digest(file, lambda: digest)\n    if False:",
         "tests/test_checkpoint_folder.py",
+    ),
+    # What users see.
+    Mutation(
+        "a group with a deadline starts the slowest first",
+        "executors/base.py",
+        "return fastest_first(expected) if is_awaited else longest_first(expected)",
+        "return longest_first(expected)",
+        "tests/test_durations.py tests/behaviour/test_groups.py -k 'local or durations'",
+    ),
+    Mutation(
+        "a configuration can be set after its checks",
+        "config.py",
+        "        if self._is_checked:\n",
+        "        if False:\n",
+        "tests/test_config.py",
+    ),
+    Mutation(
+        "a proxy is called after it was closed",
+        "dispatch.py",
+        '        if self._loop is None:\n            raise ConfigError("the proxy is not open',
+        '        if False:\n            raise ConfigError("the proxy is not open',
+        "tests/behaviour/test_closing.py -k local",
+    ),
+    Mutation(
+        "a second interface is taken, and not used",
+        "rpc/world.py",
+        "if _interface not in (None, LOOPBACK, interface):",
+        "if False:",
+        "tests/test_runtime_settings.py",
     ),
     # RRefs and the heartbeat.
     Mutation(

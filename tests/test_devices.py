@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from torchfedrpc.rpc.message import (
     read_parcel,
 )
 from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.packing import Parcel, Unreadable, pack
 
 CPU = torch.device("cpu")
@@ -300,3 +302,34 @@ def _read(message: Any, device: torch.device) -> Parcel:
     parcel = read_parcel(message, device)
     assert isinstance(parcel, Parcel), parcel.open(AllowList())
     return parcel
+
+
+class NotingStream:
+    """A CUDA stream that notes what it is told."""
+
+    def __init__(self, name: str, log: list[tuple[str, object]]) -> None:
+        self.name = name
+        self.log = log
+
+    def record_event(self) -> str:
+        self.log.append((self.name, "records"))
+        return f"event of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append((self.name, event))
+
+
+def test_a_fence_has_the_readers_stream_wait_for_the_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[str, object]] = []
+    present = NotingStream("writer", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: present)
+    tensor: Any = SimpleNamespace(
+        is_cuda=True, device=GPUS[1], record_stream=lambda stream: log.append((stream.name, "uses the memory"))
+    )
+    wait = fence([tensor, torch.ones(1)])
+    assert log == [("writer", "records")]
+    present = NotingStream("reader", log)
+    assert wait is not None
+    wait()
+    assert log[1:] == [("reader", "event of writer"), ("reader", "uses the memory")]
+    assert fence([torch.ones(1)]) is None
