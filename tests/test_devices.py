@@ -148,7 +148,7 @@ PLAN = world.WorldPlan(
 
 def test_driver_maps_its_gpu_to_that_of_each_worker_in_a_world() -> None:
     maps, reverse_maps, devices = world._devices(PLAN, 0)
-    gpu = {"rank1_7": "cuda:0", "rank2_7": "cuda:1", "rank3_7": "cuda:0"}
+    gpu = {"rank1": "cuda:0", "rank2": "cuda:1", "rank3": "cuda:0"}
     assert maps == {name: {"cuda:1": theirs} for name, theirs in gpu.items()}
     assert reverse_maps == {}
     assert devices == [GPUS[1]]
@@ -156,7 +156,7 @@ def test_driver_maps_its_gpu_to_that_of_each_worker_in_a_world() -> None:
 
 @pytest.mark.parametrize(("rank", "gpu"), [(1, GPUS[0]), (2, GPUS[1]), (3, GPUS[0])])
 def test_workers_answer_from_their_gpu_to_that_of_the_driver(rank: int, gpu: torch.device) -> None:
-    assert world._devices(PLAN, rank) == ({}, {"rank0_7": {gpu: GPUS[1]}}, [gpu])
+    assert world._devices(PLAN, rank) == ({}, {"rank0": {gpu: GPUS[1]}}, [gpu])
 
 
 def test_worker_on_the_cpu_has_no_device_map() -> None:
