@@ -172,7 +172,8 @@ def test_the_bundled_experiment_is_resumed_on_windows(tmp_path: Path) -> None:
     holding = f"""
 from pathlib import Path
 from torchfedrpc.federation.folder_lock import FolderLock
-FolderLock(Path({str(tmp_path / "checkpoints")!r})).acquire()
+lock = FolderLock(Path({str(tmp_path / "checkpoints")!r}))
+lock.acquire()
 import subprocess, sys
 sys.exit(subprocess.call([sys.executable, *{command!r}]))
 """
