@@ -504,6 +504,7 @@ def main() -> int:
     for mutation in chosen:
         mutation.applied(ROOT / "torchfedrpc")
     if arguments.check:
+        print(f"{len(chosen)} mutations find their lines")
         return 0
     survivors = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -372,3 +372,9 @@ def test_without_a_number_of_clients_the_ways_to_give_one_are_named(keys: dict[s
 def test_a_module_of_the_standard_library_cannot_be_trusted(module: str) -> None:
     with pytest.raises(ConfigError, match="could run anything"):
         RuntimeConfig(trusted_modules=[module])
+
+
+def test_a_key_cannot_be_deleted() -> None:
+    config = tfr.RuntimeConfig()
+    with pytest.raises(tfr.ConfigError, match=r"keeps transport: make another one by dataclasses\.replace"):
+        del config.transport

@@ -102,3 +102,27 @@ async def test_bits_do_not_depend_on_the_order_in_which_a_group_starts() -> None
         results.append(drawn)
     assert results[0] == results[1] == results[2]
     assert orders[0][0] == orders[1][-1] == orders[2][-1] == "client_2"
+
+
+@pytest.mark.parametrize("mode", ["local", "pseudo"])
+async def test_client_that_every_deadline_cuts_off_is_known_as_slow(mode: str) -> None:
+    """No call has ended before, and the slow client comes first."""
+    runtime = {"execution_mode": mode} | ({"num_processes": 1} if mode == "pseudo" else {})
+    clients = {"slow": {"seconds": 2.0}} | {f"client_{number}": {"seconds": 0.02} for number in range(5)}
+    async with tfr.LearnerProxy(Sleeper, clients, runtime=runtime) as proxy:
+        group = proxy.clients().options(timeout_s=1.0, on_error="collect")
+        assert len(await group.call("work")) == 0
+        await proxy.client("slow").draw()  # the method that was cut off has ended when this has
+        again = await group.call("work")
+    assert list(again) == [client for client in clients if client != "slow"]
+
+
+def test_lower_bound_of_a_client_that_was_cut_off_holds_until_a_call_of_it_ends() -> None:
+    durations = Durations()
+    durations.cut_off("a", "work", 1.0)
+    assert durations.expected("ab", "work") == {"a": 1.0, "b": 0.0}
+    durations.saw("b", "work", 0.2)
+    durations.cut_off("a", "work", 0.5)
+    assert durations.expected("abc", "work") == {"a": 1.0, "b": 0.2, "c": 0.2}
+    durations.saw("a", "work", 0.1)
+    assert durations.expected("a", "work") == {"a": 0.1}

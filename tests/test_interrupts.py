@@ -163,7 +163,7 @@ def test_a_run_where_a_loop_is_running_is_refused_and_leaves_it_alone() -> None:
         raise AssertionError("it ran")
 
     async def notebook() -> asyncio.AbstractEventLoop:
-        with pytest.raises(RuntimeError, match="running event loop"):
+        with pytest.raises(tfr.ConfigError, match="starts an event loop, and one is running here"):
             tfr.run(main)
         return asyncio.get_event_loop()
 

@@ -125,3 +125,28 @@ def test_a_worker_process_is_told_of_the_main_guard() -> None:
     become_worker()
     with pytest.raises(ConfigError, match='if __name__ == "__main__"'):
         check_is_driver()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "WORLD_SIZE is not: set it to the launch",
+        ),
+        (
+            {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "RANK=5 is none of the 2",
+        ),
+    ],
+    ids=["no world size", "no such rank"],
+)
+def test_a_launch_whose_variables_do_not_go_together_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        Launch.from_environment()

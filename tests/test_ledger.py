@@ -12,6 +12,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.executors.ledger import Ledger, Record
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.wire.packing import pack
+from torchfedrpc.wire.shared import SharedValue
 
 VALUE = Outcome("value")
 
@@ -154,3 +155,27 @@ def test_nothing_is_kept_where_nothing_is_rebuilt() -> None:
     assert ledger.num_journal_bytes == 0
     assert record.journal == []
     ledger.close()
+
+
+def test_snapshots_in_memory_share_a_bound_and_go_with_a_learner_that_is_given_up(ledger: Ledger) -> None:
+    state = torch.zeros(1500, dtype=torch.uint8)
+    first, second = recorded(ledger, "first"), recorded(ledger, "second")
+    for number in (1, 2, 3):  # each in the place of the one before
+        assert ledger.keep(first, number, state)
+        ledger.took(first, number)
+    assert not ledger.keep(second, 4, state)
+    ledger.give_up(first)
+    assert ledger.keep(second, 4, state)
+
+
+def test_value_that_finds_no_room_on_disk_counts_as_in_memory(ledger: Ledger) -> None:
+    record = recorded(ledger)
+    value = SharedValue(pack((torch.zeros(1 << 16),)), 1)
+    shared = Call(1, "client_1", "train", replace(pack(()), apart=(value,)))
+    ledger.settle(record, ledger.ask(record, shared, None), VALUE)
+    record.state_bytes = 1 << 30  # a snapshot would free too little
+    num_bytes = ledger.num_journal_bytes
+    assert ledger.relief() == ([], [value])
+    assert ledger.num_journal_bytes < num_bytes
+    ledger.spill_failed(value)
+    assert ledger.num_journal_bytes == num_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import torchfedrpc as tfr
-from torchfedrpc.options import CALL_OPTIONS, GROUP_OPTIONS, UNCHANGED, OnError, Unchanged
+from torchfedrpc.options import CALL_OPTIONS, GROUP_OPTIONS, UNCHANGED, CallOptions, OnError, Unchanged
 
 ROOT = Path(tfr.__file__).parent.parent  # type checkers do not follow editable installs
 OWNERS = [(tfr.LearnerProxy, GROUP_OPTIONS), (tfr.LearnerHandle, CALL_OPTIONS), (tfr.LearnerGroup, GROUP_OPTIONS)]
@@ -66,3 +68,10 @@ def test_a_type_checker_finds_wrong_options_and_no_others(tmp_path: Path) -> Non
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     wrong = [number for number, line in enumerate(USES.splitlines(), 1) if line.endswith("# wrong")]
     assert [int(number) for number in re.findall(r"uses\.py:(\d+): error", done.stdout)] == wrong, done.stdout
+
+
+def test_counts_may_be_any_whole_number_and_seconds_have_to_be_finite() -> None:
+    assert CallOptions(retries=np.int64(2), min_results=np.int32(1)).retries == 2
+    for timeout_s in (10**400, math.inf, math.nan):
+        with pytest.raises(tfr.ConfigError, match="must be seconds above 0"):
+            CallOptions(timeout_s=timeout_s)

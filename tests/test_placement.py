@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchfedrpc.errors import ConfigError
@@ -70,6 +70,7 @@ def test_clients_without_an_endpoint_go_to_workers_in_neighbouring_shares() -> N
     assert sorted(Counter(places.values()).values()) == [2, 3]
 
 
+@settings(deadline=None)
 @given(num_clients=st.integers(0, 60), num_workers=st.integers(1, 9))
 def test_shares_are_even_and_of_neighbours_for_any_numbers(num_clients: int, num_workers: int) -> None:
     clients = [f"client_{number}" for number in range(num_clients)]
@@ -133,6 +134,7 @@ def test_clients_of_an_address_wait_for_it_and_others_do_not_go_there() -> None:
     assert place_clients(list("ad"), {"a": "site:80"}, {"site:80": "beta"}) == {"a": "site:80", "d": "site:80"}
 
 
+@settings(deadline=None)
 @given(num_clients=st.integers(0, 40), num_workers=st.integers(1, 6), draw=st.data())
 def test_whoever_comes_gets_a_share_and_no_client_moves_that_need_not(
     num_clients: int, num_workers: int, draw: st.DataObject

@@ -522,10 +522,11 @@ def test_sidecar_beats_for_a_worker_in_uninterruptible_sleep_only_while_it_gets_
     monkeypatch.setattr(sidecar, "tell_begun", lambda: True)
     try:
         with pytest.raises(ConnectionResetError, match="looked at"):
-            sidecar.watch(theirs.fileno(), activity.descriptor, process, stat, 0.0, GRACE_S)
+            sidecar.watch(theirs.fileno(), activity.descriptor, process, stat, os.getppid(), 0.0, GRACE_S)
         theirs.close()
         assert ours.recv(100) == sidecar.BEAT * beats
     finally:
+        activity.close()
         ours.close()
         theirs.close()
         os.close(stat)

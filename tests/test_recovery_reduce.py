@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -299,7 +300,7 @@ async def test_few_arguments_are_kept_for_results_that_lie_at_the_workers(
 ) -> None:
     clients, slow = [*islice(on_1, 4), *islice(on_2, 4)], next(on_2)
     executor: Any = proxy._router._main
-    monkeypatch.setattr(executor.config, "journal_max_bytes", 40_000)
+    monkeypatch.setattr(executor, "config", dataclasses.replace(executor.config, journal_max_bytes=40_000))
     arguments: dict[str, Any] = {one: {"until": None, "ballast": bytes(10_000)} for one in clients}
     arguments[slow] = {"until": latch.path}
     reduction = asyncio.ensure_future(proxy.clients(arguments).reduce("text_once_open_async", Brackets()))

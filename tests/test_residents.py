@@ -126,3 +126,18 @@ async def test_a_lost_workers_learners_are_rebuilt_wherever_they_were(tmp_path: 
     faults = tfr.testing.Faults().kill("worker1", at_call=9)
     async with tfr.LearnerProxy(Walker, CLIENTS, runtime=runtime, seed=5) as proxy, faults.injected(proxy):
         assert [dict(await proxy.clients().call("walk")) for _ in range(4)] == expected
+
+
+async def test_a_learner_restored_to_before_its_first_call_is_made_once_it_was_evicted(
+    runtime: dict[str, Any],
+) -> None:
+    clients = ["a", "b", "c"]
+    async with tfr.LearnerProxy(Walker, clients, runtime=runtime | {"max_resident_learners": 1}) as proxy:
+        start = {client: data async for client, data in proxy.snapshots()}
+        first = await proxy.clients().call("walk")
+        await proxy.restore(start)
+        for _ in range(2):
+            again = {client: await proxy.client(client).walk() for client in clients}
+            assert [number for number, _ in again.values()] == [1, 1, 1]
+            assert again == first
+            await proxy.restore(start)

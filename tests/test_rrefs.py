@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -40,6 +41,27 @@ class Owner:
 
     def memory(self) -> int:
         return resident_bytes()
+
+
+class Noted(Owner):
+    """Notes in a file that it is made, and can end its process."""
+
+    def __init__(self, client_id: str, path: str) -> None:
+        super().__init__(client_id)
+        with Path(path).open("a") as file:
+            file.write("made\n")
+
+    def end_process(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def until_served(proxy: tfr.LearnerProxy) -> bool:
+    """Wait until a worker can be called again."""
+    group: Any = proxy._router._main._group
+    async with asyncio.timeout(60):
+        while not group.hosts:
+            await asyncio.sleep(0.05)
+    return True
 
 
 def resident_bytes() -> int:
@@ -81,6 +103,30 @@ async def test_rrefs_of_a_learner_that_is_given_up_raise() -> None:
             await handle.step()
         with pytest.raises(tfr.WorkerLostError, match=f"{CLIENTS[0]} on worker1: worker1 was lost"):
             _ = handle.rref
+
+
+async def test_reading_the_rref_of_a_learner_that_is_given_up_does_not_rebuild_it(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    runtime = ONE | {"max_recoveries": 0, "journal_max_calls": 1}
+    async with tfr.LearnerProxy(Noted, {"a": {"path": str(made)}}, runtime=runtime) as proxy:
+        for _ in range(3):
+            await proxy.client("a").step()
+        with pytest.raises(tfr.WorkerLostError):
+            await proxy.client("a").end_process()
+        assert await until_served(proxy)
+        for _ in range(2):
+            with pytest.raises(tfr.WorkerLostError, match="so it was given up"):
+                _ = proxy.client("a").rref
+        assert proxy.stats()["workers"]["worker1"] == {"learners": 0}
+    assert made.read_text() == "made\n"
+
+
+async def test_rrefs_are_read_in_the_event_loop_alone() -> None:
+    async with tfr.LearnerProxy(Owner, ["a"], runtime=ONE) as proxy:
+        handle = proxy.client("a")
+        with pytest.raises(tfr.ConfigError, match="is read in the event loop of the proxy"):
+            await asyncio.to_thread(lambda: handle.rref)
+        assert handle.rref is not None
 
 
 async def test_fifty_worlds_leave_no_rref_behind() -> None:

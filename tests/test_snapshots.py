@@ -162,3 +162,16 @@ async def test_a_learner_whose_stream_this_task_reads_cannot_be_captured_meanwhi
         await anext(items)
         with pytest.raises(tfr.TorchFedRpcError, match="would wait for ever"):
             await snapshots_of(proxy, one)
+
+
+async def test_restore_takes_a_mapping_and_names_an_id_in_short(proxy: tfr.LearnerProxy) -> None:
+    with pytest.raises(tfr.ConfigError, match="a mapping of client id -> bytes, not a list"):
+        await proxy.restore([("a", b"")])  # type: ignore[arg-type]
+    with pytest.raises(tfr.UnknownClientError) as caught:
+        await proxy.restore({"x" * 10**6: b""})
+    assert len(str(caught.value)) < 1000
+    for odd in (["a"], None):
+        with pytest.raises(tfr.UnknownClientError):
+            proxy.client(odd)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        proxy.client(proxy.client_ids[0]).client_id = "b"  # type: ignore[misc]

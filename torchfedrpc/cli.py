@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import ConfigError, SnapshotError, WorkerLostError
+from torchfedrpc.errors import ConfigError, GroupCallError, SnapshotError, WorkerLostError
 from torchfedrpc.federation.experiment import ExperimentConfig, run_experiment
 from torchfedrpc.info import describe
 from torchfedrpc.interrupts import run_interruptible
@@ -35,7 +35,7 @@ def _task(config: DictConfig) -> float:
     _check_launcher()
     try:
         return _run(config, Path(HydraConfig.get().runtime.output_dir))
-    except (ConfigError, SnapshotError, WorkerLostError) as error:
+    except (ConfigError, GroupCallError, SnapshotError, WorkerLostError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN or "HYDRA_FULL_ERROR" in os.environ:
             raise  # the other jobs go on
         sys.exit("\n".join([f"torchfedrpc: {error}", *getattr(error, "__notes__", [])]))

@@ -228,7 +228,12 @@ class RuntimeConfig:
             )
         super().__setattr__("_is_checked", True)
 
+    def __delattr__(self, name: str) -> None:
+        raise ConfigError(f"a RuntimeConfig keeps {name}: make another one by dataclasses.replace(config, ...)")
+
     def __setattr__(self, name: str, value: object) -> None:
+        if self._is_checked and name not in self.__dataclass_fields__:
+            raise ConfigError(f"runtime has no key {name!r}{suggest(name, list(self.__dataclass_fields__))}")
         if self._is_checked:
             raise ConfigError(
                 f"runtime.{name} cannot be set to {value!r}: a configuration keeps the values that were checked; "

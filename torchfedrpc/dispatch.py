@@ -144,8 +144,8 @@ class Dispatcher:
         Raises:
             UnknownClientError: so it is.
         """
-        if client_id not in self._places:
-            raise UnknownClientError(f"no client {client_id!r}{suggest(str(client_id), self.client_ids)}")
+        if not isinstance(client_id, str) or client_id not in self._places:
+            raise UnknownClientError(f"no client {client_id!r:.200}{suggest(str(client_id)[:200], self.client_ids)}")
 
     def check_not_reading(self, client_id: str, method: str) -> None:
         """Refuse a call to a learner that is held by a stream which this task, or the one that started it, reads.
@@ -240,10 +240,12 @@ class Dispatcher:
         """The RRef of a client's learner; None in local mode.
 
         Raises:
-            ConfigError: The proxy is closed.
+            ConfigError: The proxy is closed, or no event loop runs here.
             WorkerLostError: The learner's worker is lost.
         """
         self.check_open()
+        if asyncio._get_running_loop() is None:
+            raise ConfigError(f"the RRef of {client_id} is read in the event loop of the proxy, and not in a thread")
         return self._router.get_executor(client_id).rref(client_id)
 
     def changes(self) -> dict[str, int]:

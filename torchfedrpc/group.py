@@ -87,6 +87,9 @@ class LearnerGroup:
     def __len__(self) -> int:
         return len(self._clients)
 
+    def __repr__(self) -> str:
+        return f"LearnerGroup({len(self)} clients)"
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._clients)
 

@@ -40,9 +40,19 @@ class Launch:
             ConfigError: some of the launcher's variables are missing or no numbers.
         """
         environment = os.environ
+        if "WORLD_SIZE" not in environment and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+            raise ConfigError(
+                "RANK, MASTER_ADDR and MASTER_PORT are set but WORLD_SIZE is not: set it to the launch's number of "
+                "ranks, or start the script with torchrun"
+            )
         try:
             if "WORLD_SIZE" not in environment or int(environment["WORLD_SIZE"]) <= 1:
                 return None
+            if not 0 <= int(environment["RANK"]) < int(environment["WORLD_SIZE"]):
+                raise ConfigError(
+                    f"RANK={environment['RANK']} is none of the {environment['WORLD_SIZE']} ranks of WORLD_SIZE: "
+                    f"they are numbered from 0"
+                )
             return cls(
                 rank=int(environment["RANK"]),
                 world_size=int(environment["WORLD_SIZE"]),

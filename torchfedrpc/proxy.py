@@ -45,14 +45,17 @@ class LearnerHandle:
         learner: has the class whose methods an editor completes.
     """
 
-    client_id: str
-
     def __init__(self, dispatcher: Dispatcher, client_id: str, options: CallOptions, learner: LearnerSpec) -> None:
         dispatcher.check_client(client_id)
         self._dispatcher = dispatcher
         self._options = options
         self._learner = learner
-        self.client_id = client_id
+        self._client_id = client_id
+
+    @property
+    def client_id(self) -> str:
+        """Whose learner it is."""
+        return self._client_id
 
     def options(
         self,
@@ -80,15 +83,18 @@ class LearnerHandle:
     def rref(self) -> Any:
         """The learner's ``torch.distributed.rpc`` RRef, which its worker owns; None in local mode.
 
-        It is of the present world: after the loss of a worker, or once another has joined, ask for it again. A
-        learner that has not been called yet is registered for it, which waits for its worker for about a millisecond
-        (5 s at most), and is made by its first call. ``rref.owner()`` is where its calls go. The learner itself stays
-        on its worker: ``rref.to_here()`` raises.
+        It is of the present world: after the loss of a worker, once another has joined, or in another session, ask
+        for it again; an old one may name another learner. A learner that has not been called yet is registered for
+        it, and is made by its first call. That blocks the event loop until its worker has answered, about a
+        millisecond, or longer behind large arguments that are on their way (2 s at most): await a call first where
+        that matters. ``rref.owner()`` is where its calls go. The learner itself stays on its worker:
+        ``rref.to_here()`` raises.
 
         Raises:
-            ConfigError: The proxy is closed, or this process has called ``init_rpc`` before it opened the proxy.
-            WorkerLostError: The learner's worker is lost, or the world is being formed anew. Await a call of the
-                client, then ask again.
+            ConfigError: The proxy is closed or runs in another thread, or this process has called ``init_rpc`` before
+                it opened the proxy.
+            WorkerLostError: The learner's worker is lost or does not answer, or the world is being formed anew. Await
+                a call of the client, then ask again.
         """
         return self._dispatcher.rref(self.client_id)
 
@@ -170,8 +176,10 @@ class LearnerProxy:
         check_is_driver()
         if LearnerProxy._open_in_process is not None:
             raise ConfigError(
-                "a proxy is open in this process already: close it first (leave its async with block), or give the "
-                "clients of both to one proxy"
+                "this proxy is open already: use it, or leave its async with block before it is opened again"
+                if LearnerProxy._open_in_process is self
+                else "a proxy is open in this process already, and there can be one at a time: close it first (leave "
+                "its async with block), or give the clients of both to one proxy"
             )
         stack = AsyncExitStack()
         spec = dataclasses.replace(self._spec, publish=self._dispatcher.begin())
@@ -214,6 +222,9 @@ class LearnerProxy:
 
     def _closed(self) -> None:
         LearnerProxy._open_in_process = None
+
+    def __repr__(self) -> str:
+        return f"LearnerProxy({self._spec.learner.name}, {len(self._spec.clients)} clients, {self.mode})"
 
     @property
     def client_ids(self) -> list[str]:
@@ -376,6 +387,7 @@ class LearnerProxy:
 
         Raises:
             UnknownClientError: an id is no client's; nothing is restored then.
+            ConfigError: the snapshots are no mapping.
             GroupCallError: some learners could not be restored, and the others were; its ``failures`` has the error
                 of each client, one of those that follow.
             SnapshotError: the bytes are damaged, of another client or learner; that learner stays as it was.
@@ -383,6 +395,8 @@ class LearnerProxy:
             UntrustedTypeError: they hold a type that ``runtime.trusted_modules`` does not cover.
         """
         self._dispatcher.check_open()
+        if not isinstance(snapshots, Mapping):
+            raise ConfigError(f"restore() takes a mapping of client id -> bytes, not a {type(snapshots).__name__}")
         for client_id in snapshots:
             self._dispatcher.check_client(client_id)
         restoring = [self._dispatcher.restore(self._options, *item) for item in snapshots.items()]
@@ -393,9 +407,10 @@ class LearnerProxy:
                 raise error
         if failures:
             first = next(iter(failures.values()))
+            num_restored = len(outcomes) - len(failures)
             raise GroupCallError(
-                f"restore failed for {', '.join(failures)}, first with {type(first).__name__}: {first}; the other "
-                f"{len(outcomes) - len(failures)} learners were restored",
+                f"restore failed for {', '.join(failures)}, first with {type(first).__name__}: {first}"
+                + (f"; {num_restored} of {len(outcomes)} learners were restored" if num_restored else ""),
                 failures,
                 {client_id: None for client_id in outcomes if client_id not in failures},
             )
@@ -460,7 +475,7 @@ class LearnerProxy:
             - ``journal_bytes``: bytes of arguments that the driver keeps now, to make lost calls again.
             - ``workers_lost``: workers lost so far.
             - ``workers``: name of a process that has learners -> ``{"learners": how many}``; in local mode the only
-              one is ``local``, with its ``pending_calls`` too.
+              one is ``local``. Empty once the proxy is closed.
         """
         return self._dispatcher.stats()
 

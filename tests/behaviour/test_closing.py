@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from conftest import Latch, Seen
 from learners import Probe
 
@@ -114,3 +115,13 @@ async def test_a_closed_proxy_has_no_rref(lone_runtime: dict[str, Any], mode: st
     async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
         assert await proxy.client("a").append("a") == 1
         assert (held is None) == (proxy.client("a").rref is None) == (mode == "local")
+
+
+async def test_statistics_of_a_closed_proxy_keep_the_counts_of_its_session(
+    lone_runtime: dict[str, Any], mode: str
+) -> None:
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=lone_runtime) as proxy:
+        await proxy.client("a").same(torch.zeros(10_000))
+        before = proxy.stats()
+    assert (before["bytes_sent"] > 0) == (mode != "local")
+    assert proxy.stats() == {**before, "journal_bytes": 0, "workers": {}}

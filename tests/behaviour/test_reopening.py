@@ -141,7 +141,7 @@ def test_proxy_opened_twice_at_once_refuses_the_second_opening(sessions: list[Se
         first, second = session.opened
         assert isinstance(first, tfr.LearnerProxy)
         assert isinstance(second, tfr.ConfigError)
-        assert "open in this process already: close it first" in str(second)
+        assert "this proxy is open already: use it" in str(second)
 
 
 async def test_shared_reference_of_an_earlier_session_is_refused(

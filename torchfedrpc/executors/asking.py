@@ -200,6 +200,8 @@ class AskingExecutor(CallExecutor):
             record.held.append((host, asked, outcome))
             return
         host.acknowledge(asked.call, outcome)
+        if asked.is_cancelled and not asked.is_own:
+            self._note_duration(asked.call, outcome)
         self._ledger.settle(record, asked, outcome)
         if asked.is_own and outcome.kind == "failed" and (outcome.never_ran or asked.call.kind == "restore"):
             assert outcome.failure is not None
@@ -305,6 +307,7 @@ class AskingExecutor(CallExecutor):
         try:
             await asyncio.to_thread(value.spill)
         except OSError as error:
+            self._ledger.spill_failed(value)
             logger.warning("journals take more memory than journal_max_bytes allows: %s", error)
 
     async def _store(self, record: Record, number: int, read: Callable[[], torch.Tensor | int]) -> None:
@@ -383,7 +386,7 @@ class AskingExecutor(CallExecutor):
         record.awaits_snapshot = False
         record.moving_to = None
         record.held = []
-        self._ledger.drop_journal(record)
+        self._ledger.give_up(record)
         asked, record.asked = record.asked, {}
         for one in asked.values():
             if one.reply is not None and not one.is_own:

@@ -307,8 +307,7 @@ class CallExecutor(AbstractExecutor):
                 outcome = await self._answered(call)
                 if not (remaining and _may_go_better(outcome)):
                     break
-            if outcome.kind == "value":
-                self._durations.saw(call.client_id, call.method, outcome.seconds)
+            self._note_duration(call, outcome)
             if (error := outcome.error) is not None:
                 try:
                     del outcome  # its error would have this frame, and so itself: a circle that would keep the call
@@ -318,6 +317,13 @@ class CallExecutor(AbstractExecutor):
             return self._result(outcome, call)
         finally:
             self._admission.release(num_bytes + self._holds_no_more(values))
+
+    def _note_duration(self, call: Call, outcome: Outcome) -> None:
+        """Note how long a call ran, also one that was cut off."""
+        if outcome.kind == "value":
+            self._durations.saw(call.client_id, call.method, outcome.seconds)
+        elif outcome.cut_off and outcome.seconds and call.kind == "call":
+            self._durations.cut_off(call.client_id, call.method, outcome.seconds)
 
     def _holds(self, values: Iterable[SharedValue], num_bytes: int) -> int:
         """One more call has these values; how many of its bytes were admitted for those that no other has."""

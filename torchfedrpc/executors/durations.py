@@ -16,6 +16,7 @@ class Durations:
 
     def __init__(self) -> None:
         self._seconds: OrderedDict[tuple[str, str], tuple[float, ...]] = OrderedDict()  # client, method -> last calls
+        self._at_least: OrderedDict[tuple[str, str], float] = OrderedDict()  # of clients that were cut off since
 
     def __len__(self) -> int:
         return len(self._seconds)
@@ -24,19 +25,28 @@ class Durations:
         """Note that a call ran for so long."""
         key = client_id, method
         self._seconds[key] = (*self._seconds.pop(key, ()), seconds)[-_NUM_KEPT:]
+        self._at_least.pop(key, None)
         if len(self._seconds) > _MAX_CLIENTS:
             self._seconds.popitem(last=False)
+
+    def cut_off(self, client_id: str, method: str, seconds: float) -> None:
+        """Note that a call had run for so long when a deadline or a cancel cut it off."""
+        key = client_id, method
+        self._at_least[key] = max(seconds, self._at_least.pop(key, 0.0))
+        if len(self._at_least) > _MAX_CLIENTS:
+            self._at_least.popitem(last=False)
 
     def expected(self, client_ids: Iterable[str], method: str) -> dict[str, float]:
         """Seconds that each of these clients will take: as most of its last calls did, else as most others will.
 
-        Where no call of the method was seen, all take 0 seconds.
+        Where no call of the method has ended, all take 0 seconds. A client that was cut off takes at least as long as
+        it ran then, until a call of it ends.
         """
         client_ids = list(client_ids)
         known = {one: self._seconds.get((one, method)) for one in client_ids}
         seen = {one: statistics.median_low(seconds) for one, seconds in known.items() if seconds}
         usual = statistics.median(seen.values()) if seen else 0.0
-        return {client_id: seen.get(client_id, usual) for client_id in client_ids}
+        return {one: max(seen.get(one, usual), self._at_least.get((one, method), 0.0)) for one in client_ids}
 
 
 def longest_first(expected: Mapping[str, float]) -> list[str]:

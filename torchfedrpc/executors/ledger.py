@@ -168,6 +168,7 @@ class Ledger:
         self._numbers = itertools.count(1)
         self._spool = Spool()
         self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory, under the keys of the spool
+        self._num_state_bytes = 0  # of these
         self._num_uses: Counter[SharedValue] = Counter()  # of each shared value, by the entries of all journals
         self._on_disk: set[SharedValue] = set()  # those that are on disk, or on their way there
         self._num_disk_bytes = 0
@@ -293,7 +294,7 @@ class Ledger:
         return worth + needed, values
 
     def limit_bytes(self, record: Record) -> int | None:
-        """The size from which on a learner's next snapshot is not worth it; None where it is needed anyway."""
+        """Largest size of a learner's next snapshot that is worth taking, in bytes; None if one is required."""
         is_lost = record.unrecoverable is not None or record.cut_off_number > record.snapshot_number
         is_needed = is_lost or record.moving_to is not None or len(record.journal) > self._max_calls
         return None if is_needed else record.limit_bytes
@@ -342,10 +343,11 @@ class Ledger:
             state: what the learner's process gave, uint8 [num_bytes].
         """
         replaced = self._states.get((record.client_id, record.snapshot_number))
-        others = sum(one.nbytes for one in self._states.values() if one is not replaced)
+        others = self._num_state_bytes - (replaced.nbytes if replaced is not None else 0)
         if others + state.nbytes > self._max_bytes // _STATES_SHARE:
             return False
         self._states[record.client_id, number] = state
+        self._num_state_bytes += state.nbytes
         return True
 
     def store(self, record: Record, number: int, data: memoryview) -> None:
@@ -374,6 +376,18 @@ class Ledger:
         record.snapshot_number = number
         record.unrecoverable, record.num_refusals = None, 0
         self._cut(record, [entry for entry in record.journal if entry.number > number])
+
+    def give_up(self, record: Record) -> None:
+        """The learner is not rebuilt any more: forget its journal and its snapshot."""
+        self.drop_journal(record)
+        self._discard(record, record.snapshot_number)
+
+    def spill_failed(self, value: SharedValue) -> None:
+        """A value could not be put on disk: it is in memory as before."""
+        if value in self._on_disk:
+            self._on_disk.discard(value)
+            self._num_disk_bytes -= value.num_bytes
+            self.num_journal_bytes += value.num_bytes
 
     def drop_journal(self, record: Record) -> None:
         """The learner cannot be rebuilt, or need not be."""
@@ -411,7 +425,7 @@ class Ledger:
             return None
         key = record.client_id, record.snapshot_number
         state = self._states.get(key)
-        return bytes(seal(state.clone())) if state is not None else self._spool.get(key)
+        return bytes(seal(state)) if state is not None else self._spool.get(key)
 
     def close(self) -> None:
         """Give memory and disk back."""
@@ -425,7 +439,8 @@ class Ledger:
         self._spool.close()
 
     def _discard(self, record: Record, number: int) -> None:
-        self._states.pop((record.client_id, number), None)
+        if (state := self._states.pop((record.client_id, number), None)) is not None:
+            self._num_state_bytes -= state.nbytes
         self._spool.discard((record.client_id, number))
 
     def _cut(self, record: Record, journal: list[Entry]) -> None:

@@ -71,8 +71,8 @@ class LocalExecutor(CallExecutor):
 
     def stats(self) -> dict[str, Any]:
         """Nothing is sent in local mode."""
-        hosted = self._host.stats() if self._host is not None else {}
-        return {**super().stats(), "workers": {"local": hosted}}
+        hosted = {"local": {"learners": self._host.stats()["learners"]}} if self._host is not None else {}
+        return {**super().stats(), "workers": hosted}
 
     def _take_value(self, obj: Any) -> Packed:
         return self._opened().take_value(obj)
@@ -113,7 +113,7 @@ class LocalExecutor(CallExecutor):
     def _cancel(self, call: Call) -> None:
         self._unsubmitted = [(other, reply) for other, reply in self._unsubmitted if other is not call]
         if self._host is not None:
-            self._host.cancel(call.call_id)
+            self._host.cancel(call.call_id, partial(self._note_duration, call))
 
     def _opened(self) -> LearnerHost:
         if self._host is None:

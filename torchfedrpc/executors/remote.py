@@ -63,6 +63,7 @@ class RemoteExecutor(MovingExecutor):
         self._missed: dict[str, str] = {}  # label of one that has not come in time -> what callers are told
         self._num_lost = 0
         self._gone: dict[str, str] = {}  # label of a worker that was lost for good -> what its clients are told
+        self._stats_at_close: dict[str, Any] = {}
         self._failed: str | None = None  # why no worker can be called any more
         self._last_loss = ""  # how the last worker was lost
         self._news = asyncio.Event()  # a world was formed, or none can be
@@ -92,6 +93,7 @@ class RemoteExecutor(MovingExecutor):
             for source in self._sources:
                 source.abandon()
         self._is_open = False
+        self._stats_at_close = {**self.stats(), "journal_bytes": 0, "workers": {}}
         for timer in self._waited_for.values():
             timer.cancel()
         try:
@@ -114,14 +116,16 @@ class RemoteExecutor(MovingExecutor):
     def rref(self, client_id: str) -> Any:
         """The learner's RRef; a learner that is not on its worker yet is registered there, or rebuilt, for that."""
         record = self._record(client_id)
-        self._push(record)
-        host = self._host(record)
         reason = record.given_up or self._unreachable(record)
-        if reason is None and (host is None or client_id not in host):
-            reason = "its learner has no RRef while the world is formed anew; await a call of this client first"
-        if reason is not None or host is None:
-            raise WorkerLostError(f"{client_id} on {self.worker_of(client_id)}: {reason}")
-        return host.rref(client_id)
+        if reason is None:
+            self._push(record)
+            if (host := self._host(record)) is not None and client_id in host:
+                return host.rref(client_id)
+            reason = record.given_up or (
+                "its learner has no RRef while the world is formed anew, its worker leaves, or others are rebuilt "
+                "before it; await a call of this client, and ask again"
+            )
+        raise WorkerLostError(f"{client_id} on {self.worker_of(client_id)}: {reason}")
 
     def workers(self) -> list[str]:
         """``worker1`` and so on, and the addresses of those that listen."""
@@ -138,9 +142,9 @@ class RemoteExecutor(MovingExecutor):
 
     def stats(self) -> dict[str, Any]:
         """Bytes sent and received, and for each worker how many learners it has; how many workers were lost."""
-        group = self._group
-        traffic = list(group.traffic.values()) if group is not None else []
-        members = group.members.values() if group is not None else []
+        if (group := self._group) is None:
+            return self._stats_at_close
+        traffic, members = list(group.traffic.values()), group.members.values()
         return {
             "bytes_sent": sum(one.num_sent_bytes for one in traffic),
             "bytes_received": sum(one.num_received_bytes for one in traffic),
@@ -457,12 +461,9 @@ class RemoteExecutor(MovingExecutor):
             self._give_up(record, f"it could not be rebuilt on {record.label}: {reason}")
             return
         self._ledger.settle(record, asked, Outcome("failed", cut_off=True))
+        self._settled(record)
         if asked.reply is not None:
             asked.reply(self._lost(call, reason))
-        if self._ledger.is_cut_off(record):
-            self._request_snapshot(record)
-        self._went_on(record)
-        self._call_next()
 
     def asked(self, label: str) -> list[int]:
         """Ids of the calls to a worker that were sent and not answered."""

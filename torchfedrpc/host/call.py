@@ -79,7 +79,7 @@ class Outcome:
         cut_off: whether it was begun and ended early by a deadline or a cancel, so that what it has done to its
             learner cannot be done again.
         error: what the caller's own process has to say, raised as it is.
-        seconds: how long the method ran, of a value.
+        seconds: how long the method ran, of a value, or of a call that was cut off.
     """
 
     kind: OutcomeKind

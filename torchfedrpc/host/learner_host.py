@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -218,10 +219,10 @@ class LearnerHost:
             call_id: the call.
             reply: takes what became of it, for one who was cut off and does not know.
         """
-        self._abandon(call_id, Outcome("cancelled"))
+        outcome = self._abandon(call_id, Outcome("cancelled"))
         if reply is not None:
             with self._lock:
-                outcome = self._outcomes.get(call_id)
+                outcome = outcome or self._outcomes.get(call_id)
             reply(outcome or Outcome("cancelled", never_ran=True))
 
     def acknowledge(self, call_ids: Iterable[int]) -> None:
@@ -377,11 +378,12 @@ class LearnerHost:
         )
         self._abandon(call_id, self._runner.failed(error))
 
-    def _abandon(self, call_id: int, outcome: Outcome) -> None:
+    def _abandon(self, call_id: int, outcome: Outcome) -> Outcome | None:
+        """Answer a call before its end; what it is answered, None where it is answered already."""
         with self._lock:
             job = self._jobs.get(call_id)
             if job is None or job.cancelled:
-                return
+                return None
             job.cancelled = True
             job.last_item = None
             reply, job.reply = job.reply, None
@@ -392,7 +394,8 @@ class LearnerHost:
                 assert job.mailbox.queue is not None
                 job.mailbox.queue.remove(job)
                 collects = self._remove(job)
-            outcome = replace(outcome, never_ran=queued, cut_off=not queued and not idle_stream)
+            seconds = time.perf_counter() - job.began if job.began else 0.0  # it may wait for a thread
+            outcome = replace(outcome, never_ran=queued, cut_off=not queued and not idle_stream, seconds=seconds)
             self._keep(job, outcome)
         if reply is not None:
             reply(outcome)
@@ -402,6 +405,7 @@ class LearnerHost:
             self._runner.close_stream(job)
         else:
             self._runner.cancel_task(job)
+        return outcome
 
     def _remove(self, job: Job) -> list[Job]:
         """A job is over; those requests for partial results that have waited for it."""

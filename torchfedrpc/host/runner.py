@@ -237,7 +237,7 @@ class Runner:
             self._make_room(job, 1)
         if mailbox.is_stored:
             self._restore(job, memoryview(self._residents.stored(mailbox.client_id)), None)
-        elif not mailbox.made:
+        if not mailbox.made:  # also one that was on disk as it was before its first call
             assert mailbox.kwargs is not None
             mailbox.learner = self._make_learner(job, mailbox.kwargs)
             mailbox.made = True

@@ -38,7 +38,7 @@ _MAX_KEPT_BYTES = 8 << 20  # outcomes that a worker keeps until the next request
 _MAX_ITEMS = 64  # in one request: the worker begins with the first as the next are packed
 _LARGE_BYTES = 256 << 10  # an item so large begins a request of its own: those before it need not wait for it
 _LATE_S = 0.02  # what is not urgent waits so long for other items to go along with
-_RREF_TIMEOUT_S = 5.0  # the event loop waits: a worker answers this beside its training, within a millisecond
+_RREF_TIMEOUT_S = 2.0  # the event loop waits: a worker answers this beside its training, within a millisecond
 _MAX_OPEN = 2  # requests that wait for an answer, where no other need for them is
 
 
@@ -118,6 +118,7 @@ class RemoteHost:
         self._suspects = suspects
         self._on_error = on_error
         self._is_open = True
+        self._is_late_with_rrefs = False  # and was not heard of since
         self._learners: dict[str, Any] = {}  # client id -> its learner's RRef; None until that has come
         self._outgoing: list[tuple[int, tuple[Any, ...] | _Share]] = []  # each with its size in bytes
         self._shares: dict[int, _Share] = {}  # of this tick, by the value's number
@@ -182,18 +183,24 @@ class RemoteHost:
         """The RRef of a registered learner, which this worker owns. Waits for the worker where it has not come yet.
 
         Raises:
-            WorkerLostError: The worker does not answer within 5 s, or the connection to it breaks.
+            WorkerLostError: The worker does not answer within 2 s, or the connection to it breaks.
             ConfigError: This process cannot have RRefs, as of `hold`.
         """
         if self._learners[client_id] is None:
+            if self._is_late_with_rrefs:  # else the event loop would wait as long for each learner of a frozen worker
+                raise WorkerLostError(
+                    f"{self.label} has not answered since an RRef of its learners was asked for in vain: await a "
+                    f"call of {client_id}, and ask again"
+                )
             self._flush()  # its registration goes first
             try:
                 fork = self._send(endpoint.rref, None, client_id, timeout_s=_RREF_TIMEOUT_S).wait()
                 self._learners[client_id] = hold(fork, self._worker)
             except (RuntimeError, SerializationError) as error:
+                self._is_late_with_rrefs = True
                 raise WorkerLostError(
-                    f"{self.label} did not give the RRef of {client_id} within {_RREF_TIMEOUT_S:g} s: await a call "
-                    f"of this client, which tells what became of the worker, and ask again: {error}"
+                    f"{self.label} did not give the RRef of {client_id} within {_RREF_TIMEOUT_S:g} s, since it is "
+                    f"lost, or busy with what was sent before: await a call of this client, and ask again ({error})"
                 ) from error
         return self._learners[client_id]
 
@@ -352,7 +359,7 @@ class RemoteHost:
     def _send(self, entry: Any, alone: int | None, *args: Any, timeout_s: float = 0) -> Any:
         acknowledged, self._acknowledged = tuple(self._acknowledged), []
         self._num_kept_bytes = 0
-        # Deadlines are kept by the caller's event loop, so RPC's own is off where somebody awaits the answer there.
+        # 0 means no timeout of RPC's own: deadlines are kept by the event loop, which only `rref` blocks.
         header = (self._secret, self._next_request, self._num_heard, acknowledged, alone)
         sent = torch_rpc().rpc_async(self._worker, entry, args=(header, *args), timeout=timeout_s)
         self._next_request += 1  # not for what could not be sent: the worker would wait for it
@@ -404,6 +411,7 @@ class RemoteHost:
         self._learners.update((client_id, rref) for client_id, rref in rrefs if client_id in self._learners)
         self._num_open -= alone is None
         self._num_heard += 1
+        self._is_late_with_rrefs = False
         for number, answer in answers:
             if number is None:
                 self._report(*answer)

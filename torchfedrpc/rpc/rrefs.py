@@ -48,7 +48,7 @@ class OwnedRRefs:
             return self._forks.get(client_id) if self._forks is not None else None
 
     def untold(self) -> list[tuple[str, Fork]]:
-        """What the driver has not been told yet, which is told now: client ids, and what to make their RRefs of."""
+        """Return the RRefs that were not sent to the driver yet, as (client id, fork), and forget that."""
         with self._lock:
             untold, self._untold = self._untold, {}
         return list(untold.items())
@@ -99,6 +99,7 @@ def hold(fork: object, owner: Any) -> Any:
                 reason = str(error).partition("\n")[0]
             raise ConfigError(
                 f"there are no RRefs in a process that has called torch.distributed.rpc.init_rpc before it opened a "
-                f"proxy ({reason}): open the proxy first, or in a process of its own"
+                f"proxy, nor of more than {MAX_MEMBERS - 1} workers ({reason}): open the proxy first, or in another "
+                f"process"
             )
     raise SerializationError("an RRef is not of the form that this version of torchfedrpc sends")

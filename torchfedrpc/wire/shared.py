@@ -44,6 +44,7 @@ class SharedValue(SentApart):
         self.num_bytes = parcel.num_bytes
         self._parcel = parcel
         self._is_on_disk = False
+        self._has_room_on_disk = True  # as far as is known
         self._model: Any = None  # once opened, of a small plain structure: from then on it is copied
         self._may_have_model = isinstance(parcel, Parcel) and len(parcel.head) <= _MODEL_HEAD_BYTES
         self._lock = threading.Lock()
@@ -94,7 +95,7 @@ class SharedValue(SentApart):
     @property
     def can_spill(self) -> bool:
         """Whether it is worth a file on disk: what is in it are tensors of the CPU's, first of all."""
-        slots = self._parcel.slots if isinstance(self._parcel, Parcel) else []
+        slots = self._parcel.slots if self._has_room_on_disk and isinstance(self._parcel, Parcel) else []
         return sum(slot.nbytes for slot in slots) >= _SPILLED_BYTES and all(slot.is_cpu for slot in slots)
 
     def spill(self) -> None:
@@ -105,8 +106,12 @@ class SharedValue(SentApart):
         """
         parcel = self._parcel
         if isinstance(parcel, Parcel) and self.can_spill:
-            with contextlib.closing(TensorFiles.of(parcel.slots, on_disk=True)) as files:
-                mapped = files.tensors()
+            try:
+                with contextlib.closing(TensorFiles.of(parcel.slots, on_disk=True)) as files:
+                    mapped = files.tensors()
+            except OSError:
+                self._has_room_on_disk = False  # each further call would try it again
+                raise
             with self._lock:
                 self._parcel, self._is_on_disk = replace(parcel, slots=mapped, files=None), True
 
