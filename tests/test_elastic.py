@@ -523,6 +523,22 @@ async def test_workers_end_with_an_error_where_the_run_does(token: str, expected
         await asyncio.to_thread(listener.line, "ended with exit status 1")
 
 
+async def test_a_worker_that_is_still_importing_as_the_run_fails_is_told_why(token: str) -> None:
+    address = free_address()
+    proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime={"join_at": address, "token_file": token})
+    entering = asyncio.ensure_future(proxy.__aenter__())
+    guest = await until_up(address, token)
+    message: Any = await asyncio.to_thread(guest.link.receive)
+    assert message["do"] == "prepare"
+    entering.cancel()
+    message = await asyncio.to_thread(guest.link.receive)
+    assert message == {"do": "stop", "reason": "the run was interrupted"}  # so that it ends with status 1
+    guest.link.close()
+    guest.pulse.close()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+
+
 async def test_a_heartbeat_timeout_that_is_too_short_for_another_machine_refuses_its_worker(
     token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

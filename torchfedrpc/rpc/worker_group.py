@@ -152,8 +152,12 @@ class WorkerGroup:
         self._watch.remove(label)
         member.dismiss("")
 
-    async def close(self) -> None:
-        """End the run; the workers that are still there stay at hand for another."""
+    async def close(self, reason: str) -> None:
+        """End the run; the workers that are still there stay at hand for another.
+
+        Args:
+            reason: why it ends early, for workers that are still being prepared; empty if it does not.
+        """
         self._is_open = False
         tasks = [task for task in (self._mending, *self._suspicions, *self._preparing) if task is not None]
         for task in tasks:
@@ -161,7 +165,7 @@ class WorkerGroup:
         self._place.let_go()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._close_hosts()
-        self._send_newcomers_away("")
+        self._send_newcomers_away(reason)
         # One that is gone, or frozen, does not answer; the world ends without it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
