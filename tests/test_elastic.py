@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ import torchfedrpc as tfr
 from torchfedrpc.executors import remote, room
 from torchfedrpc.executors.ledger import Asked
 from torchfedrpc.observe.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
-from torchfedrpc.rpc import guests
+from torchfedrpc.rpc import guests, world
 from torchfedrpc.rpc.greeting import Greeted, UnreachableError, dial
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sidecar import LEAVING
@@ -536,6 +537,27 @@ async def test_a_worker_that_is_still_importing_as_the_run_fails_is_told_why(tok
     guest.link.close()
     guest.pulse.close()
     with pytest.raises(asyncio.CancelledError):
+        await entering
+
+
+async def test_a_run_that_waits_for_its_first_worker_checks_its_interface(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world, "_interface", "wg0")  # as after a proxy there
+    refusal = r"torch RPC listens on .* here on wg0, .* this one is for lo\."
+    runtime = {"join_at": free_address(), "token_file": token}
+    with pytest.raises(tfr.ConfigError, match=refusal):  # at once, where the setting names it
+        async with asyncio.timeout(10.0), tfr.LearnerProxy(Mortal, CLIENTS, runtime={**runtime, "interface": "lo"}):
+            raise AssertionError("it opened")
+    proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime)
+    entering = asyncio.ensure_future(proxy.__aenter__())
+    guest = await until_up(runtime["join_at"], token)
+    message: Any = await asyncio.to_thread(guest.link.receive)
+    guest.link.close()
+    guest.pulse.close()
+    assert message["do"] == "stop"
+    assert re.match(refusal, message["reason"])
+    with pytest.raises(tfr.ConfigError, match=refusal):
         await entering
 
 

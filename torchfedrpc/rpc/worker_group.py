@@ -59,8 +59,8 @@ class Observer(Protocol):
     def world_formed(self, generation: int, seconds: float) -> None:
         """The workers can be called again, after so long."""
 
-    def world_failed(self, error: WorkerLostError) -> None:
-        """No worker can be called any more."""
+    def world_failed(self, error: ConfigError | WorkerLostError) -> None:
+        """No worker can be called any more; a setting of the driver is wrong, or workers are lost."""
 
     def undeliverable(self, call: Call, error: Exception) -> None:
         """RPC cannot carry this call, or its answer, though the worker lives."""
@@ -126,7 +126,7 @@ class WorkerGroup:
         self._watch = Watch(self._learner.runtime.heartbeat_timeout_s, self._lose, self._leaves)
         for member in self.members.values():
             self._take_on(member, self.members)
-        if self.members:
+        if self.members or self._learner.runtime.interface is not None:
             self._place.check_interface(list(self.members.values()))
         await all_of([self._prepare(member) for member in self.members.values()])
         await self._form()
@@ -304,6 +304,13 @@ class WorkerGroup:
     async def _take_in(self, member: Member) -> None:
         """Prepare one who was admitted, while the others go on in their world."""
         label = member.label
+        if not (self.members or self._generation):
+            try:
+                self._place.check_interface([member])
+            except ConfigError as error:  # of the driver's own settings, so that the next worker would not do either
+                self._give_up(member, str(error))
+                self._fail(error)
+                return
         try:
             async with asyncio.timeout(_START_S):
                 await self._prepare(member)
@@ -325,7 +332,7 @@ class WorkerGroup:
         self._has_failed = True
         self._close_hosts()
         self._send_newcomers_away(_WORLDLESS)
-        self._observer.world_failed(_no_world(error))
+        self._observer.world_failed(error if isinstance(error, ConfigError) else _no_world(error))
 
     async def _form(self) -> None:
         """Leave the world, if there is one, and form one of all members.
