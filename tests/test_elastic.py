@@ -561,24 +561,29 @@ async def test_a_run_that_waits_for_its_first_worker_checks_its_interface(
         await entering
 
 
-async def test_a_heartbeat_timeout_that_is_too_short_for_another_machine_refuses_its_worker(
-    token: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("begins_with", [{}, {"execution_mode": "pseudo", "num_processes": 1}], ids=["none", "one"])
+async def test_a_heartbeat_timeout_that_is_too_short_for_another_machine_ends_only_a_run_without_workers(
+    token: str, monkeypatch: pytest.MonkeyPatch, begins_with: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(guests, "network_site", lambda: "another machine")
+    refusal = r"runtime\.heartbeat_timeout_s=2 is too short for worker\d on .* set 5 or more$"
     address = free_address()
     runtime = {"join_at": address, "token_file": token, "heartbeat_timeout_s": 2.0}
-    proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime, seed=SEED)
+    proxy = tfr.LearnerProxy(Mortal, CLIENTS[:1], runtime=runtime | begins_with, seed=SEED)
     entering = asyncio.ensure_future(proxy.__aenter__())
     guest = await until_up(address, token)
     message: Any = await asyncio.to_thread(guest.link.receive)
-    assert message["do"] == "stop"
-    assert message["reason"].startswith("runtime.heartbeat_timeout_s=2 is too short for worker1 on ")
-    assert message["reason"].endswith("set 5 or more")
     guest.link.close()
     guest.pulse.close()
-    entering.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
+    assert message["do"] == "stop"
+    assert re.match(refusal, message["reason"])
+    if begins_with:  # the worker is refused, and the run goes on with the one that it has
         await entering
+        assert await proxy.custom_method(CLIENTS[0], "process_id")
+        await proxy.__aexit__(None, None, None)
+    else:
+        with pytest.raises(tfr.ConfigError, match=refusal):
+            await asyncio.wait_for(entering, 10.0)
 
 
 DRIVER = """

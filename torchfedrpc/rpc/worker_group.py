@@ -306,6 +306,7 @@ class WorkerGroup:
         label = member.label
         if not (self.members or self._generation):
             try:
+                self._check_heartbeat_timeout(member)
                 self._place.check_interface([member])
             except ConfigError as error:  # of the driver's own settings, so that the next worker would not do either
                 self._give_up(member, str(error))
@@ -380,13 +381,7 @@ class WorkerGroup:
     async def _prepare(self, member: Member) -> None:
         """Let a worker import the learner, and see that it and the driver reach each other."""
         learner = self._learner
-        timeout_s = learner.runtime.heartbeat_timeout_s
-        if member.elsewhere and timeout_s < _LEAST_HEARTBEAT_TIMEOUT_S:
-            raise ConfigError(
-                f"runtime.heartbeat_timeout_s={timeout_s:g} is too short for {member.label} on {member.machine}, "
-                f"another machine: a link that loses packets is silent for seconds at times; set "
-                f"{_LEAST_HEARTBEAT_TIMEOUT_S:g} or more"
-            )
+        self._check_heartbeat_timeout(member)
         imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
         probe = None if member.elsewhere else TensorFile.probe()
         with contextlib.closing(probe) if probe is not None else contextlib.nullcontext():
@@ -408,6 +403,15 @@ class WorkerGroup:
         if member.elsewhere:
             address = self._place.address([*self.members.values(), member])
             await reach.check(member, address, self._place.interface(member, address))
+
+    def _check_heartbeat_timeout(self, member: Member) -> None:
+        timeout_s = self._learner.runtime.heartbeat_timeout_s
+        if member.elsewhere and timeout_s < _LEAST_HEARTBEAT_TIMEOUT_S:
+            raise ConfigError(
+                f"runtime.heartbeat_timeout_s={timeout_s:g} is too short for {member.label} on {member.machine}, "
+                f"another machine: a link that loses packets is silent for seconds at times; set "
+                f"{_LEAST_HEARTBEAT_TIMEOUT_S:g} or more"
+            )
 
     async def _tell(self, member: Member, message: Message) -> Message:
         try:
