@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch.distributed
+from torchrun import environment, rank_variables
 from workers import make_token
 
 from torchfedrpc.config import RuntimeConfig
@@ -269,6 +273,53 @@ async def test_a_rank_whose_script_fails_ends_the_wait_of_the_driver_once(
     assert "No module named 'learners_of_node_0'" in failure
     assert not store.check([f"{module._FAILED}/1"])  # or the next attempt would end as well
     driver.close(failed=False)  # at once: that rank will not come
+
+
+RANK_SCRIPT = """
+import os, subprocess, sys
+import torchfedrpc
+
+if (child := os.fork()) == 0:
+    raise ValueError("of a child")
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+code = "import torchfedrpc; raise ValueError('of a child')"
+assert subprocess.run([sys.executable, "-c", code]).returncode == 1
+print("children have failed", flush=True)
+sys.stdin.readline()
+{end}
+"""
+
+
+@contextlib.contextmanager
+def rank_of_launch(folder: Path, end: str) -> Iterator[tuple[Any, subprocess.Popen[str]]]:
+    """The store of a launch, and the process of its rank 1, whose children have failed; it ends like that then."""
+    script = folder / "script.py"
+    script.write_text(RANK_SCRIPT.replace("{end}", end))
+    store = _distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = rank_variables(1, 1, 2, "127.0.0.1", store.port)
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=environment() | variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "children have failed\n"
+            yield store, process
+    finally:
+        process.kill()
+
+
+def test_driver_is_told_of_the_failure_of_a_rank_and_not_of_its_children(tmp_path: Path) -> None:
+    with rank_of_launch(tmp_path, "raise KeyError('of the rank')") as (store, process):
+        assert not store.check([f"{module._FAILED}/1"])
+        process.communicate("\n", timeout=_TIMEOUT_S)
+        reason = json.loads(store.get(f"{module._FAILED}/1"))["reason"]
+    assert reason == f"rank 1 failed on {socket.gethostname()} before it reached tfr.run: KeyError: 'of the rank'"
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2])

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.interrupts import run_interruptible
-from torchfedrpc.launcher import Launch, check_is_driver
+from torchfedrpc.launcher import Launch, check_is_driver, is_process_of_rank
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,15 +78,15 @@ def tell_of_failing_script() -> None:
     """Let a rank whose script fails before it comes to `run` say so to the driver; for the import of the library.
 
     The driver would wait for that rank in vain: torchrun does not tell the machines of a launch when one fails.
-    Rank 0, and a process of no launch, are left as they are.
+    Rank 0, a process of no launch, and the processes that a rank starts are left as they are.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if not is_process_of_rank():
         return
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
         before(kind, error, where)
-        if _has_come or not isinstance(error, Exception):
+        if _has_come or not isinstance(error, Exception) or not is_process_of_rank():  # but a child that it forked
             return
         try:
             launch = Launch.from_environment()
