@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ import torchfedrpc as tfr
 from torchfedrpc.executors import remote, room
 from torchfedrpc.executors.ledger import Asked
 from torchfedrpc.observe.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
-from torchfedrpc.rpc import guests
+from torchfedrpc.rpc import guests, world
 from torchfedrpc.rpc.greeting import Greeted, UnreachableError, dial
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sidecar import LEAVING
@@ -523,24 +524,66 @@ async def test_workers_end_with_an_error_where_the_run_does(token: str, expected
         await asyncio.to_thread(listener.line, "ended with exit status 1")
 
 
-async def test_a_heartbeat_timeout_that_is_too_short_for_another_machine_refuses_its_worker(
-    token: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(guests, "network_site", lambda: "another machine")
+async def test_a_worker_that_is_still_importing_as_the_run_fails_is_told_why(token: str) -> None:
     address = free_address()
-    runtime = {"join_at": address, "token_file": token, "heartbeat_timeout_s": 2.0}
-    proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime, seed=SEED)
+    proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime={"join_at": address, "token_file": token})
     entering = asyncio.ensure_future(proxy.__aenter__())
     guest = await until_up(address, token)
     message: Any = await asyncio.to_thread(guest.link.receive)
-    assert message["do"] == "stop"
-    assert message["reason"].startswith("runtime.heartbeat_timeout_s=2 is too short for worker1 on ")
-    assert message["reason"].endswith("set 5 or more")
+    assert message["do"] == "prepare"
+    entering.cancel()
+    message = await asyncio.to_thread(guest.link.receive)
+    assert message == {"do": "stop", "reason": "the run was interrupted"}  # so that it ends with status 1
     guest.link.close()
     guest.pulse.close()
-    entering.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
+    with pytest.raises(asyncio.CancelledError):
         await entering
+
+
+async def test_a_run_that_waits_for_its_first_worker_checks_its_interface(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world, "_interface", "wg0")  # as after a proxy there
+    refusal = r"torch RPC listens on .* here on wg0, .* this one is for lo\."
+    runtime = {"join_at": free_address(), "token_file": token}
+    with pytest.raises(tfr.ConfigError, match=refusal):  # at once, where the setting names it
+        async with asyncio.timeout(10.0), tfr.LearnerProxy(Mortal, CLIENTS, runtime={**runtime, "interface": "lo"}):
+            raise AssertionError("it opened")
+    proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime)
+    entering = asyncio.ensure_future(proxy.__aenter__())
+    guest = await until_up(runtime["join_at"], token)
+    message: Any = await asyncio.to_thread(guest.link.receive)
+    guest.link.close()
+    guest.pulse.close()
+    assert message["do"] == "stop"
+    assert re.match(refusal, message["reason"])
+    with pytest.raises(tfr.ConfigError, match=refusal):
+        await entering
+
+
+@pytest.mark.parametrize("begins_with", [{}, {"execution_mode": "pseudo", "num_processes": 1}], ids=["none", "one"])
+async def test_a_heartbeat_timeout_that_is_too_short_for_another_machine_ends_only_a_run_without_workers(
+    token: str, monkeypatch: pytest.MonkeyPatch, begins_with: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(guests, "network_site", lambda: "another machine")
+    refusal = r"runtime\.heartbeat_timeout_s=2 is too short for worker\d on .* set 5 or more$"
+    address = free_address()
+    runtime = {"join_at": address, "token_file": token, "heartbeat_timeout_s": 2.0}
+    proxy = tfr.LearnerProxy(Mortal, CLIENTS[:1], runtime=runtime | begins_with, seed=SEED)
+    entering = asyncio.ensure_future(proxy.__aenter__())
+    guest = await until_up(address, token)
+    message: Any = await asyncio.to_thread(guest.link.receive)
+    guest.link.close()
+    guest.pulse.close()
+    assert message["do"] == "stop"
+    assert re.match(refusal, message["reason"])
+    if begins_with:  # the worker is refused, and the run goes on with the one that it has
+        await entering
+        assert await proxy.custom_method(CLIENTS[0], "process_id")
+        await proxy.__aexit__(None, None, None)
+    else:
+        with pytest.raises(tfr.ConfigError, match=refusal):
+            await asyncio.wait_for(entering, 10.0)
 
 
 DRIVER = """

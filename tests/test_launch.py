@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch.distributed
+from torchrun import environment, rank_variables
 from workers import make_token
 
 from torchfedrpc.config import RuntimeConfig
@@ -263,12 +267,88 @@ async def test_a_rank_of_another_version_ends_the_wait_of_the_driver(
 async def test_a_rank_whose_script_fails_ends_the_wait_of_the_driver_once(
     driver: LaunchedWorkers, launch: Any, store: Any
 ) -> None:
-    module.tell_script_failed(launch(1), ModuleNotFoundError("No module named 'learners_of_node_0'"))
+    module.tell_script_ended(launch(1), ModuleNotFoundError("No module named 'learners_of_node_0'"))
     failure = await failure_of(driver)
     assert f"rank 1 failed on {socket.gethostname()} before it reached tfr.run: ModuleNotFoundError" in failure
     assert "No module named 'learners_of_node_0'" in failure
     assert not store.check([f"{module._FAILED}/1"])  # or the next attempt would end as well
     driver.close(failed=False)  # at once: that rank will not come
+
+
+RANK_SCRIPT = """
+import os, subprocess, sys
+import torchfedrpc
+
+if (child := os.fork()) == 0:
+    raise ValueError("of a child")
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+code = "import torchfedrpc; raise ValueError('of a child')"
+assert subprocess.run([sys.executable, "-c", code]).returncode == 1
+print("children have failed", flush=True)
+sys.stdin.readline()
+raise KeyError("of the rank")
+"""
+
+
+@contextlib.contextmanager
+def rank_of_launch(folder: Path, text: str) -> Iterator[tuple[Any, subprocess.Popen[str]]]:
+    """The store of a launch, and the process of its rank 1, which runs this script."""
+    script = folder / "script.py"
+    script.write_text(text)
+    store = _distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = rank_variables(1, 1, 2, "127.0.0.1", store.port)
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=environment() | variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        with process:
+            yield store, process
+    finally:
+        process.kill()
+
+
+def test_driver_is_told_of_the_failure_of_a_rank_and_not_of_its_children(tmp_path: Path) -> None:
+    with rank_of_launch(tmp_path, RANK_SCRIPT) as (store, process):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "children have failed\n"
+        assert not store.check([f"{module._FAILED}/1"])
+        process.communicate("\n", timeout=_TIMEOUT_S)
+        reason = json.loads(store.get(f"{module._FAILED}/1"))["reason"]
+    assert reason == f"rank 1 failed on {socket.gethostname()} before it reached tfr.run: KeyError: 'of the rank'"
+
+
+@pytest.mark.parametrize("script", ["import sys, torchfedrpc; sys.exit(1)", "import torchfedrpc"])
+def test_driver_is_told_of_a_rank_that_ends_without_an_error(tmp_path: Path, script: str) -> None:
+    with rank_of_launch(tmp_path, script) as (store, process):
+        process.communicate(timeout=_TIMEOUT_S)
+        assert store.check([f"{module._FAILED}/1"])
+        reason = json.loads(store.get(f"{module._FAILED}/1"))["reason"]
+    assert reason.startswith(f"rank 1 ended on {socket.gethostname()} before it reached tfr.run: every rank has to")
+
+
+def test_rank_that_has_served_tells_no_driver_of_its_end(tmp_path: Path) -> None:
+    script = "import torchfedrpc\nasync def main(): pass\ntorchfedrpc.run(main)"
+    with rank_of_launch(tmp_path, script) as (store, process):
+        workers = LaunchedWorkers(Launch(0, 2, 0, 1, "127.0.0.1", store.port, agent_store=True))
+        workers.close(failed=False)  # once the rank has come, which it is told to leave
+        process.communicate(timeout=_TIMEOUT_S)
+        assert process.returncode == 0
+        assert not store.check([f"{module._FAILED}/1"])
+
+
+def test_ranks_that_a_run_has_not_asked_for_are_named_as_it_ends(
+    driver: LaunchedWorkers, launch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_TELL_EVERY_S", 0.1)
+    monkeypatch.setattr(module, "_GATHER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(module, "_LOOK_S", 0.05)
+    driver.close(failed=False)
+    assert "waiting for ranks [1] of the launch, for " in caplog.text
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2])

@@ -17,6 +17,7 @@ from nodes import NEEDS_NAMESPACES, inside, nodes
 from torchrun import environment, write_script
 
 import torchfedrpc as tfr
+from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.rpc import world
 
 __all__ = ["nodes"]  # a fixture
@@ -68,6 +69,18 @@ async def test_interface_other_than_that_of_an_earlier_proxy_is_refused(monkeypa
     with pytest.raises(tfr.ConfigError, match=r"here on wg0, .* this one is for lo\. Set runtime\.interface=wg0"):
         async with tfr.LearnerProxy(Inspector, ["a"], runtime={"num_processes": 1}):
             raise AssertionError("it opened")
+
+
+def test_interface_of_a_world_that_no_member_joins_binds_no_later_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "_interface", None)
+    monkeypatch.setattr(world, "_JOIN_TIMEOUT_S", 0.5)
+    store, port = world.serve_store("127.0.0.1")
+    transport, channels = world.road(RuntimeConfig())
+    plan = world.WorldPlan(1, ["driver", "worker1"], "127.0.0.1", port, transport, channels, True, [None])
+    with pytest.raises(tfr.WorkerLostError, match=r"a member did not join"):
+        world.join(plan, 0, "eth0")  # torch looks an interface up as an agent starts, which this one does not
+    world.check_interface("wg0")
+    del store
 
 
 async def test_interface_that_has_no_address_is_refused_by_name() -> None:

@@ -58,7 +58,7 @@ from torchfedrpc.observe.events import (
 from torchfedrpc.proxy import LearnerHandle, LearnerProxy
 from torchfedrpc.registry import executor, get_learner, get_trainer, learner, trainer
 from torchfedrpc.run import run
-from torchfedrpc.run import tell_of_failing_script as _tell_of_failing_script
+from torchfedrpc.run import tell_of_ending_script as _tell_of_ending_script
 from torchfedrpc.version import __version__
 from torchfedrpc.wire.serializer import ParameterSerializer
 
@@ -152,4 +152,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LATER})
 
 
-_tell_of_failing_script()
+_tell_of_ending_script()

@@ -21,7 +21,7 @@ from torchfedrpc.info import describe
 from torchfedrpc.interrupts import run_interruptible
 from torchfedrpc.launcher import Launch
 from torchfedrpc.observe.folder import close_to_others, make_private, replaced
-from torchfedrpc.run import drive
+from torchfedrpc.run import drive, leave_no_word
 
 _INFO = "Print the versions, the machine and the transport between processes; torchfedrpc --help is of experiments."
 _BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in its own process
@@ -77,6 +77,7 @@ def _run(config: DictConfig, output_dir: Path) -> float:
 def main() -> None:
     """Run the command line; on the other ranks of a launch, serve learners until rank 0 ends."""
     if sys.argv[1:2] == ["info"]:
+        leave_no_word()  # it may precede the script of a rank
         argparse.ArgumentParser("torchfedrpc info", description=_INFO).parse_args(sys.argv[2:])
         print(describe())
         return

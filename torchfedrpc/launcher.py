@@ -72,6 +72,19 @@ class Launch:
             raise ConfigError(f"a launcher's variable is no number: {error}") from None
 
 
+_RANK_PID = "TORCHFEDRPC_RANK_PID"
+
+
+def is_process_of_rank() -> bool:
+    """Whether this process is itself a rank other than 0 of a launch, and no process that such a rank has started.
+
+    Those have the launcher's variables too. The first process of a rank that asks is the rank's own.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return False
+    return os.environ.setdefault(_RANK_PID, str(os.getpid())) == str(os.getpid())
+
+
 _is_worker = False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import inspect
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.interrupts import run_interruptible
-from torchfedrpc.launcher import Launch, check_is_driver
+from torchfedrpc.launcher import Launch, check_is_driver, is_process_of_rank
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,8 +60,7 @@ def drive(job: Callable[[], T]) -> T | None:
     from torchfedrpc.rpc import worker  # noqa: PLC0415
 
     if launch.rank != 0:
-        global _has_come
-        _has_come = True  # what fails from now on is told by other ways
+        leave_no_word()  # what fails from now on is told by other ways
         with _ended_by_ctrl_c():
             link, pulse = ranks.dial_driver(launch)
         if not worker.serve_launch(link, pulse, launch.local_rank).is_clean:
@@ -71,33 +71,48 @@ def drive(job: Callable[[], T]) -> T | None:
         return job()
 
 
-_has_come = False
+_is_word_due = True  # of this rank to the driver, where its script ends
 
 
-def tell_of_failing_script() -> None:
-    """Let a rank whose script fails before it comes to `run` say so to the driver; for the import of the library.
+def leave_no_word() -> None:
+    """Let the script of this rank end without a word to the driver."""
+    global _is_word_due
+    _is_word_due = False
+
+
+def tell_of_ending_script() -> None:
+    """Let a rank whose script ends before it comes to `run` say so to the driver; for the import of the library.
 
     The driver would wait for that rank in vain: torchrun does not tell the machines of a launch when one fails.
-    Rank 0, and a process of no launch, are left as they are.
+    Rank 0, a process of no launch, and the processes that a rank starts are left as they are.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if not is_process_of_rank():
         return
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
         before(kind, error, where)
-        if _has_come or not isinstance(error, Exception):
-            return
-        try:
-            launch = Launch.from_environment()
-            if launch is not None and launch.is_last_attempt:
-                from torchfedrpc.rpc.launch import tell_script_failed  # noqa: PLC0415
-
-                tell_script_failed(launch, error)
-        except (ConfigError, RuntimeError) as problem:  # no store, for one
-            print(f"the driver could not be told that this rank has failed: {problem}", file=sys.stderr)
+        if isinstance(error, Exception):
+            _tell_driver(error)
+        else:  # Ctrl-C, which the launcher passes on to the driver too
+            leave_no_word()
 
     sys.excepthook = hook
+    atexit.register(_tell_driver, None)  # sys.exit does not come to the hook
+
+
+def _tell_driver(error: Exception | None) -> None:
+    if not (_is_word_due and is_process_of_rank()):  # this may be a child that the rank has forked
+        return
+    leave_no_word()
+    try:
+        launch = Launch.from_environment()
+        if launch is not None and launch.is_last_attempt:
+            from torchfedrpc.rpc.launch import tell_script_ended  # noqa: PLC0415
+
+            tell_script_ended(launch, error)
+    except (ConfigError, RuntimeError) as problem:  # no store, for one
+        print(f"the driver could not be told that the script of this rank has ended: {problem}", file=sys.stderr)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torchfedrpc.rpc import worker
 from torchfedrpc.rpc.greeting import Greeted, GreetingError, UnreachableError, dial, parse_address
 from torchfedrpc.rpc.listening import listen
 from torchfedrpc.rpc.token import VARIABLE, load_token
+from torchfedrpc.run import leave_no_word
 
 _NAME = "torchfedrpc-worker"
 _DIAL_TIMEOUT_S = 5.0
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--token-file", metavar="FILE", help=f"the token that driver and workers share (default: ${VARIABLE})"
     )
+    leave_no_word()  # this is no rank, whatever variables a launcher has set
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format=f"{_NAME}: %(message)s")
     sys.path.insert(0, os.getcwd())

@@ -59,7 +59,7 @@ class AskingExecutor(CallExecutor):
                     asked.reply(Outcome("cancelled", never_ran=True))
         group, self._group = self._group, None
         if group is not None:
-            await group.close()
+            await group.close(self.ends_early)
         await asyncio.gather(*self._storing, return_exceptions=True)
         self._ledger.close()
         self._kept.close()

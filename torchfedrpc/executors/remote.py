@@ -64,7 +64,7 @@ class RemoteExecutor(MovingExecutor):
         self._num_lost = 0
         self._gone: dict[str, str] = {}  # label of a worker that was lost for good -> what its clients are told
         self._stats_at_close: dict[str, Any] = {}
-        self._failed: str | None = None  # why no worker can be called any more
+        self._failure: ConfigError | WorkerLostError | None = None  # why no worker can be called any more
         self._last_loss = ""  # how the last worker was lost
         self._news = asyncio.Event()  # a world was formed, or none can be
 
@@ -175,12 +175,12 @@ class RemoteExecutor(MovingExecutor):
         """Wait until a run that has no other workers can call one that has joined.
 
         Raises:
-            ConfigError: none that can serve joined within 120 s.
+            ConfigError: none that can serve joined within 120 s, or a setting of this process is wrong for any.
             WorkerLostError: no world could be formed with those who did.
         """
         assert self._joined is not None
         print(f"waiting for a worker: {self._joined.command}", file=sys.stderr, flush=True)
-        while not (self._in_world or self._failed):
+        while not self._in_world and self._failure is None:
             self._news.clear()
             try:
                 async with asyncio.timeout(_FIRST_TIMEOUT_S):
@@ -193,8 +193,8 @@ class RemoteExecutor(MovingExecutor):
                     f"no worker that can serve has joined within {_FIRST_TIMEOUT_S:.0f} s{why}: start one by "
                     f"{self._joined.command}"
                 ) from None
-        if self._failed:
-            raise WorkerLostError(self._failed)
+        if self._failure is not None:
+            raise self._failure
 
     def _make_sources(self, spec: ExecutorSpec) -> list[Source]:
         """Where workers come from; a mode may have others besides."""
@@ -212,7 +212,7 @@ class RemoteExecutor(MovingExecutor):
     def _new_record(self, client_id: str) -> Record:
         constructor = self._spec.constructor_arguments(client_id)
         record = Record(client_id, self._places[client_id], constructor)
-        record.given_up = self._gone.get(record.label) or self._failed
+        record.given_up = self._gone.get(record.label) or (str(self._failure) if self._failure is not None else None)
         return record
 
     def _host(self, record: Record) -> RemoteHost | None:
@@ -440,9 +440,9 @@ class RemoteExecutor(MovingExecutor):
         for label in [label for label in self._waited_for if not self._clients_of(label)]:
             self._waited_for.pop(label).cancel()
 
-    def world_failed(self, error: WorkerLostError) -> None:
+    def world_failed(self, error: ConfigError | WorkerLostError) -> None:
         """No worker can be called any more."""
-        self._failed = str(error)
+        self._failure = error
         self._news.set()
         for record in self._ledger:
             self._give_up(record, str(error))

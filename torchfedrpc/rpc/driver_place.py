@@ -24,7 +24,7 @@ _SECRET_BYTES = 32
 
 Tell = Callable[[Member, Message], Awaitable[Message]]
 
-# Over all runs of this process, since torch RPC remembers a world by the names of its members.
+# Over all runs of this process. Torch RPC needs no such number: `WorldFormed` tells subscribers of worlds by it.
 _generations = itertools.count(1)
 
 

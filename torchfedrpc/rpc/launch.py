@@ -88,9 +88,7 @@ class LaunchedWorkers:
                     f"rank has to run the same script and reach tfr.run(main), with the token file of this one if it "
                     f"has one"
                 )
-            if waited_s > (num_told + 1) * _TELL_EVERY_S:
-                num_told += 1
-                logger.warning("waiting for ranks %s of the launch, for %.0f s so far", self._missing(), waited_s)
+            num_told = self._name_missing(waited_s, num_told)
             await asyncio.wait([complete], timeout=_LOOK_S)
         present = [self._members[rank] for rank in sorted(set(self._members) - self._lost)]
         if not present:
@@ -108,10 +106,12 @@ class LaunchedWorkers:
             if self._greeter is None:  # no run has asked for workers, and they wait to be told that it is over
                 self._listen(RuntimeConfig())
             # One that is still importing would look for us in vain.
-            give_up_at = time.monotonic() + _GATHER_TIMEOUT_S
-            while self._failure is None and not self._complete.done() and time.monotonic() < give_up_at:
+            began, waited_s, num_told = time.monotonic(), 0.0, 0
+            while self._failure is None and not self._complete.done() and waited_s < _GATHER_TIMEOUT_S:
                 self._failure = self._look_for_failure()
+                num_told = self._name_missing(waited_s, num_told)
                 concurrent.futures.wait([self._complete], _LOOK_S)
+                waited_s = time.monotonic() - began
         if self._greeter is not None:
             self._greeter.close()
         for rank in set(self._members) - self._lost:
@@ -136,6 +136,13 @@ class LaunchedWorkers:
 
     def _missing(self) -> list[int]:
         return sorted(set(range(1, self._launch.world_size)) - set(self._members))
+
+    def _name_missing(self, waited_s: float, num_told: int) -> int:
+        """Log every 10 s which ranks are waited for; returns how often that was done."""
+        if waited_s <= (num_told + 1) * _TELL_EVERY_S:
+            return num_told
+        logger.warning("waiting for ranks %s of the launch, for %.0f s so far", self._missing(), waited_s)
+        return num_told + 1
 
     def _look_for_failure(self) -> str | None:
         """Why a rank cannot come, if it has said so in the launcher's store; waits for the store."""
@@ -263,15 +270,16 @@ def dial_driver(launch: Launch) -> tuple[Link, socket.socket]:
         time.sleep(_RETRY_S)
 
 
-def tell_script_failed(launch: Launch, error: BaseException) -> None:
-    """Tell the driver that the script of this rank has failed before it reached ``tfr.run``."""
+def tell_script_ended(launch: Launch, error: BaseException | None) -> None:
+    """Tell the driver that the script of this rank has ended before it reached ``tfr.run``, by an error or not."""
     store = _open_store(launch, serve=False, timeout_s=_REPORT_TIMEOUT_S)
-    _tell_failure(
-        store,
-        launch,
-        f"failed on {socket.gethostname()} before it reached tfr.run: {type(error).__name__}: {error}",
-        None,
+    where = f"on {socket.gethostname()} before it reached tfr.run"
+    how = (
+        f"failed {where}: {type(error).__name__}: {error}"
+        if error is not None
+        else f"ended {where}: every rank has to run the script to its tfr.run(main), and to call that"
     )
+    _tell_failure(store, launch, how, None)
 
 
 def _tell_failure(store: Any, launch: Launch, failure: str, address: str | None) -> str:

@@ -59,8 +59,8 @@ class Observer(Protocol):
     def world_formed(self, generation: int, seconds: float) -> None:
         """The workers can be called again, after so long."""
 
-    def world_failed(self, error: WorkerLostError) -> None:
-        """No worker can be called any more."""
+    def world_failed(self, error: ConfigError | WorkerLostError) -> None:
+        """No worker can be called any more; a setting of the driver is wrong, or workers are lost."""
 
     def undeliverable(self, call: Call, error: Exception) -> None:
         """RPC cannot carry this call, or its answer, though the worker lives."""
@@ -126,7 +126,7 @@ class WorkerGroup:
         self._watch = Watch(self._learner.runtime.heartbeat_timeout_s, self._lose, self._leaves)
         for member in self.members.values():
             self._take_on(member, self.members)
-        if self.members:
+        if self.members or self._learner.runtime.interface is not None:
             self._place.check_interface(list(self.members.values()))
         await all_of([self._prepare(member) for member in self.members.values()])
         await self._form()
@@ -152,8 +152,12 @@ class WorkerGroup:
         self._watch.remove(label)
         member.dismiss("")
 
-    async def close(self) -> None:
-        """End the run; the workers that are still there stay at hand for another."""
+    async def close(self, reason: str) -> None:
+        """End the run; the workers that are still there stay at hand for another.
+
+        Args:
+            reason: why it ends early, for workers that are still being prepared; empty if it does not.
+        """
         self._is_open = False
         tasks = [task for task in (self._mending, *self._suspicions, *self._preparing) if task is not None]
         for task in tasks:
@@ -161,7 +165,7 @@ class WorkerGroup:
         self._place.let_go()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._close_hosts()
-        self._send_newcomers_away("")
+        self._send_newcomers_away(reason)
         # One that is gone, or frozen, does not answer; the world ends without it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
@@ -300,6 +304,14 @@ class WorkerGroup:
     async def _take_in(self, member: Member) -> None:
         """Prepare one who was admitted, while the others go on in their world."""
         label = member.label
+        if not (self.members or self._generation):
+            try:
+                self._check_heartbeat_timeout(member)
+                self._place.check_interface([member])
+            except ConfigError as error:  # of the driver's own settings, so that the next worker would not do either
+                self._give_up(member, str(error))
+                self._fail(error)
+                return
         try:
             async with asyncio.timeout(_START_S):
                 await self._prepare(member)
@@ -321,7 +333,7 @@ class WorkerGroup:
         self._has_failed = True
         self._close_hosts()
         self._send_newcomers_away(_WORLDLESS)
-        self._observer.world_failed(_no_world(error))
+        self._observer.world_failed(error if isinstance(error, ConfigError) else _no_world(error))
 
     async def _form(self) -> None:
         """Leave the world, if there is one, and form one of all members.
@@ -369,13 +381,7 @@ class WorkerGroup:
     async def _prepare(self, member: Member) -> None:
         """Let a worker import the learner, and see that it and the driver reach each other."""
         learner = self._learner
-        timeout_s = learner.runtime.heartbeat_timeout_s
-        if member.elsewhere and timeout_s < _LEAST_HEARTBEAT_TIMEOUT_S:
-            raise ConfigError(
-                f"runtime.heartbeat_timeout_s={timeout_s:g} is too short for {member.label} on {member.machine}, "
-                f"another machine: a link that loses packets is silent for seconds at times; set "
-                f"{_LEAST_HEARTBEAT_TIMEOUT_S:g} or more"
-            )
+        self._check_heartbeat_timeout(member)
         imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
         probe = None if member.elsewhere else TensorFile.probe()
         with contextlib.closing(probe) if probe is not None else contextlib.nullcontext():
@@ -397,6 +403,15 @@ class WorkerGroup:
         if member.elsewhere:
             address = self._place.address([*self.members.values(), member])
             await reach.check(member, address, self._place.interface(member, address))
+
+    def _check_heartbeat_timeout(self, member: Member) -> None:
+        timeout_s = self._learner.runtime.heartbeat_timeout_s
+        if member.elsewhere and timeout_s < _LEAST_HEARTBEAT_TIMEOUT_S:
+            raise ConfigError(
+                f"runtime.heartbeat_timeout_s={timeout_s:g} is too short for {member.label} on {member.machine}, "
+                f"another machine: a link that loses packets is silent for seconds at times; set "
+                f"{_LEAST_HEARTBEAT_TIMEOUT_S:g} or more"
+            )
 
     async def _tell(self, member: Member, message: Message) -> Message:
         try:

@@ -182,8 +182,8 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
         num_names = max(world_size, MAX_MEMBERS) if rank == 0 and not _has_rrefs else world_size
         _agents_store = store = _LettingStore(client, _absent(plan, num_names))
         with _bound_to(interface):
-            _interface = _interface or interface
             agent = rpc.TensorPipeAgent(store, plan.name(rank), rank, num_names, options, reverse_maps, devices)
+            _interface = _interface or interface  # which the agent looks up as it starts, in the next line
             rpc.api._init_rpc_states(agent)
         _start_rrefs()
     except BaseException as error:
