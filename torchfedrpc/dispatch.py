@@ -142,7 +142,7 @@ class Dispatcher:
         """Refuse an id that is no client's.
 
         Raises:
-            UnknownClientError: so it is.
+            UnknownClientError: The id is no client's.
         """
         if not isinstance(client_id, str) or client_id not in self._places:
             raise UnknownClientError(f"no client {client_id!r:.200}{suggest(str(client_id)[:200], self.client_ids)}")
@@ -151,7 +151,7 @@ class Dispatcher:
         """Refuse a call to a learner that is held by a stream which this task, or the one that started it, reads.
 
         Raises:
-            LearnerBusyError: so it is.
+            LearnerBusyError: The learner is held by such a stream.
         """
         open_streams = self.session.open_streams
         if open_streams and any(open_streams.get(stream) == client_id for stream in _reading.get()):
@@ -164,7 +164,7 @@ class Dispatcher:
         """Refuse a call, or a step of a stream, beyond those that may wait for a result at once.
 
         Raises:
-            CapacityError: so it is.
+            CapacityError: ``runtime.max_pending_calls`` are pending.
         """
         limit, num_pending = self._router.config.max_pending_calls, self.session.num_pending
         if limit is not None and num_pending >= limit:

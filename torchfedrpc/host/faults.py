@@ -51,7 +51,7 @@ def check_seconds(kind: FaultKind, seconds: float) -> None:
     """Refuse a duration that the kind of fault does not have.
 
     Raises:
-        ConfigError: so it is.
+        ConfigError: The kind has no such duration.
     """
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
         raise ConfigError(f"the seconds of a fault are a finite number above 0, not {seconds!r}")

@@ -305,7 +305,7 @@ def check_belongs(snapshot: Snapshot, client_id: str, learner: str) -> None:
         learner: ``module.qualname`` of the run's learner.
 
     Raises:
-        SnapshotError: so it is.
+        SnapshotError: It is of another client or class.
     """
     if snapshot.client_id != client_id:
         raise SnapshotError(

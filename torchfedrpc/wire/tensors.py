@@ -303,7 +303,7 @@ def check_extent(
     """Refuse a tensor that would reach beyond its memory; torch would make that longer.
 
     Raises:
-        SerializationError: so it does.
+        SerializationError: It would.
     """
     _check_sizes(shape, stride, (offset, num_bytes))
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
