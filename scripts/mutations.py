@@ -178,8 +178,8 @@ MUTATIONS = [
     Mutation(
         "tensors are sent as they are",
         "wire/tensors.py",
-        "slots.append(tensor.clone() if copy else tensor)",
-        "slots.append(tensor)",
+        "copy=copy and storage not in owned)",
+        "copy=False)",
         "tests/test_packing.py tests/behaviour/test_values.py -k 'not pseudo'",
     ),
     Mutation(
