@@ -87,7 +87,7 @@ class Record:
         label: the worker that has it.
         constructor: keyword arguments for its constructor.
         snapshot_number: place of its last snapshot among all calls of the run; 0 where there is none.
-        journal: the calls since then, in the order in which they ran.
+        journal: the calls since then, as their answers came.
         asked: the calls that are not finished, by id, in order.
         num_losses: how often in succession its worker was lost as a call of it ran.
         num_journal_bytes: bytes of the arguments that its journal keeps, without what they share with others.
@@ -221,11 +221,7 @@ class Ledger:
                 return
         call = asked.call.repeated()
         was_closed = is_cut_off or outcome.kind == "cancelled"
-        # A learner's calls run in the order of their numbers; their answers may overtake each other.
-        is_in_order = not record.journal or record.journal[-1].number < asked.number
         record.journal.append(Entry(call, asked.number, asked.num_items, was_closed))
-        if not is_in_order:
-            record.journal.sort(key=lambda entry: entry.number)
         self._count(record, [call])
 
     def is_cut_off(self, record: Record) -> bool:
