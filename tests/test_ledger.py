@@ -95,6 +95,22 @@ def test_what_never_ran_is_not_repeated_and_what_was_cut_off_asks_for_a_snapshot
     assert rebuilt(ledger, record) == []
 
 
+def test_an_answer_behind_a_cut_off_call_is_withheld_until_a_snapshot_has_its_effects(ledger: Ledger) -> None:
+    record = recorded(ledger)
+    before = ledger.ask(record, call(1), None)
+    ledger.settle(record, ledger.ask(record, call(2), None), Outcome("cancelled", cut_off=True))
+    assert ledger.is_cut_off(record)
+    record.awaits_snapshot = True
+    snapshot = ledger.ask(record, call(3), None, is_own=True)
+    behind = ledger.ask(record, call(4), None)
+    assert [ledger.holds(record, asked) for asked in (before, snapshot, behind)] == [False, False, True]
+    ledger.settle(record, before, VALUE)
+    ledger.settle(record, snapshot, VALUE)
+    ledger.store(record, snapshot.number, memoryview(b"state"))
+    ledger.took(record, snapshot.number)
+    assert not ledger.holds(record, behind)
+
+
 def test_too_many_calls_of_a_learner_ask_for_a_snapshot(ledger: Ledger) -> None:
     record = recorded(ledger)
     asks = []
