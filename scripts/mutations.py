@@ -431,7 +431,7 @@ MUTATIONS = [
         "rpc/rrefs.py",
         "            torch_rpc().PyRRef._deserialize(fork)  # an owner",
         "            pass  # an owner",
-        "tests/test_rrefs.py -k fifty",
+        "tests/test_rrefs.py -k gives_up",
     ),
     Mutation(
         "an RRef names its owner as of the owner's first world",

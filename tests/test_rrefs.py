@@ -16,7 +16,8 @@ from conftest import Seen
 from losses import Losses
 
 import torchfedrpc as tfr
-from torchfedrpc.rpc.rrefs import hold
+from torchfedrpc.host.mailbox import Mailbox
+from torchfedrpc.rpc.rrefs import OwnedRRefs, hold
 
 TWO = {"execution_mode": "pseudo", "num_processes": 2}
 ONE = {"execution_mode": "pseudo", "num_processes": 1}
@@ -41,6 +42,21 @@ class Owner:
 
     def memory(self) -> int:
         return resident_bytes()
+
+    def registers_and_gives_up(self) -> list[int]:
+        """How many RRefs this process owns, as learners are registered, registered again, given up and closed."""
+        rrefs, counts = OwnedRRefs(), [self.num_owned()]
+        for step in (
+            lambda: rrefs.own("a", Mailbox("a", None)),
+            lambda: rrefs.own("a", Mailbox("a", None)),
+            lambda: rrefs.own("b", Mailbox("b", None)),
+            lambda: rrefs.give_up("a"),
+            rrefs.close,
+            lambda: rrefs.own("c", Mailbox("c", None)),
+        ):
+            step()
+            counts.append(self.num_owned())
+        return [count - counts[0] for count in counts]
 
 
 class Noted(Owner):
@@ -148,6 +164,11 @@ async def test_fifty_worlds_leave_no_rref_behind() -> None:
         assert await proxy.client(CLIENTS[0]).memory() - memory < 4 << 20
         assert len(await owners(proxy)) == 2
     assert len({str(rref) for rref in held}) == len(held)
+
+
+async def test_a_worker_gives_up_the_rrefs_of_learners_that_leave_it() -> None:
+    async with tfr.LearnerProxy(Owner, ["a"], runtime=ONE) as proxy:
+        assert await proxy.client("a").registers_and_gives_up() == [0, 1, 1, 2, 1, 0, 0]
 
 
 async def passes(num_clients: int, **limits: Any) -> tuple[list[int], list[int], int]:
