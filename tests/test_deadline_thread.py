@@ -83,9 +83,9 @@ def test_deadlines_expire_in_their_own_order(deadlines: Deadlines, expired: Expi
 
 
 def test_a_later_step_of_a_stream_has_its_whole_time_again(deadlines: Deadlines, expired: Expired) -> None:
-    deadlines.start("stream", 0.01)
+    deadlines.start("stream", 0.5)
     deadlines.start("stream", NEVER_S)
-    deadlines.start("other", 0.03)
+    deadlines.start("other", 0.6)
     assert expired.key() == "other"
     assert expired.empty
 

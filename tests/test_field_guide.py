@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import inspect
 import os
 import signal
 import subprocess
@@ -39,6 +40,7 @@ from light import killed_unless_done
 from torchrun import children_of, environment, is_alive, wait_for_end, write_script
 
 import torchfedrpc as tfr
+from torchfedrpc.rpc.remote_host import RemoteHost
 
 PACKAGE = Path(tfr.__file__).parent
 RPC = sorted((PACKAGE / "rpc").glob("*.py"))
@@ -74,7 +76,8 @@ def test_no_entry_of_rpc_is_used_that_can_hang_or_leak() -> None:
     assert sent
     for call in sent:
         assert ast.unparse(call.func) == "torch_rpc().rpc_async"  # not an RRef's, which fetches its type first
-        assert "timeout=0" in ast.unparse(call)  # deadlines are ours
+        assert "timeout=timeout_s" in ast.unparse(call)
+    assert inspect.signature(RemoteHost._send).parameters["timeout_s"].default == 0  # deadlines are ours
     agents = "rpc.api._get_current_rpc_agent().shutdown"  # which waits for nobody
     left = [call for path in RPC for call in _calls(path, "shutdown") if "rpc" in ast.unparse(call.func)]
     left = [call for call in left if ast.unparse(call.func) != agents]
