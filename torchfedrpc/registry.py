@@ -76,8 +76,9 @@ def _is_defined_as(known: Any, entry: Any) -> bool:
 
     Such a file is the script, which workers import as ``__mp_main__``.
     """
-    modules = {"__main__" if one.__module__ == "__mp_main__" else one.__module__ for one in (known, entry)}
-    files = {getattr(sys.modules.get(module), "__file__", None) for module in modules}
+    given = {known.__module__, entry.__module__}
+    modules = {"__main__" if module == "__mp_main__" else module for module in given}
+    files = {getattr(sys.modules.get(module), "__file__", None) for module in given}
     return known.__qualname__ == entry.__qualname__ and (len(modules) == 1 or (len(files) == 1 and None not in files))
 
 
