@@ -129,13 +129,10 @@ def serve(header: tuple[Any, ...], items: Sequence[tuple[Any, ...]]) -> Any:
     endpoint = serving
     if endpoint is None or (world := endpoint.world(header)) is None:
         return _nothing()  # an error would be printed, by RPC on both sides
-    number, heard, acknowledged, alone = _fields(header)
     if not isinstance(items, list | tuple):
         raise SerializationError(f"a request's items are a list, not a {type(items).__name__}")
+    number, alone = _heed(endpoint, world, header)
     host, answers = endpoint.host, world.answers
-    world.requests.check(number)
-    host.acknowledge(acknowledged)
-    answers.heard(heard)
     actions = [_read(endpoint, world, item) for item in items]
     future = answers.request(alone)
 
@@ -154,10 +151,7 @@ def acknowledge(header: tuple[Any, ...]) -> None:
     """Outcomes have arrived, and no other request is there to say so; answers show that this worker is reached."""
     endpoint = serving
     if endpoint is not None and (world := endpoint.world(header)) is not None:
-        number, heard, acknowledged, _ = _fields(header)
-        world.requests.check(number)
-        endpoint.host.acknowledge(acknowledged)
-        world.answers.heard(heard)
+        number, _ = _heed(endpoint, world, header)
         world.requests.put(number, lambda: None)
 
 
@@ -178,15 +172,25 @@ def rref(header: tuple[Any, ...], client_id: str) -> Any:
     endpoint = serving
     if endpoint is None or (world := endpoint.world(header)) is None:
         return _nothing()
-    number, heard, acknowledged, _ = _fields(header)
     if type(client_id) is not str:
         raise SerializationError(f"a client's id is a string, not a {type(client_id).__name__}")
-    world.requests.check(number)
-    endpoint.host.acknowledge(acknowledged)
-    world.answers.heard(heard)
+    number, _ = _heed(endpoint, world, header)
     future: Any = torch.futures.Future()
     world.requests.put(number, lambda: future.set_result(world.rrefs.of(client_id)))
     return future
+
+
+def _heed(endpoint: Endpoint, world: _World, header: tuple[Any, ...]) -> tuple[int, int | None]:
+    """Check a request's header and take its acknowledgements; its number, and the question to answer alone.
+
+    Raises:
+        SerializationError: It is of another form, or a request of that number cannot follow; nothing is done.
+    """
+    number, heard, acknowledged, alone = _fields(header)
+    world.requests.check(number)
+    endpoint.host.acknowledge(acknowledged)
+    world.answers.heard(heard)
+    return number, alone
 
 
 def _fields(header: tuple[Any, ...]) -> tuple[int, int, tuple[int, ...], int | None]:
