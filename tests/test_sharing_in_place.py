@@ -40,5 +40,5 @@ async def test_calls_have_the_callers_own_object(proxy: tfr.LearnerProxy) -> Non
 async def test_a_reference_stands_for_the_object_itself(proxy: tfr.LearnerProxy) -> None:
     weights = torch.zeros(SIZE)
     ref = await proxy.share(weights)
-    (first,), kwargs = await proxy.custom_method("a", "call", ref, named=ref)
+    (first,), kwargs = await proxy.custom_method("a", "echo", ref, named=ref)
     assert first is kwargs["named"] is weights
