@@ -50,5 +50,5 @@ async def test_an_rref_cannot_be_an_argument(proxy: tfr.LearnerProxy, fresh: Fre
     if mode == "local":
         pytest.skip("there is no RRef")
     client = fresh.one()
-    with pytest.raises(tfr.SerializationError):
+    with pytest.raises(tfr.SerializationError, match="call its learner through the proxy"):
         await proxy.client(client).same(proxy.client(client).rref)

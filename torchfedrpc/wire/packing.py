@@ -338,6 +338,10 @@ class _Pickler(pickle.Pickler):
             return restore, ("function", name)
         if type(obj) is functools.partial and (parts := functions.take_apart(obj)):
             return restore, ("partial", *parts)
+        if type(obj).__name__ == "PyRRef":  # named, since not every build of torch has RPC
+            raise SerializationError(
+                "an RRef stays with its proxy: call its learner through the proxy, and send what that gives"
+            )
         return NotImplemented
 
     def _numpy(self, obj: Any) -> Any:
