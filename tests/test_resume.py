@@ -152,7 +152,7 @@ def test_a_launch_that_is_started_again_goes_on_whichever_rank_was_killed(
         command.wait_for_rounds(3)  # of which one at least is saved
         os.kill(_rank(command.process.pid, rank), signal.SIGKILL)
         output = command.end()
-        assert output.count("going on after round") == 1, output
+        assert output.count("[INFO] - going on after round") == 1, output
     assert_equal(result(tmp_path / "run"), undisturbed)
 
 

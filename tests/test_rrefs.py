@@ -187,7 +187,8 @@ async def passes(num_clients: int, **limits: Any) -> tuple[list[int], list[int],
 @pytest.mark.parametrize("num_clients", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1200)
 async def test_rrefs_of_many_learners_with_few_in_memory_do_not_leak(num_clients: int) -> None:
-    here, there, num_owned = await passes(num_clients, max_resident_learners=100)
+    # Without journals, which keep 200 bytes of each call beside its arguments until a snapshot takes their place.
+    here, there, num_owned = await passes(num_clients, max_resident_learners=100, on_worker_lost="fail")
     assert num_owned == num_clients
     for memory in (here, there):
         assert memory[2] - memory[1] < max(8 << 20, 0.02 * memory[1]), memory

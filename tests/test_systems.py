@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import IO
@@ -73,11 +74,12 @@ def run_on(system: str, *arguments: str, timeout_s: float = 280, **variables: st
     return done.stdout
 
 
-def behaviour(system: str, mode: str, folder: Path, *files: str, timeout_s: float = 280) -> None:
-    """Run the tests of what users rely on, of that mode alone."""
+def behaviour(system: str, mode: str, *files: str, timeout_s: float = 280) -> None:
+    """Run the tests of what users rely on, of that mode alone; in a folder of short names, for the sockets there."""
     paths = [str(TESTS / "behaviour" / file) for file in files] or [str(TESTS / "behaviour")]
-    options = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={folder / 'inner'}"]
-    output = run_on(system, *options, *paths, timeout_s=timeout_s, TEST_MODES=mode)
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={folder}/inner"]
+        output = run_on(system, *options, *paths, timeout_s=timeout_s, TEST_MODES=mode)
     assert " passed" in output
     assert "[pseudo" not in output or mode == "pseudo"
 
@@ -102,20 +104,20 @@ def test_the_names_of_a_system_are_hidden(system: str, error: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("system", ["macos", "windows", "sandbox"])
-def test_local_mode_behaves_as_on_linux(system: str, tmp_path: Path) -> None:
-    behaviour(system, "local", tmp_path, timeout_s=850)
+def test_local_mode_behaves_as_on_linux(system: str) -> None:
+    behaviour(system, "local", timeout_s=850)
 
 
-def test_local_mode_shares_and_reduces_as_on_linux(tmp_path: Path) -> None:
-    behaviour("windows", "local", tmp_path, "test_sharing.py", "test_sharing_limits.py", "test_reduce_runs.py")
+def test_local_mode_shares_and_reduces_as_on_linux() -> None:
+    behaviour("windows", "local", "test_sharing.py", "test_sharing_limits.py", "test_reduce_runs.py")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("system", ["macos", "sandbox"])
-def test_pseudo_mode_behaves_as_on_linux(system: str, tmp_path: Path) -> None:
+def test_pseudo_mode_behaves_as_on_linux(system: str) -> None:
     files = ["test_calls.py", "test_errors.py", "test_sharing.py", "test_reduce_runs.py", "test_closing.py"]
-    behaviour(system, "pseudo", tmp_path, *files, timeout_s=850)
+    behaviour(system, "pseudo", *files, timeout_s=850)
 
 
 @pytest.mark.parametrize("system", ["macos", "sandbox"])

@@ -107,14 +107,15 @@ class RuntimeConfig:
             would go on for ever; at 0 the first loss is final. With ``max_concurrent_calls`` above 1 that counts for
             all learners with a call that was running.
         journal_max_calls: calls kept for each learner since its last snapshot, at least 1; beyond that a snapshot is
-            taken. It bounds what a recovery has to run again; the default makes snapshots rare beside the calls.
+            taken. It bounds what a recovery has to run again; the default makes snapshots rare beside the calls. Each
+            call takes about 200 bytes there, beside its arguments.
         journal_max_bytes: bytes of those calls' arguments that the driver keeps in memory, of all learners together.
             Beyond that, snapshots are taken of learners for which that frees four times the snapshot's size; other
             arguments go to disk, the oldest first, up to eight times as much. A snapshot of any size is taken only
             where they are more than that, or have no tensors of 64 kB or more. What many calls have in common counts
-            once, and goes to disk first. The default holds a 40 MB model six times; 0 keeps none in memory. A quarter
-            as much is kept of snapshots, and others on disk; as much again of memory that came free, for what calls
-            have in common next.
+            once, and goes to disk first. The default holds a 40 MB model twelve times; 0 keeps none in memory. A
+            quarter as much is kept of snapshots, and others on disk; as much again of memory that came free, for what
+            calls have in common next.
         max_pending_calls: calls that may wait for their results at once, in the whole run; one more raises
             CapacityError. None for no limit: waiting calls cost little beside their arguments, which
             ``max_inflight_bytes`` bounds.
@@ -167,7 +168,7 @@ class RuntimeConfig:
     on_worker_lost: OnWorkerLost = OnWorkerLost.recover
     max_recoveries: int = 3
     journal_max_calls: int = 256
-    journal_max_bytes: int = 256 * _MIB
+    journal_max_bytes: int = 512 * _MIB
     max_pending_calls: int | None = None
     max_inflight_bytes: int = 512 * _MIB
     max_resident_learners: int | None = None

@@ -22,7 +22,7 @@ _MANY_USES = 4  # of a value, from which on it costs less to write it to disk th
 _MAX_PAUSE = 64  # calls, from one try to capture a learner to the next
 _DISK_SHARE = 8  # times as much as in memory
 _WORTH = 4  # times its own size that a snapshot has to free
-_STATES_SHARE = 4  # of the arguments' bound, so much less for snapshots in memory: 64 MiB, a 40 MB model
+_STATES_SHARE = 4  # of the arguments' bound, so much less for snapshots in memory: 128 MiB, three of a 40 MB model
 
 
 @dataclass(eq=False, slots=True)
