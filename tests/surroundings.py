@@ -77,6 +77,8 @@ def set_everything() -> None:
     backends.mha.set_fastpath_enabled(False)
     backends.quantized.engine = "onednn"
     backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic = False, True, True
+    if backends.cudnn.is_available():  # as of builds for CUDA
+        backends.cudnn.benchmark_limit = 7
     backends.mkldnn.enabled, backends.mkldnn.deterministic = False, True
     backends.nnpack.set_flags(False)
     backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

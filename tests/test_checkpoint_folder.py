@@ -240,7 +240,8 @@ def test_a_run_that_begins_anew_finds_nothing_and_what_was_there_is_set_aside(fo
     (folder.path / "round_000009.learners").write_bytes(b"of a crash")
     (folder.path / "notes.txt").write_bytes(b"a user's")
     expected = content(loaded(folder))
-    assert (aside := folder.set_aside()) == folder.path / "earlier_1"
+    aside = folder.set_aside()
+    assert aside == folder.path / "earlier_1"
     assert content(loaded(CheckpointFolder(aside))) == expected
     assert files_in(folder) == {"notes.txt": b"a user's"}
     assert folder.load() is None

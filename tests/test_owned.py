@@ -234,6 +234,9 @@ HOLDS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any]]] = {
     "future": (lambda weights: completed(weights), lambda held: fill(held.value())),
 }
 
+if np.lib.NumpyVersion(np.__version__) < "2.1.0":  # it takes no read-only memory
+    del HOLDS["dlpack numpy"]
+
 
 def completed(weights: Tensor) -> torch.futures.Future[Tensor]:
     future: torch.futures.Future[Tensor] = torch.futures.Future()
