@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
 import re
@@ -184,7 +185,7 @@ def test_no_two_configurations_share_a_container() -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_key_is_described(name: str) -> None:
-    assert re.search(rf"^ {{8}}{name}: \S", RuntimeConfig.__doc__ or "", re.MULTILINE)
+    assert re.search(rf"^ {{4}}{name}: \S", inspect.getdoc(RuntimeConfig) or "", re.MULTILINE)
 
 
 @pytest.mark.parametrize(

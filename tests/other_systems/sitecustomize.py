@@ -48,6 +48,8 @@ def _delete(names: dict[Any, str]) -> None:
         for name in text.split():
             if hasattr(module, name):
                 delattr(module, name)
+    if hasattr(os, "process_cpu_count"):  # of Python 3.13; without sched_getaffinity it is this one
+        os.process_cpu_count = os.cpu_count
 
 
 def _without_proc(function: Any) -> Any:
