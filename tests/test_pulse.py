@@ -248,6 +248,17 @@ async def test_an_allowance_ends_with_the_first_sign_of_the_sidecar(sign: bytes)
         await losses.of(1, 0.2 + SLACK_S)
 
 
+async def test_an_allowance_can_be_ended_without_a_sign() -> None:
+    ours, theirs = socket.socketpair()
+    losses = Losses()
+    watch = Watch(0.2, losses.take)
+    with theirs, contextlib.closing(watch):
+        watch.add(1, ours, allowance_s=60)
+        watch.end_allowance(1)
+        await losses.of(1, 0.2 + SLACK_S)
+        watch.end_allowance(1)  # which is watched no more
+
+
 # Not lost.
 
 

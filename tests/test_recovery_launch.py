@@ -58,3 +58,30 @@ def test_learners_of_frozen_and_severed_ranks_go_on_elsewhere_and_the_launch_end
     code, output = run_launch(script, num_processes=4)
     assert code == 0, output
     assert "result 0 (True, ['worker1', 'worker2'], 1, True)" in output, output
+
+
+def test_a_rank_that_is_cut_off_between_two_runs_is_lost_within_the_heartbeat_timeout(tmp_path: Path) -> None:
+    script = write_script(
+        tmp_path,
+        """
+        from torchfedrpc.observe.events import WorkerLost
+        from torchfedrpc.testing import Faults
+
+        async def main():
+            is_lost = asyncio.Event()
+            proxy = tfr.LearnerProxy(Probe, ["a", "b"], runtime={"heartbeat_timeout_s": 2})
+            async with proxy, Faults().sever("worker1", at_call=1).injected(proxy):
+                await proxy.clients().call("same", 1)
+            async with proxy:
+                proxy.subscribe(lambda event: isinstance(event, WorkerLost) and is_lost.set())
+                async with asyncio.timeout(30):
+                    await is_lost.wait()
+                return dict(await proxy.clients().call("same", 2))
+
+        if __name__ == "__main__":
+            sys.stdout.write(f"result {os.environ['RANK']} {tfr.run(main)}\\n")
+        """,
+    )
+    code, output = run_launch(script)
+    assert code == 0, output
+    assert "result 0 {'a': 2, 'b': 2}" in output, output

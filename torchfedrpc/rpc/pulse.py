@@ -186,6 +186,11 @@ class Watch:
         self._pulses[key] = _Pulse(connection, time.monotonic() + allowance_s)
         self._loop.add_reader(connection, self._read, key)
 
+    def end_allowance(self, key: Hashable) -> None:
+        """Expect beats of a worker from now on, if it is watched: its sidecar has begun."""
+        if (pulse := self._pulses.get(key)) is not None:
+            pulse.seen_at = min(pulse.seen_at, time.monotonic())
+
     def release(self, key: Hashable) -> socket.socket:
         """Watch a worker no longer, and leave its socket open: another `Watch` may take it, at any time.
 

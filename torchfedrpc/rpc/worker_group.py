@@ -395,6 +395,7 @@ class WorkerGroup:
                 "driver": (os.getpid(), probe.address()) if probe is not None else None,
             }
             answer = await self._tell(member, message)
+        self._watch.end_allowance(member.label)  # which answers once its sidecar has beaten
         if not member.adopt(answer):
             self._give_up(member, str(error := member.misunderstood(message)))
             raise error
