@@ -75,7 +75,7 @@ async def test_a_worker_that_is_lost_while_it_is_asked_is_an_error_of_each_clien
 
 async def test_a_collection_that_never_ends_is_a_timeout_of_its_worker(tmp_path: Path) -> None:
     clients, until = ALL[:3], tmp_path / "until"
-    runtime = pseudo(num_processes=1, call_timeout_s=0.5)
+    runtime = pseudo(num_processes=1, call_timeout_s=2)
     async with tfr.LearnerProxy(Adder, clients, runtime=runtime, seed=SEED) as proxy:
         async with asyncio.timeout(20):
             with pytest.raises(tfr.CallTimeoutError, match=r"worker1 .*runtime\.call_timeout_s") as caught:
