@@ -77,7 +77,7 @@ def run_on(system: str, *arguments: str, timeout_s: float = 280, **variables: st
 def behaviour(system: str, mode: str, *files: str, timeout_s: float = 280) -> None:
     """Run the tests of what users rely on, of that mode alone; in a folder of short names, for the sockets there."""
     paths = [str(TESTS / "behaviour" / file) for file in files] or [str(TESTS / "behaviour")]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         options = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={folder}/inner"]
         output = run_on(system, *options, *paths, timeout_s=timeout_s, TEST_MODES=mode)
     assert " passed" in output
