@@ -130,6 +130,10 @@ class _Pulse:
         self.is_malformed = False
         self._unfinished = b""
 
+    def end_allowance(self) -> None:
+        """Its sidecar has started: silence counts from now on at the latest."""
+        self.seen_at = min(self.seen_at, time.monotonic())
+
     def take(self, data: bytes) -> None:
         *lines, self._unfinished = (self._unfinished + data).split(b"\n")
         for line in lines:
@@ -143,7 +147,7 @@ class _Pulse:
                     return
                 self.running = tuple(map(int, ids.split()))
                 self.ended = mark == sidecar.ENDED
-                self.seen_at = min(self.seen_at, time.monotonic())  # its sidecar has started: no allowance any more
+                self.end_allowance()
             elif mark == sidecar.LEAVING:
                 self.asks_to_leave = True
             # else it is the rest of a line that an earlier watch has begun to read
@@ -189,7 +193,7 @@ class Watch:
     def end_allowance(self, key: Hashable) -> None:
         """Expect beats of a worker from now on, if it is watched: its sidecar has begun."""
         if (pulse := self._pulses.get(key)) is not None:
-            pulse.seen_at = min(pulse.seen_at, time.monotonic())
+            pulse.end_allowance()
 
     def release(self, key: Hashable) -> socket.socket:
         """Watch a worker no longer, and leave its socket open: another `Watch` may take it, at any time.
