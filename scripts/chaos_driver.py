@@ -15,7 +15,7 @@ from chaos_run import ChaosTrainer, federate, open_proxy
 from chaos_scene import Log
 
 import torchfedrpc as tfr
-from torchfedrpc.observe.events import (
+from torchfedrpc.events import (
     CheckpointSaved,
     Event,
     RoundEnded,

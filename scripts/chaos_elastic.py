@@ -19,7 +19,7 @@ from chaos_run import Digests
 from chaos_scene import Scene
 from chaos_workers import Crew, drained, label_of
 
-from torchfedrpc.observe.events import WorkerJoined, WorkerLeft
+from torchfedrpc.events import WorkerJoined, WorkerLeft
 
 _POLL_S = 0.005
 _HEARTBEAT_TIMEOUT_S = 5.0  # nobody is frozen here, and a machine's stall need not count

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from chaos_run import STREAM_ITEMS, STREAM_METHOD
 from chaos_scene import Scene
 
-from torchfedrpc.observe.events import ProgressReported
+from torchfedrpc.events import ProgressReported
 
 Fault = Callable[[Scene], Awaitable[None]]
 

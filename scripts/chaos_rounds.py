@@ -20,7 +20,7 @@ from chaos_run import ChaosTrainer, Digests, Disturbed, differing, end_of, feder
 from chaos_scene import Log, Scene
 
 import torchfedrpc as tfr
-from torchfedrpc.observe.events import RoundEnded
+from torchfedrpc.events import RoundEnded
 
 SEED = 7
 

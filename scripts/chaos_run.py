@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import torchfedrpc as tfr
-from torchfedrpc.data.partition import iid
-from torchfedrpc.data.synthetic import synthetic
+from torchfedrpc.events import Event, ProgressReported
+from torchfedrpc.experiments.classification import ClassificationLearner
+from torchfedrpc.experiments.data.partition import iid
+from torchfedrpc.experiments.data.synthetic import synthetic
+from torchfedrpc.experiments.model import build_model, initial_weights
 from torchfedrpc.federation.fedavg import FedAvgTrainer
-from torchfedrpc.federation.learner import ClassificationLearner
-from torchfedrpc.federation.model import build_model, initial_weights
-from torchfedrpc.observe.events import Event, ProgressReported
 from torchfedrpc.wire.fingerprint import fingerprint
 
 NUM_CLIENTS = 12
@@ -34,8 +34,8 @@ _NUM_SNAPSHOTS = 3
 _NUM_BLENDING = 2
 _LARGE = 600_000  # float32: so large that workers map what they are given, and the driver what they return
 _OWN_BATCH_SIZE = 64
-_DATASET = {"_target_": "torchfedrpc.data.synthetic.synthetic", "num_samples": 2500}
-_MODEL = {"_target_": "torchfedrpc.models.mlp.MLP"}
+_DATASET = {"_target_": "torchfedrpc.experiments.data.synthetic.synthetic", "num_samples": 2500}
+_MODEL = {"_target_": "torchfedrpc.experiments.models.mlp.MLP"}
 
 faulthandler.register(signal.SIGUSR2)  # where a round hangs, its workers are asked for their stacks
 

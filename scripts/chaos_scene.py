@@ -14,8 +14,8 @@ from chaos_process import children_of, command_of, state_of
 from chaos_report import Felt, Section
 from chaos_run import ChaosTrainer
 
+from torchfedrpc.events import Event, WorkerJoined, WorkerLost, WorldFormed
 from torchfedrpc.host.faults import FaultKind
-from torchfedrpc.observe.events import Event, WorkerJoined, WorkerLost, WorldFormed
 from torchfedrpc.testing import Faults
 
 _POLL_S = 0.002

@@ -23,8 +23,8 @@ import torch
 from learners import Probe
 
 import torchfedrpc as tfr
+from torchfedrpc.events import CallEnded, Event, ProgressReported
 from torchfedrpc.executors.reducing import RemoteCollecting
-from torchfedrpc.observe.events import CallEnded, Event, ProgressReported
 
 LAUNCHED = int(os.environ.get("WORLD_SIZE", "1")) > 1
 # TEST_MODES=local runs the behaviour of one mode alone, as where a system has no other.

@@ -28,21 +28,7 @@ from torchfedrpc.errors import (
     UntrustedTypeError,
     WorkerLostError,
 )
-from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
-from torchfedrpc.executors.local import LocalExecutor
-from torchfedrpc.executors.router import ExecutorRouter
-from torchfedrpc.executors.sharing import SharedRef
-from torchfedrpc.federation.base import Learner
-from torchfedrpc.federation.checkpoints import Checkpoints
-from torchfedrpc.federation.fedavg import FedAvgTrainer
-from torchfedrpc.federation.fedprox import FedProxTrainer
-from torchfedrpc.federation.learner import ClassificationLearner
-from torchfedrpc.federation.trainer import AbstractFederationTrainer
-from torchfedrpc.group import GroupResult, LearnerGroup, ReduceResult
-from torchfedrpc.host.context import current_call
-from torchfedrpc.host.learner_host import LearnerHost
-from torchfedrpc.host.reducers import Mean, Sum, WeightedMean
-from torchfedrpc.observe.events import (
+from torchfedrpc.events import (
     CallEnded,
     CallStarted,
     CheckpointSaved,
@@ -55,7 +41,21 @@ from torchfedrpc.observe.events import (
     WorkerLost,
     WorldFormed,
 )
+from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
+from torchfedrpc.executors.local import LocalExecutor
+from torchfedrpc.executors.router import ExecutorRouter
+from torchfedrpc.executors.shared_arguments import SharedRef
+from torchfedrpc.experiments.classification import ClassificationLearner
+from torchfedrpc.federation.checkpoints import Checkpoints
+from torchfedrpc.federation.fedavg import FedAvgTrainer
+from torchfedrpc.federation.fedprox import FedProxTrainer
+from torchfedrpc.federation.learner_base import Learner
+from torchfedrpc.federation.trainer import AbstractFederationTrainer
+from torchfedrpc.group import GroupResult, LearnerGroup, ReduceResult
+from torchfedrpc.host.context import current_call
+from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.proxy import LearnerHandle, LearnerProxy
+from torchfedrpc.reduce.reducers import Mean, Sum, WeightedMean
 from torchfedrpc.registry import executor, get_learner, get_trainer, learner, trainer
 from torchfedrpc.run import run
 from torchfedrpc.run import tell_of_ending_script as _tell_of_ending_script

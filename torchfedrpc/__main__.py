@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchfedrpc.cli import main
+from torchfedrpc.experiments.cli import main
 
 if __name__ == "__main__":
     main()

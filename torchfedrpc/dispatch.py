@@ -21,17 +21,17 @@ from torchfedrpc.errors import (
     UnknownClientError,
     suggest,
 )
+from torchfedrpc.events import CallEnded, CallStarted, Event, EventBus
 from torchfedrpc.executors.base import Invocation
-from torchfedrpc.executors.cut import Cut
+from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.reduction import GroupReduction, Reduction
 from torchfedrpc.executors.router import ExecutorRouter
-from torchfedrpc.executors.sharing import SharedRef, submits_first
+from torchfedrpc.executors.shared_arguments import SharedRef, submits_first
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Part
-from torchfedrpc.host.reducers import Reducer
-from torchfedrpc.observe.events import CallEnded, CallStarted, Event, EventBus
 from torchfedrpc.options import CallOptions
+from torchfedrpc.reduce.reducers import Reducer
 
 T = TypeVar("T")
 

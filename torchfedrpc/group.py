@@ -12,9 +12,9 @@ from torchfedrpc.dispatch import Dispatcher
 from torchfedrpc.errors import CallTimeoutError, ConfigError, GroupCallError, QuorumError
 from torchfedrpc.executors.reduction import GroupReduction
 from torchfedrpc.host.methods import public_methods
-from torchfedrpc.host.reduction import MergeError, prototype_of
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.options import UNCHANGED, CallOptions, OnError, Unchanged
+from torchfedrpc.reduce.tree import MergeError, prototype_of
 
 
 class GroupResult(Mapping[str, Any]):

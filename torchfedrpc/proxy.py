@@ -18,17 +18,17 @@ from typing import Any, ClassVar, Never
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.dispatch import Dispatcher, LearnerStream
 from torchfedrpc.errors import ConfigError, GroupCallError
+from torchfedrpc.events import Event, EventBus, Subscriber
 from torchfedrpc.executors.base import ExecutorSpec
-from torchfedrpc.executors.cut import Cut
+from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.router import ExecutorRouter
-from torchfedrpc.executors.sharing import SharedRef, submits_first
+from torchfedrpc.executors.shared_arguments import SharedRef, submits_first
 from torchfedrpc.group import LearnerGroup
 from torchfedrpc.host.methods import hidden_methods, public_methods
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import warn_of_default_device
 from torchfedrpc.launcher import check_is_driver
-from torchfedrpc.observe.events import Event, EventBus, Subscriber
 from torchfedrpc.options import CALL_OPTIONS, UNCHANGED, CallOptions, OnError, Unchanged
 from torchfedrpc.wire.fingerprint import fingerprint
 

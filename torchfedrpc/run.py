@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.interrupts import run_interruptible
 from torchfedrpc.launcher import Launch, check_is_driver, is_process_of_rank
+from torchfedrpc.signals import run_interruptible
 
 P = ParamSpec("P")
 T = TypeVar("T")

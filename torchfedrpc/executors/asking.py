@@ -15,13 +15,13 @@ import torch
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.executors.base import CallExecutor
-from torchfedrpc.executors.ledger import Asked, Ledger, Record
+from torchfedrpc.executors.journal import Asked, Ledger, Record
 from torchfedrpc.executors.room import Room
 from torchfedrpc.executors.turns import Turns
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.host.snapshot import seal
-from torchfedrpc.rpc.remote_host import RemoteHost
+from torchfedrpc.rpc.worker_client import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
 from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Packed, pack

@@ -16,11 +16,12 @@ import torch
 from torchfedrpc import errors
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
+from torchfedrpc.events import Event, ProgressReported
 from torchfedrpc.executors.admission import Admission, estimate
-from torchfedrpc.executors.cut import Cut
+from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.durations import Durations, fastest_first, longest_first
 from torchfedrpc.executors.reduction import Collecting, Gathering, Reduction
-from torchfedrpc.executors.sharing import SharedRef, Sharing, held
+from torchfedrpc.executors.shared_arguments import SharedRef, Sharing, held
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import answer, call_on
 from torchfedrpc.host.call import Call, CallKind, Outcome, Part
@@ -31,7 +32,6 @@ from torchfedrpc.host.process import choose_device
 from torchfedrpc.host.runner import Report
 from torchfedrpc.host.snapshot import seal
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.observe.events import Event, ProgressReported
 from torchfedrpc.wire.packing import Packed, Reference, pack, pack_nothing
 from torchfedrpc.wire.shared import SharedValue, shared_values
 

@@ -16,7 +16,7 @@ from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
-from torchfedrpc.host.reduction import Node
+from torchfedrpc.reduce.tree import Node
 from torchfedrpc.registry import executor
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, Reference, SentApart, pack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 
-from torchfedrpc.executors.ledger import Record
+from torchfedrpc.executors.journal import Record
 from torchfedrpc.executors.reducing import ReducingExecutor
 
 logger = logging.getLogger(__name__)

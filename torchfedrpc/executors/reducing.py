@@ -11,12 +11,12 @@ from functools import partial
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import CallTimeoutError, WorkerLostError
 from torchfedrpc.executors.asking import AskingExecutor
-from torchfedrpc.executors.ledger import Asked, Record
+from torchfedrpc.executors.journal import Asked, Record
 from torchfedrpc.executors.reduction import Collecting, Reduction
 from torchfedrpc.host.call import Call, Outcome, Part
-from torchfedrpc.host.reduction import MergeError, Node
+from torchfedrpc.reduce.tree import MergeError, Node
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.remote_host import RemoteHost
+from torchfedrpc.rpc.worker_client import RemoteHost
 from torchfedrpc.wire.packing import pack
 
 

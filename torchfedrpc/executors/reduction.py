@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from torchfedrpc.host.call import Part
-from torchfedrpc.host.reducers import Reducer, are_small
-from torchfedrpc.host.reduction import Forest, Node
+from torchfedrpc.reduce.reducers import Reducer, are_small
+from torchfedrpc.reduce.tree import Forest, Node
 from torchfedrpc.wire.packing import Packed, pack
 
 _numbers = itertools.count(1)

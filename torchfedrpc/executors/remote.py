@@ -12,8 +12,9 @@ from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.events import WorkerJoined, WorkerLeft, WorkerLost, WorldFormed
 from torchfedrpc.executors.base import ExecutorSpec
-from torchfedrpc.executors.ledger import Record
+from torchfedrpc.executors.journal import Record
 from torchfedrpc.executors.moving import MovingExecutor
 from torchfedrpc.executors.placement import (
     LOCAL,
@@ -24,15 +25,14 @@ from torchfedrpc.executors.placement import (
 )
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.faults import Fault
-from torchfedrpc.observe.events import WorkerJoined, WorkerLeft, WorkerLost, WorldFormed
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.dialled import DialledSource
+from torchfedrpc.rpc.heartbeat import Loss
 from torchfedrpc.rpc.joined import JoinedSource
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.pulse import Loss
-from torchfedrpc.rpc.remote_host import RemoteHost
 from torchfedrpc.rpc.source import Source
 from torchfedrpc.rpc.token import load_token
+from torchfedrpc.rpc.worker_client import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)

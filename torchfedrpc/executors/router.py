@@ -10,10 +10,10 @@ from typing import Any
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
-from torchfedrpc.executors.cut import Cut
+from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.placement import HTTP, LOCAL, Endpoint
 from torchfedrpc.executors.reduction import Collecting, Reduction
-from torchfedrpc.executors.sharing import SharedRef
+from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.launcher import Launch
 from torchfedrpc.registry import executors

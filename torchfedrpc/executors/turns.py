@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from torchfedrpc.executors.ledger import Record
+from torchfedrpc.executors.journal import Record
 from torchfedrpc.executors.room import Room
 
 Follow = Callable[[Record], None]

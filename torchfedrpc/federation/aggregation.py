@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from torchfedrpc.host.reduction import fold
-from torchfedrpc.host.sums import added, kind_of, mean_from, weighted
+from torchfedrpc.reduce.numerics import added, kind_of, mean_from, weighted
+from torchfedrpc.reduce.tree import fold
 from torchfedrpc.wire.tensors import PlainTensors
 
 StateDict = Mapping[str, Tensor]
@@ -20,10 +20,10 @@ _Part = tuple[Tensor, int]  # a weighted sum, and how many sums are on the longe
 def weighted_mean(states: Sequence[StateDict], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """Average state dicts entry by entry, as FedAvg does (McMahan et al. 2017).
 
-    Additions follow the tree over the places in ``states`` that `torchfedrpc.host.reduction` describes, so equal
+    Additions follow the tree over the places in ``states`` that `torchfedrpc.reduce.tree` describes, so equal
     arguments give equal bits, and those that a group's ``reduce`` with `WeightedMean` gives for clients that have
-    these places. `torchfedrpc.host.sums` says in which dtypes they are done. Beside the means there are at most about
-    log2 of the number of states temporaries of an entry's size.
+    these places. `torchfedrpc.reduce.numerics` says in which dtypes they are done. Beside the means there are at most
+    about log2 of the number of states temporaries of an entry's size.
 
     Args:
         states: at least one state dict; all have the same names and shapes, and the same kinds of dtype (bool,

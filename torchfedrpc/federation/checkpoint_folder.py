@@ -21,8 +21,8 @@ from typing import Any
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError, UntrustedTypeError
 from torchfedrpc.federation.checkpoint_head import PACK_NAME, Head, check, encode, name_of, read_head, read_state
 from torchfedrpc.federation.folder_lock import FolderLock
+from torchfedrpc.federation.private_files import open_private
 from torchfedrpc.federation.snapshot_pack import Entry, PackWriter, read, wasteful
-from torchfedrpc.observe.folder import open_private
 from torchfedrpc.system import write_at
 from torchfedrpc.wire.packing import Parcel
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from torchfedrpc.events import RoundEnded
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
-from torchfedrpc.host.reducers import WeightedMean
-from torchfedrpc.observe.events import RoundEnded
 from torchfedrpc.proxy import LearnerProxy
+from torchfedrpc.reduce.reducers import WeightedMean
 from torchfedrpc.registry import trainer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.observe.folder import make_private, open_private
+from torchfedrpc.federation.private_files import make_private, open_private
 
 _BEYOND_BYTES = 1 << 20
 

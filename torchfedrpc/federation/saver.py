@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from torchfedrpc.errors import ConfigError, SnapshotError, TorchFedRpcError
-from torchfedrpc.executors.cut import Cut
+from torchfedrpc.events import CheckpointSaved
+from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.room import BUDGET_BYTES
 from torchfedrpc.federation.checkpoint_config import check_equal
 from torchfedrpc.federation.checkpoint_folder import Checkpoint
 from torchfedrpc.federation.checkpoints import Checkpoints, Resumable
-from torchfedrpc.interrupts import Finishing
-from torchfedrpc.observe.events import CheckpointSaved
+from torchfedrpc.signals import Finishing
 from torchfedrpc.wire.packing import Parcel, pack
 
 logger = logging.getLogger(__name__)

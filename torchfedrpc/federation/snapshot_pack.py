@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torchfedrpc.errors import SnapshotError
-from torchfedrpc.observe.folder import open_private
+from torchfedrpc.federation.private_files import open_private
 from torchfedrpc.system import read_at, write_at
 
 _PIECE_BYTES = 1 << 20  # so much of a snapshot is in memory while it is checked or copied

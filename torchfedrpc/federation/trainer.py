@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from torchfedrpc.errors import ConfigError, SerializationError
+from torchfedrpc.events import RoundStarted
 from torchfedrpc.federation.aggregation import weighted_mean
 from torchfedrpc.federation.checkpoints import Checkpoints
 from torchfedrpc.federation.sampling import sample_clients
 from torchfedrpc.federation.saver import Saver
 from torchfedrpc.federation.settings import as_settings
 from torchfedrpc.federation.trainer_state import give_state, has_state_dict, state_of
-from torchfedrpc.observe.events import RoundStarted
 from torchfedrpc.proxy import LearnerProxy
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack

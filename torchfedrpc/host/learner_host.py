@@ -20,9 +20,9 @@ from torchfedrpc.host.answer import answer
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.deadlines import Deadlines, debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
+from torchfedrpc.host.learner_cache import Residents
 from torchfedrpc.host.mailbox import Job, Mailbox, Reply
 from torchfedrpc.host.replies import Replies
-from torchfedrpc.host.residents import Residents
 from torchfedrpc.host.runner import Report, Runner
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.wire.allowlist import AllowList

@@ -22,16 +22,16 @@ from torchfedrpc.host.context import CallContext, SharedObjects, current_call
 from torchfedrpc.host.deadlines import Deadlines
 from torchfedrpc.host.faults import Saboteur
 from torchfedrpc.host.gate import Gate
-from torchfedrpc.host.lanes import AsyncLane, SyncLane
+from torchfedrpc.host.learner_cache import Residents
 from torchfedrpc.host.mailbox import Job, Mailbox
 from torchfedrpc.host.methods import find_method, hidden_methods
 from torchfedrpc.host.randomness import ProcessStreams, RandomStreams, call_seed
-from torchfedrpc.host.reductions import Reductions
-from torchfedrpc.host.residents import Residents
 from torchfedrpc.host.scope import CallScope
 from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, load, reinstate, seal, taken
 from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.host.threads import AsyncLane, SyncLane
 from torchfedrpc.host.torch_settings import OpenedSettings, SettingsGuard, adopt_settings
+from torchfedrpc.reduce.worker import Reductions
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Packed, Parcel, Reference, pack, pack_only

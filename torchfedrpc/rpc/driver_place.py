@@ -16,8 +16,8 @@ from torchfedrpc.host.process import choose_device, visible_gpus
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc import world
 from torchfedrpc.rpc.all_of import all_of
+from torchfedrpc.rpc.control_link import Message
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, interface_of
-from torchfedrpc.rpc.link import Message
 from torchfedrpc.rpc.member import Member
 
 _SECRET_BYTES = 32

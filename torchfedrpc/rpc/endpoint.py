@@ -21,10 +21,10 @@ import torch
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.learner_host import LearnerHost
-from torchfedrpc.rpc.answers import Answers, Reported
 from torchfedrpc.rpc.backend import async_entry
 from torchfedrpc.rpc.in_order import InOrder
 from torchfedrpc.rpc.message import MappedDevices, read_call, read_files, read_parcel
+from torchfedrpc.rpc.response_queue import Answers, Reported
 from torchfedrpc.rpc.rrefs import OwnedRRefs
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.packing import Packed, Unreadable

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torchfedrpc.rpc.control_link import Link, end_when_cut_off
 from torchfedrpc.rpc.forks import close_in_children
 from torchfedrpc.rpc.greeting import (
     CHANNELS,
@@ -23,7 +24,6 @@ from torchfedrpc.rpc.greeting import (
     MistrustError,
     receive,
 )
-from torchfedrpc.rpc.link import Link, end_when_cut_off
 
 logger = logging.getLogger(__name__)
 

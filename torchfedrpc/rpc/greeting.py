@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.rpc.control_link import Link, end_when_cut_off
 from torchfedrpc.rpc.interfaces import network_site
-from torchfedrpc.rpc.link import Link, end_when_cut_off
 from torchfedrpc.version import __version__
 
 About = dict[str, Any]

@@ -21,10 +21,10 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.launcher import Launch
 from torchfedrpc.rpc import reach
+from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.greeter import Greeter
 from torchfedrpc.rpc.greeting import About, Greeted, GreetingError, MistrustError, RefusedError, dial, parse_address
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, network_site
-from torchfedrpc.rpc.link import Link
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.token import VARIABLE, has_token_file, load_token
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.rpc.link import Link, Message, in_short
-from torchfedrpc.rpc.pulse import Loss
+from torchfedrpc.rpc.control_link import Link, Message, in_short
+from torchfedrpc.rpc.heartbeat import Loss
 from torchfedrpc.wire.file import TensorFile
 
 _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")

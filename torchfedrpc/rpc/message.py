@@ -10,8 +10,8 @@ import torch
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Call, CallKind, Outcome, OutcomeKind, Part
+from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.failure import Failure
-from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.memory import NO_ROOM
 from torchfedrpc.wire.packing import Packed, Parcel, Unreadable

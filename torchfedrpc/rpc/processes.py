@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from torchfedrpc.rpc.link import Link
+from torchfedrpc.rpc.control_link import Link
 
 logger = logging.getLogger(__name__)
 

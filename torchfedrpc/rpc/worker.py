@@ -25,11 +25,11 @@ from torchfedrpc.host.process import choose_device, frozen_modules, process_sett
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import adopt_settings
 from torchfedrpc.rpc import endpoint, reach, world
+from torchfedrpc.rpc.control_link import Link, Message, end_when_cut_off, in_short
 from torchfedrpc.rpc.endpoint import Endpoint
+from torchfedrpc.rpc.heartbeat import Sidecar
 from torchfedrpc.rpc.interfaces import address_of, interface_of
-from torchfedrpc.rpc.link import Link, Message, end_when_cut_off, in_short
 from torchfedrpc.rpc.main_module import adopt_main
-from torchfedrpc.rpc.pulse import Sidecar
 from torchfedrpc.wire.file import TensorFile
 
 _DRIVER_GONE = 1  # exit status

@@ -23,12 +23,12 @@ from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import OpenedSettings
 from torchfedrpc.rpc import reach
 from torchfedrpc.rpc.all_of import all_of
+from torchfedrpc.rpc.control_link import Message, end_when_cut_off
 from torchfedrpc.rpc.driver_place import DriverPlace
-from torchfedrpc.rpc.link import Message, end_when_cut_off
+from torchfedrpc.rpc.heartbeat import Loss, Watch
 from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.member import Member, RefusalError
-from torchfedrpc.rpc.pulse import Loss, Watch
-from torchfedrpc.rpc.remote_host import RemoteHost, Traffic
+from torchfedrpc.rpc.worker_client import RemoteHost, Traffic
 from torchfedrpc.wire.file import TensorFile
 
 logger = logging.getLogger(__name__)

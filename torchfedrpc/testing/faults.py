@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.events import Event, RoundStarted, WorkerLost
 from torchfedrpc.host.faults import Fault, FaultKind, check_seconds, freeze, is_count, kill
-from torchfedrpc.observe.events import Event, RoundStarted, WorkerLost
 from torchfedrpc.proxy import LearnerProxy
 
 DRIVER = "driver"

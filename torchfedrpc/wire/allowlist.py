@@ -37,9 +37,9 @@ _PLAIN_OBJECTS = {
     "collections": "ChainMap UserDict UserList",
     "types": "SimpleNamespace",
     "uuid": "UUID",  # its __setstate__ stores two numbers
-    "torchfedrpc.host.reducers": "Entry Mean Sum WeightedMean",
-    "torchfedrpc.host.reduction": "MergeError",
-    "torchfedrpc.observe.events": "RoundEnded",
+    "torchfedrpc.reduce.reducers": "Entry Mean Sum WeightedMean",
+    "torchfedrpc.reduce.tree": "MergeError",
+    "torchfedrpc.events": "RoundEnded",
 }
 # Types that a pickle may name, as the value of an attribute say, and call only as `_CONSTRUCTORS` allows.
 _NAMED = {

@@ -22,8 +22,8 @@ from torch.nn.parameter import Parameter
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
 from torchfedrpc.wire import arrays, functions, rebuild
 from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
-from torchfedrpc.wire.fence import fence
 from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.memory import UNAVAILABLE, KeptMemory
 from torchfedrpc.wire.owned import owned_storages

@@ -1,0 +1,147 @@
+"""Start torchrun in a test, and end it and all its ranks with the test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from folders import SUPPORT
+
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE")
+
+
+def environment() -> dict[str, str]:
+    """Ours, without the variables of a launcher, and with the tests to import."""
+    kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+    kept = {name: value for name, value in kept.items() if not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))}
+    path = os.pathsep.join([str(SUPPORT), *filter(None, [kept.get("PYTHONPATH")])])
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def rank_variables(rank: int, local_rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
+    """What a launcher that is not torchrun gives a rank: srun, mpirun, and Lightning's."""
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def write_script(folder: Path, *parts: str) -> Path:
+    """A script of these parts, with the usual imports."""
+    head = """
+        import asyncio, json, os, sys
+        import torch
+        import torchfedrpc as tfr
+        from learners import Probe
+    """
+    path = folder / "script.py"
+    path.write_text("".join(map(textwrap.dedent, (head, *parts))))
+    return path
+
+
+@contextlib.contextmanager
+def launched(
+    script: Path, *arguments: str, num_processes: int = 3, launcher: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    """A launch under way; what is left of it is killed at the end.
+
+    Args:
+        script: what all ranks run.
+        arguments: the script's.
+        num_processes: the ranks.
+        launcher: more arguments for torchrun.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command += launcher
+    process = subprocess.Popen(
+        [*command, str(script), *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        _kill(process)
+        process.communicate()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill a launch and its ranks, where it is still there."""
+    if process.poll() is not None:
+        return
+    for pid in [*children_of(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def run_launch(
+    script: Path,
+    *arguments: str,
+    num_processes: int = 3,
+    launcher: Sequence[str] = (),
+    timeout_s: float = 100,
+) -> tuple[int, str]:
+    """A whole launch: its exit status and its output."""
+    with launched(script, *arguments, num_processes=num_processes, launcher=launcher) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            output, _ = process.communicate()
+            raise AssertionError(f"the launch did not end within {timeout_s} s:\n{output}") from None
+        return process.returncode, output
+
+
+def run_script(script: Path, *arguments: str, timeout_s: float = 120) -> tuple[int, str]:
+    """A script on its own, without a launcher: its exit status and its output."""
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def children_of(pid: int) -> list[int]:
+    """The living children of a process."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
+
+
+def wait_for_end(pids: list[int], timeout_s: float) -> float:
+    """Wait until processes have ended: the seconds that it took."""
+    began = time.monotonic()
+    while alive := [pid for pid in pids if is_alive(pid)]:
+        if time.monotonic() - began > timeout_s:
+            raise AssertionError(f"still running after {timeout_s} s: {alive}")
+        time.sleep(0.02)
+    return time.monotonic() - began

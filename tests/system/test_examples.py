@@ -1,0 +1,134 @@
+"""The examples run in every mode and print the same, but for the mode's name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from folders import ROOT
+from torchrun import environment
+from workers import joining, make_token
+
+EXAMPLES = ROOT / "examples"
+IN_ALL_MODES = [EXAMPLES / "custom_trainer.py", EXAMPLES / "quickstart.py"]
+ELASTIC = EXAMPLES / "elastic.py"
+
+
+def output_of(folder: Path, *command: str) -> str:
+    environment = {**os.environ, "TMPDIR": str(folder)}  # torchrun and torch.optim leave folders there
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_no_example_is_forgotten_here() -> None:
+    assert sorted(EXAMPLES.glob("*.py")) == sorted([*IN_ALL_MODES, ELASTIC])
+
+
+@pytest.mark.parametrize("script", IN_ALL_MODES, ids=lambda path: path.stem)
+def test_an_example_prints_the_same_in_every_mode(script: Path, tmp_path: Path) -> None:
+    local = output_of(tmp_path, sys.executable, str(script), "local")
+    pseudo = output_of(tmp_path, sys.executable, str(script), "pseudo")
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node=3")
+    distributed = output_of(tmp_path, sys.executable, *launch, str(script))
+    assert local.startswith("local: ")
+    assert pseudo == local.replace("local: ", "pseudo: ", 1)
+    assert distributed == local.replace("local: ", "distributed: ", 1)
+
+
+class Driver:
+    """The elastic example in a folder.
+
+    Args:
+        folder: where a copy of it is.
+        arguments: its own.
+    """
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, ELASTIC.name, *arguments],
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self._output = self.process.stdout
+
+    def line(self, part: str) -> str:
+        """Read as far as the next line with that in it."""
+        for line in self._output:
+            self.lines.append(line.rstrip())
+            if part in line:
+                return self.lines[-1]
+        raise AssertionError("\n".join(self.lines))
+
+    def num_rounds(self) -> int:
+        """How many rounds it has done, once it has ended."""
+        self.lines += map(str.rstrip, self._output)
+        return sum(line.startswith("round ") for line in self.lines)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._output.close()
+
+
+@contextmanager
+def driving(folder: Path, *arguments: str) -> Iterator[Driver]:
+    driver = Driver(folder, *arguments)
+    try:
+        yield driver
+    finally:
+        driver.close()
+
+
+def test_the_elastic_example_ends_the_same_whoever_comes_goes_and_dies(tmp_path: Path) -> None:
+    shutil.copy(ELASTIC, tmp_path)
+    token, start = make_token(tmp_path), ["env", "-C", str(tmp_path)]
+    with driving(tmp_path, "disturbed", "127.0.0.1:0") as driver:
+        address = driver.line("waiting for a worker").split()[-3]
+        with joining(address, token, start) as leaving, joining(address, token, start) as staying:
+            driver.line("worker2")
+            driver.line("round ")
+            leaving.signal(signal.SIGTERM)
+            driver.line(" has left")
+            assert leaving.ended() == 0
+            driver.line("round ")
+            driver.process.kill()
+            num_rounds = driver.num_rounds() + 5
+            assert staying.ended() == 1
+    rounds = f"--rounds={num_rounds}"
+    with driving(tmp_path, "undisturbed", rounds) as alone:
+        with driving(tmp_path, "disturbed", "127.0.0.1:0", rounds) as driver:
+            address = driver.line("waiting for a worker").split()[-3]
+            with joining(address, token, start):
+                last = driver.line("loss after")
+                assert driver.process.wait(30) == 0
+                assert driver.num_rounds() < num_rounds
+        assert alone.line("loss after") == last
+        assert alone.num_rounds() == num_rounds
+
+
+def test_the_readmes_learner_and_trainer_run() -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n", 1)[1].split("```", 1)[0]
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("local tensor([")
+
+
+def test_the_readme_says_what_cannot_be_guarded_and_what_to_do() -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    trust = readme.split("## Trust\n", 1)[1].split("\n## ", 1)[0]
+    for words in ("torch's builtin operators can be run there", "listens on loopback only", "interface=wg0", "token"):
+        assert words in trust

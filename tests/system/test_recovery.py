@@ -1,0 +1,393 @@
+"""A lost worker: how it is noticed, how the world is formed again, and how its learners go on with the same bits."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Latch, opened
+from learners import Mortal
+from light import ends_within
+from losses import (
+    NUM_ITEMS,
+    SEED,
+    Losses,
+    Steps,
+    kill,
+    kill_once_started,
+    on_1,
+    on_2,
+    pid_of,
+    pseudo,
+    seen,
+    undisturbed,
+)
+
+import torchfedrpc as tfr
+from torchfedrpc.events import Event, WorkerLost
+from torchfedrpc.rpc import process_source
+from torchfedrpc.rpc.member import Member
+from torchfedrpc.testing import Faults
+
+__all__ = ["on_1", "on_2", "seen"]  # fixtures
+HEARTBEAT_TIMEOUT_S = 1.5
+CLIENTS = [f"{place}_{number}" for place in ("first", "second") for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def expected(runner: asyncio.Runner) -> dict[str, dict[str, Any]]:
+    return runner.run(undisturbed(CLIENTS))
+
+
+@pytest.fixture(scope="module")
+def proxy(runner: asyncio.Runner, expected: dict[str, dict[str, Any]]) -> Iterator[tfr.LearnerProxy]:
+    """Learners on two workers; every test takes clients of its own by `on_1` and `on_2`."""
+    runtime = pseudo(heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
+    with opened(runner, tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime, seed=SEED)) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def steps(proxy: tfr.LearnerProxy, expected: dict[str, dict[str, Any]]) -> Steps:
+    return Steps(proxy, expected)
+
+
+# Noticing.
+
+
+async def test_a_killed_worker_is_noticed_within_a_second_and_the_others_go_on(
+    proxy: tfr.LearnerProxy,
+    steps: Steps,
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    latch: Latch,
+    tmp_path: Path,
+) -> None:
+    lost, survivor, busy = next(on_1), next(on_2), next(on_2)
+    notes = tmp_path / "notes"
+    pids = pid_of(proxy, "worker1"), pid_of(proxy, "worker2")
+    await steps.check(lost, survivor)
+    holding = asyncio.ensure_future(proxy.custom_method(busy, "note_and_hold", str(notes), latch.path))
+    await seen.reported(busy)
+    killed_at = kill(proxy, "worker1")
+    step = asyncio.ensure_future(steps.check(lost))
+    assert await seen.loss() - killed_at < 1
+    await step  # on a replacement, while the other worker is still busy
+    assert not holding.done()
+    latch.open()
+    assert await holding == 1
+    assert len(notes.read_text().splitlines()) == 1
+    await steps.check(lost, survivor)
+    assert pid_of(proxy, "worker1") != pids[0]
+    assert [await proxy.custom_method(client, "process_id") for client in (survivor, busy)] == [pids[1]] * 2
+    assert seen.workers == ["worker1"]
+    assert len(seen.progress(busy)) == 1
+
+
+async def test_a_frozen_worker_is_lost_within_its_time_and_ended(
+    proxy: tfr.LearnerProxy, steps: Steps, seen: Losses, on_1: Iterator[str]
+) -> None:
+    client, pid = next(on_1), pid_of(proxy, "worker1")
+    await steps.check(client)
+    async with Faults().freeze("worker1", at_call=1).injected(proxy):
+        began = time.monotonic()
+        await steps.check(client)
+    assert await seen.loss() - began < HEARTBEAT_TIMEOUT_S + 1
+    assert seen.workers == ["worker1"]
+    assert ends_within(pid, 1)
+
+
+async def test_a_severed_worker_is_lost_within_its_time_and_ended(
+    proxy: tfr.LearnerProxy, steps: Steps, seen: Losses, on_1: Iterator[str]
+) -> None:
+    client, pid = next(on_1), pid_of(proxy, "worker1")
+    async with Faults().sever("worker1", at_call=1).injected(proxy):
+        began = time.monotonic()
+        await steps.check(client)
+        assert await seen.loss() - began < HEARTBEAT_TIMEOUT_S + 1
+    assert ends_within(pid, 1)
+    await steps.check(client)
+    assert seen.workers == ["worker1"]
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
+async def test_a_busy_worker_is_not_lost(
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], on_2: Iterator[str], seconds: int
+) -> None:
+    pids = pid_of(proxy, "worker1"), pid_of(proxy, "worker2")
+    result = await proxy.clients({next(on_1): {"how": "gil"}, next(on_2): {"how": "operators"}}).call(
+        "block", seconds=seconds
+    )
+    assert sorted(result.values()) == ["gil", "operators"]
+    assert seen.workers == []
+    assert (pid_of(proxy, "worker1"), pid_of(proxy, "worker2")) == pids
+
+
+# Forming the world again.
+
+
+async def test_a_world_of_survivors_is_formed_in_no_time_and_runs_nothing_twice(
+    proxy: tfr.LearnerProxy,
+    steps: Steps,
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    latch: Latch,
+    tmp_path: Path,
+) -> None:
+    client, busy, queued = next(on_1), next(on_2), next(on_2)
+    notes = tmp_path / "notes"
+    await steps.check(client)
+    held = asyncio.ensure_future(proxy.custom_method(busy, "note_and_hold", str(notes), latch.path))
+    await seen.reported(busy)
+    waiting = asyncio.ensure_future(proxy.custom_method(queued, "note", str(notes)))
+    group: Any = proxy._router._main._group
+    for number in range(1, 4):
+        group._break()
+        await steps.check(client)
+        await seen.world(number)
+    latch.open()
+    assert (await held, await waiting) == (1, 1)
+    assert sorted(notes.read_text().splitlines()) == sorted([f"{busy} ", f"{queued} "])
+    assert len(seen.progress(busy)) == 1
+    assert seen.workers == []
+    assert min(world.seconds for world in seen.formed) < 0.3
+
+
+@pytest.mark.slow
+async def test_two_workers_lost_at_once_are_both_replaced(
+    proxy: tfr.LearnerProxy, steps: Steps, seen: Losses, on_1: Iterator[str], on_2: Iterator[str]
+) -> None:
+    clients = [*islice(on_1, 2), *islice(on_2, 2)]
+    await steps.check(*clients)
+    kill(proxy, "worker1")
+    kill(proxy, "worker2")
+    await steps.check(*clients)
+    await steps.check(*clients)
+    assert sorted(seen.workers) == ["worker1", "worker2"]
+
+
+async def test_a_process_that_cannot_be_started_is_tried_again(
+    proxy: tfr.LearnerProxy, steps: Steps, on_1: Iterator[str], on_2: Iterator[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = next(on_1), next(on_2)
+    await steps.check(*clients)
+
+    def start(surroundings: object) -> None:
+        monkeypatch.undo()
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(process_source, "WorkerProcess", start)
+    kill(proxy, "worker1")
+    await steps.check(*clients)
+    executor: Any = proxy._router._main
+    numbers = {label: member.local_index for label, member in executor._group.members.items()}
+    assert numbers == {"worker1": 0, "worker2": 1}  # of its name, for its share of the GPUs
+
+
+@pytest.mark.slow
+async def test_a_worker_may_be_lost_while_another_is_replaced(
+    proxy: tfr.LearnerProxy, steps: Steps, seen: Losses, on_1: Iterator[str], on_2: Iterator[str]
+) -> None:
+    def on_event(event: Event) -> None:
+        if isinstance(event, WorkerLost) and event.worker == "worker1":
+            kill(proxy, "worker2")
+
+    clients = [*islice(on_1, 2), *islice(on_2, 2)]
+    await steps.check(*clients)
+    executor: Any = proxy._router._main
+    places = dict(executor._places)
+    unsubscribe = proxy.subscribe(on_event)
+    kill(proxy, "worker1")
+    await steps.check(*clients)
+    unsubscribe()
+    await steps.check(*clients)
+    assert seen.workers == ["worker1", "worker2"]
+    assert executor._places == places  # nobody moves to and fro
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_worker_may_be_lost_while_all_leave_their_world(
+    proxy: tfr.LearnerProxy,
+    steps: Steps,
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    how: signal.Signals,
+) -> None:
+    clients = [next(on_1), next(on_2)]
+    await steps.check(*clients)
+    group: Any = proxy._router._main._group
+    os.kill(pid_of(proxy, "worker2"), signal.SIGSTOP)  # it does not leave
+    group._break()
+    while group.hosts:  # nobody can be called any more
+        await asyncio.sleep(0)
+    os.kill(pid_of(proxy, "worker2"), how)
+    await steps.check(*clients)
+    await steps.check(*clients)
+    assert seen.workers == ["worker2"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_worker_may_be_lost_while_all_join_their_next_world(
+    proxy: tfr.LearnerProxy,
+    steps: Steps,
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    how: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients, tell = [next(on_1), next(on_2)], Member.tell
+    await steps.check(*clients)
+    struck = []
+
+    async def strike(member: Member, message: Any) -> Any:
+        """Before it hears that it is to join, so that the others wait for it in the middle of joining."""
+        if message["do"] == "join" and member.label == "worker2" and not struck:
+            struck.append(pid_of(proxy, "worker2"))
+            os.kill(struck[0], how)
+        return await tell(member, message)
+
+    monkeypatch.setattr(Member, "tell", strike)
+    group: Any = proxy._router._main._group
+    group._break()
+    await steps.check(*clients)
+    await steps.check(*clients)
+    assert struck
+    assert seen.workers == ["worker2"]
+    assert pid_of(proxy, "worker2") not in struck
+
+
+@pytest.mark.slow
+async def test_a_replacement_may_be_lost_as_it_starts(
+    proxy: tfr.LearnerProxy, steps: Steps, seen: Losses, on_1: Iterator[str], on_2: Iterator[str]
+) -> None:
+    clients = [next(on_1), next(on_2)]
+    await steps.check(*clients)
+    kill(proxy, "worker1")
+    step = asyncio.ensure_future(steps.check(*clients))
+    await seen.loss()
+    await kill_once_started(proxy, "worker1")
+    await step
+    assert seen.workers == ["worker1", "worker1"]
+
+
+# What was under way.
+
+
+async def test_calls_that_run_and_wait_on_a_lost_worker_give_the_same_bits(
+    proxy: tfr.LearnerProxy,
+    expected: dict[str, dict[str, Any]],
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+) -> None:
+    clients = [*islice(on_1, 3), *islice(on_2, 1)]
+    async with Faults().kill("worker1", at_call=5).injected(proxy):
+        calls = [(client, proxy.custom_method(client, "step")) for _ in range(3) for client in clients]
+        results = await asyncio.gather(*(call for _, call in calls))
+    for client in clients:
+        given = [result for (owner, _), result in zip(calls, results, strict=True) if owner == client]
+        assert given == expected[client]["step"][:3]
+    assert seen.workers == ["worker1"]
+
+
+@pytest.mark.parametrize("kind", ["", "_async"])
+async def test_an_open_stream_goes_on_after_the_items_delivered(
+    proxy: tfr.LearnerProxy,
+    expected: dict[str, dict[str, Any]],
+    seen: Losses,
+    on_1: Iterator[str],
+    latch: Latch,
+    kind: str,
+) -> None:
+    idle, stepping = next(on_1), next(on_1)
+    method = f"draw{kind}_stream"
+    async with (
+        aclosing(proxy.stream(idle, method, NUM_ITEMS)) as items,
+        aclosing(proxy.stream(stepping, f"stream_with_hold{kind}", latch.path)) as holding,
+    ):
+        drawn = [await anext(items), await anext(items)]
+        assert await anext(holding) == "first"
+        second = asyncio.ensure_future(anext(holding))
+        await seen.reported(stepping)
+        kill(proxy, "worker1")
+        await seen.loss()
+        latch.open()
+        assert drawn + [item async for item in items] == expected[idle][method]
+        assert await second == "released"
+        with pytest.raises(StopAsyncIteration):
+            await anext(holding)
+    assert seen.progress(stepping) == ["holding"]
+
+
+async def test_a_stream_that_is_left_early_is_left_there_again(
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str]
+) -> None:
+    before, before_async, after = islice(on_1, 3)
+    for client, method in ((before, "count"), (before_async, "count_async")):
+        async with aclosing(proxy.stream(client, method, 9)) as items:
+            assert [await anext(items), await anext(items)] == [0, 1]
+        assert await proxy.custom_method(client, "append", "x") == 4
+    async with aclosing(proxy.stream(after, "count", 9)) as items:
+        assert await anext(items) == 0
+        kill(proxy, "worker1")
+        await seen.loss()
+    happened = await proxy.clients([before, before_async, after]).call("what_happened")
+    assert dict(happened) == {
+        before: [0, 1, "closed", "x"],
+        before_async: [0, 1, "closed", "x"],
+        after: [0, "closed"],
+    }
+
+
+async def test_progress_that_was_reported_is_not_reported_again(
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], latch: Latch
+) -> None:
+    client = next(on_1)
+    call = asyncio.ensure_future(proxy.custom_method(client, "report_and_hold", latch.path))
+    await seen.reported(client, 2)
+    kill(proxy, "worker1")
+    await seen.loss()
+    latch.open()
+    assert await call == "reported"
+    assert seen.progress(client) == [0, 1, 2]
+
+
+async def test_deadlines_and_quorums_hold_while_a_worker_is_frozen_and_what_was_cancelled_never_runs(
+    proxy: tfr.LearnerProxy,
+    steps: Steps,
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    tmp_path: Path,
+) -> None:
+    frozen, late, cancelled, other = islice(on_1, 4)
+    quick = list(islice(on_2, 2))
+    notes = tmp_path / "notes"
+    async with Faults().freeze("worker1", at_call=1).injected(proxy):
+        step = asyncio.ensure_future(steps.check(frozen))
+        began = time.monotonic()
+        with pytest.raises(tfr.CallTimeoutError, match=rf"{late}\.note on worker1"):
+            await proxy.options(timeout_s=0.3).custom_method(late, "note", str(notes))
+        assert time.monotonic() - began < 0.5
+        group = proxy.clients([cancelled, *quick]).options(min_results=2)
+        assert list(await group.call("note", str(notes))) == quick
+        assert time.monotonic() - began < HEARTBEAT_TIMEOUT_S  # neither waited for the loss
+        assert seen.workers == []
+        await step
+    assert seen.workers == ["worker1"]
+    await steps.check(other)
+    assert await proxy.clients([late, cancelled]).call("what_happened") == {late: [], cancelled: []}
+    assert sorted(notes.read_text().splitlines()) == [f"{client} " for client in sorted(quick)]

@@ -1,0 +1,59 @@
+"""The scripts of this project that run others."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from folders import ROOT
+
+SCRIPTS = ROOT / "scripts"
+RUN_BY_NIGHT = ["test", "chaos", "bench/table", "bench/checkpoints", "bench/proof"]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A tree with the nightly script, and in place of each that it runs one that notes its arguments in `ran`."""
+    (tmp_path / "scripts" / "bench").mkdir(parents=True)
+    shutil.copy(SCRIPTS / "nightly", tmp_path / "scripts")
+    for name in RUN_BY_NIGHT:
+        assert os.access(SCRIPTS / name, os.X_OK)
+        script = tmp_path / "scripts" / name
+        script.write_text(f'#!/bin/sh\necho {name} "$@" >>ran\n[ "$FAILING" != {name} ]\n')
+        script.chmod(0o755)
+    return tmp_path
+
+
+def nightly(tree: Path, *arguments: str, failing: str = "") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run it; what became of it, and what it ran."""
+    done = subprocess.run(
+        [tree / "scripts" / "nightly", *arguments],
+        env=os.environ | {"FAILING": failing},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done, (tree / "ran").read_text().splitlines()
+
+
+@pytest.mark.parametrize("failing", RUN_BY_NIGHT)
+def test_the_nightly_script_runs_all_and_fails_if_one_of_them_does(tree: Path, failing: str) -> None:
+    done, ran = nightly(tree, failing=failing)
+    assert [line.split()[0] for line in ran] == RUN_BY_NIGHT
+    assert done.returncode == 1
+    assert f"nightly: failed: scripts/{failing}" in done.stderr
+
+
+def test_the_nightly_script_prints_a_fresh_seed_and_takes_an_earlier_one(tree: Path) -> None:
+    seeds = []
+    for _ in range(2):
+        done, _ = nightly(tree)
+        assert done.returncode == 0
+        seeds += re.findall(r"scripts/chaos --seed (\d+)", done.stdout)
+    assert len(set(seeds)) == 2
+    assert nightly(tree, seeds[0])[1][-4] == f"chaos --seed {seeds[0]}"

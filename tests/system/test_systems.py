@@ -1,0 +1,182 @@
+"""Other systems: where what Linux alone has is hidden, local mode works, and pseudo mode where there is one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+import pytest
+from folders import ROOT, SUPPORT, TESTS
+from light import state_of
+
+pytestmark = pytest.mark.timeout(300)  # they take seconds; a busy machine starts Python slowly
+
+# Kills a worker, then stops one; between the two and afterwards each client answers with the count of its calls.
+LOSSES = """
+import asyncio, os, signal
+import torch
+import torchfedrpc as tfr
+
+class Counting:
+    def __init__(self, client_id):
+        self.count = torch.zeros(600_000)
+
+    def add(self, weights):
+        self.count += weights
+        return self.count
+
+    def pid(self):
+        return os.getpid()
+
+async def main():
+    runtime = {"num_processes": 2, "heartbeat_timeout_s": 5}
+    async with tfr.LearnerProxy(Counting, ["a", "b"], runtime=runtime) as proxy:
+        for turn, number in enumerate([signal.SIGKILL, signal.SIGSTOP], start=1):
+            counts = await proxy.clients().call("add", torch.ones(600_000))
+            assert all(count.eq(turn).all() for count in counts.values()), counts
+            os.kill(await proxy.client("a").pid(), number)
+            async with asyncio.timeout(200):
+                await proxy.client("a").pid()
+        print("lost", proxy.stats()["workers_lost"], flush=True)
+        print("pids", *(await proxy.clients().call("pid")).values(), flush=True)
+        if os.environ.get("WAIT"):
+            await asyncio.sleep(250)
+
+if __name__ == "__main__":
+    tfr.run(main)
+"""
+
+
+def surroundings(system: str, **variables: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(SUPPORT / "other_systems"), "HIDDEN_SYSTEM": system, **variables}
+
+
+def run_on(system: str, *arguments: str, timeout_s: float = 280, **variables: str) -> str:
+    """The output of Python on that system; it has to succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=surroundings(system, **variables),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def contract(system: str, mode: str, *files: str, timeout_s: float = 280) -> None:
+    """Run the tests of what users rely on, of that mode alone; in a folder of short names, for the sockets there."""
+    paths = [str(TESTS / "contract" / file) for file in files] or [str(TESTS / "contract")]
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        options = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={folder}/inner"]
+        output = run_on(system, *options, *paths, timeout_s=timeout_s, TEST_MODES=mode)
+    assert " passed" in output
+    assert "[pseudo" not in output or mode == "pseudo"
+
+
+HIDDEN = """
+import os, torchfedrpc
+for look in (lambda: os.memfd_create("x"), lambda: open("/proc/self/stat")):
+    try:
+        look()
+    except (AttributeError, OSError) as error:
+        print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("system", "error"), [("macos", "AttributeError"), ("windows", "AttributeError"), ("sandbox", "PermissionError")]
+)
+def test_the_names_of_a_system_are_hidden(system: str, error: str) -> None:
+    assert run_on(system, "-c", HIDDEN).split() == [error, "FileNotFoundError"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("system", ["macos", "windows", "sandbox"])
+def test_local_mode_behaves_as_on_linux(system: str) -> None:
+    contract(system, "local", timeout_s=850)
+
+
+def test_local_mode_shares_and_reduces_as_on_linux() -> None:
+    contract("windows", "local", "test_sharing.py", "test_sharing_limits.py", "test_reduce_runs.py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("system", ["macos", "sandbox"])
+def test_pseudo_mode_behaves_as_on_linux(system: str) -> None:
+    files = ["test_calls.py", "test_errors.py", "test_sharing.py", "test_reduce_runs.py", "test_closed_proxy.py"]
+    contract(system, "pseudo", *files, timeout_s=850)
+
+
+@pytest.mark.parametrize("system", ["macos", "sandbox"])
+def test_a_killed_and_a_stopped_worker_are_replaced_without_proc(system: str, tmp_path: Path) -> None:
+    script = tmp_path / "losses.py"
+    script.write_text(LOSSES)
+    said = dict(line.split(maxsplit=1) for line in run_on(system, str(script)).splitlines() if " " in line)
+    assert int(said["lost"]) >= 2
+    assert all(state_of_or_none(int(pid)) is None for pid in said["pids"].split())
+
+
+def test_workers_end_with_a_driver_that_is_killed_without_proc(tmp_path: Path) -> None:
+    script = tmp_path / "losses.py"
+    script.write_text(LOSSES)
+    driver = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=surroundings("macos", WAIT="yes"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with driver:
+        output: IO[str] | None = driver.stdout
+        assert output is not None
+        assert output.readline().startswith("lost ")
+        pids = [int(pid) for pid in output.readline().split()[1:]]
+        os.kill(pids[0], signal.SIGSTOP)
+        driver.kill()
+    ends_by = time.monotonic() + 10
+    while left := [pid for pid in pids if state_of_or_none(pid) not in (None, "Z")]:
+        assert time.monotonic() < ends_by, left
+        time.sleep(0.05)
+
+
+def state_of_or_none(pid: int) -> str | None:
+    try:
+        return state_of(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def test_pseudo_mode_says_what_to_do_where_torch_has_no_rpc(tmp_path: Path) -> None:
+    script = tmp_path / "losses.py"
+    script.write_text(LOSSES)
+    with pytest.raises(AssertionError, match=r"ConfigError: this build .*runtime\.execution_mode=local"):
+        run_on("windows", str(script))
+
+
+def test_the_bundled_experiment_is_resumed_on_windows(tmp_path: Path) -> None:
+    command = ["-m", "torchfedrpc", "experiment=smoke", "runtime=local", "resume=auto", f"hydra.run.dir={tmp_path}"]
+    run_on("windows", *command)
+    run_on("windows", *command, "trainer.num_rounds=4")
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 4
+    holding = f"""
+from pathlib import Path
+from torchfedrpc.federation.folder_lock import FolderLock
+lock = FolderLock(Path({str(tmp_path / "checkpoints")!r}))
+lock.acquire()
+import subprocess, sys
+sys.exit(subprocess.call([sys.executable, *{command!r}]))
+"""
+    with pytest.raises(AssertionError, match="belong to a run that goes on"):
+        run_on("windows", "-c", holding)

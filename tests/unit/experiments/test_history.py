@@ -1,0 +1,97 @@
+"""The history of a run: its lines, and what they count."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from torchfedrpc.events import RoundEnded
+from torchfedrpc.experiments.history import History
+
+METRICS = {"test_accuracy": 0.5, "test_loss": 1.5, "train_loss": 2.0, "num_clients": 3.0}
+KEYS = [
+    "round",
+    "test_accuracy",
+    "test_loss",
+    "train_loss",
+    "num_clients",
+    "seconds",
+    "bytes_sent",
+    "bytes_received",
+]
+
+
+class FakeRun:
+    """A clock and traffic that a test sets by hand."""
+
+    def __init__(self) -> None:
+        self.time_s = 100.0
+        self.num_bytes = 1000
+
+    def clock(self) -> float:
+        return self.time_s
+
+    def traffic(self) -> dict[str, int]:
+        return {"bytes_sent": self.num_bytes, "bytes_received": 2 * self.num_bytes}
+
+
+@pytest.fixture
+def run() -> FakeRun:
+    return FakeRun()
+
+
+def _history(path: Path, run: FakeRun) -> History:
+    return History(path, run.traffic, run.clock)
+
+
+def _lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_round_is_a_line_with_these_keys_in_this_order(tmp_path: Path, run: FakeRun) -> None:
+    history = _history(tmp_path / "history.jsonl", run)
+    history.append(RoundEnded(0, 2, METRICS))
+    history.append(RoundEnded(1, 2, METRICS))
+    lines = _lines(tmp_path / "history.jsonl")
+    assert [list(line) for line in lines] == [KEYS, KEYS]
+    assert [line["round"] for line in lines] == [0, 1]
+    assert lines[0]["test_accuracy"] == 0.5
+    assert lines[0]["num_clients"] == 3
+
+
+def test_a_line_is_in_the_file_as_soon_as_the_round_has_ended(tmp_path: Path, run: FakeRun) -> None:
+    history = _history(tmp_path / "history.jsonl", run)
+    assert _lines(tmp_path / "history.jsonl") == []
+    history.append(RoundEnded(0, 2, METRICS))
+    assert len(_lines(tmp_path / "history.jsonl")) == 1
+
+
+def test_time_and_traffic_are_those_of_the_round(tmp_path: Path, run: FakeRun) -> None:
+    history = _history(tmp_path / "history.jsonl", run)
+    for seconds, num_bytes in ((2.0, 10), (3.0, 30)):
+        run.time_s += seconds
+        run.num_bytes += num_bytes
+        history.append(RoundEnded(0, 2, METRICS))
+    assert [record.seconds for record in history.records] == [2.0, 3.0]
+    assert [record.bytes_sent for record in history.records] == [10, 30]
+    assert [record.bytes_received for record in history.records] == [20, 60]
+
+
+def test_what_was_not_measured_is_null(tmp_path: Path, run: FakeRun) -> None:
+    _history(tmp_path / "history.jsonl", run).append(RoundEnded(0, 1, {}))
+    (line,) = _lines(tmp_path / "history.jsonl")
+    assert list(line) == KEYS
+    assert line["test_accuracy"] is line["num_clients"] is None
+
+
+def test_a_diverged_loss_is_null_so_that_the_line_stays_json(tmp_path: Path, run: FakeRun) -> None:
+    _history(tmp_path / "history.jsonl", run).append(RoundEnded(0, 1, {**METRICS, "train_loss": float("nan")}))
+    assert _lines(tmp_path / "history.jsonl")[0]["train_loss"] is None
+
+
+def test_an_older_history_is_replaced(tmp_path: Path, run: FakeRun) -> None:
+    (tmp_path / "history.jsonl").write_text("{}\n")
+    _history(tmp_path / "history.jsonl", run)
+    assert (tmp_path / "history.jsonl").read_text() == ""

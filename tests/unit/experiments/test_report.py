@@ -1,0 +1,88 @@
+"""What a run leaves at its end: a table and a picture."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import needs
+
+from torchfedrpc.experiments.history import RoundRecord
+from torchfedrpc.experiments.report import print_table
+
+
+def _record(round_num: int, num_bytes: int = 1_000_000) -> RoundRecord:
+    return RoundRecord(round_num, 0.01 * round_num, 1.0, 2.0, 10, 0.5, num_bytes, 2 * num_bytes)
+
+
+def _table(records: list[RoundRecord]) -> str:
+    stream = io.StringIO()
+    print_table(records, stream)
+    return stream.getvalue()
+
+
+@pytest.fixture(params=["rich", "plain"])
+def _drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "rich":
+        needs("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich", None)
+
+
+@pytest.mark.usefixtures("_drawn")
+class TestTable:
+    """With rich and without."""
+
+    def test_the_last_round_is_shown_with_the_sums_so_far(self) -> None:
+        last = [line for line in _table([_record(number) for number in range(20)]).splitlines() if "0.190" in line]
+        assert len(last) == 1
+        for cell in ("20", "1.000", "2.000", "10.0", "40.0"):
+            assert cell in last[0]
+
+    @pytest.mark.parametrize("num_rounds", [1, 7, 10, 11, 99, 1000])
+    def test_the_table_has_ten_rows_at_most(self, num_rounds: int) -> None:
+        rows = _table([_record(number) for number in range(num_rounds)]).count("2.000")
+        assert min(num_rounds, 5) <= rows <= 10
+
+    def test_traffic_is_left_out_where_there_was_none(self) -> None:
+        assert "MB" in _table([_record(0)])
+        assert "MB" not in _table([_record(0, num_bytes=0)])
+
+    def test_a_run_of_no_rounds_has_a_table(self) -> None:
+        assert "rounds" in _table([])
+
+    def test_what_was_not_measured_is_a_dash(self) -> None:
+        assert "-" in _table([RoundRecord(0, None, None, None, None, 0.5, 0, 0)])
+
+
+def test_the_plain_table_is_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert _table([_record(9, num_bytes=0)]) == (
+        "rounds  test accuracy  test loss  train loss  clients  seconds\n"
+        "    10          0.090      1.000       2.000       10      0.5\n"
+    )
+
+
+DRAW = """
+from pathlib import Path
+from torchfedrpc.experiments.history import RoundRecord
+from torchfedrpc.experiments.metrics_plot import draw_metrics
+
+measured = [RoundRecord(number, 0.1 * number, 1.0, 2.0, 10, 0.5, 0, 0) for number in range(5)]
+draw_metrics(measured, Path("full.png"), baseline_accuracy=[0.9] * 5, baseline_loss=[0.1] * 5)
+draw_metrics(measured[:1], Path("one.png"))
+draw_metrics([RoundRecord(0, None, None, None, None, 0.5, 0, 0)], Path("unmeasured.png"))
+draw_metrics([], Path("empty.png"))
+"""
+
+
+def test_a_picture_is_drawn_of_whatever_was_measured(tmp_path: Path) -> None:
+    needs("matplotlib")
+    # In a process of its own, because matplotlib keeps its fonts open.
+    warnings = ["-W", "error", "-W", "ignore::DeprecationWarning"]  # which matplotlib 3.9 gets from newer libraries
+    subprocess.run([sys.executable, *warnings, "-c", DRAW], cwd=tmp_path, check=True, timeout=60)
+    for name in ("full", "one", "unmeasured", "empty"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,120 @@
+"""What a worker answers over its link, and what becomes of one whose answers have another form."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.rpc import reach
+from torchfedrpc.rpc.control_link import Link, Message
+from torchfedrpc.rpc.member import Member, RefusalError
+from torchfedrpc.wire.file import TensorFile
+
+GOOD: Message = {"device": "cpu", "visible_gpus": None, "sees_files": True, "files": None, "problems": []}
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Member, Link]]:
+    """A worker as the driver has it, and the worker's end of its link."""
+    ours, theirs = (Link(end) for end in socket.socketpair())
+    pulse, other = socket.socketpair()
+    with pulse, other:
+        yield Member("worker1", ours, pulse, "here", dismiss=lambda reason: None), theirs
+        ours.close()
+        theirs.close()
+
+
+async def told(ends: tuple[Member, Link], answer: Any, message: Message) -> Message:
+    """Tell the worker something that it answers so."""
+    member, link = ends
+    member.begin()
+    link.send({"number": 0, **answer})
+    return await member.tell(message)
+
+
+async def test_a_refusal_has_its_reason_and_its_traceback(ends: tuple[Member, Link]) -> None:
+    with pytest.raises(RefusalError, match="worker1 could not join: no") as raised:
+        await told(ends, {"error": "no", "traceback": "where"}, {"do": "join"})
+    assert raised.value.__notes__ == ["where"]
+
+
+async def test_what_cannot_be_printed_of_a_refusal_is_shown_by_its_codes(ends: tuple[Member, Link]) -> None:
+    with pytest.raises(ConfigError, match=r"could not prepare: \\ud800") as raised:
+        await told(ends, {"error": "\ud800", "traceback": "\udfff" * 30}, {"do": "prepare"})
+    str(raised.value).encode()
+    raised.value.__notes__[0].encode()
+
+
+@pytest.mark.parametrize("answer", [{"error": 3, "traceback": ""}, {"error": "x"}, {"error": [], "traceback": None}])
+async def test_a_refusal_of_another_form_is_a_lost_worker(ends: tuple[Member, Link], answer: Any) -> None:
+    with pytest.raises(WorkerLostError, match="worker1 was told to join, and its answer is not of the form"):
+        await told(ends, answer, {"do": "join"})
+
+
+def test_what_a_prepared_worker_tells_is_taken(ends: tuple[Member, Link]) -> None:
+    member, _ = ends
+    probe = TensorFile.of([])
+    assert member.adopt({**GOOD, "device": "cuda:1", "visible_gpus": "0,1", "files": [os.getpid(), probe.address()]})
+    assert (member.device, member.visible_gpus, member.sees_files) == ("cuda:1", "0,1", True)
+    assert member.pid == os.getpid()
+    probe.close()
+    assert member.adopt({**GOOD, "files": ["../1", [0, 0, 0, 0, []]]})
+    assert member.pid is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"device": "meta"},
+        {"device": "cuda:1\n"},
+        {"device": 3},
+        {"visible_gpus": 3},
+        {"sees_files": "yes"},
+        {"files": 3},
+        {"files": [1]},
+        {"files": {}},
+    ],
+)
+def test_what_has_another_form_is_not_taken(ends: tuple[Member, Link], changed: Any) -> None:
+    member, _ = ends
+    assert not member.adopt({**GOOD, **changed})
+    assert not member.adopt({name: value for name, value in GOOD.items() if name not in changed})
+    assert (member.device, member.pid) == ("cpu", None)
+
+
+async def test_an_address_that_does_not_answer_is_named_with_the_time_that_it_had(
+    ends: tuple[Member, Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "_TIMEOUT_S", 0.2)
+    member, link = ends
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        for _ in range(4):  # so many that the last wait to get in
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        host, port = full.getsockname()
+        member.begin()
+        link.send({"number": 0, "host": host, "port": port})
+        with pytest.raises(
+            WorkerLostError, match=rf"{host}:{port} cannot be reached from .* \(no answer within 0\.2 s"
+        ):
+            await reach.check(member, "127.0.0.1", None)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{}, {"host": "127.0.0.1"}, {"host": "a.name.to.look.up", "port": 1}, {"host": "127.0.0.1", "port": 0},
+     {"host": "127.0.0.1", "port": 1 << 20}, {"host": 1, "port": 1}, {"host": "127.0.0.1", "port": "1"}],
+)  # fmt: skip
+async def test_an_address_of_another_form_is_not_dialled(ends: tuple[Member, Link], answer: Any) -> None:
+    member, link = ends
+    member.begin()
+    link.send({"number": 0, **answer})
+    with pytest.raises(WorkerLostError, match="worker1 was told to reach, and its answer is not of the form"):
+        await reach.check(member, "127.0.0.1", None)

@@ -1,0 +1,62 @@
+"""A worker process and its driver's orders."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.rpc.control_link import Link
+from torchfedrpc.rpc.processes import how_it_ended, start_worker
+
+
+def test_a_killed_process_may_have_run_out_of_memory() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+    process.wait()
+    assert how_it_ended(process) == " by SIGKILL, which the system sends where memory runs out"
+
+
+MODULE = """
+import time
+from pathlib import Path
+Path({path!r}).touch()
+while True:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(("reason", "status"), [("it takes too long", 1), ("", 0)])
+async def test_it_ends_in_the_middle_of_an_import_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], reason: str, status: int
+) -> None:
+    begun = tmp_path / "begun"
+    (tmp_path / "endless.py").write_text(MODULE.format(path=str(begun)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = LearnerSpec("endless", "Learner", 0, RuntimeConfig()).to_message()
+    prepare = {"do": "prepare", "spec": spec, "label": "worker1", "local_index": 0, "main": None, "settings": {}}
+    ours, theirs = socket.socketpair()
+    our_pulse, their_pulse = socket.socketpair()
+    with theirs, their_pulse:
+        process = start_worker(theirs.fileno(), their_pulse.fileno(), remote=True)
+    with our_pulse:
+        try:
+            link = Link(ours)
+            preparing = asyncio.ensure_future(link.request(prepare, "worker1"))
+            async with asyncio.timeout(60):
+                while not begun.exists():
+                    await asyncio.sleep(0.05)
+            link.stop(reason)
+            assert await asyncio.to_thread(process.wait, 30) == status
+            with pytest.raises(WorkerLostError):
+                await preparing
+        finally:
+            process.kill()
+            process.wait()
+    assert (f"the driver does without this worker: {reason}" in capfd.readouterr().err) == bool(reason)

@@ -1,0 +1,54 @@
+"""The centralised baseline: what one model reaches that has everybody's data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from torchfedrpc.experiments.data.samples import TrainTest
+from torchfedrpc.experiments.model import build_model
+from torchfedrpc.experiments.training import Optimisation, Score, fit, score
+
+
+def train_centrally(
+    *,
+    model: Mapping[str, Any],
+    data: TrainTest,
+    seed: int,
+    num_rounds: int,
+    local_epochs: int = 1,
+    trusted_modules: Iterable[str] = (),
+    **optimisation: Any,
+) -> list[Score]:
+    """Train one model on the whole training set, from the weights that the federated run began with.
+
+    Args:
+        model: recipe of the model.
+        data: what to train on, and what to score on.
+        seed: draws the initial weights and the order of samples; the process's own random stream is left
+            alone.
+        num_rounds: how often to score.
+        local_epochs: passes over the training set before each score, as many as a client makes in a round.
+        trusted_modules: packages that the recipe may name, as `build` has it.
+        optimisation: the fields of `Optimisation`.
+
+    Returns:
+        The test score after each round's worth of training.
+    """
+    network = build_model(model, seed, trusted_modules)
+    indices = torch.arange(len(data.train))
+    scores = []
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for _ in range(num_rounds):
+            fit(
+                network,
+                data.train,
+                indices,
+                num_epochs=local_epochs,
+                optimisation=Optimisation(**optimisation),
+            )
+            scores.append(score(network, data.test))
+    return scores

@@ -1,0 +1,243 @@
+"""An experiment: data, learners and a trainer put together from a configuration, and run."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from torchfedrpc import extras
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError, suggest
+from torchfedrpc.experiments.baseline import train_centrally
+from torchfedrpc.experiments.data.samples import Samples, TrainTest
+from torchfedrpc.experiments.history import History, RoundRecord
+from torchfedrpc.experiments.model import build_model, initial_weights
+from torchfedrpc.experiments.progress import live_progress
+from torchfedrpc.experiments.recipe import build, locate
+from torchfedrpc.experiments.report import print_table
+from torchfedrpc.experiments.training import Score, score
+from torchfedrpc.federation.checkpoints import SUBFOLDER, Checkpoints
+from torchfedrpc.federation.private_files import make_private, replaced
+from torchfedrpc.host.process import process_settings
+from torchfedrpc.proxy import LearnerProxy
+
+Recipe = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """What the configuration's groups resolve to.
+
+    Attributes:
+        seed: draws everything that is drawn.
+        runtime: where learners run.
+        dataset: recipe of a `TrainTest`. It, ``partition`` and ``model`` may call what `build` allows.
+        partition: recipe of a function of ``labels`` and ``num_clients``, as in
+            `torchfedrpc.experiments.data.partition`.
+        model: recipe of a module.
+        learner: the class of the learners as ``_target_``, and settings for its constructor, which gets
+            ``dataset``, ``indices``, ``model`` and ``seed`` beside them.
+        trainer: the class of the trainer as ``_target_``, and its settings. It is made as ``FedAvgTrainer``
+            is, and its ``train`` returns the final weights.
+        baseline: settings of `train_centrally`; None for no baseline.
+        checkpoint_every: rounds from one checkpoint to the next; None for none.
+        resume: ``never``, ``auto`` or an output folder, as `Checkpoints` has it.
+    """
+
+    seed: int
+    runtime: RuntimeConfig
+    dataset: Recipe
+    partition: Recipe
+    model: Recipe
+    learner: Recipe
+    trainer: Recipe
+    baseline: Recipe | None = None
+    checkpoint_every: int | None = 1
+    resume: str = "never"
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ExperimentConfig:
+        """Take a mapping with these keys; ``runtime`` may be anything that `RuntimeConfig.of` takes.
+
+        Raises:
+            ConfigError: a key is missing or unknown, or the runtime's settings cannot be met.
+        """
+        known = [item.name for item in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown key {key}{suggest(key, known)}")
+        missing = [item.name for item in dataclasses.fields(cls) if item.name not in values and _is_required(item)]
+        if missing:
+            raise ConfigError(
+                f"the configuration lacks {', '.join(missing)}: give it on the command line, such as model=cnn; "
+                f"torchfedrpc --help lists the options of each group"
+            )
+        return cls(**{**values, "runtime": RuntimeConfig.of(values["runtime"])})
+
+    @property
+    def trusted_modules(self) -> list[str]:
+        """The packages that recipes may name, as workers have them: the learner's own, and ``runtime``'s."""
+        return [locate(self.learner).__module__, *self.runtime.trusted_modules]
+
+    def checkpoints(self, output_dir: Path) -> Checkpoints:
+        """The checkpoints of a run with these outputs; it goes on with equal seed, data, model, learner and trainer.
+
+        Raises:
+            ConfigError: ``checkpoint_every`` or ``resume`` cannot be met.
+        """
+        names = ("seed", "dataset", "partition", "model", "learner", "trainer")
+        config = {name: getattr(self, name) for name in names}
+        return Checkpoints(output_dir / SUBFOLDER, every=self.checkpoint_every, resume=self.resume, config=config)
+
+
+async def run_experiment(
+    config: ExperimentConfig,
+    output_dir: Path,
+    *,
+    checkpoints: Checkpoints | None = None,
+    stream: TextIO | None = None,
+) -> float:
+    """Run an experiment from beginning to end, or from a checkpoint.
+
+    Writes ``history.jsonl`` (round by round), ``model.pt`` (the final weights) and, where matplotlib is
+    installed, ``metrics.png``.
+
+    Args:
+        config: what to run.
+        output_dir: a folder for these files; made where it is not there, for its user alone.
+        checkpoints: what ``config.checkpoints(output_dir)`` gives, where it is open already.
+        stream: where progress and the final table are shown. Default: stdout.
+
+    Returns:
+        The final test accuracy, 0 to 1.
+
+    Raises:
+        ConfigError: a setting cannot be met.
+    """
+    if checkpoints is None:
+        with config.checkpoints(output_dir) as opened:
+            return await run_experiment(config, output_dir, checkpoints=opened, stream=stream)
+    make_private(output_dir)
+    stream = stream or sys.stdout
+    if note := extras.missing_line([("live bar", "rich"), ("picture", "matplotlib")]):
+        print(note, file=stream)
+    data: TrainTest = build(config.dataset, config.trusted_modules)
+    scorer = _Scorer(build_model(config.model, config.seed, config.trusted_modules), data.test)
+    weights, history = await _train(config, data, scorer, output_dir / "history.jsonl", checkpoints, stream)
+    with replaced(output_dir / "model.pt") as file:
+        torch.save(weights, file)
+    with process_settings(config.runtime):
+        baseline = _train_baseline(config, data)
+        final = scorer.score(weights)
+    _draw(history, baseline, output_dir / "metrics.png")
+    print_table(history, stream)
+    if baseline:
+        print(f"centralised baseline: test accuracy {baseline[-1].accuracy:.3f}", file=stream)
+    print(f"final test accuracy: {final.accuracy:.3f}", file=stream, flush=True)
+    return final.accuracy
+
+
+async def _train(
+    config: ExperimentConfig,
+    data: TrainTest,
+    scorer: _Scorer,
+    history_path: Path,
+    checkpoints: Checkpoints,
+    stream: TextIO,
+) -> tuple[dict[str, Tensor], list[RoundRecord]]:
+    """Let the trainer train; gives the final weights and the rounds."""
+    clients = _divide(config, data.train)
+    async with LearnerProxy(locate(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
+        found = checkpoints.open()
+        going_on = f", going on after round {found.round_num}" if found is not None else ""
+        print(f"{len(clients)} clients, {proxy.mode} mode{going_on}", file=stream, flush=True)
+        history = History(history_path, proxy.stats, goes_on=found is not None)
+        trainer = locate(config.trainer)(
+            _settings(config.trainer),
+            proxy,
+            initial_weights=initial_weights(config.model, config.seed, config.trusted_modules),
+            score=scorer.metrics,
+            history=history,
+        )
+        trainer.checkpoints, checkpoints.parts["history"] = checkpoints, history
+        with live_progress(stream) as show:
+            proxy.subscribe(show)
+            weights = await trainer.train()
+    if not isinstance(weights, Mapping):
+        raise ConfigError(
+            f"{config.trainer['_target_']}.train() must return the final weights, a state dict; "
+            f"it returned a {type(weights).__name__}"
+        )
+    return dict(weights), history.records
+
+
+def _is_required(item: dataclasses.Field[Any]) -> bool:
+    return item.default is dataclasses.MISSING
+
+
+class _Scorer:
+    """Scores weights on the held-out samples.
+
+    Args:
+        model: a module to load the weights into.
+        test_set: the samples.
+    """
+
+    def __init__(self, model: nn.Module, test_set: Samples) -> None:
+        self._model = model
+        self._test_set = test_set
+
+    def score(self, weights: Mapping[str, Tensor]) -> Score:
+        self._model.load_state_dict(weights)
+        return score(self._model, self._test_set)
+
+    def metrics(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        result = self.score(weights)
+        return {"test_accuracy": result.accuracy, "test_loss": result.loss}
+
+
+def _divide(config: ExperimentConfig, train_set: Samples) -> dict[str, dict[str, Any]]:
+    """The clients: id -> what its learner's constructor gets."""
+    client_ids = config.runtime.default_client_ids()
+    parts = build(
+        config.partition, config.trusted_modules, labels=train_set.labels.numpy(), num_clients=len(client_ids)
+    )
+    common = {
+        "dataset": config.dataset,
+        "model": config.model,
+        "seed": config.seed,
+        **_settings(config.learner),
+    }
+    return {client_id: {"indices": indices, **common} for client_id, indices in zip(client_ids, parts, strict=True)}
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "_target_"}
+
+
+def _train_baseline(config: ExperimentConfig, data: TrainTest) -> list[Score]:
+    if config.baseline is None:
+        return []
+    return train_centrally(
+        model=config.model, data=data, seed=config.seed, trusted_modules=config.trusted_modules, **config.baseline
+    )
+
+
+def _draw(history: Sequence[RoundRecord], baseline: Sequence[Score], path: Path) -> None:
+    if not extras.available("matplotlib"):
+        return
+    from torchfedrpc.experiments.metrics_plot import draw_metrics  # noqa: PLC0415 - matplotlib is optional
+
+    draw_metrics(
+        history,
+        path,
+        baseline_accuracy=[result.accuracy for result in baseline],
+        baseline_loss=[result.loss for result in baseline],
+    )

@@ -1,0 +1,113 @@
+"""The history of a run: a line of JSON for each round."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torchfedrpc.events import RoundEnded
+from torchfedrpc.federation.private_files import open_private, replaced
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round; the fields are the keys of a line, in their order. None is what the trainer did not measure.
+
+    Attributes:
+        round: its number, from 0.
+        test_accuracy: of the global model after the round, on held-out samples; 0 to 1.
+        test_loss: the same model's mean loss on them.
+        train_loss: mean loss of the cohort's local training.
+        num_clients: the clients whose results count.
+        seconds: wall-clock time since the round before ended, scoring included.
+        bytes_sent: from the driver to workers in that time.
+        bytes_received: by the driver from workers in that time.
+    """
+
+    round: int
+    test_accuracy: float | None
+    test_loss: float | None
+    train_loss: float | None
+    num_clients: int | None
+    seconds: float
+    bytes_sent: int
+    bytes_received: int
+
+
+class History:
+    """Keeps the rounds of a run, in memory and in a file to which each is written as it ends.
+
+    Args:
+        path: the file; what it holds is replaced, at once or by `load_state_dict`.
+        traffic: gives ``bytes_sent`` and ``bytes_received`` so far, as ``proxy.stats`` does.
+        clock: seconds from some fixed point.
+        goes_on: whether `load_state_dict` follows, so that the file is left as it is until then.
+
+    Attributes:
+        records: the rounds so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        traffic: Callable[[], Mapping[str, Any]],
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        goes_on: bool = False,
+    ) -> None:
+        self.records: list[RoundRecord] = []
+        self._path = path
+        self._traffic = traffic
+        self._clock = clock
+        self._last_time = clock()
+        self._last_traffic = dict(traffic())
+        if not goes_on:
+            with replaced(path):
+                pass
+
+    def append(self, ended: RoundEnded) -> None:
+        """Record a round that ends now."""
+        now, traffic = self._clock(), dict(self._traffic())
+        metrics = {name: _finite(value) for name, value in ended.metrics.items()}
+        num_clients = metrics.get("num_clients")
+        record = RoundRecord(
+            round=ended.round_num,
+            test_accuracy=metrics.get("test_accuracy"),
+            test_loss=metrics.get("test_loss"),
+            train_loss=metrics.get("train_loss"),
+            num_clients=None if num_clients is None else int(num_clients),
+            seconds=round(now - self._last_time, 6),
+            bytes_sent=traffic["bytes_sent"] - self._last_traffic["bytes_sent"],
+            bytes_received=traffic["bytes_received"] - self._last_traffic["bytes_received"],
+        )
+        self._last_time, self._last_traffic = now, traffic
+        self.records.append(record)
+        descriptor = open_private(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rounds so far, as plain data."""
+        return {"records": [asdict(record) for record in self.records]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from these rounds, in the file as well: it is replaced as a whole."""
+        self.records[:] = [RoundRecord(**record) for record in state["records"]]
+        with replaced(self._path) as file:
+            file.write("".join(map(_line, self.records)).encode())
+        self._last_time, self._last_traffic = self._clock(), dict(self._traffic())
+
+
+def _line(record: RoundRecord) -> str:
+    return json.dumps(asdict(record)) + "\n"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity: a diverged loss is written as null."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,188 @@
+"""Recipes: plain mappings with a ``_target_`` that say how to make an object, wherever it is needed.
+
+A learner gets its recipes from the driver, over the network. So a recipe may call only what is meant for that: data
+sets and models of this library, ``torch.nn``, and classes and functions that the learner's own package or one in
+``runtime.trusted_modules`` defines. The rule is the same in every mode, and for the driver's own recipes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.machinery import PathFinder
+from typing import Any
+
+from torch import nn
+
+from torchfedrpc.errors import ConfigError, suggest
+from torchfedrpc.wire.allowlist import AllowList, canonical
+
+_OWN_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")  # hydra's
+_OURS = ("torchfedrpc.experiments.data.", "torchfedrpc.experiments.models.")
+_TORCH = "torch.nn."
+# Its other functions set hooks for all modules of a process, or are no part of a model.
+_TORCH_FUNCTIONS = ("torch.nn.functional", "torch.nn.init", "torch.nn.utils")
+_INSTALL = "install the package, or put the folder that it is in on PYTHONPATH, for the driver and its workers"
+_NEVER_WHOLE = ("torch", "torchfedrpc")  # both have functions that run any command or script
+
+
+def build(recipe: Mapping[str, Any], trusted_modules: Iterable[str] = (), /, **extra: Any) -> Any:
+    """Call a recipe's target; what that raises is raised as it is.
+
+    Args:
+        recipe: ``_target_`` is the dotted name of a class or function, ``_args_`` its positional arguments, the other
+            keys are its keyword arguments. Recipes among them are called first, unless ``_recursive_`` is false. With
+            ``_partial_`` the call is left to be made later.
+        trusted_modules: packages whose classes and functions it may name, beside those that are always allowed.
+        extra: further arguments, taken as they are.
+
+    Raises:
+        ConfigError: the recipe has no target, or one that cannot be found or may not be used.
+    """
+    _check_has_target(recipe)
+    trusted = AllowList(trusted_modules).trusted
+    for target in _targets(recipe):  # all of them before the first is called
+        _find_trusted(target, trusted)
+    return _made(recipe, extra)
+
+
+def locate(recipe: Mapping[str, Any], /) -> Any:
+    """The class or function that a recipe names, whatever its package: for the driver's own configuration alone.
+
+    Raises:
+        ConfigError: the recipe has no target, or one that cannot be found.
+    """
+    _check_has_target(recipe)
+    *_, found = _entries(recipe["_target_"])
+    return found
+
+
+def _made(value: Any, extra: Mapping[str, Any] | None = None) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_made, value)) if type(value) in (list, tuple) else value
+    if not isinstance(value, Mapping):
+        return value
+    if "_target_" not in value:
+        return {key: _made(item) for key, item in value.items()}
+    args = list(value.get("_args_", ()))
+    kwargs = {key: item for key, item in value.items() if key not in _OWN_KEYS}
+    if value.get("_recursive_", True):
+        args, kwargs = _made(args), _made(kwargs)
+    kwargs |= extra or {}
+    *_, target = _entries(value["_target_"])
+    return functools.partial(target, *args, **kwargs) if value.get("_partial_") else target(*args, **kwargs)
+
+
+def _targets(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            yield value["_target_"]
+        for item in value.values():
+            yield from _targets(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _targets(item)
+
+
+def _find_trusted(target: Any, trusted: frozenset[str]) -> None:
+    """Check that a recipe may call a target.
+
+    Raises:
+        ConfigError: it cannot be found, or it is outside of the packages that recipes may name.
+    """
+    parts = target.split(".") if isinstance(target, str) else []
+    if len(parts) < 2 or not all(map(str.isidentifier, parts)):
+        raise ConfigError(f"a recipe's _target_ is a dotted name such as mypackage.models.Net, not {target!r}")
+    root = canonical(parts[0])
+    if root in trusted and root not in _NEVER_WHOLE:
+        if any(part.startswith("__") for part in parts[1:]):
+            raise _untrusted(target, root)
+        for entry in _entries(target):
+            home = _home(entry)
+            if canonical(home.partition(".")[0]) not in trusted:
+                raise _untrusted(target, home)
+        return
+    if not target.startswith((*_OURS, _TORCH)) or any(part.startswith("_") for part in parts):
+        raise _untrusted(target, root)
+    entries = list(_entries(target))
+    if len(entries) > 1 or not _is_for_all(entries[0]):
+        raise _untrusted(target, root)
+
+
+def _is_for_all(entry: Any) -> bool:
+    """Whether a recipe may call it though no package is trusted: it makes data, a model, or a part of one."""
+    home = _home(entry)
+    if home.startswith(_OURS):
+        return True
+    if isinstance(entry, type):
+        return home.startswith(_TORCH) and issubclass(entry, nn.Module)
+    is_unset = getattr(entry, "__name__", "") == "skip_init"  # it gives memory that nobody has written
+    return home in _TORCH_FUNCTIONS or (home.startswith("torch.nn.utils.") and not is_unset)
+
+
+def _home(entry: Any) -> str:
+    """The module that defines a class or a function; empty for anything else."""
+    if isinstance(entry, types.ModuleType) or not callable(entry) or not hasattr(entry, "__qualname__"):
+        return ""
+    home = getattr(entry, "__module__", None)
+    return home if isinstance(home, str) else ""
+
+
+def _entries(target: str) -> Iterator[Any]:
+    """What the names behind the module's in a dotted name stand for, one after another.
+
+    Raises:
+        ConfigError: one of them is not there.
+    """
+    parts = target.split(".")
+    owner: Any = None
+    for count in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:count])
+        if "__main__" in parts[1:count]:
+            continue  # to import it would run it
+        try:
+            owner = importlib.import_module(canonical(name))
+            break
+        except ModuleNotFoundError as error:
+            if not name.startswith(str(error.name)) or count == 1:
+                raise ConfigError(f"cannot find {target!r}: {error}; {_INSTALL}") from error
+        except ImportError as error:
+            raise ConfigError(f"cannot find {target!r}: {error}") from error
+    if owner is None:
+        raise ConfigError(f"cannot find {target!r}: it is a dotted name of no class and no function")
+    for part in parts[count:]:
+        try:
+            owner = getattr(owner, part)
+        except AttributeError as error:
+            raise ConfigError(f"cannot find {target!r}: {error}{suggest(part, _names(owner))}") from error
+        yield owner
+
+
+def _names(owner: Any) -> set[str]:
+    """The public names in a module, those of its submodules included, or in a class."""
+    modules = {module.name for module in pkgutil.iter_modules(getattr(owner, "__path__", ()))}
+    return {name for name in modules | {*dir(owner)} if not name.startswith("_")}
+
+
+def _untrusted(target: str, home: str) -> ConfigError:
+    root = canonical(home.partition(".")[0])
+    if root in _NEVER_WHOLE or root in sys.stdlib_module_names or not root:
+        advice = "write a function in a package of yours that calls it, and name that package in"
+        remedy = f"{advice} runtime.trusted_modules"
+    else:
+        remedy = f"if you trust its package, add that to the others in runtime.trusted_modules=[{root}]"
+        if root not in sys.modules and PathFinder.find_spec(root) is None:  # which imports nothing
+            remedy += f", and {_INSTALL}"
+    return ConfigError(
+        f"a recipe may not call {target}: recipes may name the data sets and models of torchfedrpc, torch.nn, and "
+        f"classes and functions that the learner's own package and runtime.trusted_modules define; {remedy}"
+    )
+
+
+def _check_has_target(recipe: Mapping[str, Any]) -> None:
+    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("_target_"), str):
+        raise ConfigError(f"a recipe needs _target_, the dotted name of what makes it; this has none: {recipe!r}")

@@ -1,0 +1,62 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from torchfedrpc import extras
+from torchfedrpc.experiments.history import RoundRecord
+
+_MAX_ROWS = 10
+_HEADERS = ("rounds", "test accuracy", "test loss", "train loss", "clients", "seconds")
+_TRAFFIC_HEADERS = ("MB sent", "MB received")
+
+
+def print_table(records: Sequence[RoundRecord], stream: TextIO, *, title: str = "") -> None:
+    """Write a table of the rounds, about ten of them, with times and traffic summed up to each.
+
+    rich draws it where it is installed. Traffic is left out where there was none.
+
+    Args:
+        records: the history of the run; the last of it is always shown.
+        stream: where to.
+        title: a line above the table.
+    """
+    has_traffic = any(record.bytes_sent or record.bytes_received for record in records)
+    headers = _HEADERS + (_TRAFFIC_HEADERS if has_traffic else ())
+    rows = [row[: len(headers)] for row in _rows(records)]
+    if extras.available("rich"):
+        from torchfedrpc.experiments.rich_table import print_rich_table  # noqa: PLC0415 - rich is optional
+
+        print_rich_table(headers, rows, stream, title=title)
+        return
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    if title:
+        print(title, file=stream)
+    for row in (headers, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)), file=stream)
+
+
+def _rows(records: Sequence[RoundRecord]) -> list[tuple[str, ...]]:
+    step = -(-len(records) // _MAX_ROWS) or 1
+    shown = range(len(records) - 1, -1, -step)[::-1]
+    return [_row(records[: place + 1]) for place in shown]
+
+
+def _row(so_far: Sequence[RoundRecord]) -> tuple[str, ...]:
+    last = so_far[-1]
+    return (
+        str(last.round + 1),
+        _number(last.test_accuracy),
+        _number(last.test_loss),
+        _number(last.train_loss),
+        "-" if last.num_clients is None else str(last.num_clients),
+        f"{sum(record.seconds for record in so_far):.1f}",
+        f"{sum(record.bytes_sent for record in so_far) / 1e6:.1f}",
+        f"{sum(record.bytes_received for record in so_far) / 1e6:.1f}",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""Sums and means of results, formed on the workers."""
