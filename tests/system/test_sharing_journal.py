@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import shared_memory_of
-from losses import SEED, kill, pid_of, pseudo
+from losses import kill, pid_of, pseudo
 from test_recovery_sharing import NUM_BYTES, SIZE, Adding, add
 
 import torchfedrpc as tfr
@@ -81,33 +79,3 @@ async def test_the_journal_counts_what_its_calls_share_once() -> None:
                 await proxy.clients().call("process_id")
         kill(proxy, "worker1")
         assert await add(proxy, proxy.client_ids, ref) == {4.0 + 190 + 1}
-
-
-async def test_a_value_may_go_to_disk_while_a_worker_is_still_to_look_for_it() -> None:
-    clients, totals = [str(number) for number in range(10)], {}
-    runtime = pseudo(journal_max_bytes=0)
-    async with tfr.LearnerProxy(Adding, clients, runtime=runtime, seed=SEED) as proxy:
-        await proxy.clients().call("same", None)
-        pid = pid_of(proxy, "worker2")
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            async for client_id, total in proxy.clients().as_completed("add", torch.ones(SIZE)):
-                totals[client_id] = total
-                if len(totals) == 5:
-                    async with asyncio.timeout(10):
-                        while not lies_on_disk():
-                            await asyncio.sleep(0.02)
-                    os.kill(pid, signal.SIGCONT)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        assert totals == dict.fromkeys(clients, 1.0)
-
-
-def lies_on_disk() -> bool:
-    """Whether this process has a value in a file that has no name, and is not in memory."""
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            path = os.readlink(f"/proc/self/fd/{number}")
-            if path.endswith("(deleted)") and "memfd" not in path and os.fstat(int(number)).st_size >= NUM_BYTES:
-                return True
-    return False

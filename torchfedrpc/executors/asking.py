@@ -6,7 +6,7 @@ import asyncio
 import logging
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -228,10 +228,7 @@ class AskingExecutor(CallExecutor):
 
     def _relieve_memory(self) -> None:
         """See that the journals' arguments are within their bound, or will be."""
-        records, values = self._ledger.relief()
-        for value in values:
-            self._in_background(self._spill(value))
-        for record in records:
+        for record in self._ledger.relief():
             self._snapshot_in_turn(record)
 
     def _item_arrived(self, host: RemoteHost, record: Record, asked: Asked, outcome: Outcome) -> None:
@@ -296,19 +293,9 @@ class AskingExecutor(CallExecutor):
 
     def _keep(self, record: Record, number: int, read: Callable[[], torch.Tensor | int]) -> None:
         """Store the learner's state as of call ``number``, which ``read`` gives as uint8 [num_bytes], or its size."""
-        self._in_background(self._store(record, number, read))
-
-    def _in_background(self, storing: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(storing)
+        task = asyncio.ensure_future(self._store(record, number, read))
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
-
-    async def _spill(self, value: SharedValue) -> None:
-        try:
-            await asyncio.to_thread(value.spill)
-        except OSError as error:
-            self._ledger.spill_failed(value)
-            logger.warning("journals take more memory than journal_max_bytes allows: %s", error)
 
     async def _store(self, record: Record, number: int, read: Callable[[], torch.Tensor | int]) -> None:
         try:

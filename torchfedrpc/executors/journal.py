@@ -18,9 +18,7 @@ from torchfedrpc.rpc.worker_client import RemoteHost
 from torchfedrpc.wire.packing import Packed
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
-_MANY_USES = 4  # of a value, from which on it costs less to write it to disk than to take snapshots
 _MAX_PAUSE = 64  # calls, from one try to capture a learner to the next
-_DISK_SHARE = 8  # times as much as in memory
 _WORTH = 4  # times its own size that a snapshot has to free
 _STATES_SHARE = 4  # of the arguments' bound, so much less for snapshots in memory: 128 MiB, three of a 40 MB model
 
@@ -170,8 +168,6 @@ class Ledger:
         self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory, under the keys of the spool
         self._num_state_bytes = 0  # of these
         self._num_uses: Counter[SharedValue] = Counter()  # of each shared value, by the entries of all journals
-        self._on_disk: set[SharedValue] = set()  # those that are on disk, or on their way there
-        self._num_disk_bytes = 0
         self.num_journal_bytes = 0
 
     def __iter__(self) -> Iterator[Record]:
@@ -259,18 +255,15 @@ class Ledger:
         is_behind = asked.number > record.cut_off_number > record.snapshot_number
         return is_behind and record.awaits_snapshot and not asked.is_own
 
-    def relief(self) -> tuple[list[Record], list[SharedValue]]:
-        """What brings the journals' arguments under their bound: snapshots to take, and values to put on disk.
+    def relief(self) -> list[Record]:
+        """Return the learners whose snapshots bring the journals' arguments under their bound.
 
-        A snapshot is taken where it frees several times its own size; the learner's process tells whether it does.
-        Where none does, the oldest values go to disk. Only where these are too many for the disk as well, or lie in
-        the calls themselves, is a snapshot taken whatever its size.
+        A snapshot that frees several times its own size comes first; the learner's process tells whether it does.
+        Where these are too few, others are taken whatever their size.
         """
-        values = self._to_spill(self.num_journal_bytes - self._max_bytes, _MANY_USES)
-        beyond_disk = max(self._num_disk_bytes - _DISK_SHARE * self._max_bytes, 0)
-        excess = float(self.num_journal_bytes - self._max_bytes + beyond_disk)
+        excess = float(self.num_journal_bytes - self._max_bytes)
         if excess <= 0:
-            return [], values
+            return []
         shares = {record: self._share(record) for record in self if record.journal}
         excess -= sum(share for record, share in shares.items() if record.awaits_snapshot)
         largest = sorted((one for one in shares if not one.awaits_snapshot), key=shares.__getitem__, reverse=True)
@@ -279,15 +272,10 @@ class Ledger:
             record.limit_bytes = int(shares[record] / _WORTH)
         excess -= sum(shares.pop(record) for record in worth)
         largest = [record for record in largest if record in shares]
-        if excess > 0:
-            # A quarter more, so that the next call does not have to look for values again.
-            spilled = self._to_spill(excess + self._max_bytes // 4, 1)
-            values += spilled
-            excess -= sum(value.num_bytes for value in spilled)
         needed = self._chosen(largest, shares, excess) if excess > 0 else []
         for record in needed:
             record.limit_bytes = None
-        return worth + needed, values
+        return worth + needed
 
     def limit_bytes(self, record: Record) -> int | None:
         """Largest size of a learner's next snapshot that is worth taking, in bytes; None if one is required."""
@@ -304,25 +292,6 @@ class Ledger:
                 break
             chosen.append(record)
             excess -= shares[record]
-        return chosen
-
-    def _to_spill(self, excess: float, num_uses: int) -> list[SharedValue]:
-        """Values in the journals, the oldest first, whose way to disk makes up for the excess.
-
-        Args:
-            excess: bytes.
-            num_uses: of each value at least, by the entries of all journals.
-        """
-        chosen = []
-        for value in list(self._num_uses) if excess > 0 else ():
-            if excess <= 0 or self._num_disk_bytes > _DISK_SHARE * self._max_bytes:
-                break
-            if self._num_uses[value] >= num_uses and value.can_spill and value not in self._on_disk:
-                chosen.append(value)
-                self._on_disk.add(value)
-                self._num_disk_bytes += value.num_bytes
-                self.num_journal_bytes -= value.num_bytes
-                excess -= value.num_bytes
         return chosen
 
     def _share(self, record: Record) -> float:
@@ -378,13 +347,6 @@ class Ledger:
         self.drop_journal(record)
         self._discard(record, record.snapshot_number)
 
-    def spill_failed(self, value: SharedValue) -> None:
-        """A value could not be put on disk: it is in memory as before."""
-        if value in self._on_disk:
-            self._on_disk.discard(value)
-            self._num_disk_bytes -= value.num_bytes
-            self.num_journal_bytes += value.num_bytes
-
     def drop_journal(self, record: Record) -> None:
         """The learner cannot be rebuilt, or need not be."""
         self._cut(record, [])
@@ -430,7 +392,6 @@ class Ledger:
             record.asked.clear()
         self._records.clear()
         self._num_uses.clear()
-        self._on_disk.clear()
         self._states.clear()
         self._spool.close()
 
@@ -455,10 +416,6 @@ class Ledger:
                 self._num_uses[value] += sign
                 if not self._num_uses[value]:
                     del self._num_uses[value]
-                    if value in self._on_disk:
-                        self._on_disk.discard(value)
-                        self._num_disk_bytes -= value.num_bytes
-                    else:
-                        num_bytes += value.num_bytes
+                    num_bytes += value.num_bytes
             self.num_journal_bytes += sign * num_bytes
         self._hold(max(self.num_journal_bytes - self._max_bytes, 0))

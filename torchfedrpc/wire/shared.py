@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,6 @@ from torchfedrpc.wire.packing import Packed, Parcel, SentApart, mapped_copies, p
 from torchfedrpc.wire.tensors import memory_of
 from torchfedrpc.wire.twins import is_plain_structure, twin
 
-_SPILLED_BYTES = 64 << 10  # a smaller one is not worth a file
 _MODEL_HEAD_BYTES = 16 << 10  # a longer pickle is read about as fast as its object is copied
 
 
@@ -43,8 +41,6 @@ class SharedValue(SentApart):
         self.is_for_tick = num_openings is not None
         self.num_bytes = parcel.num_bytes
         self._parcel = parcel
-        self._is_on_disk = False
-        self._has_room_on_disk = True  # as far as is known
         self._model: Any = None  # once opened, of a small plain structure: from then on it is copied
         self._may_have_model = isinstance(parcel, Parcel) and len(parcel.head) <= _MODEL_HEAD_BYTES
         self._lock = threading.Lock()
@@ -92,29 +88,6 @@ class SharedValue(SentApart):
                 self._model, self._may_have_model = model, False
         return opened
 
-    @property
-    def can_spill(self) -> bool:
-        """Whether it is worth a file on disk: what is in it are tensors of the CPU's, first of all."""
-        slots = self._parcel.slots if self._has_room_on_disk and isinstance(self._parcel, Parcel) else []
-        return sum(slot.nbytes for slot in slots) >= _SPILLED_BYTES and all(slot.is_cpu for slot in slots)
-
-    def spill(self) -> None:
-        """Keep it on disk from now on, if it `can_spill`; it may be opened and sent as before.
-
-        Raises:
-            OSError: the disk is full, or cannot be written.
-        """
-        parcel = self._parcel
-        if isinstance(parcel, Parcel) and self.can_spill:
-            try:
-                with contextlib.closing(TensorFiles.of(parcel.slots, on_disk=True)) as files:
-                    mapped = files.tensors()
-            except OSError:
-                self._has_room_on_disk = False  # each further call would try it again
-                raise
-            with self._lock:
-                self._parcel, self._is_on_disk = replace(parcel, slots=mapped, files=None), True
-
     def equals(self, obj: Any) -> bool:
         """Whether an object, as it is now, is the same to the last bit; False where that cannot be told cheaply.
 
@@ -134,7 +107,7 @@ class SharedValue(SentApart):
 
     def _copy(self) -> Packed:
         parcel = self._parcel
-        if not isinstance(parcel, Parcel) or not parcel.is_large or self._is_on_disk:
+        if not isinstance(parcel, Parcel) or not parcel.is_large:
             return parcel.copy()
         files = parcel.files
         if files is None:

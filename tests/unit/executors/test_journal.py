@@ -12,7 +12,6 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.executors.journal import Ledger, Record
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.wire.packing import pack
-from torchfedrpc.wire.shared import SharedValue
 
 VALUE = Outcome("value")
 
@@ -142,20 +141,20 @@ def test_a_restore_is_repeated_until_its_snapshot_is_stored(ledger: Ledger) -> N
 def test_the_largest_journals_are_named_until_the_arguments_fit(ledger: Ledger) -> None:
     small, large = recorded(ledger, "small"), recorded(ledger, "large")
     ledger.settle(small, ledger.ask(small, call(1, num_floats=500), None), VALUE)
-    assert ledger.relief() == ([], [])
+    assert ledger.relief() == []
     ledger.settle(large, ledger.ask(large, call(2, num_floats=2400), None), VALUE)
-    assert ledger.relief() == ([large], [])
+    assert ledger.relief() == [large]
     large.awaits_snapshot = True
-    assert ledger.relief() == ([], [])
+    assert ledger.relief() == []
 
 
 def test_a_snapshot_has_a_limit_that_makes_it_worth_it_unless_it_is_needed_anyway(ledger: Ledger) -> None:
     record = recorded(ledger)
     ledger.settle(record, ledger.ask(record, call(1, num_floats=2500), None), VALUE)
-    assert ledger.relief() == ([record], [])
+    assert ledger.relief() == [record]
     assert ledger.limit_bytes(record) == record.num_journal_bytes // 4
-    record.state_bytes = record.num_journal_bytes  # it was refused, and what the calls have cannot go to disk
-    assert ledger.relief() == ([record], [])
+    record.state_bytes = record.num_journal_bytes  # it was refused
+    assert ledger.relief() == [record]
     assert ledger.limit_bytes(record) is None
     record.limit_bytes = 1
     ledger.settle(record, ledger.ask(record, call(2), None), Outcome("cancelled", cut_off=True))
@@ -182,16 +181,3 @@ def test_snapshots_in_memory_share_a_bound_and_go_with_a_learner_that_is_given_u
     assert not ledger.keep(second, 4, state)
     ledger.give_up(first)
     assert ledger.keep(second, 4, state)
-
-
-def test_value_that_finds_no_room_on_disk_counts_as_in_memory(ledger: Ledger) -> None:
-    record = recorded(ledger)
-    value = SharedValue(pack((torch.zeros(1 << 16),)), 1)
-    shared = Call(1, "client_1", "train", replace(pack(()), apart=(value,)))
-    ledger.settle(record, ledger.ask(record, shared, None), VALUE)
-    record.state_bytes = 1 << 30  # a snapshot would free too little
-    num_bytes = ledger.num_journal_bytes
-    assert ledger.relief() == ([], [value])
-    assert ledger.num_journal_bytes < num_bytes
-    ledger.spill_failed(value)
-    assert ledger.num_journal_bytes == num_bytes
