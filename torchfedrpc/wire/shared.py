@@ -13,9 +13,6 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel, SentApart, mapped_copies, pack
 from torchfedrpc.wire.tensors import memory_of
-from torchfedrpc.wire.twins import is_plain_structure, twin
-
-_MODEL_HEAD_BYTES = 16 << 10  # a longer pickle is read about as fast as its object is copied
 
 
 class SharedValue(SentApart):
@@ -41,8 +38,6 @@ class SharedValue(SentApart):
         self.is_for_tick = num_openings is not None
         self.num_bytes = parcel.num_bytes
         self._parcel = parcel
-        self._model: Any = None  # once opened, of a small plain structure: from then on it is copied
-        self._may_have_model = isinstance(parcel, Parcel) and len(parcel.head) <= _MODEL_HEAD_BYTES
         self._lock = threading.Lock()
 
     @property
@@ -76,17 +71,8 @@ class SharedValue(SentApart):
             if self.num_openings is not None:
                 self.num_openings -= 1
             is_last = self._files() is None and self.num_openings == 0
-            model, own = self._model, None
-            if model is None:
-                own = self._parcel if is_last else self._copy()
-        if own is None:
-            return twin(model)
-        opened = own.open(allow)
-        if self._may_have_model and not is_last:
-            model = twin(opened) if self._files() is None and is_plain_structure(opened) else None
-            with self._lock:
-                self._model, self._may_have_model = model, False
-        return opened
+            parcel = self._parcel if is_last else self._copy()
+        return parcel.open(allow)
 
     def equals(self, obj: Any) -> bool:
         """Whether an object, as it is now, is the same to the last bit; False where that cannot be told cheaply.
