@@ -182,14 +182,14 @@ MUTATIONS = [
     Mutation(
         "tensors are sent as they are",
         "wire/tensors.py",
-        "copy=copy and storage not in owned)",
-        "copy=False)",
+        "views[index], slot = _lone_slot(tensor, len(slots), copy=copy)",
+        "views[index], slot = _lone_slot(tensor, len(slots), copy=False)",
         "tests/unit/wire/test_packing.py tests/contract/test_values.py -k 'not pseudo'",
     ),
     Mutation(
         "local results are not copied",
         "host/runner.py",
-        "taken = pack_only(box, kept) if self._by_value else Reference(box[0])",
+        "taken = pack(box[0], kept=kept) if self._by_value else Reference(box[0])",
         "taken = Reference(box[0])",
         "tests/contract/test_values.py -k local",
     ),

@@ -34,7 +34,7 @@ from torchfedrpc.host.torch_settings import OpenedSettings, SettingsGuard, adopt
 from torchfedrpc.reduce.worker import Reductions
 from torchfedrpc.wire.failure import Failure
 from torchfedrpc.wire.memory import KeptMemory
-from torchfedrpc.wire.packing import Packed, Parcel, Reference, pack, pack_only
+from torchfedrpc.wire.packing import Packed, Parcel, Reference, pack
 
 logger = logging.getLogger(__name__)
 
@@ -524,10 +524,10 @@ class Runner:
         seconds = time.perf_counter() - job.began
         try:
             if job.call.part is not None and not job.cancelled:
-                self.reductions.add(job.call.part, box)
+                self.reductions.add(job.call.part, box[0])
                 box[0] = None
             kept = self._kept if self.shows_files else None
-            taken = pack_only(box, kept) if self._by_value else Reference(box[0])
+            taken = pack(box[0], kept=kept) if self._by_value else Reference(box[0])
             return Outcome(kind, taken, seconds=seconds)
         except SerializationError as error:
             where = f"{job.call.client_id}.{job.call.method}"

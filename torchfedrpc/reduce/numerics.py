@@ -33,9 +33,7 @@ NUM_FLOAT32_SUMS = 5
 _WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
-def weighted(
-    tensor: Tensor, weight: float = 1, *, exact: bool = False, out: Tensor | None = None, is_ours: bool = False
-) -> Tensor:
+def weighted(tensor: Tensor, weight: float = 1, *, exact: bool = False, out: Tensor | None = None) -> Tensor:
     """A tensor times a weight, to add others to; one that is held in memory of its own.
 
     Args:
@@ -43,13 +41,10 @@ def weighted(
         weight: finite; 1 gives a copy.
         exact: for a sum rather than a mean: integers are kept as int64 and booleans as they are.
         out: what `weighted` returned for another tensor of this shape and device, to be overwritten where it can be.
-        is_ours: whether the tensor itself may be overwritten, since nobody else will look at it.
     """
     plain, dtype = tensor.detach(), _kept_dtype(tensor.dtype, exact=exact)
     if type(plain) is not Tensor:
         plain = plain.as_subclass(Tensor)
-    if is_ours and plain.dtype == dtype and not plain.is_conj():
-        return plain if weight == 1 else _scaled(plain, weight)
     if out is not None and (out.dtype != dtype or out.layout is not torch.strided):
         out = None
     if weight != 1 and plain.dtype == dtype and not dtype.is_complex:

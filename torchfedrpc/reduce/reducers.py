@@ -10,7 +10,7 @@ exact one relative to the mean of the magnitudes, however many clients there are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from torchfedrpc.reduce.numerics import added, kind_of, mean_from, sum_from, weighted
-from torchfedrpc.wire.tensors import PlainTensors, check_can_travel, fills_its_storage
+from torchfedrpc.wire.tensors import PlainTensors, check_can_travel
 
 _SMALL_BYTES = 1 << 20
 
@@ -115,12 +115,11 @@ class BuiltinReducer:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(value={self.value!r})"
 
-    def add(self, result: Any, /, owned: Collection[int] = ()) -> None:
+    def add(self, result: Any, /) -> None:
         """Take a client's result.
 
         Args:
             result: of one client.
-            owned: addresses of storages in it that nobody else holds: they are not copied but overwritten.
 
         Raises:
             ValueError: it lacks a key or has an unusable weight, or does not match what was added before; then
@@ -131,7 +130,7 @@ class BuiltinReducer:
         if weight == 0:
             return
         with PlainTensors():
-            entries = begin(self._pick(result), weight, (self._root,), exact=self._exact, owned=set(owned))
+            entries = begin(self._pick(result), weight, (self._root,), exact=self._exact)
             self._take(entries, weight, num_sums=0)
 
     def merge(self, other: Self, /) -> None:
@@ -323,10 +322,8 @@ def checked_weight(weight: Any, name: str) -> float:
 Path = tuple[Any, ...]
 
 
-def begin(value: Any, weight: float, path: Path, *, exact: bool, owned: set[int]) -> Any:
+def begin(value: Any, weight: float, path: Path, *, exact: bool) -> Any:
     """A client's value times its weight: its structure, with an `Entry` for each tensor, array and number.
-
-    What is in ``owned`` is overwritten, see `BuiltinReducer.add`, and taken from there: two keys may name one tensor.
 
     Raises:
         TypeError: something is neither these nor a dict, list or tuple.
@@ -337,12 +334,11 @@ def begin(value: Any, weight: float, path: Path, *, exact: bool, owned: set[int]
         if value.is_quantized or value.layout not in (torch.strided, torch.sparse_coo):
             kind = "quantised" if value.is_quantized else value.layout
             raise TypeError(f"{named(path)} is a {kind} tensor, and only dense and sparse_coo ones are added up")
-        is_ours = bool(owned) and _takes(owned, value)
-        return Entry(weighted(value, weight, exact=exact, is_ours=is_ours), value.dtype)
+        return Entry(weighted(value, weight, exact=exact), value.dtype)
     if isinstance(value, Mapping):
-        return {key: begin(item, weight, (*path, key), exact=exact, owned=owned) for key, item in value.items()}
+        return {key: begin(item, weight, (*path, key), exact=exact) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        items = [begin(item, weight, (*path, place), exact=exact, owned=owned) for place, item in enumerate(value)]
+        items = [begin(item, weight, (*path, place), exact=exact) for place, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, np.ndarray):
         tensor = _from_array(value, path)
@@ -355,15 +351,6 @@ def begin(value: Any, weight: float, path: Path, *, exact: bool, owned: set[int]
         f"{named(path)} is a {type(value).__name__}, which cannot be added up: tensors, arrays and numbers can, and "
         f"dicts, lists and tuples of them; the reducer's value=... names the part of the result to take"
     )
-
-
-def _takes(owned: set[int], tensor: Tensor) -> bool:
-    if tensor.layout is not torch.strided or not fills_its_storage(tensor):
-        return False
-    address = tensor.untyped_storage()._cdata
-    is_owned = address in owned
-    owned.discard(address)
-    return is_owned
 
 
 def pairs(mine: Any, other: Any, path: Path) -> Iterator[tuple[Entry, Entry]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from torchfedrpc.reduce.reducers import Reducer
@@ -86,13 +86,12 @@ class Forest:
         with self._changed:
             return self._with_state(0, len(self._places), _WAITING)
 
-    def add(self, place: int, result: Any, owned: Collection[int] = ()) -> None:
+    def add(self, place: int, result: Any) -> None:
         """Take a client's result, and merge what it completes.
 
         Args:
             place: the client's.
             result: of its call.
-            owned: as `BuiltinReducer.add` has it; for another reducer none.
 
         Raises:
             MergeError: two parts do not go together; the forest is of no use any more, and says so at each step.
@@ -104,8 +103,7 @@ class Forest:
             self._check_usable()
             self._check_waiting(rank)
         leaf = copy.deepcopy(self._prototype)
-        add: Callable[..., Any] = leaf.add
-        add(result, *([owned] if owned else []))
+        leaf.add(result)
         with self._changed:
             self._check_usable()
             self._check_waiting(rank)

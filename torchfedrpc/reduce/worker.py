@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,6 @@ from torchfedrpc.reduce.reducers import Reducer, is_builtin
 from torchfedrpc.reduce.tree import Forest, MergeError, Node
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.failure import Failure
-from torchfedrpc.wire.owned import owned_storages
 from torchfedrpc.wire.packing import Packed
 
 
@@ -64,12 +63,12 @@ class Reductions:
         with self._lock:
             self._begun.pop(number, None)
 
-    def add(self, part: Part, box: list[Any]) -> None:
+    def add(self, part: Part, result: Any) -> None:
         """Take a client's result, on its method's thread: a reducer of the user's has a value of its own.
 
         Args:
             part: what the result is.
-            box: a list into which the result was put as it was made, see `owned_storages`; the caller drops it.
+            result: of the client's call.
 
         Raises:
             MergeError: it does not go together with another client's.
@@ -77,13 +76,10 @@ class Reductions:
             Exception: what the reducer raised.
         """
         reducer, forest = self._opened(part.reduction)
-        owned: Collection[int] = ()
         if not is_builtin(reducer):
-            box[0] = self._take_value(box[0]).open(self._allow)
-        else:
-            owned = owned_storages(box)
+            result = self._take_value(result).open(self._allow)
         with self._merging():
-            forest.add(part.place, box[0], owned)
+            forest.add(part.place, result)
 
     def are_quick(self, number: int) -> bool:
         """Whether no code of the user's is run as the partial results of this reduction are collected and packed."""

@@ -8,7 +8,7 @@ import functools
 import io
 import pickle
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,7 +26,6 @@ from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.memory import UNAVAILABLE, KeptMemory
-from torchfedrpc.wire.owned import owned_storages
 from torchfedrpc.wire.scan import BUILD, HARMLESS_ARRAYS, REDUCE, check_depth, with_requests
 from torchfedrpc.wire.tensors import (
     PlainTensors,
@@ -180,7 +179,6 @@ def pack(
     *,
     copy: bool = True,
     join: bool | None = None,
-    owned: Collection[int] = (),
     may_refer: bool = False,
     kept: KeptMemory | None = None,
 ) -> Parcel:
@@ -194,7 +192,6 @@ def pack(
         copy: False lets the slots alias the object's memory, for a caller that reads them at once.
         join: whether small tensors become one slot together, which costs less to send; where there is a copy, if
             not given.
-        owned: what `owned_storages` has just said of the object: those storages go with the parcel, without a copy.
         may_refer: whether it may hold what is `SentApart`, as only the arguments of a call may.
         kept: has the memory for a large object, and takes it back: files that other processes may map.
 
@@ -213,7 +210,7 @@ def pack(
         if table.tensors or table.buffers:
             with PlainTensors():
                 views, slots = gather_slots(
-                    table.tensors, copy=copy and kept is None, join=copy if join is None else join, owned=owned
+                    table.tensors, copy=copy and kept is None, join=copy if join is None else join
                 )
                 buffers = [_copy_buffer(raw) for raw in table.buffers]
     except (SerializationError, MemoryError, torch.OutOfMemoryError):
@@ -237,25 +234,6 @@ _PACKED_NOTHING = Parcel(_NOTHING, [], [], 0)
 def pack_nothing() -> Parcel:
     """The arguments of a call that has none."""
     return _PACKED_NOTHING
-
-
-def pack_only(box: list[Any], kept: KeptMemory | None = None) -> Parcel:
-    """Take the value of the only object in a box, without a copy of what nobody can hold but through the box.
-
-    Afterwards the caller drops what is in the box, without a further look at its tensors.
-
-    Args:
-        box: a list into which the object was put as it was made, see `owned_storages`.
-        kept: as of `pack`, for an object of which a copy is due.
-
-    Raises:
-        SerializationError: as `pack` does.
-        OSError: as `pack` does.
-    """
-    if box[0] is None:
-        return pack(None)
-    owned = owned_storages(box)  # a reference to the content comes later, it would count
-    return pack(box[0], owned=owned, kept=None if owned else kept)
 
 
 def restore(kind: str, *parts: Any) -> Any:

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeGuard
 
@@ -138,9 +138,7 @@ def is_plain(tensor: Tensor) -> bool:
     return keys
 
 
-def gather_slots(
-    tensors: list[Tensor], *, copy: bool, join: bool, owned: Collection[int] = ()
-) -> tuple[list[View], list[Tensor]]:
+def gather_slots(tensors: list[Tensor], *, copy: bool, join: bool) -> tuple[list[View], list[Tensor]]:
     """Find the memory behind dense tensors, each part of it once, and how every tensor lies in it.
 
     A tensor alone on its storage becomes a slot of its own, with its strides where they leave no gaps, or goes
@@ -151,7 +149,6 @@ def gather_slots(
         tensors: dense tensors of any dtype and device.
         copy: whether the slots must be memory of their own; without it they may alias the tensors.
         join: whether small tensors of a dtype that are alone on their storages become one slot together.
-        owned: addresses of storages that become slots as they are, with ``copy`` too.
 
     Returns:
         A view for each tensor, and the slots.
@@ -166,14 +163,14 @@ def gather_slots(
         else:  # empty: nothing to share, and its storage may be no memory at all
             views[index] = len(slots)
             slots.append(tensor.clone() if copy else tensor)
-    for storage, members in by_storage.items():
+    for members in by_storage.values():
         if len(members) == 1:
             (index,) = members
             tensor = tensors[index]
             if join and _is_small(tensor):
                 small.setdefault(tensor.dtype, []).append(index)
                 continue
-            views[index], slot = _lone_slot(tensor, len(slots), copy=copy and storage not in owned)
+            views[index], slot = _lone_slot(tensor, len(slots), copy=copy)
             if slot is not None:
                 slots.append(slot)
                 continue

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from torchfedrpc.reduce.reducers import BuiltinReducer, Mean, Sum, WeightedMean, is_builtin
 from torchfedrpc.reduce.tree import Forest
-from torchfedrpc.wire.owned import owned_storages
 
 
 def reduced(make: Callable[[], BuiltinReducer], results: Sequence[Any]) -> Any:
@@ -265,44 +264,6 @@ def test_later_changes_of_a_learner_do_not_count() -> None:
         reducer.add(live)
         live[:] = 7
         assert reducer.finish().tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("weight", [1, 3])
-def test_what_nobody_else_holds_is_not_copied(weight: int) -> None:
-    box = [update({"w": torch.full((300, 300), 2.0)}, weight)]
-    address = box[0]["model_weights"]["w"].data_ptr()
-    mean, owned = WeightedMean(), owned_storages(box)
-    mean.add(box[0], owned)
-    box.clear()
-    assert owned
-    value = mean.finish()["w"]
-    assert value.data_ptr() == address
-    assert torch.equal(value, torch.full((300, 300), 2.0))
-
-
-def test_what_two_keys_name_is_taken_for_each() -> None:
-    results = [[torch.full((300, 300), value), value] for value in (1.0, 10.0, 10.0)]
-    forest = Forest(Mean(value=(0, -2)), range(3))
-    for place in range(3):
-        box = [results.pop(0)]
-        owned = owned_storages(box)
-        assert len(owned) == 1
-        forest.add(place, box.pop(), owned)
-    value, _ = forest.finish()
-    assert value[0][0, 0] == value[-2][0, 0] == 7.0
-
-
-@pytest.mark.parametrize(
-    "make",
-    [lambda: torch.ones(1, 300).expand(300, 300), lambda: torch.ones(600, 600)[:300, :300], lambda: torch.ones(9, 9)],
-    ids=["one row for all", "part of more", "small"],
-)
-def test_what_does_not_lie_on_its_own_is_copied_whoever_holds_it(make: Callable[[], Tensor]) -> None:
-    box = [update({"w": make()}, 3)]
-    owned, mean = owned_storages(box), WeightedMean()
-    kept = box[0]["model_weights"]["w"]
-    mean.add(box[0], owned)
-    assert torch.equal(mean.finish()["w"], kept)
 
 
 def test_parameters_become_plain_tensors_without_gradient() -> None:

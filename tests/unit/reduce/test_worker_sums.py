@@ -36,8 +36,8 @@ def test_of_a_reducer_of_the_users_collecting_may_take_any_time(reductions: Redu
     begin(reductions, Brackets())
     reductions.begin(2, pack(Mean()), 1, None)
     assert not reductions.are_quick(2)
-    reductions.add(Part(1, 0), ["0"])
-    reductions.add(Part(2, 0), [1.0])
+    reductions.add(Part(1, 0), "0")
+    reductions.add(Part(2, 0), 1.0)
     assert (reductions.are_quick(1), reductions.are_quick(2), reductions.are_quick(3)) == (False, True, False)
 
 
@@ -45,10 +45,10 @@ def test_results_are_collected_once(reductions: Reductions) -> None:
     begin(reductions)
     begin(reductions)
     for place in (2, 0, 1):
-        reductions.add(Part(1, place), [str(place)])
+        reductions.add(Part(1, place), str(place))
     assert collected(reductions) == [("(0+1)", (0, 1)), ("2", (2,))]
     assert collected(reductions) == []
-    reductions.add(Part(1, 3), ["3"])
+    reductions.add(Part(1, 3), "3")
     assert collected(reductions) == [("3", (3,))]
 
 
@@ -56,17 +56,17 @@ def test_a_result_that_comes_late_is_not_among_the_next(reductions: Reductions) 
     """The driver has counted its client out, and other workers' results are merged across its place."""
     begin(reductions)
     for place in (0, 2):
-        reductions.add(Part(1, place), [str(place)])
+        reductions.add(Part(1, place), str(place))
     assert collected(reductions, 1) == [("0", (0,)), ("2", (2,))]
     with pytest.raises(ValueError, match="skipped already"):
-        reductions.add(Part(1, 1), ["1"])
-    reductions.add(Part(1, 3), ["3"])
+        reductions.add(Part(1, 1), "1")
+    reductions.add(Part(1, 3), "3")
     assert collected(reductions) == [("3", (3,))]
 
 
 def test_a_result_that_was_there_first_is_not_skipped(reductions: Reductions) -> None:
     begin(reductions)
-    reductions.add(Part(1, 1), ["1"])
+    reductions.add(Part(1, 1), "1")
     assert collected(reductions, 0, 1) == [("1", (1,))]
 
 
@@ -76,7 +76,7 @@ def test_reductions_that_are_over_are_forgotten(reductions: Reductions) -> None:
     reductions.end(1)
     reductions.end(1)
     with pytest.raises(RuntimeError, match="over"):
-        reductions.add(Part(1, 0), ["0"])
+        reductions.add(Part(1, 0), "0")
     begin(reductions, number=4, going_on=(3, 4))
     assert len(reductions) == 1
     with pytest.raises(RuntimeError, match="over"):
@@ -89,7 +89,7 @@ def test_a_reducer_that_cannot_be_opened_is_an_error_of_who_needs_it(reductions:
     begin(reductions, reducer)
     for _ in range(2):
         with pytest.raises(tfr.SerializationError, match="not at home"):
-            reductions.add(Part(1, 0), ["0"])
+            reductions.add(Part(1, 0), "0")
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("value", ValueError), ("unsendable", tfr.RemoteError)])
@@ -97,8 +97,8 @@ def test_a_merge_error_can_travel_whatever_its_reason(
     reductions: Reductions, kind: str, expected: type[Exception]
 ) -> None:
     begin(reductions, Failing("merge", kind))
-    reductions.add(Part(1, 0), ["0"])
-    for step in (lambda: reductions.add(Part(1, 1), ["1"]), lambda: reductions.collect(1, [])):
+    reductions.add(Part(1, 0), "0")
+    for step in (lambda: reductions.add(Part(1, 1), "1"), lambda: reductions.collect(1, [])):
         with pytest.raises(MergeError) as caught:
             step()
         assert caught.value.places == (0, 1)
