@@ -189,7 +189,7 @@ MUTATIONS = [
     Mutation(
         "local results are not copied",
         "host/runner.py",
-        "taken = pack(box[0], kept=kept) if self._by_value else Reference(box[0])",
+        "taken = pack(box[0], in_files=self.shows_files) if self._by_value else Reference(box[0])",
         "taken = Reference(box[0])",
         "tests/contract/test_values.py -k local",
     ),

@@ -112,26 +112,6 @@ async def test_calls_that_a_loss_interrupts_have_their_value_when_they_are_asked
     assert await asyncio.gather(*waiting) == [2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
 
 
-async def test_memory_that_a_worker_of_a_broken_world_may_still_look_for_is_not_written_again(
-    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], on_2: Iterator[str], latch: Latch
-) -> None:
-    ids = [next(on_1), next(on_2)]
-    calls = [
-        asyncio.create_task(proxy.custom_method(one, "add_and_hold", torch.ones(SIZE), latch.path)) for one in ids
-    ]
-    await asyncio.gather(*map(seen.reported, ids))
-    executor: Any = proxy._router._main
-    questions = [one for host in executor._group.hosts.values() for one in host._questions.values()]
-    memories = [file._memory for one in questions for files in one.lent for file in files._files]
-    assert [memory.is_used_once for memory in memories] == [False, False]
-    kill(proxy, "worker1")
-    async with asyncio.timeout(20):
-        while not all(memory.is_used_once for memory in memories):
-            await asyncio.sleep(0.01)
-    latch.open()
-    assert await asyncio.gather(*calls) == [1.0, 1.0]
-
-
 async def test_calls_that_are_submitted_while_the_world_is_formed_have_their_value(
     proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], on_2: Iterator[str]
 ) -> None:

@@ -94,9 +94,7 @@ async def test_nothing_of_them_is_left(proxy: tfr.LearnerProxy, on_1: Iterator[s
     async with asyncio.timeout(10):
         while shared_memory_of(os.getpid()):
             await asyncio.sleep(0.01)
-    assert (
-        shared_memory_of(pid) < 30
-    )  # of outcomes that may be asked for again, and of what is kept to be written again
+    assert shared_memory_of(pid) < 30  # of outcomes that may be asked for again
 
 
 @pytest.mark.parametrize("method", ["get", "get_later"])

@@ -23,7 +23,6 @@ from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.host.snapshot import seal
 from torchfedrpc.rpc.worker_client import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
-from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Packed, pack
 from torchfedrpc.wire.shared import SharedValue
 
@@ -44,7 +43,6 @@ class AskingExecutor(CallExecutor):
         super().__init__(config)
         self._group: WorkerGroup | None = None
         self._ledger = Ledger(self.config, self._admission.hold)
-        self._kept = KeptMemory(self.config.journal_max_bytes)  # as much as comes free where journals end
         self._storing: set[asyncio.Task[None]] = set()
         self._room = Room()
         self._turns: dict[str, Turns] = {}  # label of a worker -> whose state is on its way to or from it
@@ -62,7 +60,6 @@ class AskingExecutor(CallExecutor):
             await group.close(self.ends_early)
         await asyncio.gather(*self._storing, return_exceptions=True)
         self._ledger.close()
-        self._kept.close()
 
     @abstractmethod
     def _new_record(self, client_id: str) -> Record:
@@ -86,7 +83,7 @@ class AskingExecutor(CallExecutor):
     def _take_shared(self, obj: Any) -> Packed:
         members = self._opened().members.values()
         # In a file it need not be sent at all to those who can map that.
-        return pack(obj, kept=self._kept if any(one.sees_files for one in members) else None)
+        return pack(obj, in_files=any(one.sees_files for one in members))
 
     def _unshare(self, value: SharedValue) -> None:
         if self._group is not None:

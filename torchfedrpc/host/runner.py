@@ -33,14 +33,11 @@ from torchfedrpc.host.threads import AsyncLane, SyncLane
 from torchfedrpc.host.torch_settings import OpenedSettings, SettingsGuard, adopt_settings
 from torchfedrpc.reduce.worker import Reductions
 from torchfedrpc.wire.failure import Failure
-from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Packed, Parcel, Reference, pack
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_REUSED_BYTES = 128 << 20  # of memory for results, to be written again
 
 Report = Callable[[Call, int, Packed], None]  # a call, which of its reports this is, from 0, and its value
 Done = Callable[[Job, Outcome], None]
@@ -97,7 +94,6 @@ class Runner:
         self._done = done
         self.saboteur: Saboteur | None = None
         self.shows_files = False
-        self._kept = KeptMemory(_REUSED_BYTES)
         self._is_alone = spec.runtime.max_concurrent_calls == 1
         self._settings = OpenedSettings.of_this_process(spec.runtime.torch_threads)
         self._in_driver = in_driver
@@ -169,7 +165,6 @@ class Runner:
         have_ended = self._sync.close(timeout_s) & self._async.close(timeout_s)
         if self._collecting is not None:
             have_ended &= self._collecting.close(timeout_s)
-        self._kept.close()
         if have_ended:
             self._process_streams.give_back()
         return have_ended
@@ -279,8 +274,8 @@ class Runner:
         try:
             if job.call.kind == "snapshot":
                 limit_bytes = job.call.arguments.open(self.allow)
-                kept = self._kept if self.shows_files else None
-                return Outcome("value", self._snapshot(job, job.mailbox, kept=kept, limit_bytes=limit_bytes))
+                snapshot = self._snapshot(job, job.mailbox, in_files=self.shows_files, limit_bytes=limit_bytes)
+                return Outcome("value", snapshot)
             state, kwargs = job.call.arguments.open(self.allow)
             self._make_room(job, 1)
             self._restore(job, state.numpy().data, kwargs)
@@ -300,7 +295,7 @@ class Runner:
         self._done(job, outcome)
 
     def _snapshot(
-        self, job: Job, mailbox: Mailbox, *, kept: KeptMemory | None = None, limit_bytes: int | None = None
+        self, job: Job, mailbox: Mailbox, *, in_files: bool = False, limit_bytes: int | None = None
     ) -> Parcel:
         """A snapshot of a learner that no call has, on behalf of a job; as of `taken`."""
         if mailbox.is_stored:
@@ -318,7 +313,7 @@ class Runner:
                 mailbox.learner,
                 self._shared,
                 self._device,
-                kept=kept,
+                in_files=in_files,
                 limit_bytes=limit_bytes,
             )
 
@@ -526,8 +521,7 @@ class Runner:
             if job.call.part is not None and not job.cancelled:
                 self.reductions.add(job.call.part, box[0])
                 box[0] = None
-            kept = self._kept if self.shows_files else None
-            taken = pack(box[0], kept=kept) if self._by_value else Reference(box[0])
+            taken = pack(box[0], in_files=self.shows_files) if self._by_value else Reference(box[0])
             return Outcome(kind, taken, seconds=seconds)
         except SerializationError as error:
             where = f"{job.call.client_id}.{job.call.method}"

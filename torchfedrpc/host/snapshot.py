@@ -23,7 +23,6 @@ from torchfedrpc.host.object_parts import is_foundation
 from torchfedrpc.host.state_proof import Difference, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import TensorFiles
-from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.serializer import chunks_of, read
 
@@ -176,7 +175,7 @@ def taken(
     shared: SharedObjects | None = None,
     device: torch.device | None = None,
     *,
-    kept: KeptMemory | None = None,
+    in_files: bool = False,
     limit_bytes: int | None = None,
 ) -> Parcel:
     """A snapshot as `dump` makes it, before `seal`: on its way from its learner's process.
@@ -187,7 +186,7 @@ def taken(
         learner: see there.
         shared: see there.
         device: see there.
-        kept: has the memory for a large one: files that other processes may map.
+        in_files: whether a large one goes into a file that other processes may map.
         limit_bytes: of a larger one only the size is wanted; None for no limit.
 
     Returns:
@@ -202,7 +201,7 @@ def taken(
             return pack(parcel.num_bytes)
         chunks: list[bytes | memoryview] = [bytes(_HEADER.size), *chunks_of(parcel)]
         is_in_place = all(slot.is_cpu or slot.device == device for slot in parcel.slots)
-        files, data = _joined(chunks, kept if parcel.is_large else None)
+        files, data = _joined(chunks, in_files=in_files and parcel.is_large)
         # What the bytes give, and not what lies in the learner's own memory: a __setstate__ may write to that.
         rebuilt, mapped = _rebuilt(files, data, allow, device)
     except SerializationError as error:
@@ -219,11 +218,11 @@ def taken(
     return replace(pack(data, copy=False), files=files)
 
 
-def _joined(chunks: list[bytes | memoryview], kept: KeptMemory | None) -> tuple[TensorFiles | None, Tensor]:
+def _joined(chunks: list[bytes | memoryview], *, in_files: bool) -> tuple[TensorFiles | None, Tensor]:
     """Pieces of a snapshot as one tensor, which lies in files where there is memory for them."""
-    if kept is not None:
+    if in_files:
         with contextlib.suppress(OSError):  # there is no room for it; it can be sent as well
-            files = TensorFiles.of_bytes(chunks, kept)
+            files = TensorFiles.of_bytes(chunks)
             return files, files.tensors()[0]
     return None, torch.frombuffer(bytearray().join(chunks), dtype=torch.uint8)
 

@@ -244,10 +244,6 @@ class RemoteHost:
         self._placed.clear()
         self._reductions.clear()
         self._learners.clear()
-        for question in self._questions.values():
-            for files in question.lent:  # the worker may have requests before it that it reads only later
-                if files is not None:
-                    files.use_once()
         self._questions.clear()
         self._outgoing.clear()
 

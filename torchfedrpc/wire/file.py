@@ -1,43 +1,53 @@
-"""Tensors in memory that can be mapped again and again, privately: the kernel copies a page when it is written."""
+"""Tensors in memory files, which processes of one machine map privately instead of copying them."""
 
 from __future__ import annotations
 
-import itertools
-import mmap
+import errno
 import os
 import stat
 import weakref
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.wire.memory import NAME, STAMP_BYTES, UNAVAILABLE, KeptMemory, Memory, is_sealed, map_file, stamp_of
 from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named, memory_of
 
-_MAX_FILES = 16  # for the tensors of one object
-_FILE_BYTES = 4 << 20  # fewer where they would have less than that: descriptors are few, and journals keep many
-Address = tuple[int, int, int, int, list[tuple[int, int, str, tuple[int, ...], tuple[int, ...]]]]
-"""Where another process of this machine finds a file: descriptor, inode, size in bytes, stamp; then for each tensor
-where it begins, its size in bytes, its dtype, shape and strides. Plain data."""
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+NAME = "torchfedrpc-shared"
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that may pass: there is no descriptor or no address space left."""
+UNAVAILABLE = (*NO_ROOM, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOENT)
+"""Errors of systems without memory files: others than Linux, and sandboxes. Values are copied there."""
+
+_MAX_FILES = 16  # for the tensors of one object: a journal keeps many objects, and descriptors are few
+_FILE_BYTES = 4 << 20
+
+_Place = tuple[int, int, str, tuple[int, ...], tuple[int, ...]]
+Address = tuple[int, int, int, list[_Place]]
+"""Where another process finds a file: descriptor, inode, size in bytes, and for each tensor its start and size in
+bytes, dtype, shape and strides. Plain data."""
 
 
 class TensorFiles:
-    """Tensors in a few files: whoever keeps but one of them keeps little more in memory than that.
+    """The files of one object's tensors, of about 4 MB each, so that one tensor keeps little more than itself.
 
     Args:
-        files: theirs, in order.
+        files: The files, in the order of the tensors.
     """
 
     def __init__(self, files: Sequence[TensorFile]) -> None:
         self._files = files
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], *, on_disk: bool = False, kept: KeptMemory | None = None) -> TensorFiles:
-        """Copies of tensors; as of `TensorFile.of`."""
+    def of(cls, tensors: Sequence[Tensor]) -> TensorFiles:
+        """Copy tensors into files, as `TensorFile.of` does."""
         share = max(sum(tensor.nbytes for tensor in tensors) / _MAX_FILES, _FILE_BYTES)
         groups: list[list[Tensor]] = []
         num_bytes = share
@@ -47,103 +57,87 @@ class TensorFiles:
                 num_bytes = 0
             groups[-1].append(tensor)
             num_bytes += tensor.nbytes
-        return cls([TensorFile.of(group, on_disk=on_disk, kept=kept) for group in groups])
+        return cls([TensorFile.of(group) for group in groups])
 
     @classmethod
-    def of_bytes(cls, chunks: Sequence[bytes | memoryview], kept: KeptMemory) -> TensorFiles:
-        """A copy of bytes, one piece behind the other, as one tensor, uint8 [num_bytes].
+    def of_bytes(cls, chunks: Sequence[bytes | memoryview]) -> TensorFiles:
+        """Copy bytes into one file, as one tensor, uint8 [num_bytes].
 
         Raises:
-            OSError: there is no room for it.
+            OSError: If there is no room for it.
         """
-        stops = list(itertools.accumulate(map(len, chunks)))
-        memory = kept.take(stops[-1])
-        layout = [(0, stops[-1], torch.uint8, (stops[-1],), (1,))]
-        file = TensorFile(memory.descriptor, stops[-1], layout, memory, kept)
-        memory.write((stop - len(chunk), memoryview(chunk)) for stop, chunk in zip(stops, chunks, strict=True))
-        return cls([file])
+        num_bytes = sum(map(len, chunks))
+        place = (0, num_bytes, "uint8", (num_bytes,), (1,))
+        return cls([TensorFile(_sealed_file(chunks, num_bytes), num_bytes, [place])])
 
     @classmethod
     def at(cls, addresses: Sequence[Address], pid: int) -> TensorFiles:
-        """Those of another process; as of `TensorFile.at`."""
+        """Open the files of another process, as `TensorFile.at` does."""
         return cls([TensorFile.at(address, pid) for address in addresses])
 
     def addresses(self) -> list[Address]:
-        """Where other processes of this machine find them, as long as they are kept here."""
+        """Return where other processes of this machine find the files while this process keeps them."""
         return [file.address() for file in self._files]
 
     def close(self) -> None:
-        """Close them now; only tensors that were mapped before are still to be used."""
+        """Close the files; tensors that are mapped stay usable."""
         for file in self._files:
             file.close()
 
-    def use_once(self) -> None:
-        """Never write this memory again: somebody who is out of reach may still look for it."""
-        for file in self._files:
-            file.use_once()
-
     def tensors(self) -> list[Tensor]:
-        """The tensors, each with a storage of its own, in memory that nobody else writes or sees written.
+        """Map the tensors, each with a storage of its own; writes to them stay private.
 
         Raises:
-            OSError: there is no address space, or there are too many mappings.
+            OSError: If there is no address space, or there are too many mappings.
         """
         return [tensor for file in self._files for tensor in file.tensors()]
 
 
 class TensorFile:
-    """Tensors in a file without a name, which is gone with the last that maps it.
+    """Tensors in one file without a name; the kernel frees it with the last descriptor and mapping.
+
+    The file is sealed: neither its size nor its bytes change, so a reader may map it without a copy.
 
     Args:
-        descriptor: the file's.
-        num_bytes: its size.
-        layout: for each tensor where it begins, its size in bytes, its dtype, shape and strides.
-        memory: the file, where it is this process's own.
-        kept: takes the memory when nothing refers to this any more; without it, that is closed.
+        descriptor: The open file, which this object closes.
+        num_bytes: Its size.
+        places: Where each tensor lies in it.
     """
 
-    def __init__(
-        self,
-        descriptor: int,
-        num_bytes: int,
-        layout: Sequence[tuple[int, int, torch.dtype, tuple[int, ...], tuple[int, ...]]],
-        memory: Memory | None = None,
-        kept: KeptMemory | None = None,
-    ) -> None:
+    def __init__(self, descriptor: int, num_bytes: int, places: Sequence[_Place]) -> None:
         self._descriptor = descriptor
         self._num_bytes = num_bytes
-        self._layout = layout
-        self._memory = memory
-        let_go: Callable[[], None] = partial(os.close, descriptor)
-        if memory is not None:
-            let_go = memory.close if kept is None else partial(kept.give_back, memory)
-        self._close = weakref.finalize(self, let_go)
+        self._places = places
+        self._close = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], *, on_disk: bool = False, kept: KeptMemory | None = None) -> TensorFile:
-        """Copies of tensors.
+    def of(cls, tensors: Sequence[Tensor]) -> TensorFile:
+        """Copy tensors into a new file.
 
         Args:
-            tensors: dense ones on the CPU, of any dtype, whose strides leave no gaps.
-            on_disk: whether the file lies in `tempfile`'s folder, and not in memory.
-            kept: has the memory, and takes it back.
+            tensors: Dense ones on the CPU, of any dtype, whose strides leave no gaps.
 
         Raises:
-            OSError: there is no room for it.
+            OSError: If there is no room for it.
         """
-        layout, num_bytes = [], 0
+        places: list[_Place] = []
+        chunks: list[bytes | memoryview] = []
+        num_bytes = 0
         for tensor in tensors:
-            layout.append((num_bytes, tensor.nbytes, tensor.dtype, tuple(tensor.shape), tensor.stride()))
-            num_bytes += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            places.append((num_bytes, tensor.nbytes, dtype, tuple(tensor.shape), tensor.stride()))
+            padding = -tensor.nbytes % ALIGNMENT_BYTES
+            chunks += [memory_of(tensor), bytes(padding)]
+            num_bytes += tensor.nbytes + padding
         num_bytes = max(num_bytes, 1)
-        memory = kept.take(num_bytes) if kept is not None else Memory(num_bytes, on_disk=on_disk)
-        file = cls(memory.descriptor, num_bytes, layout, memory, kept)
-        memory.write((start, memory_of(tensor)) for tensor, (start, *_) in zip(tensors, layout, strict=True))
-        return file
+        return cls(_sealed_file(chunks, num_bytes), num_bytes, places)
 
     @classmethod
     def probe(cls) -> TensorFile | None:
-        """An empty file, for others to find out whether they see this process's; None where it can have none."""
+        """Return an empty file that other processes look for, to learn whether they can open this process's files.
+
+        None on systems without memory files.
+        """
         try:
             return cls.of([])
         except OSError as error:
@@ -153,38 +147,38 @@ class TensorFile:
 
     @classmethod
     def at(cls, address: Address, pid: int) -> TensorFile:
-        """That of another process of this machine, which this one may look into.
+        """Open the file of another process of this machine.
+
+        Args:
+            address: From `address` in that process; it may be forged.
+            pid: The process.
 
         Raises:
-            OSError: it cannot be opened.
-            SerializationError: it is another file, or not as it is said to be.
+            OSError: If it cannot be opened.
+            SerializationError: If it is another file, or tensors reach beyond it.
         """
-        number, inode, num_bytes, stamp, places = _checked_address(address, pid)
+        number, inode, num_bytes, places = _checked_address(address, pid)
         path = f"/proc/{pid}/fd/{number}"
-        layout = [(*place[:2], dtype_named(place[2]), *place[3:]) for place in places]
         # The other process chooses the number: of a pipe or a device, even the opening could take for ever.
         if not os.readlink(path).startswith(f"/memfd:{NAME}"):
-            raise SerializationError("what a call refers to is not there any more")
+            raise _gone()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        file = cls(descriptor, num_bytes, layout)
+        file = cls(descriptor, num_bytes, places)
         status = os.fstat(descriptor)
-        is_meant = stat.S_ISREG(status.st_mode) and status.st_ino == inode
-        # What is sealed does not shrink under those who map it, nor is it written while any do: see `KeptMemory`.
-        if not is_meant or not is_sealed(descriptor):
-            raise SerializationError("what a call refers to is not there any more")
-        if num_bytes + STAMP_BYTES != os.fstat(descriptor).st_size:
+        # A file that shrinks under a mapping kills the process that reads there.
+        if not stat.S_ISREG(status.st_mode) or status.st_ino != inode or not _is_sealed(descriptor):
+            raise _gone()
+        if status.st_size != num_bytes:
             raise SerializationError("a file has another size than it is said to have")
-        if stamp_of(descriptor, num_bytes) != stamp:  # else it stays so, as long as it is open here
-            raise SerializationError("what a call refers to is not there any more")
-        for start, num_tensor_bytes, dtype, shape, stride in file._layout:
-            check_extent(shape, stride, 0, dtype, num_tensor_bytes)
+        for start, num_tensor_bytes, dtype, shape, stride in places:
+            check_extent(shape, stride, 0, dtype_named(dtype), num_tensor_bytes)
             if min(start, num_tensor_bytes) < 0 or start + num_tensor_bytes > num_bytes:
                 raise SerializationError("a tensor reaches beyond the file that it lies in")
         return file
 
     @classmethod
     def is_found(cls, pid: int, address: Address) -> bool:
-        """Whether this process finds a file of that one: they may see different processes, or have other rights."""
+        """Return whether this process can open that file of the other one; containers and users may differ."""
         try:
             cls.at(address, pid).close()
         except (OSError, SerializationError):
@@ -192,44 +186,70 @@ class TensorFile:
         return True
 
     def close(self) -> None:
-        """Close the file now; nobody is to use this any more."""
+        """Close the file; tensors that are mapped stay usable."""
         self._close()
 
     def address(self) -> Address:
-        """Where other processes of this machine find it, as long as it is kept here."""
-        places = [(*place[:2], str(place[2]).removeprefix("torch."), *place[3:]) for place in self._layout]
-        assert self._memory is not None
-        return self._descriptor, os.fstat(self._descriptor).st_ino, self._num_bytes, self._memory.stamp, places
+        """Return where other processes of this machine find the file while this process keeps it."""
+        return self._descriptor, os.fstat(self._descriptor).st_ino, self._num_bytes, list(self._places)
 
     def tensors(self) -> list[Tensor]:
-        """The tensors, each with a storage of its own, in memory that nobody else writes or sees written.
+        """Map the tensors, each with a storage of its own; writes to them stay private.
 
         Raises:
-            OSError: there is no address space, or there are too many mappings.
+            OSError: If there is no address space, or there are too many mappings.
         """
-        if self._memory is not None:
-            array = self._memory.map_to_read()
-        else:
-            array = map_file(self._descriptor, self._num_bytes, mmap.MAP_PRIVATE)
-        return [_in_memory(array, *place) for place in self._layout]
+        path = f"/proc/self/fd/{self._descriptor}"
+        try:
+            mapped = torch.from_file(path, shared=False, size=self._num_bytes, dtype=torch.uint8, device="cpu")
+        except RuntimeError as error:
+            raise OSError(errno.ENOMEM, f"{self._num_bytes} bytes cannot be mapped: {error}") from error
+        return [_at_place(mapped.numpy(), place) for place in self._places]
 
-    def use_once(self) -> None:
-        """Never write this memory again."""
-        if self._memory is not None:
-            self._memory.is_used_once = True
+
+def _sealed_file(chunks: Iterable[bytes | memoryview], num_bytes: int) -> int:
+    """Write chunks one behind the other into a memory file, which never changes again; return its descriptor."""
+    if not hasattr(os, "memfd_create") or not hasattr(fcntl, "F_ADD_SEALS"):
+        raise OSError(errno.ENOSYS, "this system has no memory files that can be sealed, as Linux has")
+    descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, num_bytes)
+        start = 0
+        for chunk in chunks:
+            rest = memoryview(chunk)
+            while rest:
+                written = os.pwrite(descriptor, rest, start)
+                rest, start = rest[written:], start + written
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _seals())
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _seals() -> int:
+    return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def _is_sealed(descriptor: int) -> bool:
+    return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _seals() == _seals()
+
+
+def _gone() -> SerializationError:
+    return SerializationError("what a call refers to is not there any more")
 
 
 def _checked_address(address: Any, pid: Any) -> Address:
-    """The address, which becomes part of a path and the size of a mapping: another process has sent it.
+    """Check the form of an address, which becomes a path and the size of a mapping.
 
     Raises:
-        SerializationError: it is of another form than `Address`.
+        SerializationError: If it is of another form than `Address`.
     """
     match address:
-        case (int(number), int(inode), int(num_bytes), int(stamp), list(places) | tuple(places)) if (
+        case (int(number), int(inode), int(num_bytes), list(places) | tuple(places)) if (
             type(number) is type(pid) is int and number >= 0 < pid and all(map(_is_place, places))
         ):
-            return number, inode, num_bytes, stamp, list(places)
+            return number, inode, num_bytes, [(*place[:3], tuple(place[3]), tuple(place[4])) for place in places]
     raise SerializationError("what arrived is no address of a file")
 
 
@@ -240,10 +260,10 @@ def _is_place(place: Any) -> bool:
     return False
 
 
-def _in_memory(
-    array: Any, start: int, num_bytes: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
-) -> Tensor:
+def _at_place(memory: Any, place: _Place) -> Tensor:
+    start, num_bytes, dtype_name, shape, stride = place
+    dtype = dtype_named(dtype_name)
     if not num_bytes:
-        return torch.empty(shape, dtype=dtype)
-    content = torch.frombuffer(array, dtype=torch.uint8, count=num_bytes, offset=start)
-    return torch.empty(0, dtype=dtype).set_(content.untyped_storage(), 0, shape, stride)
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    content = torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=start)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(content.untyped_storage(), 0, shape, stride)

@@ -24,8 +24,7 @@ from torchfedrpc.wire import arrays, functions, rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
-from torchfedrpc.wire.file import TensorFiles
-from torchfedrpc.wire.memory import UNAVAILABLE, KeptMemory
+from torchfedrpc.wire.file import UNAVAILABLE, TensorFiles
 from torchfedrpc.wire.scan import BUILD, HARMLESS_ARRAYS, REDUCE, check_depth, with_requests
 from torchfedrpc.wire.tensors import (
     PlainTensors,
@@ -180,7 +179,7 @@ def pack(
     copy: bool = True,
     join: bool | None = None,
     may_refer: bool = False,
-    kept: KeptMemory | None = None,
+    in_files: bool = False,
 ) -> Parcel:
     """Take the value of an object, as it is now.
 
@@ -193,7 +192,7 @@ def pack(
         join: whether small tensors become one slot together, which costs less to send; where there is a copy, if
             not given.
         may_refer: whether it may hold what is `SentApart`, as only the arguments of a call may.
-        kept: has the memory for a large object, and takes it back: files that other processes may map.
+        in_files: whether the tensors of a large object go into files that other processes may map.
 
     Raises:
         SerializationError: it holds something that cannot be pickled, or a tensor that cannot travel.
@@ -210,7 +209,7 @@ def pack(
         if table.tensors or table.buffers:
             with PlainTensors():
                 views, slots = gather_slots(
-                    table.tensors, copy=copy and kept is None, join=copy if join is None else join
+                    table.tensors, copy=copy and not in_files, join=copy if join is None else join
                 )
                 buffers = [_copy_buffer(raw) for raw in table.buffers]
     except (SerializationError, MemoryError, torch.OutOfMemoryError):
@@ -220,9 +219,9 @@ def pack(
     if table.apart and not may_refer:
         raise SerializationError("a SharedRef is for the arguments of a call, where it stands for its object")
     files = None
-    if kept is not None and (slots or buffers):
+    if in_files and (slots or buffers):
         with PlainTensors():
-            files, mapped = mapped_copies([*slots, *buffers], kept)
+            files, mapped = mapped_copies([*slots, *buffers])
             slots, buffers = (mapped, []) if files is not None else (_copies(views, slots), buffers)
     slots += buffers
     return Parcel(file.getvalue(), views, slots, len(table.buffers), fence(slots), tuple(table.apart), files)
@@ -363,12 +362,12 @@ def _are_large(slots: list[Tensor]) -> bool:
     return sum(slot.nbytes for slot in slots) >= _MAPPED_BYTES and all(slot.is_cpu for slot in slots)
 
 
-def mapped_copies(slots: list[Tensor], kept: KeptMemory | None = None) -> tuple[TensorFiles | None, list[Tensor]]:
+def mapped_copies(slots: list[Tensor]) -> tuple[TensorFiles | None, list[Tensor]]:
     """Copies of slots, and their files; None where these are not worth while, or cannot be had."""
     if not _are_large(slots):
         return None, []
     try:
-        files = TensorFiles.of(slots, kept=kept)
+        files = TensorFiles.of(slots)
         return files, files.tensors()
     except OSError as error:
         if error.errno not in UNAVAILABLE:

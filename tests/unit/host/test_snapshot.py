@@ -24,7 +24,6 @@ from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, lo
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.testing.rehearsal import Rehearsal, Step, rehearsal
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.memory import KeptMemory
 from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.serializer import ParameterSerializer
 
@@ -312,41 +311,34 @@ class Rounding(Large):
         self.weights = self.weights.round()
 
 
-@pytest.fixture
-def kept() -> Iterator[KeptMemory]:
-    kept = KeptMemory(1 << 30)
-    yield kept
-    kept.close()
-
-
-def in_files(state: Any, kept: KeptMemory, **limits: Any) -> Parcel:
+def in_files(state: Any, **limits: Any) -> Parcel:
     """A snapshot in memory that other processes may map, of a state with such a learner in it."""
     snapshot = Snapshot("client_1", "there.Learner", {"step": 2}, ("state_dict", state))
-    return taken(snapshot, ALLOW, kept=kept, **limits)
+    return taken(snapshot, ALLOW, in_files=True, **limits)
 
 
 @pytest.mark.parametrize(
     "make", [lambda: torch.rand(1 << 20), lambda: Large(2), Resizing], ids=["tensor", "in place", "resized"]
 )
-def test_large_snapshot_in_a_file_has_the_bits_of_one_in_memory(kept: KeptMemory, make: Any) -> None:
+def test_large_snapshot_in_a_file_has_the_bits_of_one_in_memory(make: Any) -> None:
     state = {"part": make(), "odd": torch.rand((1 << 19) + 3).to(torch.float16)}
     for _ in range(2):  # in memory that is new, and in that which is written again
-        parcel = in_files(state, kept)
+        parcel = in_files(state)
         assert parcel.files is not None
         snapshot = Snapshot("client_1", "there.Learner", {"step": 2}, ("state_dict", state))
         assert bytes(seal(parcel.open(ALLOW))) == bytes(dump(snapshot, ALLOW))
 
 
-def test_large_snapshot_in_a_file_is_refused_where_it_would_not_come_back_equal(kept: KeptMemory) -> None:
+def test_large_snapshot_in_a_file_is_refused_where_it_would_not_come_back_equal() -> None:
     with pytest.raises(SnapshotError, match=r"weights.*would have other values"):
-        in_files({"part": Rounding()}, kept)
+        in_files({"part": Rounding()})
 
 
-def test_snapshot_above_its_limit_is_a_size(kept: KeptMemory) -> None:
+def test_snapshot_above_its_limit_is_a_size() -> None:
     state = {"part": torch.rand(1 << 20)}
-    size = in_files(state, kept, limit_bytes=4 << 20).open(ALLOW)
+    size = in_files(state, limit_bytes=4 << 20).open(ALLOW)
     assert 4 << 20 < size < 5 << 20
-    assert isinstance(in_files(state, kept, limit_bytes=size).open(ALLOW), Tensor)
+    assert isinstance(in_files(state, limit_bytes=size).open(ALLOW), Tensor)
 
 
 def test_a_learner_that_was_not_made_yet_has_a_snapshot_too() -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
+import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from losses import pseudo
 
 import torchfedrpc as tfr
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire.file import TensorFile, TensorFiles
+from torchfedrpc.wire.packing import pack
 
 TENSORS = [torch.arange(5.0), torch.ones(3, 4).t(), torch.zeros(2, dtype=torch.bfloat16), torch.empty(0)]
 
@@ -27,10 +33,14 @@ def test_it_is_found_by_its_address_and_has_what_was_put_in() -> None:
         assert (tensor.dtype, tensor.stride()) == (original.dtype, original.stride())
 
 
-def test_whoever_maps_it_changes_it_for_nobody_else() -> None:
+def test_files_cannot_change_and_writes_to_a_mapping_stay_private() -> None:
     file = TensorFile.of(TENSORS)
+    number, *_ = file.address()
+    for change in (lambda: os.ftruncate(number, 1), lambda: os.pwrite(number, b"1", 0)):
+        with pytest.raises(OSError, match="not permitted"):
+            change()
     with pytest.raises(OSError, match="not permitted"):
-        os.ftruncate(file.address()[0], 1)  # who touched what is gone would be killed
+        mmap.mmap(number, 0, mmap.MAP_SHARED, mmap.PROT_WRITE)
     mine, other = file.tensors()[0], file.tensors()[0]
     mine.add_(1)
     assert torch.equal(other, TENSORS[0])
@@ -39,25 +49,12 @@ def test_whoever_maps_it_changes_it_for_nobody_else() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda number, inode, size, stamp, places: (
-            number,
-            inode + 1,
-            size,
-            stamp,
-            places,
-        ),  # its number was given to another
-        lambda number, inode, size, stamp, places: (number, inode, size + 4096, stamp, places),
-        lambda number, inode, size, stamp, places: (number, inode, size, stamp + 1, places),  # it was written again
-        lambda number, inode, size, stamp, places: (
-            number,
-            inode,
-            size,
-            stamp,
-            [(0, 1 << 20, "float32", (1 << 18,), (1,))],
-        ),
-        lambda number, inode, size, stamp, places: (number, inode, size, stamp, [(0, 4, "float32", (5,), (1,))]),
-        lambda number, inode, size, stamp, places: (number, inode, size, stamp, [(-64, 20, "float32", (5,), (1,))]),
-        lambda number, inode, size, stamp, places: (number, inode, size, stamp, [(0, 20, "nn", (5,), (1,))]),
+        lambda number, inode, size, places: (number, inode + 1, size, places),  # the number was given to another file
+        lambda number, inode, size, places: (number, inode, size + 4096, places),
+        lambda number, inode, size, places: (number, inode, size, [(0, 1 << 20, "float32", (1 << 18,), (1,))]),
+        lambda number, inode, size, places: (number, inode, size, [(0, 4, "float32", (5,), (1,))]),
+        lambda number, inode, size, places: (number, inode, size, [(-64, 20, "float32", (5,), (1,))]),
+        lambda number, inode, size, places: (number, inode, size, [(0, 20, "nn", (5,), (1,))]),
     ],
 )
 def test_an_address_that_does_not_fit_is_refused(change: Any) -> None:
@@ -72,17 +69,17 @@ def test_an_address_that_does_not_fit_is_refused(change: Any) -> None:
         None,
         5,
         [],
-        ["../../../etc/passwd", 1, 1, 1, []],
-        [-1, 1, 1, 1, []],
-        [True, 1, 1, 1, []],
-        [3.0, 1, 1, 1, []],
-        [3, "1", 1, 1, []],
-        [3, 1, None, 1, []],
-        [3, 1, 1, 1, {}],
-        [3, 1, 1, 1, [[0, 0, "float32", [1], ["1"]]]],
-        [3, 1, 1, 1, [[0, 0, "float32", [1, 2], [1]]]],
-        [3, 1, 1, 1, [[0, 0, 3, [], []]]],
-        [10**4000, 1, 1, 1, []],
+        ["../../../etc/passwd", 1, 1, []],
+        [-1, 1, 1, []],
+        [True, 1, 1, []],
+        [3.0, 1, 1, []],
+        [3, "1", 1, []],
+        [3, 1, None, []],
+        [3, 1, 1, {}],
+        [3, 1, 1, [[0, 0, "float32", [1], ["1"]]]],
+        [3, 1, 1, [[0, 0, "float32", [1, 2], [1]]]],
+        [3, 1, 1, [[0, 0, 3, [], []]]],
+        [10**4000, 1, 1, []],
     ],
 )
 def test_what_is_no_address_is_refused(address: Any) -> None:
@@ -102,10 +99,21 @@ def test_a_pipe_that_another_process_names_is_not_waited_for(tmp_path: Path, mon
     descriptor = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     try:
         began = time.monotonic()
-        assert not TensorFile.is_found(os.getpid(), (descriptor, os.fstat(descriptor).st_ino, 1, 0, []))
+        assert not TensorFile.is_found(os.getpid(), (descriptor, os.fstat(descriptor).st_ino, 1, []))
         monkeypatch.setattr(os, "readlink", lambda path: "/memfd:torchfedrpc-shared")  # it is changed under us
-        assert not TensorFile.is_found(os.getpid(), (descriptor, os.fstat(descriptor).st_ino, 1, 0, []))
+        assert not TensorFile.is_found(os.getpid(), (descriptor, os.fstat(descriptor).st_ino, 1, []))
         assert time.monotonic() - began < 1
+    finally:
+        os.close(descriptor)
+
+
+def test_file_that_may_still_change_is_refused() -> None:
+    descriptor = os.memfd_create("torchfedrpc-shared", os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, 64)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        with pytest.raises(SerializationError, match="not there"):
+            TensorFile.at((descriptor, os.fstat(descriptor).st_ino, 64, []), os.getpid())
     finally:
         os.close(descriptor)
 
@@ -116,7 +124,7 @@ def test_another_file_of_a_process_is_not_read() -> None:
         file.flush()
         status = os.fstat(file.fileno())
         with pytest.raises((SerializationError, OSError)):
-            TensorFile.at((file.fileno(), status.st_ino, status.st_size, 0, []), os.getpid())
+            TensorFile.at((file.fileno(), status.st_ino, status.st_size, []), os.getpid())
 
 
 class Taker:
@@ -173,3 +181,42 @@ def mapping_of(tensor: torch.Tensor) -> str:
         if start <= tensor.data_ptr() < stop:
             return line
     raise AssertionError("it lies nowhere")
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 250, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Deaf:
+    """A learner that keeps nothing."""
+
+    def __init__(self, client_id: str) -> None: ...
+
+    def take(self, weights: Any) -> float:
+        return float(weights["layer0"][0])
+
+
+async def test_values_of_many_rounds_need_few_descriptors(few_descriptors: None) -> None:
+    async with tfr.LearnerProxy(Deaf, ["a", "b", "c", "d"], runtime=pseudo(journal_max_bytes=64 << 20)) as proxy:
+        weights = {f"layer{number}": torch.zeros(1 << 15) for number in range(20)}  # 2.5 MB
+        for number in range(150):
+            weights["layer0"].fill_(number)
+            assert set((await proxy.clients().call("take", weights)).values()) == {float(number)}
+
+
+@pytest.mark.parametrize("num_left", [0, 1])
+def test_value_stays_in_memory_when_descriptors_run_out(num_left: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first_free = os.dup(0)
+    os.close(first_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + num_left, hard))
+    try:
+        parcel = pack(torch.ones(1 << 20), in_files=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert parcel.files is None
+    assert parcel.slots[0].sum() == 1 << 20
