@@ -9,7 +9,7 @@ from typing import Any
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.wire.scan import check_opcodes
+from torchfedrpc.wire.scan import check_depth, check_opcodes
 
 _INTERNAL = "torch.distributed.rpc.internal"
 _ENTRIES = {"torchfedrpc.rpc.endpoint": ("serve", "acknowledge", "rref")}
@@ -34,6 +34,7 @@ class GuardedUnpickler(pickle.Unpickler):
         except SerializationError as error:
             raise pickle.UnpicklingError(f"refused a message: {error}") from error
         super().__init__(io.BytesIO(data))
+        self._data = data
 
     def load(self) -> Any:
         """The object.
@@ -42,7 +43,9 @@ class GuardedUnpickler(pickle.Unpickler):
             pickle.UnpicklingError: whatever is wrong with the message.
         """
         try:
-            return super().load()
+            message = super().load()
+            check_depth(self._data, message)
+            return message
         except (pickle.UnpicklingError, MemoryError):
             raise
         except Exception as error:

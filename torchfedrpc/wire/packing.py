@@ -25,7 +25,7 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.file import UNAVAILABLE, TensorFiles
-from torchfedrpc.wire.scan import BUILD, HARMLESS_ARRAYS, REDUCE, check_depth, with_requests
+from torchfedrpc.wire.scan import BUILD, REDUCE, check_depth, with_requests
 from torchfedrpc.wire.tensors import (
     PlainTensors,
     View,
@@ -121,6 +121,7 @@ class Parcel:
             with torch.inference_mode(False) if self.slots else nullcontext():
                 builder = _Builder(self, allow)
                 obj = _Unpickler(self.head, self._buffers(), builder, allow).load()
+                check_depth(self.head, obj)
         except (SerializationError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -445,6 +446,7 @@ class _Builder:
         if known is not array:
             raise UntrustedTypeError("a pickle changes an array that is in use")
         arrays.fill(array, items, is_writeable=is_writeable)
+        self.budget.nest(array, items)
         return array
 
     def _restore_tensor(self, form: str, requires_grad: Any, cls: Any, state: Any, grad: Any, *rest: Any) -> Tensor:
@@ -539,8 +541,6 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(with_requests(head)), buffers=buffers)
         self._builder = builder
         self._allow = allow
-        self._head = head
-        self._num_recursive = 0
 
     def persistent_load(self, request: Any) -> Any:
         """Carry out what `with_requests` has made of an opcode that calls, makes or changes an object."""
@@ -550,17 +550,9 @@ class _Unpickler(pickle.Unpickler):
                 if type(argument) is not tuple:
                     raise SerializationError("a parcel has a part without a tuple of parts")
                 return self._builder.restore(*argument)
-            self._count_recursive()  # deques, slices and the like
         elif op == BUILD and isinstance(target, np.ndarray):
-            self._count_recursive()
             return self._builder.fill(target, argument)
         return rebuild.answer(self._allow, self._builder.budget, target, argument, op)
-
-    def _count_recursive(self) -> None:
-        """Count an object that may free its content by recursion; once they are many, check how deep they lie."""
-        self._num_recursive += 1
-        if self._num_recursive == HARMLESS_ARRAYS:
-            check_depth(self._head)
 
     def find_class(self, module: str, name: str) -> Any:
         if module == __name__ and name == restore.__name__:

@@ -12,13 +12,14 @@ import sys
 import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 from random import Random
 from typing import Any
 from uuid import UUID
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -53,6 +54,9 @@ class Budget:
 
     def __init__(self, num_bytes: int) -> None:
         self._left = (64 << 20) + 32 * num_bytes
+        self._levels: dict[int, int] = {}  # of nested objects that are freed by recursion, by id
+        self._inner: set[int] = set()  # ids of those that lie in others
+        self._num_late = 0
 
     def spend(self, amount: int) -> None:
         """Count so many bytes, or steps of about a nanosecond each.
@@ -63,6 +67,37 @@ class Budget:
         self._left -= amount
         if self._left < 0:
             raise SerializationError("a pickle costs far more than its size: send what torchfedrpc packed")
+
+    def nest(self, outer: Any, items: Iterable[Any]) -> None:
+        """Count how deep objects lie directly in each other that CPython and numpy free by recursion in C.
+
+        An object that takes items while it already lies in another makes that one deeper, too: such additions count
+        as a level each.
+
+        Raises:
+            SerializationError: If they lie more than `_MAX_NESTED` deep, which could exhaust a thread's stack.
+        """
+        inner = [id(item) for item in items if _is_freed_by_recursion(item)]
+        if not inner:
+            return
+        self._inner.update(inner)
+        level = 1 + max(self._levels.get(number, 0) for number in inner)
+        if level > self._levels.get(id(outer), 0):
+            self._levels[id(outer)] = level
+            self._num_late += id(outer) in self._inner
+            if level + self._num_late > _MAX_NESTED:
+                raise SerializationError(
+                    f"a pickle nests arrays of objects, deques, defaultdicts or slices more than {_MAX_NESTED} deep: "
+                    f"send lists of them"
+                )
+
+
+_MAX_NESTED = 600  # 3,000 nested arrays of objects exhaust a stack of 8 MB
+
+
+def _is_freed_by_recursion(obj: Any) -> bool:
+    """Return whether freeing it frees its content without the limit that CPython has for lists, tuples and dicts."""
+    return type(obj) in (deque, defaultdict, slice) or (isinstance(obj, np.ndarray) and obj.dtype.hasobject)
 
 
 def reduce(allow: AllowList, function: Any, arguments: Any, budget: Budget) -> Any:
@@ -78,7 +113,10 @@ def reduce(allow: AllowList, function: Any, arguments: Any, budget: Budget) -> A
         budget.spend(100 * len(arguments[0]))  # it is copied, and the pickle may name it many times
     budget.spend(1000)
     _check_builtin_arguments(function, arguments)
-    return allow.constructor(function)(*arguments)
+    made = allow.constructor(function)(*arguments)
+    if type(made) is slice:
+        budget.nest(made, arguments)
+    return made
 
 
 def new(allow: AllowList, cls: Any, arguments: Any, keywords: Any) -> Any:
@@ -136,7 +174,7 @@ def set_state(allow: AllowList, obj: Any, state: Any, budget: Budget) -> Any:
     return obj
 
 
-def add_items(allow: AllowList, container: Any, items: tuple[Any, ...]) -> Any:
+def add_items(allow: AllowList, container: Any, items: tuple[Any, ...], budget: Budget) -> Any:
     """Append items to a list, or to another container that pickling treats as one; return it.
 
     Raises:
@@ -146,6 +184,7 @@ def add_items(allow: AllowList, container: Any, items: tuple[Any, ...]) -> Any:
         list.extend(container, items)
     elif isinstance(container, deque):
         deque.extend(container, items)
+        budget.nest(container, items)
     elif allow.is_trusted(type(container)):
         append = type(container).append
         for item in items:
@@ -200,6 +239,8 @@ def set_items(allow: AllowList, container: Any, items: tuple[Any, ...], budget: 
     can_collide = _check_keys(keys, budget)
     if type(container) is dict or type(container) is defaultdict:
         container.update(zip(keys, values, strict=True))
+        if type(container) is defaultdict:
+            budget.nest(container, values)
     elif isinstance(container, dict):  # not by a method of a subclass, which may store something else
         put = OrderedDict.__setitem__ if isinstance(container, OrderedDict) else dict.__setitem__
         for key, value in zip(keys, values, strict=True):
@@ -226,9 +267,9 @@ def answer(allow: AllowList, budget: Budget, target: Any, argument: Any, op: int
     if op in (SETITEM, SETITEMS):
         return set_items(allow, target, argument, budget)
     if op == APPENDS:
-        return add_items(allow, target, argument)
+        return add_items(allow, target, argument, budget)
     if op == APPEND:
-        return add_items(allow, target, (argument,))
+        return add_items(allow, target, (argument,), budget)
     if op == REDUCE:
         return reduce(allow, target, argument, budget)
     if op == NEWOBJ:

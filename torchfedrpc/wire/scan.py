@@ -7,15 +7,18 @@ changes an object is replaced by a request to ``persistent_load``, where `rebuil
 from __future__ import annotations
 
 import functools
+import gc
 import re
+from collections import OrderedDict, defaultdict, deque
+from typing import Any
 
 from torchfedrpc.errors import SerializationError
 
 MAX_DEPTH = 2000
-"""Levels of objects inside objects. Some types free or hash their content by C recursion, which ends the process
-where the stack does: 3,000 nested arrays of objects are enough, and 200,000 nested tuples."""
+"""Levels of containers inside containers. Some operations, such as hashing a tuple, recurse in C without a limit."""
 
-HARMLESS_ARRAYS, _HARMLESS_MADE = 600, 50_000  # fewer arrays, or objects, cannot exhaust a stack however they nest
+_SHALLOW_BYTES = 4096  # a shorter pickle is not deep enough for any stack
+_CONTAINERS = frozenset((tuple, list, dict, set, frozenset, OrderedDict, defaultdict, deque))
 
 # The opcodes of protocols 4 and 5, as CPython's pickler writes them. Missing are the older ones (which can place
 # an object at memo entry 2**31, and so claim 32 GiB), those of extension registries and persistent ids.
@@ -31,7 +34,6 @@ _STACK_GLOBAL, _REDUCE, _NEWOBJ, _NEWOBJ_EX, _BUILD = b"\x93R\x81\x92b"
 
 _ONE_BYTE = b"(01N\x88\x89\x97\x98)]}\x8ft\x85\x86\x87\x91aesu\x90\x94\x93R\x81\x92b"  # all but STOP
 _HARMLESS = b"(01N\x88\x89\x97\x98)]}\x8ft\x85\x86\x87\x94\x93"  # those of them that are not replaced
-_MAKERS = b"(]})\x8f\x85\x86\x87R\x81\x92"  # each object with content needs one of these of its own
 _FIXED = {_BININT1: 1, _BININT2: 2, _BININT: 4, _BINFLOAT: 8, _BINGET: 1, _LONG_BINGET: 4}
 _COUNTED_BY_1 = (_SHORT_BINUNICODE, _SHORT_BINBYTES, _LONG1)
 _COUNTED_BY_MORE = {_BINUNICODE: 4, _BINBYTES: 4, _LONG4: 4, _BINUNICODE8: 8, _BINBYTES8: 8, _BYTEARRAY8: 8}
@@ -72,8 +74,7 @@ def check_opcodes(head: bytes) -> None:
 
     Raises:
         SerializationError: If it uses opcodes that CPython's pickler of protocol 4 and 5 does not, sets the state of
-            an object, fills a dict or a set (hashing can take for ever), claims more bytes than it has, or nests too
-            many objects too deeply.
+            an object, fills a dict or a set (hashing can take for ever), or claims more bytes than it has.
     """
     _parts(head, _opcodes_of_sequences())
 
@@ -91,9 +92,8 @@ def with_requests(head: bytes) -> bytes:
         head: a pickle from any sender.
 
     Raises:
-        SerializationError: If it uses opcodes that CPython's pickler of protocol 4 and 5 does not, claims more bytes
-            than it has, or nests so many objects deeper than `MAX_DEPTH` that it matters. Arrays of objects are not
-            looked into: see `check_depth`.
+        SerializationError: If it uses opcodes that CPython's pickler of protocol 4 and 5 does not, or claims more
+            bytes than it has.
     """
     parts = _parts(head, _common_opcodes())
     if all(_kept_opcodes().fullmatch(head, start, end) for start, end, is_run in parts if is_run):
@@ -102,6 +102,33 @@ def with_requests(head: bytes) -> bytes:
     pieces = [rewrite(_request_for, head[start:end]) if is_run else head[start:end] for start, end, is_run in parts]
     body = b"".join(pieces)
     return bytes((_FRAME,)) + len(body).to_bytes(8, "little") + body  # without one, each opcode is read by itself
+
+
+def check_depth(head: bytes, obj: Any) -> None:
+    """Check that the object of a pickle does not nest containers too deeply.
+
+    The walk is by levels, without recursion.
+
+    Args:
+        head: the pickle.
+        obj: what it was loaded as.
+
+    Raises:
+        SerializationError: If containers lie in each other more than `MAX_DEPTH` deep.
+    """
+    seen: set[int] = set()
+    level = [obj]
+    for _ in range(MAX_DEPTH if len(head) > _SHALLOW_BYTES else 0):
+        parts = gc.get_referents(*level)
+        if _CONTAINERS.isdisjoint(map(type, parts)):
+            return
+        unseen = {id(part): part for part in parts if type(part) in _CONTAINERS and id(part) not in seen}
+        seen.update(unseen)
+        level = list(unseen.values())
+    if len(head) > _SHALLOW_BYTES and level:
+        raise SerializationError(
+            f"a pickle nests objects more than {MAX_DEPTH} deep: send a flat list or tensor of them"
+        )
 
 
 def _parts(head: bytes, common: re.Pattern[bytes]) -> list[tuple[int, int, bool]]:
@@ -132,8 +159,6 @@ def _parts(head: bytes, common: re.Pattern[bytes]) -> list[tuple[int, int, bool]
             raise _refusal(head, position)
         if position > size:
             raise _claim()
-    if size > _HARMLESS_MADE and _makes_more(head, parts, _HARMLESS_MADE):
-        check_depth(head)
     return parts
 
 
@@ -195,25 +220,6 @@ def _opcodes_of_sequences() -> re.Pattern[bytes]:
     return re.compile(_common_opcode(_PROTOCOL, one_byte=one_byte) + b"*+")
 
 
-@functools.cache
-def _opcodes_that_make_nothing() -> re.Pattern[bytes]:
-    """A run of opcodes that make no object with content, or a tuple of numbers, which is never deep."""
-    number = rb"(?:K.|M..|J.{4}|G.{8}|[N\x88\x89])"
-    flat = number + rb"(?:\x85|" + number + rb"(?:\x86|" + number + rb"\x87?)?)?"
-    protocol = rb"\x80."
-    one_byte = bytes(set(_ONE_BYTE) - set(_MAKERS))
-    return re.compile(_common_opcode(flat, protocol, one_byte=one_byte) + b"++")
-
-
-def _makes_more(head: bytes, parts: list[tuple[int, int, bool]], limit: int) -> bool:
-    """Whether more objects with content are made than that, tuples of numbers not counted."""
-    runs = [head[start:end] for start, end, is_run in parts if is_run]
-    if sum(len(run) - len(run.translate(None, _MAKERS)) for run in runs) <= limit:
-        return False
-    nothing = _opcodes_that_make_nothing()
-    return sum(len(nothing.sub(b"", run)) for run in runs) > limit
-
-
 def _after_counted(head: bytes, position: int, width: int) -> int:
     start = position + 1 + width
     return start + int.from_bytes(head[position + 1 : start], "little")
@@ -230,129 +236,3 @@ def _refusal(head: bytes, position: int) -> SerializationError:
         f"a pickle has the opcode {head[position : position + 1]!r} at byte {position}, which is damaged or not from "
         f"here: send what torchfedrpc packed"
     )
-
-
-def check_depth(head: bytes) -> None:
-    """Refuse a pickle that nests objects deeper than `MAX_DEPTH`; its opcodes must be `checked` before.
-
-    Raises:
-        SerializationError: it does, or takes from the stack what is not there.
-    """
-    _Depths().check(head)
-
-
-class _Depths:
-    """How deep objects lie in each other, found by going through the opcodes without making anything.
-
-    Objects are numbers, 0 stands for all that hold nothing. What is put into an object after that object was itself
-    put somewhere makes all around it deeper, whatever that is: such additions count as a level each.
-    """
-
-    def __init__(self) -> None:
-        self._depths = [0]
-        self._held = [False]
-        self._num_late = 0
-        self._stack: list[int] = []
-        self._outer: list[list[int]] = []
-        self._memo: list[int] = []
-
-    def check(self, head: bytes) -> None:
-        """Go through a pickle whose opcodes are known to be complete.
-
-        Raises:
-            SerializationError: it is too deep, or asks for what is not there.
-        """
-        try:
-            self._walk(head)
-        except IndexError as error:
-            raise SerializationError("a pickle takes more from the stack than there is") from error
-
-    def _walk(self, head: bytes) -> None:
-        memo, position, step = self._memo, 0, _steps()
-        while (op := head[position]) != _STOP:
-            stack = self._stack
-            if op in _ATOMS:
-                stack.append(0)
-            elif op == _BINGET:
-                stack.append(memo[head[position + 1]])
-            elif op == _LONG_BINGET:
-                stack.append(memo[int.from_bytes(head[position + 1 : position + 5], "little")])
-            elif op == _MEMOIZE:
-                memo.append(stack[-1])
-            elif _TUPLE1 <= op <= _TUPLE3:
-                self._make(self._pop(op - _TUPLE1 + 1))
-            elif op in (_REDUCE, _NEWOBJ, _STACK_GLOBAL):
-                self._make(self._pop(2))
-            elif op == _NEWOBJ_EX:
-                self._make(self._pop(3))
-            elif op in (_EMPTY_LIST, _EMPTY_DICT, _EMPTY_SET):
-                self._make([])
-            elif op == _MARK:
-                self._outer.append(stack)
-                self._stack = []
-            elif op in (_TUPLE, _FROZENSET):
-                self._make(self._pop_mark())
-            elif op in (_APPENDS, _SETITEMS, _ADDITEMS):
-                content = self._pop_mark()
-                self._fill(self._stack[-1], content)
-            elif op in (_APPEND, _BUILD):
-                self._fill(stack[-2], self._pop(1))
-            elif op == _SETITEM:
-                self._fill(stack[-3], self._pop(2))
-            elif op == _POP_MARK or (op == _POP and not stack):
-                self._pop_mark()
-            elif op == _POP:
-                stack.pop()
-            if size := step[op]:
-                position += size
-            elif op in _COUNTED_BY_MORE:
-                position = _after_counted(head, position, _COUNTED_BY_MORE[op])
-            else:
-                position += 2 + head[position + 1]
-
-    def _pop(self, count: int) -> list[int]:
-        content = self._stack[-count:]
-        del self._stack[-count:]
-        return content
-
-    def _pop_mark(self) -> list[int]:
-        content, self._stack = self._stack, self._outer.pop()
-        return content
-
-    def _make(self, content: list[int]) -> None:
-        self._stack.append(len(self._depths))
-        self._depths.append(0)
-        self._held.append(False)
-        if content:
-            self._fill(self._stack[-1], content)
-
-    def _fill(self, container: int, content: list[int]) -> None:
-        depths, held = self._depths, self._held
-        depth = 1 + max(depths[number] for number in content) if content else 0
-        for number in content:
-            held[number] = True
-        if depth > depths[container]:
-            depths[container] = depth
-            self._num_late += held[container]
-            if depth + self._num_late > MAX_DEPTH:
-                raise SerializationError(
-                    f"a pickle nests objects more than {MAX_DEPTH} deep: send a flat list or tensor of them"
-                )
-
-
-_ATOMS = frozenset((*_COUNTED_BY_1, *_COUNTED_BY_MORE, _NONE, _NEWTRUE, _NEWFALSE, _BININT, _BININT1, _BININT2)) | {
-    _BINFLOAT,
-    _EMPTY_TUPLE,
-    _NEXT_BUFFER,
-}
-
-
-def _steps() -> list[int]:
-    """For each opcode how many bytes it takes with its argument; 0 where a count before the argument says so."""
-    steps = [0] * 256
-    for op in (*_ONE_BYTE, _BUILD):
-        steps[op] = 1
-    for op, num_bytes in _FIXED.items():
-        steps[op] = 1 + num_bytes
-    steps[_PROTO], steps[_FRAME] = 2, 9
-    return steps

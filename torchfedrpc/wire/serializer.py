@@ -16,7 +16,7 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire import rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Parcel, pack
-from torchfedrpc.wire.scan import with_requests
+from torchfedrpc.wire.scan import check_depth, with_requests
 from torchfedrpc.wire.tensors import check_extent, dtype_named, memory_of
 
 # Layout: magic, a checksum of table and head, the lengths of both, both, then each slot's memory at a multiple of 64.
@@ -118,7 +118,10 @@ def read(
         raise SerializationError("these bytes are cut short")
     if _checksum(data[_PREFIX.size : position], data[position : position + head_bytes]) != checksum:
         raise SerializationError("these bytes are damaged")
-    views, num_buffers, layouts = _PlainUnpickler(bytes(data[_PREFIX.size : position])).load()
+    table = bytes(data[_PREFIX.size : position])
+    content = _PlainUnpickler(table).load()
+    check_depth(table, content)
+    views, num_buffers, layouts = content
     head = bytes(data[position : position + head_bytes])
     position += head_bytes
     slots = []

@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import sys
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import hostile
@@ -23,7 +27,7 @@ from torchfedrpc.rpc.guard import GuardedUnpickler
 from torchfedrpc.wire import rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Parcel, pack
-from torchfedrpc.wire.scan import MAX_DEPTH, check_depth, check_opcodes, with_requests
+from torchfedrpc.wire.scan import MAX_DEPTH, check_opcodes, with_requests
 from torchfedrpc.wire.serializer import ParameterSerializer
 
 ALLOW = AllowList([hostile.HERE])
@@ -261,7 +265,6 @@ nested = st.recursive(
 @given(obj=nested, protocol=st.sampled_from([4, 5]))
 def test_what_the_pickler_writes_is_opened_by_requests(obj: Any, protocol: int) -> None:
     data = pickle.dumps(obj, protocol)
-    check_depth(data)
     assert repr(_Opened(data).load()) == repr(obj)
 
 
@@ -270,18 +273,72 @@ def test_what_the_pickler_writes_is_opened_by_requests(obj: Any, protocol: int) 
 def test_the_scan_of_noise_ends_in_an_error_of_ours_or_in_a_pickle(data: bytes) -> None:
     try:
         check_opcodes(data)
-        check_depth(data)
         with_requests(data)
     except SerializationError:
         pass
 
 
-@pytest.mark.parametrize("depth", [MAX_DEPTH - 2, MAX_DEPTH + 2])
+# Depth.
+
+
+@pytest.mark.parametrize("depth", [MAX_DEPTH, MAX_DEPTH + 1])
 @pytest.mark.parametrize("opened", [b"]", b"]\x94"], ids=["plain", "memoized"])
-def test_depth_is_counted_to_the_level(depth: int, opened: bytes) -> None:
-    head = hostile.whole(opened * depth, b"a" * (depth - 1))
-    if depth < MAX_DEPTH:
-        check_depth(head)
+def test_depth_of_lists_is_counted_to_the_level(depth: int, opened: bytes) -> None:
+    parcel = hostile.parcel(hostile.whole(opened * depth, b"a" * (depth - 1), b"C\x01_0" * 2000))
+    if depth == MAX_DEPTH:
+        parcel.open(ALLOW)
         return
     with pytest.raises(SerializationError, match=f"more than {MAX_DEPTH} deep: send a flat list"):
-        check_depth(head)
+        parcel.open(ALLOW)
+
+
+def array_of(item: Any) -> Any:
+    array = np.empty(1, object)
+    array[0] = item
+    return array
+
+
+RECURSIVE = {
+    "arrays": array_of,
+    "deques": lambda item: deque([item]),
+    "defaultdicts": lambda item: defaultdict(None, {1: item}),
+    "slices": lambda item: slice(item),
+    "in turns": lambda item: deque([array_of(defaultdict(None, {1: slice(item)}))]),
+}
+
+
+@pytest.mark.parametrize("kind", RECURSIVE)
+def test_objects_that_are_freed_by_recursion_may_nest_a_little_and_no_more(kind: str) -> None:
+    nested: Any = None
+    for _ in range(50):
+        nested = RECURSIVE[kind](nested)
+    wide = [RECURSIVE[kind](RECURSIVE[kind](None)) for _ in range(1000)]
+    pack([nested, wide]).open(ALLOW)
+    for _ in range(700):
+        nested = RECURSIVE[kind](nested)
+    with recursion_limit(20_000), pytest.raises(SerializationError, match="more than 600 deep: send lists"):
+        pack(nested).open(ALLOW)
+
+
+@pytest.mark.parametrize("kind", ["deques", "defaultdicts"])
+def test_objects_that_are_filled_after_they_were_put_into_others_count_as_deep(kind: str) -> None:
+    make = hostile.named("collections", kind.removesuffix("s")) + b")R"
+    put = b"a" if kind == "deques" else b"s"
+    key = b"" if kind == "deques" else b"N"
+    # Each is kept in the memo, put into the one before, and then takes the next one.
+    head = make + b"\x94" + b"".join(key + make + b"\x94" + put + get(number) for number in range(1, 700))
+    with pytest.raises(SerializationError, match="more than 600 deep"):
+        hostile.parcel(hostile.whole(head)).open(ALLOW)
+
+
+def get(number: int) -> bytes:
+    """Take the place of the object on the stack by one of the memo."""
+    return b"0j" + number.to_bytes(4, "little")
+
+
+@contextmanager
+def recursion_limit(limit: int) -> Iterator[None]:
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)
+    yield
+    sys.setrecursionlimit(before)
