@@ -159,10 +159,10 @@ MUTATIONS = [
     ),
     Mutation(
         "a worker's exception may end the driver's loop",
-        "wire/failure.py",
+        "wire/exceptions.py",
         "if isinstance(rebuilt, BaseException) and not _breaks_loop(rebuilt):",
         "if isinstance(rebuilt, BaseException):",
-        "tests/unit/wire/test_failure.py",
+        "tests/unit/wire/test_exceptions.py",
     ),
     Mutation(
         "a run's folder is open to others",

@@ -13,7 +13,7 @@ import torch
 import torch.utils.data
 from hostile import binary, called, named, number, text
 
-from torchfedrpc.wire import allowlist, arrays, functions, packing
+from torchfedrpc.wire import allowlist, arrays, encodings, packing
 
 _TEXTS = (
     *(
@@ -69,7 +69,7 @@ _NUMBERS = (
 )
 _OPCODES = b"Rbsuea\x90\x91\x81\x92t\x85\x86\x87\x94(01h)]}N"
 _ENDS = (b"b", b"R", b"a", b"Ns", b"\x86b", b"\x85R", b"\x85\x81")
-_KINDS = (*packing._RESTORERS, *arrays._MAKERS, *arrays._ARRAYS, "plain", "dense", "special", "apart")
+_KINDS = (*encodings.MAKERS, *arrays._MAKERS, *arrays._ARRAYS, "plain", "dense", "special", "apart")
 
 
 def _names() -> tuple[bytes, ...]:
@@ -99,7 +99,7 @@ class Forger:
 
     def __init__(self) -> None:
         self._names = _names()
-        self._functions = tuple(functions._functions())
+        self._functions = tuple(encodings.listed_functions())
         self._makers: tuple[Callable[[random.Random, int], bytes], ...] = (
             self._restored,
             self._restored,

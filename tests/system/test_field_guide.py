@@ -4,7 +4,7 @@
 | --- | --- |
 | RPC's few threads are blocked by calls that wait | here: `..._wait_at_one_worker` |
 | `rpc.remote`, `rref.rpc_async`, `rpc_sync`, graceful shutdown, time limits | here: `..._entry_of_rpc_...` |
-| exceptions mangled, made RuntimeError, returned as objects; SystemExit | contract/test_errors, test_failure |
+| exceptions mangled, made RuntimeError, returned as objects; SystemExit | contract/test_errors, test_exceptions |
 | arguments and results changed after they were submitted | contract/test_values |
 | `_lazy_clone` dangles | here: `..._lazy_clone_...` |
 | nested, mkldnn and freed tensors abort the process | contract/test_errors, test_tensors |

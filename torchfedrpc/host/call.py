@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torchfedrpc.errors import SerializationError, WorkerLostError
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import Packed, Reference
 
 _TAKEN = Reference(None)

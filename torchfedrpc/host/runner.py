@@ -32,7 +32,7 @@ from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.threads import AsyncLane, SyncLane
 from torchfedrpc.host.torch_settings import OpenedSettings, SettingsGuard, adopt_settings
 from torchfedrpc.reduce.worker import Reductions
-from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import Packed, Parcel, Reference, pack
 
 logger = logging.getLogger(__name__)

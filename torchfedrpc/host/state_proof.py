@@ -53,7 +53,7 @@ from torchfedrpc.host.object_parts import (
     root_of,
     slots_of,
 )
-from torchfedrpc.wire.torch_classes import is_scheduled
+from torchfedrpc.wire.encodings import is_scheduled
 
 _CONTENTS = (dict, list, tuple, set, frozenset, collections.deque, bytearray, int, float, complex, str, bytes)
 _PROTOCOL = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__", "__getnewargs__")

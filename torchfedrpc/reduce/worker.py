@@ -12,7 +12,7 @@ from torchfedrpc.host.call import Part
 from torchfedrpc.reduce.reducers import Reducer, is_builtin
 from torchfedrpc.reduce.tree import Forest, MergeError, Node
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import Packed
 
 

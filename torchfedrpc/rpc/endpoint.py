@@ -26,7 +26,7 @@ from torchfedrpc.rpc.in_order import InOrder
 from torchfedrpc.rpc.message import MappedDevices, read_call, read_files, read_parcel
 from torchfedrpc.rpc.response_queue import Answers, Reported
 from torchfedrpc.rpc.rrefs import OwnedRRefs
-from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import Packed, Unreadable
 from torchfedrpc.wire.shared import SharedValue
 

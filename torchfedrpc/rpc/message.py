@@ -11,7 +11,7 @@ import torch
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Call, CallKind, Outcome, OutcomeKind, Part
 from torchfedrpc.wire.cuda_order import fence
-from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.file import NO_ROOM, Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel, Unreadable
 from torchfedrpc.wire.shared import shared_values

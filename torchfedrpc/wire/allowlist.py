@@ -30,7 +30,7 @@ import torch
 
 from torchfedrpc import errors
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
-from torchfedrpc.wire.functions import FACTORY, function_named
+from torchfedrpc.wire.encodings import FACTORY, function_named
 
 # Types whose instances pickling makes without their constructor, and fills by attributes: their content is data.
 _PLAIN_OBJECTS = {

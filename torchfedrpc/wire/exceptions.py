@@ -1,87 +1,116 @@
-"""Exceptions as plain parts, and back: type, args and attributes, never through their own ``__reduce__``."""
+"""Exceptions on their way to the caller: as bytes, and as text for where the type cannot travel."""
 
 from __future__ import annotations
 
-import builtins
-import functools
-import inspect
-import types
-from typing import Any
+import asyncio
+import traceback
+from dataclasses import dataclass
 
-from torchfedrpc.errors import SerializationError
+from torchfedrpc.errors import RemoteError, SerializationError
+from torchfedrpc.wire.allowlist import AllowList, canonical
+from torchfedrpc.wire.serializer import ParameterSerializer
 
-# Read-only, made of ``args``; and the object whose attribute was missing, which is the learner more often than not.
-_NOT_STATE = frozenset(("message", "exceptions", "obj"))
-
-
-def exception_args(error: BaseException) -> tuple[Any, ...]:
-    """What a builtin base of the exception is made of."""
-    if isinstance(error, BaseExceptionGroup):  # its args are those of a constructor that a subclass may have
-        return error.message, list(error.exceptions)
-    return error.args
-
-
-def exception_state(error: BaseException) -> dict[str, Any]:
-    """The attributes of an exception beside its args: those in its ``__dict__`` (notes too), in slots, and in C."""
-    state = {}
-    for cls in type(error).__mro__:
-        slots = vars(cls).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            private = name.startswith("__") and not name.endswith("__")
-            name = f"_{cls.__name__.lstrip('_')}{name}" if private else name
-            if name not in ("__dict__", "__weakref__") and hasattr(error, name):
-                state[name] = getattr(error, name)
-    base: Any = _builtin_base(type(error))
-    for name in _kept_in_c(base):
-        if (value := getattr(error, name, None)) is not None:
-            state[name] = value
-    return state | error.__dict__
+# Raised in a caller's task, these would end its event loop, its generators, or the task itself.
+_LOOP_BREAKERS = (
+    SystemExit,
+    KeyboardInterrupt,
+    GeneratorExit,
+    asyncio.CancelledError,
+    StopIteration,
+    StopAsyncIteration,
+)
 
 
-def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
-    """An exception of that type with those args and attributes; no constructor of a user's runs.
+class RemoteTraceback(Exception):
+    """The ``__cause__`` of a learner's exception: the traceback in the learner's process, as text."""
 
-    Raises:
-        SerializationError: ``cls`` is no exception type.
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception on its way to the caller.
+
+    Attributes:
+        type_name: Qualified name of its type.
+        message: Its text.
+        traceback: Its traceback as text, from the learner's method on.
+        body: The exception itself, serialized; None if it cannot be.
     """
-    if not (isinstance(cls, type) and issubclass(cls, BaseException)):
-        raise SerializationError(f"a {type(cls).__qualname__} is not a type of exception")
-    if type(args) is not tuple or type(state) is not dict:
-        raise SerializationError(f"a {cls.__qualname__} came without its arguments and attributes")
-    base: Any = _builtin_base(cls)
-    error: BaseException = base.__new__(cls, *args)
-    base.__init__(error, *args)  # some builtins keep nothing of what __new__ is given
-    for name, value in state.items():
-        if type(name) is not str or (name.startswith("__") and name != "__notes__"):
-            shown = name if type(name) is str else f"a {type(name).__qualname__}"  # a sender's repr can be endless
-            raise SerializationError(f"an exception came with {shown} among its attributes")
-        if name == "__notes__" and not isinstance(value, list):
-            continue  # anything that formats the exception would fail
-        slot = inspect.getattr_static(cls, name, None)
-        if isinstance(slot, types.GetSetDescriptorType) and name not in _kept_in_c(base):
-            raise SerializationError(f"an exception came with {name} among its attributes")
-        if isinstance(slot, types.MemberDescriptorType | types.GetSetDescriptorType):
-            slot.__set__(error, value)
-        else:  # past properties and a __setattr__ of the class, which could do anything
-            error.__dict__[name] = value
-    return error
+
+    type_name: str
+    message: str
+    traceback: str
+    body: bytes | None
+
+    @classmethod
+    def capture(cls, error: BaseException, *, skip_modules: str = "") -> Failure:
+        """Take an exception apart.
+
+        Args:
+            error: The exception.
+            skip_modules: Prefix of module names; the outermost frames that are in such modules are left out.
+        """
+        body, text = None, _traceback(error, skip_modules)
+        if not _breaks_loop(error):
+            try:
+                body = ParameterSerializer.serialize(error)
+            except SerializationError as reason:
+                text += f"(the exception itself could not be sent: {reason})\n"
+        kind = type(error)
+        module = canonical(kind.__module__)
+        name = kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
+        return cls(name, _text(error), text, body)
+
+    def restore(self, allow: AllowList, note: str) -> BaseException:
+        """Return the exception for the caller: of its own type where that is allowed, else a `RemoteError`.
+
+        Args:
+            allow: The types that may travel.
+            note: Where it was raised; added to the exception's notes.
+        """
+        error: BaseException = RemoteError(self.type_name, self.message, self.traceback)
+        if self.body is not None:
+            try:
+                rebuilt = ParameterSerializer.deserialize(self.body, trusted_modules=allow.trusted)
+                if isinstance(rebuilt, BaseException) and not _breaks_loop(rebuilt):  # a worker may send anything
+                    error = rebuilt
+            except SerializationError as reason:
+                error.add_note(f"(its own type did not arrive: {reason})")
+        notes = [*error.__dict__.get("__notes__", ()), note]  # not by getattr, which its class may have
+        set_attribute = BaseException.__setattr__  # a frozen dataclass has one of its own that refuses
+        set_attribute(error, "__notes__", notes)
+        if self.traceback:
+            set_attribute(error, "__cause__", RemoteTraceback(self.traceback))
+        return error
 
 
-@functools.cache
-def _kept_in_c(base: type[BaseException]) -> tuple[str, ...]:
-    """Return the attributes that a builtin exception keeps outside ``args`` and ``__dict__``."""
-    return tuple(
-        name
-        for cls in base.__mro__
-        for name, entry in vars(cls).items()
-        if isinstance(entry, types.MemberDescriptorType | types.GetSetDescriptorType)
-        and not name.startswith("_")
-        and name not in _NOT_STATE
-        and name != "args"
-    )
+def _breaks_loop(error: BaseException) -> bool:
+    """Return whether it would break the caller's event loop, itself or as a member of a group."""
+    todo, seen = [error], set()
+    while todo:
+        one = todo.pop()
+        if isinstance(one, _LOOP_BREAKERS):
+            return True
+        if isinstance(one, BaseExceptionGroup) and id(one) not in seen:
+            seen.add(id(one))
+            todo += one.exceptions
+    return False
 
 
-def _builtin_base(cls: type[BaseException]) -> type[BaseException]:
-    found: Any = next(base for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
-    nearest: type[BaseException] = found
-    return nearest
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as reason:  # a user's __str__ may fail, and the error must arrive all the same
+        return f"<its text failed: {type(reason).__name__}>"
+
+
+def _traceback(error: BaseException, skip_modules: str) -> str:
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith(skip_modules or "\0"):
+        frames = frames.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except Exception as reason:
+        return f"<the traceback could not be formatted: {type(reason).__name__}>"

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import array
-import enum
-import functools
 import io
 import pickle
-import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,10 +16,9 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
-from torchfedrpc.wire import arrays, functions, rebuild
+from torchfedrpc.wire import arrays, encodings, rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.cuda_order import fence
-from torchfedrpc.wire.exceptions import exception_args, exception_state, rebuild_exception
 from torchfedrpc.wire.file import UNAVAILABLE, TensorFiles
 from torchfedrpc.wire.scan import BUILD, REDUCE, check_depth, with_requests
 from torchfedrpc.wire.tensors import (
@@ -37,7 +32,6 @@ from torchfedrpc.wire.tensors import (
     restore_special,
     take_apart,
 )
-from torchfedrpc.wire.torch_classes import ScheduledStep, reduce_optimizer, scheduled_step
 
 _NONE = pickle.dumps(None, protocol=5)  # what most methods return
 _NOTHING = pickle.dumps(((), {}), protocol=5)  # a call's arguments, where it has none
@@ -285,42 +279,16 @@ class _Pickler(pickle.Pickler):
             return restore, ("apart", self._table.add_apart(obj.value))
         if _is_of_numpy(obj):
             return self._numpy(obj)
-        if isinstance(obj, BaseException):
-            return restore, ("exception", type(obj), exception_args(obj), exception_state(obj))
-        if isinstance(obj, enum.Enum):
-            return restore, (
-                "member",
-                type(obj),
-                obj.name if type(obj)._member_map_.get(obj.name) is obj else obj.value,
-            )
-        return self._odd(obj)
-
-    def _odd(self, obj: Any) -> Any:
-        """Take apart what pickling would write as a call of a function."""
-        if isinstance(obj, torch.Generator):
-            with PlainTensors():
-                return restore, ("torch_generator", obj.device, obj.get_state())
-        if isinstance(obj, torch.layout):
-            return restore, ("layout", str(obj).removeprefix("torch."))
         if isinstance(obj, torch.optim.Optimizer):
-            return reduce_optimizer(obj)
-        if isinstance(obj, ScheduledStep):
-            return restore, ("scheduled_step", obj.optimizer)
+            return encodings.reduce_optimizer(obj)
         if type(obj) is Fraction:
             return Fraction, (obj.numerator, obj.denominator)
-        if type(obj) is array.array:
-            return restore, ("array.array", obj.typecode, obj.tobytes())
-        if isinstance(obj, types.FunctionType | types.BuiltinFunctionType) and (
-            name := functions.name_of_function(obj)
-        ):
-            return restore, ("function", name)
-        if type(obj) is functools.partial and (parts := functions.take_apart(obj)):
-            return restore, ("partial", *parts)
         if type(obj).__name__ == "PyRRef":  # named, since not every build of torch has RPC
             raise SerializationError(
                 "an RRef stays with its proxy: call its learner through the proxy, and send what that gives"
             )
-        return NotImplemented
+        parts = encodings.take_apart(obj)
+        return NotImplemented if parts is None else (restore, parts)
 
     def _numpy(self, obj: Any) -> Any:
         if (taken := arrays.take_apart(obj)) is None:
@@ -431,9 +399,7 @@ class _Builder:
             return made
         if kind == "apart":
             return self._open_apart(parts[0])
-        if (restorer := _RESTORERS.get(kind)) is None:
-            raise SerializationError("a parcel has a part of a kind that there is not")
-        return restorer(*parts)
+        return encodings.put_together(kind, parts)
 
     def fill(self, array: Any, items: Any) -> Any:
         """Put the items into an array of objects that `restore` has made; return it.
@@ -488,51 +454,10 @@ def _text_of(error: Exception) -> str:
     return str(error) if all(type(part) in (str, int) for part in error.args) else ""
 
 
-def _restore_member(cls: Any, name: Any) -> enum.Enum:
-    if not (isinstance(cls, type) and issubclass(cls, enum.Enum)):
-        raise SerializationError(f"a {type(cls).__qualname__} is not an enum")
-    if type(name) is int and issubclass(cls, enum.Flag):
-        combined: enum.Flag = cls(name)
-        return combined
-    member = cls._member_map_.get(name) if type(name) is str else None
-    if member is None:
-        raise SerializationError(f"a pickle names a member that the enum {cls.__qualname__} does not have")
-    return member
-
-
-def _restore_torch_generator(device: Any, state: Any) -> torch.Generator:
-    generator = torch.Generator(device)
-    generator.set_state(state)
-    return generator
-
-
-def _restore_layout(name: Any) -> torch.layout:
-    layout = getattr(torch, name, None)
-    if not isinstance(layout, torch.layout):
-        raise SerializationError("a pickle names a layout of tensors that torch does not have")
-    return layout
-
-
-def _restore_array(typecode: Any, content: Any) -> array.array[Any]:
-    if type(content) is not bytes or typecode not in tuple("bBhHiIlLqQfd"):  # text has 'u', which may be no text
-        raise SerializationError("a pickle makes an array.array of what is none")
-    return array.array(typecode, content)
-
-
 _LAZILY: dict[str, Callable[[Tensor], Tensor]] = {
     "conj": torch.conj,
     "neg": torch._neg_view,
     "conjneg": lambda plain: torch.conj(torch._neg_view(plain)),
-}
-_RESTORERS: dict[str, Callable[..., Any]] = {
-    "exception": rebuild_exception,
-    "member": _restore_member,
-    "torch_generator": _restore_torch_generator,
-    "layout": _restore_layout,
-    "array.array": _restore_array,
-    "function": functions.function_named,
-    "partial": functions.put_together,
-    "scheduled_step": scheduled_step,
 }
 
 

@@ -26,7 +26,7 @@ from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc.guard import GuardedUnpickler
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.failure import Failure
+from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.serializer import ParameterSerializer
 

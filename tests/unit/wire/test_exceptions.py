@@ -23,8 +23,8 @@ from strangers import StrangeError
 
 from torchfedrpc.errors import ConfigError, GroupCallError, QuorumError, RemoteError, SerializationError
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.exceptions import exception_state, rebuild_exception
-from torchfedrpc.wire.failure import Failure, RemoteTraceback
+from torchfedrpc.wire.encodings import exception_state, rebuild_exception
+from torchfedrpc.wire.exceptions import Failure, RemoteTraceback
 from torchfedrpc.wire.serializer import ParameterSerializer
 
 ALLOW = AllowList([__name__])

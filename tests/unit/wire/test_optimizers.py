@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.state_proof import first_difference
-from torchfedrpc.wire.torch_classes import ScheduledStep, reduce_optimizer, scheduled_step
+from torchfedrpc.wire.encodings import ScheduledStep, reduce_optimizer, scheduled_step
 
 
 class Pickler(pickle.Pickler):
