@@ -73,7 +73,7 @@ _KINDS = (*encodings.MAKERS, *arrays._MAKERS, *arrays._ARRAYS, "plain", "dense",
 
 
 def _names() -> tuple[bytes, ...]:
-    listed = [named(module, name) for module, name in sorted(allowlist._LISTED)]
+    listed = [named(module, name) for module, name in sorted(allowlist.LISTED)]
     families = [
         named(module, name)
         for module in sorted(sys.modules)

@@ -1,10 +1,9 @@
 """Which types may be unpickled: one list for calls, results, snapshots and files.
 
-Each entry is safe for a reason. A pickle that names types of this list only, whatever it does with them by the rules
-of `rebuild`, cannot get at raw memory (no type here views memory that it does not own, and none is made without its
-content), cannot call back (no instance here runs code that the sender chose when it is made, filled or compared) and
-cannot read or write a file (no constructor here opens one). Classes of trusted packages are the exception: they are
-the user's. docs/trust.md has the reason for each entry.
+Each entry is safe for a reason, which docs/trust.md gives. A pickle that names types of this list only, whatever it
+does with them by the rules of `rebuild`, cannot view raw memory (no type here views memory that it does not own, and
+none is made without its content), cannot call back (no instance here runs code that the sender chose when it is made,
+filled or compared) and cannot open a file. Classes of trusted packages are the exception: they are the user's.
 """
 
 from __future__ import annotations
@@ -15,14 +14,9 @@ import importlib
 import math
 import re
 import sys
-from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
-from datetime import date, datetime, time, timedelta, timezone
-from decimal import Decimal
-from fractions import Fraction
-from pathlib import Path, PosixPath, PurePath, PurePosixPath, PureWindowsPath
-from random import Random
-from types import SimpleNamespace
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -32,32 +26,135 @@ from torchfedrpc import errors
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
 from torchfedrpc.wire.encodings import FACTORY, function_named
 
-# Types whose instances pickling makes without their constructor, and fills by attributes: their content is data.
-_PLAIN_OBJECTS = {
-    "collections": "ChainMap UserDict UserList",
-    "types": "SimpleNamespace",
-    "uuid": "UUID",  # its __setstate__ stores two numbers
-    "torchfedrpc.reduce.reducers": "Entry Mean Sum WeightedMean",
-    "torchfedrpc.reduce.tree": "MergeError",
-    "torchfedrpc.events": "RoundEnded",
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What a pickle may do with a type, beside naming it as a value.
+
+    Attributes:
+        fits: Whether the type may be called with these arguments; None if it may not be called.
+        has_instances: Whether instances may be made without a constructor and without arguments.
+        state: Whether an instance may have this state; None if it may have none.
+    """
+
+    fits: Callable[[tuple[Any, ...]], bool] | None = None
+    has_instances: bool = False
+    state: Callable[[Any], bool] | None = None
+
+
+def _kinds(*kinds: type, least: int | None = None) -> Callable[[tuple[Any, ...]], bool]:
+    """Accept arguments of exactly these types; those from number ``least`` on may be missing."""
+    num_least = len(kinds) if least is None else least
+    return lambda args: len(args) >= num_least and tuple(map(type, args)) == kinds[: len(args)]
+
+
+def _any_state(state: Any) -> bool:
+    return True
+
+
+def _fits_defaultdict(args: tuple[Any, ...]) -> bool:
+    """Accept factories that make an empty value: it is called for a missing key."""
+    return len(args) <= 1 and all(
+        factory is None or isinstance(factory, type) or factory is function_named(FACTORY) for factory in args
+    )
+
+
+def _fits_deque(args: tuple[Any, ...]) -> bool:
+    return args in ((), ((),)) or (len(args) == 2 and args[0] == () and type(args[1]) in (int, type(None)))
+
+
+def _fits_date(args: tuple[Any, ...]) -> bool:
+    return bool(args) and type(args[0]) is bytes
+
+
+_MAX_BITS = 1 << 11  # of a fraction's numbers: cancelling takes the square of that
+
+
+def _fits_fraction(args: tuple[Any, ...]) -> bool:
+    match args:
+        case (int(above), int(below)) if above.bit_length() + below.bit_length() <= _MAX_BITS and below > 0:
+            return math.gcd(above, below) == 1
+    return False
+
+
+_DECIMAL = re.compile(r"[-+]?(?:\d++(?:\.\d*+)?(?:[eE][-+]?\d{1,20})?|\.\d++|Infinity|s?NaN\d*+)", re.ASCII)
+
+
+def _fits_decimal(args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and type(args[0]) is str and _DECIMAL.fullmatch(args[0]) is not None
+
+
+def _fits_path(args: tuple[Any, ...]) -> bool:
+    return all(type(part) is str for part in args)
+
+
+def _fits_size(args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and type(args[0]) is tuple and all(type(size) is int for size in args[0])
+
+
+_RANDOM_WORDS = 625
+
+
+def _is_random_state(state: Any) -> bool:
+    match state:
+        case (3, tuple(words), None | float()):
+            return len(words) == _RANDOM_WORDS and set(map(type, words)) == {int}
+    return False
+
+
+def _is_uuid_state(state: Any) -> bool:
+    return type(state) is dict and type(state.get("int")) is int
+
+
+_NAMED = _Rule()
+_PLAIN = _Rule(has_instances=True, state=_any_state)
+_DATE, _PATH = _Rule(_fits_date), _Rule(_fits_path)
+_PATHS = dict.fromkeys(("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath"), _PATH)
+_VALUES = "Ellipsis NotImplemented bool bytes dict float frozenset int list set str tuple"
+_TABLE: dict[str, dict[str, _Rule]] = {
+    "builtins": {
+        **dict.fromkeys(_VALUES.split(), _NAMED),
+        "complex": _Rule(_kinds(float, float)),
+        "object": _Rule(has_instances=True),
+        "range": _Rule(_kinds(int, int, int)),
+        "slice": _Rule(lambda args: len(args) == 3),
+    },
+    "collections": {
+        **dict.fromkeys(("ChainMap", "UserDict", "UserList"), _PLAIN),
+        "Counter": _Rule(_kinds(dict)),
+        "OrderedDict": _Rule(_kinds(), state=_any_state),
+        "defaultdict": _Rule(_fits_defaultdict),
+        "deque": _Rule(_fits_deque),
+    },
+    "datetime": {
+        **dict.fromkeys(("date", "datetime", "time"), _DATE),
+        "timedelta": _Rule(_kinds(int, int, int)),
+        "timezone": _Rule(_kinds(timedelta, str, least=1)),
+    },
+    "decimal": {"Decimal": _Rule(_fits_decimal)},
+    "fractions": {"Fraction": _Rule(_fits_fraction)},
+    "numpy": {"dtype": _NAMED},
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,  # from Python 3.13 on
+    "random": {"Random": _Rule(_kinds(), state=_is_random_state)},
+    "torch": {"Size": _Rule(_fits_size), "device": _Rule(_kinds(str, int, least=1))},
+    "torchfedrpc.events": {"RoundEnded": _PLAIN},
+    "torchfedrpc.reduce.reducers": dict.fromkeys(("Entry", "Mean", "Sum", "WeightedMean"), _PLAIN),
+    "torchfedrpc.reduce.tree": {"MergeError": _PLAIN},
+    "types": {"SimpleNamespace": _Rule(_kinds(), has_instances=True, state=_any_state)},
+    "uuid": {"UUID": _Rule(has_instances=True, state=_is_uuid_state)},  # its __setstate__ stores two numbers
 }
-# Types that a pickle may name, as the value of an attribute say, and call only as `_CONSTRUCTORS` allows.
-_NAMED = {
-    "builtins": "Ellipsis NotImplemented bool bytes complex dict float frozenset int list object range set "
-    "slice str tuple",
-    "collections": "Counter OrderedDict defaultdict deque",
-    "datetime": "date datetime time timedelta timezone",
-    "decimal": "Decimal",
-    "fractions": "Fraction",
-    "numpy": "dtype",
-    "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath",
-    "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath",  # from Python 3.13 on
-    "random": "Random",
-    "torch": "Size device",
-}
-_LISTED = frozenset(
-    (module, name) for part in (_PLAIN_OBJECTS, _NAMED) for module, names in part.items() for name in names.split()
-)
+LISTED = {(module, name): rule for module, rules in _TABLE.items() for name, rule in rules.items()}
+"""Rules by module and name."""
+
+
+def _rule_of(cls: type) -> _Rule:
+    """Return the rule of a listed class; that of a mere name for any other."""
+    rule = LISTED.get((cls.__module__, cls.__qualname__))
+    if rule is None or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        return _NAMED
+    return rule
+
 
 # Plain classes of torch's: their instances are made without the constructor, their __setstate__ fills attributes in.
 _TORCH_FAMILIES = (
@@ -107,7 +204,7 @@ class AllowList:
         Raises:
             UntrustedTypeError: If it is outside the list.
         """
-        if (module, name) in _LISTED:
+        if (module, name) in LISTED:
             try:
                 return getattr(importlib.import_module(module), name)
             except (ImportError, AttributeError) as error:
@@ -127,28 +224,36 @@ class AllowList:
         )
 
     def may_have_instances(self, cls: Any) -> bool:
-        """Whether a pickle may make an instance of that class without its constructor."""
+        """Return whether a pickle may make an instance of that class without its constructor."""
         if not isinstance(cls, type):
             return False
         known = self._may_have_instances.get(cls)
         if known is None:
-            known = cls is object or cls in _plain_objects() or _is_of_torch(cls) or self.is_trusted(cls)
+            known = _rule_of(cls).has_instances or _is_of_torch(cls) or self.is_trusted(cls)
             self._may_have_instances[cls] = known
         return known
 
-    def may_have_state(self, cls: type) -> bool:
-        """Whether a pickle may set attributes of an instance of that class."""
-        return cls in (OrderedDict, Random) or (cls is not object and self.may_have_instances(cls))
+    def state_check(self, cls: type) -> Callable[[Any], bool] | None:
+        """Return what says whether an instance of that class may have a state; None if it may have none."""
+        check = _rule_of(cls).state
+        if check is None and cls is not object and self.may_have_instances(cls):
+            return _any_state
+        return check
 
-    def constructor(self, function: Any) -> Callable[..., Any]:
-        """Return what a pickle may call in place of a function that it names.
+    def constructor(self, function: Any, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return what a pickle may call, with these arguments.
 
         Raises:
             UntrustedTypeError: If it may not be called.
+            SerializationError: If its arguments are others than pickling gives it.
         """
         if isinstance(function, type):
-            if (constructor := _CONSTRUCTORS.get(function)) is not None:
-                return constructor
+            if (fits := _rule_of(function).fits) is not None:
+                if not fits(arguments):
+                    raise SerializationError(
+                        f"a pickle makes a {function.__qualname__} of other arguments than pickling gives it"
+                    )
+                return function
             if self.is_trusted(function):
                 return function
         name = getattr(function, "__qualname__", None) or f"a {type(function).__qualname__}"
@@ -225,123 +330,6 @@ def _is_of_torch(cls: type) -> bool:
         and issubclass(cls, getattr(sys.modules[base_module], base))
         for prefix, base_module, base in _TORCH_FAMILIES
     )
-
-
-def _plain_objects() -> frozenset[type]:
-    """Return the classes of `_PLAIN_OBJECTS`, where imported."""
-    return frozenset(
-        getattr(sys.modules[module], name)
-        for module, names in _PLAIN_OBJECTS.items()
-        if module in sys.modules
-        for name in names.split()
-    )
-
-
-# What pickles may call: each constructor with the arguments that pickling gives it, and no others.
-
-_MAX_BITS = 1 << 11  # of a fraction's numbers: cancelling takes the square of that
-
-
-def _refusal(cls: type) -> SerializationError:
-    return SerializationError(f"a pickle makes a {cls.__qualname__} of other arguments than pickling gives it")
-
-
-def _of(cls: Any, *kinds: type, least: int | None = None) -> Callable[..., Any]:
-    """Return the constructor, for arguments of exactly these types; those from number ``least`` on may be missing."""
-    num_least = len(kinds) if least is None else least
-
-    def make(*args: Any) -> Any:
-        if len(args) < num_least or tuple(map(type, args)) != kinds[: len(args)]:
-            raise _refusal(cls)
-        return cls(*args)
-
-    return make
-
-
-def _path(cls: Any) -> Callable[..., Any]:
-    def make(*parts: Any) -> Any:
-        if not all(type(part) is str for part in parts):
-            raise _refusal(cls)
-        return cls(*parts)
-
-    return make
-
-
-def _make_defaultdict(*args: Any) -> Any:
-    """It calls its factory for a missing key: a type makes an empty value, any other function would run."""
-    if len(args) > 1 or not all(map(_is_factory, args)):
-        raise _refusal(defaultdict)
-    return defaultdict(*args)
-
-
-def _is_factory(factory: Any) -> bool:
-    return factory is None or isinstance(factory, type) or factory is function_named(FACTORY)
-
-
-def _make_deque(*args: Any) -> Any:
-    if args not in ((), ((),)) and not (len(args) == 2 and args[0] == () and type(args[1]) in (int, type(None))):
-        raise _refusal(deque)
-    return deque(*args)
-
-
-def _make_slice(*args: Any) -> Any:
-    if len(args) != 3:
-        raise _refusal(slice)
-    return slice(*args)
-
-
-def _make_fraction(*args: Any) -> Any:
-    match args:
-        case (int(above), int(below)) if above.bit_length() + below.bit_length() <= _MAX_BITS and below > 0:
-            if math.gcd(above, below) == 1:
-                return Fraction(above, below)
-    raise _refusal(Fraction)
-
-
-_DECIMAL = re.compile(r"[-+]?(?:\d++(?:\.\d*+)?(?:[eE][-+]?\d{1,20})?|\.\d++|Infinity|s?NaN\d*+)", re.ASCII)
-
-
-def _make_decimal(*args: Any) -> Any:
-    if len(args) != 1 or type(args[0]) is not str or not _DECIMAL.fullmatch(args[0]):
-        raise _refusal(Decimal)
-    return Decimal(args[0])
-
-
-def _make_date(cls: Any) -> Callable[..., Any]:
-    def make(*args: Any) -> Any:
-        if not args or type(args[0]) is not bytes:
-            raise _refusal(cls)
-        return cls(*args)
-
-    return make
-
-
-def _make_size(*args: Any) -> Any:
-    if len(args) != 1 or type(args[0]) is not tuple or not all(type(size) is int for size in args[0]):
-        raise _refusal(torch.Size)
-    return torch.Size(args[0])
-
-
-_CONSTRUCTORS: dict[type, Callable[..., Any]] = {
-    OrderedDict: _of(OrderedDict),
-    Random: _of(Random),
-    SimpleNamespace: _of(SimpleNamespace),
-    Counter: _of(Counter, dict),
-    defaultdict: _make_defaultdict,
-    deque: _make_deque,
-    complex: _of(complex, float, float),
-    range: _of(range, int, int, int),
-    slice: _make_slice,
-    date: _make_date(date),
-    time: _make_date(time),
-    datetime: _make_date(datetime),
-    timedelta: _of(timedelta, int, int, int),
-    timezone: _of(timezone, timedelta, str, least=1),
-    Decimal: _make_decimal,
-    Fraction: _make_fraction,
-    torch.Size: _make_size,
-    torch.device: _of(torch.device, str, int, least=1),
-} | {cls: _path(cls) for cls in (Path, PosixPath, PurePath, PurePosixPath, PureWindowsPath)}
 
 
 def canonical(module: str) -> str:

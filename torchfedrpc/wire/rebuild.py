@@ -15,9 +15,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
-from random import Random
 from typing import Any
-from uuid import UUID
 
 import numpy as np
 from torch import Tensor, nn
@@ -113,7 +111,7 @@ def reduce(allow: AllowList, function: Any, arguments: Any, budget: Budget) -> A
         budget.spend(100 * len(arguments[0]))  # it is copied, and the pickle may name it many times
     budget.spend(1000)
     _check_builtin_arguments(function, arguments)
-    made = allow.constructor(function)(*arguments)
+    made = allow.constructor(function, arguments)(*arguments)
     if type(made) is slice:
         budget.nest(made, arguments)
     return made
@@ -153,15 +151,15 @@ def set_state(allow: AllowList, obj: Any, state: Any, budget: Budget) -> Any:
         UntrustedTypeError: If it is a class, a function or the like, which others use as well.
         SerializationError: If it is a state that its type cannot have.
     """
-    if not allow.may_have_state(type(obj)):
+    if (is_state := allow.state_check(type(obj))) is None:
         raise UntrustedTypeError(
             f"a pickle sets attributes of {_name(obj)}, which all of this process has in common: send instances, and "
             f"set what belongs to the class in its module"
         )
     for part in state if type(state) is tuple else (state,):
         budget.spend(200 * len(part) if type(part) in (dict, list, tuple) else 1000)
-    if type(obj) in _CHECKED_STATES:
-        _CHECKED_STATES[type(obj)](state)
+    if not is_state(state):
+        raise SerializationError(f"the state of a {type(obj).__qualname__} is none that pickling writes")
     setstate: Any = getattr(type(obj), "__setstate__", None)  # not an attribute that the pickle has set
     if setstate is None:
         _set_attributes(obj, state)
@@ -318,22 +316,6 @@ def _check_shadows(obj: Any, state: dict[str, Any]) -> None:
     for name in state:
         if callable(getattr(cls, name, None)) and not (name == "step" and isinstance(obj, Optimizer)):
             raise SerializationError(f"the state of a {cls.__qualname__} has {name!r}, which is a method of it")
-
-
-def _check_random(state: Any) -> None:
-    match state:
-        case (3, tuple(words), None | float()) if len(words) == _RANDOM_WORDS and set(map(type, words)) == {int}:
-            return
-    raise SerializationError("the state of a random.Random is none that getstate() gives")
-
-
-def _check_uuid(state: Any) -> None:
-    if type(state) is not dict or type(state.get("int")) is not int:
-        raise SerializationError("the state of a UUID is no number")
-
-
-_RANDOM_WORDS = 625
-_CHECKED_STATES: dict[type, Callable[[Any], None]] = {Random: _check_random, UUID: _check_uuid}
 
 
 def _set_module(module: Any, state: dict[str, Any]) -> None:
