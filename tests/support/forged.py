@@ -174,7 +174,7 @@ class Forger:
             self._odd(draw, shape if draw.random() < 0.7 else self._numbers(draw)),
             self._odd(draw, layout),
             self._odd(draw, text(draw.choice(("<f8", "<f4", "|u1", "|O", "|V8", "<U2")))),
-            self._odd(draw, binary(bytes(draw.choice((0, 8, 16, 24, 32))))),
+            self._odd(draw, draw.choice((binary(bytes(draw.choice((0, 8, 16, 24, 32)))), b"K\x00", b"K\x01"))),
         )
         return called(hostile.RESTORE, text("array"), *parts)
 
@@ -240,4 +240,4 @@ class Forger:
 def parcel(head: bytes) -> Any:
     """Return a parcel of that head: some tensors, some of them a view."""
     views: list[Any] = [0, (1, "float32", (2, 2), (2, 1), 0)]
-    return packing.Parcel(head, views, [torch.zeros(4), torch.arange(16, dtype=torch.uint8)], 0)
+    return packing.Parcel(head, views, [torch.zeros(4), torch.arange(16, dtype=torch.uint8)])

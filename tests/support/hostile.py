@@ -657,7 +657,7 @@ CORPUS: dict[str, bytes] = (
 
 def parcel(head: bytes) -> Parcel:
     """A parcel of that head and one tensor."""
-    return Parcel(head, [0], [torch.zeros(4)], 0)
+    return Parcel(head, [0], [torch.zeros(4)])
 
 
 _PREFIX = struct.Struct("<4sIQQ")
@@ -665,8 +665,8 @@ _PREFIX = struct.Struct("<4sIQQ")
 
 def serialized(head: bytes, table: bytes | None = None, memory: bytes = bytes(16)) -> bytes:
     """The same as bytes for `ParameterSerializer.deserialize`, well-formed; or with table and memory of one's own."""
-    table = table or pickle.dumps(([0], 0, [("float32", (4,), (1,), 16, False)]))
-    prefix = _PREFIX.pack(b"TFR\x02", zlib.crc32(table + head), len(table), len(head))
+    table = table or pickle.dumps(([0], [("float32", (4,), (1,), 16, False)]))
+    prefix = _PREFIX.pack(b"TFR\x03", zlib.crc32(table + head), len(table), len(head))
     body = prefix + table + head
     return body + bytes(-len(body) % 64) + memory
 
@@ -694,8 +694,18 @@ def snapshot_around(payload: bytes) -> bytes:
 _PLAIN = whole(called(RESTORE, text("plain"), b"K\x00"))
 
 
-def _forged(views: Any = (0,), slots: Any = None, num_buffers: Any = 0, head: Any = _PLAIN) -> Any:
-    return lambda: Parcel(head, list(views), [torch.zeros(4)] if slots is None else slots(), num_buffers)
+def _array_on(memory: bytes) -> bytes:
+    """A pickle of an array of two floats that lies on a tensor of the parcel."""
+    return whole(
+        called(RESTORE, text("array"), b"NNK\x01", b"K\x02\x85", text("C"), text("<f8"), memory),
+    )
+
+
+_BYTES = _array_on(b"K\x00")
+
+
+def _forged(views: Any = (0,), slots: Any = None, head: Any = _PLAIN) -> Any:
+    return lambda: Parcel(head, list(views), [torch.zeros(4)] if slots is None else slots())
 
 
 PARCELS: dict[str, Callable[[], Parcel]] = {
@@ -726,11 +736,16 @@ PARCELS: dict[str, Callable[[], Parcel]] = {
     "slots that are None": _forged(slots=lambda: [None]),
     "no slots": _forged(slots=list),
     "a sparse slot": _forged([(0, "float32", (1,), (1,), 0)], lambda: [torch.eye(2).to_sparse()]),
-    "fewer than no buffers": _forged(num_buffers=-1),
-    "more buffers than slots": _forged(num_buffers=2),
-    "buffers that are no number": _forged(num_buffers=None),
-    "a buffer of bfloat16": _forged(slots=lambda: [torch.zeros(4, dtype=torch.bfloat16)], num_buffers=1),
-    "a buffer with a gradient": _forged(slots=lambda: [torch.zeros(4, requires_grad=True)], num_buffers=1),
-    "a buffer without memory": _forged(slots=lambda: [torch.zeros(4, device="meta")], num_buffers=1),
+    "an array on a tensor that is not there": _forged(head=_array_on(b"K\x05")),
+    "an array on a tensor of negative number": _forged(head=_array_on(number(-7))),
+    "an array on a tensor of another dtype": _forged(head=_BYTES),
+    "an array on fewer bytes than it needs": _forged(slots=lambda: [torch.zeros(4, dtype=torch.uint8)], head=_BYTES),
+    "an array on bytes in two dimensions": _forged(slots=lambda: [torch.zeros(4, 4, dtype=torch.uint8)], head=_BYTES),
+    "an array on one byte that is repeated": _forged(
+        [(0, "uint8", (2**33,), (0,), 0)], lambda: [torch.zeros(16, dtype=torch.uint8)], _BYTES
+    ),
+    "an array on a tensor without memory": _forged(
+        slots=lambda: [torch.zeros(16, dtype=torch.uint8, device="meta")], head=_BYTES
+    ),
 }
 """Parcels by name, as they could arrive through RPC; each is an error as it is opened."""

@@ -29,12 +29,12 @@ def parcel_message(parcel: Packed | None, covered: MappedDevices) -> Any:
         return None
     assert isinstance(parcel, Parcel)
     if not parcel.slots:
-        return parcel.head, parcel.views, [], parcel.num_buffers, None
+        return parcel.head, parcel.views, [], None
     staged = [slot.is_cuda and slot.device not in covered for slot in parcel.slots]
     if parcel.ready is not None and any(staged):
         parcel.ready()
     slots = [slot.cpu() if through else slot for slot, through in zip(parcel.slots, staged, strict=True)]
-    return parcel.head, parcel.views, slots, parcel.num_buffers, staged if any(staged) else None
+    return parcel.head, parcel.views, slots, staged if any(staged) else None
 
 
 def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = False) -> Parcel | Unreadable | None:
@@ -50,7 +50,7 @@ def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = F
     if message is None:
         return None
     try:
-        head, views, slots, num_buffers, staged = message
+        head, views, slots, staged = message
         if not (isinstance(head, bytes) and all(isinstance(slot, torch.Tensor) for slot in slots)):
             raise SerializationError("what arrived is no parcel of torchfedrpc's")
         slots = [_taken(slot) for slot in slots]
@@ -59,7 +59,7 @@ def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = F
                 slot.to(device) if (move_all and slot.is_cuda) or (staged and staged[index]) else slot
                 for index, slot in enumerate(slots)
             ]
-        return Parcel(head, views, slots, num_buffers, fence(slots))
+        return Parcel(head, views, slots, fence(slots))
     except Exception as error:
         return Unreadable(error)
 
@@ -67,7 +67,7 @@ def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = F
 def file_message(parcel: Packed, addresses: list[Address]) -> Any:
     """A parcel whose slots are in files that the receiver finds, as a tuple."""
     assert isinstance(parcel, Parcel)
-    return parcel.head, parcel.views, addresses, parcel.num_buffers
+    return parcel.head, parcel.views, addresses
 
 
 def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
@@ -80,13 +80,13 @@ def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
     if pid is None:
         raise SerializationError("this process does not look into others")
     match message:
-        case (bytes(head), views, list(addresses) | tuple(addresses), num_buffers):
+        case (bytes(head), views, list(addresses) | tuple(addresses)):
             pass
         case _:
             raise SerializationError(_OTHER_FORM)
     try:
         files = TensorFiles.at(addresses, pid)
-        return Parcel(head, views, files.tensors(), num_buffers, files=files)
+        return Parcel(head, views, files.tensors(), files=files)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

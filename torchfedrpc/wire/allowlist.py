@@ -171,7 +171,7 @@ _TORCH_FAMILIES = (
 )
 _OPENS_FILES = "torch.utils.data.datapipes."  # pipes of these read files as they are iterated
 _CONSTANT_KINDS = (torch.dtype, torch.layout, torch.memory_format, torch.qscheme)
-# Classes whose instances view memory, or are made without it being written: of no package from a pickle.
+# No package's pickle may make instances of these classes: they view memory, or are made without writing it.
 _RAW_MEMORY: tuple[Any, ...] = (
     np.ndarray,
     np.generic,
@@ -191,7 +191,7 @@ class AllowList:
     a function of it, and never a name that it merely imported.
 
     Args:
-        trusted: top-level package names (or full module names, of which the first part counts).
+        trusted: Names of top-level packages; of a module's full name the first part counts.
     """
 
     def __init__(self, trusted: Iterable[str] = ()) -> None:
@@ -299,7 +299,7 @@ def _advice(module: str, name: str) -> str:
 
 
 def _find_known(module: str, name: str) -> Any:
-    """Return what is allowed by rule, where already imported: exceptions, enums, constants and classes of torch."""
+    """Return an exception, enum, constant or class of torch that is allowed by rule and imported; else None."""
     if module == "torch._utils":  # torch pickles memory formats as ("torch._utils", "torch.channels_last")
         module, name = "torch", name.removeprefix("torch.")
     if "." in name or module not in sys.modules:
@@ -310,7 +310,7 @@ def _find_known(module: str, name: str) -> Any:
     if not isinstance(entry, type):
         return None
     root = _root(module)
-    if issubclass(entry, BaseException):  # they are made without a constructor of their own
+    if issubclass(entry, BaseException):  # made by the constructor of a builtin exception
         is_known = root in _LIBRARIES or root in sys.stdlib_module_names
         return entry if module == errors.__name__ or is_known else None
     if issubclass(entry, enum.Enum):  # a pickle only looks members up

@@ -1,9 +1,8 @@
-"""Numpy's arrays, dtypes, scalars and generators as plain parts, and back.
+"""Numpy's arrays, dtypes, scalars and generators, taken apart into plain parts and put together by rule.
 
-Numpy's own reconstruction functions never run on what a sender has written: they take bytes for pointers to objects
-(an array of objects made on a buffer, a dtype whose fields become objects after its array was made) and read past the
-end of memory (fields and counters out of range). Here the bytes of an array are copied into memory that numpy has
-allocated, and arrays of objects are filled item by item.
+Numpy's own reconstruction functions never run on data from a sender: they can be made to take bytes for pointers to
+objects, and to read past the end of memory. Here the bytes of an array are checked against its shape and dtype, and
+arrays of objects are filled item by item.
 """
 
 from __future__ import annotations
@@ -42,11 +41,10 @@ _DtypeParts = Any
 def take_apart(obj: Any) -> tuple[Any, ...] | None:
     """Return the kind and the parts of an object of numpy's, for `put_together`; None for any other object.
 
-    The parts of an array of objects are without its items, which `fill` takes.
+    The last part of an ``array`` is its memory. The parts of ``objects`` lack the items, which `fill` takes.
 
     Raises:
-        SerializationError: If it is of a kind that cannot travel: a masked array, a memory map, a dtype with memory
-            of its own.
+        SerializationError: If it cannot travel: a masked array, a memory map, a dtype whose elements own memory.
     """
     if isinstance(obj, np.ndarray):
         return _array_parts(obj)
@@ -123,7 +121,7 @@ def _array_parts(array: np.ndarray[Any, Any]) -> tuple[Any, ...] | None:
             "a numpy.memmap cannot travel, it is a file's: send numpy.array(it), or its file name"
         )
     if type(array).__reduce__ is not np.ndarray.__reduce__:
-        return None  # the class has a way of its own
+        return None  # the class defines how it is pickled
     cls = None if type(array) is np.ndarray else type(array)
     own = getattr(array, "__dict__", None) or None
     array = array.view(np.ndarray) if cls is not None else array
@@ -197,10 +195,10 @@ def put_together(kind: str, parts: tuple[Any, ...], *, owned: bool, max_items: i
     """Return the object of such parts.
 
     Args:
-        kind: as of `take_apart`.
-        parts: as of `take_apart`.
-        owned: whether the memory of an array may be used as it is, and is nobody else's.
-        max_items: the most items that can follow for an array of objects.
+        kind: From `take_apart`.
+        parts: From `take_apart`; they may be forged.
+        owned: Whether an array may lie in the memory among its parts, instead of a copy.
+        max_items: The most items that can follow for an array of objects.
 
     Raises:
         SerializationError: If they do not agree with each other.
@@ -211,7 +209,7 @@ def put_together(kind: str, parts: tuple[Any, ...], *, owned: bool, max_items: i
 
 
 def is_kind(kind: Any) -> bool:
-    """Whether `put_together` knows that kind."""
+    """Return whether `put_together` knows that kind."""
     return kind in _MAKERS or kind in _ARRAYS
 
 
@@ -219,9 +217,9 @@ def fill(array: np.ndarray[Any, Any], items: Any, *, is_writeable: bool) -> None
     """Put the items into an array of objects, in C order.
 
     Args:
-        array: from `put_together`.
-        items: a list of them.
-        is_writeable: whether it may be written afterwards.
+        array: From `put_together`.
+        items: A list of its items.
+        is_writeable: Whether it may be written afterwards.
 
     Raises:
         SerializationError: If they are not as many as its elements.
@@ -270,7 +268,7 @@ def _make_dtype(parts: Any, made: list[int] | None = None) -> np.dtype[Any]:
             if dtype.hasobject:
                 raise _records_of_objects()
             return dtype
-    raise SerializationError("a pickle makes a numpy dtype of what is none")
+    raise SerializationError("a pickle makes a numpy dtype of parts that make none")
 
 
 def _records_of_objects() -> SerializationError:
@@ -314,7 +312,7 @@ def _filled(shape: Any, layout: Any, dtype_of: Any, memory: Any, *, owned: bool)
         raw = _bytes_of(memory, math.prod(shape), dtype)
         if owned and raw.nbytes and not raw.readonly:
             return np.ndarray(shape, dtype, raw, order=layout)
-        array: np.ndarray[Any, Any] = np.empty(shape, dtype, layout)  # memory of its own, so that it can be resized
+        array: np.ndarray[Any, Any] = np.empty(shape, dtype, layout)  # memory that numpy owns can be resized
         if raw.nbytes:
             target: Any = array.T if layout == "F" else array
             target.reshape(-1).view(np.uint8)[:] = np.frombuffer(raw, np.uint8)
@@ -330,7 +328,7 @@ def _filled(shape: Any, layout: Any, dtype_of: Any, memory: Any, *, owned: bool)
 
 
 def _strided(shape: Any, layout: Any, dtype: np.dtype[Any], num_bytes: int) -> np.ndarray[Any, Any]:
-    """Return a new array whose elements lie in memory as ``layout`` says; that is checked."""
+    """Return a new array whose elements lie in memory as ``layout``, which is checked, says."""
     match layout:
         case (tuple(strides), int(start), int(num_memory_bytes)) if len(strides) == len(shape) and all(
             type(step) is int for step in strides
@@ -389,14 +387,14 @@ def _make_seeds(entropy: Any, spawn_key: Any, pool_size: Any, num_spawned: Any) 
         or type(num_spawned) is not int
         or sum(number.bit_length() for number in (*(numbers or ()), *spawn_key)) > _MAX_SEED_BITS
     ):
-        raise SerializationError("a pickle makes a numpy SeedSequence of what is none")
+        raise SerializationError("a pickle makes a numpy SeedSequence of parts that make none")
     return np.random.SeedSequence(entropy, spawn_key=spawn_key, pool_size=pool_size, n_children_spawned=num_spawned)
 
 
 def _make_bits(name: Any, seeds: Any, state: Any) -> np.random.BitGenerator:
     if name not in _BIT_GENERATORS or not (seeds is None or type(seeds) is np.random.SeedSequence):
-        raise SerializationError("a pickle makes a bit generator of what is none")
-    # Only a constructor allocates the state. RandomState seeds its bits in a way of its own, without a SeedSequence.
+        raise SerializationError("a pickle makes a bit generator of parts that make none")
+    # Only a constructor allocates the state. RandomState seeds its bits without a SeedSequence.
     is_legacy = name == "MT19937" and seeds is None
     bits: Any = np.random.RandomState(0)._bit_generator if is_legacy else getattr(np.random, name)(seeds)
     if not isinstance(state, dict) or not isinstance(state.get("state"), dict):

@@ -1,4 +1,4 @@
-"""Order between threads that use CUDA tensors on streams of their own."""
+"""Order between threads that use CUDA tensors on different streams."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def fence(tensors: list[Tensor]) -> Callable[[], None] | None:
-    """Mark where this thread's CUDA streams are with these tensors.
+    """Record an event on this thread's CUDA streams, behind the work on these tensors.
 
     Returns:
-        A function that makes the streams of the thread that calls it wait for that point, and keeps the tensors'
-        memory from being reused before those streams are done with it; None where no tensor is on a GPU.
+        A function that makes the calling thread's streams wait for the event, and keeps the tensors' memory from
+        being reused before those streams are done with it; None if no tensor is on a GPU.
     """
     on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
     if not on_gpu:

@@ -58,7 +58,7 @@ def put_together(kind: str, parts: tuple[Any, ...]) -> Any:
 
 # Exceptions travel as type, args and attributes, never through their own ``__reduce__``.
 
-# Read-only, made of ``args``; and the object whose attribute was missing, which is the learner more often than not.
+# Read-only, made of ``args``; and the object whose attribute was missing, which is often the learner.
 _NOT_STATE = frozenset(("message", "exceptions", "obj"))
 
 
@@ -285,7 +285,7 @@ def _make_layout(name: Any) -> torch.layout:
 
 def _make_array(typecode: Any, content: Any) -> array.array[Any]:
     if type(content) is not bytes or typecode not in tuple("bBhHiIlLqQfd"):  # text has 'u', which may be no text
-        raise SerializationError("a pickle makes an array.array of what is none")
+        raise SerializationError("a pickle makes an array.array of parts that make none")
     return array.array(typecode, content)
 
 

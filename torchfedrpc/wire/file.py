@@ -26,6 +26,7 @@ NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 UNAVAILABLE = (*NO_ROOM, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOENT)
 """Errors of systems without memory files: others than Linux, and sandboxes. Values are copied there."""
 
+_MAPPED_BYTES = 2 << 20  # smaller objects are copied or sent: to map them would cost as much
 _MAX_FILES = 16  # for the tensors of one object: a journal keeps many objects, and descriptors are few
 _FILE_BYTES = 4 << 20
 
@@ -33,6 +34,28 @@ _Place = tuple[int, int, str, tuple[int, ...], tuple[int, ...]]
 Address = tuple[int, int, int, list[_Place]]
 """Where another process finds a file: descriptor, inode, size in bytes, and for each tensor its start and size in
 bytes, dtype, shape and strides. Plain data."""
+
+
+def are_large(tensors: Sequence[Tensor]) -> bool:
+    """Return whether tensors are worth memory files: large, and all in host memory."""
+    return sum(tensor.nbytes for tensor in tensors) >= _MAPPED_BYTES and all(tensor.is_cpu for tensor in tensors)
+
+
+def mapped_copies(tensors: Sequence[Tensor]) -> tuple[TensorFiles | None, list[Tensor]]:
+    """Copy tensors into memory files and map them; (None, []) if they are small or there can be no files.
+
+    Raises:
+        OSError: If memory is full.
+    """
+    if not are_large(tensors):
+        return None, []
+    try:
+        files = TensorFiles.of(tensors)
+        return files, files.tensors()
+    except OSError as error:
+        if error.errno not in UNAVAILABLE:
+            raise
+        return None, []
 
 
 class TensorFiles:
@@ -85,7 +108,7 @@ class TensorFiles:
             file.close()
 
     def tensors(self) -> list[Tensor]:
-        """Map the tensors, each with a storage of its own; writes to them stay private.
+        """Map the tensors, each with its own storage; writes to them stay private.
 
         Raises:
             OSError: If there is no address space, or there are too many mappings.
@@ -194,7 +217,7 @@ class TensorFile:
         return self._descriptor, os.fstat(self._descriptor).st_ino, self._num_bytes, list(self._places)
 
     def tensors(self) -> list[Tensor]:
-        """Map the tensors, each with a storage of its own; writes to them stay private.
+        """Map the tensors, each with its own storage; writes to them stay private.
 
         Raises:
             OSError: If there is no address space, or there are too many mappings.
@@ -236,7 +259,7 @@ def _is_sealed(descriptor: int) -> bool:
 
 
 def _gone() -> SerializationError:
-    return SerializationError("what a call refers to is not there any more")
+    return SerializationError("the memory file that a call refers to is not there")
 
 
 def _checked_address(address: Any, pid: Any) -> Address:

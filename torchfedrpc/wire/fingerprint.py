@@ -1,4 +1,4 @@
-"""Values as bytes that are equal exactly where the values are, bit for bit."""
+"""Fingerprints: bytes that are equal for two values if and only if the values are, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _MAX_DEPTH = 8
 
 
 def fingerprint(value: Any, *, with_gradients: bool = False) -> bytes:
-    """A value as bytes, equal for equal values of equal types.
+    """Return bytes that are equal for equal values of equal types.
 
-    Equal means: the same bits in floats, tensors and arrays, the same order in lists and dicts, but not in sets.
+    Equal means the same bits in floats, tensors and arrays, and the same order in lists and dicts, but not in sets.
     Whether equal parts are one object or two makes no difference, unlike in a pickle.
 
     Args:
-        value: anything that pickles.
-        with_gradients: whether the gradients of its tensors count.
+        value: Any object that pickles.
+        with_gradients: Whether the gradients of its tensors count.
 
     Raises:
-        Exception: it cannot be pickled.
+        Exception: If it cannot be pickled.
     """
     try:
         return _print(value, with_gradients, fast=True)
@@ -34,19 +34,19 @@ def fingerprint(value: Any, *, with_gradients: bool = False) -> bytes:
 
 
 def difference(one: Any, other: Any, *, with_gradients: bool = False) -> str | None:
-    """Where a value differs from another.
+    """Return where a value differs from another.
 
     Args:
-        one: a value.
-        other: what it should be.
-        with_gradients: whether the gradients of tensors count.
+        one: A value.
+        other: The expected value.
+        with_gradients: Whether the gradients of tensors count.
 
     Returns:
-        The way to the first part that differs, such as ``['model_weights']['0.bias']``, with both values where they
-        are short; an empty string for the whole; None where they are equal bit for bit.
+        The path to the first part that differs, such as ``['model_weights']['0.bias']``, with both values if they are
+        short; an empty string for the whole; None if they are equal bit for bit.
 
     Raises:
-        Exception: one of them cannot be pickled.
+        Exception: If one of them cannot be pickled.
     """
     return _difference(one, other, with_gradients, 0)
 
@@ -86,7 +86,7 @@ def _print(value: Any, with_gradients: bool, *, fast: bool) -> bytes:
 
 
 class _Printer(pickle.Pickler):
-    """In fast mode a pickler without a memory of what it has written, which would tell one object from two."""
+    """A pickler that is run in fast mode: without a memo, so that one object and two equal ones are the same."""
 
     def __init__(self, file: io.BytesIO, with_gradients: bool) -> None:
         super().__init__(file, protocol=5)

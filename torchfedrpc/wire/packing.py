@@ -1,7 +1,8 @@
-"""By-value packing: any object as a pickle without tensors, and beside it the tensors, copied once."""
+"""By-value packing: an object becomes a pickle without tensors, and beside it the tensors, copied once."""
 
 from __future__ import annotations
 
+import ctypes
 import io
 import pickle
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torchfedrpc.errors import SerializationError, UntrustedTypeError
 from torchfedrpc.wire import arrays, encodings, rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.cuda_order import fence
-from torchfedrpc.wire.file import UNAVAILABLE, TensorFiles
+from torchfedrpc.wire.file import TensorFiles, are_large, mapped_copies
 from torchfedrpc.wire.scan import BUILD, REDUCE, check_depth, with_requests
 from torchfedrpc.wire.tensors import (
     PlainTensors,
@@ -34,51 +35,48 @@ from torchfedrpc.wire.tensors import (
 )
 
 _NONE = pickle.dumps(None, protocol=5)  # what most methods return
-_NOTHING = pickle.dumps(((), {}), protocol=5)  # a call's arguments, where it has none
+_NOTHING = pickle.dumps(((), {}), protocol=5)  # the arguments of a call without arguments
 _PLAIN: dict[bytes, Callable[[], Any]] = {_NONE: lambda: None, _NOTHING: lambda: ((), {})}
-_MAPPED_BYTES = 2 << 20  # smaller ones are copied or sent: to map them would cost as much
-_INLINE_BYTES = 4096  # smaller numpy arrays stay in the pickle: a tensor of their own costs more than the copy
+_INLINE_BYTES = 4096  # the bytes of smaller numpy arrays stay in the pickle: a tensor costs more than the copy
 
 
 class SentApart:
-    """Base of what stands in a call's arguments for a value that does not travel with them.
+    """Base of the placeholders in a call's arguments for values that are sent apart from them.
 
-    It is no ABC, for which it takes several times as long to be told from what is none, and every argument is asked.
+    It is no ABC: `isinstance` takes several times as long for those, and is asked of every argument.
     """
 
     @property
     def value(self) -> SentApart:
-        """What opens it."""
+        """The object that opens the value."""
         raise NotImplementedError
 
     def open(self, allow: AllowList) -> Any:
-        """The value itself, as one of the caller's own."""
+        """Return the value, on memory that nothing else refers to."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """An object on its way, in memory that nobody else holds.
+    """A packed object, on memory that nothing else refers to.
 
     Attributes:
-        head: the object as a pickle in which each tensor is a number, and large numpy buffers are left out.
-        views: for each tensor's number how it lies in the slots.
-        slots: dense tensors without gradient, of any dtype and device.
-        num_buffers: so many of the last slots are the numpy buffers, as uint8 on the CPU.
-        ready: makes the calling thread's CUDA streams wait for the slots' values; None where they are there.
-        apart: what the pickle names that is opened apart.
-        files: where the slots lie, if in files that other processes of this machine may map.
-        copies_buffers: whether numpy arrays get memory of their own, which can be resized, as they are opened.
+        head: The object as a pickle in which each tensor, and the memory of each large array, is a number.
+        views: How each tensor lies in the slots, by its number.
+        slots: Dense tensors without gradient, of any dtype and device.
+        ready: Makes the calling thread's CUDA streams wait for the slots' values; None without CUDA tensors.
+        apart: Values that the pickle names and that are opened apart.
+        files: The memory files of the slots; None if they lie in ordinary memory.
+        copies_arrays: Whether opening copies large numpy arrays, so that numpy owns their memory and can resize it.
     """
 
     head: bytes
     views: list[View]
     slots: list[Tensor]
-    num_buffers: int
     ready: Callable[[], None] | None = None
     apart: tuple[SentApart, ...] = ()
     files: TensorFiles | None = None
-    copies_buffers: bool = False
+    copies_arrays: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -87,34 +85,34 @@ class Parcel:
 
     @property
     def is_large(self) -> bool:
-        """Whether files are for it: its tensors are worth that, and all in host memory."""
-        return _are_large(self.slots)
+        """Whether its tensors are worth memory files: large, and all in host memory."""
+        return are_large(self.slots)
 
     def copy(self) -> Parcel:
-        """The same parcel on memory of its own, for a second opening."""
+        """Return a copy of the parcel, for one more opening."""
         if self.ready is not None:
             self.ready()
         with PlainTensors():
             slots = _copies(self.views, self.slots)
-        return Parcel(self.head, self.views, slots, self.num_buffers, None, self.apart)
+        return Parcel(self.head, self.views, slots, None, self.apart)
 
     def open(self, allow: AllowList) -> Any:
-        """The object, built on the parcel's own memory, which it has alone afterwards: a parcel is opened once.
-
-        Whoever still holds the parcel holds none of its tensors any more.
+        """Return the object, built on the parcel's memory. A parcel is opened once: it has no tensors afterwards.
 
         Raises:
-            UntrustedTypeError: it names a type outside the allow-list.
-            SerializationError: it cannot be read.
+            UntrustedTypeError: If the pickle names a type outside the allow-list.
+            SerializationError: If the parcel cannot be read.
         """
-        if self.head in _PLAIN:  # more often than not
+        if self.head in _PLAIN:  # the most frequent case
             return _PLAIN[self.head]()
         if self.ready is not None:
             self.ready()
         try:
-            with torch.inference_mode(False) if self.slots else nullcontext():
+            if not all(isinstance(slot, Tensor) for slot in self.slots):
+                raise SerializationError("a parcel has slots that are no tensors")
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 builder = _Builder(self, allow)
-                obj = _Unpickler(self.head, self._buffers(), builder, allow).load()
+                obj = _Unpickler(self.head, builder, allow).load()
                 check_depth(self.head, obj)
         except (SerializationError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -123,24 +121,16 @@ class Parcel:
         self.slots.clear()
         return obj
 
-    def _buffers(self) -> list[memoryview]:
-        first = len(self.slots) - self.num_buffers
-        if not (0 <= first <= len(self.slots) and all(isinstance(slot, Tensor) for slot in self.slots)):
-            raise SerializationError(
-                f"a parcel has {len(self.slots)} slots, not all tensors or not {self.num_buffers} of them buffers"
-            )
-        return [slot.numpy().data for slot in self.slots[first:]]
-
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """What stands for a parcel that could not be received; whoever opens it gets the error."""
+    """Stands for a parcel that could not be received; opening it raises the error."""
 
     error: Exception
     num_bytes = 0
 
     def copy(self) -> Unreadable:
-        """The same."""
+        """Return this."""
         return self
 
     def open(self, allow: AllowList) -> Any:
@@ -150,22 +140,22 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What stands for a parcel where isolation is off: the object itself."""
+    """Stands for a parcel where isolation is off: the object itself."""
 
     target: Any
     num_bytes = 0
 
     def copy(self) -> Reference:
-        """The same reference."""
+        """Return this."""
         return self
 
     def open(self, allow: AllowList) -> Any:
-        """The object itself."""
+        """Return the object itself."""
         return self.target
 
 
 Packed = Parcel | Unreadable | Reference
-"""An object on its way, in whichever of its forms: each has ``open``, ``copy`` and ``num_bytes``."""
+"""A packed object in any of its forms: each has ``open``, ``copy`` and ``num_bytes``."""
 
 
 def pack(
@@ -176,37 +166,34 @@ def pack(
     may_refer: bool = False,
     in_files: bool = False,
 ) -> Parcel:
-    """Take the value of an object, as it is now.
+    """Take the present value of an object.
 
     Tensors keep dtype, shape, strides, requires_grad, Parameter-ness and ``grad``; those that share a storage stay
     tied. Autograd history does not travel.
 
     Args:
-        obj: anything that pickles; tensors anywhere in it.
+        obj: Any object that pickles, with tensors anywhere in it.
         copy: False lets the slots alias the object's memory, for a caller that reads them at once.
-        join: whether small tensors become one slot together, which costs less to send; where there is a copy, if
-            not given.
-        may_refer: whether it may hold what is `SentApart`, as only the arguments of a call may.
-        in_files: whether the tensors of a large object go into files that other processes may map.
+        join: Whether small tensors become one slot together, which costs less to send. The default is ``copy``.
+        may_refer: Whether the object may hold `SentApart` values, as only the arguments of a call may.
+        in_files: Whether the tensors of a large object go into files that other processes may map.
 
     Raises:
-        SerializationError: it holds something that cannot be pickled, or a tensor that cannot travel.
-        OSError: there is no room for its files.
+        SerializationError: If the object holds something that cannot be pickled, or a tensor that cannot travel.
+        OSError: If there is no room for the files.
     """
     if obj is None:
-        return Parcel(_NONE, [], [], 0)
+        return Parcel(_NONE, [], [])
     file, table = io.BytesIO(), _Table()
     try:
         _Pickler(file, table).dump(obj)
         views: list[View] = []
         slots: list[Tensor] = []
-        buffers: list[Tensor] = []
-        if table.tensors or table.buffers:
+        if table.tensors:
             with PlainTensors():
                 views, slots = gather_slots(
                     table.tensors, copy=copy and not in_files, join=copy if join is None else join
                 )
-                buffers = [_copy_buffer(raw) for raw in table.buffers]
     except (SerializationError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -214,37 +201,35 @@ def pack(
     if table.apart and not may_refer:
         raise SerializationError("a SharedRef is for the arguments of a call, where it stands for its object")
     files = None
-    if in_files and (slots or buffers):
+    if in_files and slots:
         with PlainTensors():
-            files, mapped = mapped_copies([*slots, *buffers])
-            slots, buffers = (mapped, []) if files is not None else (_copies(views, slots), buffers)
-    slots += buffers
-    return Parcel(file.getvalue(), views, slots, len(table.buffers), fence(slots), tuple(table.apart), files)
+            files, mapped = mapped_copies(slots)
+            slots = mapped if files is not None else _copies(views, slots)
+    return Parcel(file.getvalue(), views, slots, fence(slots), tuple(table.apart), files)
 
 
-_PACKED_NOTHING = Parcel(_NOTHING, [], [], 0)
+_PACKED_NOTHING = Parcel(_NOTHING, [], [])
 
 
 def pack_nothing() -> Parcel:
-    """The arguments of a call that has none."""
+    """Return the packed arguments of a call without arguments."""
     return _PACKED_NOTHING
 
 
 def restore(kind: str, *parts: Any) -> Any:
-    """What a parcel's pickle names where `_Builder.restore` has to stand.
+    """Stand in the pickle of a parcel for `_Builder.restore`.
 
     Raises:
-        SerializationError: always; such a pickle is opened by `Parcel.open` alone.
+        SerializationError: Always: only `Parcel.open` reads such a pickle.
     """
     raise SerializationError(f"this pickle is the head of a parcel ({kind}): open it with Parcel.open")
 
 
 class _Table:
-    """The tensors and buffers that a pickle leaves out, in the order in which it names them."""
+    """The tensors and values that a pickle leaves out, in the order in which it names them."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
-        self.buffers: list[memoryview] = []
         self.apart: list[SentApart] = []
 
     def add_apart(self, value: SentApart) -> int:
@@ -256,17 +241,10 @@ class _Table:
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
-    def add_buffer(self, buffer: pickle.PickleBuffer) -> bool:
-        raw = buffer.raw()
-        if raw.nbytes < _INLINE_BYTES:
-            return True
-        self.buffers.append(raw)
-        return False
-
 
 class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, table: _Table) -> None:
-        super().__init__(file, protocol=5, buffer_callback=table.add_buffer)
+        super().__init__(file, protocol=5)
         self._table = table
 
     def reducer_override(self, obj: Any) -> Any:
@@ -295,7 +273,9 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         kind, *parts = taken
         if kind == "array":
-            parts[-1] = pickle.PickleBuffer(parts[-1])
+            memory = parts[-1]
+            is_small = memory.nbytes < _INLINE_BYTES
+            parts[-1] = memory.tobytes() if is_small else self._table.add_tensor(_tensor_on(memory))
         state = (arrays.items_of(obj),) if kind == "objects" else ()  # apart: the array may be among its own items
         return restore, (kind, *parts), *state
 
@@ -323,57 +303,44 @@ class _Pickler(pickle.Pickler):
 
 
 def _is_of_numpy(obj: Any) -> bool:
-    """Whether it is an array, a dtype, a scalar or a generator of numpy's; without importing numpy.random."""
+    """Return whether it is an array, dtype, scalar or generator of numpy, without importing numpy.random."""
     return isinstance(obj, np.ndarray | np.generic | np.dtype) or type(obj).__module__.startswith("numpy.random")
 
 
-def _are_large(slots: list[Tensor]) -> bool:
-    return sum(slot.nbytes for slot in slots) >= _MAPPED_BYTES and all(slot.is_cpu for slot in slots)
-
-
-def mapped_copies(slots: list[Tensor]) -> tuple[TensorFiles | None, list[Tensor]]:
-    """Copies of slots, and their files; None where these are not worth while, or cannot be had."""
-    if not _are_large(slots):
-        return None, []
-    try:
-        files = TensorFiles.of(slots)
-        return files, files.tensors()
-    except OSError as error:
-        if error.errno not in UNAVAILABLE:
-            raise
-        return None, []
-
-
 def _copies(views: list[View], slots: list[Tensor]) -> list[Tensor]:
-    """Copies of slots, but for those whose tensors each opening copies anyway."""
+    """Copy the slots, except those of joined tensors, which each opening copies anyway."""
     copied = {view[0] for view in views if is_joined(view)}
     return [slot if place in copied else slot.clone() for place, slot in enumerate(slots)]
 
 
-def _copy_buffer(raw: memoryview) -> Tensor:
-    """A numpy buffer's bytes, as a uint8 tensor of shape (num_bytes,)."""
-    slot = torch.empty(raw.nbytes, dtype=torch.uint8, device="cpu")
-    slot.numpy()[:] = np.frombuffer(raw, dtype=np.uint8)
-    return slot
+def _tensor_on(memory: memoryview) -> Tensor:
+    """Return a uint8 tensor [num_bytes] on memory; nothing may write to it, since the memory may be read-only."""
+    if not memory.readonly:
+        return torch.frombuffer(memory, dtype=torch.uint8)
+    # torch warns of read-only memory, so it is given an alias.
+    address = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+    alias: Any = (ctypes.c_ubyte * memory.nbytes).from_address(address)
+    alias.owner = memory
+    return torch.frombuffer(alias, dtype=torch.uint8)
 
 
 class _Builder:
-    """Makes tensors of a parcel's slots while its pickle is read.
+    """Makes a parcel's tensors, arrays and other special objects while its pickle is read.
 
-    An object of its own: an unpickler that handed out its own methods would be a reference cycle, and keep the
-    tensors alive until the next collection.
+    It is apart from the unpickler, which would be in a reference cycle with its own methods, and so keep the tensors
+    alive until the next garbage collection.
     """
 
     def __init__(self, parcel: Parcel, allow: AllowList) -> None:
         self._apart = parcel.apart
-        self._opened: dict[int, Any] = {}  # of those apart, by number: what is twice in the object is the same there
+        self._opened: dict[int, Any] = {}  # values of `apart`, by number: one object per parcel
         self._allow = allow
-        self._owns_buffers = not parcel.copies_buffers
+        self._copies_arrays = parcel.copies_arrays
         self._num_head_bytes = len(parcel.head)
         self.budget = rebuild.Budget(parcel.num_bytes)
-        # Arrays of objects whose items are to come, by id, and whether they may be written afterwards.
+        # Arrays of objects whose items are still to come, by id, and whether they may be written afterwards.
         self._unfilled: dict[int, tuple[Any, bool]] = {}
-        with torch.no_grad() if parcel.views else nullcontext():
+        with PlainTensors():
             self._tensors = lay_out(parcel.views, parcel.slots, self.budget.spend)
 
     def restore(self, kind: str, *parts: Any) -> Any:
@@ -389,9 +356,11 @@ class _Builder:
         if kind == "dense" or kind == "special":
             return self._restore_tensor(kind, *parts)
         if arrays.is_kind(kind):
-            made = arrays.put_together(kind, parts, owned=self._owns_buffers, max_items=self._num_head_bytes)
+            if kind == "array" and parts and type(parts[-1]) is int:
+                parts = (*parts[:-1], self._memory_of(parts[-1]))
+            made = arrays.put_together(kind, parts, owned=not self._copies_arrays, max_items=self._num_head_bytes)
             fields = getattr(getattr(made, "dtype", made), "names", None) or ()
-            memory = getattr(made, "base", None)  # of one with gaps it is larger
+            memory = getattr(made, "base", None)  # larger than the array if that has gaps
             num_bytes = max(getattr(made, "nbytes", 1000), getattr(memory, "nbytes", 0))
             self.budget.spend(num_bytes + 100_000 * len(fields))
             if kind == "objects":
@@ -401,12 +370,19 @@ class _Builder:
             return self._open_apart(parts[0])
         return encodings.put_together(kind, parts)
 
+    def _memory_of(self, number: int) -> memoryview:
+        """Return the memory of a tensor that stands for the bytes of an array."""
+        tensor = self._tensors[number]
+        if tensor.dtype is not torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.requires_grad:
+            raise SerializationError("a numpy array came on a tensor that is not its bytes")
+        return tensor.cpu().numpy().data
+
     def fill(self, array: Any, items: Any) -> Any:
-        """Put the items into an array of objects that `restore` has made; return it.
+        """Put the items into an array of objects that `restore` made, and return it.
 
         Raises:
-            UntrustedTypeError: If it is another array.
-            SerializationError: If they are not as many as its elements.
+            UntrustedTypeError: If `restore` did not make the array.
+            SerializationError: If the number of items is not that of the elements.
         """
         known, is_writeable = self._unfilled.pop(id(array), (None, False))
         if known is not array:
@@ -450,7 +426,7 @@ class _Builder:
 
 
 def _text_of(error: Exception) -> str:
-    """Return the text of an error in which nothing is shown that a sender has made: that can be endless."""
+    """Return an error's text if it shows no object of the sender's, whose ``repr`` could be endless; else nothing."""
     return str(error) if all(type(part) in (str, int) for part in error.args) else ""
 
 
@@ -462,13 +438,13 @@ _LAZILY: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, head: bytes, buffers: list[memoryview], builder: _Builder, allow: AllowList) -> None:
-        super().__init__(io.BytesIO(with_requests(head)), buffers=buffers)
+    def __init__(self, head: bytes, builder: _Builder, allow: AllowList) -> None:
+        super().__init__(io.BytesIO(with_requests(head)))
         self._builder = builder
         self._allow = allow
 
     def persistent_load(self, request: Any) -> Any:
-        """Carry out what `with_requests` has made of an opcode that calls, makes or changes an object."""
+        """Carry out a request that `with_requests` wrote for an opcode that calls, makes or changes an object."""
         target, argument, op = request
         if op == REDUCE:
             if target is restore:

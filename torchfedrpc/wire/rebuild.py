@@ -1,9 +1,9 @@
-"""The rules by which a pickle may call, make and change objects, one for each of the opcodes that do so.
+"""The rules by which a pickle may call, make and change objects: one for each opcode that does so.
 
-Only the pickle's own objects change, and only in the way in which pickling wrote them: items go into dicts, lists and
-sets by the methods of these types, attributes into the ``__dict__`` and the slots of instances. Of code that the
-sender can choose, nothing runs but constructors, ``__setstate__``, ``__hash__`` and ``__eq__`` of classes of trusted
-packages, and the container methods of those that are containers of no builtin type.
+Only the pickle's own objects change, and only as pickling writes them: items go into dicts, lists and sets by the
+methods of these types, attributes into the ``__dict__`` and the slots of instances. The only code that a sender can
+choose are constructors, ``__setstate__``, ``__hash__`` and ``__eq__`` of classes of trusted packages, and
+``append`` and ``__setitem__`` of their containers that derive from no builtin type.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _MIN_HASHES = 8  # the keys may share their hashes by so many each: 40,000 keys 
 
 
 class Budget:
-    """What a pickle may cost in time and memory: a few bytes must not cost seconds or gigabytes.
+    """Bounds what a pickle costs in time, memory and stack, in proportion to its size.
 
     Args:
-        num_bytes: of the pickle and the memory that came with it.
+        num_bytes: Size of the pickle and of the memory that came with it.
     """
 
     def __init__(self, num_bytes: int) -> None:
         self._left = (64 << 20) + 32 * num_bytes
         self._levels: dict[int, int] = {}  # of nested objects that are freed by recursion, by id
-        self._inner: set[int] = set()  # ids of those that lie in others
+        self._inner: set[int] = set()  # ids of objects that lie in others
         self._num_late = 0
 
     def spend(self, amount: int) -> None:
@@ -99,11 +99,11 @@ def _is_freed_by_recursion(obj: Any) -> bool:
 
 
 def reduce(allow: AllowList, function: Any, arguments: Any, budget: Budget) -> Any:
-    """Call what a pickle calls.
+    """Call a function or type that a pickle names.
 
     Raises:
         UntrustedTypeError: If it may not be called.
-        SerializationError: If its arguments are none that pickling gives it.
+        SerializationError: If its arguments are others than pickling gives it.
     """
     if type(arguments) is not tuple:
         raise SerializationError("a pickle calls a function without a tuple of arguments")
@@ -122,7 +122,7 @@ def new(allow: AllowList, cls: Any, arguments: Any, keywords: Any) -> Any:
 
     Raises:
         UntrustedTypeError: If the class may have no instances from a pickle.
-        SerializationError: If its arguments are none that pickling gives it.
+        SerializationError: If its arguments are others than pickling gives it.
     """
     if type(arguments) is not tuple or type(keywords) is not dict:
         raise SerializationError("a pickle makes an object without a tuple of arguments")
@@ -133,7 +133,7 @@ def new(allow: AllowList, cls: Any, arguments: Any, keywords: Any) -> Any:
 
 
 def _check_builtin_arguments(cls: Any, arguments: tuple[Any, ...]) -> None:
-    """Check what a trusted class may hand on to a builtin type that it derives from: a few bytes could name a lot."""
+    """Check arguments that a trusted class may pass to a builtin base: a count or a range could make gigabytes."""
     if isinstance(cls, type) and issubclass(cls, _BUILTINS):
         for argument in arguments:
             is_count = type(argument) is int and issubclass(cls, bytes | bytearray)
@@ -148,8 +148,8 @@ def set_state(allow: AllowList, obj: Any, state: Any, budget: Budget) -> Any:
     """Give an instance its state, by ``__setstate__`` or as attributes; return it.
 
     Raises:
-        UntrustedTypeError: If it is a class, a function or the like, which others use as well.
-        SerializationError: If it is a state that its type cannot have.
+        UntrustedTypeError: If it is a class, a function or the like, which the whole process shares.
+        SerializationError: If its type cannot have such a state.
     """
     if (is_state := allow.state_check(type(obj))) is None:
         raise UntrustedTypeError(
@@ -222,10 +222,10 @@ def set_items(allow: AllowList, container: Any, items: tuple[Any, ...], budget: 
     """Put items into a dict, or into another container that pickling treats as one; return it.
 
     Args:
-        allow: the types that may travel.
-        container: the dict.
-        items: keys and values in turn.
-        budget: counts what hashing the keys costs.
+        allow: The types that may travel.
+        container: The dict.
+        items: Keys and values in turn.
+        budget: Counts the cost of hashing the keys.
 
     Raises:
         UntrustedTypeError: If it is no dict.
@@ -256,7 +256,7 @@ def set_items(allow: AllowList, container: Any, items: tuple[Any, ...], budget: 
 
 
 def answer(allow: AllowList, budget: Budget, target: Any, argument: Any, op: int) -> Any:
-    """Carry out one of the requests of `scan.with_requests`, other than of parts that the parcel itself has.
+    """Carry out a request of `scan.with_requests`.
 
     Raises:
         UntrustedTypeError: As of the rule for that opcode.
@@ -283,9 +283,9 @@ def answer(allow: AllowList, budget: Budget, target: Any, argument: Any, op: int
 
 
 def _setter_of_torchs(cls: type) -> Callable[[Any, Any], None] | None:
-    """Return what sets the state of a class with a ``__setstate__`` of torch's; None where another has it.
+    """Return a setter for the state of a class whose ``__setstate__`` is torch's; None for other classes.
 
-    Torch's own methods for subclasses fill in what old versions lacked, and go through lists of any length for that.
+    Torch's own methods of some subclasses fill in attributes that old versions lacked, and read lists of any length.
     """
     owner = next(base for base in cls.__mro__ if "__setstate__" in vars(base))
     if not owner.__module__.startswith("torch."):
@@ -311,7 +311,7 @@ def _set_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def _check_shadows(obj: Any, state: dict[str, Any]) -> None:
-    """Check that no attribute takes the place of a method: who calls that would call what the sender has chosen."""
+    """Check that no attribute takes the place of a method: a caller of it would call an object of the sender's."""
     cls = type(obj)
     for name in state:
         if callable(getattr(cls, name, None)) and not (name == "step" and isinstance(obj, Optimizer)):
@@ -325,7 +325,7 @@ def _set_module(module: Any, state: dict[str, Any]) -> None:
 
 
 def _skip_handles(state: dict[str, Any]) -> None:
-    """See to it that no hook of this process gets the number of one that came: to remove it would remove both."""
+    """Keep this process from giving a new hook the number of one that arrived: removing one would remove both."""
     for name, hooks in state.items():
         if name.endswith("_hooks") and isinstance(hooks, dict) and hooks:
             highest = max((key for key in hooks if type(key) is int), default=0)
@@ -367,7 +367,7 @@ def _check_keys(keys: tuple[Any, ...], budget: Budget) -> bool:
     """Check that hashing and comparing the keys takes no longer than their bytes justify.
 
     Returns:
-        Whether their hashes may be equal: Python's for texts cannot be foreseen.
+        Whether a sender can make their hashes equal, which it cannot for texts: Python salts these.
     """
     kinds = set(map(type, keys))
     if kinds <= _TEXTS:

@@ -24,7 +24,7 @@ _CONTAINERS = frozenset((tuple, list, dict, set, frozenset, OrderedDict, default
 # an object at memo entry 2**31, and so claim 32 GiB), those of extension registries and persistent ids.
 _PROTO, _FRAME, _STOP, _MARK, _POP, _POP_MARK = b"\x80\x95.(01"
 _NONE, _NEWTRUE, _NEWFALSE, _BININT, _BININT1, _BININT2, _BINFLOAT, _LONG1, _LONG4 = b"N\x88\x89JKMG\x8a\x8b"
-_SHORT_BINBYTES, _BINBYTES, _BINBYTES8, _BYTEARRAY8, _NEXT_BUFFER, _READONLY_BUFFER = b"CB\x8e\x96\x97\x98"
+_SHORT_BINBYTES, _BINBYTES, _BINBYTES8, _BYTEARRAY8 = b"CB\x8e\x96"
 _SHORT_BINUNICODE, _BINUNICODE, _BINUNICODE8 = b"\x8cX\x8d"
 _EMPTY_TUPLE, _EMPTY_LIST, _EMPTY_DICT, _EMPTY_SET = b")]}\x8f"
 _TUPLE, _TUPLE1, _TUPLE2, _TUPLE3, _FROZENSET = b"t\x85\x86\x87\x91"
@@ -32,8 +32,8 @@ _APPEND, _APPENDS, _SETITEM, _SETITEMS, _ADDITEMS = b"aesu\x90"
 _MEMOIZE, _BINGET, _LONG_BINGET = b"\x94hj"
 _STACK_GLOBAL, _REDUCE, _NEWOBJ, _NEWOBJ_EX, _BUILD = b"\x93R\x81\x92b"
 
-_ONE_BYTE = b"(01N\x88\x89\x97\x98)]}\x8ft\x85\x86\x87\x91aesu\x90\x94\x93R\x81\x92b"  # all but STOP
-_HARMLESS = b"(01N\x88\x89\x97\x98)]}\x8ft\x85\x86\x87\x94\x93"  # those of them that are not replaced
+_ONE_BYTE = b"(01N\x88\x89)]}\x8ft\x85\x86\x87\x91aesu\x90\x94\x93R\x81\x92b"  # all but STOP
+_HARMLESS = b"(01N\x88\x89)]}\x8ft\x85\x86\x87\x94\x93"  # those of them that are not replaced
 _FIXED = {_BININT1: 1, _BININT2: 2, _BININT: 4, _BINFLOAT: 8, _BINGET: 1, _LONG_BINGET: 4}
 _COUNTED_BY_1 = (_SHORT_BINUNICODE, _SHORT_BINBYTES, _LONG1)
 _COUNTED_BY_MORE = {_BINUNICODE: 4, _BINBYTES: 4, _LONG4: 4, _BINUNICODE8: 8, _BINBYTES8: 8, _BYTEARRAY8: 8}
@@ -70,7 +70,7 @@ def check_opcodes(head: bytes) -> None:
     """Check a pickle that an unpickler with a strict ``find_class`` is about to load without requests.
 
     Args:
-        head: a pickle from any sender.
+        head: A pickle from any sender.
 
     Raises:
         SerializationError: If it uses opcodes that CPython's pickler of protocol 4 and 5 does not, sets the state of
@@ -89,7 +89,7 @@ def with_requests(head: bytes) -> bytes:
     items (keys and values in turn); for `FROZENSET` the items and None.
 
     Args:
-        head: a pickle from any sender.
+        head: A pickle from any sender.
 
     Raises:
         SerializationError: If it uses opcodes that CPython's pickler of protocol 4 and 5 does not, or claims more
@@ -110,8 +110,8 @@ def check_depth(head: bytes, obj: Any) -> None:
     The walk is by levels, without recursion.
 
     Args:
-        head: the pickle.
-        obj: what it was loaded as.
+        head: The pickle.
+        obj: The object loaded from it.
 
     Raises:
         SerializationError: If containers lie in each other more than `MAX_DEPTH` deep.
@@ -163,9 +163,9 @@ def _parts(head: bytes, common: re.Pattern[bytes]) -> list[tuple[int, int, bool]
 
 
 def _common_opcode(*first: bytes, one_byte: bytes, is_single: bool = False) -> bytes:
-    """A pattern of one opcode with less than 256 bytes of argument, or of one of ``first``.
+    """Return a pattern of one opcode with less than 256 bytes of argument, or of one of ``first``.
 
-    Unless it has to be a single one, it takes any number of opcodes without argument at once.
+    Opcodes without argument are matched in runs, unless ``is_single``.
     """
 
     fixed = [re.escape(bytes((op,))) + b".{%d}" % num_bytes for op, num_bytes in _FIXED.items()]
@@ -174,7 +174,7 @@ def _common_opcode(*first: bytes, one_byte: bytes, is_single: bool = False) -> b
 
 
 def _counted(op: int, then: bytes = b"") -> bytes:
-    """A pattern of an opcode whose argument is counted by one byte."""
+    """Return a pattern of an opcode whose argument has its length in the first byte."""
     by_length = b"|".join(re.escape(bytes((length,))) + b".{%d}" % length for length in range(256))
     return re.escape(bytes((op,))) + b"(?:" + by_length + b")" + then
 

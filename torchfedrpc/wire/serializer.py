@@ -1,4 +1,4 @@
-"""Objects with tensors as bytes, for files and for whoever wants them: the format of `ParameterSerializer`."""
+"""Parcels as bytes, for files and for users: the format of `ParameterSerializer`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchfedrpc.wire.scan import check_depth, with_requests
 from torchfedrpc.wire.tensors import check_extent, dtype_named, memory_of
 
 # Layout: magic, a checksum of table and head, the lengths of both, both, then each slot's memory at a multiple of 64.
-_MAGIC = b"TFR\x02"
+_MAGIC = b"TFR\x03"
 _PREFIX = struct.Struct("<4sIQQ")
 _ALIGNMENT_BYTES = 64
 
@@ -30,13 +30,13 @@ class ParameterSerializer:
 
     @staticmethod
     def serialize(obj: Any) -> bytes:
-        """The object as bytes.
+        """Return an object as bytes.
 
-        Kept are dtype (bf16, fp8, bool, complex, quantised, sparse included), shape, strides, requires_grad,
-        Parameter-ness and ``grad``; tensors on a common storage stay tied.
+        Tensors keep dtype (bf16, fp8, bool, complex, quantised and sparse ones too), shape, strides, requires_grad,
+        Parameter-ness and ``grad``; those that share a storage stay tied.
 
         Raises:
-            SerializationError: it cannot be pickled, or holds a tensor without values (nested, mkldnn, meta).
+            SerializationError: If it cannot be pickled, or holds a tensor without values (nested, mkldnn, meta).
         """
         return b"".join(chunks_of(pack(obj, copy=False)))
 
@@ -47,16 +47,16 @@ class ParameterSerializer:
         *,
         trusted_modules: Iterable[str] = (),
     ) -> Any:
-        """The object that `serialize` made these bytes of, on memory of its own.
+        """Return a new object from bytes that `serialize` returned.
 
         Args:
-            data: what `serialize` returned.
-            device: where the tensors go; the CPU unless given.
-            trusted_modules: top-level packages whose classes may be among the data, beside plain data.
+            data: The bytes.
+            device: The device of the tensors; the CPU by default.
+            trusted_modules: Top-level packages whose classes may be among the data, beside plain data.
 
         Raises:
-            UntrustedTypeError: a type outside the allow-list.
-            SerializationError: the bytes are damaged or of another format.
+            UntrustedTypeError: If the data names a type outside the allow-list.
+            SerializationError: If the bytes are damaged or of another format.
         """
         try:
             return read(data, device=device).open(AllowList(trusted_modules))
@@ -69,9 +69,9 @@ class ParameterSerializer:
 
 
 def chunks_of(parcel: Parcel) -> list[bytes | memoryview]:
-    """What `ParameterSerializer.serialize` gives for a parcel's object, in pieces: a file takes them one by one.
+    """Return the bytes of a parcel in pieces, to be written one behind the other.
 
-    Those of tensors on the CPU share the parcel's memory; the parcel can be opened afterwards as before.
+    The pieces of CPU tensors share the parcel's memory; the parcel can still be opened afterwards.
     """
     if parcel.ready is not None:
         parcel.ready()
@@ -80,7 +80,7 @@ def chunks_of(parcel: Parcel) -> list[bytes | memoryview]:
         (str(slot.dtype).removeprefix("torch."), tuple(slot.shape), slot.stride(), slot.nbytes, origin.is_cuda)
         for slot, origin in zip(slots, parcel.slots, strict=True)
     ]
-    table = pickle.dumps((parcel.views, parcel.num_buffers, layouts), protocol=5)
+    table = pickle.dumps((parcel.views, layouts), protocol=5)
     prefix = _PREFIX.pack(_MAGIC, _checksum(table, parcel.head), len(table), len(parcel.head))
     chunks: list[bytes | memoryview] = [prefix, table, parcel.head]
     position = sum(len(chunk) for chunk in chunks)
@@ -98,13 +98,13 @@ def read(
     gpu: torch.device | None = None,
     in_place: bool = False,
 ) -> Parcel:
-    """Return the parcel of bytes from `chunks_of`, on memory of its own.
+    """Return the parcel of bytes from `chunks_of`, on new memory.
 
     Args:
-        serialized: the bytes.
-        device: where all tensors go.
-        gpu: where those go that were on a GPU, unless ``device`` is given; the CPU where there is neither.
-        in_place: whether its tensors lie in the bytes themselves, which must be writable.
+        serialized: The bytes.
+        device: The device of all tensors; None keeps those of the CPU there.
+        gpu: The device of tensors that were on a GPU, unless ``device`` is given; None for the CPU.
+        in_place: Whether tensors lie in the bytes themselves, which must be writable, instead of new memory.
 
     Raises:
         SerializationError: If the bytes are damaged or of another format.
@@ -121,12 +121,11 @@ def read(
     table = bytes(data[_PREFIX.size : position])
     content = _PlainUnpickler(table).load()
     check_depth(table, content)
-    views, num_buffers, layouts = content
+    views, layouts = content
     head = bytes(data[position : position + head_bytes])
     position += head_bytes
     slots = []
-    num_tensors = len(layouts) - num_buffers
-    for index, (dtype_name, shape, stride, num_bytes, was_on_gpu) in enumerate(layouts):
+    for dtype_name, shape, stride, num_bytes, was_on_gpu in layouts:
         position += -position % _ALIGNMENT_BYTES
         if not 0 <= num_bytes <= len(data) - position:
             raise SerializationError("these bytes are cut short")
@@ -144,20 +143,20 @@ def read(
             raise SerializationError("a tensor's memory is not that of its elements")
         slot = torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape, stride)
         target = device if device is not None or not was_on_gpu else gpu
-        slots.append(slot if target is None or index >= num_tensors else slot.to(target))
-    return Parcel(head, views, slots, num_buffers, copies_buffers=True)
+        slots.append(slot if target is None else slot.to(target))
+    return Parcel(head, views, slots, copies_arrays=True)
 
 
 def _checksum(table: bytes | memoryview, head: bytes | memoryview) -> int:
-    """Of the pickles: a changed bit there can make unpickling take all memory before it fails."""
+    """Return the checksum of both pickles: with a changed bit, unpickling could take all memory before it fails."""
     return zlib.crc32(head, zlib.crc32(table))
 
 
-_NO_TYPES = AllowList()  # of which `_PlainUnpickler` names none
+_NO_TYPES = AllowList()
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers, and nothing that has a name."""
+    """Reads numbers, strings and containers, and refuses every global."""
 
     def __init__(self, table: bytes) -> None:
         super().__init__(io.BytesIO(with_requests(table)))

@@ -1,4 +1,4 @@
-"""A value that many calls have in common: there once, and given to each as an object of its own."""
+"""A packed value that many calls share: it is sent and stored once, and each call opens an object from it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 from torch import Tensor
 
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.file import Address, TensorFiles
-from torchfedrpc.wire.packing import Packed, Parcel, SentApart, mapped_copies, pack
+from torchfedrpc.wire.file import Address, TensorFiles, mapped_copies
+from torchfedrpc.wire.packing import Packed, Parcel, SentApart, pack
 from torchfedrpc.wire.tensors import memory_of
 
 
 class SharedValue(SentApart):
-    """A packed object that is opened many times, each time as one that nobody else holds.
+    """A packed object that is opened many times, each time as a new object.
 
-    Thread-safe. A large one lies in memory that each opening maps privately: whoever only reads it, as
-    ``load_state_dict`` does, costs no copy, and for whoever writes the kernel copies the pages that change.
+    Thread-safe. A large value lies in memory files, which each opening maps privately: reading it, as
+    ``load_state_dict`` does, costs no copy, and the kernel copies the pages that are written.
 
     Args:
-        parcel: the object, which is this one's alone from now on.
-        number: what the driver calls it, in a run.
-        num_openings: how often it will be opened at most; None where nobody knows.
+        parcel: The packed object, which belongs to this value from now on.
+        number: Its number, given by the driver, unique in a run.
+        num_openings: How often it will be opened at most; None if that is unknown.
 
     Attributes:
-        num_bytes: bytes of the pickle and the tensors together.
-        is_for_tick: whether it is for calls of one tick of the driver's loop alone, so that a worker to which it is
-            sent keeps it for those calls and no longer.
+        num_bytes: Bytes of the pickle and the tensors together.
+        is_for_tick: Whether only calls of one tick of the driver's event loop use it; a worker keeps it for those
+            calls and no longer.
     """
 
     def __init__(self, parcel: Packed, number: int = 0, num_openings: int | None = None) -> None:
@@ -42,30 +42,30 @@ class SharedValue(SentApart):
 
     @property
     def value(self) -> SharedValue:
-        """This."""
+        """This value."""
         return self
 
     @property
     def parcel(self) -> Packed:
-        """The packed object, to be sent; nothing may change it."""
+        """The packed object, for sending; it must not be changed."""
         return self._parcel
 
     def lend(self) -> tuple[TensorFiles, list[Address]] | None:
-        """The files of its tensors, and where other processes of this machine find these as long as they are kept.
+        """Return the files of its tensors, and where other processes find these while the files are kept.
 
-        None where the tensors had better be sent.
+        None if the tensors are to be sent instead.
         """
         with self._lock:
             files = self._files()
         return (files, files.addresses()) if files is not None else None
 
     def open(self, allow: AllowList) -> Any:
-        """The object, as one of the caller's own.
+        """Return a new object of this value.
 
         Raises:
-            UntrustedTypeError: it names a type outside the allow-list.
-            SerializationError: it cannot be read.
-            OSError: there is no memory for it.
+            UntrustedTypeError: If it names a type outside the allow-list.
+            SerializationError: If it cannot be read.
+            OSError: If there is no memory for it.
         """
         with self._lock:
             if self.num_openings is not None:
@@ -75,10 +75,10 @@ class SharedValue(SentApart):
         return parcel.open(allow)
 
     def equals(self, obj: Any) -> bool:
-        """Whether an object, as it is now, is the same to the last bit; False where that cannot be told cheaply.
+        """Return whether an object's present value has the same bits; False if comparing them is costly.
 
         Raises:
-            SerializationError: it cannot be sent.
+            SerializationError: If the object cannot be packed.
         """
         ours = self._parcel
         if not isinstance(ours, Parcel):
@@ -108,7 +108,7 @@ class SharedValue(SentApart):
 
 
 def shared_values(parcel: Packed) -> tuple[SharedValue, ...]:
-    """The values that a parcel refers to."""
+    """Return the shared values that a parcel refers to."""
     if not isinstance(parcel, Parcel) or not parcel.apart:
         return ()
     return tuple(value for value in parcel.apart if isinstance(value, SharedValue))

@@ -1,4 +1,4 @@
-"""Tensors as plain dense ones: what is refused, how special layouts come apart, how shared storages are copied."""
+"""Tensors as dense slots and views: special layouts taken apart, shared storages kept tied, small ones joined."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torchfedrpc.errors import SerializationError
 _SPARSE_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 ALIGNMENT_BYTES = 64  # kernels may choose another path, and so other last bits, for memory that is aligned otherwise
 
-# Of up to so many bytes, to copy a tensor twice is faster than to send a tensor more.
 SMALL_BYTES = 65536
+"""Tensors of up to this size are joined: copying them twice is faster than sending one more tensor."""
 
 _split: Any = torch.split_with_sizes_copy  # torch's type stubs have it return nothing
 
@@ -42,7 +42,7 @@ _SPREAD_ELEMENTS = 1 << 14  # memory for so many elements is always allowed
 
 
 class PlainTensors:
-    """Around what makes tensors: they are ordinary ones without history, in whichever mode the code around is."""
+    """A context in which new tensors are ordinary ones: without autograd history, and no inference tensors."""
 
     __slots__ = ("_grad", "_guard")
 
@@ -63,11 +63,10 @@ class PlainTensors:
 
 
 def check_can_travel(tensor: Tensor) -> None:
-    """Refuse the tensors that have no memory to send, or that abort a process when torch RPC sends them.
+    """Check that a tensor has memory to send, and does not abort the process when torch RPC sends it.
 
     Raises:
-        SerializationError: a nested, mkldnn, meta, fake, uninitialised or wrapper tensor, or one whose storage
-            was freed.
+        SerializationError: If it is a nested, mkldnn, meta, fake, uninitialised or wrapper tensor.
     """
     if is_lazy(tensor):
         raise SerializationError("an uninitialised (lazy) parameter cannot travel: run the module once before")
@@ -90,7 +89,7 @@ def check_can_travel(tensor: Tensor) -> None:
 
 
 def restore_special(kind: str, *parts: Any) -> Tensor:
-    """Put together what `take_apart` took apart."""
+    """Return the tensor of the kind and parts that `take_apart` returned."""
     if kind == "sparse_coo":
         indices, values, shape, coalesced = parts
         return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced, check_invariants=True)
@@ -105,7 +104,7 @@ def restore_special(kind: str, *parts: Any) -> Tensor:
 
 
 def take_apart(tensor: Tensor) -> tuple[Any, ...] | None:
-    """The kind and the dense parts of a sparse or quantised tensor; None for a dense one."""
+    """Return the kind and the dense parts of a sparse or quantised tensor; None for a dense one."""
     if tensor.layout is torch.sparse_coo:
         return (
             "sparse_coo",
@@ -130,25 +129,24 @@ def take_apart(tensor: Tensor) -> tuple[Any, ...] | None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense memory of the CPU's and no more, so that it needs no `check_can_travel`.
+    """Return whether a tensor is plain dense CPU memory, so that it needs no `check_can_travel`.
 
-    False where it may be anything else: in some mode, layout, or transform, or on another device.
+    False for a tensor in any special mode, layout or transform, or on another device.
     """
     keys: bool = torch._C._dispatch_keys(tensor).raw_repr() == _plain_keys()
     return keys
 
 
 def gather_slots(tensors: list[Tensor], *, copy: bool, join: bool) -> tuple[list[View], list[Tensor]]:
-    """Find the memory behind dense tensors, each part of it once, and how every tensor lies in it.
+    """Return the memory of dense tensors as slots, each part of it once, and how every tensor lies in them.
 
-    A tensor alone on its storage becomes a slot of its own, with its strides where they leave no gaps, or goes
-    together with others. Tensors that overlap or adjoin on one storage share a slot, the bytes that they span, and
-    so stay tied.
+    A tensor alone on its storage becomes one slot, with its strides if they leave no gaps, or is joined with others.
+    Tensors that overlap or adjoin on one storage share a slot, the bytes that they span, and so stay tied.
 
     Args:
-        tensors: dense tensors of any dtype and device.
-        copy: whether the slots must be memory of their own; without it they may alias the tensors.
-        join: whether small tensors of a dtype that are alone on their storages become one slot together.
+        tensors: Dense tensors of any dtype and device.
+        copy: Whether the slots are new memory; otherwise they may alias the tensors.
+        join: Whether small tensors of a dtype that are alone on their storages become one slot together.
 
     Returns:
         A view for each tensor, and the slots.
@@ -199,19 +197,19 @@ def gather_slots(tensors: list[Tensor], *, copy: bool, join: bool) -> tuple[list
 
 
 def is_joined(view: View) -> TypeGuard[tuple[int, tuple[int, ...]]]:
-    """Whether it is of a small tensor that came together with others."""
+    """Return whether it is the view of a small tensor that is joined with others in a slot."""
     return isinstance(view, tuple) and len(view) == 2
 
 
 def lay_out(
     views: list[View], slots: list[Tensor], spend: Callable[[int], None] = lambda num_bytes: None
 ) -> list[Tensor]:
-    """Return the tensors that the views describe; small ones that came together each get memory of their own.
+    """Return the tensors that the views describe; joined ones each get new memory.
 
     Args:
-        views: how they lie in the slots.
-        slots: their memory.
-        spend: told of the bytes of memory that are taken beside the slots.
+        views: How they lie in the slots; they may be forged.
+        slots: Their memory.
+        spend: Is called with the bytes of memory that are taken beside the slots.
 
     Raises:
         SerializationError: If a view does not fit its slot.
@@ -277,16 +275,16 @@ def _may_spread(num_compact: int, num_elements: int) -> bool:
 
 
 def _check_sizes(*sizes: Any) -> None:
-    """Check that these are tuples of numbers: a product of other things can take all memory."""
+    """Check that these are tuples of integers: a product of other objects can take all memory."""
     if not all(type(part) is tuple and all(type(size) is int for size in part) for part in sizes):
         raise SerializationError("a tensor came with a shape or strides that are no numbers")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype of a name such as ``float32``.
+    """Return the dtype of a name such as ``float32``.
 
     Raises:
-        SerializationError: there is none.
+        SerializationError: If torch has no such dtype.
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
@@ -297,10 +295,10 @@ def dtype_named(name: str) -> torch.dtype:
 def check_extent(
     shape: tuple[int, ...], stride: tuple[int, ...], offset: int, dtype: torch.dtype, num_bytes: int
 ) -> None:
-    """Refuse a tensor that would reach beyond its memory; torch would make that longer.
+    """Check that a tensor lies within its memory, which torch would enlarge otherwise.
 
     Raises:
-        SerializationError: It would.
+        SerializationError: If it does not.
     """
     _check_sizes(shape, stride, (offset, num_bytes))
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
@@ -354,7 +352,7 @@ def _last_element(tensor: Tensor) -> int:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements of it may share memory: sorted by stride, each dimension has to step over those before it."""
+    """Return whether its elements may share memory: some dimension does not step over those of smaller stride."""
     reach = 0
     for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and step <= reach:
@@ -364,7 +362,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _is_small(tensor: Tensor) -> bool:
-    """Whether to join it with others; one whose storage was freed is left for `_dense` to refuse."""
+    """Return whether to join it with others; not one whose storage was freed, which `_dense` refuses."""
     num_bytes = tensor.nbytes
     return (
         num_bytes <= SMALL_BYTES
@@ -377,7 +375,7 @@ def _is_small(tensor: Tensor) -> bool:
 
 @functools.lru_cache(1024)
 def _row_major(shape: torch.Size) -> tuple[int, ...]:
-    """The strides of a tensor whose elements lie in the order of their indices."""
+    """Return the strides of a tensor whose elements lie in the order of their indices."""
     return tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
 
 
@@ -388,12 +386,12 @@ def _plain_keys() -> Any:
 
 
 def fills_its_storage(tensor: Tensor) -> bool:
-    """Whether a dense tensor lies in the order of its indices, and in no more memory than it has elements."""
+    """Return whether a dense tensor lies in the order of its indices, without gaps around or between its elements."""
     return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
 
 
 def _clusters(tensors: list[Tensor], members: list[int]) -> list[tuple[int, int, list[int]]]:
-    """Group views of one storage into stretches of bytes that overlap or adjoin: (start, stop, members)."""
+    """Group tensors of one storage into stretches of bytes that overlap or adjoin: (start, stop, members)."""
     extents: list[tuple[int, int, int]] = []
     for index in members:
         tensor = tensors[index]
@@ -412,7 +410,7 @@ def _clusters(tensors: list[Tensor], members: list[int]) -> list[tuple[int, int,
 
 
 def _span(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """The bytes [start, stop) of a tensor's storage, as a uint8 tensor of shape (stop - start,)."""
+    """Return the bytes [start, stop) of a tensor's storage, as a uint8 tensor [stop - start]."""
     storage = tensor.untyped_storage()
     if stop > storage.nbytes():
         raise SerializationError("the storage of this tensor was freed or resized below its shape")
@@ -420,9 +418,9 @@ def _span(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The memory of a dense CPU tensor whose strides leave no gaps, as bytes, for as long as the view is kept.
+    """Return the memory of a dense CPU tensor whose strides leave no gaps, as bytes; the view keeps it alive.
 
-    Unlike ``tensor.numpy()``, which makes a storage one that can never be resized again.
+    ``tensor.numpy()`` would make its storage one that can never be resized again.
     """
     if not tensor.nbytes:
         return memoryview(b"")

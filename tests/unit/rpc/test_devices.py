@@ -196,11 +196,11 @@ def parcel_on(*devices: torch.device) -> Parcel:
 
 def sent(parcel: Parcel, covered: frozenset[torch.device], taken_to: dict[torch.device, torch.device]) -> Any:
     """The message of a parcel as it arrives over a device map."""
-    head, views, slots, num_buffers, staged = parcel_message(parcel, covered)
+    head, views, slots, staged = parcel_message(parcel, covered)
     arrived = [
         GpuTensor.on(taken_to[slot.device], slot) if isinstance(slot, GpuTensor) else slot.clone() for slot in slots
     ]
-    return head, views, arrived, num_buffers, staged
+    return head, views, arrived, staged
 
 
 def devices_of(parcel: Any) -> list[torch.device]:

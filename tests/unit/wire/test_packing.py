@@ -300,7 +300,7 @@ def test_the_head_alone_is_no_pickle_for_anybody_else() -> None:
 @pytest.mark.parametrize("head", [b"", b"garbage", b"\x80\x05.", b"\x80\x05N", pickle.dumps([1])[:-2]])
 def test_a_damaged_head_is_an_error_of_ours(head: bytes) -> None:
     with pytest.raises(SerializationError):
-        Parcel(head, [], [], 0).open(ALLOW)
+        Parcel(head, [], []).open(ALLOW)
 
 
 # The value is taken when it is packed.
@@ -477,7 +477,7 @@ def test_a_pickle_that_names_another_kind_of_tensor_is_refused(kind: Any) -> Non
     parcel = pack(torch.ones(2))
     head = pickle.dumps(Forged(kind), protocol=5)
     with pytest.raises(SerializationError):
-        Parcel(head, parcel.views, parcel.slots, 0).open(ALLOW)
+        Parcel(head, parcel.views, parcel.slots).open(ALLOW)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
@@ -749,7 +749,6 @@ def test_an_array_without_dimensions_stays_one() -> None:
 
 def test_large_arrays_leave_the_pickle_and_small_ones_stay() -> None:
     parcel = pack([np.zeros(LARGE), np.zeros(3)])
-    assert parcel.num_buffers == 1
     assert [slot.nbytes for slot in parcel.slots] == [8 * LARGE]
     assert len(parcel.head) < 1000
 
