@@ -253,14 +253,14 @@ MUTATIONS = [
     Mutation(
         "torch's generator is not seeded",
         "host/randomness.py",
-        "        torch.default_generator.manual_seed(self._seed)\n",
+        "        torch.default_generator.manual_seed(seed)\n",
         "",
         "tests/contract/test_random.py -k local",
     ),
     Mutation(
         "python's generator is not seeded",
         "host/randomness.py",
-        "        random.seed(self._seed)\n",
+        "        random.seed(seed)\n",
         "",
         "tests/contract/test_random.py -k local",
     ),
@@ -273,9 +273,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a later step of a call does not go on with its streams",
-        "host/randomness.py",
-        "            self._own = _capture(self._device)\n",
-        "            pass\n",
+        "host/call_scope.py",
+        "                self._own_streams = streams.capture()\n",
+        "                pass\n",
         "tests/contract/test_random.py tests/unit/host/test_randomness.py -k 'not pseudo'",
     ),
     # Deadlines and limits.

@@ -19,7 +19,8 @@ class SharedObjects:
     """Objects that all learners of a process have in common, each made once.
 
     Args:
-        make: calls a factory of that key apart from the call that asks, since it depends on placement which does.
+        make: calls the factory of a key in a scope apart from the running call, since placement decides which call
+            is the first to need the object.
     """
 
     def __init__(self, make: Callable[[Hashable, Callable[[], Any]], Any]) -> None:
@@ -35,7 +36,7 @@ class SharedObjects:
         Args:
             key: the key.
             factory: makes it.
-            in_constructor: whether a learner's constructor asks, and so any process that makes such a learner has it.
+            in_constructor: whether a learner's constructor calls this, so that each of its processes makes it.
         """
         with self._lock:
             if in_constructor:
@@ -63,7 +64,7 @@ class SharedObjects:
         """The object of a key.
 
         Raises:
-            SnapshotError: this process has none.
+            SnapshotError: If this process has not made it.
         """
         with self._lock:
             if key in self._objects:
@@ -79,7 +80,7 @@ class CallContext:
     """The call that is running, as `current_call` gives it.
 
     Attributes:
-        client_id: whose learner.
+        client_id: the client of the learner.
         method: the method's name; ``__init__`` while the learner is made.
         call_id: unique in a run.
         device: where this process's learners should put their tensors.
@@ -99,9 +100,9 @@ class CallContext:
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody waits for the result any more: a deadline passed, or the caller was cancelled.
+        """Whether the result is no longer wanted: a deadline passed, or the caller was cancelled.
 
-        A long sync method should look at it now and then, and return.
+        A long sync method should check it now and then, and return.
         """
         return self._is_cancelled()
 
@@ -113,10 +114,10 @@ class CallContext:
         return self._generator
 
     def report(self, progress: Any) -> None:
-        """Tell the driver's subscribers how far this call is; they get the value before the call's result.
+        """Send progress of this call to the driver's subscribers, who get it before the call's result.
 
         Raises:
-            SerializationError: ``progress`` cannot be sent.
+            SerializationError: If ``progress`` cannot be sent.
         """
         self._report(progress)
 
@@ -128,24 +129,20 @@ class CallContext:
         return self._shared.get(key, factory, in_constructor=self.method == "__init__")
 
 
-_current: contextvars.ContextVar[CallContext] = contextvars.ContextVar("torchfedrpc_current_call")
+running_call: contextvars.ContextVar[CallContext] = contextvars.ContextVar("torchfedrpc_current_call")
+"""The call in which code runs; `CallScope` sets it."""
 
 
 def current_call() -> CallContext:
     """The call in which this code runs.
 
     Raises:
-        RuntimeError: it does not run in a learner's constructor or method (or in a thread that one started
-            without its context).
+        RuntimeError: If this code does not run in a learner's constructor or method (or runs in a thread that one
+            started without its context).
     """
     try:
-        return _current.get()
+        return running_call.get()
     except LookupError:
         raise RuntimeError(
             "current_call() is for code that a proxy's call runs: a learner's constructor or method"
         ) from None
-
-
-def bind(context: CallContext) -> None:
-    """Make a call the current one of this context."""
-    _current.set(context)

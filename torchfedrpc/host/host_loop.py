@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import Any
 
-from torchfedrpc.host.scope import CallScope, outside, scope_here
+from torchfedrpc.host.call_scope import CallScope, outside, scope_here
 
 Around = Callable[[CallScope, Callable[[], object]], None]
 
@@ -79,7 +79,7 @@ class HostLoop(asyncio.SelectorEventLoop):
             scope = present
             if scope is not None and context is not None:
                 with contextlib.suppress(RuntimeError):  # it is entered: this callback alone is in the scope
-                    context.run(scope._bind)
+                    scope.bind(context)
         if scope is None or any(callback is known for known in _NO_USER_CODE):
             return callback, args
         return self._step, (scope, callback, args)
@@ -111,5 +111,5 @@ class HostLoop(asyncio.SelectorEventLoop):
 
     def _asyncgen_finalizer_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
         scope, _ = self._scope_of_generator.pop(id(agen), (None, None))
-        context = outside() if scope is None else scope.new_context()
+        context = outside() if scope is None else scope.bind(contextvars.Context())
         context.run(super()._asyncgen_finalizer_hook, agen)  # type: ignore[misc]

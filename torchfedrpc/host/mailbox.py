@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchfedrpc.host.call import Call, Outcome
-from torchfedrpc.host.scope import CallScope
+from torchfedrpc.host.call_scope import CallScope
 from torchfedrpc.wire.packing import Packed
 
 Reply = Callable[[Outcome], None]

@@ -1,15 +1,18 @@
-"""Random streams of a call's own, so that results do not depend on where or beside what it runs."""
+"""The global random generators of a process: seeded for each call, and set aside where the process has its own."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import random
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+
+_numpy: Any = np.random  # the type stubs leave out what swaps the global bit generator
+_NUM_WORDS = 624  # of the state of a Mersenne Twister
 
 
 def call_seed(seed: int, *names: object) -> int:
@@ -22,129 +25,138 @@ def call_seed(seed: int, *names: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
-_numpy: Any = np  # the type stubs of its random leave out what swaps the global bit generator
-_spare_generators: list[Any] = []  # making one takes longer than all the rest of a call's seeding
+class StreamState(NamedTuple):
+    """Where the global generators are in their streams.
 
-
-@dataclass(slots=True)
-class _State:
-    python: Any
-    torch_cpu: torch.Tensor
-    torch_device: torch.Tensor | None
-    numpy_generator: Any
-    numpy_gauss: dict[str, Any] | None  # the whole legacy state, where it holds a normal variate drawn ahead
-
-
-class ProcessStreams:
-    """The process's own streams, set aside while calls have the global generators.
-
-    To look at them costs more than all the rest of a call's seeding, so calls that follow each other at once leave
-    them aside together.
-
-    Args:
-        device: whose CUDA generator belongs to them.
+    Attributes:
+        python: of `random`.
+        torch_cpu: of torch's CPU generator.
+        torch_device: of the GPU's generator; None without a GPU.
+        numpy_generator: the bit generator under `numpy.random`.
+        numpy_gauss: a normal variate that `numpy.random` has drawn ahead; None where there is none.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._aside: _State | None = None
-
-    def set_aside(self) -> None:
-        """Keep them, unless they are kept already."""
-        if self._aside is None:
-            self._aside = _capture(self._device)
-
-    def give_back(self) -> None:
-        """Put them in place again, if they were set aside."""
-        if self._aside is not None:
-            _restore(self._aside, self._device)
-            self._aside = None
+    python: Any
+    torch_cpu: Tensor
+    torch_device: Tensor | None
+    numpy_generator: Any
+    numpy_gauss: float | None
 
 
 class RandomStreams:
-    """The global generators of torch (CPU and one device), numpy and `random`, seeded for one call.
+    """The global generators of torch (CPU and one device), numpy and `random`.
 
-    A context manager to be entered around each step of the call: a later step goes on where the one before
-    ended, and outside the steps the process's own streams are as they were.
+    Calls that follow each other at once leave the process's own streams aside together, since to capture them takes
+    longer than to seed a call.
 
     Args:
-        seed: from `call_seed`.
-        device: whose CUDA generator is seeded too.
-        resumable: whether there will be a second step.
-        outside: the streams outside, which are set aside and for somebody else to give back; unless given, those
-            that are in place before each step are in place after it.
+        device: whose CUDA generator belongs to them.
 
     Attributes:
-        is_resumable: may be set within the first step, too.
+        aside: the process's own streams, while calls have the generators; else None.
+        spare: what `seed` has returned for calls that have ended; later calls use it again.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        device: torch.device,
-        *,
-        resumable: bool = False,
-        outside: ProcessStreams | None = None,
-    ) -> None:
-        self._seed = seed
-        self._device = device
-        self.is_resumable = resumable
-        self._outside = outside
-        self._numpy_generator: Any = None
-        self._own: _State | None = None
-        self._outer: _State | None = None
+    def __init__(self, device: torch.device) -> None:
+        self.aside: StreamState | None = None
+        self._of_device = _device_generator(device)
+        self._words: Any = _numpy.PCG64DXSM(0)
+        self._words_seed = self._words.state
+        self.spare: list[Twister] = []  # making one takes 250 us
 
-    def __enter__(self) -> None:
-        if self._outside is not None:
-            self._outside.set_aside()
-        else:
-            self._outer = _capture(self._device)
-        if self._own is not None:
-            _restore(self._own, self._device)
-            return
-        random.seed(self._seed)
-        torch.default_generator.manual_seed(self._seed)
-        if generator := _device_generator(self._device):
-            generator.manual_seed(self._seed)
-        self._numpy_generator = _spare_generators.pop() if _spare_generators else _numpy.random.MT19937(0)
-        _numpy.random.set_bit_generator(self._numpy_generator)
-        _numpy.random.seed((self._seed & 0xFFFFFFFF, self._seed >> 32))  # as one number it would have to be 32 bits
+    def seed(self, seed: int) -> Twister:
+        """Begin all streams anew.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.is_resumable:
-            self._own = _capture(self._device)
-        else:
-            _spare_generators.append(self._numpy_generator)
-        if self._outer is not None:
-            _restore(self._outer, self._device)
-            self._outer = None
+        Args:
+            seed: from `call_seed`.
 
+        Returns:
+            What numpy draws from.
+        """
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if self._of_device is not None:
+            self._of_device.manual_seed(seed)
+        twister = self.spare.pop() if self.spare else Twister()
+        # np.random.seed() takes no more than 32 bits as a number, and 25 us for an array; this takes 5 us.
+        self._words_seed["state"]["state"] = seed
+        self._words.state = self._words_seed
+        twister.words[:] = self._words.random_raw(_NUM_WORDS // 2)
+        twister.position[0] = _NUM_WORDS
+        _numpy.set_bit_generator(twister.generator)  # forgets a variate drawn ahead
+        return twister
 
-def _capture(device: torch.device) -> _State:
-    generator = _device_generator(device)
-    legacy = _numpy.random.get_state(legacy=False)
-    return _State(
-        python=random.getstate(),
-        torch_cpu=torch.default_generator.get_state(),
-        torch_device=generator.get_state() if generator else None,
-        numpy_generator=_numpy.random.get_bit_generator(),
-        numpy_gauss=legacy if legacy["has_gauss"] else None,
-    )
+    def capture(self) -> StreamState:
+        """Where the generators are."""
+        return StreamState(
+            python=random.getstate(),
+            torch_cpu=torch.default_generator.get_state(),
+            torch_device=None if self._of_device is None else self._of_device.get_state(),
+            numpy_generator=_numpy.get_bit_generator(),
+            numpy_gauss=_numpy_gauss(),
+        )
+
+    def restore(self, state: StreamState) -> None:
+        """Go on from where the generators were."""
+        random.setstate(state.python)
+        torch.default_generator.set_state(state.torch_cpu)
+        if self._of_device is not None and state.torch_device is not None:
+            self._of_device.set_state(state.torch_device)
+        _numpy.set_bit_generator(state.numpy_generator)
+        if state.numpy_gauss is not None:
+            whole = _numpy.get_state(legacy=False)
+            _numpy.set_state({**whole, "has_gauss": 1, "gauss": state.numpy_gauss})
+
+    def give_back(self) -> None:
+        """Put the process's own streams in place again, if they are aside."""
+        if self.aside is not None:
+            self.restore(self.aside)
+            self.aside = None
 
 
-def _restore(state: _State, device: torch.device) -> None:
-    random.setstate(state.python)
-    torch.default_generator.set_state(state.torch_cpu)
-    if (generator := _device_generator(device)) and state.torch_device is not None:
-        generator.set_state(state.torch_device)
-    _numpy.random.set_bit_generator(state.numpy_generator)  # forgets a variate drawn ahead
-    if state.numpy_gauss is not None:
-        _numpy.random.set_state(state.numpy_gauss)
+class Twister:
+    """A bit generator as numpy's global one has to be, with the words of its state as it lies in memory.
+
+    Raises:
+        RuntimeError: If this build of numpy lays it out in another way.
+    """
+
+    __slots__ = ("generator", "position", "words")
+
+    def __init__(self) -> None:
+        self.generator = _numpy.MT19937(0)
+        memory = (ctypes.c_uint32 * (_NUM_WORDS + 1)).from_address(self.generator.ctypes.state_address)
+        state = np.frombuffer(memoryview(memory), np.uint32)
+        told = self.generator.state["state"]
+        if state.tolist() != [*told["key"].tolist(), told["pos"]]:
+            raise RuntimeError(
+                f"numpy {np.__version__} keeps the state of MT19937 in another way than calls are seeded by: "
+                f"install another version of numpy, and report this"
+            )
+        self.words, self.position = state[:_NUM_WORDS].view(np.uint64), state[_NUM_WORDS:]
+
+
+class _WithoutWords:
+    """Stands for numpy's bit generator while only what `numpy.random` keeps beside it is read."""
+
+    def __init__(self, generator: Any) -> None:
+        self.generator = generator
+        self.state = {"bit_generator": "MT19937"}
+
+    def __getattr__(self, name: str) -> Any:  # of another thread that draws or seeds at this moment
+        return getattr(self.generator, name)
+
+
+def _numpy_gauss() -> float | None:
+    """A normal variate that numpy has drawn ahead. Its get_state() would take 50 us for the 624 words beside it."""
+    owner: Any = _numpy.mtrand._rand
+    generator = owner._bit_generator
+    owner._bit_generator = _WithoutWords(generator)
+    try:
+        state = owner.get_state(legacy=False)
+    finally:
+        owner._bit_generator = generator
+    return state["gauss"] if state["has_gauss"] else None
 
 
 def _device_generator(device: torch.device) -> torch.Generator | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import logging
 import threading
@@ -18,6 +19,7 @@ import torch
 from torchfedrpc.errors import MethodNotFoundError, SerializationError
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.call_scope import CallScope
 from torchfedrpc.host.context import CallContext, SharedObjects, current_call
 from torchfedrpc.host.deadlines import Deadlines
 from torchfedrpc.host.faults import Saboteur
@@ -25,12 +27,11 @@ from torchfedrpc.host.gate import Gate
 from torchfedrpc.host.learner_cache import Residents
 from torchfedrpc.host.mailbox import Job, Mailbox
 from torchfedrpc.host.methods import find_method, hidden_methods
-from torchfedrpc.host.randomness import ProcessStreams, RandomStreams, call_seed
-from torchfedrpc.host.scope import CallScope
+from torchfedrpc.host.randomness import RandomStreams, call_seed
 from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, load, reinstate, seal, taken
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.threads import AsyncLane, SyncLane
-from torchfedrpc.host.torch_settings import OpenedSettings, SettingsGuard, adopt_settings
+from torchfedrpc.host.torch_settings import OpenedSettings, adopt_settings
 from torchfedrpc.reduce.worker import Reductions
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import Packed, Parcel, Reference, pack
@@ -97,7 +98,7 @@ class Runner:
         self._is_alone = spec.runtime.max_concurrent_calls == 1
         self._settings = OpenedSettings.of_this_process(spec.runtime.torch_threads)
         self._in_driver = in_driver
-        self._process_streams = ProcessStreams(device)
+        self._streams = RandomStreams(device)
         self._shared = SharedObjects(self._make_shared)
         torch.empty(0, device=device)  # a device that cannot be used fails here, not on the threads below
         self._gate = Gate()
@@ -166,7 +167,7 @@ class Runner:
         if self._collecting is not None:
             have_ended &= self._collecting.close(timeout_s)
         if have_ended:
-            self._process_streams.give_back()
+            self._streams.give_back()
         return have_ended
 
     # On the sync lane, the gate held shared.
@@ -198,7 +199,7 @@ class Runner:
         call = job.call = call.taken()
         seed = call_seed(self._spec.seed, call.client_id, call.method, mailbox.count(call.method))
         job.scope = self._scope(self._call_context(job, call.method, seed), seed)
-        job.context = job.scope.new_context()
+        job.context = job.scope.bind(contextvars.Context())
         box = [args, kwargs]
         del args, kwargs
         try:
@@ -220,8 +221,7 @@ class Runner:
         del args, kwargs
         if job.call.kind == "stream" or inspect.isawaitable(box[0]):
             assert job.scope is not None
-            if job.scope.streams is not None:
-                job.scope.streams.is_resumable = True
+            job.scope.is_resumable = True
             return None
         return self._gave(job, "value", box)
 
@@ -469,21 +469,20 @@ class Runner:
         client_id = client_id or job.call.client_id
         seed = call_seed(self._spec.seed, client_id, method, 0)
         scope = self._scope(self._call_context(job, method, seed, client_id), seed, is_thorough=True)
-        return scope.new_context().run(self._inside, scope, function)
+        return scope.bind(contextvars.Context()).run(self._inside, scope, function)
 
     def _make_shared(self, key: Hashable, factory: Callable[[], Any]) -> Any:
         """Make an object that the learners of this process have in common, within a step of a call."""
         seed = call_seed(self._spec.seed, "shared", repr(key))
-        settings = SettingsGuard(self._settings, is_thorough=True, looks_first=True)
-        scope = CallScope(current_call(), RandomStreams(seed, self._device), settings)
-        return scope.new_context().run(scope.inside, factory)
+        scope = CallScope(current_call(), self._settings, self._streams, seed, is_thorough=True, is_nested=True)
+        context = scope.bind(contextvars.Context())
+        with scope:
+            return context.run(factory)
 
     def _scope(self, call: CallContext, seed: int, *, is_thorough: bool = False) -> CallScope:
         if not self._is_alone:
-            return CallScope(call, None, None)
-        streams = RandomStreams(seed, self._device, outside=self._process_streams)
-        settings = SettingsGuard(self._settings, is_thorough=is_thorough, looks_first=self._in_driver)
-        return CallScope(call, streams, settings)
+            return CallScope(call)
+        return CallScope(call, self._settings, self._streams, seed, is_thorough=is_thorough)
 
     def _run_step(self, job: Job, function: Callable[[], T]) -> T:
         """Run a step of a job in its scope."""
@@ -493,7 +492,8 @@ class Runner:
 
     def _inside(self, scope: CallScope, function: Callable[[], T]) -> T:
         try:
-            return scope.inside(function)
+            with scope:
+                return function()
         finally:
             self._give_streams_back()
 
@@ -503,7 +503,7 @@ class Runner:
         In a worker nobody does. The sync methods that wait behind this one would have them set aside again.
         """
         if self._in_driver and not self._sync.num_waiting:
-            self._process_streams.give_back()
+            self._streams.give_back()
 
     def _step_alone(self, scope: CallScope, function: Callable[[], object]) -> None:
         """Run a step of what an async method has started: no sync method runs beside it."""

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from torchfedrpc.host.call import Outcome
+from torchfedrpc.host.call_scope import outside
 from torchfedrpc.host.host_loop import Around, HostLoop
-from torchfedrpc.host.scope import outside
 
 logger = logging.getLogger(__name__)
 

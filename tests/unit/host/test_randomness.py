@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchfedrpc.host import randomness
-from torchfedrpc.host.randomness import RandomStreams, call_seed
+from torchfedrpc.host.call_scope import CallScope
+from torchfedrpc.host.randomness import RandomStreams, Twister, call_seed
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -38,8 +38,15 @@ def _global_streams() -> Iterator[None]:
     random.setstate(before[2])
 
 
-def streams(seed: int = 5, *, resumable: bool = False, device: torch.device = CPU) -> RandomStreams:
-    return RandomStreams(seed, device, resumable=resumable)
+GENERATORS = RandomStreams(CPU)
+
+
+def streams(seed: int = 5, *, resumable: bool = False, generators: RandomStreams = GENERATORS) -> CallScope:
+    """The scope of a call with that seed, in which nothing but the random streams is a call's own."""
+    call: Any = None
+    scope = CallScope(call, None, generators, seed, is_nested=True)
+    scope.is_resumable = resumable
+    return scope
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
@@ -172,16 +179,48 @@ def test_another_kind_of_bit_generator_of_the_process_comes_back() -> None:
         np.random.set_bit_generator(before)
 
 
-def test_a_call_may_swap_the_bit_generator_and_the_next_is_seeded_all_the_same(
+def test_a_call_may_swap_the_bit_generator_and_the_next_is_seeded_all_the_same() -> None:
+    generators = RandomStreams(CPU)
+    with streams(4, generators=generators):
+        expected = np.random.rand()
+    with streams(3, generators=generators):
+        np.random.set_bit_generator(np.random.PCG64(1))
+    with streams(4, generators=generators):
+        assert np.random.rand() == expected
+
+
+def test_a_call_may_seed_numpy_as_a_script_does() -> None:
+    np.random.seed(3)
+    expected = np.random.rand()
+    with streams():
+        np.random.seed(3)
+        assert np.random.rand() == expected
+        np.random.randn()
+        assert np.random.get_state(legacy=False)["has_gauss"] == 1
+
+
+def test_seeding_of_numpy_refuses_a_build_that_lays_out_its_state_in_another_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(randomness, "_spare_generators", [])
-    with streams(4):
-        expected = np.random.rand()
-    with streams(3):
-        np.random.set_bit_generator(np.random.PCG64(1))
-    with streams(4):
-        assert np.random.rand() == expected
+    class Other(np.random.MT19937):
+        state = property(lambda self: {"state": {"key": np.zeros(624, np.uint32), "pos": 624}})
+
+    monkeypatch.setattr(np.random, "MT19937", Other)
+    with pytest.raises(RuntimeError, match="install another version of numpy"):
+        Twister()
+
+
+def test_process_streams_are_set_aside_once_and_given_back() -> None:
+    call: Any = None
+    generators = RandomStreams(CPU)
+    random.seed(1)
+    expected = random.Random(1).random()
+    for seed in (5, 6):
+        with CallScope(call, None, generators, seed):
+            random.random()
+    generators.give_back()
+    assert random.random() == expected
+    assert generators.aside is None
 
 
 def test_streams_of_two_open_calls_do_not_share_a_bit_generator() -> None:
@@ -219,14 +258,15 @@ def test_the_calls_gpu_has_streams_of_its_own_too() -> None:
     undisturbed = torch.rand(2, device=GPU).tolist()
     torch.cuda.manual_seed(1)
     drawn = torch.rand(1, device=GPU).tolist()
-    own = streams(device=GPU, resumable=True)
+    of_gpu = RandomStreams(GPU)
+    own = streams(generators=of_gpu, resumable=True)
     inside = []
     for _ in range(2):
         with own:
             inside += torch.rand(1, device=GPU).tolist()
     drawn += torch.rand(1, device=GPU).tolist()
     assert drawn == undisturbed
-    again = streams(device=GPU, resumable=True)
+    again = streams(generators=of_gpu, resumable=True)
     repeated = []
     for _ in range(2):
         with again:

@@ -1,4 +1,4 @@
-"""What torch keeps by thread: each call has its own, and the thread's comes back."""
+"""A call's scope: torch's modes and settings are the call's own within a step, and come back after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from torchfedrpc.host.torch_modes import TorchModes
+from torchfedrpc.host import torch_settings
+from torchfedrpc.host.call_scope import CallScope
+from torchfedrpc.host.torch_settings import OpenedSettings, read_settings
+
+
+def scope() -> CallScope:
+    """The scope of a call that has random streams and settings in common with others."""
+    call: Any = None
+    return CallScope(call)
 
 
 def modes() -> tuple[bool, bool]:
@@ -34,21 +42,21 @@ def _default_modes() -> Iterator[None]:
 def test_a_call_begins_with_gradients_enabled_whatever_ran_before(around: Any) -> None:
     with around():
         outside = modes()
-        with TorchModes():
+        with scope():
             assert modes() == DEFAULT
             assert (torch.ones(1, requires_grad=True) * 2).requires_grad
         assert modes() == outside
 
 
 def test_a_mode_that_a_call_sets_does_not_outlive_its_step() -> None:
-    with TorchModes():
+    with scope():
         torch.set_grad_enabled(False)
         assert modes() == (False, False)
     assert modes() == DEFAULT
 
 
 def test_a_call_finds_its_own_mode_at_its_next_step() -> None:
-    own = TorchModes()
+    own = scope()
     with own:
         torch.set_grad_enabled(False)
     for _ in range(2):
@@ -71,7 +79,7 @@ def test_a_block_of_a_coroutine_keeps_its_mode_over_its_steps(mode: Any) -> None
 
     with mode():
         inside = modes()
-    steps, own = method(), TorchModes()
+    steps, own = method(), scope()
     found = []
     for _ in range(3):
         with own:
@@ -82,7 +90,7 @@ def test_a_block_of_a_coroutine_keeps_its_mode_over_its_steps(mode: Any) -> None
 
 
 def test_calls_in_turn_have_modes_of_their_own() -> None:
-    first, second = TorchModes(), TorchModes()
+    first, second = scope(), scope()
     with first:
         torch.set_grad_enabled(False)
     with second:
@@ -94,15 +102,15 @@ def test_calls_in_turn_have_modes_of_their_own() -> None:
 
 
 def test_modes_nest() -> None:
-    with TorchModes():
+    with scope():
         torch.set_grad_enabled(False)
-        with TorchModes():
+        with scope():
             assert modes() == DEFAULT
         assert modes() == (False, False)
 
 
 def test_the_mode_comes_back_where_a_step_raises_and_the_step_after_finds_what_it_left() -> None:
-    own = TorchModes()
+    own = scope()
 
     def fail() -> None:
         with own:
@@ -125,14 +133,14 @@ def product(weights: torch.Tensor) -> torch.dtype:
 
 def test_a_call_begins_without_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with TorchModes():
+        with scope():
             assert product(torch.ones(2, 2)) is torch.float32
         assert product(torch.ones(2, 2)) is torch.bfloat16
 
 
 def test_autocast_that_a_call_sets_does_not_outlive_its_step_and_holds_at_the_next() -> None:
     before = autocast()
-    own, other = TorchModes(), TorchModes()
+    own, other = scope(), scope()
     with own:
         torch.set_autocast_dtype("cpu", torch.float16)
         torch.set_autocast_enabled("cpu", True)
@@ -151,7 +159,7 @@ def test_a_block_of_autocast_is_kept_over_the_steps_of_a_coroutine() -> None:
             yield product(torch.ones(2, 2))
         yield product(torch.ones(2, 2))
 
-    steps, own = method(), TorchModes()
+    steps, own = method(), scope()
     found = []
     for _ in range(3):
         with own:
@@ -165,12 +173,12 @@ def test_weights_that_a_call_has_cast_are_not_stale_after_its_update() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             yield
 
-    waiting, steps = TorchModes(), waits()
+    waiting, steps = scope(), waits()
     with waiting:
         next(steps)
     weights = torch.nn.Parameter(torch.ones(2, 2))
     found = []
-    with TorchModes():
+    with scope():
         for _ in range(2):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 found.append((weights @ torch.ones(2, 2)).sum().item())
@@ -179,3 +187,57 @@ def test_weights_that_a_call_has_cast_are_not_stale_after_its_update() -> None:
     with waiting:
         steps.close()
     assert found == [8.0, 16.0]
+
+
+# Settings.
+
+
+def scope_with_settings(*, is_thorough: bool = False) -> CallScope:
+    call: Any = None
+    return CallScope(call, OpenedSettings.of_this_process(torch.get_num_threads()), is_thorough=is_thorough)
+
+
+def test_default_dtype_of_a_call_does_not_outlive_its_step_and_holds_at_the_next() -> None:
+    own = scope_with_settings()
+    with own:
+        torch.set_default_dtype(torch.float64)
+    assert torch.get_default_dtype() is torch.float32
+    with own:
+        assert torch.get_default_dtype() is torch.float64
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_setting_of_the_process_is_not_of_the_call_and_comes_back() -> None:
+    own = scope_with_settings()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with own:
+            assert torch.get_default_dtype() is torch.float32
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_thorough_scope_puts_back_settings_that_methods_rarely_change() -> None:
+    before = read_settings()
+    with scope_with_settings(is_thorough=True):
+        torch.set_warn_always(True)
+    assert read_settings() == before
+
+
+def test_scope_that_cannot_set_a_setting_leaves_modes_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = scope_with_settings()
+    with own:
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+
+    def fail(dtype: torch.dtype) -> None:
+        raise RuntimeError("it cannot be set")
+
+    fails = [
+        one._replace(set=fail) if one.name == "torch.set_default_dtype" else one for one in torch_settings._SETTINGS
+    ]
+    monkeypatch.setattr(torch_settings, "_SETTINGS", fails)
+    with pytest.raises(RuntimeError, match="a call has changed a setting for good"), own:
+        pass
+    assert modes() == DEFAULT

@@ -1,0 +1,198 @@
+"""What a call has for itself while its code runs: context variables, torch's modes and settings, random streams."""
+
+from __future__ import annotations
+
+import contextvars
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from torchfedrpc.host.context import CallContext, running_call
+from torchfedrpc.host.randomness import RandomStreams, StreamState
+from torchfedrpc.host.torch_settings import OpenedSettings, Settings, glance, put_back, read_settings
+
+# Of a thread: whether gradients are enabled, inference mode, open blocks with a function mode (such as torch.device),
+# open blocks of autocast; autocast for the CPU and for CUDA, and their dtypes.
+_Modes = tuple[bool, bool, int, int, bool, bool, torch.dtype, torch.dtype]
+
+_BEGIN: _Modes = (True, False, 0, 0, False, False, torch.bfloat16, torch.float16)
+
+_torch_c: Any = torch._C
+
+
+class CallScope:
+    """A context manager around each step of a call: gives it what its last step left, and the process its own back.
+
+    A call begins with gradients enabled, without inference mode, autocast and function modes, with the settings as
+    they were when the proxy was opened, and with random streams that its seed alone decides. Blocks that are open as
+    its step ends (``with torch.device(...)``) are set aside until its next step. The tasks and callbacks that an
+    async method starts have the scope of its call, also where they outlive the call.
+
+    After a step of a method only the settings that `glance` reads are compared, since reading all takes 20
+    microseconds.
+
+    Args:
+        call: what `current_call` gives.
+        opened: the settings with which calls begin; None where calls run side by side, which have the process's
+            settings and random streams in common.
+        streams: the generators to be seeded; None likewise.
+        seed: for them, from `call_seed`.
+        is_thorough: whether to compare all settings after a step, as after a constructor.
+        is_nested: whether it is entered within a step of another call, which has the generators.
+
+    Attributes:
+        is_resumable: whether there will be another step, which goes on with the random streams of this one.
+    """
+
+    __slots__ = (
+        "_functions",
+        "_guard",
+        "_is_nested",
+        "_is_thorough",
+        "_modes",
+        "_opened",
+        "_outer_modes",
+        "_outer_settings",
+        "_outer_streams",
+        "_own_settings",
+        "_own_streams",
+        "_seed",
+        "_streams",
+        "_twister",
+        "call",
+        "is_resumable",
+    )
+
+    def __init__(
+        self,
+        call: CallContext,
+        opened: OpenedSettings | None = None,
+        streams: RandomStreams | None = None,
+        seed: int = 0,
+        *,
+        is_thorough: bool = False,
+        is_nested: bool = False,
+    ) -> None:
+        self.call = call
+        self.is_resumable = False
+        self._opened = opened
+        self._streams = streams
+        self._seed = seed
+        self._is_thorough = is_thorough
+        self._is_nested = is_nested
+        self._modes = _BEGIN
+        self._functions: list[Any] = []  # modes of blocks that are open between steps, the innermost first
+        self._own_settings: Settings | None = None
+        self._outer_settings: Settings | None = None
+        self._own_streams: StreamState | None = None
+        self._outer_streams: StreamState | None = None
+
+    def bind(self, context: contextvars.Context) -> contextvars.Context:
+        """Set the variables by which code in a context finds this scope and its call."""
+        context.run(running_call.set, self.call)
+        context.run(scope_here.set, self)
+        return context
+
+    def __enter__(self) -> None:
+        self._outer_modes = outer = _read_modes()
+        own = self._modes
+        self._guard = _torch_c._InferenceMode(own[1])  # sets grad mode too, and its end sets what was before
+        self._guard.__enter__()
+        _torch_c._set_grad_enabled(own[0])
+        try:
+            if own[2:] != outer[2:]:
+                _set_autocast(outer, own)
+                while self._functions:
+                    _torch_c._push_on_torch_function_stack(self._functions.pop())
+            opened, streams = self._opened, self._streams
+            if opened is not None and (self._own_settings is not None or glance() != opened.glance):
+                self._outer_settings = read_settings()
+                put_back(self._own_settings or opened.values)
+        except BaseException:
+            self._leave_modes()
+            raise
+        if streams is not None:
+            if self._is_nested:
+                self._outer_streams = streams.capture()
+            elif streams.aside is None:
+                streams.aside = streams.capture()
+            if self._own_streams is None:
+                self._twister = streams.seed(self._seed)
+            else:
+                streams.restore(self._own_streams)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        opened, streams = self._opened, self._streams
+        if streams is not None:
+            if self.is_resumable:
+                self._own_streams = streams.capture()
+            else:
+                streams.spare.append(self._twister)
+            if self._outer_streams is not None:
+                streams.restore(self._outer_streams)
+        try:
+            if opened is not None:
+                outer, self._outer_settings = self._outer_settings, None
+                is_changed = glance() != opened.glance or (self._is_thorough and read_settings() != opened.values)
+                self._own_settings = read_settings() if is_changed else None
+                if is_changed or outer is not None:
+                    put_back(outer or opened.values)
+        finally:
+            self._leave_modes()
+
+    def _leave_modes(self) -> None:
+        own, outer = _read_modes(), self._outer_modes
+        if own != outer:
+            for _ in range(own[2] - outer[2]):
+                self._functions.append(_torch_c._pop_torch_function_stack())
+        self._modes = own
+        self._guard.__exit__(None, None, None)
+        del self._guard
+        if own[3:] != outer[3:]:
+            _set_autocast(own, outer)
+
+
+def _read_modes() -> _Modes:
+    torch.autocast_increment_nesting()
+    return (
+        _is_grad_enabled(),
+        _is_inference(),
+        _num_functions(),
+        torch.autocast_decrement_nesting(),
+        _is_autocast("cpu"),
+        _is_autocast("cuda"),
+        _autocast_dtype("cpu"),
+        _autocast_dtype("cuda"),
+    )
+
+
+_is_grad_enabled, _is_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_num_functions = _torch_c._len_torch_function_stack
+_is_autocast, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+
+
+def _set_autocast(present: _Modes, wanted: _Modes) -> None:
+    if present[3:] == wanted[3:]:
+        return
+    for device, enabled, dtype in (("cpu", wanted[4], wanted[6]), ("cuda", wanted[5], wanted[7])):
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+    for _ in range(wanted[3] - present[3]):
+        torch.autocast_increment_nesting()
+    for _ in range(present[3] - wanted[3]):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()  # of weights that another call has cast, and may have changed since
+
+
+scope_here: contextvars.ContextVar[CallScope | None] = contextvars.ContextVar("torchfedrpc_scope")
+"""The scope of the code that runs; None in code of the host's own, unset in contexts that users have made."""
+
+
+def outside() -> contextvars.Context:
+    """A context for code of the host's own."""
+    context = contextvars.Context()
+    context.run(scope_here.set, None)
+    return context
