@@ -377,7 +377,7 @@ MUTATIONS = [
         "host/snapshot.py",
         "and (found := _difference(snapshot.state, rebuilt, learner, shared, mapped)) is not None",
         "and (found := None) is not None",
-        "tests/unit/host/test_snapshot.py tests/unit/host/test_state_proof.py",
+        "tests/unit/host/test_snapshot.py tests/unit/host/test_state_comparison.py",
     ),
     Mutation(
         "a damaged snapshot is read",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from torchfedrpc.errors import ConfigError, SnapshotError
-from torchfedrpc.host.state_proof import Apart, first_difference
+from torchfedrpc.host.state_comparison import Apart, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
 

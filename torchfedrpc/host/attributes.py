@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchfedrpc.errors import ConfigError, SnapshotError
 from torchfedrpc.host.context import SharedObjects
 from torchfedrpc.host.object_parts import ATOMS, UNSET, get, is_foundation, slots_of
-from torchfedrpc.host.state_proof import Apart
+from torchfedrpc.host.state_comparison import Apart
 
 REGISTRIES = ("_parameters", "_buffers", "_modules")  # where a module has what else would be its attributes
 _MORE_THAN_ATTRIBUTES = (

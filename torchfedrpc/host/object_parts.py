@@ -1,47 +1,264 @@
-"""What Python objects consist of: their value, their slots, what they give to pickle, what they refer to."""
+"""What a Python object consists of, by its type: what is compared of it, and what it refers to."""
 
 from __future__ import annotations
 
+import collections
 import copyreg
 import enum
 import gc
+import random
 import reprlib
 import struct
 import sys
 import types
-from collections.abc import Iterable
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...)))
-BY_IDENTITY: tuple[Any, ...] = (
-    type,
-    type(NotImplemented),
-    types.FunctionType,
-    types.ModuleType,
-    types.GenericAlias,
-    np.ufunc,
-    torch.dtype,
-    torch.layout,
-    torch.memory_format,
-    torch.qscheme,
+from torchfedrpc.host.tensor_comparison import (
+    HOOKS,
+    SPARSE_PARTS,
+    array_difference,
+    dtype_difference,
+    tensor_difference,
 )
-CONSTANTS = ATOMS | {type, types.FunctionType, types.BuiltinFunctionType, torch.dtype}
-_FOUNDATIONS = sys.stdlib_module_names | {"builtins", "torch", "numpy"}
+from torchfedrpc.wire.encodings import is_scheduled
 
+ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...)))
+CONSTANTS = ATOMS | {type, types.FunctionType, types.BuiltinFunctionType, torch.dtype}
 UNSET: Any = object()
 """Stands for an attribute that is not there."""
 
+_GLOBALS: tuple[Any, ...] = (
+    enum.Enum, type, type(NotImplemented), types.FunctionType, types.ModuleType, types.GenericAlias, np.ufunc,
+    torch.dtype, torch.layout, torch.memory_format, torch.qscheme,
+)  # fmt: skip
+_GENERATORS = (torch.Generator, random.Random, np.random.RandomState)
+_CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque, bytearray, int, float, complex, str, bytes)
+_FOUNDATIONS = sys.stdlib_module_names | {"builtins", "torch", "numpy"}
+_PROTOCOL = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__", "__getnewargs__")
+# Their ``__getstate__`` leaves out only what they make again by themselves, with the same value.
+_FAITHFUL = (torch.amp.GradScaler,)
+# Attributes of optimisers that decide whether a warning is due. No number depends on them.
+_OPTIMISER_WARNS_BY = ("_opt_called", "_warned_capturable_if_run_uncaptured")
+_EXCEPTION_FIELDS_APART = frozenset(("__dict__", "__traceback__", "__weakref__"))
 
-def plain_value(obj: Any) -> Any:
-    """The number, text or bytes that an instance of a subclass is."""
+Group = tuple[Literal["attributes", "items", "elements", "set", "parts"], Any]
+"""Some parts of an object: ``attributes`` are a dict in any order, its keys names or the descriptors of slots;
+``items`` the pairs of a dict, in order; ``elements`` a list; ``set`` a set; ``parts`` a list of (path, part)."""
+
+
+class Kind(NamedTuple):
+    """How objects of a type are compared.
+
+    Attributes:
+        identity: ``object`` where what was one object must be one again; ``value`` where that does not matter, and
+            a pair that was compared need not be compared again; None where comparing is as quick.
+        read: gives the parts of an object.
+        difference: says what is different of two objects, their parts apart; None where nothing is.
+        refusal: says why an object cannot be part of a state; None where it can.
+        has_memory: whether it is a tensor or array, which may share its memory with others.
+    """
+
+    identity: Literal["object", "value"] | None
+    read: Callable[[Any], list[Group]] | None = None
+    difference: Callable[[Any, Any], str | None] | None = None
+    refusal: Callable[[Any], str | None] | None = None
+    has_memory: bool = False
+
+
+def kind_of(obj: Any) -> Kind:
+    """How objects of this one's type are compared."""
+    cls = type(obj)
+    for family, kind in _FAMILIES:
+        if issubclass(cls, family):
+            return kind
+    if cls in _PLAIN:
+        return _PLAIN[cls]
+    methods = [(base, vars(base)[name]) for base in cls.__mro__ for name in _PROTOCOL if name in vars(base)]
+    methods = [(base, method) for base, method in methods if base is not object]
+    own = {method.__name__ for base, method in methods if not is_foundation(base) and hasattr(method, "__name__")}
+    # With __getstate__ alone nothing makes anew what that leaves out, so the attributes themselves are compared.
+    if cls in copyreg.dispatch_table or own - {"__getstate__"} or issubclass(cls, _FAITHFUL):
+        return Kind("value" if is_foundation(cls) and has_value(cls) else "object", _reduction)
+    if issubclass(cls, _CONTAINERS):
+        is_value = issubclass(cls, tuple | frozenset) and not hasattr(obj, "__dict__")
+        return Kind("value" if is_value else "object", lambda obj: [*_attributes(obj), *_content(obj)])
+    if not methods and not _has_plain_state(obj):
+        return Kind("object", _reduction)
+    is_python = all(isinstance(method, types.FunctionType) for _, method in methods)
+    is_torchs = all(root_of(base) in ("torch", "numpy") for base, _ in methods if is_foundation(base))
+    if not methods or (is_python and is_torchs):
+        return Kind("object", _optimizer if issubclass(cls, torch.optim.Optimizer) else _attributes)
+    return Kind(
+        "value" if has_value(cls) else "object",
+        lambda obj: [*_reduction(obj), ("attributes", getattr(obj, "__dict__", {}))],
+        refusal=_of_process if issubclass(cls, _GENERATORS) else None,
+    )
+
+
+# What objects give as their parts.
+
+
+def _attributes(obj: Any) -> list[Group]:
+    slots = {slot: value for slot in slots_of(type(obj)) if (value := get(slot, obj)) is not UNSET}
+    attributes = getattr(obj, "__dict__", {})
+    return [("attributes", {**slots, **attributes} if slots else attributes)]
+
+
+def _optimizer(optimizer: Any) -> list[Group]:
+    [(_, every)] = _attributes(optimizer)
+    attributes = {name: value for name, value in every.items() if name not in _OPTIMISER_WARNS_BY}
+    if is_scheduled(attributes.get("step")):
+        del attributes["step"]  # the wrapper of a scheduler, which only notes that it was called
+    if "defaults" in attributes:
+        # Optimizer.__setstate__ adds it to those whose step() does not ask for it, such as LBFGS.
+        attributes["defaults"] = {"differentiable": False, **attributes["defaults"]}
+    return [("attributes", attributes)]
+
+
+def _exception(error: BaseException) -> list[Group]:
+    fields = {
+        descriptor: value
+        for base in type(error).__mro__
+        for name, descriptor in vars(base).items()
+        if isinstance(descriptor, types.MemberDescriptorType | types.GetSetDescriptorType)
+        and name not in _EXCEPTION_FIELDS_APART
+        and (value := get(descriptor, error)) is not UNSET
+    }
+    return [("attributes", {**vars(error), **fields})]
+
+
+def _content(obj: Any) -> list[Group]:
+    """What an instance of a builtin type, or of a subclass, has beside attributes."""
+    if isinstance(obj, collections.OrderedDict):  # its order is not that of the dict below, after move_to_end
+        return [("items", [(key, dict.__getitem__(obj, key)) for key in collections.OrderedDict.__iter__(obj)])]
+    if isinstance(obj, collections.defaultdict):
+        return [("parts", [(".default_factory", obj.default_factory)]), ("items", list(dict.items(obj)))]
+    if isinstance(obj, dict):
+        return [("items", list(dict.items(obj)))]
+    if isinstance(obj, list):
+        return [("elements", list.copy(obj))]
+    if isinstance(obj, tuple):
+        elements: Group = ("elements", tuple.__getitem__(obj, slice(None)))
+        if not isinstance(obj, torch.Size) and hasattr(obj, "n_sequence_fields"):  # it has more than its elements
+            return [elements, ("parts", [("", reduced(obj)[1])])]
+        return [elements]
+    if isinstance(obj, collections.deque):
+        return [("parts", [(".maxlen", obj.maxlen)]), ("elements", list(collections.deque.__iter__(obj)))]
+    if isinstance(obj, set | frozenset):
+        return [("set", obj)]
     if isinstance(obj, bytes | bytearray):
-        return bytes(memoryview(obj))
+        return [("parts", [("", bytes(memoryview(obj)))])]
     base: Any = next(base for base in (int, float, complex, str) if isinstance(obj, base))
-    return base(*base.__getnewargs__(obj))
+    return [("parts", [("", base(*base.__getnewargs__(obj)))])]
+
+
+def _reduction(obj: Any) -> list[Group]:
+    names = ("", "", "", "[...]", "[...]", "")
+    return [("parts", list(zip(names, reduced(obj), strict=False)))]
+
+
+def _tensor(tensor: Tensor) -> list[Group]:
+    parts: list[tuple[str, Any]] = [(f".{name}", hooks) for name in HOOKS if (hooks := getattr(tensor, name))]
+    if tensor.layout == torch.sparse_coo:
+        parts.append((".is_coalesced()", tensor.is_coalesced()))
+    parts += [(f".{name.strip('_')}()", getattr(tensor, name)()) for name in SPARSE_PARTS.get(tensor.layout, ())]
+    parts.append((".grad", tensor.grad))
+    return [("parts", parts), *([("attributes", tensor.__dict__)] if type(tensor) is Tensor else _attributes(tensor))]
+
+
+def _array(array: Any) -> list[Group]:
+    groups: list[Group] = []
+    if array.dtype == object:
+        groups.append(("elements", list(array.view(np.ndarray).ravel())))
+    elif array.dtype.hasobject:
+        groups.append(("parts", [("", array.tolist())]))
+    return groups + _attributes(array) if hasattr(array, "__dict__") else groups
+
+
+def _bit_generator(generator: Any) -> list[Group]:
+    return [("parts", [(".state", generator.state), (".seed_seq", getattr(generator, "seed_seq", None))])]
+
+
+def _self_of(method: Any) -> list[Group]:
+    return [("parts", [(".__self__", method.__self__)])]
+
+
+# What is different of two objects, their parts apart.
+
+
+def _other_atom(one: Any, other: Any) -> str | None:
+    if (one == other and one) or one is other or _bits_of(one) == _bits_of(other):
+        return None
+    return f"would be {reprlib.repr(other)} instead of {reprlib.repr(one)}"
+
+
+def _other_global(one: Any, other: Any) -> str | None:
+    if one is other or (isinstance(one, types.GenericAlias) and one == other):
+        return None
+    return f"is {name_of(one)}, and would be another object"
+
+
+def _other_builtin(one: Any, other: Any) -> str | None:
+    if one is other or (one.__name__ == other.__name__ and _is_bound(one)):
+        return None
+    return f"is {name_of(one)}, and would be another object"
+
+
+def _is_bound(builtin: Any) -> bool:
+    return not isinstance(builtin.__self__, types.ModuleType | type(None))
+
+
+def _other_numpy_scalar(one: Any, other: Any) -> str | None:
+    if (reason := dtype_difference(one.dtype, other.dtype)) is not None or one.tobytes() == other.tobytes():
+        return reason
+    return f"would be {reprlib.repr(other)} instead of {reprlib.repr(one)}"
+
+
+def _other_generator(one: Any, other: Any) -> str | None:
+    is_same = one.device == other.device and torch.equal(one.get_state(), other.get_state())
+    return None if is_same else "would draw other numbers"
+
+
+def _of_process(generator: Any) -> str | None:
+    own: Any = (torch.default_generator, getattr(random, "_inst", None), np.random.mtrand._rand)
+    if not any(generator is one for one in own):
+        return None
+    return "is the process's own generator, which each call seeds: keep a generator of the learner's own"
+
+
+# The table: the first family that a type belongs to counts.
+
+_FAMILIES: tuple[tuple[Any, Kind], ...] = (
+    (_GLOBALS, Kind(None, difference=_other_global)),
+    (types.BuiltinFunctionType, Kind(None, lambda one: _self_of(one) if _is_bound(one) else [], _other_builtin)),
+    (types.MethodType, Kind(None, _self_of, lambda one, other: _other_global(one.__func__, other.__func__))),
+    (Tensor, Kind("object", _tensor, tensor_difference, has_memory=True)),
+    (np.ndarray, Kind("object", _array, array_difference, has_memory=True)),
+    (np.generic, Kind(None, difference=_other_numpy_scalar)),
+    (np.dtype, Kind(None, difference=dtype_difference)),
+    (torch.Generator, Kind("object", difference=_other_generator, refusal=_of_process)),
+    (np.random.BitGenerator, Kind("object", _bit_generator)),
+    (BaseException, Kind("object", _exception)),
+    (weakref.ref, Kind("object", lambda one: [("parts", [("()", one())])])),
+)
+_PLAIN: dict[type, Kind] = {
+    **dict.fromkeys(ATOMS, Kind(None, difference=_other_atom)),
+    object: Kind("object", lambda obj: [("attributes", {})]),
+    dict: Kind("object", lambda obj: [("items", list(obj.items()))]),
+    list: Kind("object", lambda obj: [("elements", obj)]),
+    tuple: Kind("value", lambda obj: [("elements", obj)]),
+    set: Kind("object", lambda obj: [("set", obj)]),
+    frozenset: Kind("value", lambda obj: [("set", obj)]),
+}
+
+
+# What else there is to know of objects and classes.
 
 
 def reduced(obj: Any) -> tuple[Any, ...]:
@@ -84,36 +301,17 @@ def has_stable_hash(obj: Any) -> bool:
 
 def is_found_by_value(obj: Any) -> bool:
     """Whether a set or dict finds an object by its value, and not by its address."""
-    kind = type(obj)
-    if kind in CONSTANTS or isinstance(obj, (*BY_IDENTITY, enum.Enum)):
+    if type(obj) in CONSTANTS or isinstance(obj, _GLOBALS):
         return True
     if isinstance(obj, tuple | frozenset):
         return all(map(is_found_by_value, obj))
-    return has_value(kind)
-
-
-def has_plain_state(obj: Any) -> bool:
-    """Whether an object without a say in how it is pickled has no state but its attributes and slots."""
-    try:
-        object.__reduce_ex__(obj, 5)
-    except TypeError:  # a C type, which has more
-        return False
-    return True
+    return has_value(type(obj))
 
 
 def has_value(kind: type) -> bool:
     """Whether instances are hashed by their value, so that it does not matter which object one is."""
     own_hash: Any = kind.__hash__
     return own_hash is not None and own_hash is not object.__hash__ and not issubclass(kind, Tensor)
-
-
-def bits_of(value: Any) -> Any:
-    """A number as what is equal for equal bits alone; anything else as it is."""
-    if type(value) is float:
-        return struct.pack("<d", value)
-    if type(value) is complex:
-        return struct.pack("<dd", value.real, value.imag)
-    return value
 
 
 def slots_of(kind: type) -> list[Any]:
@@ -128,7 +326,7 @@ def slots_of(kind: type) -> list[Any]:
 
 
 def get(descriptor: Any, obj: Any) -> Any:
-    """What an object has in a slot or field."""
+    """The value of a slot or field; `UNSET` where it has none."""
     try:
         return descriptor.__get__(obj, type(obj))
     except AttributeError:
@@ -149,3 +347,21 @@ def name_of(obj: Any) -> str:
     """What to call a function or class in a message."""
     name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
     return f"{getattr(obj, '__module__', '')}.{name}" if name else reprlib.repr(obj)
+
+
+def _has_plain_state(obj: Any) -> bool:
+    """Whether an object without methods for pickle has no state but its attributes and slots."""
+    try:
+        object.__reduce_ex__(obj, 5)
+    except TypeError:  # a C type, which has more
+        return False
+    return True
+
+
+def _bits_of(value: Any) -> Any:
+    """A number as what is equal for equal bits alone; anything else as it is."""
+    if type(value) is float:
+        return struct.pack("<d", value)
+    if type(value) is complex:
+        return struct.pack("<dd", value.real, value.imag)
+    return value

@@ -20,7 +20,7 @@ from torchfedrpc.host.attributes import REGISTRIES as _REGISTRIES
 from torchfedrpc.host.attributes import attributes_of, made_anew, not_state_of, set_attributes
 from torchfedrpc.host.context import SharedObjects
 from torchfedrpc.host.object_parts import is_foundation
-from torchfedrpc.host.state_proof import Difference, first_difference
+from torchfedrpc.host.state_comparison import Difference, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.packing import Parcel, pack

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.host.state_proof import first_difference
+from torchfedrpc.host.state_comparison import first_difference
 from torchfedrpc.wire.encodings import ScheduledStep, reduce_optimizer, scheduled_step
 
 

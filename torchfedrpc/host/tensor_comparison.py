@@ -12,34 +12,43 @@ from torch import Tensor
 from torchfedrpc.wire.tensors import memory_of
 
 Describe = Callable[[Any], str]
-Child = tuple[str, Any, Any]
 
-_SPARSE_PARTS = {
+HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Where a tensor has its hooks."""
+
+SPARSE_PARTS = {
     torch.sparse_coo: ("_indices", "_values"),
     torch.sparse_csr: ("crow_indices", "col_indices", "values"),
     torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
     torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
 }
+"""Layout -> the methods that give the dense tensors of which a sparse one consists."""
 
 
 class Memory:
-    """The stretches of memory that tensors and arrays of two object graphs occupy, pair by pair."""
+    """The stretches of memory that tensors and arrays of two object graphs occupy, pair by pair.
 
-    def __init__(self) -> None:
+    Args:
+        mapped: addresses of the snapshot, where rebuilt tensors may lie, so that their memory cannot be resized.
+    """
+
+    def __init__(self, mapped: range = range(0)) -> None:
+        self._mapped = mapped
+        # By device; each is start in the live graph, start in the rebuilt one, num_bytes, path.
         self._stretches: dict[str, list[tuple[int, int, int, Any]]] = {}
 
-    def add_tensor(self, live: Tensor, rebuilt: Tensor, path: Any) -> None:
-        """Note a strided tensor and what was rebuilt of it."""
-        last = sum((size - 1) * step for size, step in zip(live.shape, live.stride(), strict=True))
-        self._add(str(live.device), live.data_ptr(), rebuilt.data_ptr(), (last + 1) * live.itemsize, path)
-
-    def add_array(self, live: np.ndarray[Any, Any], rebuilt: np.ndarray[Any, Any], path: Any) -> None:
-        """Note an array and what was rebuilt of it."""
-        reach = [(size - 1) * step for size, step in zip(live.shape, live.strides, strict=True)]
-        before = sum(step for step in reach if step < 0)
-        num_bytes = sum(step for step in reach if step > 0) - before + live.itemsize
-        self._add("cpu", live.ctypes.data + before, rebuilt.ctypes.data + before, num_bytes, path)
+    def add(self, live: Any, rebuilt: Any, path: Any) -> str | None:
+        """Note a tensor or array and what was rebuilt of it; say what is different of the memory itself."""
+        if (found := _extent(live)) is None:
+            return None
+        device, before, num_bytes = found
+        starts = [_address(one) + before for one in (live, rebuilt)]
+        self._stretches.setdefault(device, []).append((starts[0], starts[1], num_bytes, path))
+        if not isinstance(live, Tensor) or not live.untyped_storage().resizable():
+            return None
+        can_resize = rebuilt.untyped_storage().resizable() or starts[1] in self._mapped
+        return None if can_resize else "could not be resized"
 
     def difference(self, describe: Describe) -> tuple[Any, str] | None:
         """Where memory that was shared is not, or the other way round: the path, and what is the matter.
@@ -64,31 +73,37 @@ class Memory:
 
     def occupant(self, part: Any, default: Any) -> Any:
         """The path of a live tensor or array in whose memory another lies; ``default`` where there is none."""
-        other = Memory()
-        if isinstance(part, np.ndarray):
-            if part.size:
-                other.add_array(part, part, None)
-        elif part.layout == torch.strided and part.numel() and part.device.type != "meta":
-            other.add_tensor(part, part, None)
-        for device, stretches in other._stretches.items():
-            for start, _, num_bytes, _ in stretches:
-                for own_start, _, own_bytes, path in self._stretches.get(device, ()):
-                    if start < own_start + own_bytes and own_start < start + num_bytes:
-                        return path
+        if (found := _extent(part)) is not None:
+            device, before, num_bytes = found
+            start = _address(part) + before
+            for own_start, _, own_bytes, path in self._stretches.get(device, ()):
+                if start < own_start + own_bytes and own_start < start + num_bytes:
+                    return path
         return default
 
-    def _add(self, device: str, live: int, rebuilt: int, num_bytes: int, path: Any) -> None:
-        self._stretches.setdefault(device, []).append((live, rebuilt, num_bytes, path))
+
+def _extent(part: Any) -> tuple[str, int, int] | None:
+    """Of memory that a tensor or array occupies: device, bytes before its first element, bytes in all."""
+    if isinstance(part, Tensor):
+        if part.layout != torch.strided or not part.numel() or part.is_meta:
+            return None
+        return str(part.device), *_span(part.shape, [step * part.itemsize for step in part.stride()], part.itemsize)
+    return ("cpu", *_span(part.shape, part.strides, part.itemsize)) if part.size else None
 
 
-def tensor_difference(live: Tensor, rebuilt: Tensor, mapped: range = range(0)) -> str | None:
-    """What is different of two tensors of one type, their attributes, hooks and gradients apart.
+def _span(shape: Any, strides: Any, item_bytes: int) -> tuple[int, int]:
+    reach = [(size - 1) * step for size, step in zip(shape, strides, strict=True)]
+    before = sum(step for step in reach if step < 0)
+    return before, sum(step for step in reach if step > 0) - before + item_bytes
 
-    Args:
-        live: any tensor.
-        rebuilt: what it should be equal to.
-        mapped: addresses of the snapshot, where ``rebuilt`` may lie, so that its memory cannot be resized.
-    """
+
+def _address(part: Any) -> int:
+    address: int = part.data_ptr() if isinstance(part, Tensor) else part.ctypes.data
+    return address
+
+
+def tensor_difference(live: Tensor, rebuilt: Tensor) -> str | None:
+    """What is different of two tensors of one type, their attributes, gradients and sparse parts apart."""
     if live.grad_fn is not None or not live.is_leaf:
         return "holds an autograd graph: keep tensor.detach(), or call backward() in the same call"
     if live.is_inference():  # also where both have one memory, and so are of one kind
@@ -96,6 +111,8 @@ def tensor_difference(live: Tensor, rebuilt: Tensor, mapped: range = range(0)) -
     # By their bits: those of torch 2.6 are equal to themselves alone.
     if torch._C._dispatch_keys(live).raw_repr() != torch._C._dispatch_keys(rebuilt).raw_repr():
         return f"would be another kind of tensor ({_kind_of(rebuilt)} instead of {_kind_of(live)})"
+    if any(getattr(live, hooks) and not getattr(rebuilt, hooks) for hooks in HOOKS):
+        return "has hooks (register_hook), which would be lost"
     if live.device != rebuilt.device:
         return f"is on {live.device}, and would be on {rebuilt.device}"
     if live.dtype != rebuilt.dtype or live.shape != rebuilt.shape:
@@ -105,25 +122,14 @@ def tensor_difference(live: Tensor, rebuilt: Tensor, mapped: range = range(0)) -
     if getattr(live, "names", ()) != getattr(rebuilt, "names", ()):
         return "would lose the names of its dimensions"
     if live.layout != torch.strided:
-        return None if live.layout in _SPARSE_PARTS else f"has the layout {live.layout}, which is not compared"
+        return None if live.layout in SPARSE_PARTS else f"has the layout {live.layout}, which is not compared"
     if live.numel() and live.stride() != rebuilt.stride():
         return f"would have strides {rebuilt.stride()} instead of {live.stride()}"
     if live.is_quantized:
         return None if _same_quantised(live, rebuilt) else "would have other values"
-    can_resize = rebuilt.untyped_storage().resizable() or rebuilt.data_ptr() in mapped
-    if live.untyped_storage().resizable() and not can_resize:
-        return "could not be resized"
     if live.numel() and live.data_ptr() != rebuilt.data_ptr() and not _same_bits(live, rebuilt):
         return "would have other values"
     return None
-
-
-def sparse_parts(live: Tensor, rebuilt: Tensor) -> list[Child]:
-    """The dense tensors that sparse ones consist of, as name, live and rebuilt."""
-    return [
-        (f".{name.strip('_')}()", getattr(live, name)(), getattr(rebuilt, name)())
-        for name in _SPARSE_PARTS.get(live.layout, ())
-    ]
 
 
 def array_difference(live: np.ndarray[Any, Any], rebuilt: np.ndarray[Any, Any]) -> str | None:

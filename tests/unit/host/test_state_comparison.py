@@ -29,7 +29,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchfedrpc.host.state_proof import Apart, first_difference
+from torchfedrpc.host.state_comparison import Apart, first_difference
 
 UNSET = object()
 NAN = float("nan")
@@ -454,7 +454,11 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
     "type of an element": ({"a", 1}, {"a", True}, r"\[1\] would be a bool"),
     "set of objects": ({Plain(n=1), Plain(n=2)}, {Plain(n=1), Plain(n=2)}, "found by their addresses"),
     "object in a set": ({Plain(n=1)}, {Plain(n=2)}, r"\.n would be 2"),
-    "maxlen": (collections.deque([1], maxlen=2), collections.deque([1]), "maxlen=None"),
+    "maxlen": (
+        collections.deque([1], maxlen=2),
+        collections.deque([1]),
+        r"\.maxlen would be a NoneType",
+    ),
     "default factory": (collections.defaultdict(list), collections.defaultdict(set), r"\.default_factory is .*list"),
     "two objects for one": ((lambda one: [one, one])([]), [[], []], r"\[1\] is the same object as \[0\]"),
     "one object for two": ([[], []], (lambda one: [one, one])([]), r"\[1\] is another object than \[0\]"),
@@ -497,7 +501,11 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
     "random generator": (random.Random(1), random.Random(2), "would be"),
     "attribute of a random generator": (with_attribute(random.Random(1)), random.Random(1), r"\.note"),
     "exception's args": (ValueError(1), ValueError(2), r"\.args\[0\]"),
-    "exception's cause": (with_attributes(ValueError(), __cause__=KeyError()), ValueError(), r"\.__cause__"),
+    "exception's cause": (
+        with_attributes(ValueError(), __cause__=KeyError()),
+        with_attributes(ValueError(), __cause__=None),
+        r"\.__cause__ would be a NoneType",
+    ),
     "exception's context": (with_attributes(ValueError(), __context__=KeyError()), ValueError(), r"\.__context__"),
     "exception's note": (with_attributes(ValueError(), __notes__=["n"]), ValueError(), r"\.__notes__"),
     "exception's attribute": (OwnError("a", 1), OwnError("a", 2), r"\.code would be 2"),
@@ -540,7 +548,7 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
     "coalesced": (
         torch.eye(2).to_sparse(),
         torch.sparse_coo_tensor(torch.tensor([[0, 1], [0, 1]]), torch.ones(2), (2, 2), check_invariants=True),
-        r"is_coalesced\(\)=False",
+        r"\.is_coalesced\(\) would be False",
     ),
     "untied storage": (
         pair_of_views(),
@@ -642,14 +650,18 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
         r"\.defaults\['lr'\] would be 0.2",
     ),
     # What code knows by identity.
-    "mark of a module": (Plain(value=MARK), Plain(value=Mark()), r"\.value is test_state_proof.MARK"),
-    "bare mark of a module": (Plain(value=UNSET), Plain(value=object()), r"\.value is test_state_proof.UNSET"),
+    "mark of a module": (Plain(value=MARK), Plain(value=Mark()), r"\.value is test_state_comparison.MARK"),
+    "bare mark of a module": (Plain(value=UNSET), Plain(value=object()), r"\.value is test_state_comparison.UNSET"),
     "mark of a library": (
         Plain(value=dataclasses.MISSING),
         Plain(value=type(dataclasses.MISSING)()),
         r"\.value is dataclasses.MISSING",
     ),
-    "global configuration": (Plain(config=CONFIG), Plain(config=Config()), r"\.config is test_state_proof.CONFIG"),
+    "global configuration": (
+        Plain(config=CONFIG),
+        Plain(config=Config()),
+        r"\.config is test_state_comparison.CONFIG",
+    ),
 }
 
 
