@@ -49,7 +49,8 @@ _EXCEPTION_FIELDS_APART = frozenset(("__dict__", "__traceback__", "__weakref__")
 
 Group = tuple[Literal["attributes", "items", "elements", "set", "parts"], Any]
 """Some parts of an object: ``attributes`` are a dict in any order, its keys names or the descriptors of slots;
-``items`` the pairs of a dict, in order; ``elements`` a list; ``set`` a set; ``parts`` a list of (path, part)."""
+``items`` the pairs of a dict, in order; ``elements`` a list; ``set`` a set; ``parts`` a list of (path, part). Objects
+that are made to be compared are among ``parts``."""
 
 
 class Kind(NamedTuple):
@@ -76,7 +77,7 @@ def kind_of(obj: Any) -> Kind:
     cls = type(obj)
     for family, kind in _FAMILIES:
         if issubclass(cls, family):
-            return kind
+            return _with_slots(kind, cls) if kind.identity == "object" and slots_of(cls) else kind
     if cls in _PLAIN:
         return _PLAIN[cls]
     methods = [(base, vars(base)[name]) for base in cls.__mro__ for name in _PROTOCOL if name in vars(base)]
@@ -87,13 +88,14 @@ def kind_of(obj: Any) -> Kind:
         return Kind("value" if is_foundation(cls) and has_value(cls) else "object", _reduction)
     if issubclass(cls, _CONTAINERS):
         is_value = issubclass(cls, tuple | frozenset) and not hasattr(obj, "__dict__")
-        return Kind("value" if is_value else "object", lambda obj: [*_attributes(obj), *_content(obj)])
+        attributes = _attributes_of(cls)
+        return Kind("value" if is_value else "object", lambda obj: [*attributes(obj), *_content(obj)])
     if not methods and not _has_plain_state(obj):
         return Kind("object", _reduction)
     is_python = all(isinstance(method, types.FunctionType) for _, method in methods)
     is_torchs = all(root_of(base) in ("torch", "numpy") for base, _ in methods if is_foundation(base))
     if not methods or (is_python and is_torchs):
-        return Kind("object", _optimizer if issubclass(cls, torch.optim.Optimizer) else _attributes)
+        return Kind("object", _optimizer if issubclass(cls, torch.optim.Optimizer) else _attributes_of(cls))
     return Kind(
         "value" if has_value(cls) else "object",
         lambda obj: [*_reduction(obj), ("attributes", getattr(obj, "__dict__", {}))],
@@ -104,21 +106,32 @@ def kind_of(obj: Any) -> Kind:
 # What objects give as their parts.
 
 
-def _attributes(obj: Any) -> list[Group]:
-    slots = {slot: value for slot in slots_of(type(obj)) if (value := get(slot, obj)) is not UNSET}
-    attributes = getattr(obj, "__dict__", {})
-    return [("attributes", {**slots, **attributes} if slots else attributes)]
+def _with_slots(kind: Kind, cls: type) -> Kind:
+    """A kind for a class of the user's that adds slots."""
+    read, attributes = kind.read or (lambda obj: []), _attributes_of(cls)
+    return kind._replace(read=lambda obj: [*read(obj), *attributes(obj)])
+
+
+def _attributes_of(cls: type) -> Callable[[Any], list[Group]]:
+    slots = slots_of(cls)
+    if not slots:
+        return lambda obj: [("attributes", getattr(obj, "__dict__", {}))]
+
+    def read(obj: Any) -> list[Group]:
+        of_slots = {slot: value for slot in slots if (value := get(slot, obj)) is not UNSET}
+        return [("attributes", {**of_slots, **getattr(obj, "__dict__", {})})]
+
+    return read
 
 
 def _optimizer(optimizer: Any) -> list[Group]:
-    [(_, every)] = _attributes(optimizer)
+    [(_, every)] = _attributes_of(type(optimizer))(optimizer)
     attributes = {name: value for name, value in every.items() if name not in _OPTIMISER_WARNS_BY}
     if is_scheduled(attributes.get("step")):
         del attributes["step"]  # the wrapper of a scheduler, which only notes that it was called
-    if "defaults" in attributes:
-        # Optimizer.__setstate__ adds it to those whose step() does not ask for it, such as LBFGS.
-        attributes["defaults"] = {"differentiable": False, **attributes["defaults"]}
-    return [("attributes", attributes)]
+    # Optimizer.__setstate__ adds it to those whose step() does not ask for it, such as LBFGS.
+    defaults = {"differentiable": False, **attributes.pop("defaults", {})}
+    return [("parts", [(".defaults", defaults)]), ("attributes", attributes)]
 
 
 def _exception(error: BaseException) -> list[Group]:
@@ -164,21 +177,22 @@ def _reduction(obj: Any) -> list[Group]:
 
 
 def _tensor(tensor: Tensor) -> list[Group]:
-    parts: list[tuple[str, Any]] = [(f".{name}", hooks) for name in HOOKS if (hooks := getattr(tensor, name))]
-    if tensor.layout == torch.sparse_coo:
-        parts.append((".is_coalesced()", tensor.is_coalesced()))
-    parts += [(f".{name.strip('_')}()", getattr(tensor, name)()) for name in SPARSE_PARTS.get(tensor.layout, ())]
-    parts.append((".grad", tensor.grad))
-    return [("parts", parts), *([("attributes", tensor.__dict__)] if type(tensor) is Tensor else _attributes(tensor))]
+    parts: list[tuple[str, Any]] = [(".grad", tensor.grad)]
+    if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+        parts += [(f".{name}", getattr(tensor, name)) for name in HOOKS]
+    if tensor.layout != torch.strided:
+        if tensor.layout == torch.sparse_coo:
+            parts.append((".is_coalesced()", tensor.is_coalesced()))
+        parts += [(f".{name.strip('_')}()", getattr(tensor, name)()) for name in SPARSE_PARTS[tensor.layout]]
+    return [("parts", parts), ("attributes", tensor.__dict__)]
 
 
 def _array(array: Any) -> list[Group]:
-    groups: list[Group] = []
     if array.dtype == object:
-        groups.append(("elements", list(array.view(np.ndarray).ravel())))
-    elif array.dtype.hasobject:
-        groups.append(("parts", [("", array.tolist())]))
-    return groups + _attributes(array) if hasattr(array, "__dict__") else groups
+        content: Group = ("elements", list(array.view(np.ndarray).ravel()))
+    else:
+        content = ("parts", [("", array.tolist())] if array.dtype.hasobject else [])
+    return [content, ("attributes", getattr(array, "__dict__", {}))]
 
 
 def _bit_generator(generator: Any) -> list[Group]:

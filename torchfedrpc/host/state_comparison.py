@@ -39,6 +39,8 @@ from torchfedrpc.host.tensor_comparison import Memory
 Path = tuple[Any, str, Any] | None  # the path before; "attribute", "key", "of keys" or "part"; its name
 Pair = tuple[Any, Any, Path]  # a live object, what was rebuilt of it, and where they are
 
+_NOTHING: list[Any] = [("attributes", {})]
+
 
 class Difference(NamedTuple):
     """The first place where a rebuilt state is not equal to the live one.
@@ -166,28 +168,27 @@ class _Walk:
                 self._note_class(cls)
         if kind.refusal is not None and (reason := kind.refusal(one)) is not None:
             raise _Found(path, reason)
-        if kind.identity is not None:
-            is_known = self._is_known(one, other, path) if kind.identity == "object" else self._is_seen(one, other)
-            if is_known:
+        if kind.identity == "object":
+            if self._is_known(one, other, path):
                 return
+        elif kind.identity == "value" and self._is_seen(one, other):
+            return
         if kind.difference is not None and (reason := kind.difference(one, other)) is not None:
             raise _Found(path, reason)
         if kind.has_memory and (reason := self.memory.add(one, other, path)) is not None:
             raise _Found(path, reason)
-        if kind.read is not None:
-            self._compare_parts(kind.read, one, other, path)
-
-    def _compare_parts(self, read: Any, one: Any, other: Any, path: Path) -> None:
+        if kind.read is None:
+            return
         try:
-            groups, others = read(one), read(other)
+            groups, others = kind.read(one), kind.read(other)
         except Exception as error:
             raise _Found(path, f"cannot be compared: {type(error).__name__}: {error}") from error
-        self._kept.append((groups, others))
         found: list[Pair] = []
         for (name, parts), (_, its) in zip(groups, others, strict=True):
-            getattr(self, f"_{name}")(parts, its, path, found)
-        self._todo += reversed(found)
-        if groups and all(name == "attributes" and not parts for name, parts in groups):
+            getattr(self, "_" + name)(parts, its, path, found)
+        found.reverse()
+        self._todo += found
+        if groups == _NOTHING:
             self._singletons[id(one)] = one, path  # it has nothing but its identity
 
     # Groups of parts.
@@ -208,6 +209,7 @@ class _Walk:
     def _parts(self, one: list[tuple[str, Any]], other: list[tuple[str, Any]], path: Path, found: list[Pair]) -> None:
         if [name for name, _ in one] != [name for name, _ in other]:
             raise _Found(path, "would be reduced to other parts")
+        self._kept.append((one, other))
         found += [(value, its, (path, "part", name)) for (name, value), (_, its) in zip(one, other, strict=True)]
 
     def _items(self, one: list[tuple[Any, Any]], other: list[tuple[Any, Any]], path: Path, found: list[Pair]) -> None:

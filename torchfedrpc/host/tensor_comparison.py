@@ -111,7 +111,8 @@ def tensor_difference(live: Tensor, rebuilt: Tensor) -> str | None:
     # By their bits: those of torch 2.6 are equal to themselves alone.
     if torch._C._dispatch_keys(live).raw_repr() != torch._C._dispatch_keys(rebuilt).raw_repr():
         return f"would be another kind of tensor ({_kind_of(rebuilt)} instead of {_kind_of(live)})"
-    if any(getattr(live, hooks) and not getattr(rebuilt, hooks) for hooks in HOOKS):
+    hooks, later_hooks = live._backward_hooks, live._post_accumulate_grad_hooks
+    if (hooks and not rebuilt._backward_hooks) or (later_hooks and not rebuilt._post_accumulate_grad_hooks):
         return "has hooks (register_hook), which would be lost"
     if live.device != rebuilt.device:
         return f"is on {live.device}, and would be on {rebuilt.device}"
