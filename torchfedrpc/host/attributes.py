@@ -1,4 +1,4 @@
-"""A learner's attributes as state: all of them, but for those in ``not_state`` and those that are shared objects."""
+"""A learner's attributes as state: all of them, except those in ``not_state`` and shared objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torchfedrpc.host.context import SharedObjects
 from torchfedrpc.host.object_parts import ATOMS, UNSET, get, is_foundation, slots_of
 from torchfedrpc.host.state_comparison import Apart
 
-REGISTRIES = ("_parameters", "_buffers", "_modules")  # where a module has what else would be its attributes
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+"""The attributes in which a module has its parameters, buffers and submodules."""
+
 _MORE_THAN_ATTRIBUTES = (
     dict, list, tuple, set, frozenset, str, bytes, bytearray, int, float, complex, BaseException, Tensor, np.ndarray,
     collections.deque, random.Random,
@@ -28,7 +30,7 @@ def not_state_of(cls: Any) -> tuple[str, ...]:
     """The attributes that a learner's class names in ``not_state``.
 
     Raises:
-        ConfigError: ``not_state`` is no collection of names.
+        ConfigError: If ``not_state`` is no collection of names.
     """
     names: Any = getattr(cls, "not_state", ())
     if isinstance(names, set | frozenset | tuple | list) and all(type(name) is str for name in names):
@@ -45,19 +47,19 @@ def not_state_of(cls: Any) -> tuple[str, ...]:
 
 
 def attributes_of(learner: Any, shared: SharedObjects | None) -> dict[str, Any]:
-    """All attributes of a learner but those that are made anew, for `set_attributes`.
+    """All attributes of a learner except those in ``not_state``, for `set_attributes`.
 
     Args:
         learner: the learner.
-        shared: objects that the learners of this process share; an attribute that is one is kept as its key.
+        shared: the shared objects of this process; an attribute that is one is kept as its key.
 
     Returns:
-        ``values`` (name -> attribute, in order, None where one is left out), ``slots``, ``not_state`` (the names of
-        those that are left out), ``shared`` (name -> key).
+        ``values`` (name -> attribute, in order, None for one that is left out), ``slots``, ``not_state`` (the names
+        that are left out), ``shared`` (name -> key).
 
     Raises:
-        ConfigError: ``not_state`` is no collection of names.
-        SnapshotError: ``not_state`` names no attribute, or the learner has more than attributes.
+        ConfigError: If ``not_state`` is no collection of names.
+        SnapshotError: If ``not_state`` names no attribute, or the learner has more than attributes.
     """
     cls = type(learner)
     if isinstance(learner, _MORE_THAN_ATTRIBUTES):
@@ -98,11 +100,11 @@ def attributes_of(learner: Any, shared: SharedObjects | None) -> dict[str, Any]:
 
 
 def set_attributes(learner: Any, state: Any, shared: SharedObjects | None) -> None:
-    """Give a newly made learner exactly the attributes that `attributes_of` took, and leave it those left out.
+    """Give a newly made learner exactly the attributes that `attributes_of` took, beside those in ``not_state``.
 
     Raises:
-        SnapshotError: a shared object has not been made in this process.
-        Exception: the state is not what `attributes_of` gives.
+        SnapshotError: If a shared object has not been made in this process.
+        Exception: If the state is not as `attributes_of` gives it.
     """
     cls = type(learner)
     parts = [state[name] for name in ("values", "slots", "shared")]
@@ -136,7 +138,7 @@ def set_attributes(learner: Any, state: Any, shared: SharedObjects | None) -> No
 
 
 def made_anew(learner: Any, shared: SharedObjects | None) -> list[Apart]:
-    """What a learner's state must have nothing in common with: attributes in ``not_state``, shared objects."""
+    """The objects of which a learner's state must have no part: attributes in ``not_state``, and shared objects."""
     own: dict[str, Any] = {}
     attributes = getattr(learner, "__dict__", {})
     for name in not_state_of(type(learner)):
@@ -160,7 +162,7 @@ def _refusal(name: str, text: str) -> SnapshotError:
 
 
 def _plain_attributes(learner: Any) -> Mapping[str, Any]:
-    """The attributes in a learner's ``__dict__``, but for those that a class of torch's makes again by itself."""
+    """The attributes in a learner's ``__dict__``, except those that a class of torch makes again by itself."""
     getstate: Any = type(learner).__getstate__
     if getstate in (object.__getstate__, nn.Module.__getstate__):
         return getattr(learner, "__dict__", {})

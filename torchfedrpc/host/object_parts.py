@@ -284,9 +284,9 @@ def reduced(obj: Any) -> tuple[Any, ...]:
     return tuple(list(part) if place in (3, 4) and part is not None else part for place, part in enumerate(parts))
 
 
-def reachable(root: Any, owner: Any) -> Iterable[Any]:
-    """All objects that a root refers to, but for classes, modules, and what functions know of their modules."""
-    seen = {id(root), id(owner)}
+def reachable(root: Any, *, without: Any = None) -> Iterable[Any]:
+    """All objects that a root refers to, but for classes, modules, globals of functions, and one object."""
+    seen = {id(root), id(without)}
     todo = [root]
     while todo:
         part = todo.pop()

@@ -1,11 +1,9 @@
-"""Snapshots: what a learner has become since its constructor, as bytes that another process can go on from."""
+"""Snapshots: the state of a learner as bytes, from which another process can go on."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import io
-import pickle
 import struct
 import zlib
 from collections.abc import Iterator
@@ -16,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from torchfedrpc.errors import SerializationError, SnapshotError, UntrustedTypeError
-from torchfedrpc.host.attributes import REGISTRIES as _REGISTRIES
-from torchfedrpc.host.attributes import attributes_of, made_anew, not_state_of, set_attributes
+from torchfedrpc.host.attributes import REGISTRIES, attributes_of, made_anew, not_state_of, set_attributes
 from torchfedrpc.host.context import SharedObjects
-from torchfedrpc.host.object_parts import is_foundation
+from torchfedrpc.host.object_parts import is_foundation, reachable
 from torchfedrpc.host.state_comparison import Difference, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import TensorFiles
@@ -43,10 +40,10 @@ class Snapshot:
     """A client's learner between two calls.
 
     Attributes:
-        client_id: whose learner.
+        client_id: the learner's client.
         learner: ``module.qualname`` of the run's learner, as its `LearnerSpec` names it.
         counts: how often each method was called; they seed the calls that follow.
-        state: what `capture` gave; None where the learner was not made yet.
+        state: from `capture`; None if the learner has not been made yet.
     """
 
     client_id: str
@@ -61,20 +58,20 @@ class Snapshot:
 
 
 def capture(learner: Any, client_id: str = "a client", shared: SharedObjects | None = None) -> Any:
-    """A learner's state, for `dump`; it may alias the learner's objects, so dump it before the next call.
+    """A learner's state, for `taken`. It may alias the learner's objects, so take the snapshot before the next call.
 
-    It is ``state_dict()`` where the learner's class has that and ``load_state_dict``, else what ``__getstate__()``
-    gives where the class defines that or ``__setstate__``, else all attributes but those in ``not_state``. What a
-    class merely inherits from `torch.nn.Module` does not count, since it knows nothing of plain attributes.
+    It is ``state_dict()`` if the learner's class has that and ``load_state_dict``, else what ``__getstate__()``
+    gives if the class defines that or ``__setstate__``, else all attributes but those in ``not_state``. Methods
+    inherited from `torch.nn.Module` do not count, since they leave plain attributes out.
 
     Args:
         learner: the learner, which must not run meanwhile.
-        client_id: whose it is, for messages.
-        shared: what the learners of this process share.
+        client_id: its client, for messages.
+        shared: the shared objects of this process.
 
     Raises:
-        ConfigError: ``not_state`` is no collection of names.
-        SnapshotError: its own method raised (the cause) or is async, or ``not_state`` names no attribute.
+        ConfigError: If ``not_state`` is no collection of names.
+        SnapshotError: If its own method raised (the cause) or is async, or ``not_state`` names no attribute.
     """
     name = f"{client_id}'s {type(learner).__qualname__}"
     kind = _kind_of_state(type(learner))
@@ -108,18 +105,17 @@ def capture(learner: Any, client_id: str = "a client", shared: SharedObjects | N
 def reinstate(learner: Any, state: Any, client_id: str = "a client", shared: SharedObjects | None = None) -> None:
     """Give a newly made learner the state that `capture` took.
 
-    Attributes become exactly those that were captured, and those in ``not_state`` stay as the constructor made
-    them. What a ``__getstate__`` of the learner's own leaves out stays as well, unless there is a ``__setstate__``
-    to decide.
+    Attributes become exactly those that were captured. Attributes in ``not_state`` stay as the constructor made them,
+    as do those that the learner's ``__getstate__`` leaves out, unless its ``__setstate__`` decides otherwise.
 
     Args:
         learner: the learner.
-        state: what `capture` gave; it belongs to the learner afterwards.
-        client_id: whose it is, for messages.
-        shared: what the learners of this process share.
+        state: from `capture`; it belongs to the learner afterwards.
+        client_id: its client, for messages.
+        shared: the shared objects of this process.
 
     Raises:
-        SnapshotError: the learner does not take it; what it raised is the cause.
+        SnapshotError: If the learner does not take it; what it raised is the cause.
     """
     try:
         kind, content = state
@@ -143,31 +139,6 @@ def reinstate(learner: Any, state: Any, client_id: str = "a client", shared: Sha
         ) from error
 
 
-def dump(
-    snapshot: Snapshot,
-    allow: AllowList,
-    learner: Any = None,
-    shared: SharedObjects | None = None,
-    device: torch.device | None = None,
-) -> bytearray:
-    """A snapshot as bytes, which share no memory with the learner.
-
-    The state is read again, and compared with the live one: types, values, attributes, and what is one object. So a
-    state that could not be restored exactly is an error now, not once its worker is lost.
-
-    Args:
-        snapshot: whose state is as `capture` gave it.
-        allow: the types that `load` will allow.
-        learner: whose state it is; None for a state of no learner's.
-        shared: what the learners of this process share.
-        device: where the learners of this process have tensors beside the CPU. Of another process they go to its own.
-
-    Raises:
-        SnapshotError: the state holds what cannot be pickled, or read again, or is not equal then; it names where.
-    """
-    return bytearray(seal(taken(snapshot, allow, learner, shared, device).open(allow)))
-
-
 def taken(
     snapshot: Snapshot,
     allow: AllowList,
@@ -178,22 +149,25 @@ def taken(
     in_files: bool = False,
     limit_bytes: int | None = None,
 ) -> Parcel:
-    """A snapshot as `dump` makes it, before `seal`: on its way from its learner's process.
+    """A snapshot as bytes but for its header, which `seal` adds; they share no memory with the learner.
+
+    The state is read again, and compared with the live one: types, values, attributes, and what is one object. So a
+    state that could not be restored exactly is an error now, and not once its worker is lost.
 
     Args:
-        snapshot: as of `dump`, and so are those that follow.
-        allow: see there.
-        learner: see there.
-        shared: see there.
-        device: see there.
-        in_files: whether a large one goes into a file that other processes may map.
-        limit_bytes: of a larger one only the size is wanted; None for no limit.
+        snapshot: its state is as `capture` gave it.
+        allow: the types that `load` will allow.
+        learner: the learner of the state; None for a state of no learner.
+        shared: the shared objects of this process.
+        device: where the learners of this process have tensors beside the CPU; in another process they go to its own.
+        in_files: whether a large snapshot goes into files that other processes may map.
+        limit_bytes: of a larger snapshot only the size is returned; None for no limit.
 
     Returns:
         A uint8 tensor [num_bytes], or the size as an int.
 
     Raises:
-        SnapshotError: as of `dump`.
+        SnapshotError: If the state cannot be pickled, cannot be read again, or is not equal then; it names where.
     """
     try:
         parcel = pack(dict(vars(snapshot)), copy=False)
@@ -202,7 +176,7 @@ def taken(
         chunks: list[bytes | memoryview] = [bytes(_HEADER.size), *chunks_of(parcel)]
         is_in_place = all(slot.is_cpu or slot.device == device for slot in parcel.slots)
         files, data = _joined(chunks, in_files=in_files and parcel.is_large)
-        # What the bytes give, and not what lies in the learner's own memory: a __setstate__ may write to that.
+        # From the bytes, and not from the learner's own memory: a __setstate__ may write to that.
         rebuilt, mapped = _rebuilt(files, data, allow, device)
     except SerializationError as error:
         part, reason = _culprit(snapshot.state, allow, learner) or ("its whole", error)
@@ -219,7 +193,7 @@ def taken(
 
 
 def _joined(chunks: list[bytes | memoryview], *, in_files: bool) -> tuple[TensorFiles | None, Tensor]:
-    """Pieces of a snapshot as one tensor, which lies in files where there is memory for them."""
+    """Pieces of a snapshot as one tensor, in files if there is memory for them."""
     if in_files:
         with contextlib.suppress(OSError):  # there is no room for it; it can be sent as well
             files = TensorFiles.of_bytes(chunks)
@@ -243,9 +217,10 @@ def _rebuilt(
 
 
 def seal(data: Tensor) -> memoryview:
-    """Give a snapshot from `taken` its header, with the checksum of what was copied; its bytes, in the same memory.
+    """Write the header of a snapshot from `taken`, with the checksum; returns the bytes, in the same memory.
 
-    That takes as long as two copies, so it is done where the snapshot leaves memory, and not as its learner waits.
+    The checksum takes as long as two copies, so it is made when the snapshot leaves memory, not while its learner
+    waits.
     """
     view = data.numpy().data
     _HEADER.pack_into(view, 0, _MAGIC, _VERSION, zlib.crc32(view[_HEADER.size :]))
@@ -253,17 +228,17 @@ def seal(data: Tensor) -> memoryview:
 
 
 def load(data: bytes | bytearray | memoryview, allow: AllowList, device: torch.device | None = None) -> Snapshot:
-    """The snapshot that `dump` made these bytes of, on memory of its own.
+    """Read a snapshot; it shares no memory with the bytes.
 
     Args:
-        data: the bytes.
+        data: the bytes, from `seal`.
         allow: the types that may be among them.
         device: where tensors go that were on a GPU; the CPU unless given.
 
     Raises:
-        UntrustedTypeError: a type outside the allow-list. It is no `SnapshotError`, since nothing is wrong with
+        UntrustedTypeError: If a type is outside the allow-list. It is no `SnapshotError`, since nothing is wrong with
             the bytes: the reader's ``runtime.trusted_modules`` decides.
-        SnapshotError: the bytes are damaged, of something else, or of another version of the format.
+        SnapshotError: If the bytes are damaged, of something else, or of another version of the format.
     """
     try:
         view = memoryview(data).cast("B")
@@ -296,15 +271,15 @@ def load(data: bytes | bytearray | memoryview, allow: AllowList, device: torch.d
 
 
 def check_belongs(snapshot: Snapshot, client_id: str, learner: str) -> None:
-    """Refuse the snapshot of another client, or of another learner class.
+    """Check that a snapshot is of a client and of a learner class.
 
     Args:
-        snapshot: what is to be restored.
-        client_id: to whom.
+        snapshot: the snapshot to restore.
+        client_id: the client to restore.
         learner: ``module.qualname`` of the run's learner.
 
     Raises:
-        SnapshotError: It is of another client or class.
+        SnapshotError: If it is of another client or class.
     """
     if snapshot.client_id != client_id:
         raise SnapshotError(
@@ -338,7 +313,7 @@ def _split(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _snapshot_of(fields: Any) -> Snapshot:
-    """The fields as a snapshot: whoever can write a checksum can write anything."""
+    """The fields as a snapshot, checked: a forged snapshot has a right checksum too."""
     match fields:
         case {"client_id": str(), "learner": str(), "counts": dict(counts), "state": None | (_, _)} if len(
             fields
@@ -347,18 +322,21 @@ def _snapshot_of(fields: Any) -> Snapshot:
     raise SnapshotError("these bytes hold something else than a snapshot: give those that proxy.snapshots() gave")
 
 
-# What goes wrong, and where.
+# Which part of a state is at fault.
 
 
-def _parts(content: Any) -> Iterator[tuple[str, Any]]:
-    """A state's attributes or keys one by one, each with its name; the state itself where it has none."""
+def _parts(state: Any) -> Iterator[tuple[str, Any]]:
+    """A state's attributes or keys one by one, each with its name; the state itself if it has none."""
+    kind, content = state
+    if kind == "attributes":
+        content = content["values"], content["slots"]
     parts = [part for part in content if part is not None] if isinstance(content, tuple) else [content]
     if not all(isinstance(part, dict) for part in parts):
         yield "its state", content
         return
     for part in parts:
         for name, value in part.items():
-            if name in _REGISTRIES and isinstance(value, dict):  # of a module: what it has in them is named
+            if name in REGISTRIES and isinstance(value, dict):  # of a module: what it has in them is named
                 yield from ((repr(own), of_module) for own, of_module in value.items())
             yield repr(name), value
 
@@ -388,12 +366,11 @@ def _refusal(snapshot: Snapshot, part: str, cause: object) -> SnapshotError:
 
 def _culprit(state: Any, allow: AllowList, learner: Any) -> tuple[str, object] | None:
     """The first part of a state that cannot travel by itself, and why."""
-    kind, content = state if state is not None else ("getstate", {})
-    for part, value in _parts((content["values"], content["slots"]) if kind == "attributes" else content):
+    for part, value in _parts(state) if state is not None else ():
         try:
             pack(value, copy=False).open(allow)
         except SerializationError as error:
-            if learner is not None and _refers_to(value, learner):
+            if learner is not None and any(one is learner for one in reachable(value)):
                 return part, f"it refers to the learner itself ({error})"
             return part, error
     return None
@@ -404,31 +381,10 @@ def _gpu(device: torch.device | None) -> torch.device | None:
 
 
 def _elsewhere(state: Any, device: torch.device | None) -> str | None:
-    """The first attribute with tensors on neither CPU nor that device; a load_state_dict() sees where they go."""
-    kind, content = state
-    if kind == "state_dict":
+    """The first attribute with tensors on neither CPU nor that device; a load_state_dict() decides where they go."""
+    if state[0] == "state_dict":
         return None
-    for part, value in _parts((content["values"], content["slots"]) if kind == "attributes" else content):
+    for part, value in _parts(state):
         if not all(slot.is_cpu or slot.device == device for slot in pack(value, copy=False).slots):
             return part
     return None
-
-
-def _refers_to(value: Any, learner: Any) -> bool:
-    probe = _Probe(learner)
-    with contextlib.suppress(Exception):  # what cannot be pickled is told already
-        probe.dump(value)
-    return probe.found
-
-
-class _Probe(pickle.Pickler):
-    """Walks an object as the serializer will, tensors and large buffers left out, and notices a learner in it."""
-
-    def __init__(self, learner: Any) -> None:
-        super().__init__(io.BytesIO(), protocol=5, buffer_callback=lambda buffer: None)
-        self._learner = learner
-        self.found = False
-
-    def persistent_id(self, obj: Any) -> str | None:
-        self.found = self.found or obj is self._learner
-        return "" if obj is self._learner or isinstance(obj, Tensor) else None

@@ -321,7 +321,7 @@ class _Walk:
     def refuse_parts_of(self, apart: Apart) -> None:
         """Refuse a state that has objects or memory in common with what is made anew beside it."""
         for name, root in apart.roots.items():
-            for part in reachable(root, self._owner):
+            for part in reachable(root, without=self._owner):
                 if self._rebuilt_of.get(id(part), id(part)) != id(part) and not has_value(type(part)):
                     path = self._paths[id(part)]
                     raise _Found(path, f"is part of {apart.whose} {name!r} too, and would be another: {apart.remedy}")
