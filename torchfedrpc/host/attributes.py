@@ -127,7 +127,7 @@ def set_attributes(learner: Any, state: Any, shared: SharedObjects | None) -> No
         vars(learner).clear()
         setstate: Any = getattr(cls, "__setstate__", nn.Module.__setstate__)
         if setstate is nn.Module.__setstate__:
-            vars(learner).update(values)  # also where the class forbids it, or has ideas of its own
+            vars(learner).update(values)  # also past a __setattr__ that refuses it
         else:
             learner.__setstate__(values)  # torch's, which adds what its __getstate__ has left out
     for member in slots_of(cls):

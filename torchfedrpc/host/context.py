@@ -53,7 +53,7 @@ class SharedObjects:
             return {repr(key): value for key, value in self._objects.items()}
 
     def key_of(self, value: Any) -> tuple[Hashable, bool] | None:
-        """The key of an object, and whether a learner's constructor asked for it; None where it is not shared."""
+        """The key of an object, and whether a learner's constructor asked for it; None if it is not shared."""
         with self._lock:
             if id(value) not in self._keys:
                 return None

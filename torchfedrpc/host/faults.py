@@ -1,4 +1,4 @@
-"""Faults that strike a process at a call of its own: what `torchfedrpc.testing.Faults` has workers do."""
+"""Injected faults: kill, freeze, sever or slow this process as its n-th call begins."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ FaultKind = Literal["kill", "freeze", "sever", "slow"]
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault and when it strikes. Its fields are plain JSON, and ``Fault(**fields)`` makes it again.
+    """A fault, and the call at which it strikes. Its fields are plain JSON; ``Fault(**fields)`` makes it again.
 
     Attributes:
-        kind: ``kill`` the process, ``freeze`` it, ``sever`` it from the driver's watch, or ``slow`` it down.
-        at_call: strikes as the n-th call that the process runs begins, counted from 1.
-        seconds: how long it is frozen, 0 for ever; how much longer that call and all after it take, where it is slow.
+        kind: ``kill`` the process, ``freeze`` it, ``sever`` its heartbeat, or ``slow`` it down.
+        at_call: the number of the call, from 1, at whose begin it strikes.
+        seconds: of ``freeze``, how long, 0 for ever; of ``slow``, the delay of that call and of each one after it.
 
     Raises:
-        ConfigError: these do not make a fault.
+        ConfigError: If the fields contradict each other.
     """
 
     kind: FaultKind
@@ -48,10 +48,10 @@ def is_count(value: object) -> bool:
 
 
 def check_seconds(kind: FaultKind, seconds: float) -> None:
-    """Refuse a duration that the kind of fault does not have.
+    """Check the duration of a fault.
 
     Raises:
-        ConfigError: The kind has no such duration.
+        ConfigError: If the kind of fault cannot have this duration.
     """
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
         raise ConfigError(f"the seconds of a fault are a finite number above 0, not {seconds!r}")
@@ -62,11 +62,11 @@ def check_seconds(kind: FaultKind, seconds: float) -> None:
 
 
 class Saboteur:
-    """Has faults strike this process as its calls begin. Thread-safe.
+    """Lets faults strike this process as its calls begin. Thread-safe.
 
     Args:
-        faults: what strikes when.
-        sever: cuts this process off from the driver's watch.
+        faults: the faults.
+        sever: stops this process's heartbeat.
     """
 
     def __init__(self, faults: Sequence[Fault], sever: Callable[[], None]) -> None:
@@ -76,7 +76,7 @@ class Saboteur:
         self._lock = threading.Lock()
 
     def begin(self, call_id: int) -> None:
-        """A call is about to run, on this thread; one that is asked for again counts once."""
+        """Count a call that is about to run on this thread, and strike if it is due; a repeated call counts once."""
         with self._lock:
             if call_id in self._begun:
                 return
@@ -103,10 +103,7 @@ def kill() -> None:
 
 
 def freeze(seconds: float) -> None:
-    """Stop this process; after so many seconds it goes on, after 0 never.
-
-    Nothing of this thread runs in between.
-    """
+    """Stop this process (SIGSTOP), and continue it after some seconds; 0 for never."""
     if not seconds:
         # To the thread itself: the others stop with it, but it would run on while one of them took the signal.
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)

@@ -14,7 +14,7 @@ def find_method(learner: Any, name: str, client_id: str) -> Callable[..., Any]:
     """A learner's public method.
 
     Raises:
-        MethodNotFoundError: no such name, a private one, or not callable; near matches are named.
+        MethodNotFoundError: If there is no such name, or it is private or not callable; near matches are named.
     """
     kind = type(learner).__name__
     if name.startswith("_"):
@@ -44,14 +44,14 @@ def public_methods(learner: Any) -> list[str]:
 
 
 def hidden_methods(learner: type, taken_names: Mapping[str, Collection[str]]) -> str | None:
-    """Say which public methods of a learner cannot be called as attributes, and how they can be.
+    """Which public methods of a learner cannot be called as attributes of a proxy's objects, and how they can be.
 
     Args:
         learner: its class.
-        taken_names: what a user calls methods on -> the public names that it has itself.
+        taken_names: the name of such an object, as a user knows it -> its own public names.
 
     Returns:
-        The text of a warning; None where every method can be called as an attribute.
+        The text of a warning; None if every method can be called as an attribute.
     """
     methods = public_methods(learner)
     hidden = {owner: sorted({*methods} & {*names}) for owner, names in taken_names.items()}

@@ -19,13 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchfedrpc.host.tensor_comparison import (
-    HOOKS,
-    SPARSE_PARTS,
-    array_difference,
-    dtype_difference,
-    tensor_difference,
-)
+from torchfedrpc.host.tensor_comparison import array_difference, dtype_difference, tensor_difference, tensor_parts
 from torchfedrpc.wire.encodings import is_scheduled
 
 ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...)))
@@ -60,8 +54,8 @@ class Kind(NamedTuple):
         identity: ``object`` where what was one object must be one again; ``value`` where that does not matter, and
             a pair that was compared need not be compared again; None where comparing is as quick.
         read: gives the parts of an object.
-        difference: says what is different of two objects, their parts apart; None where nothing is.
-        refusal: says why an object cannot be part of a state; None where it can.
+        difference: says what is different of two objects, their parts apart; None if nothing is.
+        refusal: says why an object cannot be part of a state; None if it can.
         has_memory: whether it is a tensor or array, which may share its memory with others.
     """
 
@@ -177,14 +171,7 @@ def _reduction(obj: Any) -> list[Group]:
 
 
 def _tensor(tensor: Tensor) -> list[Group]:
-    parts: list[tuple[str, Any]] = [(".grad", tensor.grad)]
-    if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
-        parts += [(f".{name}", getattr(tensor, name)) for name in HOOKS]
-    if tensor.layout != torch.strided:
-        if tensor.layout == torch.sparse_coo:
-            parts.append((".is_coalesced()", tensor.is_coalesced()))
-        parts += [(f".{name.strip('_')}()", getattr(tensor, name)()) for name in SPARSE_PARTS[tensor.layout]]
-    return [("parts", parts), ("attributes", tensor.__dict__)]
+    return [("parts", tensor_parts(tensor)), ("attributes", tensor.__dict__)]
 
 
 def _array(array: Any) -> list[Group]:

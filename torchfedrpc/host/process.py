@@ -1,4 +1,4 @@
-"""What a process that takes part in a run has set for its whole self."""
+"""Process-wide settings of a run: torch's threads and determinism, the garbage collector, the device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torchfedrpc.config import RuntimeConfig
 
 @contextmanager
 def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
-    """Set torch's threads and determinism as the configuration says; what was before comes back at the end.
+    """Set torch's threads and determinism as configured, and restore them at the end.
 
-    The driver needs the same settings as the workers: what it computes itself (an aggregate, a test score) has
+    The driver needs the settings of the workers: an aggregate or a test score that it computes itself would have
     other last bits with another number of threads.
     """
     num_threads = torch.get_num_threads()
@@ -35,10 +35,10 @@ def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
 
 @contextmanager
 def frozen_modules() -> Iterator[None]:
-    """Keep Python's garbage collector from what a worker has imported: torch and all modules.
+    """Exclude the objects of imported modules from garbage collection, in a worker.
 
-    It would look through them again and again as calls come and go, which takes as long as the calls. For workers
-    alone: in the user's own process, garbage that is there already would not be freed.
+    A full collection looks through all objects of torch, which takes as long as many calls. In the user's process
+    this would keep existing garbage from being freed.
     """
     gc.collect()  # else cyclic garbage would be frozen as well
     gc.freeze()
@@ -49,12 +49,12 @@ def frozen_modules() -> Iterator[None]:
 
 
 def visible_gpus() -> str | None:
-    """Which GPUs the process is limited to, as CUDA reads it; None for all."""
+    """The GPUs that CUDA shows this process (``CUDA_VISIBLE_DEVICES``); None for all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def choose_device(local_index: int) -> torch.device:
-    """The device of the worker with that number on its machine: GPUs in turn, the CPU where there is none."""
+    """The device of a worker, by its number on its machine: GPUs in turn, the CPU without a GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_index % torch.cuda.device_count())

@@ -33,7 +33,7 @@ class StreamState(NamedTuple):
         torch_cpu: of torch's CPU generator.
         torch_device: of the GPU's generator; None without a GPU.
         numpy_generator: the bit generator under `numpy.random`.
-        numpy_gauss: a normal variate that `numpy.random` has drawn ahead; None where there is none.
+        numpy_gauss: a normal variate that `numpy.random` has drawn ahead; None if there is none.
     """
 
     python: Any

@@ -128,7 +128,7 @@ def reinstate(learner: Any, state: Any, client_id: str = "a client", shared: Sha
         else:
             attributes, slots = _split(content)
             for name, value in (attributes | slots).items():
-                object.__setattr__(learner, name, value)  # also where the class forbids it, or has ideas of its own
+                object.__setattr__(learner, name, value)  # also past a __setattr__ that refuses it
     except SnapshotError:
         raise
     except Exception as error:

@@ -86,7 +86,7 @@ def first_difference(
     are_attributes: bool = False,
     mapped: range = range(0),
 ) -> Difference | None:
-    """The first place where a rebuilt object graph is not equal to the live one; None where they are equal.
+    """The first place where a rebuilt object graph is not equal to the live one; None if they are equal.
 
     Tracebacks of exceptions and the alignment of memory are not compared. Parts that have the same memory on both
     sides count as equal in value.

@@ -13,17 +13,34 @@ from torchfedrpc.wire.tensors import memory_of
 
 Describe = Callable[[Any], str]
 
-HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-"""Where a tensor has its hooks."""
-
-SPARSE_PARTS = {
-    torch.sparse_coo: ("_indices", "_values"),
+_SPARSE = {
+    torch.sparse_coo: ("_indices", "_values", "is_coalesced"),
     torch.sparse_csr: ("crow_indices", "col_indices", "values"),
     torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
     torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
 }
-"""Layout -> the methods that give the dense tensors of which a sparse one consists."""
+_QUANTISED = {
+    torch.per_tensor_affine: ("int_repr", "qscheme", "q_scale", "q_zero_point"),
+    torch.per_tensor_symmetric: ("int_repr", "qscheme", "q_scale", "q_zero_point"),
+}
+_QUANTISED_BY_CHANNEL = (
+    "int_repr", "qscheme", "q_per_channel_axis", "q_per_channel_scales", "q_per_channel_zero_points",
+)  # fmt: skip
+
+
+def tensor_parts(tensor: Tensor) -> list[tuple[str, Any]]:
+    """What a tensor consists of beside its values and attributes: path -> part."""
+    parts: list[tuple[str, Any]] = [(".grad", tensor.grad)]
+    hooks: Any = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    if any(hooks):
+        parts += zip(("._backward_hooks", "._post_accumulate_grad_hooks"), hooks, strict=True)
+    names: tuple[str, ...] = ()
+    if tensor.layout != torch.strided:
+        names = _SPARSE[tensor.layout]
+    elif tensor.is_quantized:
+        names = _QUANTISED.get(tensor.qscheme(), _QUANTISED_BY_CHANNEL)
+    return parts + [(f".{name.strip('_')}()", getattr(tensor, name)()) for name in names]
 
 
 class Memory:
@@ -72,7 +89,7 @@ class Memory:
         return None
 
     def occupant(self, part: Any, default: Any) -> Any:
-        """The path of a live tensor or array in whose memory another lies; ``default`` where there is none."""
+        """The path of a live tensor or array in whose memory another lies; ``default`` if there is none."""
         if (found := _extent(part)) is not None:
             device, before, num_bytes = found
             start = _address(part) + before
@@ -103,7 +120,7 @@ def _address(part: Any) -> int:
 
 
 def tensor_difference(live: Tensor, rebuilt: Tensor) -> str | None:
-    """What is different of two tensors of one type, their attributes, gradients and sparse parts apart."""
+    """What is different of two tensors of one type, but for their attributes and what `tensor_parts` gives."""
     if live.grad_fn is not None or not live.is_leaf:
         return "holds an autograd graph: keep tensor.detach(), or call backward() in the same call"
     if live.is_inference():  # also where both have one memory, and so are of one kind
@@ -123,14 +140,12 @@ def tensor_difference(live: Tensor, rebuilt: Tensor) -> str | None:
     if getattr(live, "names", ()) != getattr(rebuilt, "names", ()):
         return "would lose the names of its dimensions"
     if live.layout != torch.strided:
-        return None if live.layout in SPARSE_PARTS else f"has the layout {live.layout}, which is not compared"
+        return None if live.layout in _SPARSE else f"has the layout {live.layout}, which is not compared"
     if live.numel() and live.stride() != rebuilt.stride():
         return f"would have strides {rebuilt.stride()} instead of {live.stride()}"
-    if live.is_quantized:
-        return None if _same_quantised(live, rebuilt) else "would have other values"
-    if live.numel() and live.data_ptr() != rebuilt.data_ptr() and not _same_bits(live, rebuilt):
-        return "would have other values"
-    return None
+    if live.is_quantized or not live.numel() or live.data_ptr() == rebuilt.data_ptr() or _same_bits(live, rebuilt):
+        return None
+    return "would have other values"
 
 
 def array_difference(live: np.ndarray[Any, Any], rebuilt: np.ndarray[Any, Any]) -> str | None:
@@ -169,18 +184,6 @@ def _same_bits(live: Tensor, rebuilt: Tensor) -> bool:
     if not num_words:
         return True
     return np.array_equal(np.frombuffer(ours, np.uint64, num_words), np.frombuffer(theirs, np.uint64, num_words))
-
-
-def _same_quantised(live: Tensor, rebuilt: Tensor) -> bool:
-    if live.qscheme() != rebuilt.qscheme() or not _same_bits(live.int_repr(), rebuilt.int_repr()):
-        return False
-    if live.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return (live.q_scale(), live.q_zero_point()) == (rebuilt.q_scale(), rebuilt.q_zero_point())
-    return (
-        live.q_per_channel_axis() == rebuilt.q_per_channel_axis()
-        and _same_bits(live.q_per_channel_scales(), rebuilt.q_per_channel_scales())
-        and _same_bits(live.q_per_channel_zero_points(), rebuilt.q_per_channel_zero_points())
-    )
 
 
 def _kind_of(tensor: Tensor) -> str:

@@ -47,7 +47,7 @@ class _Setting(NamedTuple):
 
 
 def read_settings() -> dict[str, Any]:
-    """All settings of this process and of the calling thread; None where torch cannot say."""
+    """All settings of this process and of the calling thread; None if torch cannot say."""
     return {setting.name: _plain(_read(setting)) for setting in _SETTINGS}
 
 

@@ -1,4 +1,4 @@
-"""Help for the tests of those who use this library."""
+"""Fault injection and snapshot checks for the tests of users."""
 
 from torchfedrpc.testing.faults import Faults
 from torchfedrpc.testing.snapshots import check_snapshot

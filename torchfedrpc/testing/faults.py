@@ -1,4 +1,4 @@
-"""Faults in a run, for tests: workers killed, frozen, severed or slow at their n-th call, the driver at a round."""
+"""Fault injection for tests: kill, freeze, sever or slow a worker at its n-th call, or the driver at a round."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRIVER = "driver"
 
 @dataclass(frozen=True)
 class DriverFault:
-    """What strikes the driver as a round starts.
+    """A fault of the driver as a round starts.
 
     Attributes:
         kind: ``kill``, ``freeze`` or ``slow``.
@@ -31,7 +31,7 @@ class DriverFault:
     seconds: float
 
     def strike(self) -> None:
-        """Do it to this process."""
+        """Inject the fault into this process."""
         if self.kind == "kill":
             kill()
         elif self.kind == "freeze":
@@ -42,7 +42,7 @@ class DriverFault:
 
 @dataclass(frozen=True)
 class Faults:
-    """What is to go wrong in a run, and when. Each method gives a new object with one fault more.
+    """Faults to inject into a run. Each method returns a new object with one more fault.
 
         faults = Faults().kill("worker1", at_call=5).slow("worker2", at_call=1, seconds=0.2)
         async with LearnerProxy(...) as proxy, faults.injected(proxy):
@@ -54,7 +54,7 @@ class Faults:
     ``round_num`` of `RoundStarted`, from 0, which the trainer's ``rounds()`` publishes: a trainer with a loop of
     its own has to publish it too.
 
-    All methods raise `ConfigError` where the fault makes no sense.
+    All methods raise `ConfigError` if the fault makes no sense.
     """
 
     of_workers: tuple[tuple[str, Fault], ...] = ()
@@ -73,16 +73,16 @@ class Faults:
             target: a worker, or ``driver``.
             at_call: of a worker, which call, from 1.
             at_round: of the driver, which round, from 0.
-            seconds: after how long it goes on; 0 for never, which the driver cannot do: nobody would end it.
+            seconds: how long; 0 for ever, which is refused for the driver, since the test would never end.
         """
         return self._with("freeze", target, at_call, at_round, seconds)
 
     def sever(self, target: str, *, at_call: int) -> Faults:
-        """Cut a worker off as its call number ``at_call`` begins: it goes on, and the driver hears no more of it."""
+        """Stop the heartbeat of a worker as its call number ``at_call`` begins; the worker runs on."""
         return self._with("sever", target, at_call, None)
 
     def slow(self, target: str, *, at_call: int | None = None, at_round: int | None = None, seconds: float) -> Faults:
-        """Have each call of a worker take longer, or block the driver's event loop at a round.
+        """Delay each call of a worker, or block the driver's event loop at a round.
 
         Args:
             target: a worker, ``local`` included, or ``driver``.
@@ -94,11 +94,11 @@ class Faults:
 
     @contextlib.asynccontextmanager
     async def injected(self, proxy: LearnerProxy) -> AsyncIterator[None]:
-        """Let these faults strike an open proxy's run, in place of any that were injected before, until the end.
+        """Inject these faults into an open proxy's run, in place of all earlier ones, until the block ends.
 
         Raises:
-            ConfigError: the run has no such worker, or its mode no such fault.
-            AssertionError: at the end, a worker that was to be killed is alive: it ran fewer calls than that.
+            ConfigError: If the run has no such worker, or its mode no such fault.
+            AssertionError: If a worker that was to be killed has run fewer calls by the end of the block.
         """
         proxy._dispatcher.check_open()
         router, of_worker = proxy._router, defaultdict[str, list[Fault]](list)

@@ -1,4 +1,4 @@
-"""One learner on a host of its own in this process, and a thread that waits for each of its calls."""
+"""One learner on a host in this process, called synchronously: what `check_snapshot` replays calls on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WORKER = "a rehearsal"
 
 @dataclass(frozen=True)
 class Step:
-    """A call to be made.
+    """A call.
 
     Attributes:
         method: the method's name.
@@ -43,7 +43,7 @@ class Step:
         """Read a method's name, ``(method, args)``, ``(method, kwargs)`` or ``(method, args, kwargs)``.
 
         Raises:
-            ConfigError: it is none of these.
+            ConfigError: If it is none of these.
         """
         match entry:
             case str(method) | [str(method)]:
@@ -62,11 +62,11 @@ class Step:
 
 @contextlib.contextmanager
 def rehearsal(spec: LearnerSpec, client_id: str, kwargs: Packed) -> Iterator[Rehearsal]:
-    """A learner in a host that is closed in the end.
+    """A learner in a host, which is closed at the end.
 
     Args:
-        spec: what learner.
-        client_id: whose.
+        spec: how to make the learner.
+        client_id: the learner's client.
         kwargs: keyword arguments for its constructor.
     """
     host = LearnerHost(spec, worker=_WORKER)
@@ -94,7 +94,7 @@ class Rehearsal:
         """The result of a method, or the list of the items of a generator method.
 
         Raises:
-            Exception: what the constructor or the method raised.
+            Exception: If the constructor or the method raises.
         """
         self._make()
         method = getattr(self.learner, step.method, None)
@@ -106,7 +106,7 @@ class Rehearsal:
         """The learner's snapshot.
 
         Raises:
-            SnapshotError: its state cannot be captured.
+            SnapshotError: If its state cannot be captured.
         """
         return bytes(seal(self._ask("snapshot", "snapshot", None)))
 
@@ -114,12 +114,12 @@ class Rehearsal:
         """Make the learner of a snapshot.
 
         Raises:
-            SnapshotError: it does not take it.
+            SnapshotError: If the learner does not take the state.
         """
         self._ask("restore", "restore", (torch.frombuffer(bytearray(snapshot), dtype=torch.uint8), None))
 
     def _make(self) -> None:
-        # Whether a method is a generator shows in the learner alone, which any call makes, a refused one too.
+        # Only the learner shows whether a method is a generator. Any call makes the learner, a refused one too.
         if not self._mailbox.made:
             with contextlib.suppress(MethodNotFoundError):
                 self._ask("call", "_", ((), {}))

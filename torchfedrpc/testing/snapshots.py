@@ -1,4 +1,4 @@
-"""Proof by replay that a learner's snapshot is complete, so that it may lose its worker."""
+"""`check_snapshot`: proof by replay that a learner's snapshots are complete."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def check_snapshot(
         repeat: how often the calls are made. Twice, since what a call has left behind shows at the next of its kind.
 
     Raises:
-        SnapshotError: the state cannot be captured or restored, or a replay differs; it names the first call that
+        SnapshotError: If the state cannot be captured or restored, or a replay differs; it names the first call that
             does, the snapshot before it, and the attributes that were lost.
-        ConfigError: there is no call, or an entry of ``calls`` is none.
-        Exception: what the constructor or a call raises in the undisturbed run.
+        ConfigError: If there is no call, or an entry of ``calls`` is none.
+        Exception: If the constructor or a call raises in the undisturbed run.
     """
     runtime = RuntimeConfig(call_timeout_s=None, trusted_modules=list(trusted_modules))
     spec, defaults = LearnerSpec.of(learner, seed, runtime)
@@ -69,7 +69,7 @@ def check_snapshot(
 
 
 class _Differs(Exception):
-    """Its text says what the first difference is, its cause what was raised there."""
+    """The first difference of a replay; the cause is what the replay raised."""
 
 
 @dataclass(frozen=True)
@@ -185,5 +185,5 @@ def _is_lost(name: str, now: dict[str, Any], before: dict[str, Any], *, with_gra
         return True
     try:
         return difference(now[name], before[name], with_gradients=with_gradients) is not None
-    except Exception:  # what cannot be pickled, a lock or a file, is made anew by whoever leaves it out of the state
+    except Exception:  # what cannot be pickled, such as a lock, is made anew where the state leaves it out
         return type(now[name]) is not type(before[name])
