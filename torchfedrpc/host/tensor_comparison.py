@@ -57,15 +57,14 @@ class Memory:
 
     def add(self, live: Any, rebuilt: Any, path: Any) -> str | None:
         """Note a tensor or array and what was rebuilt of it; say what is different of the memory itself."""
-        if (found := _extent(live)) is None:
-            return None
-        device, before, num_bytes = found
-        starts = [_address(one) + before for one in (live, rebuilt)]
-        self._stretches.setdefault(device, []).append((starts[0], starts[1], num_bytes, path))
-        if not isinstance(live, Tensor) or not live.untyped_storage().resizable():
-            return None
-        can_resize = rebuilt.untyped_storage().resizable() or starts[1] in self._mapped
-        return None if can_resize else "could not be resized"
+        if (found := _extent(live)) is not None:
+            device, before, num_bytes = found
+            stretch = _address(live) + before, _address(rebuilt) + before, num_bytes, path
+            self._stretches.setdefault(device, []).append(stretch)
+        if isinstance(live, Tensor) and live.layout == torch.strided and live.untyped_storage().resizable():
+            can_resize = rebuilt.untyped_storage().resizable() or rebuilt.data_ptr() in self._mapped
+            return None if can_resize else "could not be resized"
+        return None
 
     def difference(self, describe: Describe) -> tuple[Any, str] | None:
         """Where memory that was shared is not, or the other way round: the path, and what is the matter.
