@@ -98,9 +98,9 @@ class Runner:
         self._is_alone = spec.runtime.max_concurrent_calls == 1
         self._settings = OpenedSettings.of_this_process(spec.runtime.torch_threads)
         self._in_driver = in_driver
-        self._streams = RandomStreams(device)
         self._shared = SharedObjects(self._make_shared)
         torch.empty(0, device=device)  # a device that cannot be used fails here, not on the threads below
+        self._streams = RandomStreams(device)
         self._gate = Gate()
         self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._prepare_thread)
         self._async = AsyncLane(self._prepare_thread, self._step_alone)
