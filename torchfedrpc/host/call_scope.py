@@ -109,50 +109,49 @@ class CallScope:
             if opened is not None and (self._own_settings is not None or glance() != opened.glance):
                 self._outer_settings = read_settings()
                 put_back(self._own_settings or opened.values)
+            if streams is not None:
+                if self._is_nested:
+                    self._outer_streams = streams.capture()
+                elif streams.aside is None:
+                    streams.aside = streams.capture()
+                if self._own_streams is None:
+                    self._twister = streams.seed(self._seed)
+                else:
+                    streams.restore(self._own_streams)
         except BaseException:
-            self._leave_modes()
+            self._leave()
             raise
-        if streams is not None:
-            if self._is_nested:
-                self._outer_streams = streams.capture()
-            elif streams.aside is None:
-                streams.aside = streams.capture()
-            if self._own_streams is None:
-                self._twister = streams.seed(self._seed)
-            else:
-                streams.restore(self._own_streams)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        opened, streams = self._opened, self._streams
-        if streams is not None:
+        if (streams := self._streams) is not None:
             if self.is_resumable:
                 self._own_streams = streams.capture()
             else:
                 streams.spare.append(self._twister)
             if self._outer_streams is not None:
                 streams.restore(self._outer_streams)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Keep the call's settings and modes for its next step, and put those of the process and thread in place."""
         try:
-            if opened is not None:
+            if (opened := self._opened) is not None:
                 outer, self._outer_settings = self._outer_settings, None
                 is_changed = glance() != opened.glance or (self._is_thorough and read_settings() != opened.values)
                 self._own_settings = read_settings() if is_changed else None
                 if is_changed or outer is not None:
                     put_back(outer or opened.values)
         finally:
-            self._leave_modes()
-
-    def _leave_modes(self) -> None:
-        own, outer = _read_modes(), self._outer_modes
-        if own != outer:
-            for _ in range(own[2] - outer[2]):
+            own, before = _read_modes(), self._outer_modes
+            for _ in range(own[2] - before[2]):
                 self._functions.append(_torch_c._pop_torch_function_stack())
-        self._modes = own
-        self._guard.__exit__(None, None, None)
-        del self._guard
-        if own[3:] != outer[3:]:
-            _set_autocast(own, outer)
+            self._modes = own
+            self._guard.__exit__(None, None, None)
+            del self._guard
+            if own[3:] != before[3:]:
+                _set_autocast(own, before)
 
 
 def _read_modes() -> _Modes:
