@@ -47,17 +47,13 @@ class Difference(NamedTuple):
 
     Attributes:
         path: the way there, such as ``.model.layers[0].weight.grad``.
+        attribute: the first part of the path.
         reason: what would be different, as the rest of a sentence that begins with the path.
     """
 
     path: str
+    attribute: str
     reason: str
-
-    @property
-    def attribute(self) -> str:
-        """The first part of the path."""
-        ends = [end for end in (self.path.find(mark, 1) for mark in ".[(") if end > 0]
-        return self.path[: min(ends)] if ends else self.path
 
     def __str__(self) -> str:
         return f"{self.path or 'it'} {self.reason}"
@@ -116,7 +112,8 @@ def first_difference(
 class _Found(Exception):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__()
-        self.difference = Difference(_shown(path), reason)
+        pieces = _pieces(path)
+        self.difference = Difference("".join(pieces), pieces[0] if pieces else "", reason)
 
 
 class _Walk:
@@ -371,6 +368,10 @@ def _refuse_nan(key: Any, path: Path) -> None:
 
 
 def _shown(path: Path) -> str:
+    return "".join(_pieces(path))
+
+
+def _pieces(path: Path) -> list[str]:
     pieces: list[str] = []
     while path is not None:
         path, kind, name = path
@@ -382,4 +383,4 @@ def _shown(path: Path) -> str:
             pieces.append(f", the key {reprlib.repr(name)}")
         else:
             pieces.append(str(name))
-    return "".join(reversed(pieces))
+    return pieces[::-1]

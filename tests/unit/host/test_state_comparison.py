@@ -683,7 +683,13 @@ def test_path_leads_to_the_first_difference() -> None:
     found = first_difference(live["names"], rebuilt["names"])
     assert found is not None
     assert found.path == "[1].b[1]"
-    assert first_difference(Plain(layers=[Plain(bias=1)]), Plain(layers=[Plain(bias=2)])).attribute == ".layers"  # type: ignore[union-attr]
+    for live, rebuilt, attribute in (
+        (Plain(layers=[Plain(bias=1)]), Plain(layers=[Plain(bias=2)]), ".layers"),
+        ({"0.weight": [1]}, {"0.weight": [2]}, "['0.weight']"),
+    ):
+        found = first_difference(live, rebuilt)
+        assert found is not None
+        assert found.attribute == attribute
 
 
 def test_global_that_is_a_value_may_be_copied() -> None:
