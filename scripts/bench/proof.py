@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from torchfedrpc.host import snapshot
-from torchfedrpc.host.snapshot import Snapshot, capture, seal
+from torchfedrpc.host.snapshot import Snapshot, capture, dump
 from torchfedrpc.wire.allowlist import AllowList
 
 
@@ -59,7 +59,7 @@ def seconds(learner: Learner, allow: AllowList, num_repeats: int) -> list[float]
     taken = []
     for _ in range(num_repeats + 1):  # the first warms up
         began = time.perf_counter()
-        seal(taken(Snapshot("client_1", "learner", {}, capture(learner)), allow, learner).open(allow))
+        dump(Snapshot("client_1", "learner", {}, capture(learner)), allow, learner)
         taken.append(time.perf_counter() - began)
     return taken[1:]
 

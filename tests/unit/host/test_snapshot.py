@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SnapshotError, UntrustedTypeError
-from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, load, reinstate, seal, taken
+from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, load, reinstate, seal, taken
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.testing.rehearsal import Rehearsal, Step, rehearsal
 from torchfedrpc.wire.allowlist import AllowList
@@ -235,10 +235,6 @@ class Hostile:
 
     def __reduce__(self) -> Any:
         return os.system, ("echo this must not run",)
-
-
-def dump(snapshot: Snapshot, allow: AllowList, learner: Any = None) -> bytearray:
-    return bytearray(seal(taken(snapshot, allow, learner).open(allow)))
 
 
 def dumped(learner: Any, allow: AllowList = ALLOW) -> bytes:
