@@ -158,7 +158,7 @@ class Killer:
                 if not await self._next_life(past, folder, fault):
                     break
             if past.last is not None and past.last.digests is not None:
-                self._report.left_over([f"{path.name} of a checkpoint" for path in Path(folder).glob("*.tmp")])
+                self._report.left_over([f"{path.name} of a checkpoint" for path in Path(folder).glob("*.tmp*")])
         return number
 
     async def _next_life(self, past: Past, folder: str, fault: str | None) -> bool:

@@ -166,10 +166,10 @@ MUTATIONS = [
     ),
     Mutation(
         "a run's folder is open to others",
-        "federation/private_files.py",
+        "private_files.py",
         "_PRIVATE_FOLDER = 0o700",
         "_PRIVATE_FOLDER = 0o755",
-        "tests/unit/federation/test_private_files.py",
+        "tests/unit/test_private_files.py",
     ),
     Mutation(
         "private methods can be called",
@@ -395,10 +395,10 @@ MUTATIONS = [
     ),
     Mutation(
         "a damaged checkpoint is read",
-        "federation/checkpoint_head.py",
-        "        hashlib.file_digest(file, lambda: digest)\n    if digest.digest() != expected:",
-        "        hashlib.file_digest(file, lambda: digest)\n    if False:",
-        "tests/unit/federation/test_checkpoint_folder.py",
+        "federation/checkpoint_store.py",
+        "            if hashlib.sha256(data).digest() == digest:\n",
+        "            if True:\n",
+        "tests/unit/federation/test_checkpoint_store.py",
     ),
     # What users see.
     Mutation(

@@ -112,7 +112,7 @@ async def test_a_full_disk_keeps_learners_in_memory(monkeypatch: pytest.MonkeyPa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("torchfedrpc.host.spool.Spool.put", full)
+    monkeypatch.setattr("torchfedrpc.storage.BlobStore.put", full)
     async with tfr.LearnerProxy(Walker, CLIENTS, runtime={"max_resident_learners": 2}) as proxy:
         for number in range(1, 3):
             assert {count for count, _ in (await proxy.clients().call("walk")).values()} == {number}

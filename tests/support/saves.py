@@ -1,23 +1,23 @@
-"""Checkpoints for tests: what is saved in each round, and what to do to the files."""
+"""Checkpoints for tests: what is saved in each round, and damage to the file."""
 
 from __future__ import annotations
 
-import errno
-import os
+import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-from torchfedrpc.federation.checkpoint_folder import Checkpoint, CheckpointFolder
+from torchfedrpc.federation.checkpoint_store import Checkpoint, CheckpointStore
+from torchfedrpc.storage import BlobStore
 from torchfedrpc.wire.packing import pack
 
 CONFIG = {"trainer.lr": 0.1, "trainer.name": "fedavg", "sizes": [1, 2], "none": None}
 NUM_BYTES = 500  # of a learner's snapshot, unless said otherwise
+Content = tuple[int, dict[str, bytes]]
 
 
 def learner(client_id: str, round_num: int, num_bytes: int = NUM_BYTES) -> bytes:
@@ -33,12 +33,12 @@ def state_of(round_num: int) -> dict[str, Any]:
 
 
 def save(
-    folder: CheckpointFolder,
+    store: CheckpointStore,
     round_num: int,
     base: Checkpoint | None = None,
     changed: Mapping[str, bytes] | None = None,
 ) -> Checkpoint:
-    files = folder.begin(round_num, base)
+    files = store.begin(round_num, base)
     try:
         for client_id, data in (changed or {}).items():
             files.add(client_id, data)
@@ -48,33 +48,36 @@ def save(
         raise
 
 
-def loaded(folder: CheckpointFolder) -> Checkpoint:
-    found = folder.load()
+def loaded(store: CheckpointStore) -> Checkpoint:
+    found = store.load()
     assert found is not None
     return found
 
 
-def content(checkpoint: Checkpoint) -> tuple[int, dict[str, bytes]]:
+def content(checkpoint: Checkpoint) -> Content:
     """Round and learners, the state being that round's."""
     state = checkpoint.read_state()
     assert state["round"] == checkpoint.round_num
     assert torch.equal(state["weights"], torch.full((20,), float(checkpoint.round_num)))
     assert checkpoint.config == CONFIG
     snapshots = dict(checkpoint.snapshots())
-    assert snapshots.keys() == set(checkpoint.client_ids)
+    assert snapshots.keys() == checkpoint.digests.keys()
     return checkpoint.round_num, snapshots
 
 
-def files_in(folder: CheckpointFolder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file() and path.name != "lock"}
+def content_in(path: Path) -> Content:
+    """Content of the newest whole checkpoint in a folder that no run has."""
+    with locked(path) as store:
+        return content(loaded(store))
 
 
-def kinds(folder: CheckpointFolder) -> tuple[list[str], list[str], list[str]]:
-    """Names of heads, packs, and all other files."""
-    names = sorted(files_in(folder))
-    heads = [name for name in names if name.endswith(".checkpoint")]
-    packs = [name for name in names if name.endswith(".learners")]
-    return heads, packs, [name for name in names if name not in (*heads, *packs)]
+def rounds_in(store: CheckpointStore) -> list[int]:
+    return sorted(int(key.split()[1]) for key in keys_in(store) if isinstance(key, str))
+
+
+def keys_in(store: CheckpointStore) -> list[str | bytes]:
+    with contextlib.closing(BlobStore(store.path)) as blobs:
+        return list(blobs)
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:
@@ -83,32 +86,16 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
     path.write_bytes(data)
 
 
+def flip_blob(path: Path, data: bytes) -> None:
+    """Change a bit in the middle of a blob."""
+    flip(path, path.read_bytes().index(data) + len(data) // 2)
+
+
 @contextmanager
-def locked(path: Path, num_kept: int = 3) -> Iterator[CheckpointFolder]:
-    folder = CheckpointFolder(path, num_kept=num_kept)
-    folder.lock()
+def locked(path: Path, num_kept: int = 3) -> Iterator[CheckpointStore]:
+    store = CheckpointStore(path, num_kept=num_kept)
+    store.lock()
     try:
-        yield folder
+        yield store
     finally:
-        folder.unlock()
-
-
-STEPS = ("pwrite", "fsync", "replace", "unlink")
-
-
-def fail_at(patch: pytest.MonkeyPatch, number: int, lasting: bool) -> list[int]:
-    """Let the disk be full at one step, or from then on but for removals; gives how many steps there were."""
-    count = [0]
-
-    def failing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*arguments: Any) -> Any:
-            count[0] += 1
-            if count[0] == number or (lasting and count[0] > number and name != "unlink"):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(*arguments)
-
-        return step
-
-    for name in STEPS:
-        patch.setattr(os, name, failing(name, getattr(os, name)))
-    return count
+        store.unlock()

@@ -7,9 +7,8 @@ import contextlib
 import copy
 import errno
 import json
-import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +21,10 @@ from learners import Mortal
 import torchfedrpc as tfr
 from torchfedrpc.events import CheckpointSaved, RoundEnded
 from torchfedrpc.experiments.history import History
-from torchfedrpc.federation.checkpoint_config import plain
+from torchfedrpc.federation.checkpoint_store import Checkpoint, CheckpointStore
+from torchfedrpc.federation.checkpoints import plain
 from torchfedrpc.host.snapshot import load
+from torchfedrpc.storage import BlobStore
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.fingerprint import fingerprint
 
@@ -107,6 +108,23 @@ async def crash(folder: Path, crash_at: int, runtime: Any = "local", **settings:
         await run(folder, runtime, crash_at=crash_at, **settings)
 
 
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Checkpoint]:
+    """The newest checkpoint in a folder that no run has."""
+    store = CheckpointStore(folder)
+    try:
+        found = store.load()
+        assert found is not None
+        yield found
+    finally:
+        store.unlock()
+
+
+def rounds_in(folder: Path) -> list[int]:
+    with contextlib.closing(BlobStore(folder / "checkpoints.sqlite")) as store:
+        return sorted(int(key.split()[1]) for key in store if isinstance(key, str))
+
+
 @pytest.mark.parametrize("every", [1, 2, 4])
 async def test_a_run_goes_on_to_the_bits_of_an_undisturbed_one(
     tmp_path: Path, undisturbed: tuple[list[Any], dict[str, bytes]], every: int
@@ -185,7 +203,7 @@ async def test_resume_never_begins_anew_and_sets_aside_what_is_there(
 ) -> None:
     await crash(tmp_path, 3, seed=9)
     assert await run(tmp_path, resume="never") == undisturbed
-    assert f"the checkpoints of an earlier run are in {tmp_path / 'earlier_1'} now" in caplog.text
+    assert f"the checkpoints of an earlier run have been moved to {tmp_path / 'earlier_1'}" in caplog.text
     assert await run(tmp_path) == undisturbed
 
 
@@ -234,7 +252,7 @@ async def test_only_learners_that_were_called_are_written_and_the_number_kept_ho
     await run(tmp_path, num_kept=2, watch=note)
     assert [event.round_num for event in saved] == list(range(NUM_ROUNDS))
     assert [event.num_learners for event in saved] == [4] * NUM_ROUNDS
-    assert len(list(tmp_path.glob("*.checkpoint"))) == 2
+    assert rounds_in(tmp_path) == [5, 6]
 
 
 async def test_a_second_trainer_of_the_proxy_saves_learners_that_only_the_first_has_called(tmp_path: Path) -> None:
@@ -245,21 +263,22 @@ async def test_a_second_trainer_of_the_proxy_saves_learners_that_only_the_first_
             trainer.checkpoints = runs[name] = tfr.Checkpoints(tmp_path / name)
             await trainer.train()
         expected = {client: data async for client, data in proxy.snapshots()}
-    found = runs["second"].folder.load()
-    assert found is not None
-    assert dict(found.snapshots()) == expected
+    with opened(tmp_path / "second") as found:
+        assert dict(found.snapshots()) == expected
 
 
 async def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, undisturbed: tuple[list[Any], dict[str, bytes]], caplog: pytest.LogCaptureFixture
 ) -> None:
     await crash(tmp_path, 4)
-    newest = max(tmp_path.glob("*.checkpoint"))
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
+    with opened(tmp_path) as found:
+        assert found.round_num == 4
+    path = tmp_path / "checkpoints.sqlite"
+    content = bytearray(path.read_bytes())
+    content[content.index(found.state) + 100] ^= 1  # of the head, which has this digest
+    path.write_bytes(content)
     assert await run(tmp_path) == undisturbed
-    assert f"{newest} is not whole and is passed over" in caplog.text
+    assert f"{path} is damaged, and round 3 is used: " in caplog.text
 
 
 async def test_a_full_disk_is_told_and_the_run_goes_on(
@@ -268,18 +287,20 @@ async def test_a_full_disk_is_told_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    fsync, num_calls = os.fsync, 0
+    put, saved = BlobStore.put, []
 
-    def full(descriptor: int) -> None:
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls > 6:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(descriptor)
+    def put_until_full(store: BlobStore, key: Any, pieces: Any) -> None:
+        if saved:
+            raise OSError(errno.ENOSPC, "database or disk is full")
+        put(store, key, pieces)
 
-    monkeypatch.setattr(os, "fsync", full)
-    assert await run(tmp_path) == undisturbed
-    assert "No space left on device; the run goes on, and the last one is of round 1" in caplog.text
+    def note(event: Any) -> None:
+        if isinstance(event, CheckpointSaved):
+            saved.append(event)
+
+    monkeypatch.setattr(BlobStore, "put", put_until_full)
+    assert await run(tmp_path, watch=note) == undisturbed
+    assert "database or disk is full; the run goes on, and the last one is of round 1" in caplog.text
     monkeypatch.undo()
     assert await run(tmp_path) == undisturbed
 
@@ -341,7 +362,7 @@ async def test_an_open_stream_at_the_end_of_a_round_is_told(tmp_path: Path, capl
         trainer.checkpoints = tfr.Checkpoints(tmp_path)
         await trainer.train()
     assert f"a stream of {CLIENTS[0]} is open" in caplog.text
-    assert len(list(tmp_path.glob("*.checkpoint"))) == 1
+    assert rounds_in(tmp_path) == [2]
 
 
 def test_a_history_goes_on_in_its_file(tmp_path: Path) -> None:
@@ -472,7 +493,6 @@ async def test_a_learner_that_was_given_up_is_left_out_with_a_warning(
         trainer.checkpoints = tfr.Checkpoints(tmp_path)
         await trainer.train()
     assert [event.round_num for event in saved] == [0, 1, 2]
-    assert caplog.text.count("a was given up, and is in no checkpoint any more") == 1
-    found = trainer.checkpoints.folder.load()
-    assert found is not None
-    assert found.client_ids == ["b"]  # not what an earlier one has of the other
+    assert caplog.text.count("a was given up, so checkpoints no longer have it") == 1
+    with opened(tmp_path) as found:
+        assert list(found.digests) == ["b"]  # not what an earlier one has of the other

@@ -16,7 +16,7 @@ from losses import SEED, pseudo
 from torch import Tensor
 
 import torchfedrpc as tfr
-from torchfedrpc.host.spool import Spool
+from torchfedrpc.storage import BlobStore
 
 SIZE = 1 << 18  # float32: 1 MiB
 NUM_BYTES = 4 * SIZE
@@ -90,16 +90,16 @@ async def test_journal_of_a_learner_with_a_large_state_keeps_its_bound(proxy: tf
 async def test_calls_behind_a_snapshot_do_not_wait_until_it_is_stored(
     proxy: tfr.LearnerProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, may_end, ended, put = threading.Event(), threading.Event(), threading.Event(), Spool.put
+    begun, may_end, ended, put = threading.Event(), threading.Event(), threading.Event(), BlobStore.put
 
-    def slow_put(spool: Spool, key: Any, data: Any) -> None:
+    def slow_put(store: BlobStore, key: Any, pieces: Any) -> None:
         """On a thread of its own."""
         begun.set()
         assert may_end.wait(60)
-        put(spool, key, data)
+        put(store, key, pieces)
         ended.set()
 
-    monkeypatch.setattr(Spool, "put", slow_put)
+    monkeypatch.setattr(BlobStore, "put", slow_put)
     number = 0
     while not begun.is_set():
         await push(proxy, "large_2", range(number, number + 1))

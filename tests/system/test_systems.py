@@ -172,9 +172,8 @@ def test_the_bundled_experiment_is_resumed_on_windows(tmp_path: Path) -> None:
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 4
     holding = f"""
 from pathlib import Path
-from torchfedrpc.federation.folder_lock import FolderLock
-lock = FolderLock(Path({str(tmp_path / "checkpoints")!r}))
-lock.acquire()
+from torchfedrpc.storage import FileLock
+lock = FileLock(Path({str(tmp_path / "checkpoints" / "lock")!r}))
 import subprocess, sys
 sys.exit(subprocess.call([sys.executable, *{command!r}]))
 """

@@ -13,8 +13,8 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.host.snapshot import seal
-from torchfedrpc.host.spool import Spool
 from torchfedrpc.rpc.worker_client import RemoteHost
+from torchfedrpc.storage import BlobStore
 from torchfedrpc.wire.packing import Packed
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
@@ -150,7 +150,7 @@ def _is_state(asked: Asked) -> bool:
 
 
 class Ledger:
-    """Records of all learners that have been called, with snapshots spooled to disk.
+    """Records of all learners that have been called, with snapshots on disk.
 
     Args:
         runtime: with the journal's bounds.
@@ -164,8 +164,8 @@ class Ledger:
         self._hold = hold
         self._records: dict[str, Record] = {}
         self._numbers = itertools.count(1)
-        self._spool = Spool()
-        self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory, under the keys of the spool
+        self._store = BlobStore()
+        self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory, under the numbers of their calls
         self._num_state_bytes = 0  # of these
         self._num_uses: Counter[SharedValue] = Counter()  # of each shared value, by the entries of all journals
         self.num_journal_bytes = 0
@@ -321,7 +321,7 @@ class Ledger:
         Raises:
             OSError: the disk is full, or cannot be written.
         """
-        self._spool.put((record.client_id, number), data)
+        self._store.put(_key(record, number), [data])
 
     def took(self, record: Record, number: int) -> None:
         """A snapshot that was taken as call ``number`` is stored: the journal begins behind it.
@@ -383,7 +383,7 @@ class Ledger:
             return None
         key = record.client_id, record.snapshot_number
         state = self._states.get(key)
-        return bytes(seal(state)) if state is not None else self._spool.get(key)
+        return bytes(seal(state)) if state is not None else self._store.get(_key(record, record.snapshot_number))
 
     def close(self) -> None:
         """Give memory and disk back."""
@@ -393,12 +393,12 @@ class Ledger:
         self._records.clear()
         self._num_uses.clear()
         self._states.clear()
-        self._spool.close()
+        self._store.close()
 
     def _discard(self, record: Record, number: int) -> None:
         if (state := self._states.pop((record.client_id, number), None)) is not None:
             self._num_state_bytes -= state.nbytes
-        self._spool.discard((record.client_id, number))
+        self._store.discard(_key(record, number))
 
     def _cut(self, record: Record, journal: list[Entry]) -> None:
         kept = set(journal)
@@ -419,3 +419,8 @@ class Ledger:
                     num_bytes += value.num_bytes
             self.num_journal_bytes += sign * num_bytes
         self._hold(max(self.num_journal_bytes - self._max_bytes, 0))
+
+
+def _key(record: Record, number: int) -> str:
+    """The key of a snapshot in the store."""
+    return f"{number} {record.client_id}"

@@ -18,8 +18,8 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, GroupCallError, SnapshotError, WorkerLostError
 from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
 from torchfedrpc.experiments.info import describe
-from torchfedrpc.federation.private_files import close_to_others, make_private, replaced
 from torchfedrpc.launcher import Launch
+from torchfedrpc.private_files import close_to_others, make_private, replaced
 from torchfedrpc.run import drive, leave_no_word
 from torchfedrpc.signals import run_interruptible
 

@@ -24,8 +24,8 @@ from torchfedrpc.experiments.recipe import build, locate
 from torchfedrpc.experiments.report import print_table
 from torchfedrpc.experiments.training import Score, score
 from torchfedrpc.federation.checkpoints import SUBFOLDER, Checkpoints
-from torchfedrpc.federation.private_files import make_private, replaced
 from torchfedrpc.host.process import process_settings
+from torchfedrpc.private_files import make_private, replaced
 from torchfedrpc.proxy import LearnerProxy
 
 Recipe = Mapping[str, Any]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchfedrpc.events import RoundEnded
-from torchfedrpc.federation.private_files import open_private, replaced
+from torchfedrpc.private_files import open_private, replaced
 
 
 @dataclass(frozen=True)

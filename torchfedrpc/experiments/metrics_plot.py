@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from torchfedrpc.experiments.history import RoundRecord
-from torchfedrpc.federation.private_files import replaced
+from torchfedrpc.private_files import replaced
 
 
 def draw_metrics(

@@ -1,42 +1,50 @@
-"""Checkpoints of a trainer's run: where they are, how often they are taken, and which one a run goes on from."""
+"""Settings of a run's checkpoints, and the choice of the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.federation.checkpoint_config import FACTS, check_equal, plain
-from torchfedrpc.federation.checkpoint_folder import Checkpoint, CheckpointFolder
+from torchfedrpc.federation.checkpoint_store import Checkpoint, CheckpointStore
 from torchfedrpc.proxy import LearnerProxy
+from torchfedrpc.wire.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
 SUBFOLDER = "checkpoints"
-"""Where an output folder has its checkpoints."""
+"""The folder for checkpoints in an output folder."""
+
+_PROXY = "proxy."  # prefix of the settings that the proxy has
+_MAY_DIFFER = ("num_rounds", "trainer.num_rounds")  # a later run may have more rounds
+_MISSING = object()
 
 
 class Stateful(Protocol):
-    """What can be saved and given its state back."""
+    """An object whose state can be saved and restored."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that matters later."""
+        """Return the state."""
 
     def load_state_dict(self, state: Any) -> object:
-        """Go on from what `state_dict` gave."""
+        """Restore a state that `state_dict` returned."""
 
 
 class Resumable(Stateful, Protocol):
-    """What a checkpoint asks of a trainer."""
+    """A trainer whose run can be saved and resumed."""
 
     config: Any
     learner_proxy: LearnerProxy
 
     @property
     def num_rounds(self) -> int:
-        """The rounds of a whole run."""
+        """Number of rounds of a whole run."""
 
     @property
     def trusted_modules(self) -> list[str]:
@@ -44,31 +52,32 @@ class Resumable(Stateful, Protocol):
 
 
 class Checkpoints:
-    """Where a trainer's run is saved, how often, and from where it goes on.
+    """Settings of a run's checkpoints: where they are, how often one is saved, and which one the run resumes from.
 
-    Set it on a trainer that loops over ``self.rounds()``, before it trains:
+    Set them on a trainer that loops over ``self.rounds()``, before it trains:
 
         trainer.checkpoints = tfr.Checkpoints("runs/digits", every=5, resume="auto")
 
-    The folder belongs to one run at a time. A checkpoint has the trainer's ``state_dict()``, the state of every
-    learner that was called, and the driver's global random streams, all as of the end of a round. Saving goes on
-    beside the next round; of the learners only those are written that were called since.
+    A checkpoint has the trainer's ``state_dict()``, the state of every learner that was called, and the driver's
+    global random streams, all as of the end of a round. It is written beside the next round, with only the learners
+    that were called since the checkpoint before. The folder belongs to one run at a time.
 
     Args:
-        folder: where checkpoints are kept.
-        every: rounds from one to the next, at least 1; the last round is saved as well. None to save none.
-        num_kept: how many are kept; the one before the last serves where the last was damaged.
-        resume: ``never`` begins anew; what an earlier run has left in the folder is set aside. ``auto`` goes on from
-            this folder's last checkpoint, where there is one. Anything else is another folder (of checkpoints, or
-            one that has such a folder as ``checkpoints``) to go on from where this one has none.
-        config: what has to be equal for a run to go on, but for ``num_rounds``, which may grow. Default: the
-            trainer's config. Learners, clients and seed of the proxy are compared in any case.
+        folder: The folder for checkpoints.
+        every: Rounds between checkpoints, at least 1; the last round is saved as well. None to save none.
+        num_kept: Number of checkpoints that are kept; an older one is used if the newest is damaged.
+        resume: ``never`` begins anew and moves an earlier run's checkpoints into a folder ``earlier_N``. ``auto``
+            resumes from the newest checkpoint in the folder, if there is one. Any other value is a second folder (of
+            checkpoints, or with a subfolder ``checkpoints``) to resume from if the first has none.
+        config: Settings that have to be equal in a run that resumes, except for ``num_rounds``, which may grow.
+            Default: the trainer's config. The proxy's learners, clients and seed always have to be equal.
 
     Attributes:
-        parts: what else belongs to the run, by name: it is saved, and given its state back, with the trainer.
+        parts: Further objects by name whose state is saved and restored with the trainer's.
+        store: The checkpoints in the folder.
 
     Raises:
-        ConfigError: a setting cannot be met.
+        ConfigError: If ``every`` or ``num_kept`` is no whole number of at least 1.
     """
 
     def __init__(
@@ -85,51 +94,43 @@ class Checkpoints:
                 raise ConfigError(f"checkpoints: {name} must be a whole number of at least 1, not {value!r}")
         self.every = every
         self.parts: dict[str, Stateful] = {}
-        self._own = CheckpointFolder(Path(folder), num_kept=num_kept)
-        self._other: CheckpointFolder | None = None
-        if str(resume) not in ("never", "auto"):
-            other = _checkpoints_in(Path(resume))
-            self._other = CheckpointFolder(other) if other.resolve() != Path(folder).resolve() else None
-        self._begins_anew = str(resume) == "never"
+        self.store = CheckpointStore(Path(folder), num_kept=num_kept)
+        self.is_open = False
+        self._resume = str(resume)
+        self._other = _other_store(Path(folder), Path(resume)) if self._resume not in ("never", "auto") else None
         self._config = config
-        self._is_open = False
         self._found: Checkpoint | None = None
 
-    @property
-    def folder(self) -> CheckpointFolder:
-        """The files."""
-        return self._own
-
     def open(self) -> Checkpoint | None:
-        """Lock the folder, and find what the run goes on from; a second time, give that again.
+        """Lock the folder and load the checkpoint that the run resumes from; a second call returns it again.
 
         Returns:
-            The checkpoint; None where the run begins at its first round.
+            The checkpoint; None if the run begins at its first round.
 
         Raises:
-            ConfigError: another run has the folder, there is nothing where ``resume`` looks, or the configuration
-                differs where it matters.
-            SnapshotError: checkpoints are there, and all are damaged.
+            ConfigError: If another run has the folder, the folder named by ``resume`` has no checkpoint, or the
+                configuration differs.
+            SnapshotError: If the folder has checkpoints and all of them are damaged.
         """
-        if self._is_open:
+        if self.is_open:
             return self._found
-        self._own.lock()
         try:
+            self.store.lock()
             self._found = self._find()
             if self._found is not None and self._config is not None:
-                check_equal(self._found, plain(self._config), with_facts=False)
+                check_equal(self._found, plain(self._config), with_proxy=False)
         except BaseException:
             self.close()
             raise
-        self._is_open = True
+        self.is_open = True
         return self._found
 
     def close(self) -> None:
-        """Leave the folder to other runs."""
-        self._is_open, self._found = False, None
-        for folder in (self._own, self._other):
-            if folder is not None:
-                folder.unlock()
+        """Release the folder to other runs; a second call does nothing."""
+        self.is_open, self._found = False, None
+        self.store.unlock()
+        if self._other is not None:
+            self._other.unlock()
 
     def __enter__(self) -> Checkpoints:
         self.open()
@@ -138,41 +139,101 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the folder is this run's."""
-        return self._is_open
-
     def config_of(self, trainer: Resumable) -> dict[str, Any]:
-        """What has to be equal for a run of this trainer to go on, by dotted key."""
+        """Return the settings by dotted key that a run has to share to resume from this trainer's checkpoints."""
         config = plain(trainer.config if self._config is None else self._config)
-        return config | {f"{FACTS}{name}": value for name, value in trainer.learner_proxy.identity().items()}
+        return config | {f"{_PROXY}{name}": value for name, value in trainer.learner_proxy.identity().items()}
 
     def _find(self) -> Checkpoint | None:
-        if self._begins_anew:
-            if (aside := self._own.set_aside()) is not None:
-                logger.warning("resume=never: the checkpoints of an earlier run are in %s now", aside)
+        if self._resume == "never":
+            if (aside := self.store.set_aside()) is not None:
+                logger.warning("resume=never: the checkpoints of an earlier run have been moved to %s", aside)
             return None
-        if (found := self._own.load()) is not None:
+        if (found := self.store.load()) is not None:
             return found
         if self._other is not None:
-            if self._other.path.is_dir():
+            if self._other.folder.is_dir():
                 self._other.lock()
                 found = self._other.load()
             if found is None:
                 raise ConfigError(
-                    f"resume={self._other.path}: there is no checkpoint; resume is never, auto, or a folder that "
-                    f"has some"
+                    f"resume={self._other.folder}: there is no checkpoint; resume is never, auto, or a folder with "
+                    f"checkpoints"
                 )
-            return found
-        if self._own.is_used:
+        elif self.store.is_used:
             logger.warning(
                 "%s has no checkpoint, though a run was here: starting at round 0 (a run is saved at the end of its "
                 "rounds, and only if its trainer loops over self.rounds())",
-                self._own.path,
+                self.store.folder,
             )
-        return None
+        return found
 
 
-def _checkpoints_in(folder: Path) -> Path:
-    return folder / SUBFOLDER if (folder / SUBFOLDER).is_dir() else folder
+def plain(config: Any) -> dict[str, Any]:
+    """Return settings by dotted key as plain values; of any other value its type and a hash."""
+    return dict(_flattened("", _items(config) or getattr(config, "__dict__", {})))
+
+
+def check_equal(found: Checkpoint, config: Mapping[str, Any], *, with_proxy: bool) -> None:
+    """Compare a checkpoint's configuration with that of a run.
+
+    Args:
+        found: The checkpoint.
+        config: The run's settings by dotted key.
+        with_proxy: Whether these include the proxy's.
+
+    Raises:
+        ConfigError: If they differ; the message names the keys.
+    """
+    differing = [
+        f"{key} was {_shown(found.config, key)} and is {_shown(config, key)}"
+        for key in {**found.config, **config}
+        if (with_proxy or not key.startswith(_PROXY))
+        and key not in _MAY_DIFFER
+        and found.config.get(key, _MISSING) != config.get(key, _MISSING)
+    ]
+    if differing:
+        raise ConfigError(
+            f"the checkpoint of round {found.round_num} is of another configuration: {'; '.join(differing)}. Set "
+            f"these as they were, choose another folder, or begin anew with resume=never"
+        )
+
+
+def _other_store(folder: Path, resume: Path) -> CheckpointStore | None:
+    other = resume / SUBFOLDER if (resume / SUBFOLDER).is_dir() else resume
+    return CheckpointStore(other) if other.resolve() != folder.resolve() else None
+
+
+def _shown(config: Mapping[str, Any], key: str) -> str:
+    return repr(config[key]) if key in config else "not set"
+
+
+def _flattened(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if inner := _items(value):
+            yield from _flattened(f"{prefix}{key}.", inner)
+        else:
+            yield f"{prefix}{key}", _plain(value)
+
+
+def _items(value: Any) -> Mapping[str, Any] | None:
+    """Return the inner settings of a mapping or a plain object."""
+    if isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    return vars(value) if isinstance(value, SimpleNamespace | argparse.Namespace) else None
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    try:
+        return f"{name} {hashlib.sha256(fingerprint(value)).hexdigest()[:16]}"
+    except Exception:  # a value that cannot be pickled is compared by its type alone
+        return name

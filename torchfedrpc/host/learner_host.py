@@ -20,7 +20,7 @@ from torchfedrpc.host.answer import answer
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.deadlines import Deadlines, debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
-from torchfedrpc.host.learner_cache import Residents
+from torchfedrpc.host.learner_cache import LearnerCache
 from torchfedrpc.host.mailbox import Job, Mailbox, Reply
 from torchfedrpc.host.replies import Replies
 from torchfedrpc.host.runner import Report, Runner
@@ -76,7 +76,7 @@ class LearnerHost:
         self._is_remote = constructor_arguments is None
         self._by_value = self._is_remote or spec.runtime.isolation != "none"
         self._deadlines = Deadlines(self._expire)
-        self._residents = Residents(spec.runtime.max_resident_learners)
+        self._residents = LearnerCache(spec.runtime.max_resident_learners)
         self._runner = Runner(
             spec,
             device or torch.device("cpu"),

@@ -24,7 +24,7 @@ from torchfedrpc.host.context import CallContext, SharedObjects, current_call
 from torchfedrpc.host.deadlines import Deadlines
 from torchfedrpc.host.faults import Saboteur
 from torchfedrpc.host.gate import Gate
-from torchfedrpc.host.learner_cache import Residents
+from torchfedrpc.host.learner_cache import LearnerCache
 from torchfedrpc.host.mailbox import Job, Mailbox
 from torchfedrpc.host.methods import find_method, hidden_methods
 from torchfedrpc.host.randomness import RandomStreams, call_seed
@@ -75,7 +75,7 @@ class Runner:
         report: Report,
         activity: Activity | None,
         deadlines: Deadlines,
-        residents: Residents,
+        residents: LearnerCache,
         claim: Callable[[Mailbox], bool],
         release: Callable[[Mailbox], None],
         done: Done,

@@ -119,7 +119,7 @@ REFUSED = [
         "torchfedrpc.wire.file.os.kill",
     ),
     *("torchfedrpc.experiments.recipe.build", "torchfedrpc.experiments.recipe.importlib.import_module"),
-    *("torchfedrpc.federation.checkpoint_folder.CheckpointFolder", "torchfedrpc.experiments.history.History"),
+    *("torchfedrpc.federation.checkpoint_store.CheckpointStore", "torchfedrpc.experiments.history.History"),
     *(
         "torchfedrpc.experiments.data.samples.torch.load",
         "torchfedrpc.experiments.data.samples.dataclass",

@@ -1,4 +1,4 @@
-"""The folder of a run's outputs: private to its user, and written so that no link leads out of it."""
+"""Private files and folders: accessible to their user alone, and written without following links."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torchfedrpc.errors import ConfigError
 
 _PRIVATE_FOLDER = 0o700
 _PRIVATE_FILE = 0o600
-# What Windows has of these is the last alone.
+# Windows has only the last of these flags.
 _PRIVATE_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
 _HAS_OWNERS = hasattr(os, "geteuid")  # Windows has access lists instead, which a folder inherits
 
 
 def make_private(path: Path) -> None:
-    """Make a folder that its user alone can enter; one that is there has to be such that no other can change it.
+    """Make a folder with mode 0700, or check that no other user can change an existing one.
 
-    The folder itself may be a link of the user's own.
+    The folder itself may be a symbolic link.
 
     Raises:
-        ConfigError: it belongs to another user, or others may write into it.
-        OSError: it cannot be made.
+        ConfigError: If the folder belongs to another user, or others may write into it.
+        OSError: If the folder cannot be made.
     """
     path.mkdir(mode=_PRIVATE_FOLDER, parents=True, exist_ok=True)
     if not _HAS_OWNERS:
@@ -34,20 +34,17 @@ def make_private(path: Path) -> None:
     if status.st_uid != os.geteuid():
         raise ConfigError(
             f"{path} belongs to another user (uid {status.st_uid}), who could change what a run writes there and "
-            f"goes on from: name a folder of your own"
+            f"resumes from: name a folder of your own"
         )
     if status.st_mode & 0o022:
         raise ConfigError(
             f"others may write into {path} (mode {stat.S_IMODE(status.st_mode):04o}), and change what a run writes "
-            f"there and goes on from: chmod 700 {path}, or name another folder"
+            f"there and resumes from: chmod 700 {path}, or name another folder"
         )
 
 
 def close_to_others(path: Path) -> None:
-    """Take the access of others away from a folder of one's own that another library has made.
-
-    A folder in which the user works is left as it is.
-    """
+    """Set mode 0700 on a folder that another library has made, unless it contains the working directory."""
     if not _HAS_OWNERS:
         return
     status = path.stat()
@@ -56,14 +53,14 @@ def close_to_others(path: Path) -> None:
 
 
 def open_private(path: Path, flags: int) -> int:
-    """Open a file for writing, its user's alone; never the file that a link leads to, and never a pipe.
+    """Open a file with mode 0600 for writing; links and pipes are refused.
 
     Args:
-        path: the file.
-        flags: as of `os.open`.
+        path: The file.
+        flags: As for `os.open`.
 
     Raises:
-        OSError: it cannot be opened, or is a link.
+        OSError: If the file cannot be opened, or is a link or a pipe.
     """
     descriptor = os.open(path, flags | _PRIVATE_FLAGS, _PRIVATE_FILE)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -74,10 +71,10 @@ def open_private(path: Path, flags: int) -> int:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of what is at the path once it is whole, a link included.
+    """Write a temporary file, then rename it over the path, also over a link.
 
     Raises:
-        OSError: it cannot be written; what is there stays.
+        OSError: If the file cannot be written; the path keeps its content.
     """
     beside = path.with_name(f"{path.name}.tmp")
     beside.unlink(missing_ok=True)

@@ -18,8 +18,8 @@ from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import RoundEnded
 from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
 from torchfedrpc.experiments.history import History
-from torchfedrpc.federation.checkpoint_folder import CheckpointFolder
-from torchfedrpc.federation.private_files import close_to_others, make_private, open_private, replaced
+from torchfedrpc.federation.checkpoint_store import CheckpointStore
+from torchfedrpc.private_files import close_to_others, make_private, open_private, replaced
 from torchfedrpc.wire.packing import pack
 
 
@@ -47,15 +47,16 @@ def write(path: Path) -> None:
     history = History(path / "history.jsonl", lambda: {"bytes_sent": 0, "bytes_received": 0})
     history.append(RoundEnded(0, 1, {}))
     history.load_state_dict(history.state_dict())
-    folder = CheckpointFolder(path / "checkpoints")
-    folder.lock()
-    try:
-        save = folder.begin(1, None)
-        save.add("a", b"snapshot")
-        save.commit({}, pack({}))
-        folder.set_aside()
-    finally:
-        folder.unlock()
+    store = CheckpointStore(path / "checkpoints")
+    for _ in range(2):
+        store.lock()
+        try:
+            store.set_aside()
+            save = store.begin(1, None)
+            save.add("a", b"snapshot")
+            save.commit({}, pack({}))
+        finally:
+            store.unlock()
 
 
 def test_all_that_a_run_writes_is_its_users_alone(tmp_path: Path) -> None:
@@ -63,15 +64,14 @@ def test_all_that_a_run_writes_is_its_users_alone(tmp_path: Path) -> None:
     make_private(path)
     write(path)
     found = [path, *path.rglob("*")]
-    assert len(found) == 7
+    assert len(found) == 8
     assert {mode_of(entry) for entry in found if entry.is_dir()} == {0o700}
     assert {mode_of(entry) for entry in found if entry.is_file()} == {0o600}
 
 
 @pytest.mark.parametrize(
     "name",
-    ["history.jsonl", "history.jsonl.tmp", "checkpoints/round_000001.checkpoint.tmp",
-     "checkpoints/round_000001.learners.tmp"],
+    ["history.jsonl", "history.jsonl.tmp", "checkpoints/checkpoints.sqlite.tmp", "checkpoints/lock.owner"],
 )  # fmt: skip
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path, target: Path, name: str) -> None:
     path = tmp_path / "run"
@@ -84,11 +84,20 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path, target: P
 
 
 def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, target: Path) -> None:
-    folder = CheckpointFolder(tmp_path / "run")
-    make_private(folder.path)
-    (folder.path / "lock").symlink_to(target)
-    with pytest.raises(ConfigError, match=r"cannot hold checkpoints: .*symbolic links"):
-        folder.lock()
+    store = CheckpointStore(tmp_path / "run")
+    make_private(store.folder)
+    (store.folder / "lock").symlink_to(target)
+    with pytest.raises(ConfigError, match=r"cannot hold checkpoints: .*it is a link"):
+        store.lock()
+    assert target.read_text() == "precious"
+
+
+def test_checkpoints_that_are_a_link_are_not_read(tmp_path: Path, target: Path) -> None:
+    store = CheckpointStore(tmp_path / "run")
+    make_private(store.folder)
+    (store.folder / "checkpoints.sqlite").symlink_to(target)
+    with pytest.raises(OSError, match="it is a link"):
+        store.load()
     assert target.read_text() == "precious"
 
 
@@ -115,7 +124,7 @@ def test_a_folder_into_which_others_may_write_is_refused_with_what_to_do(tmp_pat
     path.mkdir()
     path.chmod(mode)
     with pytest.raises(ConfigError, match=rf"others may write into .*mode {mode:04o}.*chmod 700 {path}"):
-        CheckpointFolder(path).lock()
+        CheckpointStore(path).lock()
     path.chmod(0o700)
     make_private(path)
 
