@@ -24,6 +24,7 @@ _APPLICATION_ID = 0x54465243  # "TFRC"
 _FORMAT = 1
 _CHUNK_BYTES = 1 << 20  # SQLite limits a value to 1 GB, and copies it as a whole
 _PAGE_BYTES = 1 << 14  # 1,000 blobs of 200 kB: 0.33 s to write and 0.14 s to read; with 4 KiB pages 0.46 s and 0.24 s
+_BUSY_S = 5.0  # for a user who looks into the file with a tool of SQLite's
 _SYSTEM_ERRORS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.EIO,
@@ -59,7 +60,7 @@ class BlobStore:
         self._name = str(path or "the temporary store")
         self._pid = os.getpid()
         is_new = path is None or _make_private_file(path)
-        self._connection = _connect(path)
+        self._connection = _connect(path, timeout_s=_BUSY_S)
         try:
             self._configure(is_temporary=path is None)
             if is_new:
@@ -221,7 +222,7 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self._pid = os.getpid()
         self.is_new = _make_private_file(path)
-        self._connection = _connect(path)
+        self._connection = _connect(path, timeout_s=0.0)
         owner = path.with_suffix(".owner")
         try:
             with _translated_errors(str(path)):
@@ -258,10 +259,10 @@ def _make_private_file(path: Path) -> bool:
     return False
 
 
-def _connect(path: Path | None) -> sqlite3.Connection:
+def _connect(path: Path | None, *, timeout_s: float) -> sqlite3.Connection:
     with _translated_errors(str(path)):
         name = "" if path is None else os.path.abspath(path)  # which is never taken for a URI
-        return sqlite3.connect(name, timeout=0, isolation_level=None, check_same_thread=False)
+        return sqlite3.connect(name, timeout=timeout_s, isolation_level=None, check_same_thread=False)
 
 
 @contextmanager

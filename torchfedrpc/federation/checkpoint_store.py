@@ -329,9 +329,9 @@ class Save:
         assert self._base is not None
         try:
             self._store._prune(found, self._base)
-        except (OSError, SnapshotError) as error:
+        except (OSError, SnapshotError, SerializationError) as error:
             logger.warning("%s keeps checkpoints that are no longer needed: %s", self._store.path, error)
-            return replace(found, is_in_damaged_file=isinstance(error, SnapshotError))
+            return replace(found, is_in_damaged_file=not isinstance(error, OSError))
         return found
 
     def abort(self) -> None:

@@ -1,4 +1,4 @@
-"""A trainer's attributes as state: modules and optimisers by their state dicts, other data by value, aliases kept."""
+"""A trainer's attributes as state: modules and optimisers as state dicts, other data by value, aliases kept."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torchfedrpc.host.state_comparison import Apart, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
 
-Place = tuple[Any, ...]  # an attribute's name, and keys and indices of the dicts and lists in it
-Part = tuple[str, str]  # an attribute with a state dict, and the name of a module, parameter or buffer in it
+Place = tuple[Any, ...]  # name of an attribute, then keys and indices into its dicts and lists
+Part = tuple[str, str]  # name of an attribute with a state dict, name of a module, parameter or buffer in it
 
 _REMEDY = "keep it as an attribute of the trainer, or in a dict or list that is one, or define state_dict() yourself"
 
 
 def has_state_dict(value: Any) -> bool:
-    """Whether an object's state can be taken and given back."""
+    """Return whether an object has `state_dict` and `load_state_dict`."""
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
 def state_of(attributes: Mapping[str, Any], allow: AllowList, trainer: Any) -> dict[str, Any]:
-    """The state of a trainer's attributes, for `give_state`.
+    """Return the state of a trainer's attributes, for `give_state`.
 
     Args:
-        attributes: name -> object, of those that are to be saved.
-        allow: the types that may be read again.
-        trainer: whose they are.
+        attributes: The attributes to save, by name.
+        allow: The types that may be read again.
+        trainer: The trainer, which error messages name.
 
     Returns:
-        ``states`` (name -> state dict), ``values`` (name -> data), and ``links``: where in the values, or as which
-        attribute, a part of an attribute with a state dict stands.
+        ``states`` (state dicts by name), ``values`` (data by name) and ``links``: the places in the values, or the
+        attributes, that are parts of an attribute with a state dict.
 
     Raises:
-        SnapshotError: the values would not come back equal, or untied from what has a state dict.
+        SnapshotError: If the values would not come back equal, or would no longer be parts of a module.
     """
     stateful = {name: value for name, value in attributes.items() if has_state_dict(value)}
     parts = _parts_of(stateful)
@@ -53,10 +53,10 @@ def state_of(attributes: Mapping[str, Any], allow: AllowList, trainer: Any) -> d
 
 
 def give_state(trainer: Any, state: Mapping[str, Any]) -> None:
-    """Give a trainer the state that `state_of` took.
+    """Restore the state that `state_of` returned.
 
     Raises:
-        ConfigError: the trainer has not made what has a state dict.
+        ConfigError: If the trainer lacks an attribute with a state dict.
     """
     for name, inner in state["states"].items():
         attribute: Any = getattr(trainer, name, None)
@@ -73,7 +73,7 @@ def give_state(trainer: Any, state: Mapping[str, Any]) -> None:
 
 
 def _parts_of(stateful: Mapping[str, Any]) -> dict[int, Part]:
-    """Address of an object -> what it is a part of: of the largest module, where several have it."""
+    """Return by object id the part that an object is, of the largest module that has it."""
     parts: dict[int, Part] = {}
     modules = {name: value for name, value in stateful.items() if isinstance(value, nn.Module)}
     for name in sorted(modules, key=lambda name: -sum(1 for _ in modules[name].modules())):
@@ -95,7 +95,7 @@ def _part(attributes: Mapping[str, Any], part: Part) -> Any:
 
 
 def _without_parts(values: dict[str, Any], parts: Mapping[int, Part], links: list[tuple[Place, Part]]) -> Any:
-    """The values with None where a part stands in dicts and lists, of which those that have any are copied."""
+    """Replace parts in dicts and lists by None; containers that have parts are copied, others are kept."""
     copies: dict[int, Any] = {}
 
     def visit(value: Any, place: Place) -> Any:
@@ -104,7 +104,7 @@ def _without_parts(values: dict[str, Any], parts: Mapping[int, Part], links: lis
             return None
         if type(value) not in (dict, list) or id(value) in copies:
             return copies.get(id(value), value)
-        copies[id(value)] = value  # for itself, should it hold itself
+        copies[id(value)] = value  # it may contain itself
         items = value.items() if type(value) is dict else enumerate(value)
         found = {key: inner for key, item in items if (inner := visit(item, (*place, key))) is not item}
         if found:
