@@ -112,6 +112,20 @@ import torch
 
 changed = {name: bytes.fromhex(data) for name, data in eval(sys.argv[4]).items()}
 state = pack({"weights": torch.full((20,), 3.0), "round": 3})
+
+def save(path, number):
+    store = CheckpointStore(path, num_kept=2)
+    store.lock()
+    base = store.load()
+    assert base.round_num == base_round
+    with killed_at(number):
+        files = store.begin(3, base)
+        for client_id, data in changed.items():
+            files.add(client_id, data)
+        files.commit(config, state)
+    store.unlock()
+
+save(shutil.copytree(first, first.parent / "unkilled"), 0)  # imports what each child would import again
 number, status = 0, 1
 while status != 0:
     number += 1
@@ -119,15 +133,7 @@ while status != 0:
     shutil.copytree(first, path)
     pid = os.fork()
     if pid == 0:
-        store = CheckpointStore(path, num_kept=2)
-        store.lock()
-        base = store.load()
-        assert base.round_num == base_round
-        with killed_at(number):
-            files = store.begin(3, base)
-            for client_id, data in changed.items():
-                files.add(client_id, data)
-            files.commit(config, state)
+        save(path, number)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status in (0, -signal.SIGKILL), status
