@@ -128,7 +128,7 @@ class RuntimeConfig:
         isolation: ``value`` copies arguments and results also in local mode, ``none`` passes references there.
         interface: network interface that workers of several machines use, such as ``wg0``. Default: loopback
             where all are on one machine, else the interface that routes to the driver. Every port of the driver is
-            there too, that which greets the ranks of a launch included, but for that of ``join_at``.
+            there too, that of the handshake with the ranks of a launch included, but for that of ``join_at``.
         token_file: file with the shared token of the driver and the workers that listen or join, which nobody else
             may read. Default: the one that the environment variable TORCHFEDRPC_TOKEN_FILE names. The other ranks
             of a launch take it from that variable alone; without it the launch's token is in the launcher's store.

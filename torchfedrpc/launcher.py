@@ -1,4 +1,4 @@
-"""This process's part in a launch (of torchrun and its like); the one reader of the launcher's variables."""
+"""The place of this process in a launch by torchrun or the like, read from the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Launch:
         rank: 0 for the driver, 1 .. world_size - 1 for the workers.
         world_size: processes in the launch.
         local_rank: this process's number on its machine.
-        num_nodes: machines in the launch; None where the launcher does not say (torchrun does).
+        num_nodes: machines in the launch; None if the launcher does not tell (torchrun does).
         master_address: the machine of rank 0, as the launcher names it.
         master_port: the port of the launch's store there.
         agent_store: whether the launcher itself serves that store (torchrun does; else rank 0 has to).
-        is_last_attempt: whether the launcher will not start this process again where it fails.
+        is_last_attempt: whether the launcher does not start this process again if it fails.
     """
 
     rank: int
@@ -34,10 +34,10 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch | None:
-        """Read the launch this process belongs to; None where there is none, or it has a single rank.
+        """Read the launch of this process; None if there is none, or it has a single rank.
 
         Raises:
-            ConfigError: some of the launcher's variables are missing or no numbers.
+            ConfigError: If some of the launcher's variables are missing or no numbers.
         """
         environment = os.environ
         if "WORLD_SIZE" not in environment and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
@@ -76,9 +76,9 @@ _RANK_PID = "TORCHFEDRPC_RANK_PID"
 
 
 def is_process_of_rank() -> bool:
-    """Whether this process is itself a rank other than 0 of a launch, and no process that such a rank has started.
+    """Whether this process is a rank other than 0 of a launch, and not a child process of such a rank.
 
-    Those have the launcher's variables too. The first process of a rank that asks is the rank's own.
+    Children inherit the launcher's variables. The first process that calls this is the rank.
     """
     if os.environ.get("RANK", "0") == "0":
         return False
@@ -89,19 +89,19 @@ _is_worker = False
 
 
 def become_worker() -> None:
-    """This process was started by a driver to serve learners."""
+    """Note that this process serves learners."""
     global _is_worker
     _is_worker = True
 
 
 def check_is_driver() -> Launch | None:
-    """Refuse to drive a run from a process that serves in one.
+    """Check that this process may drive a run.
 
     Returns:
-        The launch whose driver this process is, if any.
+        The launch that this process drives, if any.
 
     Raises:
-        ConfigError: it is a worker.
+        ConfigError: If this process is a worker.
     """
     if _is_worker:
         raise ConfigError(

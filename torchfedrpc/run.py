@@ -62,8 +62,8 @@ def drive(job: Callable[[], T]) -> T | None:
     if launch.rank != 0:
         leave_no_word()  # what fails from now on is told by other ways
         with _ended_by_ctrl_c():
-            link, pulse = ranks.dial_driver(launch)
-        if not worker.serve_launch(link, pulse, launch.local_rank).is_clean:
+            link = ranks.dial_driver(launch)
+        if not worker.serve_launch(link, launch.local_rank).is_clean:
             _leave_behind()
         return None
     check_is_driver()

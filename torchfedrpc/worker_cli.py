@@ -1,4 +1,4 @@
-"""The ``torchfedrpc-worker`` command: a worker on another machine, which waits for drivers or joins one."""
+"""The ``torchfedrpc-worker`` command: a worker on another machine, which listens for drivers or joins one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ from collections.abc import Sequence
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.rpc import worker
-from torchfedrpc.rpc.greeting import Greeted, GreetingError, UnreachableError, dial, parse_address
+from torchfedrpc.rpc.control_link import Link
+from torchfedrpc.rpc.handshake import (
+    TOKEN_VARIABLE,
+    About,
+    HandshakeError,
+    UnreachableError,
+    dial,
+    load_token,
+)
+from torchfedrpc.rpc.interfaces import parse_address
 from torchfedrpc.rpc.listening import listen
-from torchfedrpc.rpc.token import VARIABLE, load_token
 from torchfedrpc.run import leave_no_word
 
 _NAME = "torchfedrpc-worker"
@@ -26,11 +34,11 @@ _RETRY_S = 0.2
 _EPILOG = """\
 Learners' modules are found in the folder where the worker is started.
 
-The port of --listen and --join only greets: both ends prove that they have the same token, and compare versions. What
-follows goes by other ports, which the system chooses, in both directions; nothing of it is encrypted. So driver and
-workers have to reach each other on ports 32768 to 60999 (/proc/sys/net/ipv4/ip_local_port_range), on a network that
-is trusted. Sites behind NAT need an interface of a VPN, such as WireGuard's, between them: listen on its address, and
-name it to the driver by runtime.interface=wg0.
+The port of --listen and --join is for the handshake, in which both ends prove that they have the same token and
+compare versions, and for the control link. Heartbeats, calls and tensors travel on other ports, which the system
+chooses, in both directions, and nothing is encrypted. So driver and workers have to reach each other on ports 32768
+to 60999 (/proc/sys/net/ipv4/ip_local_port_range), on a trusted network. Sites behind NAT need an interface of a VPN,
+such as WireGuard's, between them: listen on its address, and name it to the driver by runtime.interface=wg0.
 """
 
 
@@ -38,12 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: those behind the command's name; None takes the process's.
+        arguments: the arguments after the command's name; None takes the process's.
 
     Returns:
-        The exit status: 0 where the run ended well, or a signal asked the worker to leave; 1 where a driver to join
-        is not there, refuses, gives this worker up, or ends its run early; 2 for a setting that is wrong; 128 and its
-        number for a signal that cut work off.
+        The exit status: 0 if the run ended well or a signal asked the worker to leave; 1 if the driver to join is
+        unreachable, refuses, gives this worker up or ends its run early; 2 for a wrong setting; 128 plus its number
+        for a signal that interrupted work.
     """
     parser = argparse.ArgumentParser(
         prog=_NAME,
@@ -59,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     way.add_argument("--join", metavar="HOST:PORT", help="dial a driver that is running")
     parser.add_argument(
-        "--token-file", metavar="FILE", help=f"the token that driver and workers share (default: ${VARIABLE})"
+        "--token-file", metavar="FILE", help=f"the token that driver and workers share (default: ${TOKEN_VARIABLE})"
     )
-    leave_no_word()  # this is no rank, whatever variables a launcher has set
+    leave_no_word()  # this process is no rank, even if a launcher has set variables
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format=f"{_NAME}: %(message)s")
     sys.path.insert(0, os.getcwd())
@@ -72,28 +80,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _join(options.join, token)
     except ConfigError as error:
         return _fail(error, 2)
-    except GreetingError as error:
+    except HandshakeError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 
 def _join(address: str, token: bytes) -> int:
-    driver = _dial(address, token)
-    run = f"the run of {driver.about.get('program', 'a driver')} on {driver.about['machine']}"
+    link, about = _dial(address, token)
+    run = f"the run of {about.get('program', 'a driver')} on {about['machine']}"
     print(f"joined {run}", flush=True)
-    ending = worker.serve_remote(driver.link, driver.pulse)
+    ending = worker.serve_remote(link)
     if ending.reason:
         status = _fail(f"{run} does without this worker: {ending.reason}", 1)
     else:
         status = 0
         print(f"left {run}, as it was asked to" if ending.was_asked else f"{run} has ended well", flush=True)
-    if not ending.is_clean:  # a learner's method goes on regardless, and its thread would break the interpreter's end
+    if not ending.is_clean:  # a learner's method goes on, and its thread would break the interpreter's end
         os._exit(status)
     return status
 
 
-def _dial(address: str, token: bytes) -> Greeted:
+def _dial(address: str, token: bytes) -> tuple[Link, About]:
     give_up_at = time.monotonic() + _RETRY_FOR_S
     while True:
         try:

@@ -202,16 +202,16 @@ def test_hydra_runs_on_rank_0_only(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     served = []
 
-    def serve(link: str, pulse: str, local_rank: int) -> worker.Ending:
-        served.append((link, pulse, local_rank))
+    def serve(link: str, local_rank: int) -> worker.Ending:
+        served.append((link, local_rank))
         return worker.Ending(True, "")
 
-    monkeypatch.setattr(launch, "dial_driver", lambda launch: ("link", "pulse"))
+    monkeypatch.setattr(launch, "dial_driver", lambda launch: "link")
     monkeypatch.setattr(worker, "serve_launch", serve)
     monkeypatch.setattr(cli, "_task", lambda: pytest.fail("hydra has run"))
     monkeypatch.setattr(sys, "argv", ["torchfedrpc", "no_such_key=1"])
     cli.main()
-    assert served == [("link", "pulse", 1)]
+    assert served == [("link", 1)]
 
 
 def test_options_of_ones_own_come_from_a_folder_of_ones_own(tmp_path: Path) -> None:

@@ -28,8 +28,10 @@ import torchfedrpc as tfr
 from torchfedrpc.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
 from torchfedrpc.executors import remote, room
 from torchfedrpc.executors.journal import Asked
-from torchfedrpc.rpc import guests, world
-from torchfedrpc.rpc.greeting import Greeted, UnreachableError, dial
+from torchfedrpc.rpc import sources, world
+from torchfedrpc.rpc.control_link import Link
+from torchfedrpc.rpc.handshake import UnreachableError, dial
+from torchfedrpc.rpc.heartbeat_connection import dial_heartbeat
 from torchfedrpc.rpc.heartbeat_process import LEAVING
 from torchfedrpc.rpc.member import Member
 
@@ -375,7 +377,7 @@ async def test_workers_that_are_of_no_use_do_a_run_no_harm(
         for number in range(1, 8):
             executor._group._num_useless[f"worker{number + 1}"] = 6  # as at an address, where each has the same name
             # It has no learner: what a worker that is started in another folder finds.
-            guest = await dial(proxy.join_address, Path(token).read_bytes(), {"role": "worker"}, timeout_s=5.0)
+            guest = await until_up(proxy.join_address, token)
             answering = asyncio.ensure_future(asyncio.to_thread(_refuse, guest))
             await seen.loss(number)
             assert "no module named learners" in await answering
@@ -454,12 +456,12 @@ async def test_nobody_waits_for_one_who_takes_long_to_get_ready(
     runtime = {"execution_mode": "pseudo", "num_processes": 2, "join_at": "127.0.0.1:0", "token_file": token}
     async with opened(expected, **runtime) as (proxy, steps, seen):
         assert proxy.join_address is not None
-        guest = await dial(proxy.join_address, Path(token).read_bytes(), {"role": "worker"}, timeout_s=5.0)
-        message = await asyncio.to_thread(guest.link.receive)  # which it does not answer yet
-        assert message is not None
+        guest = await until_up(proxy.join_address, token)
+        heartbeat = await asyncio.to_thread(_connect, guest)
+        message: Any = await asyncio.to_thread(guest.receive)  # which is not answered yet
         assert message["do"] == "prepare"
         executor: Any = proxy._router._main
-        guest.pulse.send(LEAVING + b"\n")  # which is remembered, though worlds of others are formed
+        heartbeat.send(LEAVING + b"\n")  # which is remembered, though worlds of others are formed
         for killed in (["worker1"], ["worker1", "worker2"]):
             client = next(client for client, label in where(proxy).items() if label == killed[-1])
             os.kill(await proxy.custom_method(client, "process_id"), signal.SIGKILL)
@@ -468,10 +470,10 @@ async def test_nobody_waits_for_one_who_takes_long_to_get_ready(
         group = executor._group
         assert group._newcomers["worker3"].wants_to_leave
         group._fail(tfr.WorkerLostError("a test wants it"))
-        message = await asyncio.to_thread(guest.link.receive)
+        message = await asyncio.to_thread(guest.receive)
         assert message == {"do": "stop", "reason": "the run has no world any more"}
-        guest.link.close()
-        guest.pulse.close()
+        guest.close()
+        heartbeat.close()
 
 
 async def test_a_first_joiner_that_is_of_no_use_is_refused_and_the_run_waits_for_the_next(
@@ -530,13 +532,14 @@ async def test_a_worker_that_is_still_importing_as_the_run_fails_is_told_why(tok
     proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime={"join_at": address, "token_file": token})
     entering = asyncio.ensure_future(proxy.__aenter__())
     guest = await until_up(address, token)
-    message: Any = await asyncio.to_thread(guest.link.receive)
+    heartbeat = await asyncio.to_thread(_connect, guest)
+    message: Any = await asyncio.to_thread(guest.receive)
     assert message["do"] == "prepare"
     entering.cancel()
-    message = await asyncio.to_thread(guest.link.receive)
+    message = await asyncio.to_thread(guest.receive)
     assert message == {"do": "stop", "reason": "the run was interrupted"}  # so that it ends with status 1
-    guest.link.close()
-    guest.pulse.close()
+    guest.close()
+    heartbeat.close()
     with pytest.raises(asyncio.CancelledError):
         await entering
 
@@ -553,9 +556,8 @@ async def test_a_run_that_waits_for_its_first_worker_checks_its_interface(
     proxy = tfr.LearnerProxy(Mortal, CLIENTS, runtime=runtime)
     entering = asyncio.ensure_future(proxy.__aenter__())
     guest = await until_up(runtime["join_at"], token)
-    message: Any = await asyncio.to_thread(guest.link.receive)
-    guest.link.close()
-    guest.pulse.close()
+    message: Any = await asyncio.to_thread(guest.receive)
+    guest.close()
     assert message["do"] == "stop"
     assert re.match(refusal, message["reason"])
     with pytest.raises(tfr.ConfigError, match=refusal):
@@ -566,16 +568,15 @@ async def test_a_run_that_waits_for_its_first_worker_checks_its_interface(
 async def test_a_heartbeat_timeout_that_is_too_short_for_another_machine_ends_only_a_run_without_workers(
     token: str, monkeypatch: pytest.MonkeyPatch, begins_with: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(guests, "network_site", lambda: "another machine")
+    monkeypatch.setattr(sources, "network_site", lambda: "another machine")
     refusal = r"runtime\.heartbeat_timeout_s=2 is too short for worker\d on .* set 5 or more$"
     address = free_address()
     runtime = {"join_at": address, "token_file": token, "heartbeat_timeout_s": 2.0}
     proxy = tfr.LearnerProxy(Mortal, CLIENTS[:1], runtime=runtime | begins_with, seed=SEED)
     entering = asyncio.ensure_future(proxy.__aenter__())
     guest = await until_up(address, token)
-    message: Any = await asyncio.to_thread(guest.link.receive)
-    guest.link.close()
-    guest.pulse.close()
+    message: Any = await asyncio.to_thread(guest.receive)
+    guest.close()
     assert message["do"] == "stop"
     assert re.match(refusal, message["reason"])
     if begins_with:  # the worker is refused, and the run goes on with the one that it has
@@ -634,23 +635,35 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-async def until_up(address: str, token: str) -> Greeted:
-    """Join by hand a driver that is starting."""
+async def until_up(address: str, token: str) -> Link:
+    """Join by hand a driver that is starting; returns the worker's end of the control link."""
     while True:
         try:
-            return await dial(address, Path(token).read_bytes(), {"role": "worker"}, timeout_s=5.0)
+            link, _ = await dial(address, Path(token).read_bytes(), {"role": "worker"}, timeout_s=5.0)
+            return link
         except UnreachableError:
             await asyncio.sleep(0.01)
 
 
-def _refuse(guest: Greeted) -> str:
-    """Answer that this worker has no learner; gives what it is told then."""
-    message: Any = guest.link.receive()
-    guest.link.send({"number": message["number"], "error": "no module named learners", "traceback": ""})
-    while (message := guest.link.receive()) is not None and message["do"] != "stop":
-        pass
-    guest.link.close()
-    guest.pulse.close()
+def _connect(guest: Link) -> socket.socket:
+    """Open the heartbeat connection by hand, as the driver asks first."""
+    message: Any = guest.receive()
+    assert message["do"] == "connect"
+    connection = dial_heartbeat(message["host"], message["port"], bytes.fromhex(message["secret"]), 5.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        guest.send({"number": message["number"], "host": "127.0.0.1", "port": server.getsockname()[1]})
+        server.accept()[0].close()
+    return connection
+
+
+def _refuse(guest: Link) -> str:
+    """Answer that this worker has no learner; returns the reason with which it is stopped."""
+    with _connect(guest):
+        message: Any = guest.receive()
+        guest.send({"number": message["number"], "error": "no module named learners", "traceback": ""})
+        while (message := guest.receive()) is not None and message["do"] != "stop":
+            pass
+    guest.close()
     assert message is not None
     return str(message["reason"])
 

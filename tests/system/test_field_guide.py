@@ -11,9 +11,9 @@
 | a failed pickle, or a reference cycle, pins tensors | test_freed_memory |
 | shutdown hangs with a dead peer | here: `..._frozen_...`; test_recovery_limits |
 | leaving a process that serves aborts it | here: `..._never_closes_...` |
-| a killed, a stopped, a cut off peer; a peer that dies as a world is formed | test_recovery, test_pulse |
+| a killed, a stopped, a cut off peer; a peer that dies as a world is formed | test_recovery, test_heartbeat |
 | a world cannot be mended, its numbers and names clash in the next | test_recovery, contract/test_closing |
-| workers go on when the driver is gone | here: `..._driver_is_killed`; test_modes, test_pulse |
+| workers go on when the driver is gone | here: `..._driver_is_killed`; test_modes, test_heartbeat |
 | a second attempt under torchrun meets the keys of the first | test_torchrun: `..._started_again_by_torchrun` |
 | names that are not resolved, several interfaces | test_two_nodes |
 | plain pickle, from whoever connects | test_guard, test_hostile, test_allowlist; loopback: test_modes |

@@ -34,7 +34,7 @@ from losses import (
 
 import torchfedrpc as tfr
 from torchfedrpc.events import Event, WorkerLost
-from torchfedrpc.rpc import process_source
+from torchfedrpc.rpc import sources
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.testing import Faults
 
@@ -187,7 +187,7 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
         monkeypatch.undo()
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(process_source, "WorkerProcess", start)
+    monkeypatch.setattr(sources, "WorkerProcess", start)
     kill(proxy, "worker1")
     await steps.check(*clients)
     executor: Any = proxy._router._main

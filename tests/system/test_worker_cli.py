@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ import pytest
 
 from torchfedrpc import worker_cli
 from torchfedrpc.rpc import worker
-from torchfedrpc.rpc.greeter import Greeter
-from torchfedrpc.rpc.greeting import Greeted, RefusedError
-from torchfedrpc.rpc.token import VARIABLE
+from torchfedrpc.rpc.control_link import Link
+from torchfedrpc.rpc.handshake import TOKEN_VARIABLE, Dialler, Listener, ListenerThread, RefusedError
 
 TOKEN = "the token that both of the ends have"
 Message = dict[str, Any]
@@ -28,7 +27,7 @@ Message = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
     path = tmp_path / "token"
     path.write_text(TOKEN)
@@ -38,7 +37,7 @@ def token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    """Bound to a port, at which nobody listens yet."""
+    """A socket that is bound to a port, and does not listen yet."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         yield listener
@@ -48,28 +47,35 @@ def address_of(listener: socket.socket) -> str:
     return "{}:{}".format(*listener.getsockname())
 
 
-class Driver:
-    """Lets workers in; ``guests`` holds them."""
+Serve = Callable[[Dialler], Awaitable[Link]]
 
-    def __init__(self, listener: socket.socket, answer: Callable[[Message], Message], token: str = TOKEN) -> None:
-        self.guests: queue.SimpleQueue[Greeted] = queue.SimpleQueue()
+
+class Driver:
+    """Accepts workers; ``joined`` holds them."""
+
+    def __init__(self, listener: socket.socket, serve: Serve, token: str = TOKEN) -> None:
+        self.joined: queue.SimpleQueue[tuple[Link, Message]] = queue.SimpleQueue()
+        self._accept = serve
         listener.listen()
-        self._greeter = Greeter(listener, token.encode(), answer, self.guests.put)
+        self._thread = ListenerThread(Listener(listener, token.encode(), self._serve))
 
     def __enter__(self) -> Driver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._greeter.close()
+        self._thread.close()
+
+    async def _serve(self, dialler: Dialler) -> None:
+        self.joined.put((await self._accept(dialler), dialler.about))
 
 
-def welcome(about: Message) -> Message:
-    assert about["role"] == "worker"
-    return {"role": "driver", "program": "train.py", "machine": "hub", "label": "worker4"}
+async def welcome(dialler: Dialler) -> Link:
+    assert dialler.about["role"] == "worker"
+    return await dialler.accept({"role": "driver", "program": "train.py", "machine": "hub", "label": "worker4"})
 
 
-def busy(about: Message) -> Message:
-    raise RefusedError("this run takes no more workers: raise its number")
+async def busy(dialler: Dialler) -> Link:
+    await dialler.refuse(RefusedError("this run takes no more workers: raise its number"))
 
 
 # Joining.
@@ -97,23 +103,21 @@ async def test_joining_serves_until_the_driver_says_stop_or_why_it_gives_the_wor
     out: list[str],
     err: str,
 ) -> None:
-    def serve(link: Any, pulse: socket.socket) -> worker.Ending:
+    def serve(link: Any) -> worker.Ending:
         message = link.receive()
         assert message["do"] == "stop"
         assert sys.path[0] == os.getcwd()
         link.close()
-        pulse.close()
         return worker.Ending(True, message["reason"])
 
     monkeypatch.setattr(worker, "serve_remote", serve)
     with Driver(listener, welcome) as driver:
         command = ["--join", address_of(listener), "--token-file", token_file]
         running = asyncio.create_task(asyncio.to_thread(worker_cli.main, command))
-        guest = await asyncio.to_thread(driver.guests.get, timeout=5)
-        assert guest.about["pid"] == os.getpid()
-        guest.link.stop(reason)
+        link, about = await asyncio.to_thread(driver.joined.get, timeout=5)
+        assert about["pid"] == os.getpid()
+        link.stop(reason)
         assert await running == status
-        guest.pulse.close()
     said = capsys.readouterr()
     assert said.out.splitlines() == ["joined the run of train.py on hub", *out]
     assert said.err == err
@@ -126,7 +130,7 @@ async def test_a_driver_that_is_starting_is_waited_for(
     loop = asyncio.get_running_loop()
     dial = worker_cli.dial
 
-    async def dial_and_tell(*arguments: Any, **options: Any) -> Greeted:
+    async def dial_and_tell(*arguments: Any, **options: Any) -> Any:
         try:
             return await dial(*arguments, **options)
         finally:
@@ -134,9 +138,8 @@ async def test_a_driver_that_is_starting_is_waited_for(
 
     monkeypatch.setattr(worker_cli, "dial", dial_and_tell)
 
-    def serve(*ends: Any) -> worker.Ending:
-        for end in ends:
-            end.close()
+    def serve(link: Link) -> worker.Ending:
+        link.close()
         return worker.Ending(True, "")
 
     monkeypatch.setattr(worker, "serve_remote", serve)
@@ -145,9 +148,7 @@ async def test_a_driver_that_is_starting_is_waited_for(
     await tried.wait()
     with Driver(listener, welcome) as driver:
         assert await running == 0
-        guest = driver.guests.get(timeout=5)
-        guest.link.close()
-        guest.pulse.close()
+        driver.joined.get(timeout=5)[0].close()
 
 
 def test_a_driver_that_is_not_there_is_an_error_that_names_it(
@@ -156,23 +157,24 @@ def test_a_driver_that_is_not_there_is_an_error_that_names_it(
     monkeypatch.setattr(worker_cli, "_RETRY_FOR_S", 0.1)
     assert worker_cli.main(["--join", address_of(listener), "--token-file", token_file]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"torchfedrpc-worker: {address_of(listener)} cannot be reached (Connection refused)")
+    assert error.startswith(f"torchfedrpc-worker: {address_of(listener)} cannot be reached from ")
+    assert "(Connection refused)" in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("answer", "token", "told"),
+    ("serve", "token", "told"),
     [(busy, TOKEN, "refused: this run takes no more workers"), (welcome, "another token", "refused the token")],
 )
 def test_a_driver_that_refuses_is_not_asked_again(
     listener: socket.socket,
     token_file: str,
     capsys: pytest.CaptureFixture[str],
-    answer: Callable[[Message], Message],
+    serve: Serve,
     token: str,
     told: str,
 ) -> None:
-    with Driver(listener, answer, token):
+    with Driver(listener, serve, token):
         assert worker_cli.main(["--join", address_of(listener), "--token-file", token_file]) == 1
         assert f"torchfedrpc-worker: {address_of(listener)} {told}" in capsys.readouterr().err
 
@@ -205,7 +207,7 @@ def test_the_help_says_what_the_network_must_allow(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="0"):
         worker_cli.main(["--help"])
     told = capsys.readouterr().out
-    for word in ("only greets", "NAT", "WireGuard", "in both directions"):
+    for word in ("handshake", "NAT", "WireGuard", "in both directions"):
         assert word in told
 
 
@@ -216,7 +218,7 @@ def test_a_worker_listens_until_sigterm(tmp_path: Path, token_file: str) -> None
     process = subprocess.Popen(
         [sys.executable, "-m", "torchfedrpc.worker_cli", "--listen", "127.0.0.1:0"],
         cwd=tmp_path,
-        env={**os.environ, VARIABLE: token_file},
+        env={**os.environ, TOKEN_VARIABLE: token_file},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

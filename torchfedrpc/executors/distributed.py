@@ -7,8 +7,7 @@ from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.remote import RemoteExecutor
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.launch import current_workers
-from torchfedrpc.rpc.launch_source import LaunchSource
-from torchfedrpc.rpc.source import Source
+from torchfedrpc.rpc.sources import LaunchSource, Source
 
 
 @executor("distributed")

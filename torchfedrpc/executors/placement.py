@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.rpc.greeting import parse_address
+from torchfedrpc.rpc.interfaces import parse_address
 
 LOCAL = "local"
 HTTP = "http://"

@@ -11,9 +11,8 @@ from torchfedrpc.executors.remote import RemoteExecutor
 from torchfedrpc.host.randomness import call_seed
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.process_source import ProcessSource
 from torchfedrpc.rpc.processes import Surroundings, WorkerProcess
-from torchfedrpc.rpc.source import Source
+from torchfedrpc.rpc.sources import ProcessSource, Source
 
 
 @executor("pseudo")

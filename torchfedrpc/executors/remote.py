@@ -26,12 +26,10 @@ from torchfedrpc.executors.placement import (
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.rpc.dialled import DialledSource
+from torchfedrpc.rpc.handshake import load_token
 from torchfedrpc.rpc.heartbeat import Loss
-from torchfedrpc.rpc.joined import JoinedSource
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.source import Source
-from torchfedrpc.rpc.token import load_token
+from torchfedrpc.rpc.sources import DialledSource, JoinedSource, Source
 from torchfedrpc.rpc.worker_client import RemoteHost
 from torchfedrpc.rpc.worker_group import WorkerGroup
 

@@ -39,5 +39,5 @@ def _road() -> str:
         torch_rpc()
     except ConfigError as error:
         return f"not available: {error}"
-    transport, channels = world.road(RuntimeConfig())
+    transport, channels = world.choose_transport(RuntimeConfig())
     return f"TensorPipe, transport {transport}, channels {' '.join(channels)} (runtime.transport, runtime.channels)"

@@ -1,4 +1,9 @@
-"""Which calls this process is running right now, told in memory that outlives it."""
+"""The running calls of a process, in memory that outlives it.
+
+If a worker is killed, this page shows which calls it was running, and `max_recoveries` counts against these. The
+driver cannot know it: outcomes that were not sent are lost with the worker, so the first call without an outcome may
+have ended long before the one that killed the worker began.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +17,12 @@ _NUM_BYTES = 4096
 
 
 class Activity:
-    """A page of call ids (int64, 0 for none) that another process can read, whatever becomes of this one.
+    """A page of call ids (int64, 0 for none) that another process can read at any time.
 
-    The last of them is no call's: it is not 0 once this process asks to leave its run.
+    The last number is not a call's: it is 1 once this process asks to leave its run.
 
     Attributes:
-        descriptor: the memory's file descriptor, to be passed on.
+        descriptor: the memory's file descriptor, for the other process.
     """
 
     def __init__(self) -> None:
@@ -28,21 +33,26 @@ class Activity:
                 self.descriptor = os.dup(file.fileno())
         os.ftruncate(self.descriptor, _NUM_BYTES)
         self._ids: MutableSequence[int] | memoryview[int] = memoryview(mmap.mmap(self.descriptor, 0)).cast("q")
-        # No lock, since a lock is what a call can hold when it is stopped: pop and append are atomic.
+        # Without a lock, which a stopped call could hold: pop and append are atomic.
         self._free = list(range(_NUM_BYTES // 8 - 1))
 
+    @property
+    def asks_to_leave(self) -> bool:
+        """Whether this process asks to leave its run."""
+        return bool(self._ids[-1])
+
     def ask_to_leave(self) -> None:
-        """Say that this process wants to leave, as soon as it can be done without."""
+        """Ask to leave the run as soon as the driver can do without this process."""
         self._ids[-1] = 1
 
     def enter(self, call_id: int) -> int | None:
-        """Say that a call begins.
+        """Show a call as running.
 
         Args:
             call_id: not 0.
 
         Returns:
-            What `leave` wants; None where so many calls run that this one is left out.
+            The argument of `leave`; None if the page is full, and the call is not shown.
         """
         try:
             slot = self._free.pop()
@@ -52,12 +62,12 @@ class Activity:
         return slot
 
     def leave(self, slot: int | None) -> None:
-        """Say that the call of that slot is over."""
+        """Show the call in a slot no longer."""
         if slot is not None:
             self._ids[slot] = 0
             self._free.append(slot)
 
     def close(self) -> None:
-        """Give the memory back; calls that go on regardless are told of nowhere."""
+        """Release the memory. Calls that still run may enter and leave without effect."""
         self._ids = array("q", bytes(_NUM_BYTES))
         os.close(self.descriptor)

@@ -1,4 +1,4 @@
-"""The control link between the driver and one worker: a socket with a JSON message a line."""
+"""The control link between the driver and one worker: a socket with a JSON message on each line."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torchfedrpc.rpc.forks import close_in_children
 
 Message = dict[str, Any]
 _CHUNK_BYTES = 65536
-# What a worker may send in answer to one request: an answer has a few fields, and an error with its traceback is cut
-# to less. To take so much apart costs the driver's event loop some milliseconds.
+# Limit of a worker's answer, which has a few fields, or an error with a shortened traceback. Parsing this many bytes
+# costs the driver's event loop some milliseconds.
 _ANSWER_BYTES = 256 << 10
-# What a driver may send in one message: with an endpoint for each of 100,000 clients it has some 5 MB.
+# Limit of a driver's message: with an endpoint for each of 100,000 clients it has some 5 MB.
 _REQUEST_BYTES = 64 << 20
 _PROBE_S = 1
 _LEAST_CUT_OFF_S = 6.0
-_TEXT_CHARACTERS = 20_000  # of an error or its traceback; JSON needs 6 bytes for some
+_TEXT_CHARACTERS = 20_000  # of an error or its traceback; some characters need 6 bytes in JSON
 
 
 class MalformedError(ValueError):
-    """What came over a link is no message of ours."""
+    """The received bytes are no message of the control link."""
 
 
 class Link:
-    """One end of a control link. The worker's end waits; the driver's end is awaited.
+    """One end of a control link. The worker's end blocks; the driver's end is awaited.
 
     Args:
         connection: the connected socket, owned from now on.
@@ -39,20 +39,20 @@ class Link:
         self._socket = connection
         close_in_children(connection)
         self._received = bytearray()
-        self._num_searched = 0  # bytes of these that have no end of a line
+        self._num_searched = 0  # leading received bytes without an end of a line
         self._numbers = itertools.count()
         self._is_asking = False
         self._is_closed = False
 
     def send(self, message: Message) -> None:
-        """Send a message, waiting until it is out."""
+        """Send a message, and wait until it is written."""
         self._socket.sendall(_line(message))
 
     def receive(self) -> Message | None:
-        """Wait for a message; None once the other end is gone.
+        """Wait for a message; returns None once the other end is gone.
 
         Raises:
-            MalformedError: what came is no message, or longer than any is.
+            MalformedError: If the received line is no message, or too long.
         """
         while (message := self._take()) is None:
             if len(self._received) > _REQUEST_BYTES:
@@ -67,14 +67,14 @@ class Link:
         return message
 
     async def request(self, message: Message, label: str) -> Message:
-        """Send a message and await the answer; for the driver's end.
+        """Send a message and await its answer; for the driver's end.
 
         Args:
             message: what to do.
-            label: the worker's name, for the error.
+            label: the worker's label, for errors.
 
         Raises:
-            WorkerLostError: the worker is gone, or sent what is no answer; then the link is closed.
+            WorkerLostError: If the worker is gone, or its answer is malformed, after which the link is closed.
         """
         loop = asyncio.get_running_loop()
         number, num_bytes = next(self._numbers), len(self._received)
@@ -82,7 +82,7 @@ class Link:
         try:
             self._socket.setblocking(False)
             await loop.sock_sendall(self._socket, _line({**message, "number": number}))
-            # An answer to an earlier request, whose caller was cancelled, is passed over.
+            # Skip the answers to requests that were cancelled.
             while (answer := self._take()) is None or answer.get("number") != number:
                 if answer is not None:
                     continue
@@ -109,31 +109,31 @@ class Link:
         return answer
 
     def stop(self, reason: str = "") -> None:
-        """Tell a worker, if it is still there, that the run is over, or why it is without it; and close the link."""
+        """Stop the worker, if it is still there, and close the link.
+
+        Args:
+            reason: why the worker is given up, or the run ended early; empty after a good run.
+        """
         with contextlib.suppress(OSError):  # it is gone already
             self.send({"do": "stop", "reason": reason})
         self.close()
 
     def close(self) -> None:
-        """Close the link, also under whoever waits on it; a worker leaves when its link is closed."""
+        """Close the link, also while a request waits; a worker leaves when its link is closed."""
         self._is_closed = True
         with contextlib.suppress(OSError):  # the other end is gone already
             self._socket.shutdown(socket.SHUT_RDWR)
-        if not self._is_asking:  # whoever asks is woken by the shutdown, and would wait for ever for a closed one
+        if not self._is_asking:  # a request is woken by the shutdown, and closes the socket itself
             self._socket.close()
 
     def detach(self) -> socket.socket:
-        """Give the connection up, for other use; nothing must have been received that was not taken."""
+        """Give the connection up, for other use; no received bytes may be left."""
         assert not self._received
         return self._socket
 
     def end_when_cut_off(self, timeout_s: float) -> None:
-        """Let the kernel end the connection once the other machine has not been reached for so long."""
+        """Let the kernel end the connection after the other machine was out of reach for this time."""
         end_when_cut_off(self._socket, timeout_s)
-
-    def fileno(self) -> int:
-        """The socket's descriptor."""
-        return self._socket.fileno()
 
     def local_address(self) -> str:
         """This end's IP address."""
@@ -158,28 +158,27 @@ class Link:
 
 
 def in_short(text: str) -> str:
-    """A text as an answer may hold it: its end, which says most, and nothing that cannot be printed."""
+    """Shorten a text for an answer to its last characters, all of them printable."""
     return text[-_TEXT_CHARACTERS:].encode(errors="backslashreplace").decode()
 
 
 def end_when_cut_off(connection: socket.socket, timeout_s: float) -> None:
-    """Let the kernel end a TCP connection once the other machine has not been reached for so long, and 6 s at least.
+    """Let the kernel end a TCP connection after the other machine was out of reach for this time, 6 s at least.
 
-    The kernels tell each other, whatever the processes are busy with. They do so once a second, so that it takes the
-    loss of five probes in succession, or of their acknowledgements, to end a connection of a link that only loses
-    some of its packets: with 2 % of them lost each way that happens once in 100 days. A cut in the heartbeat is
-    noticed by `Watch`, which needs none of this. It has to be called while the connection is fresh: of one that has
-    been silent for longer than that, the kernel takes the first lost probe for the last.
+    The kernels probe each other once a second, whatever the processes do. So a connection ends after five probes in
+    succession, or their acknowledgements, are lost: on a link that loses 2 % of its packets each way, once in 100
+    days. `Watch` notices a cut in the heartbeat earlier. Call this while the connection is fresh: if it has been
+    silent for longer than the timeout, the kernel ends it at the first lost probe.
     """
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    with contextlib.suppress(OSError):  # it is at its end already, which whoever reads it finds out
+    with contextlib.suppress(OSError):  # it has ended already, as its reader finds out
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
             ("TCP_KEEPIDLE", _PROBE_S),
             ("TCP_KEEPALIVE", _PROBE_S),  # what macOS calls it
             ("TCP_KEEPINTVL", _PROBE_S),
-            # On Linux this, and no number of probes, says when the connection ends; see tcp(7).
+            # On Linux this, and not the number of probes, decides when the connection ends; see tcp(7).
             ("TCP_USER_TIMEOUT", int(max(timeout_s, _LEAST_CUT_OFF_S) * 1000)),
         ):
             if (option := getattr(socket, name, None)) is not None:

@@ -1,8 +1,8 @@
-"""A script that runs beside a worker and says that it lives, since a worker can hold its own GIL for minutes.
+"""The script of a heartbeat process: a worker cannot send heartbeats itself while its GIL is held.
 
-It is run by its path and imports little, so that it is small and starts fast. It writes lines: an empty one is a
-beat, and one of call ids tells what the worker was running, after a mark for a worker that is stopped or has ended.
-A mark of its own tells that the worker asks to leave. Its standard output has one character once it has beaten.
+It is run by its path and imports little, so that it is small and starts fast. It writes lines to the heartbeat
+connection: an empty line is a heartbeat, a mark with call ids shows what a stopped or ended worker was running, and
+another mark shows that the worker asks to leave. After its first heartbeat it writes one character to stdout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ENDED = b"."
 LEAVING = b"-"
 
 STAT = "/proc/self/stat"
-PS = "/bin/ps"  # where there is no /proc
+PS = "/bin/ps"  # on systems without /proc
 
 _READ_BYTES = 4096
 
@@ -28,7 +28,7 @@ suspended = False
 
 
 def look(stat: bytes) -> tuple[str, int]:
-    """The state of a process, and a number that grows whenever it gets anything done.
+    """Return the state of a process, and a number that grows whenever the process makes progress.
 
     Args:
         stat: the content of its ``/proc/PID/stat``.
@@ -39,12 +39,12 @@ def look(stat: bytes) -> tuple[str, int]:
 
 
 def look_by_ps(worker: int) -> tuple[str, str]:
-    """The same by ``ps``; what changes is the processor's time, as text.
+    """Do the same by ``ps``; the processor time as text shows progress.
 
     Args:
         worker: the process's number.
     """
-    import subprocess  # noqa: PLC0415 - where there is /proc this starts faster without it
+    import subprocess  # noqa: PLC0415 - with /proc this script starts faster without it
 
     try:
         shown = subprocess.run([PS, "-o", "state=,time=", "-p", str(worker)], stdout=subprocess.PIPE, timeout=1)
@@ -55,62 +55,64 @@ def look_by_ps(worker: int) -> tuple[str, str]:
 
 
 def running(activity: int) -> list[int]:
-    """The ids of the calls that run in the process whose `Activity` has that descriptor, in order."""
+    """The ids of the running calls in the `Activity` with that descriptor, in order."""
     return sorted(call_id for call_id in memoryview(os.pread(activity, _READ_BYTES, 0)).cast("q")[:-1] if call_id)
 
 
 def wants_to_leave(activity: int) -> bool:
-    """Whether the process of that `Activity` has asked to leave."""
+    """Whether the process of that `Activity` asks to leave."""
     return any(os.pread(activity, 8, _READ_BYTES - 8))
 
 
 def record(mark: bytes, activity: int) -> bytes:
-    """The line that tells which calls are running."""
+    """The line that shows the running calls."""
     return mark + " ".join(map(str, running(activity))).encode() + b"\n"
 
 
-def send(pulse: int, data: bytes) -> bytes:
-    """Send what can be sent without waiting, and return the rest."""
+def send(connection: int, data: bytes) -> bytes:
+    """Send as much as fits without waiting, and return the rest."""
     if suspended:
         return b""
     try:
-        return data[os.write(pulse, data) :]
+        return data[os.write(connection, data) :]
     except BlockingIOError:
         return data
 
 
 def tell_begun() -> bool:
-    """Tell the worker that this has beaten; whether it is still there to hear it."""
+    """Tell the worker of the first heartbeat; returns whether the worker is still there."""
     try:
         return bool(os.write(sys.stdout.fileno(), b"."))
     except BrokenPipeError:
         return False
 
 
-def is_closed(pulse: int) -> bool:
-    """Whether the other end of a socket that has something to say is closed."""
+def is_closed(connection: int) -> bool:
+    """Whether the driver's end of a readable connection is closed."""
     try:
-        return not os.read(pulse, _READ_BYTES)
+        return not os.read(connection, _READ_BYTES)
     except BlockingIOError:
         return False
 
 
 def wait(descriptor: int, event: int, timeout_s: float) -> bool:
-    """Wait for one event; whether it came."""
+    """Wait for one event; returns whether it came."""
     poll = select.poll()
     poll.register(descriptor, event)
     return bool(poll.poll(timeout_s * 1000))
 
 
-def watch(pulse: int, activity: int, process: int, stat: int, worker: int, interval_s: float, grace_s: float) -> None:
-    """Beat for the worker until it ends.
+def watch(
+    connection: int, activity: int, process: int, stat: int, worker: int, interval_s: float, grace_s: float
+) -> None:
+    """Send heartbeats until the worker ends.
 
     Raises:
-        OSError: the driver is gone, or has given the worker up.
+        OSError: If the driver is gone, or has given the worker up.
     """
     poll = select.poll()
     poll.register(process, select.POLLIN)
-    poll.register(pulse, select.POLLIN)
+    poll.register(connection, select.POLLIN)
     unsent, has_told, has_begun = b"", False, False
     worked: object = 0
     while True:
@@ -121,35 +123,35 @@ def watch(pulse: int, activity: int, process: int, stat: int, worker: int, inter
             state = "X"
         if state in "TZX":
             line = record(STOPPED, activity)
-        elif state != "D" or worked != had_worked:  # one that waits for a disk may be swapped out
+        elif state != "D" or worked != had_worked:  # a process that waits for its disk may be swapped out
             line = BEAT
         else:
             line = b""
-        # Where there is no room, since nobody reads, what has waited longest says as much as all that came after.
+        # If the socket is full, the oldest unsent line is kept and later ones are dropped.
         if not has_told and not unsent and wants_to_leave(activity):
             line, has_told = line + LEAVING + b"\n", True
-        unsent = send(pulse, unsent or line)
+        unsent = send(connection, unsent or line)
         if not has_begun:
             has_begun = tell_begun()
         ready = [descriptor for descriptor, _ in poll.poll(interval_s * 1000)]
         if process in ready or os.getppid() != worker:
             break
-        if pulse in ready and is_closed(pulse):
+        if connection in ready and is_closed(connection):
             raise ConnectionResetError
     unsent += record(ENDED, activity)
-    while unsent and wait(pulse, select.POLLOUT, grace_s):
-        unsent = send(pulse, unsent)
+    while unsent and wait(connection, select.POLLOUT, grace_s):
+        unsent = send(connection, unsent)
 
 
 def end(process: int, worker: int, grace_s: float) -> None:
-    """Let the worker leave by itself, which it can only do if it is not stopped, and kill it if it does not."""
-    tell(worker, signal.SIGCONT)
+    """Let the worker leave, for which it must not be stopped, and kill it after its grace."""
+    send_signal(worker, signal.SIGCONT)
     if not wait(process, select.POLLIN, grace_s):
-        tell(worker, signal.SIGKILL)
+        send_signal(worker, signal.SIGKILL)
 
 
-def tell(worker: int, number: int) -> None:
-    """Send the worker a signal; as long as it is this process's parent no other has its number."""
+def send_signal(worker: int, number: int) -> None:
+    """Send the worker a signal. No other process has its number as long as it is the parent of this one."""
     try:
         if os.getppid() == worker:
             os.kill(worker, number)
@@ -158,29 +160,31 @@ def tell(worker: int, number: int) -> None:
 
 
 def suspend(*_: object) -> None:
-    """Say nothing more, on a signal: what a worker that is cut off looks like to its driver."""
+    """Send nothing more, on a signal: to the driver the worker then looks cut off."""
     global suspended
     suspended = True
 
 
-def main(pulse: int, activity: int, process: int, stat: int, worker: int, interval_s: float, grace_s: float) -> None:
+def main(
+    connection: int, activity: int, process: int, stat: int, worker: int, interval_s: float, grace_s: float
+) -> None:
     """Run until the worker's end.
 
     Args:
-        pulse: the socket to the driver. This and the next three are descriptors.
-        activity: the memory of the worker's `Activity`.
-        process: can be read once the worker has ended: a pidfd of it, or the other end of a socket that it keeps.
-        stat: its ``/proc/PID/stat``; -1 where there is none.
-        worker: its process id.
-        interval_s: seconds between two beats.
-        grace_s: seconds in which the worker has to be gone once the driver is.
+        connection: descriptor of the heartbeat connection.
+        activity: descriptor of the memory of the worker's `Activity`.
+        process: a descriptor that is readable once the worker has ended.
+        stat: descriptor of the worker's ``/proc/PID/stat``; -1 on systems without.
+        worker: the worker's process id.
+        interval_s: seconds between two heartbeats.
+        grace_s: seconds in which the worker has to end once the driver is gone.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # often sent to all; it ends when its worker does
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # often sent to all; it ends with its worker
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, suspend)
-    os.set_blocking(pulse, False)
+    os.set_blocking(connection, False)
     try:
-        watch(pulse, activity, process, stat, worker, interval_s, grace_s)
+        watch(connection, activity, process, stat, worker, interval_s, grace_s)
     except OSError:
         end(process, worker, grace_s)
 

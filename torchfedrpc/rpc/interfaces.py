@@ -1,7 +1,9 @@
-"""Network interfaces of this machine and their addresses."""
+"""Addresses, and the network interfaces of this machine."""
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import struct
 import sys
@@ -12,16 +14,38 @@ from torchfedrpc.errors import ConfigError
 
 _IS_LINUX = sys.platform == "linux"
 LOOPBACK = "lo" if _IS_LINUX else "lo0"
+_ADDRESS = re.compile(r"([^\s/:@?#\[\]]+):([0-9]{1,5})")
 _SIOCGIFADDR = 0x8915 if _IS_LINUX else 0xC0206921  # see netdevice(7), and <sys/sockio.h> of macOS
+
+
+def parse_address(address: str, *, any_port: bool = False) -> tuple[str, int]:
+    """Split ``HOST:PORT``.
+
+    Args:
+        address: a host name or an IPv4 address, and a port.
+        any_port: whether port 0 is allowed, by which the system chooses one.
+
+    Raises:
+        ConfigError: If the text has another form.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None or not (0 if any_port else 1) <= int(match[2]) <= 65535:
+        raise ConfigError(f"{address!r} is no address of the form HOST:PORT, such as 10.0.0.7:29600")
+    return match[1], int(match[2])
+
+
+def describe_os_error(error: OSError) -> str:
+    """The system's text for an error, without the address that Python puts into it as a tuple."""
+    return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error)
 
 
 def address_of(interface: str) -> str:
     """The IPv4 address of a network interface.
 
     Raises:
-        ConfigError: there is no such interface, or it has no address.
+        ConfigError: If there is no such interface, or it has no address.
     """
-    import fcntl  # noqa: PLC0415 - Unix alone has it, and the package is imported elsewhere too
+    import fcntl  # noqa: PLC0415 - only Unix has it, and the package can be imported on other systems
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -39,7 +63,7 @@ def interface_of(address: str) -> str:
     """The network interface that has an IPv4 address.
 
     Raises:
-        ConfigError: none has.
+        ConfigError: If no interface has it.
     """
     for _, name in socket.if_nameindex():
         try:
@@ -51,9 +75,9 @@ def interface_of(address: str) -> str:
 
 
 def network_site() -> str:
-    """What two processes have in common exactly if they reach each other on loopback: the boot and the namespace."""
+    """Identify this machine's boot and network namespace: equal for processes that share a loopback interface."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
-    except OSError:  # macOS, which has no namespaces; without a network card each process has a number of its own
+    except OSError:  # macOS, which has no namespaces; without a network card getnode is random in each process
         return f"{socket.gethostname()}/{uuid.getnode():x}"

@@ -29,7 +29,7 @@ class Member:
         label: its name, such as ``worker1``, or the address where it listens; a replacement has the name of the one
             that it replaces.
         link: the driver's end of the control link.
-        pulse: the driver's end of the socket on which its sidecar beats.
+        heartbeat: the driver's end of its heartbeat connection; None until it is opened.
         machine: the name of the machine that it runs on.
         dismiss: lets it go, wherever it is; takes why it was given up, empty where it was not.
         how_it_ended: what else is known of the process's end, as a clause behind "it ended"; empty for nothing.
@@ -49,7 +49,7 @@ class Member:
 
     label: str
     link: Link
-    pulse: socket.socket
+    heartbeat: socket.socket | None
     machine: str
     dismiss: Callable[[str], None]
     how_it_ended: Callable[[], str] = lambda: ""

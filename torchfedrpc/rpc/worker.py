@@ -1,4 +1,4 @@
-"""A worker: does what its driver tells it over the control link, until it is told to stop or the driver is gone."""
+"""A worker: it obeys the messages of its driver on the control link, until it is stopped or the driver is gone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torchfedrpc import launcher
@@ -24,21 +24,22 @@ from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.process import choose_device, frozen_modules, process_settings, visible_gpus
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import adopt_settings
-from torchfedrpc.rpc import endpoint, reach, world
-from torchfedrpc.rpc.control_link import Link, Message, end_when_cut_off, in_short
+from torchfedrpc.rpc import endpoint, world
+from torchfedrpc.rpc.control_link import Link, Message, in_short
 from torchfedrpc.rpc.endpoint import Endpoint
-from torchfedrpc.rpc.heartbeat import Sidecar
+from torchfedrpc.rpc.heartbeat import HeartbeatProcess
+from torchfedrpc.rpc.heartbeat_connection import dial_heartbeat
 from torchfedrpc.rpc.interfaces import address_of, interface_of
 from torchfedrpc.rpc.main_module import adopt_main
 from torchfedrpc.wire.file import TensorFile
 
-_DRIVER_GONE = 1  # exit status
-_PATIENCE_S = 15.0  # with a driver that is out of reach before it has told its heartbeat_timeout_s
-_GIVEN_UP = 1  # exit status
-# A launcher looks at its ranks one by one, torchrun ten times a second, and blames the first that it finds ended: let
-# that be the driver.
+# Exit statuses.
+_DRIVER_GONE = 1
+_GIVEN_UP = 1
+_ABANDONED = 3  # a method went on after the end, and its thread was left behind
+# A launcher looks at its ranks one by one, torchrun ten times a second, and blames the first that it finds ended. The
+# driver should be the first.
 _LAST_S = 0.5
-_ABANDONED = 3  # exit status: a method went on regardless of the end, so its thread had to be left behind
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Ending:
 
     Attributes:
         is_clean: whether all threads ended in time.
-        reason: why the driver gave this worker up, or ended its run early; empty where it did not.
-        was_asked: whether this worker was told by a signal to leave.
+        reason: why the driver gave this worker up, or ended its run early; empty after a good run.
+        was_asked: whether a signal asked this worker to leave.
     """
 
     is_clean: bool
@@ -56,62 +57,59 @@ class Ending:
     was_asked: bool = False
 
 
-def main(descriptor: int, pulse_descriptor: int) -> None:
-    """Body of a worker process that a driver started.
+def main(link_descriptor: int, unused_descriptor: int) -> None:
+    """Run a worker process that the driver started on its own machine.
 
     Args:
-        descriptor: its end of the link.
-        pulse_descriptor: its end of the socket for its sidecar's beats.
+        link_descriptor: its end of the control link.
+        unused_descriptor: closed.
     """
-    os.set_inheritable(descriptor, False)
-    os.set_inheritable(pulse_descriptor, False)
+    os.close(unused_descriptor)
     launcher.become_worker()
     with _handling({signal.SIGINT: signal.SIG_IGN}):
-        ending = serve(Link(socket.socket(fileno=descriptor)), socket.socket(fileno=pulse_descriptor))
+        ending = serve(_link_of(link_descriptor))
     _end_process(ending, 0)
+
+
+def main_remote(link_descriptor: int, _: int) -> None:
+    """Run a worker process that ``torchfedrpc-worker --listen`` started for a driver on any machine.
+
+    Args:
+        link_descriptor: its end of the control link.
+    """
+    ending = serve_remote(_link_of(link_descriptor))
+    if ending.reason:
+        print(_given_up(ending.reason), file=sys.stderr)
+    _end_process(ending, _GIVEN_UP if ending.reason else 0)
+
+
+def _link_of(descriptor: int) -> Link:
+    os.set_inheritable(descriptor, False)
+    return Link(socket.socket(fileno=descriptor))
 
 
 def _end_process(ending: Ending, status: int) -> None:
     if ending.is_clean:
-        atexit._run_exitfuncs()  # the rest of the interpreter's end takes a second, and the driver waits
+        atexit._run_exitfuncs()  # without the rest of the interpreter's end, which takes a second
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status if ending.is_clean else _ABANDONED)
-
-
-def main_remote(descriptor: int, pulse_descriptor: int) -> None:
-    """Body of a worker process that somebody else than its driver started, on whichever machine.
-
-    Args:
-        descriptor: its end of the link.
-        pulse_descriptor: its end of the socket for its sidecar's beats.
-    """
-    os.set_inheritable(descriptor, False)
-    os.set_inheritable(pulse_descriptor, False)
-    ending = serve_remote(Link(socket.socket(fileno=descriptor)), socket.socket(fileno=pulse_descriptor))
-    if ending.reason:
-        print(_given_up(ending.reason), file=sys.stderr)
-    _end_process(ending, _GIVEN_UP if ending.reason else 0)
 
 
 def _given_up(reason: str) -> str:
     return f"the driver does without this worker: {reason}"
 
 
-def serve_remote(link: Link, pulse: socket.socket) -> Ending:
-    """Serve learners until the driver says stop; returns what `serve` does.
+def serve_remote(link: Link) -> Ending:
+    """Serve learners for a driver that did not start this process; returns how that ended.
 
-    SIGTERM and SIGINT ask the driver to do without this worker: it moves the learners elsewhere and then says stop.
-    A second signal ends the process at once.
+    SIGTERM and SIGINT ask the driver to do without this worker: it moves the learners elsewhere and then stops the
+    worker. A second signal ends the process at once.
     """
     launcher.become_worker()
     activity = Activity()
 
-    was_asked = False
-
     def leave(number: int, frame: object) -> None:
-        nonlocal was_asked
-        was_asked = True
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)
         activity.ask_to_leave()
@@ -119,48 +117,43 @@ def serve_remote(link: Link, pulse: socket.socket) -> Ending:
     def end(number: int, frame: object) -> None:
         os._exit(128 + number)
 
-    link.end_when_cut_off(_PATIENCE_S)
-    end_when_cut_off(pulse, _PATIENCE_S)
     with _handling({signal.SIGTERM: leave, signal.SIGINT: leave}):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})  # see processes.py
-        ending = serve(link, pulse, activity=activity, notice="the driver is gone, or has given this worker up\n")
-        return replace(ending, was_asked=was_asked)
+        return serve(link, activity=activity, notice="the driver is gone, or has given this worker up\n")
 
 
-def serve_launch(link: Link, pulse: socket.socket, local_index: int) -> Ending:
-    """Serve learners as a rank of a launch; returns what `serve` does.
+def serve_launch(link: Link, local_index: int) -> Ending:
+    """Serve learners as a rank of a launch; returns how that ended.
 
-    A launcher passes Ctrl-C and SIGTERM on to every rank: the driver handles them and tells its workers, or takes
-    them along when it ends.
+    A launcher passes Ctrl-C and SIGTERM on to every rank. The driver handles them and stops its workers, or its end
+    stops them.
     """
     with _handling({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
-        return serve(link, pulse, local_index, owns_process=False)
+        return serve(link, local_index=local_index, owns_process=False)
 
 
 def serve(
     link: Link,
-    pulse: socket.socket,
+    *,
     local_index: int | None = None,
     activity: Activity | None = None,
     notice: str = "",
-    *,
     owns_process: bool = True,
 ) -> Ending:
-    """Serve learners until the driver says stop.
+    """Serve learners until the driver stops this worker.
 
     Args:
-        link: this worker's end of the link.
-        pulse: this worker's end of the socket for its sidecar's beats.
-        local_index: this worker's number on its machine, for its share of the GPUs; None lets the driver tell.
-        activity: tells what this process does; made unless given.
-        notice: a line for stderr where the driver is gone.
-        owns_process: whether this process is there for nothing else, so that it may end while it imports.
+        link: this worker's end of the control link.
+        local_index: this worker's number on its machine, for its share of the GPUs; None lets the driver choose.
+        activity: shows the running calls to the heartbeat process; made unless given.
+        notice: a line for stderr if the driver is gone.
+        owns_process: whether this process only serves, so that it may end in the middle of an import.
 
     Returns:
         How that ended.
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    worker = _Worker(link, pulse, local_index, activity or Activity())
+    worker = _Worker(link, local_index, activity or Activity())
     threading.Thread(
         target=_listen, args=(link, messages, worker, notice, owns_process), name="torchfedrpc-link", daemon=True
     ).start()
@@ -169,23 +162,25 @@ def serve(
         try:
             answer = worker.obey(message)
         except (Exception, SystemExit) as error:  # a script may call sys.exit as it is imported
-            told = f"{type(error).__name__}: {error}"
-            answer = {"error": in_short(told), "traceback": in_short(traceback.format_exc())}
+            answer = {
+                "error": in_short(f"{type(error).__name__}: {error}"),
+                "traceback": in_short(traceback.format_exc()),
+            }
         worker.is_preparing = False
-        with contextlib.suppress(OSError):  # the driver is gone, which the link's thread sees too
+        with contextlib.suppress(OSError):  # the driver is gone, which the link's thread notices too
             link.send({**answer, "number": number})
-    return Ending(worker.end(), message["reason"])
+    return worker.end(message["reason"])
 
 
 def _listen(
     link: Link, messages: queue.SimpleQueue[Message], worker: _Worker, notice: str, owns_process: bool
 ) -> None:
-    """Take messages from the link; when the driver is gone, so is this process, whatever it is doing."""
+    """Receive messages; when the driver is gone, end this process whatever its other threads do."""
     with contextlib.suppress(ValueError):  # the driver ended in the middle of a message
         while (message := link.receive()) is not None:
-            is_last = message["do"] == "stop"  # whoever takes it takes it apart
+            is_last = message["do"] == "stop"  # read before the main thread takes the message apart
             worker.is_preparing |= message["do"] == "prepare"
-            if is_last and worker.is_preparing and owns_process:  # an import may take for ever
+            if is_last and worker.is_preparing and owns_process:  # an import may never end
                 reason = message["reason"]
                 if reason:
                     os.write(2, f"{_given_up(reason)}\n".encode())
@@ -193,7 +188,7 @@ def _listen(
             messages.put(message)
             if is_last:
                 return
-    os.write(2, notice.encode())  # sys.stderr may be locked by what is running
+    os.write(2, notice.encode())  # another thread may hold the lock of sys.stderr
     if not owns_process:
         time.sleep(_LAST_S)
     os._exit(_DRIVER_GONE)
@@ -210,38 +205,55 @@ def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
 
 
 class _Worker:
-    """What a worker has at hand between messages: its host for a run, its endpoint for the worlds of that run.
+    """The state of a worker between messages: its host in a run, its endpoint in the worlds of that run.
 
     Attributes:
-        is_preparing: whether it is told to begin a run, and has not answered yet.
+        is_preparing: whether it begins a run and has not answered yet.
     """
 
-    def __init__(self, link: Link, pulse: socket.socket, local_index: int | None, activity: Activity) -> None:
+    def __init__(self, link: Link, local_index: int | None, activity: Activity) -> None:
         self.is_preparing = False
-        self._clean = True
+        self._is_clean = True
         self._is_joined = False
         self._link = link
-        self._pulse = pulse
+        self._heartbeat_process: HeartbeatProcess | None = None
         self._local_index = local_index
         self._activity = activity
-        self._sidecar: Sidecar | None = None
         self._host: LearnerHost | None = None
         self._endpoint: Endpoint | None = None
         self._stack = ExitStack()
-        self._probe: TensorFile | None = None  # which the driver looks for, to find out whether it sees such files
-        self._door = socket.socket()  # which the driver tries, to find out whether it reaches this worker
+        self._probe: TensorFile | None = None  # the driver looks for it, to learn whether it sees this worker's files
+        self._server = socket.socket()  # the driver connects to it, to learn whether it reaches this worker
 
     def obey(self, message: Message) -> Message:
-        """Do what a message says, and answer it."""
+        """Obey a message; returns the answer."""
         verbs: dict[str, Callable[..., Message]] = {
+            "connect": self.connect,
             "prepare": self.prepare,
             "join": self.join,
             "leave": self.leave,
             "close": self.close,
             "arm": self.arm,
-            "reach": self.reach,
         }
         return verbs[message.pop("do")](**message)
+
+    def connect(self, host: str, port: int, secret: str, interface: str | None, cut_off_timeout_s: float) -> Message:
+        """Start the heartbeat on a new connection, and listen on an ephemeral port until the next message.
+
+        Args:
+            host: the driver's address in the world.
+            port: the driver's port for this connection.
+            secret: the first bytes on the connection, in hexadecimal digits.
+            interface: this worker's network interface; None for the one of the control link.
+            cut_off_timeout_s: see `end_when_cut_off`.
+        """
+        address = address_of(interface) if interface is not None else self._link.local_address()
+        self._link.end_when_cut_off(cut_off_timeout_s)
+        connection = dial_heartbeat(host, port, bytes.fromhex(secret), cut_off_timeout_s)
+        self._heartbeat_process = HeartbeatProcess(connection, self._activity)
+        self._heartbeat_process.wait_for_beat()
+        self._server = socket.create_server((address, 0))
+        return {"host": address, "port": self._server.getsockname()[1]}
 
     def prepare(
         self,
@@ -252,20 +264,16 @@ class _Worker:
         settings: dict[str, Any],
         driver: list[Any] | None = None,
     ) -> Message:
-        """Begin a run: import what its learners need; they are made later, one by one."""
-        self.close()  # a run whose end did not get through
+        """Begin a run: import the learner's module. Learners are made later, one by one."""
+        self.close()  # a run whose end was not received
         learner = LearnerSpec.from_message(spec)
-        if self._sidecar is None:
-            self._link.end_when_cut_off(learner.runtime.heartbeat_timeout_s)
-            end_when_cut_off(self._pulse, learner.runtime.heartbeat_timeout_s)
-            self._sidecar = Sidecar(self._pulse, self._activity)
         if main is not None:
             adopt_main(main)
         device = choose_device(local_index if self._local_index is None else self._local_index)
         learner.load()
         self._stack.enter_context(frozen_modules())
         self._stack.enter_context(process_settings(learner.runtime))
-        problems = adopt_settings(settings)  # after the import, which may set its own
+        problems = adopt_settings(settings)  # after the import, which may set others
         driver_pid = driver[0] if driver is not None and TensorFile.is_found(*driver) else None
         own = None
         if driver is not None:
@@ -282,29 +290,13 @@ class _Worker:
         )
         self._endpoint.host = self._host
         endpoint.serving = self._endpoint
-        self._sidecar.wait_for_beat()
-        sees_files = driver_pid is not None
         return {
             "device": str(device),
             "visible_gpus": visible_gpus(),
-            "sees_files": sees_files,
+            "sees_files": driver_pid is not None,
             "files": own,
             "problems": problems,
         }
-
-    def reach(self, host: str, port: int, interface: str | None) -> Message:
-        """Find out whether this worker and the driver reach each other, as members of a world have to.
-
-        Args:
-            host: an address of the driver.
-            port: where it listens there now.
-            interface: this worker's network interface; None: the one with which it reaches the driver.
-        """
-        address = address_of(interface) if interface is not None else self._link.local_address()
-        self._door.close()
-        self._door = socket.create_server((address, 0))
-        reach.dial(host, port)
-        return {"host": address, "port": self._door.getsockname()[1]}
 
     def join(
         self, plan: Message, rank: int, secret: str, interface: str | None, asked: list[int], shows_files: bool
@@ -314,15 +306,15 @@ class _Worker:
         Args:
             plan: the world.
             rank: this worker's rank in it.
-            secret: what the driver's requests to this worker begin with, in hexadecimal digits.
-            interface: its network interface for it; None: the one with which it reaches the driver.
-            asked: ids of the calls to this worker that the driver has had no answer to.
+            secret: the first bytes of the driver's requests to this worker, in hexadecimal digits.
+            interface: its network interface for the world; None for the one of the control link.
+            asked: ids of the calls to this worker whose answers the driver does not have.
             shows_files: whether the driver finds the files of this process.
         """
         assert self._host is not None
         assert self._endpoint is not None
-        self._door.close()
-        self._probe = None  # it was found, or was not
+        self._server.close()
+        self._probe = None
         world_plan = world.WorldPlan.from_message(plan)
         covered = frozenset([self._endpoint.device] if world_plan.device_maps[rank - 1] else [])
         self._host.keep_only(asked)
@@ -333,7 +325,7 @@ class _Worker:
         return {}
 
     def leave(self) -> Message:
-        """Leave the world; the host goes on with what it has, for the next world to ask for."""
+        """Leave the world. The host keeps its learners, calls and outcomes for the next world."""
         if self._endpoint is not None:
             self._endpoint.disconnect()
         if self._is_joined:
@@ -344,27 +336,27 @@ class _Worker:
     def close(self) -> Message:
         """End the run."""
         if self._host is not None:
-            self._clean &= self._host.close()
+            self._is_clean &= self._host.close()
         self.leave()
-        self._door.close()
+        self._server.close()
         self._probe = None
         self._host = self._endpoint = endpoint.serving = None
         self._stack.close()
         return {}
 
     def arm(self, faults: list[dict[str, Any]]) -> Message:
-        """Let faults strike at calls to come, for a test."""
+        """Let faults strike later calls, for a test."""
         assert self._host is not None
-        assert self._sidecar is not None
-        self._host.arm([Fault(**fault) for fault in faults], self._sidecar.suspend)
+        assert self._heartbeat_process is not None
+        self._host.arm([Fault(**fault) for fault in faults], self._heartbeat_process.suspend)
         return {}
 
-    def end(self) -> bool:
-        """End the run and the pulse; whether all of this process's threads ended in time."""
+    def end(self, reason: str) -> Ending:
+        """End the run, the heartbeat and the control link."""
         self.close()
-        if self._sidecar is not None:
-            self._sidecar.stop()
+        if self._heartbeat_process is not None:
+            self._heartbeat_process.stop()
+        ending = Ending(self._is_clean, reason, self._activity.asks_to_leave)
         self._activity.close()
-        self._pulse.close()
         self._link.close()
-        return self._clean
+        return ending

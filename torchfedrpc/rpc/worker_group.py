@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,19 +22,18 @@ from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import OpenedSettings
-from torchfedrpc.rpc import reach
-from torchfedrpc.rpc.all_of import all_of
-from torchfedrpc.rpc.control_link import Message, end_when_cut_off
-from torchfedrpc.rpc.driver_place import DriverPlace
+from torchfedrpc.rpc.control_link import Message
 from torchfedrpc.rpc.heartbeat import Loss, Watch
+from torchfedrpc.rpc.heartbeat_connection import open_heartbeat
 from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.member import Member, RefusalError
 from torchfedrpc.rpc.worker_client import RemoteHost, Traffic
+from torchfedrpc.rpc.world import DriverPlace, all_of
 from torchfedrpc.wire.file import TensorFile
 
 logger = logging.getLogger(__name__)
 
-_START_S = 120.0  # a new process imports torch before its sidecar beats, from a cold disk perhaps
+_START_S = 120.0  # a new process imports torch before its heartbeat, from a cold disk perhaps
 # Of workers on other machines: on a full link of 20 Mbit/s and 80 ms that loses 2 % of its packets each way, one in
 # 1000 beats is more than 2 s late, and one in 10,000 more than 3 s.
 _LEAST_HEARTBEAT_TIMEOUT_S = 5.0
@@ -128,7 +128,7 @@ class WorkerGroup:
             self._take_on(member, self.members)
         if self.members or self._learner.runtime.interface is not None:
             self._place.check_interface(list(self.members.values()))
-        await all_of([self._prepare(member) for member in self.members.values()])
+        await all_of(*(self._prepare(member) for member in self.members.values()))
         await self._form()
         self._is_open = True
 
@@ -173,7 +173,8 @@ class WorkerGroup:
                 await asyncio.gather(*closing, return_exceptions=True)
         await self._place.close()
         for member in self.members.values():
-            self._watch.release(member.label)
+            if member.heartbeat is not None:
+                self._watch.release(member.label)
         self._watch.close()
 
     async def arm(self, label: str, faults: Sequence[Fault]) -> None:
@@ -207,11 +208,11 @@ class WorkerGroup:
         timeout_s = self._learner.runtime.heartbeat_timeout_s
         member.begin()
         member.link.end_when_cut_off(timeout_s)
-        end_when_cut_off(member.pulse, timeout_s)
         taken = {one.local_index for one in self._everybody() if one.machine == member.machine}
         member.local_index = next(number for number in itertools.count() if number not in taken)
         among[member.label] = member
-        self._watch.add(member.label, member.pulse, allowance_s=_START_S)
+        if member.heartbeat is not None:  # since an earlier run
+            self._watch.add(member.label, member.heartbeat)
 
     def hear_leavers(self) -> None:
         """Tell of the workers that have asked to leave before they could be called."""
@@ -343,7 +344,7 @@ class WorkerGroup:
         """
         self._close_hosts()
         members = list(self.members.values())
-        await all_of([self._tell(member, {"do": "leave"}) for member in members])
+        await all_of(*(self._tell(member, {"do": "leave"}) for member in members))
         await self._place.leave()
         self._check_whole()
         if not members:
@@ -379,9 +380,11 @@ class WorkerGroup:
         self.hosts = {}
 
     async def _prepare(self, member: Member) -> None:
-        """Let a worker import the learner, and see that it and the driver reach each other."""
+        """Watch a worker's heartbeat, and let the worker import the learner."""
         learner = self._learner
         self._check_heartbeat_timeout(member)
+        if member.heartbeat is None:
+            await self._open_heartbeat(member)
         imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
         probe = None if member.elsewhere else TensorFile.probe()
         with contextlib.closing(probe) if probe is not None else contextlib.nullcontext():
@@ -395,15 +398,31 @@ class WorkerGroup:
                 "driver": (os.getpid(), probe.address()) if probe is not None else None,
             }
             answer = await self._tell(member, message)
-        self._watch.end_allowance(member.label)  # which answers once its sidecar has beaten
         if not member.adopt(answer):
             self._give_up(member, str(error := member.misunderstood(message)))
             raise error
         for problem in answer["problems"]:
             logger.warning("%s: %s", member.label, problem)
-        if member.elsewhere:
-            address = self._place.address([*self.members.values(), member])
-            await reach.check(member, address, self._place.interface(member, address))
+
+    async def _open_heartbeat(self, member: Member) -> None:
+        address = self._place.address([*self.members.values(), member])
+        interface = self._place.interface(member, address)
+        try:
+            async with asyncio.timeout(_START_S):
+                connection = await open_heartbeat(
+                    member,
+                    partial(self._tell, member),
+                    address,
+                    interface,
+                    self._learner.runtime.heartbeat_timeout_s,
+                )
+        except TimeoutError:
+            raise WorkerLostError(f"{member.label} was not ready within {_START_S:.0f} s") from None
+        if member not in self._everybody():
+            connection.close()
+            raise WorkerLostError(f"{member.label} was dismissed meanwhile")
+        member.heartbeat = connection
+        self._watch.add(member.label, connection)
 
     def _check_heartbeat_timeout(self, member: Member) -> None:
         timeout_s = self._learner.runtime.heartbeat_timeout_s
@@ -420,12 +439,13 @@ class WorkerGroup:
         except WorkerLostError as error:
             if not isinstance(error, RefusalError):
                 await asyncio.wait([member.lost], timeout=_NOTICE_S)
+                self._give_up(member, "its process ended" if member.how_it_ended() else "its control link ended")
             if member.lost.done():
                 reason = f"{member.lost.result().reason}{member.how_it_ended()}"
                 raise WorkerLostError(
                     f"{member.label} was lost when it was told to {message['do']}: {reason}"
                 ) from error
-            if not isinstance(error, RefusalError) or message["do"] == "leave":
+            if message["do"] == "leave":
                 self._give_up(member, str(error))
             raise
 

@@ -1,31 +1,41 @@
-"""One static world of torch RPC: joining it and leaving it."""
+"""Static worlds of torch RPC: how a process joins and leaves one, and how the driver forms one after another."""
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import functools
+import itertools
 import os
+import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.host.process import choose_device, visible_gpus
+from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc import guard
 from torchfedrpc.rpc.backend import set_connection_warnings, torch_rpc
-from torchfedrpc.rpc.interfaces import LOOPBACK
+from torchfedrpc.rpc.control_link import Message
+from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, interface_of
+from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.rrefs import MAX_MEMBERS
 
 _INTERFACE = "TP_SOCKET_IFNAME"
 _JOIN_TIMEOUT_S = 30.0
-_NUM_THREADS = 4  # more of them hand the GIL around more often and are slower
+_NUM_THREADS = 4  # more threads are slower, since they hand the GIL around more often
+_SECRET_BYTES = 32
 
-# Before torch 2.8 its store of libuv does not take a socket that listens; the other one has always done.
+# Before torch 2.8 the libuv store does not take a listening socket; the other store always did.
 _HAS_LIBUV_LISTENER = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 _distributed: Any = torch.distributed  # exports less to type checkers than it has
@@ -33,21 +43,27 @@ _cuda: Any = torch.cuda
 _has_autograd = False
 _has_rrefs = False
 _agents_store: _LettingStore | None = None  # an agent does not keep it alive
-_interface: str | None = None  # of this process's first agent; torch has all later ones listen there too
+_interface: str | None = None  # of this process's first agent; torch lets all later ones listen there too
+
+
+Tell = Callable[[Member, Message], Coroutine[Any, Any, Message]]
+
+# Over all runs of this process. Torch RPC needs no such number; the event `WorldFormed` has it.
+_generations = itertools.count(1)
 
 
 @dataclass(frozen=True)
 class WorldPlan:
-    """What every member must know of a world to join it; plain data, for JSON.
+    """The description of a world, which all members get as JSON.
 
     Attributes:
-        generation: number of the world, which no other world of the driver's process has.
+        generation: number of the world, unique in the driver's process.
         labels: its members by rank: ``driver``, ``worker1``, ...
-        store_host: where the driver serves the world's store.
-        store_port: its port there.
+        store_host: the address at which the driver serves the world's store.
+        store_port: the store's port.
         transport: TensorPipe's transport.
         channels: TensorPipe's channels for tensors in host memory.
-        gpus_in_sight: whether all members see the same GPUs, without which they cannot share GPU memory.
+        gpus_in_sight: whether all members see the same GPUs, as sharing of GPU memory needs.
         device_maps: per worker the driver's device and the worker's, between which tensors go directly.
     """
 
@@ -61,31 +77,31 @@ class WorldPlan:
     device_maps: list[tuple[str, str] | None]
 
     def name(self, rank: int) -> str:
-        """The RPC name of a member, of letters and digits, as a label need not be.
+        """The RPC name of a member. Unlike a label it has only letters and digits.
 
-        It is the same in all worlds: the RRef context of a process knows members by the names of its first one.
+        A rank has the same name in all worlds, since a process's RRef context keeps the names of its first world.
         """
         return f"rank{rank}"
 
     def to_message(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Convert to plain data, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> WorldPlan:
-        """What `to_message` described."""
+        """The plan that `to_message` has converted."""
         maps = [tuple(pair) if pair else None for pair in message["device_maps"]]
         return cls(**{**message, "device_maps": maps})
 
 
-def road(runtime: RuntimeConfig) -> tuple[str, list[str]]:
-    """TensorPipe's transport, and its channels for tensors in host memory.
+def choose_transport(runtime: RuntimeConfig) -> tuple[str, list[str]]:
+    """Choose TensorPipe's transport, and its channels for tensors in host memory.
 
-    The default is what costs a whole round least: ``shm``, with which an empty call is quicker, has a thread of each
-    process spin on one core; ``mpt_uv`` adds half a millisecond to each message that has tensors, however small.
+    The default costs a whole round least. ``shm`` has shorter empty calls, but a thread of each process spins on a
+    core. ``mpt_uv`` adds half a millisecond to each message with tensors, however small.
 
     Raises:
-        ConfigError: torch has not got what the settings name.
+        ConfigError: If this build of torch lacks the configured ones.
     """
     transport = "uv" if runtime.transport == "auto" else runtime.transport
     channels = runtime.channels or [name for name in ("cma", "basic") if _has(_channels=[name])]
@@ -96,17 +112,17 @@ def road(runtime: RuntimeConfig) -> tuple[str, list[str]]:
     return transport, channels
 
 
-def _has(**named: list[str]) -> bool:
-    """Whether torch's TensorPipe has these; on macOS it is without ``shm`` and ``cma``."""
+def _has(**options: list[str]) -> bool:
+    """Whether torch's TensorPipe has these transports or channels; on macOS it lacks ``shm`` and ``cma``."""
     try:
-        torch_rpc().TensorPipeRpcBackendOptions(**named)
+        torch_rpc().TensorPipeRpcBackendOptions(**options)
     except RuntimeError:
         return False
     return True
 
 
 def serve_store(host: str) -> tuple[Any, int]:
-    """Serve a world's store on one address alone (by itself TCPStore listens on all of them).
+    """Serve a world's store on one address only, since TCPStore would listen on all.
 
     Returns:
         The store, which serves as long as it lives, and its port.
@@ -129,10 +145,10 @@ def serve_store(host: str) -> tuple[Any, int]:
 def check_interface(interface: str) -> None:
     """Check that this process can listen on an interface.
 
-    An agent on loopback is as good: no member connects to the driver's.
+    An agent of the driver on loopback is fine too, since no member connects to it.
 
     Raises:
-        ConfigError: torch RPC has listened on another one in this process before, and would again.
+        ConfigError: If torch RPC has listened on another one in this process, and would do so again.
     """
     if _interface not in (None, LOOPBACK, interface):
         raise ConfigError(
@@ -143,11 +159,11 @@ def check_interface(interface: str) -> None:
 
 
 def join(plan: WorldPlan, rank: int, interface: str) -> None:
-    """Join a world; returns when all its members have. It ends early where the world's store is closed.
+    """Join a world; returns when all its members have. It fails early if the world's store is closed.
 
-    This is what ``init_rpc`` does, without its process group: that asks all members for their device maps, which the
-    plan tells, and makes them wait for each other, which the driver does by their links. A member that freezes in it
-    would hold up the others for ever.
+    This does the same as ``init_rpc``, without its process group. The group collects the device maps, which the plan
+    has, and lets members wait for each other, which the driver does by the control links. A member that froze in the
+    group would hold up the others for ever.
 
     Args:
         plan: the world.
@@ -155,12 +171,12 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
         interface: this process's network interface for it.
 
     Raises:
-        WorkerLostError: a member did not come within 30 s, or died meanwhile.
+        WorkerLostError: If a member is missing after 30 s, or was lost meanwhile.
     """
     global _agents_store, _interface
     rpc = torch_rpc()
-    # The driver too is a client of the store that it serves: torch keeps the first agent of a process, and what the
-    # agent holds, until the process ends.
+    # The driver is a client of its own store too: torch keeps the first agent of a process, and what the agent holds,
+    # until the process ends.
     timeout = timedelta(seconds=_JOIN_TIMEOUT_S)
     maps, reverse_maps, devices = _devices(plan, rank)
     options = rpc.TensorPipeRpcBackendOptions(
@@ -183,11 +199,11 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
         _agents_store = store = _LettingStore(client, _absent(plan, num_names))
         with _bound_to(interface):
             agent = rpc.TensorPipeAgent(store, plan.name(rank), rank, num_names, options, reverse_maps, devices)
-            _interface = _interface or interface  # which the agent looks up as it starts, in the next line
+            _interface = _interface or interface  # the agent looks it up as it starts, in the next line
             rpc.api._init_rpc_states(agent)
         _start_rrefs()
     except BaseException as error:
-        if rpc.api._is_current_rpc_agent_set():  # it got as far as an agent that runs
+        if rpc.api._is_current_rpc_agent_set():  # an agent runs already
             leave()
         _clean_up()
         if isinstance(error, RuntimeError):
@@ -198,23 +214,170 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
 
 
 def leave() -> None:
-    """Leave the world this process is in; never waits for the others (the graceful way can hang on a dead one)."""
+    """Leave the world of this process, without waiting for others: the graceful way can hang on a dead member."""
     rpc = torch_rpc()
-    # RPC's own shutdown looks through the RRefs of others first, under no lock, as its threads may be deleting them.
+    # RPC's own shutdown first reads the RRefs of others without a lock, while its threads may delete them.
     rpc.api._get_current_rpc_agent().shutdown()
     rpc.shutdown(graceful=False)
     _clean_up()
 
 
-class _LettingStore(_distributed.Store):  # type: ignore[misc]
-    """A store under which other threads run on while somebody waits at it.
-
-    The constructor of torch's agent waits at its store with the GIL held, for as long as a member is missing: the
-    event loop would stand still, and nobody would notice that the member is lost.
+class DriverPlace:
+    """The driver as a member of one world after another.
 
     Args:
-        store: where everything is kept; its own methods let the GIL go.
-        absent: what it answers itself.
+        learner: the learner that the workers make.
+    """
+
+    def __init__(self, learner: LearnerSpec) -> None:
+        self._learner = learner
+        # A thread for this alone: the user's code may have filled the event loop's.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchfedrpc-world")
+        self._store: Any = None
+        self._joining: asyncio.Future[None] | None = None  # the driver's own joining of its present world
+        self._leaving: asyncio.Future[None] | None = None
+
+    def check_interface(self, members: Sequence[Member]) -> None:
+        """Check that the driver can listen in a world of these members.
+
+        Raises:
+            ConfigError: If the interface does not exist, or as of the function `check_interface`.
+        """
+        check_interface(interface_of(self.address(members)))
+
+    async def join(
+        self, members: Sequence[Member], tell: Tell, asked: Callable[[str], list[int]]
+    ) -> tuple[WorldPlan, dict[str, bytes]]:
+        """Form a world with these workers, which are in none.
+
+        Args:
+            members: the workers, by rank.
+            tell: sends a worker a message, and returns its answer.
+            asked: returns the ids of the calls to a worker that were sent and not answered.
+
+        Returns:
+            The world, and by label the first bytes of all requests to that worker. Each worker gets only its own
+            secret, so that it cannot pose as the driver to another.
+
+        Raises:
+            WorkerLostError: If a member was lost meanwhile, or could not join.
+        """
+        address = self.address(members)
+        transport, channels = choose_transport(self._learner.runtime)
+        self._store, port = serve_store(address)
+        plan = WorldPlan(
+            generation=next(_generations),
+            labels=["driver", *(member.label for member in members)],
+            store_host=address,
+            store_port=port,
+            transport=transport,
+            channels=channels,
+            gpus_in_sight=all(member.visible_gpus == visible_gpus() for member in members),
+            device_maps=[_device_pair(self._learner, torch.device(member.device)) for member in members],
+        )
+        keys = {member.label: secrets.token_bytes(_SECRET_BYTES) for member in members}
+        self._joining = self._in_thread(partial(join, plan, 0, interface_of(address)))
+        message = {"do": "join", "plan": plan.to_message()}
+        joining = [
+            tell(
+                member,
+                {
+                    **message,
+                    "rank": rank,
+                    "secret": keys[member.label].hex(),
+                    "interface": self.interface(member, address),
+                    "asked": asked(member.label),
+                    "shows_files": member.pid is not None,
+                },
+            )
+            for rank, member in enumerate(members, start=1)
+        ]
+        try:
+            await all_of(self._joined(), *joining)
+        except BaseException:
+            self.let_go()
+            raise
+        return plan, keys
+
+    def let_go(self) -> None:
+        """Close the store, so that members that wait at it give up."""
+        self._store = None
+
+    async def leave(self) -> None:
+        """Leave the present world, if there is one."""
+        if self._joining is not None and self._leaving is None:
+            self._leaving = asyncio.ensure_future(self._end_world(self._joining))
+        if self._leaving is not None:
+            await asyncio.shield(self._leaving)
+            self._joining = self._leaving = self._store = None
+
+    async def close(self) -> None:
+        """Leave, and join no other."""
+        await self.leave()
+        self._thread.shutdown(wait=False)
+
+    def address(self, members: Sequence[Member]) -> str:
+        """The driver's address in a world of these members."""
+        if (name := self._learner.runtime.interface) is not None:
+            return address_of(name)
+        elsewhere = [member.link for member in members if member.elsewhere]
+        return elsewhere[0].local_address() if elsewhere else address_of(LOOPBACK)
+
+    def interface(self, member: Member, address: str) -> str | None:
+        """The interface on which a worker listens; None for the one of its control link."""
+        name = self._learner.runtime.interface
+        return name if name is not None or member.elsewhere else interface_of(address)
+
+    async def _joined(self) -> None:
+        assert self._joining is not None
+        await asyncio.shield(self._joining)
+
+    async def _end_world(self, joining: asyncio.Future[None]) -> None:
+        # A joining that was cut short still goes on in its thread, and its result must be undone.
+        if not joining.done():  # a future that is done may be of a closed loop, see LearnerProxy.__aexit__
+            await asyncio.wait([joining])
+        if joining.exception() is None:
+            await self._in_thread(leave)
+
+    def _in_thread(self, function: Callable[[], None]) -> asyncio.Future[None]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+
+async def all_of(*coroutines: Coroutine[Any, Any, Any]) -> None:
+    """Run all; if one fails, cancel the others and raise its error alone.
+
+    The error is in no reference cycle, so that the objects of the failed coroutine are freed with it.
+    """
+    error = None
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for coroutine in coroutines:
+                tasks.create_task(coroutine)
+    except BaseExceptionGroup as errors:
+        error = errors.with_traceback(None).exceptions[0]
+    try:
+        if error is not None:
+            raise error
+    finally:
+        del error
+
+
+def _device_pair(learner: LearnerSpec, device: torch.device) -> tuple[str, str] | None:
+    """The driver's device and a worker's, between which tensors go directly."""
+    if device.type != "cuda" or not torch.cuda.is_available() or learner.runtime.device_map == "none":
+        return None
+    return str(choose_device(torch.cuda.current_device())), str(device)
+
+
+class _LettingStore(_distributed.Store):  # type: ignore[misc]
+    """A store that releases the GIL while it waits.
+
+    The constructor of torch's agent waits at its store with the GIL held, as long as a member is missing. The event
+    loop would stand still, and the loss of the member would go unnoticed.
+
+    Args:
+        store: the store of the world, whose methods release the GIL.
+        absent: keys that are answered without it.
     """
 
     def __init__(self, store: Any, absent: Mapping[str, bytes]) -> None:
@@ -227,7 +390,7 @@ class _LettingStore(_distributed.Store):  # type: ignore[misc]
         self._store.set(key, value)
 
     def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
-        """Store a value where the present one is as expected; gives what is there then."""
+        """Store a value if the present one is as expected; returns the value afterwards."""
         value: bytes = self._store.compare_set(key, expected, desired)
         return value
 
@@ -239,10 +402,7 @@ class _LettingStore(_distributed.Store):  # type: ignore[misc]
 
 
 def _absent(plan: WorldPlan, num_names: int) -> dict[str, bytes]:
-    """What the store tells an agent of members that the world does not have.
-
-    Later worlds may have them, and torch looks for the owner of an RRef in the driver's first agent alone.
-    """
+    """Keys of ranks that only later worlds may have: torch looks for an RRef's owner in the driver's first agent."""
     ranks = range(len(plan.labels), num_names)
     names = {f"names/{rank}": plan.name(rank).encode() for rank in ranks}
     return names | {f"addrs/{plan.name(rank)}": b"" for rank in ranks}
@@ -258,7 +418,7 @@ def _clean_up() -> None:
 def _devices(plan: WorldPlan, rank: int) -> tuple[Any, Any, list[torch.device]]:
     """A member's device maps, the inverse of the others' maps to it, and its devices.
 
-    The driver alone has maps; answers go back by their inverse.
+    Only the driver has maps; answers travel by their inverse.
     """
     pairs = {number: pair for number, pair in enumerate(plan.device_maps, start=1) if pair}
     if rank == 0:
@@ -277,9 +437,9 @@ def _channels(plan: WorldPlan) -> list[str]:
 
 
 def _start_autograd(rank: int) -> None:
-    """Start torch's distributed autograd, which RPC asks for at each message, though nothing here uses it.
+    """Start torch's distributed autograd, which RPC needs for each message, though nothing here uses it.
 
-    It takes one rank for the life of the process, and a member of later worlds may have others.
+    It takes the rank of the first world for the life of the process.
     """
     global _has_autograd
     if not _has_autograd:
@@ -288,16 +448,16 @@ def _start_autograd(rank: int) -> None:
 
 
 def _start_rrefs() -> None:
-    """Make the RRef context of this process, of its first agent, and let it send no messages; see `rpc.rrefs`."""
+    """Make the RRef context of this process, with its first agent, and let it send no messages; see `rpc.rrefs`."""
     global _has_rrefs
     if not _has_rrefs:
-        torch_rpc().api._destroy_rref_context(True)  # an empty one, which is used all the same
+        torch_rpc().api._destroy_rref_context(True)  # it is empty, and stays in use
         _has_rrefs = True
 
 
 @functools.cache
 def _leave_at_exit() -> None:
-    """Leave the world of a script that ends without closing its proxy: torch would abort the process."""
+    """Leave the world when a script ends without closing its proxy, where torch would abort the process."""
 
     def leave_if_joined() -> None:
         if torch_rpc().api._is_current_rpc_agent_set():
@@ -308,7 +468,7 @@ def _leave_at_exit() -> None:
 
 @contextmanager
 def _bound_to(interface: str) -> Iterator[None]:
-    """Let TensorPipe listen on that interface, which it takes from the environment alone."""
+    """Let TensorPipe listen on that interface, which it reads from the environment."""
     before = os.environ.get(_INTERFACE)
     os.environ[_INTERFACE] = interface
     try:

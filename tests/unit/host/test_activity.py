@@ -11,7 +11,7 @@ import pytest
 from light import LightProcess
 
 from torchfedrpc.host.activity import Activity
-from torchfedrpc.rpc import heartbeat_process as sidecar
+from torchfedrpc.rpc import heartbeat_process
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def activity() -> Iterator[Activity]:
 
 
 def running(activity: Activity) -> list[int]:
-    return sidecar.running(activity.descriptor)
+    return heartbeat_process.running(activity.descriptor)
 
 
 def test_a_call_is_shown_from_its_begin_to_its_end(activity: Activity) -> None:
@@ -51,20 +51,20 @@ def test_calls_beyond_the_page_are_left_out_and_end_without_harm(activity: Activ
 
 
 def test_asking_to_leave_is_seen_and_is_no_call(activity: Activity) -> None:
-    assert not sidecar.wants_to_leave(activity.descriptor)
+    assert not heartbeat_process.wants_to_leave(activity.descriptor)
     slot = activity.enter(7)
     activity.ask_to_leave()
-    assert sidecar.wants_to_leave(activity.descriptor)
+    assert heartbeat_process.wants_to_leave(activity.descriptor)
     assert running(activity) == [7]
     activity.leave(slot)
-    assert sidecar.wants_to_leave(activity.descriptor)
+    assert heartbeat_process.wants_to_leave(activity.descriptor)
 
 
 def test_threads_that_enter_and_leave_do_not_disturb_each_other(activity: Activity) -> None:
     def work(call_id: int) -> None:
         for _ in range(2000):
             slot = activity.enter(call_id)
-            if call_id not in sidecar.running(activity.descriptor):
+            if call_id not in heartbeat_process.running(activity.descriptor):
                 missing.append(call_id)
             activity.leave(slot)
 
@@ -106,6 +106,6 @@ def test_the_page_outlives_its_process() -> None:
         _, (descriptor,), _, _ = socket.recv_fds(ours, 1, 1)
         process.close()
         try:
-            assert sidecar.running(descriptor) == [5]
+            assert heartbeat_process.running(descriptor) == [5]
         finally:
             os.close(descriptor)

@@ -17,7 +17,7 @@ from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.process import choose_device
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.rpc import driver_place, world
+from torchfedrpc.rpc import world
 from torchfedrpc.rpc.message import (
     call_message,
     home_device,
@@ -118,20 +118,20 @@ def learner(**runtime: Any) -> LearnerSpec:
 
 
 def test_device_map_pairs_the_drivers_current_gpu_with_the_workers(two_gpus: None) -> None:
-    assert driver_place._device_pair(learner(), GPUS[0]) == ("cuda:1", "cuda:0")
+    assert world._device_pair(learner(), GPUS[0]) == ("cuda:1", "cuda:0")
 
 
 def test_device_map_none_maps_no_device(two_gpus: None) -> None:
-    assert driver_place._device_pair(learner(device_map="none"), GPUS[0]) is None
+    assert world._device_pair(learner(device_map="none"), GPUS[0]) is None
 
 
 def test_device_map_leaves_workers_on_the_cpu_out(two_gpus: None) -> None:
-    assert driver_place._device_pair(learner(), CPU) is None
+    assert world._device_pair(learner(), CPU) is None
 
 
 def test_device_map_leaves_all_workers_out_where_the_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert driver_place._device_pair(learner(), GPUS[0]) is None
+    assert world._device_pair(learner(), GPUS[0]) is None
 
 
 PLAN = world.WorldPlan(

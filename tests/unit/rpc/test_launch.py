@@ -1,4 +1,4 @@
-"""The ranks of a launch and their driver: how they find each other, with which token, and where they are greeted."""
+"""The ranks of a launch and their driver: how they find each other, with which token, and at which address."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from workers import make_token
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.launcher import Launch
-from torchfedrpc.rpc import greeting
+from torchfedrpc.rpc import handshake
 from torchfedrpc.rpc import launch as module
+from torchfedrpc.rpc.handshake import TOKEN_VARIABLE
 from torchfedrpc.rpc.launch import LaunchedWorkers, dial_driver
-from torchfedrpc.rpc.token import VARIABLE
 
 _distributed: Any = torch.distributed
 _TIMEOUT_S = 20.0
@@ -41,7 +41,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def launch(store: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Launch]:
     """The launch of two ranks, as one of them has it."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     monkeypatch.setattr(module, "_STALE_S", 0.5)
     return lambda rank: Launch(rank, 2, rank, 1, "127.0.0.1", 29500, agent_store=True)
 
@@ -52,7 +52,6 @@ def driver(launch: Callable[[int], Launch]) -> Iterator[LaunchedWorkers]:
     yield workers
     for member in workers._members.values():  # which it would leave open until the process ends
         member.link.close()
-        member.pulse.close()
     workers._members.clear()
     workers.close(failed=True)
 
@@ -80,13 +79,11 @@ class Rank(threading.Thread):
 
     def close(self) -> None:
         """Leave the driver that it has joined."""
-        link, pulse = self.ended()
-        link.close()
-        pulse.close()
+        self.ended().close()
 
 
 def published(store: Any) -> str:
-    text: str = store.get(module._KEY).decode()
+    text: str = store.get(module._DRIVER_KEY).decode()
     return text
 
 
@@ -94,7 +91,7 @@ async def test_a_token_in_a_file_is_shared_and_never_published(
     driver: LaunchedWorkers, launch: Any, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = make_token(tmp_path)
-    monkeypatch.setenv(VARIABLE, token)
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
     rank = Rank(launch(1))
     assert len(await driver.members(RuntimeConfig(token_file=token))) == 1
     assert Path(token).read_text() not in published(store)
@@ -131,9 +128,9 @@ async def test_a_rank_without_the_file_is_refused(
     drivers_has: bool, rank_has: bool, reason: str,
 ) -> None:  # fmt: skip
     token = make_token(tmp_path)
-    driver._listen(RuntimeConfig(token_file=token if drivers_has else None))
+    driver._listener = driver._listen(RuntimeConfig(token_file=token if drivers_has else None))
     if rank_has:
-        monkeypatch.setenv(VARIABLE, token)
+        monkeypatch.setenv(TOKEN_VARIABLE, token)
     error = await asyncio.to_thread(Rank(launch(1)).ended)
     assert isinstance(error, ConfigError)
     assert f"rank 1 cannot join the launch: {reason}" in str(error)
@@ -143,26 +140,27 @@ async def test_a_rank_with_another_token_is_refused_and_the_driver_warns(
     driver: LaunchedWorkers, launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    driver._listen(RuntimeConfig(token_file=make_token(tmp_path)))
+    driver._listener = driver._listen(RuntimeConfig(token_file=make_token(tmp_path)))
     (tmp_path / "other").mkdir()
-    monkeypatch.setenv(VARIABLE, make_token(tmp_path / "other"))
+    monkeypatch.setenv(TOKEN_VARIABLE, make_token(tmp_path / "other"))
     error = await asyncio.to_thread(Rank(launch(1)).ended)
     assert isinstance(error, ConfigError)
     assert "rank 1 cannot join the launch: 127.0.0.1:" in str(error)
     assert "refused the token" in str(error)
     assert (
-        "refused a connection from 127.0.0.1: it left when it had seen the proof: it has another token" in caplog.text
+        "refused a connection from 127.0.0.1: it left after it had seen the proof: it has another token"
+        in caplog.text
     )
 
 
 async def test_a_stranger_who_writes_the_store_is_no_driver_of_ranks_with_a_token_file(
     launch: Any, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(VARIABLE, make_token(tmp_path))
+    monkeypatch.setenv(TOKEN_VARIABLE, make_token(tmp_path))
     stranger = LaunchedWorkers(launch(0))
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_token", lambda path: b"0" * 64)
-        stranger._listen(RuntimeConfig(token_file="any"))
+        stranger._listener = stranger._listen(RuntimeConfig(token_file="any"))
     error = await asyncio.to_thread(Rank(launch(1)).ended)
     assert isinstance(error, ConfigError)
     assert not stranger._members
@@ -176,11 +174,10 @@ async def test_a_rank_waits_while_the_driver_asks_for_no_workers(
     rank = Rank(launch(1))
     await asyncio.to_thread(rank.join, 0.5)
     assert rank.is_alive()
-    driver.close(failed=False)
-    link, pulse = await asyncio.to_thread(rank.ended)
+    await asyncio.to_thread(driver.close, failed=False)
+    link = await asyncio.to_thread(rank.ended)
     assert link.receive() == {"do": "stop", "reason": ""}
     link.close()
-    pulse.close()
     driver._members.clear()
 
 
@@ -198,8 +195,8 @@ async def failure_of(driver: LaunchedWorkers) -> str:
 async def test_ranks_that_are_awaited_are_named_every_10_s(
     driver: LaunchedWorkers, launch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert module._TELL_EVERY_S == 10.0
-    monkeypatch.setattr(module, "_TELL_EVERY_S", 0.2)
+    assert module._LOG_EVERY_S == 10.0
+    monkeypatch.setattr(module, "_LOG_EVERY_S", 0.2)
     monkeypatch.setattr(module, "_LOOK_S", 0.05)
     waiting = asyncio.ensure_future(driver.members(RuntimeConfig()))
     async with asyncio.timeout(_TIMEOUT_S):
@@ -214,11 +211,11 @@ async def test_ranks_that_are_awaited_are_named_every_10_s(
 async def test_an_address_that_a_rank_cannot_reach_ends_the_wait_of_the_driver(
     driver: LaunchedWorkers, launch: Any, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver._listen(RuntimeConfig())
+    driver._listener = driver._listen(RuntimeConfig())
     where = json.loads(published(store))
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    store.set(module._KEY, json.dumps({**where, "port": port}))  # as where a firewall refuses what comes there
+    store.set(module._DRIVER_KEY, json.dumps({**where, "port": port}))  # as where a firewall refuses what comes there
     driver._address = address = f"127.0.0.1:{port}"
     rank = Rank(launch(1))
     failure = await failure_of(driver)
@@ -229,7 +226,7 @@ async def test_an_address_that_a_rank_cannot_reach_ends_the_wait_of_the_driver(
     def gone(keys: list[str]) -> bool:
         raise RuntimeError("the store has ended with its launcher")
 
-    monkeypatch.setattr(module, "_driver_in", gone)
+    monkeypatch.setattr(module, "_wait_for_driver", gone)
     error = await asyncio.to_thread(rank.ended)
     assert isinstance(error, ConfigError)
     assert f"rank 1 could not join the launch: {address} cannot be reached" in str(error)
@@ -238,7 +235,7 @@ async def test_an_address_that_a_rank_cannot_reach_ends_the_wait_of_the_driver(
 async def test_an_address_of_an_earlier_attempt_ends_no_wait(
     driver: LaunchedWorkers, launch: Any, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.set(f"{module._FAILED}/1", json.dumps({"reason": "rank 1 cannot join", "address": "127.0.0.1:9"}))
+    store.set(f"{module._FAILED_KEY}/1", json.dumps({"reason": "rank 1 cannot join", "address": "127.0.0.1:9"}))
     waiting = asyncio.ensure_future(driver.members(RuntimeConfig()))
     await asyncio.wait([waiting], timeout=3 * module._LOOK_S)
     assert not waiting.done()
@@ -250,13 +247,13 @@ async def test_an_address_of_an_earlier_attempt_ends_no_wait(
 async def test_a_rank_of_another_version_ends_the_wait_of_the_driver(
     driver: LaunchedWorkers, launch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    versions = greeting.own_versions()
+    versions = handshake.own_versions()
 
     def own_versions() -> dict[str, str]:
         is_rank = isinstance(threading.current_thread(), Rank)
         return {**versions, "torch": "1.0.0"} if is_rank else versions
 
-    monkeypatch.setattr(greeting, "own_versions", own_versions)
+    monkeypatch.setattr(handshake, "own_versions", own_versions)
     rank = Rank(launch(1))
     failure = await failure_of(driver)
     assert "rank 1 cannot join the launch: 127.0.0.1:" in failure
@@ -271,8 +268,8 @@ async def test_a_rank_whose_script_fails_ends_the_wait_of_the_driver_once(
     failure = await failure_of(driver)
     assert f"rank 1 failed on {socket.gethostname()} before it reached tfr.run: ModuleNotFoundError" in failure
     assert "No module named 'learners_of_node_0'" in failure
-    assert not store.check([f"{module._FAILED}/1"])  # or the next attempt would end as well
-    driver.close(failed=False)  # at once: that rank will not come
+    assert not store.check([f"{module._FAILED_KEY}/1"])  # or the next attempt would end as well
+    await asyncio.to_thread(driver.close, failed=False)  # at once: that rank will not come
 
 
 RANK_SCRIPT = """
@@ -316,9 +313,9 @@ def test_driver_is_told_of_the_failure_of_a_rank_and_not_of_its_children(tmp_pat
     with rank_of_launch(tmp_path, RANK_SCRIPT) as (store, process):
         assert process.stdout is not None
         assert process.stdout.readline() == "children have failed\n"
-        assert not store.check([f"{module._FAILED}/1"])
+        assert not store.check([f"{module._FAILED_KEY}/1"])
         process.communicate("\n", timeout=_TIMEOUT_S)
-        reason = json.loads(store.get(f"{module._FAILED}/1"))["reason"]
+        reason = json.loads(store.get(f"{module._FAILED_KEY}/1"))["reason"]
     assert reason == f"rank 1 failed on {socket.gethostname()} before it reached tfr.run: KeyError: 'of the rank'"
 
 
@@ -326,8 +323,8 @@ def test_driver_is_told_of_the_failure_of_a_rank_and_not_of_its_children(tmp_pat
 def test_driver_is_told_of_a_rank_that_ends_without_an_error(tmp_path: Path, script: str) -> None:
     with rank_of_launch(tmp_path, script) as (store, process):
         process.communicate(timeout=_TIMEOUT_S)
-        assert store.check([f"{module._FAILED}/1"])
-        reason = json.loads(store.get(f"{module._FAILED}/1"))["reason"]
+        assert store.check([f"{module._FAILED_KEY}/1"])
+        reason = json.loads(store.get(f"{module._FAILED_KEY}/1"))["reason"]
     assert reason.startswith(f"rank 1 ended on {socket.gethostname()} before it reached tfr.run: every rank has to")
 
 
@@ -338,13 +335,13 @@ def test_rank_that_has_served_tells_no_driver_of_its_end(tmp_path: Path) -> None
         workers.close(failed=False)  # once the rank has come, which it is told to leave
         process.communicate(timeout=_TIMEOUT_S)
         assert process.returncode == 0
-        assert not store.check([f"{module._FAILED}/1"])
+        assert not store.check([f"{module._FAILED_KEY}/1"])
 
 
 def test_ranks_that_a_run_has_not_asked_for_are_named_as_it_ends(
     driver: LaunchedWorkers, launch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_TELL_EVERY_S", 0.1)
+    monkeypatch.setattr(module, "_LOG_EVERY_S", 0.1)
     monkeypatch.setattr(module, "_GATHER_TIMEOUT_S", 1.0)
     monkeypatch.setattr(module, "_LOOK_S", 0.05)
     driver.close(failed=False)

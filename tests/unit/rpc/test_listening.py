@@ -18,28 +18,35 @@ import pytest
 from light import LightProcess, ends_within
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.rpc import listening
-from torchfedrpc.rpc.greeting import Greeted, RefusedError, UnreachableError, dial, greet
+from torchfedrpc.rpc.control_link import Link
+from torchfedrpc.rpc.handshake import (
+    Dialler,
+    HandshakeError,
+    RefusedError,
+    UnreachableError,
+    UntrustedError,
+    dial,
+)
 from torchfedrpc.rpc.listening import listen
 
 TOKEN = b"the token that both ends have"
 DRIVER = {"role": "driver", "program": "train.py"}
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
-# Says that it is up, and that it is to drain; ends with the exit status that it is told.
+# Sends that it is up, and that it is asked to drain; ends with the exit status that it receives.
 CHILD = """
 import json, signal, socket, sys
-link, pulse = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[1:])
+link = socket.socket(fileno=int(sys.argv[1]))
 signal.signal(signal.SIGTERM, lambda *_: link.sendall(b'{"do": "drain"}\\n'))
 link.sendall(b'{"do": "up"}\\n')
 sys.exit(json.loads(link.makefile().readline())["status"])
 """
 
 
-def start(link: int, pulse: int, *, remote: bool) -> subprocess.Popen[bytes]:
+def start(link: int, _: int, *, remote: bool) -> subprocess.Popen[bytes]:
     assert remote
-    command = [sys.executable, "-I", "-S", "-c", CHILD, str(link), str(pulse)]
-    return subprocess.Popen(command, pass_fds=[link, pulse], process_group=0)
+    command = [sys.executable, "-I", "-S", "-c", CHILD, str(link)]
+    return subprocess.Popen(command, pass_fds=[link], process_group=0)
 
 
 class Worker:
@@ -49,11 +56,12 @@ class Worker:
         self.address = address
         self.status = status
 
-    async def driver(self) -> Greeted:
-        """A driver that is served."""
-        driver = await dial(self.address, TOKEN, DRIVER, timeout_s=5)
-        assert await asyncio.to_thread(driver.link.receive) == {"do": "up"}
-        return driver
+    async def driver(self) -> Link:
+        """The control link of a driver that is served."""
+        link, about = await dial(self.address, TOKEN, DRIVER, timeout_s=5)
+        assert about["role"] == "worker"
+        assert await asyncio.to_thread(link.receive) == {"do": "up"}
+        return link
 
 
 @contextlib.asynccontextmanager
@@ -68,11 +76,6 @@ async def opened(capsys: pytest.CaptureFixture[str], start: Callable[..., Any] =
         status.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await status
-
-
-def close(driver: Greeted) -> None:
-    driver.link.close()
-    driver.pulse.close()
 
 
 @pytest.fixture(autouse=True)
@@ -92,11 +95,9 @@ async def test_drivers_are_served_one_after_another(
     async with opened(capsys) as worker:
         for status in (0, 5):
             driver = await worker.driver()
-            assert driver.about["role"] == "worker"
-            driver.link.send({"status": status})
-            assert await asyncio.to_thread(driver.link.receive) is None  # its process alone had the connection
-            assert await asyncio.to_thread(driver.pulse.recv, 1) == b""
-            close(driver)
+            driver.send({"status": status})
+            assert await asyncio.to_thread(driver.receive) is None  # its process alone had the connection
+            driver.close()
             await logged(caplog, f"ended with exit status {status}")
         await logged(caplog, f"serves train.py (pid {os.getpid()} on {socket.gethostname()})")
 
@@ -110,36 +111,23 @@ async def test_another_driver_is_told_who_has_the_worker(capsys: pytest.CaptureF
             rf"{socket.gethostname()}\) for 0 s, .*name another worker",
         ):
             await dial(worker.address, TOKEN, {**DRIVER, "program": "other.py"}, timeout_s=5)
-        close(driver)
+        driver.close()
 
 
-async def channel(worker: Worker, session: str, name: str) -> socket.socket:
-    host, _, port = worker.address.rpartition(":")
-    connection = socket.create_connection((host, int(port)))
-    await greet(connection, TOKEN, {**DRIVER, "session": session, "channel": name}, address=worker.address)
-    return connection
-
-
-async def test_a_first_connection_keeps_the_place_for_the_second(capsys: pytest.CaptureFixture[str]) -> None:
-    async with opened(capsys) as worker:
-        with await channel(worker, "one", "link") as link:
-            with pytest.raises(RefusedError, match="has served train"):
-                await dial(worker.address, TOKEN, DRIVER, timeout_s=5)
-            with await channel(worker, "one", "pulse"):
-                assert await asyncio.to_thread(link.recv, 100) == b'{"do": "up"}\n'
-
-
-async def test_a_place_is_not_kept_for_ever(
+async def test_a_driver_that_leaves_in_the_handshake_does_not_keep_the_worker(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listening, "_PAIRING_TIMEOUT_S", 0.0)
+    accept = Dialler.accept
+
+    async def leave_first(dialler: Dialler, about: Any) -> Any:
+        monkeypatch.setattr(Dialler, "accept", accept)
+        raise UntrustedError("it left in the middle of the handshake")
+
+    monkeypatch.setattr(Dialler, "accept", leave_first)
     async with opened(capsys) as worker:
-        with await channel(worker, "one", "link"):
-            driver = await worker.driver()
-            late = socket.create_connection(worker.address.split(":"))
-            with late, pytest.raises(RefusedError, match="has served train"):
-                await greet(late, TOKEN, {**DRIVER, "session": "one", "channel": "pulse"}, address=worker.address)
-            close(driver)
+        with pytest.raises(HandshakeError):
+            await dial(worker.address, TOKEN, DRIVER, timeout_s=5)
+        (await worker.driver()).close()
 
 
 async def test_a_worker_that_dials_a_worker_is_told_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,10 +148,10 @@ async def test_a_process_that_cannot_be_started_leaves_the_worker_free(
         return start(*arguments, **options)
 
     async with opened(capsys, start_later) as worker:
-        driver = await dial(worker.address, TOKEN, DRIVER, timeout_s=5)
-        assert await asyncio.to_thread(driver.link.receive) is None
-        close(driver)
-        close(await worker.driver())
+        driver, _ = await dial(worker.address, TOKEN, DRIVER, timeout_s=5)
+        assert await asyncio.to_thread(driver.receive) is None
+        driver.close()
+        (await worker.driver()).close()
     assert "no more processes" in caplog.text
 
 
@@ -190,15 +178,15 @@ async def test_a_signal_lets_the_process_drain_and_no_other_driver_in(
     async with opened(capsys) as worker:
         driver = await worker.driver()
         signal.raise_signal(number)
-        assert await asyncio.to_thread(driver.link.receive) == {"do": "drain"}
+        assert await asyncio.to_thread(driver.receive) == {"do": "drain"}
         with pytest.raises(RefusedError, match="stopping"):
             await dial(worker.address, TOKEN, DRIVER, timeout_s=5)
         assert not worker.status.done()
-        driver.link.send({"status": 3})
-        assert await asyncio.to_thread(driver.link.receive) is None  # and told nothing more
+        driver.send({"status": 3})
+        assert await asyncio.to_thread(driver.receive) is None  # and told nothing more
         async with asyncio.timeout(5):
             assert await worker.status == 0
-        close(driver)
+        driver.close()
 
 
 @SIGNALS
@@ -206,12 +194,12 @@ async def test_a_second_signal_kills_the_process(capsys: pytest.CaptureFixture[s
     async with opened(capsys) as worker:
         driver = await worker.driver()
         signal.raise_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(driver.link.receive) == {"do": "drain"}
+        assert await asyncio.to_thread(driver.receive) == {"do": "drain"}
         signal.raise_signal(number)
         async with asyncio.timeout(5):
             assert await worker.status == 128 + number
-        assert await asyncio.to_thread(driver.link.receive) is None
-        close(driver)
+        assert await asyncio.to_thread(driver.receive) is None
+        driver.close()
 
 
 async def test_a_port_in_use_is_named() -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.rpc.token import VARIABLE, load_token
+from torchfedrpc.rpc.handshake import TOKEN_VARIABLE, load_token
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture(autouse=True)
 def _no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_long_token_is_read_whole(path: Path) -> None:
 
 
 def test_the_environment_names_the_file_where_nothing_else_does(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, str(path))
+    monkeypatch.setenv(TOKEN_VARIABLE, str(path))
     assert load_token(None) == TOKEN.encode()
     with pytest.raises(ConfigError, match="other: No such file"):
         load_token("other")

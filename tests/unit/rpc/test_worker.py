@@ -14,6 +14,9 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc.control_link import Link
+from torchfedrpc.rpc.heartbeat_connection import open_heartbeat
+from torchfedrpc.rpc.heartbeat_process import BEAT
+from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.processes import how_it_ended, start_worker
 
 
@@ -42,12 +45,14 @@ async def test_it_ends_in_the_middle_of_an_import_and_says_why(
     spec = LearnerSpec("endless", "Learner", 0, RuntimeConfig()).to_message()
     prepare = {"do": "prepare", "spec": spec, "label": "worker1", "local_index": 0, "main": None, "settings": {}}
     ours, theirs = socket.socketpair()
-    our_pulse, their_pulse = socket.socketpair()
-    with theirs, their_pulse:
-        process = start_worker(theirs.fileno(), their_pulse.fileno(), remote=True)
-    with our_pulse:
-        try:
-            link = Link(ours)
+    with theirs:
+        process = start_worker(theirs.fileno(), theirs.fileno(), remote=True)
+    link = Link(ours)
+    try:
+        member = Member("worker1", link, None, "here", dismiss=link.stop)
+        member.begin()
+        with await open_heartbeat(member, member.tell, "127.0.0.1", "lo", 5.0) as heartbeat:
+            assert await asyncio.get_running_loop().sock_recv(heartbeat, 1) == BEAT
             preparing = asyncio.ensure_future(link.request(prepare, "worker1"))
             async with asyncio.timeout(60):
                 while not begun.exists():
@@ -56,7 +61,7 @@ async def test_it_ends_in_the_middle_of_an_import_and_says_why(
             assert await asyncio.to_thread(process.wait, 30) == status
             with pytest.raises(WorkerLostError):
                 await preparing
-        finally:
-            process.kill()
-            process.wait()
+    finally:
+        process.kill()
+        process.wait()
     assert (f"the driver does without this worker: {reason}" in capfd.readouterr().err) == bool(reason)

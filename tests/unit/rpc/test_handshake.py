@@ -1,4 +1,4 @@
-"""The greeting: both ends prove the token before anything is believed, and a proof proves one greeting alone."""
+"""The handshake: both ends prove the token before a description is read, and a proof is valid in one handshake."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ import pytest
 import torch
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.rpc import greeting
-from torchfedrpc.rpc.greeting import (
-    GreetingError,
-    MistrustError,
+from torchfedrpc.rpc import handshake
+from torchfedrpc.rpc.handshake import (
+    HandshakeError,
     RefusedError,
+    SilentError,
     UnreachableError,
+    UntrustedError,
     dial,
-    greet,
+    handshake_as_dialler,
+    handshake_as_listener,
     own_versions,
-    parse_address,
-    receive,
 )
+from torchfedrpc.rpc.interfaces import parse_address
 
 TOKEN = b"the token that both ends have"
 ADDRESS = "there.example:29600"
@@ -50,18 +51,21 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         end.close()
 
 
-def accept(about: Message) -> Message:
-    return {"role": "worker"}
+async def listen(connection: socket.socket, token: bytes = TOKEN, **limits: float) -> Message:
+    """Run the listener's end of a handshake; returns the dialler's description."""
+    dialler = await handshake_as_listener(connection, token, **limits)
+    await dialler.accept({"role": "worker"})
+    return dialler.about
 
 
-async def both(*greetings: Any) -> tuple[Any, Any]:
-    """What became of the dialler's greeting and of the listener's."""
-    first, second = await asyncio.gather(*greetings, return_exceptions=True)
+async def both(*handshakes: Any) -> tuple[Any, Any]:
+    """The outcomes of the dialler's end and of the listener's."""
+    first, second = await asyncio.gather(*handshakes, return_exceptions=True)
     return first, second
 
 
 class Raw:
-    """An end that says what it likes."""
+    """An end that sends any lines."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -88,8 +92,8 @@ class Raw:
 
 async def test_both_ends_learn_what_the_other_tells(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
-    ours = {"role": "driver", "session": "x", "program": "trainer-é.py"}
-    theirs, heard = await both(greet(dialler, TOKEN, ours, address=ADDRESS), receive(listener, TOKEN, accept))
+    ours = {"role": "driver", "program": "trainer-é.py"}
+    theirs, heard = await both(handshake_as_dialler(dialler, TOKEN, ours, address=ADDRESS), listen(listener))
     assert heard.items() >= ours.items()
     assert theirs["role"] == "worker"
     for about in (theirs, heard):
@@ -107,10 +111,10 @@ async def test_the_connections_are_blocking_and_what_follows_is_whole(
     dialler, listener = pair
 
     async def listening() -> None:
-        await receive(listener, TOKEN, accept)
-        listener.sendall(b"first\n")  # at once, so that it comes with the end of the greeting
+        await listen(listener)
+        listener.sendall(b"first\n")  # at once, so that it comes with the end of the handshake
 
-    await both(greet(dialler, TOKEN, {}, address=ADDRESS), listening())
+    await both(handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS), listening())
     dialler.sendall(b"second\n")
     assert dialler.gettimeout() is listener.gettimeout() is None
     assert dialler.recv(100) == b"first\n"
@@ -121,15 +125,15 @@ async def test_the_token_never_crosses_the_wire(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[Message] = []
-    send = greeting._send
+    send = handshake._send
 
     async def record(connection: socket.socket, message: Message) -> None:
         said.append(message)
         await send(connection, message)
 
-    monkeypatch.setattr(greeting, "_send", record)
+    monkeypatch.setattr(handshake, "_send", record)
     dialler, listener = pair
-    await both(greet(dialler, TOKEN, {}, address=ADDRESS), receive(listener, TOKEN, accept))
+    await both(handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS), listen(listener))
     assert [sorted(message) for message in said] == [
         ["nonce", "number", "protocol"],
         ["nonce"],
@@ -144,10 +148,10 @@ async def test_the_token_never_crosses_the_wire(
 async def test_a_refusal_travels_with_its_reason(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
 
-    def refuse(about: Message) -> Message:
-        raise RefusedError("busy with another driver")
+    async def refuse() -> None:
+        await (await handshake_as_listener(listener, TOKEN)).refuse(RefusedError("busy with another driver"))
 
-    theirs, heard = await both(greet(dialler, TOKEN, {}, address=ADDRESS), receive(listener, TOKEN, refuse))
+    theirs, heard = await both(handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS), refuse())
     assert isinstance(theirs, RefusedError)
     assert str(theirs) == f"{ADDRESS} refused: busy with another driver"
     assert isinstance(heard, RefusedError)
@@ -159,8 +163,8 @@ async def test_a_version_that_differs_is_an_error_that_names_both(
 ) -> None:
     dialler, listener = pair
     ours = {**own_versions(), name: "0.0.1"}
-    told = greet(dialler, TOKEN, {"versions": ours, "machine": "old-box"}, address=ADDRESS)
-    theirs, heard = await both(told, receive(listener, TOKEN, accept))
+    told = handshake_as_dialler(dialler, TOKEN, {"versions": ours, "machine": "old-box"}, address=ADDRESS)
+    theirs, heard = await both(told, listen(listener))
     for error in (theirs, heard):
         assert isinstance(error, RefusedError)
         assert f"{name} 0.0.1 and {own_versions()[name]}; install the same" in str(error)
@@ -170,12 +174,12 @@ async def test_a_version_that_differs_is_an_error_that_names_both(
 
 async def test_what_is_too_long_to_tell_is_an_error_here(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
-    telling = greet(dialler, TOKEN, {"program": "x" * 4096}, address=ADDRESS)
-    receiving = asyncio.ensure_future(receive(listener, TOKEN, accept))
-    with pytest.raises(GreetingError, match="4096"):
+    telling = handshake_as_dialler(dialler, TOKEN, {"program": "x" * 4096}, address=ADDRESS)
+    receiving = asyncio.ensure_future(listen(listener))
+    with pytest.raises(HandshakeError, match="4096"):
         await telling
     dialler.close()
-    with pytest.raises(MistrustError, match="it left"):
+    with pytest.raises(UntrustedError, match="it left"):
         await receiving
 
 
@@ -184,34 +188,32 @@ async def test_what_is_too_long_to_tell_is_an_error_here(pair: tuple[socket.sock
 
 async def test_another_token_is_told_nothing_and_asks_nothing(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
-    asked: list[Message] = []
 
     async def listening() -> None:
         with listener:
-            await receive(listener, b"another token", lambda about: asked.append(about) or {})
+            await handshake_as_listener(listener, b"another token")
 
-    theirs, heard = await both(greet(dialler, TOKEN, {}, address=ADDRESS), listening())
-    assert isinstance(heard, MistrustError)
-    assert isinstance(theirs, MistrustError)
+    theirs, heard = await both(handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS), listening())
+    assert isinstance(heard, UntrustedError)
+    assert isinstance(theirs, UntrustedError)
     assert f"{ADDRESS} refused the token, or is nothing of torchfedrpc: give both ends the same" in str(theirs)
-    assert not asked
     assert TOKEN.decode() not in str(theirs) + str(heard)
 
 
 @contextlib.asynccontextmanager
 async def proven(token: bytes = TOKEN) -> Any:
-    """A greeting of which everything was overheard."""
+    """All lines of a handshake."""
     dialler, listener = tcp_pair()
     said: list[Message] = []
-    send = greeting._send
+    send = handshake._send
 
     async def record(connection: socket.socket, message: Message) -> None:
         said.append(message)
         await send(connection, message)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greeting, "_send", record)
-        await both(greet(dialler, token, {}, address=ADDRESS), receive(listener, token, accept))
+        patch.setattr(handshake, "_send", record)
+        await both(handshake_as_dialler(dialler, token, {}, address=ADDRESS), listen(listener, token))
     yield said
     dialler.close()
     listener.close()
@@ -221,12 +223,12 @@ async def test_a_dialler_that_replays_a_greeting_is_not_believed(pair: tuple[soc
     dialler, listener = pair
     async with proven() as (_, nonce, _, said, _):
         stranger = Raw(dialler)
-        victim = asyncio.ensure_future(receive(listener, TOKEN, accept))
+        victim = asyncio.ensure_future(listen(listener))
         await stranger.send(nonce)
         await stranger.receive()
         await stranger.receive()
         await stranger.send(said)
-        with pytest.raises(MistrustError, match="another token"):
+        with pytest.raises(UntrustedError, match="another token"):
             await victim
 
 
@@ -237,11 +239,11 @@ async def test_a_listener_that_replays_or_reflects_is_not_believed(
     dialler, listener = pair
     async with proven() as (hello, _, proof, said, reply):
         stranger = Raw(listener)
-        telling = asyncio.ensure_future(greet(dialler, TOKEN, {}, address=ADDRESS))
+        telling = asyncio.ensure_future(handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS))
         await stranger.send(hello)
         await stranger.receive()
         await stranger.send({"all": reply, "the proof": proof, "the dialler's proof": said}[what])
-        with pytest.raises(MistrustError):
+        with pytest.raises(UntrustedError):
             await telling
 
 
@@ -251,13 +253,13 @@ async def test_a_listener_learns_a_nonce_alone_before_it_proves_the_token(
     dialler, listener = pair
     async with proven(b"another token") as (hello, _, proof, *_):
         stranger = Raw(listener)
-        telling = asyncio.ensure_future(greet(dialler, TOKEN, {"role": "driver"}, address=ADDRESS))
+        telling = asyncio.ensure_future(handshake_as_dialler(dialler, TOKEN, {"role": "driver"}, address=ADDRESS))
         await stranger.send(hello)
         heard = await stranger.receive()
         assert list(heard) == ["nonce"]
         assert bytes.fromhex(heard["nonce"])
         await stranger.send(proof)
-        with pytest.raises(MistrustError):
+        with pytest.raises(UntrustedError):
             await telling
         dialler.close()
         with pytest.raises(EOFError, match="b''"):
@@ -271,8 +273,7 @@ async def test_a_listener_learns_a_nonce_alone_before_it_proves_the_token(
         [],
         {},
         {"versions": 3},
-        {"session": ["x"]},
-        {"channel": {}},
+        {"program": ["x"]},
         {"machine": None},
         {"pid": "1"},
         {"role": 1},
@@ -282,20 +283,17 @@ async def test_an_end_that_tells_what_has_another_form_is_refused(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch, about: Any
 ) -> None:
     dialler, listener = pair
-    own = greeting._own_about()
+    own = handshake._own_about()
     told = about if about is None or isinstance(about, list) or not about else {**own, **about}
 
-    def accept_nobody(about: Message) -> Message:
-        raise AssertionError(about)
-
     stranger = Raw(dialler)
-    victim = asyncio.ensure_future(receive(listener, TOKEN, accept_nobody))
+    victim = asyncio.ensure_future(handshake_as_listener(listener, TOKEN))
     hello, nonce = await stranger.receive(), {"nonce": "0"}
     await stranger.send(nonce)
     await stranger.receive()
     said = {"about": told}
-    await stranger.send({**said, "proof": greeting._proof(TOKEN, "dialler", [hello, nonce, said])})
-    with pytest.raises(MistrustError, match=r"^what it sent is no greeting$"):
+    await stranger.send({**said, "proof": handshake._proof(TOKEN, "dialler", [hello, nonce, said])})
+    with pytest.raises(UntrustedError, match=r"^the received bytes are no handshake$"):
         await victim
 
 
@@ -303,18 +301,18 @@ async def test_a_dialler_that_reflects_the_proof_of_a_dialler_fails() -> None:
     """It dials one end, and has the other end dial it, to pass on what that proves, and to change what it tells."""
     ours, listener = tcp_pair()
     dialler, theirs = tcp_pair()
-    victim = asyncio.ensure_future(receive(listener, TOKEN, accept))
-    other = asyncio.ensure_future(greet(dialler, TOKEN, {"role": "driver"}, address=ADDRESS))
+    victim = asyncio.ensure_future(listen(listener))
+    other = asyncio.ensure_future(handshake_as_dialler(dialler, TOKEN, {"role": "driver"}, address=ADDRESS))
     one, two = Raw(ours), Raw(theirs)
     await two.send(await one.receive())
     await one.send(await two.receive())  # the other's nonce, and the proof is passed on, so that the other tells
     await two.send(await one.receive())
     told = await two.receive()
     await one.send({**told, "about": {**told["about"], "role": "worker"}})
-    with pytest.raises(MistrustError, match="another token"):
+    with pytest.raises(UntrustedError, match="another token"):
         await victim
     theirs.close()
-    with pytest.raises(MistrustError):
+    with pytest.raises(UntrustedError):
         await other
     for end in (ours, listener, dialler):
         end.close()
@@ -323,23 +321,23 @@ async def test_a_dialler_that_reflects_the_proof_of_a_dialler_fails() -> None:
 async def test_what_was_changed_on_the_way_is_not_believed(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, listener = pair
     dialler, theirs = tcp_pair()
-    victim = asyncio.ensure_future(receive(listener, TOKEN, accept))
-    other = asyncio.ensure_future(greet(dialler, TOKEN, {"role": "worker"}, address=ADDRESS))
+    victim = asyncio.ensure_future(listen(listener))
+    other = asyncio.ensure_future(handshake_as_dialler(dialler, TOKEN, {"role": "worker"}, address=ADDRESS))
     between, beyond = Raw(theirs), Raw(ours)
     hello = await beyond.receive()
     await between.send({**hello, "nonce": "0" * 64})
     await beyond.send(await between.receive())
     await between.send(await beyond.receive())
-    with pytest.raises(MistrustError):
+    with pytest.raises(UntrustedError):
         await other
     dialler.close()
     ours.close()
-    with pytest.raises(MistrustError, match="it left"):
+    with pytest.raises(UntrustedError, match="it left"):
         await victim
     theirs.close()
 
 
-# What is no greeting.
+# Malformed handshakes.
 
 GARBAGE = {
     "an HTTP request": b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
@@ -357,8 +355,8 @@ GARBAGE = {
 async def test_garbage_is_refused_and_not_repeated(pair: tuple[socket.socket, socket.socket], garbage: bytes) -> None:
     dialler, listener = pair
     await Raw(dialler).send(garbage)
-    with pytest.raises(MistrustError, match=r"^what it sent is no greeting$"):
-        await receive(listener, TOKEN, accept)
+    with pytest.raises(UntrustedError, match=r"^the received bytes are no handshake$"):
+        await listen(listener)
 
 
 @pytest.mark.parametrize("proof", [None, 1, "", "\ud800", "é", ["0"], {"a": 1}])
@@ -367,12 +365,12 @@ async def test_a_proof_of_any_kind_but_the_right_one_is_none(
 ) -> None:
     dialler, listener = pair
     stranger = Raw(dialler)
-    victim = asyncio.ensure_future(receive(listener, TOKEN, accept))
+    victim = asyncio.ensure_future(listen(listener))
     await stranger.send({"nonce": 5})
     await stranger.receive()
     await stranger.receive()
     await stranger.send({"about": None, "proof": proof})
-    with pytest.raises(MistrustError, match="another token"):
+    with pytest.raises(UntrustedError, match="another token"):
         await victim
 
 
@@ -380,8 +378,8 @@ async def test_one_who_stalls_is_refused_in_time(pair: tuple[socket.socket, sock
     dialler, listener = pair
     await Raw(dialler).send(b"{")
     began = time.monotonic()
-    with pytest.raises(MistrustError, match=r"did not greet within 0.1 s"):
-        await receive(listener, TOKEN, accept, timeout_s=0.1)
+    with pytest.raises(UntrustedError, match=r"did not end the handshake within 0.1 s"):
+        await handshake_as_listener(listener, TOKEN, timeout_s=0.1)
     assert time.monotonic() - began < 2
 
 
@@ -391,57 +389,45 @@ async def test_a_dialler_does_not_talk_to_what_is_not_ours(
 ) -> None:
     dialler, listener = pair
     await Raw(listener).send(garbage)
-    with pytest.raises(MistrustError, match=ADDRESS):
-        await greet(dialler, TOKEN, {}, address=ADDRESS)
+    with pytest.raises(UntrustedError, match=ADDRESS):
+        await handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS)
 
 
 async def test_another_number_of_the_protocol_names_both(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
     await Raw(listener).send({"protocol": "torchfedrpc", "number": 7, "nonce": "0"})
-    with pytest.raises(MistrustError, match=f"{ADDRESS} speaks number 7 .* number 2"):
-        await greet(dialler, TOKEN, {}, address=ADDRESS)
+    with pytest.raises(UntrustedError, match=f"{ADDRESS} speaks number 7 .* number 3"):
+        await handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS)
 
 
 # Dialling.
 
 
 @contextlib.asynccontextmanager
-async def listening(*answers: Callable[[Message], Message], token: bytes = TOKEN) -> Any:
-    """A listener that answers one connection after another: its address, and what the diallers told."""
+async def listening() -> Any:
+    """A listener that accepts one connection: its address, and the descriptions of diallers."""
     loop, heard = asyncio.get_running_loop(), []
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
 
         async def serve() -> None:
-            for answer in answers:
-                connection, _ = await loop.sock_accept(server)
-                with connection:
-                    heard.append(await receive(connection, token, answer))
+            connection, _ = await loop.sock_accept(server)
+            with connection:
+                heard.append(await listen(connection))
 
         serving = asyncio.ensure_future(serve())
         yield f"127.0.0.1:{server.getsockname()[1]}", heard
         serving.cancel()
-        with contextlib.suppress(asyncio.CancelledError, GreetingError):
+        with contextlib.suppress(asyncio.CancelledError, HandshakeError):
             await serving
 
 
-async def test_dialling_opens_both_channels_of_one_session() -> None:
-    async with listening(accept, accept) as (address, heard):
-        driver = await dial(address, TOKEN, {"role": "driver"}, timeout_s=5)
-        driver.link.close()
-        driver.pulse.close()
-        assert driver.about["role"] == "worker"
-    assert [about["channel"] for about in heard] == ["link", "pulse"]
-    assert heard[0]["session"] == heard[1]["session"]
-
-
-async def test_a_refusal_of_the_second_channel_closes_the_first() -> None:
-    def refuse(about: Message) -> Message:
-        raise RefusedError("no more")
-
-    async with listening(accept, refuse) as (address, _):
-        with pytest.raises(RefusedError, match="no more"):
-            await dial(address, TOKEN, {}, timeout_s=5)
+async def test_dialling_gives_the_control_link_and_the_description_of_the_listener() -> None:
+    async with listening() as (address, heard):
+        link, about = await dial(address, TOKEN, {"role": "driver"}, timeout_s=5)
+        link.close()
+        assert about["role"] == "worker"
+    assert [about["role"] for about in heard] == ["driver"]
 
 
 async def test_nobody_at_the_address_is_an_error_that_names_it() -> None:
@@ -454,7 +440,7 @@ async def test_nobody_at_the_address_is_an_error_that_names_it() -> None:
 async def test_one_who_says_nothing_is_unreachable_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts nobody, though the kernel connects
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(UnreachableError, match=f"{address} .*no answer within 0.1 s"):
+        with pytest.raises(SilentError, match=f"{address} .*no answer within 0.1 s"):
             await dial(address, TOKEN, {}, timeout_s=0.1)
 
 
@@ -462,7 +448,7 @@ async def test_one_who_closes_at_once_is_unreachable(pair: tuple[socket.socket, 
     dialler, listener = pair
     listener.close()
     with pytest.raises(UnreachableError, match=f"{ADDRESS} .*closed the connection"):
-        await greet(dialler, TOKEN, {}, address=ADDRESS)
+        await handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS)
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b"])
@@ -496,16 +482,16 @@ def test_what_is_no_address_is_refused_by_name(address: str) -> None:
 # What is used before a proof.
 
 
-@pytest.mark.parametrize("module", ["greeting", "greeter", "link", "token"])
+@pytest.mark.parametrize("module", ["handshake", "control_link"])
 def test_modules_that_read_before_a_proof_import_nothing_that_unpickles(module: str) -> None:
-    tree = ast.parse(Path(greeting.__file__).with_name(f"{module}.py").read_text())
+    tree = ast.parse(Path(handshake.__file__).with_name(f"{module}.py").read_text())
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(str(node.module))
-    assert "json" in imported or module in ("greeter", "token")
+    assert "json" in imported
     assert [name for name in imported if name.split(".")[0] in ("pickle", "marshal", "shelve", "torch", "numpy")] in (
         [],
         ["torch"],  # of whose version both ends tell
@@ -524,12 +510,12 @@ async def test_proofs_are_compared_in_constant_time_alone(
         compared.append((given, expected))
         return is_equal
 
-    monkeypatch.setattr(greeting.hmac, "compare_digest", compare)
+    monkeypatch.setattr(handshake.hmac, "compare_digest", compare)
     dialler, listener = pair
     token = b"another token than that of the listener" if is_equal else TOKEN
     outcomes = await both(
-        greet(dialler, token, {"role": "driver"}, address=ADDRESS),
-        receive(listener, TOKEN, accept, timeout_s=1),
+        handshake_as_dialler(dialler, token, {"role": "driver"}, address=ADDRESS),
+        listen(listener, timeout_s=1),
     )
     assert len(compared) == (3 if is_equal else 1)
-    assert [isinstance(outcome, MistrustError) for outcome in outcomes] == [not is_equal] * 2
+    assert [isinstance(outcome, UntrustedError) for outcome in outcomes] == [not is_equal] * 2

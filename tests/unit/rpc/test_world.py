@@ -1,4 +1,4 @@
-"""Awaiting several things that all have to come to their end."""
+"""Awaiting the steps of several members of a world."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 
-from torchfedrpc.rpc.all_of import all_of
+from torchfedrpc.rpc.world import all_of
 
 
 class Socket:
-    """What a step holds as it fails."""
+    """An object that a step holds as it fails."""
 
 
 async def test_error_of_all_of_keeps_nothing_that_its_steps_held() -> None:
@@ -24,31 +24,28 @@ async def test_error_of_all_of_keeps_nothing_that_its_steps_held() -> None:
         await asyncio.sleep(0)
         raise ValueError("lost")
 
-    gc.disable()  # a circle would be freed by it, some time
+    gc.disable()  # it would free a reference cycle at some time
     try:
-        failing = asyncio.ensure_future(fail())
         with pytest.raises(ValueError, match="lost"):
-            await all_of([asyncio.shield(failing), asyncio.sleep(0)])
-        del failing
+            await all_of(fail(), asyncio.sleep(0))
         await asyncio.sleep(0)
         assert held[0]() is None
     finally:
         gc.enable()
 
 
-async def test_all_of_waits_for_all_and_raises_the_first_error() -> None:
-    ended, failures = asyncio.Event(), []
+async def test_all_of_cancels_the_others_and_raises_the_first_error() -> None:
+    ended = []
 
     async def fail() -> None:
         raise ValueError("lost")
 
     async def go_on() -> None:
-        await ended.wait()
-
-    def let_go() -> None:
-        failures.append("let go")
-        ended.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("the other")
 
     with pytest.raises(ValueError, match="lost"):
-        await all_of([go_on(), fail()], on_failure=let_go)
-    assert failures == ["let go"]
+        await all_of(go_on(), fail())
+    assert ended == ["the other"]
