@@ -32,7 +32,7 @@ from torchfedrpc.rpc import sources, world
 from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.handshake import UnreachableError, dial
 from torchfedrpc.rpc.heartbeat_connection import dial_heartbeat
-from torchfedrpc.rpc.heartbeat_process import LEAVING
+from torchfedrpc.rpc.heartbeat_process import BEAT, LEAVING
 from torchfedrpc.rpc.member import Member
 
 CLIENTS = [f"client_{number}" for number in range(6)]
@@ -458,6 +458,7 @@ async def test_nobody_waits_for_one_who_takes_long_to_get_ready(
         assert proxy.join_address is not None
         guest = await until_up(proxy.join_address, token)
         heartbeat = await asyncio.to_thread(_connect, guest)
+        beating = asyncio.ensure_future(_beat(heartbeat))
         message: Any = await asyncio.to_thread(guest.receive)  # which is not answered yet
         assert message["do"] == "prepare"
         executor: Any = proxy._router._main
@@ -472,6 +473,7 @@ async def test_nobody_waits_for_one_who_takes_long_to_get_ready(
         group._fail(tfr.WorkerLostError("a test wants it"))
         message = await asyncio.to_thread(guest.receive)
         assert message == {"do": "stop", "reason": "the run has no world any more"}
+        beating.cancel()
         guest.close()
         heartbeat.close()
 
@@ -654,6 +656,13 @@ def _connect(guest: Link) -> socket.socket:
         guest.send({"number": message["number"], "host": "127.0.0.1", "port": server.getsockname()[1]})
         server.accept()[0].close()
     return connection
+
+
+async def _beat(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the driver has closed it
+        while True:
+            connection.send(BEAT)
+            await asyncio.sleep(0.5)
 
 
 def _refuse(guest: Link) -> str:
