@@ -11,9 +11,7 @@ import logging
 import os
 import signal
 import tempfile
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from learners import Probe
+from leftovers import held
 
 import torchfedrpc as tfr
 from torchfedrpc.events import CallEnded, Event, ProgressReported
@@ -256,55 +255,6 @@ def seen(proxy: tfr.LearnerProxy) -> Iterator[Seen]:
 # Nothing is left behind.
 
 
-def _children() -> Counter[str]:
-    found: Counter[str] = Counter()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            for pid in (task / "children").read_text().split():
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                found[f"process {pid}: {command[:80]}"] += 1
-    return found
-
-
-def _threads() -> Counter[str]:
-    return Counter(f"thread {thread.name}" for thread in threading.enumerate())
-
-
-def _descriptors() -> Counter[str]:
-    found: Counter[str] = Counter()
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            target = os.readlink(entry)
-            if not target.startswith("/proc/"):
-                found[f"descriptor {target}"] += 1
-    return found
-
-
-def _shared_memory() -> Counter[str]:
-    """Entries of /dev/shm, but for those that a living process which is not ours has made."""
-    ours = {str(os.getpid())}
-    found: Counter[str] = Counter()
-    for entry in Path("/dev/shm").iterdir():
-        maker = entry.name.split("_")[1] if entry.name.startswith("torch_") else ""
-        if maker in ours or not (maker.isdigit() and Path(f"/proc/{maker}").exists()):
-            found[f"shared memory {entry.name}"] += 1
-    return found
-
-
-def _temporary_files() -> Counter[str]:
-    folder = Path(tempfile.gettempdir())
-    kept = ("torchinductor_", "torchelastic_")  # torch's own, which it does not clean up
-    if torch.__version__ < (2, 7):  # it makes one as it is imported, which a killed process leaves
-        kept += ("tmp",)
-    return Counter(f"temporary {entry}" for entry in folder.iterdir() if not entry.name.startswith(kept))
-
-
-def _held() -> Counter[str]:
-    if not Path("/proc/self/fd").exists():  # another system than Linux
-        return _threads() + _temporary_files()
-    return _children() + _threads() + _descriptors() + _shared_memory() + _temporary_files()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A folder for temporary files that no other program uses, for us and our processes."""
@@ -336,12 +286,12 @@ def _warm_torch(_temporary_folder: None) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_left_behind(_warm_torch: None, loop_errors: LoopErrors) -> Iterator[None]:
     """Processes, threads, descriptors, shared memory and temporary files are as they were before the module."""
-    before = _held()
+    before = held()
     yield
     gc.collect()  # of tasks whose exceptions were not retrieved
     loop_errors.check()
     deadline = time.monotonic() + _LEAK_TIMEOUT_S
-    while (left := _held() - before) and time.monotonic() < deadline:
+    while (left := held() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left, "left behind: " + "; ".join(left)
 

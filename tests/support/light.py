@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from processes import state_of as state_of
+
 import torchfedrpc
 
 _PREAMBLE = f"""
@@ -89,8 +91,3 @@ def ends_within(pid: int, timeout_s: float) -> bool:
         return bool(select.select([descriptor], [], [], timeout_s)[0])
     finally:
         os.close(descriptor)
-
-
-def state_of(pid: int) -> str:
-    """The state letter of a process, as ``/proc`` has it."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

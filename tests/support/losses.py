@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import internals
 import pytest
 from conftest import Seen
 from learners import Mortal
@@ -87,8 +88,8 @@ def pseudo(**settings: Any) -> dict[str, Any]:
 
 def pid_of(proxy: tfr.LearnerProxy, worker: str) -> int:
     """The process that has this worker's name now."""
-    executor: Any = proxy._router._main
-    pid: int = executor._processes[executor._group.members[worker]].pid
+    pid = internals.pid_of(proxy, worker)
+    assert pid is not None, f"{worker} has no process now"
     return pid
 
 

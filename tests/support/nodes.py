@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from namespaces import ADDRESSES, Nodes
 
 NEEDS_NAMESPACES = [
     pytest.mark.root,
@@ -41,41 +42,21 @@ def listening_addresses(pid: int) -> list[str]:
     return found
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
-
-
 @contextlib.contextmanager
-def _joined(connect: Callable[[list[str]], None]) -> Iterator[dict[str, str]]:
-    """Two namespaces, each with a device of its name that `connect` puts there: name -> address."""
-    tag = f"tfr{os.getpid() % 100_000}"
-    names = [f"{tag}a", f"{tag}b"]
-    addresses = ["10.99.0.1", "10.99.0.2"]
-    try:
+def _joined(connect: Callable[[list[str]], None] | None = None) -> Iterator[dict[str, str]]:
+    """Two namespaces: name -> address."""
+    with contextlib.ExitStack() as stack:
         try:
-            for name in names:
-                _run("ip", "netns", "add", name)
-            connect(names)
+            made = stack.enter_context(Nodes(connect))
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-        for name, address in zip(names, addresses, strict=True):
-            _run(*f"ip -n {name} addr add {address}/24 dev {name}".split())
-            _run(*f"ip -n {name} link set {name} up".split())
-            _run(*f"ip -n {name} link set lo up".split())
-        yield dict(zip(names, addresses, strict=True))
-    finally:
-        for name in names:  # their cable goes with them
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        yield dict(zip(made.names, ADDRESSES, strict=True))
 
 
 @pytest.fixture
 def nodes() -> Iterator[dict[str, str]]:
     """Two network namespaces: name -> address."""
-
-    def connect(names: list[str]) -> None:
-        _run(*f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}".split())
-
-    with _joined(connect) as nodes:
+    with _joined() as nodes:
         yield nodes
 
 
@@ -95,7 +76,8 @@ def by_cable(
         assert started[0].stdout is not None
         assert started[0].stdout.readline() == "ready\n"
         for name in names:
-            _run("ip", "link", "set", name, "netns", name)
+            command = ["ip", "link", "set", name, "netns", name]
+            subprocess.run(command, check=True, capture_output=True, text=True)
 
     try:
         with _joined(connect) as nodes:

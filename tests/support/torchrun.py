@@ -12,17 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from folders import SUPPORT
-
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE")
-
-
-def environment() -> dict[str, str]:
-    """Ours, without the variables of a launcher, and with the tests to import."""
-    kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
-    kept = {name: value for name, value in kept.items() if not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))}
-    path = os.pathsep.join([str(SUPPORT), *filter(None, [kept.get("PYTHONPATH")])])
-    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+from processes import children_of, environment, is_alive
 
 
 def rank_variables(rank: int, local_rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
@@ -117,24 +107,6 @@ def run_script(script: Path, *arguments: str, timeout_s: float = 120) -> tuple[i
         check=False,
     )
     return done.returncode, done.stdout
-
-
-def children_of(pid: int) -> list[int]:
-    """The living children of a process."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in ("Z", "X")
 
 
 def wait_for_end(pids: list[int], timeout_s: float) -> float:

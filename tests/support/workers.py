@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from folders import SUPPORT
-from torchrun import environment
+from processes import Process
 
 
 def make_token(folder: Path) -> str:
@@ -26,8 +22,8 @@ def make_token(folder: Path) -> str:
 PROGRAM = (sys.executable, "-m", "torchfedrpc.worker_cli")
 
 
-class WorkerCommand:
-    """``torchfedrpc-worker``, with all that it has printed so far.
+class WorkerCommand(Process):
+    """``torchfedrpc-worker``.
 
     Args:
         arguments: of the command.
@@ -36,66 +32,7 @@ class WorkerCommand:
     """
 
     def __init__(self, *arguments: str, prefix: Sequence[str] = (), program: Sequence[str] = PROGRAM) -> None:
-        self.process = subprocess.Popen(
-            [*prefix, *program, *arguments],
-            env=environment(),
-            cwd=SUPPORT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.lines: list[str] = []
-        self._changed = threading.Condition()
-        self._is_over = False
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    @property
-    def output(self) -> str:
-        """What it has printed."""
-        return "\n".join(self.lines)
-
-    def line(self, part: str, count: int = 1, timeout_s: float = 60.0) -> str:
-        """Wait for so many lines with that in them; the last of these."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: self._is_over or len(self._found(part)) >= count, timeout_s), (
-                self.output
-            )
-            found = self._found(part)
-        assert len(found) >= count, self.output
-        return found[count - 1]
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
-        self.process.send_signal(number)
-
-    def ended(self, timeout_s: float = 30.0) -> int:
-        """Wait for its end; its exit status."""
-        status = self.process.wait(timeout_s)
-        self._reader.join(timeout_s)
-        return status
-
-    def close(self) -> None:
-        """Kill it, if it is there."""
-        self.process.kill()
-        self.process.wait()
-        self._reader.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-    def _found(self, part: str) -> list[str]:
-        return [line for line in self.lines if part in line]
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._changed:
-                self.lines.append(line.rstrip())
-                self._changed.notify_all()
-        with self._changed:
-            self._is_over = True
-            self._changed.notify_all()
+        super().__init__(*prefix, *program, *arguments)
 
 
 @contextlib.contextmanager

@@ -12,13 +12,14 @@ import pytest
 from folders import ROOT
 
 SCRIPTS = ROOT / "scripts"
-RUN_BY_NIGHT = ["test", "chaos", "bench/table", "bench/checkpoints", "bench/proof"]
+RUN_BY_NIGHT = ["test", "chaos/run", "bench/table", "bench/checkpoints", "bench/proof"]
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A tree with the nightly script, and in place of each that it runs one that notes its arguments in `ran`."""
-    (tmp_path / "scripts" / "bench").mkdir(parents=True)
+    for folder in ("bench", "chaos"):
+        (tmp_path / "scripts" / folder).mkdir(parents=True)
     shutil.copy(SCRIPTS / "nightly", tmp_path / "scripts")
     for name in RUN_BY_NIGHT:
         assert os.access(SCRIPTS / name, os.X_OK)
@@ -54,6 +55,6 @@ def test_the_nightly_script_prints_a_fresh_seed_and_takes_an_earlier_one(tree: P
     for _ in range(2):
         done, _ = nightly(tree)
         assert done.returncode == 0
-        seeds += re.findall(r"scripts/chaos --seed (\d+)", done.stdout)
+        seeds += re.findall(r"scripts/chaos/run --seed (\d+)", done.stdout)
     assert len(set(seeds)) == 2
-    assert nightly(tree, seeds[0])[1][-4] == f"chaos --seed {seeds[0]}"
+    assert nightly(tree, seeds[0])[1][-4] == f"chaos/run --seed {seeds[0]}"

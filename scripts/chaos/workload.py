@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import hashlib
+import os
 import random
 import signal
+import time
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,21 +37,120 @@ STREAM_ITEMS = 12
 STREAM_METHOD = "own_epochs"
 _NUM_SNAPSHOTS = 3
 _NUM_BLENDING = 2
-_LARGE = 600_000  # float32: so large that workers map what they are given, and the driver what they return
+_LARGE = 600_000  # float32: large enough for workers to map the shared value, and the driver the results
 _OWN_BATCH_SIZE = 64
-_DATASET = {"_target_": "torchfedrpc.experiments.data.synthetic.synthetic", "num_samples": 2500}
+_DATASET: dict[str, Any] = {"_target_": "torchfedrpc.experiments.data.synthetic.synthetic", "num_samples": 2500}
 _MODEL = {"_target_": "torchfedrpc.experiments.models.mlp.MLP"}
 
-faulthandler.register(signal.SIGUSR2)  # where a round hangs, its workers are asked for their stacks
+_TRAPS = "TORCHFEDRPC_CHAOS_TRAPS"  # the folder of traps, in the environment of workers
 
-Digests = dict[str, str]  # SHA-256 of each part of what a round, or a run, gives
+faulthandler.register(signal.SIGUSR2)  # if a round hangs, its workers are asked for their stacks
+
+Digests = dict[str, str]  # SHA-256 of each part of the results of a round, or of a run
 Disturbed = Callable[["ChaosTrainer", int], AbstractAsyncContextManager[None]]
 
 
-class StatefulLearner(ClassificationLearner):
-    """Trains a model of its own beside the global one: all that a loss can damage is in it.
+class Traps(contextlib.AbstractContextManager["Traps"]):
+    """Kills worker processes at points of their learners' code, each at most once.
 
-    An optimiser with momentum that lasts, draws from the three random streams, a count and a history.
+    A trap is a file, so that arming it is no call, which would be made again after the loss. Workers find the folder
+    in their environment.
+
+    Args:
+        folder: An empty folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> Traps:
+        os.environ[_TRAPS] = str(self._folder)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        del os.environ[_TRAPS]
+
+    def arm(self, point: str, pid: int) -> None:
+        """Let a process be killed when it reaches a point next, ``capture`` or ``restore``."""
+        (self._folder / f"{point}.{pid}").touch()
+
+    def disarm(self, point: str, pid: int) -> None:
+        """Take a trap back, if it was not sprung."""
+        (self._folder / f"{point}.{pid}").unlink(missing_ok=True)
+
+    def sprung_at(self, point: str, pid: int) -> float | None:
+        """When the process was killed there (monotonic, in seconds); None if it was not yet."""
+        with contextlib.suppress(FileNotFoundError):
+            text = (self._folder / f"{point}.{pid}.sprung").read_text(encoding="ascii")
+            return float(text) if text.endswith("\n") else None
+        return None
+
+    @staticmethod
+    def reach(point: str) -> None:
+        """Be killed, if there is a trap for this process at this point."""
+        if (folder := os.environ.get(_TRAPS)) is None:
+            return
+        trap = Path(folder) / f"{point}.{os.getpid()}"
+        if trap.exists():
+            trap.with_name(f"{trap.name}.sprung").write_text(f"{time.monotonic()}\n", encoding="ascii")
+            trap.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Activities:
+    """The names of what a run is doing.
+
+    Attributes:
+        seconds: Name -> the seconds of each time that it was done.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._counts: Counter[str] = Counter()
+        self._changed = asyncio.Event()
+
+    @property
+    def names(self) -> list[str]:
+        """The activities under way."""
+        return sorted(+self._counts)
+
+    @contextmanager
+    def doing(self, name: str) -> Iterator[None]:
+        """An activity, from beginning to end."""
+        began = time.monotonic()
+        self._counts[name] += 1
+        self._changed.set()
+        try:
+            yield
+        finally:
+            self._counts[name] -= 1
+            self.seconds[name].append(time.monotonic() - began)
+
+    async def until(self, name: str) -> None:
+        """Wait until an activity is under way."""
+        while not self._counts[name]:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+class TrappedLearner(ClassificationLearner):
+    """The bundled learner, with points for traps: its state is captured for a snapshot, an eviction or a move."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Capture the state."""
+        Traps.reach("capture")
+        return super().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state."""
+        Traps.reach("restore")
+        super().load_state_dict(state)
+
+
+class StatefulLearner(TrappedLearner):
+    """Trains a second model, in which is all that a loss can damage.
+
+    It has an optimiser with momentum that lasts, draws from the three random streams, a count and a history.
     """
 
     def __init__(self, client_id: str, **settings: Any) -> None:
@@ -57,34 +161,36 @@ class StatefulLearner(ClassificationLearner):
         self._mixture = torch.zeros(_LARGE)
 
     def blend(self, values: Tensor) -> Tensor:
-        """Take half of the values [_LARGE] into its own, in place; what it returns it goes on with."""
+        """Take half of the values [_LARGE] into its own, in place; returns its own, which it changes later."""
         self._mixture.add_(values).mul_(0.5)
         return self._mixture
 
     def train_epoch(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the bundled learner; trains its own model too."""
+        """Train as the bundled learner, and the second model too."""
         own_loss = self._own_epoch()
         return {**super().train_epoch(*args, **kwargs), "own_loss": own_loss}
 
-    async def evaluate(self, model_weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """As the bundled learner, in two steps of the event loop, and with noise."""
+    async def evaluate(  # type: ignore[override]  # a learner's methods may be async
+        self, model_weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Evaluate as the bundled learner, in two steps of the event loop, and with noise."""
         scored = super().evaluate(model_weights)
         await asyncio.sleep(0)
         return {**scored, "noise": random.random(), "num_epochs": len(self._losses)}
 
     def own_epochs(self, count: int) -> Iterator[dict[str, Any]]:
-        """Train its own model, an epoch for each item."""
+        """Train the second model, an epoch for each item."""
         for _ in range(count):
             yield {"loss": self._own_epoch(), "weights": self._own.state_dict()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it learns."""
+        """Capture the state of both models."""
         own = {"model": self._own.state_dict(), "optimiser": self._optimiser.state_dict(), "losses": self._losses}
         own["mixture"] = self._mixture
         return {**super().state_dict(), "own": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state of both models."""
         super().load_state_dict(state)
         own = state["own"]
         self._own.load_state_dict(own["model"])
@@ -108,7 +214,7 @@ class StatefulLearner(ClassificationLearner):
 
 def make_learner(client_id: str, **settings: Any) -> ClassificationLearner:
     """The bundled learner for odd clients, a stateful one for even ones."""
-    kind = ClassificationLearner if _number(client_id) % 2 else StatefulLearner
+    kind = TrappedLearner if _number(client_id) % 2 else StatefulLearner
     return kind(client_id, **settings)
 
 
@@ -116,20 +222,22 @@ class ChaosTrainer(FedAvgTrainer):
     """The bundled FedAvg, and in each round a stream, an evaluation, and some learners set back a little.
 
     Args:
-        proxy: an open proxy of `make_learner`.
-        num_rounds: how many rounds.
-        disturbed: lasts as long as a round, and does to it what it likes.
+        proxy: An open proxy of `make_learner`.
+        num_rounds: How many rounds there are.
+        disturbed: A context manager around each round.
 
     Attributes:
-        digests: of each finished round, hashes of all that its calls gave.
+        digests: For each finished round, hashes of all results of its calls.
+        activities: The steps of the round that are under way.
     """
 
-    not_state: ClassVar[frozenset[str]] = FedAvgTrainer.not_state | {"_disturbed", "_updates"}
+    not_state: ClassVar[frozenset[str]] = FedAvgTrainer.not_state | {"_disturbed", "_updates", "activities"}
 
     def __init__(self, proxy: tfr.LearnerProxy, num_rounds: int, disturbed: Disturbed) -> None:
         config = {"num_rounds": num_rounds, "clients_per_round": COHORT_SIZE, "local_epochs": LOCAL_EPOCHS}
         super().__init__(config, proxy, initial_weights=initial_weights(_MODEL, seed=0))
         self.digests: list[Digests] = []
+        self.activities = Activities()
         self._disturbed = disturbed
         self._updates: Any = None
         self._snapshots: dict[str, bytes] = {}
@@ -137,26 +245,26 @@ class ChaosTrainer(FedAvgTrainer):
         proxy.subscribe(self._note)
 
     def streaming(self, round_num: int) -> str:
-        """The client that is read by a stream in a round."""
+        """The client whose stream is read in a round."""
         stateful = [client_id for client_id in self.learner_proxy.client_ids if not _number(client_id) % 2]
         return stateful[round_num % len(stateful)]
 
     def select_clients(self, round_num: int) -> list[str]:
-        """The cohort, without the one that a stream holds."""
+        """The cohort, without the client whose stream is read."""
         return [one for one in super().select_clients(round_num) if one != self.streaming(round_num)]
 
     async def train_round(self, round_num: int) -> dict[str, float]:
-        """Run one round, and digest it.
+        """Run a round, and digest its results.
 
-        Some learners' snapshots are taken beside the others' evaluation, before their own, and restored as the next
-        round begins.
+        Snapshots of some learners are taken while the others are evaluated, and restored as the next round begins.
         """
         async with self._disturbed(self, round_num):
-            await self.learner_proxy.restore(self._snapshots)
-            async with asyncio.TaskGroup() as both:
-                reading = both.create_task(self._read(self.streaming(round_num)))
-                training = both.create_task(super().train_round(round_num))
-                blending = both.create_task(self._blended(round_num))
+            with self.activities.doing("restore"):
+                await self.learner_proxy.restore(self._snapshots)
+            async with asyncio.TaskGroup() as group:
+                reading = group.create_task(self._read(self.streaming(round_num)))
+                training = group.create_task(self._trained(round_num))
+                blending = group.create_task(self._blended(round_num))
             cohort = self.select_clients(round_num)
             captured, others = cohort[:_NUM_SNAPSHOTS], cohort[_NUM_SNAPSHOTS:]
             scores, self._snapshots = await asyncio.gather(self._evaluated(others), self._take_snapshots(captured))
@@ -170,34 +278,44 @@ class ChaosTrainer(FedAvgTrainer):
                     "scores": digest(scores),
                     "snapshots": digest(self._snapshots),
                     "reports": digest(reports),
-                    "weights": digest(dict(self.weights)),
+                    "weights": digest(dict(self.weights or {})),
                 }
             )
         return training.result()
 
+    async def _trained(self, round_num: int) -> dict[str, float]:
+        with self.activities.doing("train"):
+            return await super().train_round(round_num)
+
     async def aggregate_weights(self, weights_list: Any, num_samples: Any = None) -> dict[str, Tensor]:
-        """As ever; what came from the clients is part of the digest."""
+        """Aggregate as the bundled trainer; the updates of the clients are part of the digest."""
         self._updates = (weights_list, num_samples)
         return await super().aggregate_weights(weights_list, num_samples)
 
     async def _evaluated(self, client_ids: list[str]) -> dict[str, Any]:
         group = self.learner_proxy.clients(client_ids)
-        weights = await self.learner_proxy.share(self.weights)
         mean = tfr.WeightedMean(("accuracy", "loss"))
-        scores = await group.evaluate(model_weights=weights)
-        reduced = await group.reduce("evaluate", mean, model_weights=weights)
+        weights = await self.learner_proxy.share(self.weights)
+        with self.activities.doing("evaluate"):
+            scores = await group.evaluate(model_weights=weights)
+        with self.activities.doing("reduce"):
+            reduced = await group.reduce("evaluate", mean, model_weights=weights)
         return {**scores, f"mean of {client_ids}": (reduced.value, reduced.count)}
 
     async def _blended(self, round_num: int) -> dict[str, Tensor]:
         stateful = [one for one in self.select_clients(round_num) if not _number(one) % 2]
-        values = torch.arange(_LARGE) * (0.5 + round_num)
-        return await self.learner_proxy.clients(stateful[-_NUM_BLENDING:]).call("blend", values)
+        group = self.learner_proxy.clients(stateful[-_NUM_BLENDING:])
+        with self.activities.doing("share"):  # the value travels to a worker with the first call there
+            values = await self.learner_proxy.share(torch.arange(_LARGE) * (0.5 + round_num))
+            return dict(await group.call("blend", values))
 
     async def _take_snapshots(self, client_ids: list[str]) -> dict[str, bytes]:
-        return {client_id: data async for client_id, data in self.learner_proxy.snapshots(client_ids)}
+        with self.activities.doing("snapshot"):
+            return {client_id: data async for client_id, data in self.learner_proxy.snapshots(client_ids)}
 
     async def _read(self, client_id: str) -> list[Any]:
-        return [item async for item in self.learner_proxy.stream(client_id, STREAM_METHOD, STREAM_ITEMS)]
+        with self.activities.doing("stream"):
+            return [item async for item in self.learner_proxy.stream(client_id, STREAM_METHOD, STREAM_ITEMS)]
 
     def _note(self, event: Event) -> None:
         if isinstance(event, ProgressReported):
@@ -206,7 +324,7 @@ class ChaosTrainer(FedAvgTrainer):
 
 @asynccontextmanager
 async def undisturbed(trainer: ChaosTrainer, round_num: int) -> AsyncIterator[None]:
-    """A round as it should be."""
+    """Do nothing to a round."""
     yield
 
 
@@ -214,8 +332,8 @@ def open_proxy(runtime: Mapping[str, Any], seed: int) -> tfr.LearnerProxy:
     """The learners of the run, to be opened.
 
     Args:
-        runtime: where they are.
-        seed: draws what they draw.
+        runtime: The runtime configuration.
+        seed: Seeds the learners' random streams.
     """
     labels = synthetic(num_samples=_DATASET["num_samples"]).train.labels.numpy()
     clients = {
@@ -231,16 +349,16 @@ async def federate(
     disturbed: Disturbed = undisturbed,
     checkpoints: tfr.Checkpoints | None = None,
 ) -> list[Digests]:
-    """Run it.
+    """Train through an open proxy of `open_proxy`.
 
     Args:
-        proxy: what `open_proxy` gave, open.
-        num_rounds: of how many rounds.
-        disturbed: what happens to them.
-        checkpoints: where the run is saved, and goes on from.
+        proxy: The open proxy.
+        num_rounds: How many rounds there are.
+        disturbed: A context manager around each round.
+        checkpoints: Where the run is saved, and from where it continues.
 
     Returns:
-        Those of each round, and one more as `end_of` gives it.
+        The digests of each round, and those of `end_of`.
     """
     trainer = ChaosTrainer(proxy, num_rounds, disturbed)
     trainer.checkpoints = checkpoints
@@ -249,18 +367,18 @@ async def federate(
 
 
 async def end_of(trainer: ChaosTrainer) -> Digests:
-    """Those of the global weights and of the state of every learner, between two rounds."""
+    """The digests of the global weights and of the state of every learner, between two rounds."""
     states = [(client_id, data) async for client_id, data in trainer.learner_proxy.snapshots()]
     return {"weights": digest(dict(trainer.weights or {})), "snapshots": digest(states)}
 
 
 def differing(digests: Digests, expected: Digests) -> list[str]:
-    """Which parts have other bits than they should have."""
+    """The parts that have other bits than they should have."""
     return [name for name, value in expected.items() if digests[name] != value]
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value, the same for the same bits."""
+    """SHA-256 of a value; equal values have equal bits."""
     return hashlib.sha256(fingerprint(value)).hexdigest()
 
 

@@ -1,0 +1,61 @@
+"""What a process holds, to check that it holds no more later: children, threads, descriptors, memory, files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import torch
+from processes import children_of, command_of
+
+# torch does not remove these; before 2.7 its import also makes a folder, which a killed process leaves.
+_HAS_OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+_KEPT = ("torchinductor_", "torchelastic_", *(["tmp"] if _HAS_OLD_TORCH else []))
+
+
+def held() -> Counter[str]:
+    """Everything below."""
+    if not Path("/proc/self/fd").exists():  # another system than Linux
+        return threads() + temporary_files()
+    return children() + threads() + descriptors() + shared_memory() + temporary_files()
+
+
+def children() -> Counter[str]:
+    """The children of this process."""
+    return Counter(f"process {pid}: {command_of(pid)[:80]}" for pid in children_of(os.getpid()))
+
+
+def threads() -> Counter[str]:
+    """The threads of this process."""
+    return Counter(f"thread {thread.name}" for thread in threading.enumerate())
+
+
+def descriptors() -> Counter[str]:
+    """The open files, sockets and pipes of this process."""
+    found: Counter[str] = Counter()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = os.readlink(entry)
+            if not target.startswith("/proc/"):
+                found[f"descriptor {target}"] += 1
+    return found
+
+
+def shared_memory() -> Counter[str]:
+    """Entries of /dev/shm, except those of other living processes."""
+    found: Counter[str] = Counter()
+    for entry in Path("/dev/shm").iterdir():
+        maker = entry.name.split("_")[1] if entry.name.startswith("torch_") else ""
+        if maker == str(os.getpid()) or not (maker.isdigit() and Path(f"/proc/{maker}").exists()):
+            found[f"shared memory {entry.name}"] += 1
+    return found
+
+
+def temporary_files() -> Counter[str]:
+    """Entries of the folder for temporary files."""
+    folder = Path(tempfile.gettempdir())
+    return Counter(f"temporary {entry}" for entry in folder.iterdir() if not entry.name.startswith(_KEPT))
