@@ -2,7 +2,7 @@
 
 Contenders are programs of their own (contenders/), which do the same work; their results are compared before they are
 timed, and their batches alternate. Of time (ours / theirs) less is better, of speed (theirs / ours) more. Peers run
-in environments of their own, made by scripts/bench/setup-peers; who is not installed is named as such.
+in environments of their own, made by scripts/bench/setup-peers; the table names those that are not installed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from datetime import datetime
 from pathlib import Path
 
 import table_report
-import table_stages
-from table_measure import FULL, QUICK, RowResult, measured
-from table_rows import US, rows, without_peers
-from table_text import HEADER, cells, on_terminal
-
-STAGES = "stages"
+from table_measure import FULL, QUICK, RowResult, measured, smoked
+from table_report import HEADER, cells, on_terminal
+from table_rows import US, Row, rows, without_peers
 
 
 def main() -> int:
@@ -28,30 +25,38 @@ def main() -> int:
     if arguments.list:
         for row in rows():
             print(f"{row.name:14}{row.title}")
-        print(f"{STAGES:14}where the time of an awaited no-op call goes")
         return 0
-    effort = QUICK if arguments.quick else FULL
-    chosen = [row for row in rows(quick=arguments.quick) if arguments.rows is None or row.name in arguments.rows]
-    if arguments.quick and not arguments.peers:
+    is_quick = arguments.quick or arguments.smoke
+    chosen = [row for row in rows(quick=is_quick) if arguments.rows is None or row.name in arguments.rows]
+    if is_quick and not arguments.peers:
         chosen = [without_peers(row) for row in chosen]
+    if arguments.smoke:
+        return smoke(chosen)
+    effort = QUICK if arguments.quick else FULL
     began, load_before = datetime.now(), table_report.load()
     print(f"{table_report.machine()}\nload {load_before}\n\n{on_terminal([HEADER])}", flush=True)
     results = []
     for result in measured(chosen, effort):
         results.append(result)
         print(on_terminal(cells(result)), flush=True)
-    stages = []
-    if arguments.rows is None or STAGES in arguments.rows:
-        stages = table_stages.measured(effort)
-        print(f"\n{table_stages.on_terminal(stages)}", flush=True)
     print(f"\nload {table_report.load()}, {(datetime.now() - began).total_seconds():.0f} s")
     path = arguments.report or (None if arguments.quick or arguments.rows else table_report.default_path(began))
     if path is not None:
         options = [*(["--quick"] if arguments.quick else []), *(["--peers"] if arguments.peers else [])]
         options += ["--rows", ",".join(arguments.rows)] if arguments.rows is not None else []
         command = " ".join(["scripts/bench/table", *options])
-        table_report.write(path, results, stages, command, began=began, load_before=load_before)
+        table_report.write(path, results, command, began=began, load_before=load_before)
         print(f"report: {path}")
+    return tell_failures(results)
+
+
+def smoke(chosen: Sequence[Row]) -> int:
+    """Do the work of each row once; 1 if a contender failed or gave another result."""
+    results = []
+    for result in smoked(chosen):
+        results.append(result)
+        labels = [entry.label for entry in result.row.entries if entry.label not in result.unable]
+        print(f"{result.row.name:14}{', '.join(labels)}: {'one result' if len(labels) > 1 else 'done'}", flush=True)
     return tell_failures(results)
 
 
@@ -59,21 +64,22 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="in two minutes, with more noise; no peers, no report")
-    parser.add_argument("--peers", action="store_true", help="with --quick: take the peers in, which takes longer")
+    parser.add_argument("--peers", action="store_true", help="with --quick or --smoke: the peers as well")
+    parser.add_argument("--smoke", action="store_true", help="all rows once, results compared, nothing timed")
     parser.add_argument("--rows", metavar="A,B", type=lambda text: text.split(","), help="these rows alone")
     parser.add_argument("--list", action="store_true", help="list the rows and end")
     parser.add_argument(
         "--report", metavar="PATH", type=Path, help="the report's file (default: results/DATE-HHMM.md)"
     )
     arguments = parser.parse_args()
-    names = [*(row.name for row in rows()), STAGES]
+    names = [row.name for row in rows()]
     if unknown := [name for name in arguments.rows or [] if name not in names]:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(names)}")
     return arguments
 
 
 def tell_failures(results: Sequence[RowResult]) -> int:
-    """Print who failed; 1 if anyone did. A target that is missed is no failure: it may be the machine's noise."""
+    """Print the contenders that failed; 1 if there are any. A missed target is no failure: it may be noise."""
     failures = [
         f"{result.row.name}: {label}: {error}"
         for result in results

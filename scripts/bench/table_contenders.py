@@ -59,15 +59,17 @@ class Contender:
     Args:
         program: which.
         workloads: what it is to prepare.
-        quick: whether it is told to be.
+        options: The options that it is started with.
         timeout_s: for its preparation, and for each answer.
     """
 
-    def __init__(self, program: Program, workloads: Sequence[str], *, quick: bool, timeout_s: float) -> None:
+    def __init__(
+        self, program: Program, workloads: Sequence[str], *, options: Sequence[str], timeout_s: float
+    ) -> None:
         self.versions: dict[str, str] = {}
         self._program = program
         self._workloads = workloads
-        self._quick = quick
+        self._options = options
         self._timeout_s = timeout_s
         self._unable: Unable | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -123,7 +125,7 @@ class Contender:
         script = FOLDER / "contenders" / f"{self._program.file}.py"
         if not script.exists():
             raise Unable(f"there is no {script.name}", expected=True)
-        arguments = [str(script), ",".join(self._workloads), *(["--quick"] if self._quick else [])]
+        arguments = [str(script), ",".join(self._workloads), *self._options]
         self._process = await asyncio.create_subprocess_exec(
             python,
             *arguments,

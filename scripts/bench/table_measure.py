@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ class Effort:
     """How much time is spent.
 
     Attributes:
-        quick: whether contenders are told to be.
+        options: The options of contenders.
         rounds: batches of each contender, at most.
         batch_s: seconds that a batch is to take, where a repetition takes less.
         row_s: seconds of timing after which a row begins no further round.
@@ -28,7 +29,7 @@ class Effort:
         timeout_s: for each answer of a contender.
     """
 
-    quick: bool
+    options: tuple[str, ...]
     rounds: int
     batch_s: float
     row_s: float
@@ -37,8 +38,11 @@ class Effort:
     timeout_s: float
 
 
-FULL = Effort(quick=False, rounds=9, batch_s=0.4, row_s=60.0, total_s=3600.0, check_count=2, timeout_s=240.0)
-QUICK = Effort(quick=True, rounds=5, batch_s=0.05, row_s=6.0, total_s=80.0, check_count=1, timeout_s=60.0)
+FULL = Effort(options=(), rounds=9, batch_s=0.4, row_s=60.0, total_s=3600.0, check_count=2, timeout_s=240.0)
+QUICK = Effort(options=("--quick",), rounds=5, batch_s=0.05, row_s=6.0, total_s=80.0, check_count=1, timeout_s=60.0)
+SMOKE = Effort(
+    options=("--quick", "--cold"), rounds=0, batch_s=0.0, row_s=0.0, total_s=0.0, check_count=1, timeout_s=120.0
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,28 @@ def measured(rows: Sequence[Row], effort: Effort) -> Iterator[RowResult]:
                 runner.run(contenders.end())
 
 
+def smoked(rows: Sequence[Row]) -> Iterator[RowResult]:
+    """Let all contenders of each row do its work once, and compare their results; nothing is timed."""
+    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.setting)]
+    with asyncio.Runner() as runner:
+        for results in runner.run(_smoke_all(groups)):
+            yield from results
+
+
+async def _smoke_all(groups: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
+    at_once = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def smoke(group: Sequence[Row]) -> list[RowResult]:
+        async with at_once:
+            contenders = _Contenders(group, SMOKE)
+            try:
+                return [await _measure(row, contenders, SMOKE, 0.0, 1) for row in group]
+            finally:
+                await contenders.end()
+
+    return await asyncio.gather(*map(smoke, groups))
+
+
 class _Contenders:
     """The processes of the rows of one setting; peers have one for each row."""
 
@@ -156,7 +182,7 @@ class _Contenders:
                 new[key] = self._running[key] = Contender(
                     entry.program,
                     self._workloads[key],
-                    quick=self._effort.quick,
+                    options=self._effort.options,
                     timeout_s=self._effort.timeout_s,
                 )
         await asyncio.gather(*(contender.prepare() for contender in new.values()))
@@ -184,7 +210,8 @@ async def _measure(row: Row, contenders: _Contenders, effort: Effort, deadline: 
         counts = await _check(row, running, effort, result)
         started = time.perf_counter()
         ends = started + min(effort.row_s, (deadline - started) / num_left)
-        for number in range(1 if row.count is not None and len(row.entries) == 1 else effort.rounds):
+        is_alone = row.count is not None and len(row.entries) == 1
+        for number in range(min(effort.rounds, 1) if is_alone else effort.rounds):
             if number and time.perf_counter() > ends:
                 break
             await _one_round(number, running, counts, result)
@@ -195,9 +222,7 @@ async def _measure(row: Row, contenders: _Contenders, effort: Effort, deadline: 
 
 async def _check(row: Row, running: dict[Entry, Contender], effort: Effort, result: RowResult) -> dict[Entry, int]:
     """Compare the results of all contenders; how many repetitions each of them does in a batch."""
-    count = row.quick_count if effort.quick and row.quick_count is not None else row.count
-    if count is not None and not row.is_compared:
-        return dict.fromkeys(running, count)
+    count = row.quick_count if "--quick" in effort.options and row.quick_count is not None else row.count
     counts: dict[Entry, int] = {}
     checks: dict[Entry, str | list[float]] = {}
     for entry, contender in running.items():

@@ -17,7 +17,6 @@ import functools
 import itertools
 import logging
 import os
-import platform
 import queue
 import secrets
 import tempfile
@@ -26,7 +25,6 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -98,7 +96,8 @@ class FedAvgOfChosen(FedAvg):
         failed = [str(reply.error.reason) for reply in replies if reply.has_error()]
         if failed or len(replies) != workload.NUM_SELECTED:
             raise RuntimeError(f"round {server_round}: {len(replies)} replies, of which failed: {failed}")
-        return super().aggregate_train(server_round, replies)
+        aggregated: tuple[ArrayRecord | None, MetricRecord | None] = super().aggregate_train(server_round, replies)
+        return aggregated
 
 
 def repeat_rounds(grid: Grid, nodes: Nodes, kind: str, count: int) -> Measured:
@@ -189,7 +188,7 @@ class Simulation:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
     """FedAvg on two actors."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray may write one into the home directory
@@ -198,7 +197,7 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
     known = {"mlp_two": "mlp", "cnn_two": "cnn"}
     if not set(workloads) & set(known):
         raise Cannot("its engine's clients run in actors, which are processes: see the rounds on two workers")
-    repeats: dict[str, Repeat | Cannot] = {name: Cannot(f"no {name} here") for name in workloads}
+    repeats: dict[str, Repeat] = {}
     simulation = Simulation()
     try:
         for name in set(workloads) & set(known):
@@ -210,5 +209,4 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
 
 
 if __name__ == "__main__":
-    versions = {"flwr": version("flwr"), "ray": version("ray")}
-    serve(prepare, {**versions, "torch": torch.__version__, "python": platform.python_version()})
+    serve(prepare, "flwr", "ray", "torch")

@@ -13,20 +13,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import platform
 import pwd
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import workload
-from protocol import Cannot, Measured, Repeat, seconds_of, serve
+from protocol import Cannot, Measured, Repeat, serve, timed, warm_up
 from workload import Weights
 
 os.environ["MONARCH_LOG_SUFFIX"] = uuid.uuid4().hex  # read once, by the import
@@ -134,7 +132,7 @@ def remove_log() -> None:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
     """All but FedAvg in one process."""
     torch.set_num_threads(1)
     if not set(workloads) - {"mlp", "cnn"}:
@@ -151,19 +149,19 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
             "small_tensors": functools.partial(repeat_push, one, lambda: one.push_tensors.call_one(small)),
             "pull": functools.partial(repeat_pull, lambda: pull(one)),
             "pull_tensors": functools.partial(repeat_pull, one.pull_tensors.call_one),
-            "mlp_two": functools.partial(repeat_rounds, workers, "mlp"),
-            "cnn_two": functools.partial(repeat_rounds, workers, "cnn"),
+            "mlp_two": rounds(workers, "mlp"),
+            "cnn_two": rounds(workers, "cnn"),
         }
         for name in workloads:
-            if name in known and isinstance(warm_up := known[name](3), Awaitable):
-                await warm_up
-        yield {name: known.get(name, Cannot(f"no {name} here")) for name in workloads}
+            if name in known:
+                await warm_up(known[name], 3)
+        yield known
 
 
 async def repeat_no_op(worker: Mesh, count: int) -> Measured:
     """``noop``."""
-    seconds = await seconds_of(worker.no_op.call_one, count)
-    return Measured(seconds, str(await worker.no_op.call_one()))
+    seconds, result = await timed(worker.no_op.call_one, count)
+    return Measured(seconds, str(result))
 
 
 async def repeat_gathered(workers: Mesh, count: int) -> Measured:
@@ -176,13 +174,13 @@ async def repeat_gathered(workers: Mesh, count: int) -> Measured:
         return await asyncio.to_thread(lambda: [future.get() for future in futures])
 
     numbers = range(workload.NUM_GATHERED_CALLS)
-    seconds = await seconds_of(gathered, count)
-    return Measured(seconds, str((await gathered())[-1]))
+    seconds, results = await timed(gathered, count)
+    return Measured(seconds, str(results[-1]))
 
 
 async def repeat_push(worker: Mesh, call: Callable[[], Awaitable[object]], count: int) -> Measured:
     """``push`` and its like."""
-    seconds = await seconds_of(call, count)
+    seconds, _ = await timed(call, count)
     return Measured(seconds, await worker.received_digest.call_one())
 
 
@@ -193,36 +191,26 @@ async def pull(worker: Mesh) -> Weights:
 
 async def repeat_pull(call: Callable[[], Awaitable[Weights]], count: int) -> Measured:
     """``pull`` and its like."""
-    weights: Weights = {}
-
-    async def once() -> None:
-        nonlocal weights
-        weights = await call()
-
-    seconds = await seconds_of(once, count)
+    seconds, weights = await timed(call, count)
     return Measured(seconds, workload.digest(weights))
 
 
-async def repeat_rounds(workers: Mesh, kind: str, count: int) -> Measured:
+def rounds(workers: Mesh, kind: str) -> Repeat:
     """``mlp_two`` and ``cnn_two``."""
-    weights, rounds = workload.initial_weights(kind), iter(range(count))
 
-    async def a_round() -> None:
-        nonlocal weights
-        chosen = workload.selected(next(rounds))
+    async def a_round(weights: Weights, round_num: int) -> Weights:
+        chosen = workload.selected(round_num)
         shares = [chosen[place::NUM_ACTORS] for place in range(NUM_ACTORS)]
         results = await workers.train.call(kind, as_arrays(weights), shares)
-        weights = workload.weighted_average(
+        return workload.weighted_average(
             (as_weights(result), len(shares[point.rank]) * workload.NUM_SAMPLES) for point, result in results.items()
         )
 
-    seconds = await seconds_of(a_round, count)
-    return Measured(seconds, workload.fingerprint(weights))
+    return workload.rounds(kind, a_round)
 
 
 if __name__ == "__main__":
-    versions = {"monarch": version("torchmonarch"), "torch": torch.__version__, "python": platform.python_version()}
     try:
-        serve(prepare, versions)
+        serve(prepare, "torchmonarch", "torch")
     finally:
         remove_log()

@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -22,7 +21,6 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from importlib.metadata import version
 from typing import IO, Any
 
 import numpy as np
@@ -123,14 +121,14 @@ def own_loop() -> None:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
     """All of FedAvg."""
     torch.set_num_threads(1)
     for client in range(workload.NUM_CLIENTS):
         dataset_of(client)
     known = {"mlp": "mlp", "cnn": "cnn", "mlp_two": "mlp", "cnn_two": "cnn"}
     on_two = [name for name in workloads if name.endswith("_two") and name in known and RANK not in os.environ]
-    repeats: dict[str, Repeat | Cannot] = {}
+    repeats: dict[str, Repeat] = {}
     with ExitStack() as stack:
         ranks = stack.enter_context(two_ranks(on_two)) if on_two else []
         thread = stack.enter_context(ThreadPoolExecutor(1, initializer=own_loop))
@@ -138,10 +136,8 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
         async def repeat_here(kind: str, count: int) -> Measured:
             return await asyncio.get_running_loop().run_in_executor(thread, repeat_rounds, kind, count)
 
-        for name in workloads:
-            if name not in known:
-                repeats[name] = Cannot(f"no {name} here")
-            elif name in on_two:
+        for name in set(workloads) & set(known):
+            if name in on_two:
                 repeats[name] = functools.partial(ask_ranks, ranks, name)
             else:
                 await repeat_here(known[name], 2)
@@ -222,4 +218,4 @@ def ask_ranks(ranks: list[RankProcess], name: str, count: int) -> Measured:
 
 
 if __name__ == "__main__":
-    serve(prepare, {"pfl": version("pfl"), "torch": torch.__version__, "python": platform.python_version()})
+    serve(prepare, "pfl", "torch")

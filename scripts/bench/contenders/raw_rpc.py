@@ -6,15 +6,15 @@ import asyncio
 import concurrent.futures
 import functools
 import os
-import platform
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed.rpc as rpc
 import workload
-from protocol import Cannot, Measured, Repeat, seconds_of, seconds_of_plain, serve
+from protocol import Measured, Repeat, serve, timed, timed_plain, warm_up
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from workload import Weights
 
 received: Weights = {}  # on a worker: what was pushed last
@@ -35,7 +35,7 @@ def thread() -> concurrent.futures.Executor:
 def no_op_on_thread() -> Any:
     """The same as `no_op` on the worker's own thread."""
     future: torch.futures.Future[None] = torch.futures.Future()
-    thread().submit(lambda: future.set_result(no_op()))  # type: ignore[func-returns-value, arg-type]
+    thread().submit(lambda: future.set_result(no_op()))  # type: ignore[func-returns-value]
     return future
 
 
@@ -97,7 +97,7 @@ def work(rank: int, world_size: int, port: int) -> None:
 @contextmanager
 def world(num_workers: int) -> Iterator[None]:
     """This process as rank 0, and so many workers."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = store.port
     del store
     context = torch.multiprocessing.get_context("spawn")
@@ -115,7 +115,7 @@ def world(num_workers: int) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
     """All workloads that are calls."""
     known: dict[str, Callable[[], Repeat]] = {
         "noop": lambda: functools.partial(repeat_no_op, no_op),
@@ -127,19 +127,16 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
         "pull_given": lambda: repeat_pull_given,
     }
     with world(2 if "gathered" in workloads else 1):
-        repeats = {name: known[name]() if name in known else Cannot(f"no {name} here") for name in workloads}
+        repeats = {name: known[name]() for name in workloads if name in known}
         for name, repeat in repeats.items():
-            if not isinstance(repeat, Cannot) and isinstance(
-                warm_up := repeat(1 if name == "gathered" else 3), Awaitable
-            ):
-                await warm_up
+            await warm_up(repeat, 1 if name == "gathered" else 3)
         yield repeats
 
 
 async def repeat_no_op(function: Callable[[], object], count: int) -> Measured:
     """``noop``, and ``noop_on_thread``."""
-    seconds = await seconds_of(lambda: bridged("raw1", function), count)
-    return Measured(seconds, str(await bridged("raw1", function)))
+    seconds, result = await timed(lambda: bridged("raw1", function), count)
+    return Measured(seconds, str(result))
 
 
 def repeat_gathered(count: int) -> Measured:
@@ -150,15 +147,15 @@ def repeat_gathered(count: int) -> Measured:
         sent = [rpc.rpc_async(worker, no_op, timeout=0) for worker in workers]
         return list(torch.futures.wait_all(sent))
 
-    seconds = seconds_of_plain(pipelined, count)
-    return Measured(seconds, str(rpc.rpc_sync("raw1", no_op)))
+    seconds, results = timed_plain(pipelined, count)
+    return Measured(seconds, str(results[-1]))
 
 
 def pushing(weights: Weights) -> Repeat:
     """``push`` and ``small``."""
 
     async def repeat(count: int) -> Measured:
-        seconds = await seconds_of(lambda: bridged("raw1", push, weights), count)
+        seconds, _ = await timed(lambda: bridged("raw1", push, weights), count)
         return Measured(seconds, await bridged("raw1", received_digest))
 
     return repeat
@@ -166,25 +163,16 @@ def pushing(weights: Weights) -> Repeat:
 
 async def repeat_pull(count: int) -> Measured:
     """``pull``."""
-    return await pulling(pull, count)
+    seconds, weights = await timed(lambda: bridged("raw1", pull), count)
+    return Measured(seconds, workload.digest(weights))
 
 
 async def repeat_pull_given(count: int) -> Measured:
-    """``pull_given``: what is given is made before the time is taken."""
+    """``pull_given``: the weights are made before the time is taken."""
     await bridged("raw1", stock, count)
-    return await pulling(pull_given, count)
-
-
-async def pulling(function: Callable[[], Weights], count: int) -> Measured:
-    """Await weights so many times."""
-    weights: Weights = {}
-
-    async def once() -> None:
-        nonlocal weights
-        weights = await bridged("raw1", function)
-
-    return Measured(await seconds_of(once, count), workload.digest(weights))
+    seconds, weights = await timed(lambda: bridged("raw1", pull_given), count)
+    return Measured(seconds, workload.digest(weights))
 
 
 if __name__ == "__main__":
-    serve(prepare, {"torch": torch.__version__, "python": platform.python_version()})
+    serve(prepare, "torch")

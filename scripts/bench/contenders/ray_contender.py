@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import secrets
 import tempfile
 import warnings
@@ -26,7 +25,7 @@ import numpy as np
 import ray
 import torch
 import workload
-from protocol import Cannot, Measured, Repeat, seconds_of, seconds_of_plain, serve
+from protocol import Cannot, Measured, Repeat, serve, timed, timed_plain, warm_up
 from workload import Weights
 
 NUM_ACTORS = 2
@@ -127,7 +126,7 @@ def actors() -> Iterator[list[Actor]]:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
     """All but FedAvg in one process."""
     torch.set_num_threads(1)
     if not set(workloads) - {"mlp", "cnn"}:
@@ -146,20 +145,20 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
             "small_tensors": functools.partial(repeat_push, one, lambda: one.push_tensors.remote(small)),
             "pull": functools.partial(repeat_pull, lambda: pull(one)),
             "pull_tensors": functools.partial(repeat_pull, one.pull_tensors.remote),
-            "mlp_two": functools.partial(repeat_rounds, workers, "mlp"),
-            "cnn_two": functools.partial(repeat_rounds, workers, "cnn"),
+            "mlp_two": rounds(workers, "mlp"),
+            "cnn_two": rounds(workers, "cnn"),
         }
         for name in workloads:
             num_warm_up = NUM_WARM_UP if name.startswith(("push", "pull", "small")) else 2
-            if name in known and isinstance(warm_up := known[name](num_warm_up), Awaitable):
-                await warm_up
-        yield {name: known.get(name, Cannot(f"no {name} here")) for name in workloads}
+            if name in known:
+                await warm_up(known[name], num_warm_up)
+        yield known
 
 
 async def repeat_no_op(worker: Actor, count: int) -> Measured:
     """``noop``."""
-    seconds = await seconds_of(worker.no_op.remote, count)
-    return Measured(seconds, str(await worker.no_op.remote()))
+    seconds, result = await timed(worker.no_op.remote, count)
+    return Measured(seconds, str(result))
 
 
 def repeat_gathered(workers: list[Actor], count: int) -> Measured:
@@ -171,13 +170,13 @@ def repeat_gathered(workers: list[Actor], count: int) -> Measured:
         return results
 
     numbers = range(workload.NUM_GATHERED_CALLS)
-    seconds = seconds_of_plain(gathered, count)
-    return Measured(seconds, str(gathered()[-1]))
+    seconds, results = timed_plain(gathered, count)
+    return Measured(seconds, str(results[-1]))
 
 
 async def repeat_push(worker: Actor, call: Callable[[], Awaitable[object]], count: int) -> Measured:
     """``push`` and its like."""
-    seconds = await seconds_of(call, count)
+    seconds, _ = await timed(call, count)
     return Measured(seconds, await worker.received_digest.remote())
 
 
@@ -188,36 +187,27 @@ async def pull(worker: Actor) -> Weights:
 
 async def repeat_pull(call: Callable[[], Awaitable[Weights]], count: int) -> Measured:
     """``pull`` and its like."""
-    weights: Weights = {}
-
-    async def once() -> None:
-        nonlocal weights
-        weights = await call()
-
-    seconds = await seconds_of(once, count)
+    seconds, weights = await timed(call, count)
     return Measured(seconds, workload.digest(weights))
 
 
-def repeat_rounds(workers: list[Actor], kind: str, count: int) -> Measured:
+def rounds(workers: list[Actor], kind: str) -> Repeat:
     """``mlp_two`` and ``cnn_two``."""
-    weights, rounds = workload.initial_weights(kind), iter(range(count))
 
-    def a_round() -> None:
-        nonlocal weights
-        chosen = workload.selected(next(rounds))
+    def a_round(weights: Weights, round_num: int) -> Weights:
+        chosen = workload.selected(round_num)
         shares = [chosen[place::NUM_ACTORS] for place in range(NUM_ACTORS)]
         arrays = ray.put(as_arrays(weights))
         results: list[Arrays] = ray.get(
             [worker.train.remote(kind, arrays, share) for worker, share in zip(workers, shares, strict=True)]
         )
-        weights = workload.weighted_average(
+        return workload.weighted_average(
             (as_weights(result), len(share) * workload.NUM_SAMPLES)
             for result, share in zip(results, shares, strict=True)
         )
 
-    seconds = seconds_of_plain(a_round, count)
-    return Measured(seconds, workload.fingerprint(weights))
+    return workload.rounds(kind, a_round)
 
 
 if __name__ == "__main__":
-    serve(prepare, {"ray": ray.__version__, "torch": torch.__version__, "python": platform.python_version()})
+    serve(prepare, "ray", "torch")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import platform
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import memory
 import torch
 import workload
-from protocol import Cannot, Measured, Repeat, seconds_of, serve
+from protocol import Measured, Repeat, serve, timed, warm_up
 from workload import Weights
 
 import torchfedrpc as tfr
@@ -108,7 +107,8 @@ class Calls:
 
     async def no_op(self, count: int) -> Measured:
         """``noop``."""
-        return Measured(await seconds_of(lambda: self.learner.no_op(), count), str(await self.learner.no_op()))
+        seconds, result = await timed(lambda: self.learner.no_op(), count)
+        return Measured(seconds, str(result))
 
     async def gathered(self, count: int) -> Measured:
         """``gathered``."""
@@ -118,13 +118,14 @@ class Calls:
         async def burst() -> list[Any]:
             return await asyncio.gather(*(handle.no_op() for _ in rounds for handle in handles))
 
-        return Measured(await seconds_of(burst, count), str(await handles[-1].no_op()))
+        seconds, results = await timed(burst, count)
+        return Measured(seconds, str(results[-1]))
 
     def pushing(self, weights: Weights) -> Repeat:
         """``push`` and ``small``."""
 
         async def repeat(count: int) -> Measured:
-            seconds = await seconds_of(lambda: self.learner.push(weights), count)
+            seconds, _ = await timed(lambda: self.learner.push(weights), count)
             return Measured(seconds, await self.learner.received_digest())
 
         return repeat
@@ -134,7 +135,7 @@ class Calls:
         ref = await self.proxy.share(workload.model_weights())
         try:
             await self.learner.push(ref)
-            seconds = await seconds_of(lambda: self.learner.push(ref), count)
+            seconds, _ = await timed(lambda: self.learner.push(ref), count)
             return Measured(seconds, await self.learner.received_digest())
         finally:
             await ref.release()
@@ -148,7 +149,8 @@ class Calls:
             await self.learner.push(ref)
             await ref.release()
 
-        return Measured(await seconds_of(once, count), await self.learner.received_digest())
+        seconds, _ = await timed(once, count)
+        return Measured(seconds, await self.learner.received_digest())
 
     async def pull(self, count: int) -> Measured:
         """``pull``."""
@@ -161,20 +163,15 @@ class Calls:
 
     async def pulling(self, call: Callable[[], Awaitable[Weights]], count: int) -> Measured:
         """Await weights so many times."""
-        weights: Weights = {}
-
-        async def once() -> None:
-            nonlocal weights
-            weights = await call()
-
-        return Measured(await seconds_of(once, count), workload.digest(weights))
+        seconds, weights = await timed(call, count)
+        return Measured(seconds, workload.digest(weights))
 
     def fanning(self, num_learners: int, send: Callable[[list[str], Weights], Awaitable[object]]) -> Repeat:
         """One model to so many learners."""
         client_ids, weights = self.some(num_learners), workload.model_weights()
 
         async def repeat(count: int) -> Measured:
-            seconds = await seconds_of(lambda: send(client_ids, weights), count)
+            seconds, _ = await timed(lambda: send(client_ids, weights), count)
             seen = await self.proxy.clients(client_ids).call("what_was_seen")
             return Measured(seconds, str(set(seen.values())))
 
@@ -206,7 +203,7 @@ class Calls:
             received_bytes = self.proxy.stats()["bytes_received"]
             memory.give_back()
             memory.forget_peak()
-            seconds = await seconds_of(once, count)
+            seconds, _ = await timed(once, count)
             received_mb = (self.proxy.stats()["bytes_received"] - received_bytes) / count / 1e6
             extra = {"received_mb": received_mb, "growth_mb": memory.peak_mb() - before_mb}
             return Measured(seconds, workload.fingerprint(weights), extra)
@@ -226,7 +223,7 @@ class Calls:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
     """All workloads on one proxy: with two workers for those that ask for them, else with one."""
     torch.set_num_threads(1)
     num_clients, num_processes = 1, 1
@@ -237,25 +234,11 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
     runtime = {"execution_mode": "pseudo", "num_clients": num_clients, "num_processes": num_processes}
     async with tfr.LearnerProxy(BenchLearner, runtime=runtime) as proxy:
         known = Calls(proxy).repeats()
-        yield {name: await warmed_up(name, known) for name in workloads}
-
-
-async def warmed_up(name: str, known: Mapping[str, Callable[[], Repeat]]) -> Repeat | Cannot:
-    """A workload that has run, or why it cannot."""
-    if name not in known:
-        return Cannot(f"no {name} here")
-    try:
-        repeat = known[name]()
-        warm_up = repeat(3 if name in ("noop", "push", "pull", "small") else 1)
-        assert isinstance(warm_up, Awaitable)
-        await warm_up
-    except (AttributeError, tfr.ConfigError) as error:  # of a method of the proxy that is not there
-        return Cannot(f"{type(error).__name__}: {error}")
-    return repeat
+        repeats = {name: known[name]() for name in workloads if name in known}
+        for name, repeat in repeats.items():
+            await warm_up(repeat, 3 if name in ("noop", "push", "pull", "small") else 1)
+        yield repeats
 
 
 if __name__ == "__main__":
-    serve(
-        prepare,
-        {"torchfedrpc": tfr.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    )
+    serve(prepare, "torchfedrpc", "torch")

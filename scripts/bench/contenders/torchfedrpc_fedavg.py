@@ -1,19 +1,14 @@
-"""FedAvg by torchfedrpc, as its users write it: ``mlp``, ``cnn`` in this process, ``mlp_two``, ``cnn_two`` on two.
-
-Sums are formed on the workers by ``reduce``; a library that has none gathers results and averages them in the driver.
-"""
+"""FedAvg by torchfedrpc, as its users write it: ``mlp``, ``cnn`` in this process, ``mlp_two``, ``cnn_two`` on two."""
 
 from __future__ import annotations
 
-import platform
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
 import workload
-from protocol import Cannot, Measured, Repeat, serve
+from protocol import Cannot, Repeat, serve, warm_up
 from workload import Weights
 
 import torchfedrpc as tfr
@@ -35,36 +30,20 @@ class FedAvgLearner:
         return {"model_weights": trained, "num_samples": workload.NUM_SAMPLES}
 
 
-class Rounds:
-    """Rounds of FedAvg through an open proxy."""
+def rounds(proxy: tfr.LearnerProxy, kind: str) -> Repeat:
+    """Rounds through an open proxy."""
 
-    def __init__(self, proxy: tfr.LearnerProxy, kind: str) -> None:
-        self.proxy = proxy
-        self.kind = kind
+    async def a_round(weights: Weights, round_num: int) -> Weights:
+        cohort = proxy.clients([f"client_{client + 1}" for client in workload.selected(round_num)])
+        reduced = await cohort.reduce("train_epoch", tfr.WeightedMean(), kind=kind, weights=weights)
+        average: Weights = reduced.value
+        return average
 
-    async def repeat(self, count: int) -> Measured:
-        """So many rounds."""
-        weights, seconds = workload.initial_weights(self.kind), []
-        for round_num in range(count):
-            began = time.perf_counter()
-            weights = await self.a_round(weights, round_num)
-            seconds.append(time.perf_counter() - began)
-        return Measured(seconds, workload.fingerprint(weights))
-
-    async def a_round(self, weights: Weights, round_num: int) -> Weights:
-        """The weights after a round."""
-        cohort = self.proxy.clients([f"client_{client + 1}" for client in workload.selected(round_num)])
-        average: Weights
-        if hasattr(tfr, "WeightedMean"):
-            reduced = await cohort.reduce("train_epoch", tfr.WeightedMean(), kind=self.kind, weights=weights)
-            average = reduced.value
-            return average
-        results = await cohort.train_epoch(kind=self.kind, weights=weights)
-        return workload.weighted_average((one["model_weights"], one["num_samples"]) for one in results.values())
+    return workload.rounds(kind, a_round)
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
     """All workloads on one proxy."""
     torch.set_num_threads(1)
     known = ("mlp", "cnn"), ("mlp_two", "cnn_two")
@@ -75,15 +54,11 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
     runtime = {"execution_mode": mode, "num_clients": workload.NUM_CLIENTS, "num_processes": 2}
     async with tfr.LearnerProxy(FedAvgLearner, runtime=runtime) as proxy:
         await proxy.clients().call("ready")
-        repeats: dict[str, Repeat | Cannot] = {}
-        for name in workloads:
-            repeats[name] = repeat = Rounds(proxy, name.removesuffix("_two")).repeat
-            await repeat(1 if quick else 2)
+        repeats = {name: rounds(proxy, name.removesuffix("_two")) for name in workloads}
+        for repeat in repeats.values():
+            await warm_up(repeat, 1 if quick else 2)
         yield repeats
 
 
 if __name__ == "__main__":
-    serve(
-        prepare,
-        {"torchfedrpc": tfr.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    )
+    serve(prepare, "torchfedrpc", "torch")

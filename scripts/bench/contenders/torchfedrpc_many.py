@@ -6,8 +6,8 @@ A repetition is a round of 1,000 clients. Memory is that of the driver and its w
 from __future__ import annotations
 
 import gc
-import platform
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -36,7 +36,7 @@ class StatefulLearner:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
     """One workload. Of the time to open, with workers, that of a proxy of two clients is taken off: they start."""
     if workloads not in (("many",), ("many_two",)):
         raise Cannot("this serves many or many_two, one at a time")
@@ -56,17 +56,23 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
 
 
 def rounds(proxy: tfr.LearnerProxy, client_ids: list[str], opens_s: float) -> Repeat:
-    """Rounds with other clients each time, and few that come again."""
-    random = np.random.default_rng(5)
+    """Rounds with other clients each time, and few that come again.
+
+    Raises:
+        RuntimeError: If a learner returns another result than that of its calls so far.
+    """
+    random, num_calls = np.random.default_rng(5), Counter[str]()
 
     async def repeat(count: int) -> Measured:
-        seconds, resident_mb, total = [], [], 0.0
+        seconds, resident_mb = [], []
         for _ in range(count):
             chosen = [client_ids[place] for place in random.choice(NUM_CLIENTS, NUM_SELECTED, replace=False)]
             began = time.perf_counter()
             results = await proxy.clients(chosen).call("step", 1.0)
             seconds.append(time.perf_counter() - began)
-            total += sum(results.values())
+            num_calls.update(chosen)
+            if any(result != 1000.0 * num_calls[client_id] for client_id, result in results.items()):
+                raise RuntimeError("a learner has lost or repeated a call")
             gc.collect()
             resident_mb.append(memory.family_mb())
         settled_mb = resident_mb[min(1, count - 1)]
@@ -74,13 +80,14 @@ def rounds(proxy: tfr.LearnerProxy, client_ids: list[str], opens_s: float) -> Re
             "growth_mb": resident_mb[-1] - settled_mb,
             "growth_percent": 100 * (resident_mb[-1] / settled_mb - 1),
         }
-        return Measured(seconds, str(total > 0), {"opens_s": opens_s, "resident_mb": settled_mb, **growth})
+        return Measured(
+            seconds,
+            "each learner has had all of its calls",
+            {"opens_s": opens_s, "resident_mb": settled_mb, **growth},
+        )
 
     return repeat
 
 
 if __name__ == "__main__":
-    serve(
-        prepare,
-        {"torchfedrpc": tfr.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    )
+    serve(prepare, "torchfedrpc", "torch")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import platform
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
@@ -13,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 import workload
-from protocol import Cannot, Measured, Repeat, serve
+from protocol import Repeat, serve, warm_up
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]  # plain arrays: torch would put each tensor that is sent into a file
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat | Cannot]]:
+async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
     """``mlp_two`` and ``cnn_two``."""
     torch.set_num_threads(1)
     context = multiprocessing.get_context("spawn")
@@ -31,11 +29,10 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
         there.close()
     ends: list[Any] = [here for here, _ in pipes]
     try:
-        repeats: dict[str, Repeat | Cannot] = {}
-        for name in workloads:
-            kind = name.removesuffix("_two")
-            known = name in ("mlp_two", "cnn_two")
-            repeats[name] = rounds(kind, ends) if known else Cannot(f"no {name} here")
+        known = {"mlp_two": "mlp", "cnn_two": "cnn"}
+        repeats = {name: rounds(known[name], ends) for name in workloads if name in known}
+        for repeat in repeats.values():
+            await warm_up(repeat, 1)
         yield repeats
     finally:
         for end in ends:
@@ -79,17 +76,8 @@ def rounds(kind: str, workers: list[Connection]) -> Repeat:
             for arrays, num_samples in received
         )
 
-    def repeat(count: int) -> Measured:
-        weights, seconds = workload.initial_weights(kind), []
-        for round_num in range(count):
-            began = time.perf_counter()
-            weights = a_round(weights, round_num)
-            seconds.append(time.perf_counter() - began)
-        return Measured(seconds, workload.fingerprint(weights))
-
-    repeat(1)
-    return repeat
+    return workload.rounds(kind, a_round)
 
 
 if __name__ == "__main__":
-    serve(prepare, {"torch": torch.__version__, "python": platform.python_version()})
+    serve(prepare, "torch")

@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+import inspect
+import time
+from collections.abc import Awaitable, Callable, Iterable
 
 import numpy as np
 import torch
+from protocol import Measured, Repeat
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
@@ -147,3 +150,22 @@ def weighted_average(results: Iterable[tuple[Weights, int]]) -> Weights:
             else:
                 total[name] = tensor * count
     return {name: tensor / num_samples for name, tensor in total.items()}
+
+
+Round = Callable[[Weights, int], "Weights | Awaitable[Weights]"]
+"""A round of FedAvg: takes the weights and the number of the round, and gives the next weights; may be async."""
+
+
+def rounds(kind: str, a_round: Round) -> Repeat:
+    """The workload that does so many rounds, from the initial weights on."""
+
+    async def repeat(count: int) -> Measured:
+        weights, seconds = initial_weights(kind), []
+        for round_num in range(count):
+            began = time.perf_counter()
+            result = a_round(weights, round_num)
+            weights = await result if inspect.isawaitable(result) else result
+            seconds.append(time.perf_counter() - began)
+        return Measured(seconds, fingerprint(weights))
+
+    return repeat
