@@ -73,7 +73,8 @@ class RingTrainer(tfr.AbstractFederationTrainer):
         everyone = self.learner_proxy.clients()
         await everyone.set_model_weights(weights)
         scores = await everyone.evaluate()
-        return sum(score["accuracy"] for score in scores.values()) / len(scores)
+        accuracies: list[float] = [score["accuracy"] for score in scores.values()]
+        return sum(accuracies) / len(accuracies)
 
 
 async def main() -> None:

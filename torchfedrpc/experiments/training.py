@@ -79,7 +79,7 @@ def fit(
             loss = F.cross_entropy(model(inputs), labels)
             optimiser.zero_grad()
             objective = loss + _proximal_term(parameters, anchors, optimisation.proximal_mu)
-            objective.backward()  # type: ignore[no-untyped-call]
+            objective.backward()
             optimiser.step()
             total_loss.add_(loss.detach(), alpha=len(labels))
     return total_loss.item() / max(1, num_epochs * len(indices))

@@ -162,5 +162,5 @@ def _numpy_gauss() -> float | None:
 def _device_generator(device: torch.device) -> torch.Generator | None:
     if device.type != "cuda":
         return None
-    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.init()
     return torch.cuda.default_generators[device.index or 0]
