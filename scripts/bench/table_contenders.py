@@ -24,7 +24,7 @@ _LONGEST_LINE_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Measured:
-    """What a contender answered; see ``contenders/protocol.py``."""
+    """The answer of a contender, see ``contenders/protocol.py``."""
 
     seconds: list[float]
     check: str | list[float]
@@ -45,7 +45,7 @@ class Unable(Exception):
     """A contender gives no numbers; the message says why.
 
     Attributes:
-        expected: whether that is nothing to look into, such as a peer that is not installed.
+        expected: Whether it is no failure, as for a peer that is not installed.
     """
 
     def __init__(self, why: str, *, expected: bool = False) -> None:
@@ -57,10 +57,10 @@ class Contender:
     """One process of a program.
 
     Args:
-        program: which.
-        workloads: what it is to prepare.
+        program: The program.
+        workloads: The workloads that it prepares.
         options: The options that it is started with.
-        timeout_s: for its preparation, and for each answer.
+        timeout_s: The timeout of its preparation, and of each answer.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Contender:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (it is closed with this object)
 
     async def prepare(self) -> None:
-        """Start it and wait until it is ready; where it cannot be, `ask` says why."""
+        """Start it and wait until it is ready; if it cannot be, `ask` raises the reason."""
         try:
             await self._start()
             self.versions = (await self._answer("preparing"))["versions"]
@@ -88,7 +88,7 @@ class Contender:
         """Have it do a workload so many times.
 
         Raises:
-            Unable: it cannot, has failed, or gave no answer in time.
+            Unable: If it cannot, has failed, or gives no answer in time.
         """
         if self._unable is not None:
             raise self._unable
@@ -104,7 +104,7 @@ class Contender:
             raise
 
     async def end(self) -> None:
-        """End it, by force where it does not end by itself; with all of its process group."""
+        """End it and its process group, by force if it does not end by itself."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -112,7 +112,7 @@ class Contender:
         process.stdin.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), _END_TIMEOUT_S if self._unable is None else 2.0)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # it left nobody behind
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # no process is left
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
 
@@ -141,7 +141,7 @@ class Contender:
         """The next line that is an answer.
 
         Raises:
-            Unable: it says that it cannot, or has not answered in time, or not at all.
+            Unable: If it says that it cannot, or ends, or gives no answer in time.
         """
         assert self._process is not None
         assert self._process.stdout is not None

@@ -1,4 +1,4 @@
-"""How a row is measured: the results are compared first, then batches of all contenders alternate."""
+"""Measures a row: the results are compared first, then batches of all contenders alternate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Effort:
         rounds: batches of each contender, at most.
         batch_s: seconds that a batch is to take, where a repetition takes less.
         row_s: seconds of timing after which a row begins no further round.
-        total_s: seconds that all rows are to take; what is left is shared by the rows that are left.
+        total_s: seconds for all rows; rows that are left share the seconds that are left.
         check_count: repetitions whose results are compared.
         timeout_s: for each answer of a contender.
     """
@@ -67,7 +67,7 @@ class Spread:
 
 @dataclass
 class RowResult:
-    """What came of a row.
+    """The results of a row.
 
     Attributes:
         row: which.
@@ -189,7 +189,7 @@ class _Contenders:
         return {entry: self._running[_key(entry, row)] for entry in row.entries}
 
     async def end(self, row: Row | None = None) -> None:
-        """End those that a row has for itself; all, unless a row is given."""
+        """End the processes of a row that no other row uses, or all."""
         own = {_key(entry, row) for entry in row.entries if entry.program.peer} if row else set(self._running)
         ended = [self._running.pop(key) for key in own if key in self._running]
         await asyncio.gather(*(contender.end() for contender in ended))
@@ -200,7 +200,7 @@ def _key(entry: Entry, row: Row) -> tuple[Program, str]:
 
 
 async def _measure(row: Row, contenders: _Contenders, effort: Effort, deadline: float, num_left: int) -> RowResult:
-    """Measure a row, so that those that are left, itself among them, keep the deadline."""
+    """Measure a row in its share of the time until the deadline."""
     result = RowResult(row)
     try:
         running = await contenders.of(row)
@@ -221,7 +221,7 @@ async def _measure(row: Row, contenders: _Contenders, effort: Effort, deadline: 
 
 
 async def _check(row: Row, running: dict[Entry, Contender], effort: Effort, result: RowResult) -> dict[Entry, int]:
-    """Compare the results of all contenders; how many repetitions each of them does in a batch."""
+    """Compare the results of all contenders; returns the number of repetitions in a batch of each."""
     count = row.quick_count if "--quick" in effort.options and row.quick_count is not None else row.count
     counts: dict[Entry, int] = {}
     checks: dict[Entry, str | list[float]] = {}
@@ -254,7 +254,7 @@ def _agree(one: str | list[float], other: str | list[float], tolerance: float) -
 async def _one_round(
     number: int, running: dict[Entry, Contender], counts: dict[Entry, int], result: RowResult
 ) -> None:
-    """A batch of each contender; every other round the other way round. Who fails is out, with all its batches."""
+    """Time a batch of each contender, from first to last or from last to first; one that fails is left out."""
     entries = list(counts) if number % 2 == 0 else list(reversed(counts))
     for entry in entries:
         try:

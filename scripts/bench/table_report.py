@@ -48,7 +48,7 @@ def _cells(result: RowResult, line: Line) -> Cells:
 
 
 def _why(result: RowResult, label: str) -> str:
-    """Why somebody gives no numbers, in one line that is not too long."""
+    """The reason why a contender gives no numbers, in one short line."""
     return textwrap.shorten(str(result.unable.get(label, "no numbers")), 100)
 
 
@@ -65,7 +65,6 @@ def number(value: float, quantity: str) -> str:
 def _compared(line: Line, value: float) -> str:
     if line.kind in ("difference", "value"):
         return f"{'+' if line.kind == 'difference' and value > 0 else ''}{number(value, line.quantity)}"
-    # Of what is no time, a ratio has no better name than itself.
     return f"{value:.2f} x {line.kind if line.quantity == 'seconds' else 'as much'}"
 
 
@@ -85,7 +84,7 @@ def _target(line: Line) -> str:
 
 
 def on_terminal(lines: Sequence[Cells]) -> str:
-    """Lines as columns of fixed width; what is too long runs over."""
+    """Lines as columns of fixed width; longer cells run over."""
     return "\n".join(
         " ".join(cell.ljust(width) for cell, width in zip(line, _WIDTHS, strict=True)).rstrip() for line in lines
     )

@@ -1,4 +1,4 @@
-"""The rows of the table: which contenders do which work, and what torchfedrpc is to reach beside them."""
+"""The rows of the table: the contenders, their work, and the targets of torchfedrpc."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Program:
     """A contender's program.
 
     Attributes:
-        label: who it is, in the table.
-        file: its name in ``contenders/``.
-        peer: the environment in ``.peers/`` that it runs in; None for that of torchfedrpc.
+        label: Its name in the table.
+        file: Its file in ``contenders/``.
+        peer: The environment in ``.peers/`` that it runs in; None for that of torchfedrpc.
     """
 
     label: str
@@ -35,10 +35,10 @@ class Entry:
     """A contender in a row.
 
     Attributes:
-        program: which.
-        workload: what it does, by the name that its command line takes.
-        label: who it is, in the table.
-        apart: names a process of its own; without, one process does all of a program's work of a setting.
+        program: The program.
+        workload: The work, by its name on the command line.
+        label: Its name in the table.
+        apart: The name of a separate process; empty if one process does all work of the program in a setting.
     """
 
     program: Program
@@ -52,12 +52,12 @@ class Line:
     """A line of the table: one number of ours, alone or beside another contender's.
 
     Attributes:
-        against: label of the other entry; None for a ``value``.
-        kind: what is made of the two.
-        target: what it is to be at least (``speed``) or at most; None where the line is for orientation.
-        what: what is measured, where that is not the row's title.
+        against: The label of the other entry; None for a ``value``.
+        kind: How the two are compared.
+        target: The least ``speed``, or the most of other kinds; None if the line is for orientation.
+        what: The name of the number, if that is not the row's title.
         quantity: ``seconds`` of a repetition, `UNEVENNESS`, or the name of another number that the contenders give.
-        is_of_mean: whether the target is one of the means, and not of the medians.
+        is_of_mean: Whether the target is for the means, and not for the medians.
     """
 
     against: str | None
@@ -74,11 +74,11 @@ class Row:
 
     Attributes:
         name: for ``--rows``.
-        title: what is measured.
+        title: The name of the row in the table.
         setting: rows with the same setting follow one another and share processes; ``--quick`` goes by what is
             before the colon.
         entries: the contenders.
-        lines: what is printed.
+        lines: The lines of the table.
         count: repetitions in each batch; None to fit a batch into a given time. With ``quick_count`` for ``--quick``.
         tolerance: how far numbers that tell a result may differ, relatively and absolutely.
     """

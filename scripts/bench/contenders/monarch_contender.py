@@ -47,7 +47,7 @@ def as_weights(arrays: Arrays) -> Weights:
 
 
 class Learner:
-    """One of those that share an actor."""
+    """A learner; several share an actor."""
 
     def no_op(self) -> None:
         """Nothing."""

@@ -46,7 +46,7 @@ def as_weights(arrays: Arrays) -> Weights:
 
 
 class Learner:
-    """One of those that share an actor."""
+    """A learner; several share an actor."""
 
     def no_op(self) -> None:
         """Nothing."""
@@ -57,7 +57,7 @@ class Worker:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
         for client in range(workload.NUM_CLIENTS):
             workload.client_data(client)
         self.learners = [Learner() for _ in range(workload.NUM_GATHERED_LEARNERS // NUM_ACTORS)]

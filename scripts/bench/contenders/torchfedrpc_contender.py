@@ -131,7 +131,7 @@ class Calls:
         return repeat
 
     async def push_shared(self, count: int) -> Measured:
-        """``push`` of what is placed on the worker once, before the time is taken."""
+        """``push`` of a shared value that is on the worker before the time is taken."""
         ref = await self.proxy.share(workload.model_weights())
         try:
             await self.learner.push(ref)
@@ -141,7 +141,7 @@ class Calls:
             await ref.release()
 
     async def push_anew(self, count: int) -> Measured:
-        """``push`` of what is shared for one call."""
+        """``push`` of a value that is shared for the call."""
         weights = workload.model_weights()
 
         async def once() -> None:
@@ -224,7 +224,7 @@ class Calls:
 
 @asynccontextmanager
 async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
-    """All workloads on one proxy: with two workers for those that ask for them, else with one."""
+    """All workloads on one proxy, with one worker or two."""
     torch.set_num_threads(1)
     num_clients, num_processes = 1, 1
     if "gathered" in workloads:
