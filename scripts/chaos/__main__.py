@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import logging
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,18 +21,18 @@ import namespaces
 import torch
 
 from chaos import links
-from chaos.crew import Crew
 from chaos.drivers import kill_drivers
-from chaos.faults import COMING, WORKERS
-from chaos.leavings import marked, nothing_left
+from chaos.elastic import ElasticWorkers
+from chaos.faults import ELASTIC, WORKERS
+from chaos.leaks import marked, nothing_left
 from chaos.report import Report
-from chaos.stage import Disturbance, expected_digests, pseudo, section, time_a_round
+from chaos.stage import Disturbance, expected_digests, pseudo, time_a_round
 from chaos.workload import Traps
 
 NUM_WORKERS = 3
 MAX_ROUNDS = 10
 HEARTBEATS_S = (1.0, 2.0)  # taken in turn
-_CREW_HEARTBEAT_S = 5.0  # the workers of these runs are not stopped, and a stall of the machine need not count
+_ELASTIC_HEARTBEAT_S = 5.0  # the workers of these runs are not stopped, and a stall of the machine need not count
 _LISTENED_TO = [f"client_{number}" for number in range(1, 7)]
 _TIMED_ROUNDS = 3
 _LAUNCHES_EVERY = 25  # faults, one cuts the link of a launch
@@ -44,7 +45,7 @@ class Plan:
 
     Attributes:
         num_faults: Faults of workers that the driver starts.
-        num_coming: Faults of workers that listen or join.
+        num_elastic: Faults of workers that listen or join.
         num_kills: Kills of drivers.
         num_launches: Cuts of the links of launches.
         num_listeners: Cuts of the links of workers that listen.
@@ -53,7 +54,7 @@ class Plan:
     """
 
     num_faults: int
-    num_coming: int
+    num_elastic: int
     num_kills: int
     num_launches: int
     num_listeners: int
@@ -63,7 +64,7 @@ class Plan:
     @property
     def num_all(self) -> int:
         """All faults."""
-        return self.num_faults + self.num_coming + self.num_kills + self.num_launches + self.num_listeners
+        return self.num_faults + self.num_elastic + self.num_kills + self.num_launches + self.num_listeners
 
 
 _QUICK = Plan(6, 3, 2, 0, 0, num_rounds=6, num_listening=1)
@@ -86,7 +87,7 @@ class Chaos:
         plan: How many of each.
         draw: Draws them, and whom they strike when.
         report: Takes a row for each.
-        only: The names of faults; others are left out.
+        only: A regular expression; faults of workers with other names are left out.
     """
 
     plan: Plan
@@ -112,28 +113,28 @@ class Chaos:
                     runtime = pseudo(NUM_WORKERS, HEARTBEATS_S[turn % len(HEARTBEATS_S)])
                     await make(faults, expected=expected[len(faults)], runtime=runtime, traps=traps).run()
 
-        for names, _ in self._runs(COMING, plan.num_coming, "workers that listen or join"):
+        for names, _ in self._runs(ELASTIC, plan.num_elastic, "workers that listen or join"):
             with TemporaryDirectory() as folder, Traps(Path(folder)) as traps:
-                async with nothing_left(report), Crew(plan.num_listening, _LISTENED_TO) as crew:
-                    coming = [(name, partial(COMING[name][0], crew), COMING[name][1]) for name in names]
-                    runtime = {**pseudo(1, _CREW_HEARTBEAT_S), **crew.runtime}
-                    run = make(coming, expected=expected[len(coming)], runtime=runtime, traps=traps)
-                    await run.run(crew.dismissed)
+                async with nothing_left(report), ElasticWorkers(plan.num_listening, _LISTENED_TO) as elastic:
+                    of_run = [(name, partial(ELASTIC[name][0], elastic), ELASTIC[name][1]) for name in names]
+                    runtime = {**pseudo(1, _ELASTIC_HEARTBEAT_S), **elastic.runtime}
+                    run = make(of_run, expected=expected[len(of_run)], runtime=runtime, traps=traps)
+                    await run.run(elastic.dismissed)
 
         if plan.num_kills:
             await kill_drivers(plan.num_kills, report, expected[plan.num_rounds], self.draw, round_s)
 
         if plan.num_launches or plan.num_listeners:
-            report.begin(section("links between two nodes"))
+            report.begin("links between two nodes")
             expected_there = expected[links.NUM_ROUNDS]
             await links.cut_links(plan.num_launches, plan.num_listeners, report, expected_there, self.draw)
 
     def _runs(self, table: Iterable[str], num_faults: int, title: str) -> Iterator[tuple[list[str], int]]:
         """The names of the faults of each run, and its number."""
-        names = [name for name in table if self.only in name]
+        names = [name for name in table if re.search(self.only, name)]
         if not names or not num_faults:
             return
-        self.report.begin(section(title))
+        self.report.begin(title)
         faults = schedule(names, num_faults, self.draw)
         for number in itertools.count():
             if not (of_run := list(itertools.islice(faults, self.plan.num_rounds))):
@@ -155,9 +156,9 @@ def main() -> int:
     """Parse the command line, and run; returns the exit status."""
     parser = argparse.ArgumentParser(prog="scripts/chaos/run", description=__doc__)
     parser.add_argument("--faults", type=int, default=50, help="of workers that the driver starts, or a launch (50)")
-    parser.add_argument("--coming", type=int, default=20, help="of workers that listen or join (20)")
+    parser.add_argument("--elastic", type=int, default=20, help="of workers that listen or join (20)")
     parser.add_argument("--kills", type=int, default=20, help="of the driver (20)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="faults of workers whose names have this in them")
+    parser.add_argument("--only", default="", metavar="REGEX", help="faults of workers with such names")
     parser.add_argument("--seed", type=int, help="draws the faults, workers and moments (default: from the commit)")
     parser.add_argument("--quick", action="store_true", help="a few of each, in about a minute")
     parser.add_argument("--namespaces", action="store_true", help="cut links in a quick run, too; needs root")
@@ -169,11 +170,11 @@ def main() -> int:
     if options.quick:
         plan = replace(_QUICK, num_launches=int(options.namespaces), num_listeners=int(options.namespaces))
     else:
-        num_launches, num_listeners = options.faults // _LAUNCHES_EVERY, options.coming // _LISTENERS_EVERY
+        num_launches, num_listeners = options.faults // _LAUNCHES_EVERY, options.elastic // _LISTENERS_EVERY
         if reason is not None or options.only:
             num_launches = num_listeners = 0
-        num_faults, num_coming = options.faults - num_launches, options.coming - num_listeners
-        plan = Plan(num_faults, num_coming, options.kills, num_launches, num_listeners)
+        num_faults, num_elastic = options.faults - num_launches, options.elastic - num_listeners
+        plan = Plan(num_faults, num_elastic, options.kills, num_launches, num_listeners)
     torch.set_num_threads(1)
     logging.getLogger("torchfedrpc").setLevel(logging.ERROR)  # the losses are in the table
     report = Report()

@@ -20,9 +20,9 @@ from typing import Any
 from processes import Process
 
 import torchfedrpc as tfr
-from chaos.crew import ends_well
-from chaos.leavings import marked_processes, nothing_left
-from chaos.report import HANG_S, HangError, Observed, Report, Section
+from chaos.elastic import ends_well
+from chaos.leaks import marked_processes, nothing_left
+from chaos.report import HANG_S, HangError, Observed, Report
 from chaos.stage import BACK_S, SEED, Log, pseudo
 from chaos.workload import ChaosTrainer, Digests, differing, federate, open_proxy
 from torchfedrpc.events import (
@@ -57,15 +57,6 @@ _MAX_AGAIN = 2  # a round may end before the one before it is saved
 _GONE_S = 5.0
 _POLL_S = 0.02
 _DUMP_S = 2.0
-
-_SECTION = Section(
-    "the driver",
-    ("gone", "back"),
-    "again",
-    "gone: until no process of the killed driver is left, back: from the new start until it continues; in seconds.\n"
-    "again: rounds that had ended and had to be done again. bits: of the results of the new driver, until its end",
-)
-
 
 # The driver's process.
 
@@ -308,9 +299,9 @@ class Killer:
         different = life.differing(self._expected)
         if before is not None and killed_by is not None:
             missed = [f"back within {BACK_S:g} s"] if life.back_s > BACK_S else []
-            under_way = ["save" if killed_by == AS_IT_SAVES else "round"]
-            seconds = (before.gone_s, life.back_s)
-            self._report.fault(killed_by, struck, Observed(seconds, num_again, under_way, different, missed))
+            under_way = [f"{'save' if killed_by == AS_IT_SAVES else 'round'}, {num_again} rounds done again"]
+            observed = Observed(before.gone_s, life.back_s, None, None, under_way, different, missed)
+            self._report.fault(killed_by, struck, observed)
         else:
             self._report.differing("the first driver", different)
         past.add(life)
@@ -354,7 +345,7 @@ async def kill_drivers(
     """Kill drivers, half of them in rounds, over as many runs as that takes."""
     faults = [(IN_A_ROUND, AS_IT_SAVES)[number % 2] for number in range(num_kills)]
     draw.shuffle(faults)
-    report.begin(_SECTION)
+    report.begin("drivers")
     killer = Killer(report, expected, draw, round_s)
     async with nothing_left(report):
         while faults:

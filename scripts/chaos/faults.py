@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import internals
 from processes import Process, children_of
 
-from chaos.crew import Crew, drained, joined
+from chaos.elastic import ElasticWorkers, drained, joined
 from chaos.report import HANG_S
 from chaos.stage import Expected, Fault, Scene
 from chaos.workload import STREAM_ITEMS, STREAM_METHOD
@@ -210,61 +210,62 @@ WORKERS: dict[str, tuple[Fault, Expected]] = {
 
 # Workers that come and go.
 
-CrewFault = Callable[[Crew, Scene], Awaitable[None]]
+ElasticFault = Callable[[ElasticWorkers, Scene], Awaitable[None]]
 
 
-async def join(crew: Crew, scene: Scene) -> None:
+async def join(elastic: ElasticWorkers, scene: Scene) -> None:
     """Let a worker join."""
-    await _join(crew, scene, 1)
+    await _join(elastic, scene, 1)
 
 
-async def join_two(crew: Crew, scene: Scene) -> None:
+async def join_two(elastic: ElasticWorkers, scene: Scene) -> None:
     """Let two workers join at once."""
-    await _join(crew, scene, 2)
+    await _join(elastic, scene, 2)
 
 
-async def kill_as_it_joins(crew: Crew, scene: Scene) -> None:
+async def kill_as_it_joins(elastic: ElasticWorkers, scene: Scene) -> None:
     """Let a worker join, and kill it after its handshake, or a little later."""
-    _, (worker,) = await _come(crew, scene, 1)
+    _, (worker,) = await _come(elastic, scene, 1)
     await scene.moment(_JOIN_S)
-    await _kill(crew, scene, worker)
+    await _kill(elastic, scene, worker)
 
 
-async def kill_as_it_takes_learners(crew: Crew, scene: Scene) -> None:
+async def kill_as_it_takes_learners(elastic: ElasticWorkers, scene: Scene) -> None:
     """Let a worker join, and kill it as it restores a learner that moves there."""
-    _, (worker,) = await _come(crew, scene, 1)
-    await _killed(crew, scene, *await scene.trapped("restore", worker.pid, "move"))
+    worker = elastic.join(scene.proxy)
+    await joined(worker)  # before the round, in which the learners move
+    await _killed(elastic, scene, *await scene.trapped("restore", worker.pid, "move"))
 
 
-async def kill_joined(crew: Crew, scene: Scene) -> None:
+async def kill_joined(elastic: ElasticWorkers, scene: Scene) -> None:
     """Kill a worker that has joined."""
-    worker = await _pick(crew, scene)
+    worker = await _pick(elastic, scene)
     await scene.moment()
-    await _kill(crew, scene, worker)
+    await _kill(elastic, scene, worker)
 
 
-async def kill_as_it_leaves(crew: Crew, scene: Scene) -> None:
+async def kill_as_it_leaves(elastic: ElasticWorkers, scene: Scene) -> None:
     """Ask a worker that has joined to leave, and kill it as it captures a learner that moves away."""
-    worker = await _pick(crew, scene)
+    worker = await _pick(elastic, scene)
     await scene.moment()
     worker.signal(signal.SIGTERM)
-    await _killed(crew, scene, *await scene.trapped("capture", worker.pid, "move"))
+    await _killed(elastic, scene, *await scene.trapped("capture", worker.pid, "move"))
 
 
-async def drain_joined(crew: Crew, scene: Scene) -> None:
+async def drain_joined(elastic: ElasticWorkers, scene: Scene) -> None:
     """Ask a worker that has joined to leave."""
-    worker = await _pick(crew, scene)
+    worker = await _pick(elastic, scene)
     await scene.moment()
     at, under_way = time.monotonic(), scene.under_way("move")
     await drained(worker)
-    label = await scene.event_of(WorkerLeft, at, crew.joined)
+    label = await scene.event_of(WorkerLeft, at, elastic.joined)
     scene.note(label, WorkerLeft, at, under_way)
-    crew.joined.discard(label)
+    elastic.joined.discard(label)
 
 
-async def kill_serving(crew: Crew, scene: Scene) -> None:
+async def kill_serving(elastic: ElasticWorkers, scene: Scene) -> None:
     """Kill the process that serves for a worker that listens."""
-    address, worker = scene.draw.choice(list(crew.listening.items()))
+    address, worker = scene.draw.choice(list(elastic.listening.items()))
     await scene.moment()
     while not (serving := children_of(worker.pid)):
         await asyncio.sleep(_POLL_S)
@@ -273,83 +274,83 @@ async def kill_serving(crew: Crew, scene: Scene) -> None:
     await scene.event_of(WorkerJoined, at, [address])
 
 
-async def kill_listener(crew: Crew, scene: Scene) -> None:
+async def kill_listener(elastic: ElasticWorkers, scene: Scene) -> None:
     """Kill a worker that listens, and start it again."""
-    address, worker = scene.draw.choice(list(crew.listening.items()))
+    address, worker = scene.draw.choice(list(elastic.listening.items()))
     await scene.moment()
     at = scene.note(address)
     worker.signal(signal.SIGKILL)
     await asyncio.to_thread(worker.ended, HANG_S)
-    await crew.listen(address)
+    await elastic.listen(address)
     await scene.event_of(WorkerJoined, at, [address])
 
 
-async def drain_listener(crew: Crew, scene: Scene) -> None:
+async def drain_listener(elastic: ElasticWorkers, scene: Scene) -> None:
     """Ask a worker that listens to leave, and start it again."""
-    address, worker = scene.draw.choice(list(crew.listening.items()))
+    address, worker = scene.draw.choice(list(elastic.listening.items()))
     await scene.moment()
     at = scene.note(address, WorkerLeft, under_way=scene.under_way("move"))
     await drained(worker)
-    await crew.listen(address)
+    await elastic.listen(address)
     await scene.event_of(WorkerJoined, at, [address])
 
 
-async def _come(crew: Crew, scene: Scene, count: int) -> tuple[float, list[Process]]:
+async def _come(elastic: ElasticWorkers, scene: Scene, count: int) -> tuple[float, list[Process]]:
     """Start workers that join at about a random moment of the round: when they were started, and they."""
     began = time.monotonic()
-    workers = [crew.join(scene.proxy) for _ in range(count)]
-    await asyncio.sleep(max(crew.start_s - scene.draw.uniform(0.0, scene.round_s), 0.0))
+    workers = [elastic.join(scene.proxy) for _ in range(count)]
+    await asyncio.sleep(max(elastic.start_s - scene.draw.uniform(0.0, scene.round_s), 0.0))
     scene.ready.set()
     for worker in workers:
         await joined(worker)
-    crew.start_s = time.monotonic() - began
+    elastic.start_s = time.monotonic() - began
     return began, workers
 
 
-async def _join(crew: Crew, scene: Scene, count: int) -> None:
-    began, _ = await _come(crew, scene, count)
+async def _join(elastic: ElasticWorkers, scene: Scene, count: int) -> None:
+    began, _ = await _come(elastic, scene, count)
     under_way = scene.under_way("move")
     for _ in range(count):
-        worker = await _new(crew, scene, began)
+        worker = await _new(elastic, scene, began)
         scene.note(worker, WorkerJoined, began, under_way)
 
 
-async def _new(crew: Crew, scene: Scene, since: float) -> str:
+async def _new(elastic: ElasticWorkers, scene: Scene, since: float) -> str:
     """Wait until a worker that was not there before has joined."""
-    known = {*crew.joined, *crew.listening}
+    known = {*elastic.joined, *elastic.listening}
 
     def found() -> list[str]:
         events = [event for at, event in scene.log.entries if isinstance(event, WorkerJoined) and at >= since]
         return [event.worker for event in events if event.worker not in known]
 
     await scene.log.until(found)
-    crew.joined.add(found()[0])
+    elastic.joined.add(found()[0])
     return found()[0]
 
 
-async def _pick(crew: Crew, scene: Scene) -> Process:
+async def _pick(elastic: ElasticWorkers, scene: Scene) -> Process:
     """A worker that has joined; if there is none, one joins before the round."""
-    if not crew.joining():
+    if not elastic.joining():
         began = time.monotonic()
-        crew.join(scene.proxy)
-        await _new(crew, scene, began)
-    return scene.draw.choice(crew.joining())
+        elastic.join(scene.proxy)
+        await _new(elastic, scene, began)
+    return scene.draw.choice(elastic.joining())
 
 
-async def _kill(crew: Crew, scene: Scene, worker: Process) -> None:
+async def _kill(elastic: ElasticWorkers, scene: Scene, worker: Process) -> None:
     at, under_way = time.monotonic(), scene.under_way()
     worker.signal(signal.SIGKILL)
-    await _killed(crew, scene, at, under_way)
+    await _killed(elastic, scene, at, under_way)
 
 
-async def _killed(crew: Crew, scene: Scene, at: float, under_way: str) -> None:
+async def _killed(elastic: ElasticWorkers, scene: Scene, at: float, under_way: str) -> None:
     """Note that a worker that has joined, or was about to, was killed."""
     label = await scene.event_of(WorkerLost, at)
     scene.note(label, at=at, under_way=under_way)
-    crew.joined.discard(label)
+    elastic.joined.discard(label)
 
 
-COMING: dict[str, tuple[CrewFault, Expected]] = {
+ELASTIC: dict[str, tuple[ElasticFault, Expected]] = {
     "a worker joins": (join, Expected(num_lost=0)),
     "two workers join at once": (join_two, Expected(num_lost=0)),
     "a worker joins and is killed at once": (kill_as_it_joins, Expected()),

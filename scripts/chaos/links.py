@@ -18,9 +18,9 @@ from namespaces import ADDRESSES, Nodes
 from processes import children_of, command_of
 from workers import WorkerCommand, make_token
 
-from chaos.crew import FREE, LISTENING, drained, ends_well, line
 from chaos.drivers import ALL_DIGESTS, ROUND_DIGESTS, Driver, Job, driving
-from chaos.leavings import nothing_left
+from chaos.elastic import FREE, LISTENING, drained, ends_well, line
+from chaos.leaks import nothing_left
 from chaos.report import HANG_S, HangError, Observed, Report
 from chaos.stage import BACK_S, SEED, pseudo
 from chaos.workload import NUM_CLIENTS, Digests, differing
@@ -96,7 +96,7 @@ class Run:
         pairs = zip(self._messages[-1]["digests"], expected, strict=True)
         different = sorted({name for pair in pairs for name in differing(*pair)})
         results_s = results_at - last if results_at > last else None
-        return Observed((noticed_s, back_s, results_s), lost, ["round"], different, missed)
+        return Observed(noticed_s, back_s, results_s, lost, ["round"], different, missed)
 
 
 async def _cut_launch(nodes: Nodes, report: Report, expected: Sequence[Digests], draw: random.Random) -> None:

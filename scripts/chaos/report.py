@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 HANG_S = 180.0  # for a round; a loss takes some seconds, and twenty times as long on a machine with too much to do
 
@@ -21,18 +21,27 @@ class Observed:
     """The effects of a fault.
 
     Attributes:
-        seconds: One number for each column of the section; None if there was nothing to wait for.
-        count: The number that the section counts.
+        noticed_s: Seconds until the fault is noticed.
+        back_s: Seconds from the last strike until the run can go on.
+        results_s: Seconds from the last strike until the struck round has all of its results.
+        num_lost: Workers that are lost.
         under_way: The activities of the run at each strike.
         different: The parts of the results that have other bits than they should have.
         missed: The expectations that were not met.
     """
 
-    seconds: tuple[float | None, ...]
-    count: int
+    noticed_s: float | None
+    back_s: float | None
+    results_s: float | None = None
+    num_lost: int | None = None
     under_way: Sequence[str] = ()
     different: Sequence[str] = ()
     missed: Sequence[str] = ()
+
+    @property
+    def seconds(self) -> tuple[float | None, ...]:
+        """One number for each of the columns `_TIMES`."""
+        return self.noticed_s, self.back_s, self.results_s
 
     @property
     def verdict(self) -> str:
@@ -41,45 +50,14 @@ class Observed:
         return "; ".join([bits, *(f"EXPECTED {one}" for one in self.missed)])
 
 
-@dataclass
-class Section:
-    """Rows that have the same columns.
-
-    Attributes:
-        title: What is struck.
-        columns: The names of the times that are measured, in seconds.
-        counted: The name of the number that is counted.
-        legend: The meaning of the columns.
-        rows: The rows so far.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    counted: str
-    legend: str
-    rows: list[Observed | None] = field(default_factory=list)
-
-    def head(self) -> str:
-        """The names of the columns."""
-        names = "".join(f"{name:>8}" for name in self.columns)
-        return f"{'':>3}  {self.title:37}{'struck':24}{names}  {self.counted:>5}  {'under way':44}  bits equal"
-
-    def row(self, number: str, fault: str, struck: Sequence[str], observed: Observed | None, verdict: str) -> str:
-        """A row."""
-        seconds = observed.seconds if observed is not None else (None,) * len(self.columns)
-        numbers = "".join(f"{'-' if value is None else format(value, '.2f'):>8}" for value in seconds)
-        count = observed.count if observed is not None else "-"
-        under_way = " | ".join(observed.under_way) if observed is not None else ""
-        return f"{number:>3}  {fault:37}{','.join(struck):24}{numbers}  {count:>5}  {under_way:44}  {verdict}"
-
-    def summary(self) -> str:
-        """The medians and maxima of the rows."""
-        parts = [f"{len(self.rows)} faults"]
-        for position, name in enumerate(self.columns):
-            seconds = [row.seconds[position] for row in self.rows if row is not None]
-            if values := [value for value in seconds if value is not None]:
-                parts.append(f"{name} {statistics.median(values):.2f} s, at most {max(values):.2f} s")
-        return f"{self.title + ':':30}{'; '.join(parts)}"
+_TIMES = ("noticed", "back", "results")
+_LEGEND = """
+noticed: until the loss or the leaving of the struck worker is known, or until no process of a killed driver is left
+back: from the last strike, or the start of a worker that joins or of a driver, until the workers can be called again
+results: from the last strike until the struck round has all of its results; all in seconds
+lost: workers that were lost, under way: what the run was doing at each strike
+bits equal: whether the results are those of an undisturbed run
+"""
 
 
 class Report:
@@ -99,20 +77,20 @@ class Report:
         self.num_different = 0
         self.num_missed = 0
         self.leftovers: list[str] = []
-        self._sections: list[Section] = []
-        self._num_rows = 0
+        self._title = ""
+        self._rows: dict[str, list[Observed | None]] = {}  # title -> rows
 
     @property
     def num_problems(self) -> int:
         """How many failures there are; chaos has passed if there are none."""
         return self.num_hangs + self.num_errors + self.num_different + self.num_missed + len(self.leftovers)
 
-    def begin(self, section: Section) -> None:
-        """Begin a section."""
-        if section.legend not in [before.legend for before in self._sections]:
-            print(f"\n{section.legend}")
-        self._sections.append(section)
-        print(f"\n{section.head()}", flush=True)
+    def begin(self, title: str) -> None:
+        """Begin a part of the table; the title says what is struck."""
+        if not self._rows:
+            print(_LEGEND)
+        self._title, self._rows[title] = title, []
+        self._print(["", title, "struck", *_TIMES, "lost", "under way", "bits equal"])
 
     def fault(self, name: str, struck: Sequence[str], observed: Observed) -> None:
         """Add a fault and its effects."""
@@ -128,11 +106,11 @@ class Report:
         """Add differing bits, if there are any, that no single fault accounts for."""
         if different:
             self.num_different += 1
-            self._print("", what, [], None, f"NO: {', '.join(different)}")
+            print(f"     {what}: other bits: {', '.join(different)}", flush=True)
 
     def failed(self, what: str, error: Exception) -> None:
         """Add a hang or an error that no single fault accounts for."""
-        self._print("", what, [], None, self._problem(error))
+        print(f"     {what}: {self._problem(error)}", flush=True)
 
     def left_over(self, things: Sequence[str]) -> None:
         """Add things that are there after the end of a run."""
@@ -141,22 +119,32 @@ class Report:
             print(f"     left over: {thing}", flush=True)
 
     def summary(self) -> None:
-        """Print the totals."""
+        """Print the totals, and the medians and maxima of the times."""
+        num_faults = sum(map(len, self._rows.values()))
         print(
-            f"\n{self._num_rows} faults, {self.num_hangs} hangs, {self.num_errors} errors, {self.num_different} "
+            f"\n{num_faults} faults, {self.num_hangs} hangs, {self.num_errors} errors, {self.num_different} "
             f"differences, {self.num_missed} missed expectations, {len(self.leftovers)} leftovers"
         )
-        for section in self._sections:
-            if section.rows:
-                print(section.summary())
+        for title, rows in self._rows.items():
+            parts = [f"{len(rows)} faults"]
+            for column, name in enumerate(_TIMES):
+                if values := [one for row in rows if row is not None and (one := row.seconds[column]) is not None]:
+                    parts.append(f"{name} {statistics.median(values):.2f} s, at most {max(values):.2f} s")
+            print(f"{title + ':':30}{'; '.join(parts)}")
 
     def _add(self, name: str, struck: Sequence[str], observed: Observed | None, verdict: str) -> None:
-        self._num_rows += 1
-        self._sections[-1].rows.append(observed)
-        self._print(str(self._num_rows), name, struck, observed, verdict)
+        self._rows[self._title].append(observed)
+        seconds = observed.seconds if observed is not None else [None] * len(_TIMES)
+        times = ["-" if value is None else f"{value:.2f}" for value in seconds]
+        num_lost = "-" if observed is None or observed.num_lost is None else f"{observed.num_lost}"
+        under_way = " | ".join(observed.under_way) if observed is not None else ""
+        number = sum(map(len, self._rows.values()))
+        self._print([f"{number}", name, ",".join(struck), *times, num_lost, under_way, verdict])
 
-    def _print(self, number: str, name: str, struck: Sequence[str], observed: Observed | None, verdict: str) -> None:
-        print(self._sections[-1].row(number, name, struck, observed, verdict), flush=True)
+    def _print(self, cells: Sequence[str]) -> None:
+        number, name, struck, *numbers, under_way, verdict = cells
+        columns = "".join(f"{cell:>8}" for cell in numbers)
+        print(f"{number:>3}  {name:37}{struck:24}{columns}  {under_way:40}  {verdict}", flush=True)
 
     def _problem(self, error: Exception) -> str:
         is_hang = isinstance(error, HangError)

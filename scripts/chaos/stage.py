@@ -22,8 +22,8 @@ import internals
 from processes import handles, is_alive, state_of
 
 import torchfedrpc as tfr
-from chaos.leavings import marked_processes
-from chaos.report import HANG_S, HangError, Observed, Report, Section
+from chaos.leaks import marked_processes
+from chaos.report import HANG_S, HangError, Observed, Report
 from chaos.workload import (
     ChaosTrainer,
     Digests,
@@ -317,11 +317,9 @@ class Scene:
         noticed_s = {kind: self._noticed_s(kind) for kind in (WorkerLost, WorkerLeft)}
         back_s = max(formed) - last if formed else None
         return Observed(
-            (
-                max((one for one in noticed_s.values() if one is not None), default=None),
-                back_s,
-                results_at - last if results_at > last else None,
-            ),
+            max((one for one in noticed_s.values() if one is not None), default=None),
+            back_s,
+            results_at - last if results_at > last else None,
             len(lost),
             list(dict.fromkeys(strike.under_way or "-" for strike in self._strikes)),
             missed=[
@@ -356,18 +354,6 @@ class Scene:
 
 def _too_late(what: str, seconds: float | None, limit_s: float) -> list[str]:
     return [f"{what} within {limit_s:g} s"] if seconds is not None and seconds > limit_s else []
-
-
-def section(title: str) -> Section:
-    """The columns of what `Scene.over` observes."""
-    return Section(
-        title,
-        ("noticed", "back", "results"),
-        "lost",
-        "noticed: until the loss or the leaving of the struck worker is known, back: from the last strike (from the\n"
-        "start of one that joins) until the workers can be called again, results: until the struck round has all of\n"
-        "its results; in seconds. lost: workers. under way: what the run was doing at each strike",
-    )
 
 
 # Runs.

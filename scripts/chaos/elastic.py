@@ -1,4 +1,4 @@
-"""Workers that the driver does not start: they listen, or join its run."""
+"""Elastic workers, which the driver does not start: they listen, or join its run."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ async def ends_well(worker: Process) -> None:
         raise RuntimeError(f"process {worker.pid} has ended with status {status}: {worker.output}")
 
 
-class Crew(contextlib.AbstractAsyncContextManager["Crew"]):
-    """The workers of a run that its driver does not start.
+class ElasticWorkers(contextlib.AbstractAsyncContextManager["ElasticWorkers"]):
+    """The elastic workers of a run.
 
     Args:
         num_listening: How many listen; they share the first clients.
@@ -99,7 +99,7 @@ class Crew(contextlib.AbstractAsyncContextManager["Crew"]):
         self.joined: set[str] = set()
         self.start_s = 0.0
 
-    async def __aenter__(self) -> Crew:
+    async def __aenter__(self) -> ElasticWorkers:
         began = time.monotonic()
         try:
             await asyncio.gather(*map(self.listen, self._addresses))
