@@ -109,13 +109,10 @@ class RuntimeConfig:
         journal_max_calls: calls kept for each learner since its last snapshot, at least 1; beyond that a snapshot is
             taken. It bounds what a recovery has to run again; the default makes snapshots rare beside the calls. Each
             call takes about 200 bytes there, beside its arguments.
-        journal_max_bytes: bytes of those calls' arguments that the driver keeps in memory, of all learners together.
-            Beyond that, snapshots are taken of learners for which that frees four times the snapshot's size; other
-            arguments go to disk, the oldest first, up to eight times as much. A snapshot of any size is taken only
-            where they are more than that, or have no tensors of 64 kB or more. What many calls have in common counts
-            once, and goes to disk first. The default holds a 40 MB model twelve times; 0 keeps none in memory. A
-            quarter as much is kept of snapshots, and others on disk; as much again of memory that came free, for what
-            calls have in common next.
+        journal_max_bytes: Bytes of those calls' arguments that the driver keeps in memory, of all learners together.
+            Above that, snapshots are taken that free four times their own size; if these are too few, others of any
+            size. New calls wait for what is above the bound. A value that many calls share counts once. The default
+            holds a 40 MB model twelve times. Snapshots in memory take up to a quarter as much; others are on disk.
         max_pending_calls: calls that may wait for their results at once, in the whole run; one more raises
             CapacityError. None for no limit: waiting calls cost little beside their arguments, which
             ``max_inflight_bytes`` bounds.

@@ -125,7 +125,7 @@ def test_untrusted_value_travels_once_the_package_that_the_error_names_is_truste
 
 @pytest.mark.parametrize("cls", [Own, Stranger])
 def test_refusal_of_an_untrusted_class_names_its_package(cls: type) -> None:
-    assert advised_package(refusal(cls()) or "") == cls.__module__
+    assert advised_package(refusal(cls()) or "") == cls.__module__.partition(".")[0]
 
 
 # Values that travel in each run.

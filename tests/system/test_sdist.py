@@ -53,7 +53,7 @@ def test_a_source_distribution_has_what_the_repository_has(unpacked: Path) -> No
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         tracked = {name for name in listed.splitlines() if (ROOT / name).exists()}
         assert tracked - files == OUTSIDE
-    assert {"tests/conftest.py", "conf/config.yaml", "docs/trust.md", "LICENSE"} <= files
+    assert {"tests/conftest.py", "conf/config.yaml", "docs/security.md", "LICENSE"} <= files
     assert not [name for name in files if name.endswith((".pyc", ".so"))]
 
 

@@ -1,9 +1,9 @@
 """Which types may be unpickled: one list for calls, results, snapshots and files.
 
-Each entry is safe for a reason, which docs/trust.md gives. A pickle that names types of this list only, whatever it
-does with them by the rules of `rebuild`, cannot view raw memory (no type here views memory that it does not own, and
-none is made without its content), cannot call back (no instance here runs code that the sender chose when it is made,
-filled or compared) and cannot open a file. Classes of trusted packages are the exception: they are the user's.
+Each entry is safe for a reason, which docs/security.md gives. A pickle that names types of this list only, whatever
+it does with them by the rules of `rebuild`, cannot view raw memory (no type here views memory that it does not own,
+and none is made without its content), cannot call back (no instance here runs code that the sender chose when it is
+made, filled or compared) and cannot open a file. Classes of trusted packages are the exception: they are the user's.
 """
 
 from __future__ import annotations

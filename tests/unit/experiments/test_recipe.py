@@ -192,9 +192,9 @@ async def test_a_learner_refuses_an_untrusted_recipe_in_every_mode_alike(mode: s
 
 
 def test_a_target_that_does_not_exist_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"torchfedrpc\.models\.nothing"):
+    with pytest.raises(ConfigError, match=r"torchfedrpc\.experiments\.models\.nothing"):
         build({"_target_": "torchfedrpc.experiments.models.nothing"})
-    with pytest.raises(ConfigError, match=r"torchfedrpc\.models\.nothing"):
+    with pytest.raises(ConfigError, match=r"torchfedrpc\.experiments\.models\.nothing"):
         locate({"_target_": "torchfedrpc.experiments.models.nothing"})
 
 

@@ -477,8 +477,8 @@ def test_records_that_hold_objects_are_refused_with_what_to_send() -> None:
         pack(np.zeros(2, dtype=[("a", "O"), ("b", "f8")])).open(ALLOW)
 
 
-def test_the_page_on_trust_names_each_entry_of_the_list() -> None:
-    page = (ROOT / "docs" / "trust.md").read_text()
+def test_the_page_on_security_names_each_entry_of_the_list() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
     missing = {name for _, name in LISTED if f"`{name}`" not in page}
     assert missing == set()
 
