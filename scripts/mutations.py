@@ -58,6 +58,13 @@ class Mutation:
 
 MUTATIONS = [
     # Trust.
+    Mutation(
+        "forked workers outlive their driver",
+        "rpc/fork_server.py",
+        "signals or [signal.SIGKILL]",
+        "signals",
+        "tests/unit/rpc/test_fork_server.py",
+    ),
     Mutation("the guard is off", "rpc/world.py", "    guard.install()\n", "", "tests/system/test_members.py"),
     Mutation(
         "the guard lets every global pass",

@@ -10,6 +10,8 @@ import inspect
 import logging
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +20,16 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
+from file_order import pytest_addoption, pytest_collection_modifyitems, pytest_configure
 from learners import Probe
 from leftovers import held
 
 import torchfedrpc as tfr
 from torchfedrpc.events import CallEnded, Event, ProgressReported
 from torchfedrpc.executors.reducing import RemoteCollecting
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
 
 LAUNCHED = int(os.environ.get("WORLD_SIZE", "1")) > 1
 # TEST_MODES=local runs the behaviour of one mode alone, as where a system has no other.
@@ -270,7 +276,17 @@ def _temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _warm_torch(_temporary_folder: None) -> None:
+def _warm_python(_temporary_folder: None) -> Iterator[None]:
+    """Fork the processes that run scripts from one that has imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not LAUNCHED and sys.platform == "linux" and "HIDDEN_SYSTEM" not in os.environ:
+            patch.setattr(subprocess.Popen, "_execute_child", warm_python.execute_child)
+        yield
+    warm_python.end_server()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_torch(_warm_python: None) -> None:
     """Let torch make what a process keeps for ever: thread pools, a folder, and the first RPC agent."""
     weights = torch.ones(64, 64, requires_grad=True)
     (weights @ weights).sum().backward()

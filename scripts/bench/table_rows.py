@@ -272,6 +272,7 @@ def _many() -> list[Row]:
 
 def _starts() -> Row:
     others = {
+        "start_again": "a second proxy",
         "import_torch": "import torch",
         "start_spawn": "spawned",
         "start_forkserver": "forkserver",

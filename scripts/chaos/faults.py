@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import internals
-from processes import Process, children_of
+from processes import Process, serving_for
 
 from chaos.elastic import ElasticWorkers, drained, joined
 from chaos.report import HANG_S
@@ -267,7 +267,7 @@ async def kill_serving(elastic: ElasticWorkers, scene: Scene) -> None:
     """Kill the process that serves for a worker that listens."""
     address, worker = scene.draw.choice(list(elastic.listening.items()))
     await scene.moment()
-    while not (serving := children_of(worker.pid)):
+    while not (serving := serving_for(worker.pid)):
         await asyncio.sleep(_POLL_S)
     at = scene.note(address)
     os.kill(serving[0], signal.SIGKILL)

@@ -18,6 +18,7 @@ import leftovers
 from processes import command_of
 
 from chaos.report import Report
+from torchfedrpc.rpc.processes import end_fork_server
 
 _MARK = "TORCHFEDRPC_CHAOS"
 _TIMEOUT_S = 10.0  # a worker has 4 s to stop, its heartbeat process 3 s more
@@ -70,6 +71,7 @@ def _held() -> Counter[str]:
 
 def _left_over(before: Counter[str]) -> Counter[str]:
     """What is held beyond ``before``, after some seconds to end."""
+    end_fork_server()  # which stays for the next proxy
     gc.collect()
     deadline = time.monotonic() + _TIMEOUT_S
     while (more := _held() - before) and time.monotonic() < deadline:

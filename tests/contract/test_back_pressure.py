@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Latch, Seen, opened
-from torchrun import environment, write_script
+from processes import environment
+from torchrun import write_script
 
 import torchfedrpc as tfr
 

@@ -10,7 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import warm_python
 from processes import children_of, command_of
+
+from torchfedrpc.rpc.processes import current_fork_server
 
 # torch does not remove these; before 2.7 its import also makes a folder, which a killed process leaves.
 _HAS_OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
@@ -26,7 +29,15 @@ def held() -> Counter[str]:
 
 def children() -> Counter[str]:
     """The children of this process."""
-    return Counter(f"process {pid}: {command_of(pid)[:80]}" for pid in children_of(os.getpid()))
+    return Counter(
+        f"process {pid}: {command_of(pid)[:80]}" for pid in set(children_of(os.getpid())) - set(_servers())
+    )
+
+
+def _servers() -> dict[int, str]:
+    """The processes that fork others and stay, the library's and the tests': process id -> this process's socket."""
+    servers = [server for server in (current_fork_server(), warm_python.current_server()) if server is not None]
+    return {server.popen.pid: os.readlink(f"/proc/self/fd/{server.control.fileno()}") for server in servers}
 
 
 def threads() -> Counter[str]:
@@ -37,10 +48,11 @@ def threads() -> Counter[str]:
 def descriptors() -> Counter[str]:
     """The open files, sockets and pipes of this process."""
     found: Counter[str] = Counter()
+    kept = set(_servers().values())
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             target = os.readlink(entry)
-            if not target.startswith("/proc/"):
+            if not target.startswith("/proc/") and target not in kept:
                 found[f"descriptor {target}"] += 1
     return found
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
+import sys
+import textwrap
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from folders import SUPPORT
+from folders import SUPPORT, TESTS
+
+import torchfedrpc
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE")
 
@@ -19,7 +26,7 @@ def environment() -> dict[str, str]:
     """The environment of this process without the variables of a launcher, and with this folder's modules."""
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
     kept = {name: value for name, value in kept.items() if not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))}
-    path = os.pathsep.join([str(SUPPORT), *filter(None, [kept.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(SUPPORT), str(TESTS), *filter(None, [kept.get("PYTHONPATH")])])
     return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
@@ -164,3 +171,101 @@ def handles(pid: int, number: signal.Signals) -> bool:
         return False
     caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
     return bool(caught >> (number - 1) & 1)
+
+
+def ends_within(pid: int, timeout_s: float) -> bool:
+    """Whether a process, which need not be a child, ends in time."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], timeout_s)[0])
+    finally:
+        os.close(descriptor)
+
+
+def descendants_of(pid: int) -> list[int]:
+    """The children of a process that have not ended, and theirs, and so on."""
+    return [one for child in children_of(pid) for one in (child, *descendants_of(child))]
+
+
+def serving_for(pid: int) -> list[int]:
+    """The workers of a driver, or of a worker that listens: the children of its fork server."""
+    return [worker for server in children_of(pid) for worker in children_of(server)]
+
+
+def wait_for_end(pids: list[int], timeout_s: float) -> float:
+    """Wait until processes have ended: the seconds that it took."""
+    began = time.monotonic()
+    while alive := [pid for pid in pids if is_alive(pid)]:
+        if time.monotonic() - began > timeout_s:
+            raise AssertionError(f"still running after {timeout_s} s: {alive}")
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+# Processes that use the library's modules without torch, which takes seconds to import.
+
+PREAMBLE = f"""
+import sys, types
+sys.modules["torchfedrpc"] = types.ModuleType("torchfedrpc")  # in place of the one that imports everything
+sys.modules["torchfedrpc"].__path__ = [{str(Path(torchfedrpc.__file__).parent)!r}]
+"""
+
+
+@contextlib.contextmanager
+def killed_unless_done(process: subprocess.Popen[Any], timeout_s: float = 60.0) -> Iterator[None]:
+    """Kill a process unless the block is left in time: reading its output then comes to an end."""
+    timer = threading.Timer(timeout_s, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+class LightProcess:
+    """A Python process that runs some lines; an open pipe is its standard input, and its output is read here.
+
+    Args:
+        code: what it runs; ``sys`` is imported.
+        arguments: its ``sys.argv[1:]``.
+        pass_fds: descriptors that it has too, under the same numbers.
+        prefix: a command that runs it, such as one that enters a network namespace.
+    """
+
+    def __init__(
+        self, code: str, *arguments: object, pass_fds: Sequence[int] = (), prefix: Sequence[str] = ()
+    ) -> None:
+        self.popen = subprocess.Popen(
+            [*prefix, sys.executable, "-c", PREAMBLE + textwrap.dedent(code), *map(str, arguments)],
+            pass_fds=pass_fds,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self.popen.pid
+
+    def line(self) -> str:
+        """The next line of its output, or what there is of one at its end."""
+        assert self.popen.stdout is not None
+        with killed_unless_done(self.popen):
+            return self.popen.stdout.readline().rstrip("\n")
+
+    def tell(self, line: str) -> None:
+        """Write a line to its input."""
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(line + "\n")
+        self.popen.stdin.flush()
+
+    def ending(self, timeout_s: float = 10.0) -> int:
+        """Wait for its end; its exit status, or minus the signal that ended it."""
+        return self.popen.wait(timeout_s)
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self.popen.kill()
+        with self.popen:
+            pass

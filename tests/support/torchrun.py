@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from processes import children_of, environment, is_alive
+from processes import children_of, environment
 
 
 def rank_variables(rank: int, local_rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
@@ -95,10 +94,17 @@ def run_launch(
         return process.returncode, output
 
 
-def run_script(script: Path, *arguments: str, timeout_s: float = 120) -> tuple[int, str]:
-    """A script on its own, without a launcher: its exit status and its output."""
+def run_script(script: Path, *arguments: str, fresh: bool = False, timeout_s: float = 120) -> tuple[int, str]:
+    """A script on its own, without a launcher: its exit status and its output.
+
+    Args:
+        script: what runs.
+        arguments: the script's.
+        fresh: whether its interpreter must not have imported anything before.
+        timeout_s: within which it has to end.
+    """
     done = subprocess.run(
-        [sys.executable, str(script), *arguments],
+        [sys.executable, *(["-B"] if fresh else []), str(script), *arguments],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -107,13 +113,3 @@ def run_script(script: Path, *arguments: str, timeout_s: float = 120) -> tuple[i
         check=False,
     )
     return done.returncode, done.stdout
-
-
-def wait_for_end(pids: list[int], timeout_s: float) -> float:
-    """Wait until processes have ended: the seconds that it took."""
-    began = time.monotonic()
-    while alive := [pid for pid in pids if is_alive(pid)]:
-        if time.monotonic() - began > timeout_s:
-            raise AssertionError(f"still running after {timeout_s} s: {alive}")
-        time.sleep(0.02)
-    return time.monotonic() - began

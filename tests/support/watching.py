@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest import _held
 from hydra.experimental.callback import Callback
+from leftovers import held
 
 
 class Watch(Callback):
@@ -22,6 +22,6 @@ class Watch(Callback):
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
         """Write the line of a job; its folder is left out, so that equal lines are of equal jobs."""
-        held = [line.replace(config.hydra.runtime.output_dir, "") for line in sorted(_held().elements())]
+        lines = [line.replace(config.hydra.runtime.output_dir, "") for line in sorted(held().elements())]
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(held) + "\n")
+            file.write(json.dumps(lines) + "\n")

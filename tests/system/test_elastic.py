@@ -21,7 +21,8 @@ from conftest import Latch
 from folders import SUPPORT
 from learners import Mortal
 from losses import SEED, Losses, Steps, undisturbed
-from torchrun import children_of, environment, wait_for_end, write_script
+from processes import descendants_of, environment, serving_for, wait_for_end
+from torchrun import write_script
 from workers import WorkerCommand, joining, listening, make_token
 
 import torchfedrpc as tfr
@@ -99,7 +100,7 @@ async def test_the_configuration_of_a_deployment_works_as_it_stands(
                 assert where(proxy) == {client: (one, other)[n % 2] for n, client in enumerate(CLIENTS)}
                 await steps.check(*CLIENTS)
                 processes = await proxy.clients().call("process_id")
-                serving = [*children_of(first.process.pid), *children_of(second.process.pid)]
+                serving = [*serving_for(first.process.pid), *serving_for(second.process.pid)]
                 assert processes == {client: serving[n % 2] for n, client in enumerate(CLIENTS)}
             first.line("free again", times)
             second.line("free again", times)
@@ -115,11 +116,11 @@ async def test_a_listening_worker_that_is_killed_and_started_again_goes_on(
         endpoints = dict.fromkeys(CLIENTS, address)
         async with opened(expected, client_endpoints=endpoints, token_file=token) as (_, steps, seen):
             await steps.check(*CLIENTS)
-            (process,) = children_of(first.process.pid)
+            (process,) = serving_for(first.process.pid)
             os.kill(process, signal.SIGKILL)  # the one that serves, and not the one that listens
             await steps.check(*CLIENTS)
             assert await seen.joined() == address
-            children = children_of(first.process.pid)
+            children = descendants_of(first.process.pid)
             first.signal(signal.SIGKILL)
             first.ended()
             wait_for_end(children, 5.0)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from light import LightProcess
 from nodes import NEEDS_NAMESPACES, by_cable, inside, nodes
-from torchrun import environment, run_script, write_script
+from processes import LightProcess, environment
+from torchrun import run_script, write_script
 from workers import joining, listening, make_token
 
 pytestmark = NEEDS_NAMESPACES

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torchrun import environment, is_alive, run_launch, wait_for_end, write_script
+from processes import environment, is_alive, wait_for_end
+from torchrun import run_launch, write_script
 
 STATUS = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143,)}  # a shell shows -SIGINT as 130
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -171,7 +172,7 @@ def test_a_signal_ends_a_whole_sweep(tmp_path: Path, number: signal.Signals) -> 
 @MOSTLY_SIGINT
 def test_a_signal_ends_a_run_whose_workers_are_only_starting(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, str(write_script(tmp_path, MAIN)), "pseudo", "b") as run:
-        while len(run.members()) < 3:
+        while len(run.members()) < 2:  # the process that forks them imports torch
             assert run.process.poll() is None
             time.sleep(0.01)
         status, output = run.end(number)

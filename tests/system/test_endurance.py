@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torchrun import environment, write_script
+from processes import environment
+from torchrun import write_script
 
 MIB = 1024 * 1024
 CLIENTS = 50

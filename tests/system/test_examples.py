@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from folders import ROOT
-from torchrun import environment
+from processes import environment
 from workers import joining, make_token
 
 EXAMPLES = ROOT / "examples"

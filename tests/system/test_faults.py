@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Seen
-from light import LightProcess, ends_within, state_of
 from losses import pseudo
+from processes import LightProcess, ends_within, state_of
 
 import torchfedrpc as tfr
 from torchfedrpc.errors import ConfigError

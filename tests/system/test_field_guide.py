@@ -36,8 +36,8 @@ from typing import Any
 import pytest
 from conftest import Latch
 from learners import Probe
-from light import killed_unless_done
-from torchrun import children_of, environment, is_alive, wait_for_end, write_script
+from processes import children_of, environment, is_alive, killed_unless_done, wait_for_end
+from torchrun import write_script
 
 import torchfedrpc as tfr
 from torchfedrpc.rpc.worker_client import RemoteHost

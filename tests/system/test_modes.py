@@ -15,10 +15,10 @@ import pytest
 import torch
 from conftest import Latch, Seen
 from learners import Probe
-from light import killed_unless_done
 from nodes import listening_addresses
+from processes import children_of, environment, killed_unless_done, wait_for_end
 from test_seed_examples import MyFedAvgTrainer
-from torchrun import children_of, environment, run_script, wait_for_end, write_script
+from torchrun import run_script, write_script
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
@@ -276,10 +276,10 @@ async def test_driver_and_workers_listen_on_loopback_alone() -> None:
 
 
 async def test_local_mode_starts_no_process_and_listens_nowhere() -> None:
-    before = listening_addresses(os.getpid())
+    before, children = listening_addresses(os.getpid()), children_of(os.getpid())
     async with tfr.LearnerProxy(Probe, ["a"], runtime="local") as proxy:
         assert await proxy.custom_method("a", "process_id") == os.getpid()
-        assert children_of(os.getpid()) == []
+        assert children_of(os.getpid()) == children
         assert listening_addresses(os.getpid()) == before
 
 
@@ -553,7 +553,7 @@ for runtime in ({"num_processes": 1}, "pseudo"):
 print("result", tfr.run(main, None))
 """
     )
-    code, output = run_script(script)
+    code, output = run_script(script, fresh=True)
     assert code == 0, output
     assert output.count("result (5, 'local')") == 2, output
     assert output.count("execution_mode=local") == 2, output

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from conftest import Latch, opened
 from learners import Mortal
-from light import ends_within
 from losses import (
     NUM_ITEMS,
     SEED,
@@ -31,11 +30,12 @@ from losses import (
     seen,
     undisturbed,
 )
+from processes import ends_within
 
 import torchfedrpc as tfr
 from torchfedrpc.events import Event, WorkerLost
-from torchfedrpc.rpc import sources
 from torchfedrpc.rpc.member import Member
+from torchfedrpc.rpc.processes import WorkerProcess
 from torchfedrpc.testing import Faults
 
 __all__ = ["on_1", "on_2", "seen"]  # fixtures
@@ -183,11 +183,11 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
     clients = next(on_1), next(on_2)
     await steps.check(*clients)
 
-    def start(surroundings: object) -> None:
+    async def start(surroundings: object) -> None:
         monkeypatch.undo()
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(sources, "WorkerProcess", start)
+    monkeypatch.setattr(WorkerProcess, "start", start)
     kill(proxy, "worker1")
     await steps.check(*clients)
     executor: Any = proxy._router._main

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from torchrun import children_of, environment, wait_for_end
+from processes import children_of, descendants_of, environment, wait_for_end
 
 from torchfedrpc import extras
 from torchfedrpc.experiments import cli
@@ -86,7 +86,7 @@ class Command:
             time.sleep(0.01)
 
     def kill(self) -> None:
-        children = children_of(self.process.pid)
+        children = descendants_of(self.process.pid)
         self.process.kill()
         self.process.communicate()
         wait_for_end(children, 5.0)

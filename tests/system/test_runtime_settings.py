@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import LAUNCHED
 from nodes import NEEDS_NAMESPACES, inside, nodes
-from torchrun import environment, write_script
+from processes import environment
+from torchrun import write_script
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from folders import SUPPORT
-from torchrun import environment
+from processes import environment
 
 FLAGS = ["-O", "-W", "ignore::FutureWarning", "-W", "error::ResourceWarning", "-X", "no_debug_ranges"]
 FLAGS += ["-X", "utf8", "-X", "int_max_str_digits=5000"]

@@ -13,7 +13,7 @@ from typing import IO
 
 import pytest
 from folders import ROOT, SUPPORT, TESTS
-from light import state_of
+from processes import state_of
 
 pytestmark = pytest.mark.timeout(300)  # they take seconds; a busy machine starts Python slowly
 

@@ -13,15 +13,8 @@ from pathlib import Path
 
 import pytest
 from folders import SUPPORT, TESTS
-from torchrun import (
-    children_of,
-    environment,
-    launched,
-    rank_variables,
-    run_launch,
-    wait_for_end,
-    write_script,
-)
+from processes import children_of, environment, wait_for_end
+from torchrun import launched, rank_variables, run_launch, write_script
 
 MAIN = """
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from nodes import NEEDS_NAMESPACES, by_cable, inside, nodes
-from torchrun import environment, rank_variables, run_script, write_script
+from processes import environment
+from torchrun import rank_variables, run_script, write_script
 
 pytestmark = NEEDS_NAMESPACES
 __all__ = ["nodes"]  # a fixture

@@ -17,7 +17,7 @@ import pytest
 from disk_faults import failing_at, has_hooks
 from hypothesis import given
 from hypothesis import strategies as st
-from light import LightProcess, state_of
+from processes import LightProcess, state_of
 
 from torchfedrpc.errors import SnapshotError
 from torchfedrpc.storage import _CHUNK_BYTES, _PAGE_BYTES, BlobStore, FileLock

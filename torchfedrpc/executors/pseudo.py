@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.placement import Endpoint
 from torchfedrpc.executors.remote import RemoteExecutor
-from torchfedrpc.host.randomness import call_seed
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.processes import Surroundings, WorkerProcess
+from torchfedrpc.rpc.processes import WorkerProcess
 from torchfedrpc.rpc.sources import ProcessSource, Source
+from torchfedrpc.rpc.surroundings import Surroundings
 
 
 @executor("pseudo")
@@ -25,8 +25,7 @@ class PseudoExecutor(RemoteExecutor):
         endpoints = {client: Endpoint.parse(client, text) for client, text in self.config.client_endpoints.items()}
         elsewhere = {client for client, endpoint in endpoints.items() if endpoint.kind in ("local", "address")}
         count = self.config.num_processes or min(os.cpu_count() or 1, max(len(spec.clients) - len(elsewhere), 1))
-        hash_seed = call_seed(spec.learner.seed, "string hashes") % 2**32
-        self._own = ProcessSource(count, Surroundings.of_this_process(hash_seed))
+        self._own = ProcessSource(count, Surroundings.of_this_process(fixed_hashes=True))
         return [self._own, *super()._make_sources(spec)]
 
     @property

@@ -7,21 +7,20 @@ import contextlib
 import logging
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.handshake import About, BusyError, Dialler, Listener, RefusedError
 from torchfedrpc.rpc.interfaces import describe_os_error
-from torchfedrpc.rpc.processes import ends_within, how_it_ended, start_worker
+from torchfedrpc.rpc.processes import Process, how_it_ended, start_worker
 
 logger = logging.getLogger(__name__)
 
-Start = Callable[..., subprocess.Popen[bytes]]
+Start = Callable[..., Awaitable[Process]]
 
 
 async def listen(host: str, port: int, token: bytes, *, start: Start = start_worker) -> int:
@@ -98,7 +97,7 @@ class _ListeningWorker:
     def __init__(self, start: Start) -> None:
         self._start = start
         self._driver: _Driver | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._is_stopping = False
         self.stopped = asyncio.Event()
         self.status = 0
@@ -130,10 +129,10 @@ class _ListeningWorker:
         """Handle a signal."""
         if self._process is not None and self._is_stopping:
             self.status = 128 + number
-            self._process.kill()
+            self._process.send_signal(signal.SIGKILL)
         elif self._process is not None:
             logger.info("stopping, once worker process %d has ended; a second signal kills it", self._process.pid)
-            self._process.terminate()
+            self._process.send_signal(signal.SIGTERM)
         self._is_stopping = True
         self._stop_if_asked()
 
@@ -146,12 +145,16 @@ class _ListeningWorker:
             if self._is_stopping:
                 return
             # The process opens the heartbeat connection itself.
-            self._process = process = self._start(connection.fileno(), connection.fileno(), remote=True)
+            self._process = process = await self._start(connection.fileno(), remote=True)
         logger.info("worker process %d serves %s", process.pid, driver)
+        if self._has_been_stopped():  # while it was started
+            process.send_signal(signal.SIGTERM)
         try:
-            await ends_within(process, None)
+            await process.ends_within(None)
         finally:
-            process.kill()  # if this is cancelled
-            process.wait()
+            process.close()  # if this is cancelled, that kills it
             self._process = None
-        logger.info("free again: worker process %d ended%s", process.pid, how_it_ended(process))
+        logger.info("free again: worker process %d ended%s", process.pid, how_it_ended(process.status()))
+
+    def _has_been_stopped(self) -> bool:
+        return self._is_stopping

@@ -31,7 +31,8 @@ from torchfedrpc.rpc.handshake import (
 from torchfedrpc.rpc.interfaces import network_site, parse_address
 from torchfedrpc.rpc.launch import LaunchedWorkers
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.processes import Surroundings, WorkerProcess
+from torchfedrpc.rpc.processes import WorkerProcess
+from torchfedrpc.rpc.surroundings import Surroundings
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class ProcessSource(Source):
         admit(member)
 
     async def _start(self, label: str) -> Member:
-        process = WorkerProcess(self._surroundings)
+        process = await WorkerProcess.start(self._surroundings)
         member = Member(
             label,
             process.link,

@@ -57,21 +57,19 @@ class Ending:
     was_asked: bool = False
 
 
-def main(link_descriptor: int, unused_descriptor: int) -> None:
+def main(link_descriptor: int) -> None:
     """Run a worker process that the driver started on its own machine.
 
     Args:
         link_descriptor: its end of the control link.
-        unused_descriptor: closed.
     """
-    os.close(unused_descriptor)
     launcher.become_worker()
     with _handling({signal.SIGINT: signal.SIG_IGN}):
         ending = serve(_link_of(link_descriptor))
     _end_process(ending, 0)
 
 
-def main_remote(link_descriptor: int, _: int) -> None:
+def main_remote(link_descriptor: int) -> None:
     """Run a worker process that ``torchfedrpc-worker --listen`` started for a driver on any machine.
 
     Args:

@@ -1,9 +1,10 @@
 """Starts and imports, each time in a fresh interpreter: two worker processes with torch until their first answer.
 
-``start_torchfedrpc``: pseudo mode, from opening a proxy to the answers of both workers. ``start_spawn``: processes of
-multiprocessing that import torch. ``start_forkserver``: the same, forked by a server that has imported torch before;
-its start is part of the time. ``start_forked``: two more from that server. What the interpreter itself imports first
-is not timed. ``import_torchfedrpc``, ``import_torch``: the import statement alone.
+``start_torchfedrpc``: pseudo mode, from opening a proxy to the answers of both workers. ``start_again``: the same for
+the second proxy of a process. ``start_spawn``: processes of multiprocessing that import torch. ``start_forkserver``:
+the same, forked by a server that has imported torch before; its start is part of the time. ``start_forked``: two more
+from that server. What the interpreter itself imports first is not timed. ``import_torchfedrpc``, ``import_torch``:
+the import statement alone.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ _OURS = """
 import asyncio, time, torchfedrpc as tfr
 from starts import Answering
 async def main():
-    began = time.perf_counter()
-    runtime = {"execution_mode": "pseudo", "num_processes": 2}
-    async with tfr.LearnerProxy(Answering, ["a", "b"], runtime=runtime) as proxy:
-        await proxy.clients().call("answer")
-        print(time.perf_counter() - began)
+    runtime = {{"execution_mode": "pseudo", "num_processes": 2}}
+    for is_timed in {timed}:
+        began = time.perf_counter()
+        async with tfr.LearnerProxy(Answering, ["a", "b"], runtime=runtime) as proxy:
+            await proxy.clients().call("answer")
+            if is_timed:
+                print(time.perf_counter() - began)
 if __name__ == "__main__":
     asyncio.run(main())
 """
@@ -53,7 +56,8 @@ if __name__ == "__main__":
             worker.join()
 """
 _CODE = {
-    "start_torchfedrpc": _OURS,
+    "start_torchfedrpc": _OURS.format(timed=(True,)),
+    "start_again": _OURS.format(timed=(False, True)),
     "start_spawn": _PROCESSES.format(method="spawn", timed=(True,)),
     "start_forkserver": _PROCESSES.format(method="forkserver", timed=(True,)),
     "start_forked": _PROCESSES.format(method="forkserver", timed=(False, True)),

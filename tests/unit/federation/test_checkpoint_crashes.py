@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from disk_faults import failing_at, has_hooks
-from light import LightProcess
+from processes import LightProcess
 from saves import (
     CONFIG,
     Content,

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from light import LightProcess
+from processes import LightProcess
 
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.rpc import heartbeat_process

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 
 import pytest
-from light import LightProcess, ends_within, state_of
+from processes import LightProcess, ends_within, state_of
 
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.rpc import heartbeat_process

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch.distributed
-from torchrun import environment, rank_variables
+from processes import environment
+from torchrun import rank_variables
 from workers import make_token
 
 from torchfedrpc.config import RuntimeConfig

@@ -11,11 +11,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from light import LightProcess, ends_within
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.rpc.control_link import Link
@@ -28,6 +26,7 @@ from torchfedrpc.rpc.handshake import (
     dial,
 )
 from torchfedrpc.rpc.listening import listen
+from torchfedrpc.rpc.processes import OwnProcess
 
 TOKEN = b"the token that both ends have"
 DRIVER = {"role": "driver", "program": "train.py"}
@@ -43,10 +42,10 @@ sys.exit(json.loads(link.makefile().readline())["status"])
 """
 
 
-def start(link: int, _: int, *, remote: bool) -> subprocess.Popen[bytes]:
+async def start(link: int, *, remote: bool) -> OwnProcess:
     assert remote
     command = [sys.executable, "-I", "-S", "-c", CHILD, str(link)]
-    return subprocess.Popen(command, pass_fds=[link], process_group=0)
+    return OwnProcess(subprocess.Popen(command, pass_fds=[link], process_group=0), socket.socket())
 
 
 class Worker:
@@ -209,35 +208,3 @@ async def test_a_port_in_use_is_named() -> None:
             await listen("127.0.0.1", port, TOKEN)
     with pytest.raises(ConfigError, match=r"192\.0\.2\.77:0 .*an address of this machine"):
         await listen("192.0.2.77", 0, TOKEN)
-
-
-PARENT = """
-import time
-from torchfedrpc.rpc.processes import start_worker
-link, pulse, folder = sys.argv[1:]
-sys.path.insert(0, folder)
-sys.argv[:] = ["torchfedrpc-worker", "--listen"]
-print(start_worker(int(link), int(pulse), remote=True).pid, flush=True)
-time.sleep(60)
-"""
-REMOTE = """
-import json, signal, socket, sys
-def main_remote(link, pulse):
-    socket.socket(fileno=link).sendall(json.dumps([sys.path[0], sys.argv]).encode())
-    signal.pause()
-"""
-
-
-def test_the_process_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    package = tmp_path / "torchfedrpc" / "rpc"
-    package.mkdir(parents=True)
-    (package.parent / "__init__.py").touch()
-    (package / "worker.py").write_text(REMOTE)
-    ours, theirs = socket.socketpair()
-    ours.settimeout(20)
-    with ours, theirs:
-        parent = LightProcess(PARENT, theirs.fileno(), theirs.fileno(), tmp_path, pass_fds=[theirs.fileno()])
-        pid = int(parent.line())
-        assert ours.recv(4096).decode() == f'["{tmp_path}", ["torchfedrpc-worker", "--listen"]]'
-        parent.close()
-        assert ends_within(pid, 5)

@@ -46,6 +46,7 @@ TRAVELLING = [
 ]  # the sender lets them
 
 corpus = pytest.mark.parametrize("name", CORPUS)
+sample = pytest.mark.parametrize("name", SAMPLE)  # where the same reader is behind another door
 
 
 @pytest.fixture(autouse=True)
@@ -83,14 +84,14 @@ def test_a_hostile_request_is_an_error_and_runs_nothing(name: str) -> None:
         hostile.parcel(CORPUS[name]).open(ALLOW)
 
 
-@corpus
+@sample
 def test_a_hostile_answer_is_an_error_that_says_whose(name: str) -> None:
     call = Call(1, "client_1", "train", pack(((), {})))
     with pytest.raises(SerializationError, match=r"the result of client_1\.train on worker1 cannot be read"):
         Outcome("value", hostile.parcel(CORPUS[name])).result(call, ALLOW, "worker1")
 
 
-@corpus
+@sample
 def test_a_hostile_exception_arrives_as_text_alone(name: str) -> None:
     failure = Failure("ValueError", "what it said", "", hostile.serialized(CORPUS[name]))
     error = failure.restore(ALLOW, "in client_1.train")
@@ -98,20 +99,20 @@ def test_a_hostile_exception_arrives_as_text_alone(name: str) -> None:
     assert any("did not arrive" in note for note in error.__notes__)
 
 
-@corpus
+@sample
 def test_hostile_bytes_are_an_error_and_run_nothing(name: str) -> None:
     with pytest.raises(SerializationError):
         ParameterSerializer.deserialize(hostile.serialized(CORPUS[name]), trusted_modules=[hostile.HERE])
 
 
-@corpus
+@sample
 def test_a_hostile_table_of_bytes_is_an_error_and_runs_nothing(name: str) -> None:
     data = hostile.serialized(b"\x80\x05N.", table=CORPUS[name])
     with pytest.raises(SerializationError):
         ParameterSerializer.deserialize(data, trusted_modules=[hostile.HERE])
 
 
-@corpus
+@sample
 def test_a_hostile_snapshot_is_an_error_and_runs_nothing(name: str) -> None:
     with pytest.raises((SnapshotError, UntrustedTypeError)):
         snapshot.load(hostile.snapshot_of(CORPUS[name]), ALLOW)

@@ -1,0 +1,229 @@
+"""The fork server's own side: a process that imports torch once and forks the workers of its driver.
+
+It runs in a process of its own, see ``processes.py``. Importing this module is its preparation; it starts no thread,
+and it imports nothing of the user's, so that a forked worker is as a fresh interpreter that has imported torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy.random
+
+from torchfedrpc.rpc import worker
+
+NUMBER = struct.Struct("q")  # what the server tells of a worker: its process id or minus an errno, then its status
+NUM_DESCRIPTORS = 4
+_CHUNK_BYTES = 65536
+_PR_SET_PDEATHSIG = 1
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # blocked in the server, which ends with its driver alone
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A worker to start.
+
+    Attributes:
+        connection: where the server tells how the worker is; what comes there are signals for it, and the end of it
+            has the worker killed.
+        link: the descriptor of the worker's end of the control link.
+        stdout: the descriptor of its standard output.
+        stderr: the descriptor of its standard error.
+        message: ``path``, ``arguments``, ``folder``, ``variables`` and ``remote``, see `Surroundings`; empty where
+            the driver has given the request up.
+    """
+
+    connection: socket.socket
+    link: int
+    stdout: int
+    stderr: int
+    message: dict[str, Any]
+
+
+def main(control_descriptor: int, *, forks: bool) -> NoReturn:
+    """Serve a driver until it closes the control socket; a worker that is forked meanwhile never comes back.
+
+    Args:
+        control_descriptor: this process's end of the control socket.
+        forks: whether this process forks workers. Where it does not, it becomes the first one itself.
+    """
+    control = socket.socket(fileno=control_descriptor)
+    request = _Server(control).serve() if forks else _receive(control)
+    if request is None or not request.message:
+        os._exit(0)
+    try:
+        control.close()
+        _become_worker(request)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(1)
+
+
+class _Server:
+    """Forks workers and tells the driver how they ended.
+
+    Args:
+        control: this process's end of the control socket.
+    """
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._workers: dict[int, socket.socket] = {}  # process id -> its connection
+        self._poll = select.poll()
+
+    def serve(self) -> _Request | None:
+        """Fork workers until the driver has closed the control socket and all workers have ended.
+
+        Returns:
+            In a forked process, what it is to become; None in this one.
+        """
+        woken, wakes = os.pipe()
+        os.set_blocking(woken, False)
+        os.set_blocking(wakes, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wakes)
+        gc.collect()
+        gc.freeze()  # a collection in a worker would copy the pages of all modules
+        self._poll.register(woken, select.POLLIN)
+        self._poll.register(self._control, select.POLLIN)
+        is_open = True
+        while is_open or self._workers:
+            ready = {descriptor for descriptor, _ in self._poll.poll()}
+            if woken in ready:
+                os.read(woken, _CHUNK_BYTES)
+                self._reap()
+            for pid, connection in self._workers.items():
+                if connection.fileno() in ready:
+                    self._pass_on(pid, connection)
+            if self._control.fileno() in ready:
+                request = _receive(self._control)
+                is_open = request is not None
+                if request is None:
+                    self._poll.unregister(self._control)
+                elif self._fork(request):
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    os.close(woken)
+                    os.close(wakes)
+                    return request
+        return None
+
+    def _fork(self, request: _Request) -> bool:
+        """Fork a worker; whether this is the worker."""
+        server = os.getpid()
+        try:
+            pid = os.fork() if request.message else -errno.ECANCELED
+        except OSError as error:  # no memory or no process left
+            pid = -(error.errno or errno.EAGAIN)
+        if pid == 0:
+            for connection in (request.connection, *self._workers.values()):
+                connection.close()
+            os.setpgid(0, 0)  # Ctrl-C is for the driver, which tells its workers
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != server:  # it ended before that
+                os._exit(1)
+            return True
+        for descriptor in (request.link, request.stdout, request.stderr):
+            os.close(descriptor)
+        _tell(request.connection, pid)
+        if pid > 0:
+            self._workers[pid] = request.connection
+            self._poll.register(request.connection, select.POLLIN)
+        else:
+            request.connection.close()
+        return False
+
+    def _pass_on(self, pid: int, connection: socket.socket) -> None:
+        """Send a worker the signals that the driver asks for; SIGKILL once the driver has closed the connection."""
+        try:
+            signals = connection.recv(_CHUNK_BYTES)
+        except ConnectionResetError:  # closed, with something unread
+            signals = b""
+        for number in signals or [signal.SIGKILL]:
+            os.kill(pid, number)  # until it is reaped no other process has its number
+        if not signals:
+            self._poll.unregister(connection)
+
+    def _reap(self) -> None:
+        """Tell the driver of the workers that have ended."""
+        while self._workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            if (connection := self._workers.pop(pid, None)) is None:  # an import has started it
+                continue
+            with contextlib.suppress(KeyError):  # the driver has closed it
+                self._poll.unregister(connection)
+            _tell(connection, os.waitstatus_to_exitcode(status))
+            connection.close()
+
+
+def _receive(control: socket.socket) -> _Request | None:
+    """The driver's next request; None where it has closed the control socket."""
+    try:
+        data, descriptors, *_ = socket.recv_fds(control, 1, NUM_DESCRIPTORS)
+    except ConnectionResetError:
+        return None
+    if not data:
+        return None
+    connection = socket.socket(fileno=descriptors.pop(0))
+    line = b""
+    while not line.endswith(b"\n"):
+        try:
+            chunk = connection.recv(_CHUNK_BYTES)
+        except ConnectionResetError:
+            chunk = b""
+        line += chunk
+        if not chunk:
+            line = b"{}\n"
+    link, stdout, stderr = descriptors
+    return _Request(connection, link, stdout, stderr, json.loads(line))
+
+
+def _tell(connection: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # the driver has closed it
+        connection.send(NUMBER.pack(number), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+def _become_worker(request: _Request) -> NoReturn:
+    """Make this process as one that the driver has just started, and serve its learners."""
+    request.connection.close()
+    message = request.message
+    for descriptor, standard in ((request.stdout, 1), (request.stderr, 2)):
+        os.dup2(descriptor, standard)
+        os.close(descriptor)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]  # the server's is no terminal
+    if message["folder"] is not None:
+        os.chdir(message["folder"])
+    for name, value in message["variables"].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    sys.path[:] = message["path"]
+    sys.argv[:] = message["arguments"]
+    importlib.invalidate_caches()  # of folders whose content has changed since the server looked
+    # What a fresh interpreter has by chance; Python's own random numbers are seeded anew by a fork.
+    multiprocessing.current_process().authkey = os.urandom(32)
+    numpy.random.seed()
+    if message["remote"]:
+        worker.main_remote(request.link)  # which unblocks the signals once it handles them
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        worker.main(request.link)
+    os._exit(0)

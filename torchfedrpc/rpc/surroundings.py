@@ -1,0 +1,98 @@
+"""What a worker process has from the process that starts it: flags, folder, environment, rights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+FORKS = hasattr(os, "memfd_create")  # on Linux; elsewhere libraries of the system do not bear a fork
+_HASH_SEED = "PYTHONHASHSEED"
+_FIXED_HASHES = "1"  # with 0, Python's flags differ from those of the driver
+# Variables that no import reads: the first changes all the time, the other is set for `deterministic` runs.
+_READ_LATE = {"PYTEST_CURRENT_TEST", "CUBLAS_WORKSPACE_CONFIG"}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a worker process has from the process that starts it.
+
+    Attributes:
+        flags: the interpreter's.
+        path: where modules are found.
+        arguments: its ``sys.argv``.
+        folder: its working directory; None where that of the starting process was deleted.
+        variables: its environment.
+        rights: what else it passes on: its user and groups, resource limits, CPUs and priority.
+    """
+
+    flags: list[str]
+    path: list[str]
+    arguments: list[str]
+    folder: str | None
+    variables: dict[str, str]
+    rights: tuple[Any, ...] = ()
+
+    @classmethod
+    def of_this_process(cls, *, fixed_hashes: bool = False) -> Surroundings:
+        """Those of this process as it is now.
+
+        Args:
+            fixed_hashes: whether Python's hashes of strings are to be the same in all processes where the environment
+                does not say; else they are left to chance.
+        """
+        variables = dict(os.environ)
+        if fixed_hashes and variables.get(_HASH_SEED, "random") in ("", "random"):
+            variables[_HASH_SEED] = _FIXED_HASHES
+            if sys.flags.ignore_environment:
+                logger.warning(
+                    "python -E and -I hide %s from workers: the order of a set of strings will differ between them",
+                    _HASH_SEED,
+                )
+        try:
+            folder = os.getcwd()
+        except FileNotFoundError:
+            folder = None
+        return cls(interpreter_flags(), list(sys.path), list(sys.argv), folder, variables, _rights())
+
+    def needs_same_server(self, other: Surroundings) -> bool:
+        """Whether one server can fork processes of both: what it has read or inherited at its start is equal."""
+        return self._server_key() == other._server_key()
+
+    def _server_key(self) -> tuple[Any, ...]:
+        variables = {name: value for name, value in self.variables.items() if name not in _READ_LATE}
+        return self.flags, variables, self.folder is None, self.rights
+
+    def to_message(self) -> dict[str, Any]:
+        """What a forked process sets itself."""
+        return {
+            "path": self.path,
+            "arguments": self.arguments,
+            "folder": self.folder,
+            "variables": {name: self.variables.get(name) for name in _READ_LATE},
+        }
+
+
+def interpreter_flags() -> list[str]:
+    """The command line flags that give another interpreter what this one has: ``-O``, ``-W``, ``-X`` and so on."""
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing
+    for name, value in sys._xoptions.items():  # it leaves some out
+        option = name if value is True else f"{name}={value}"
+        if option not in flags:
+            flags += ["-X", option]
+    return flags
+
+
+def _rights() -> tuple[Any, ...]:
+    if not FORKS:  # each worker is started by this process, and inherits them
+        return ()
+    import resource  # noqa: PLC0415 - Windows has none
+
+    limits = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")]
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    return os.getresuid(), os.getresgid(), os.getgroups(), limits, affinity, os.getpriority(os.PRIO_PROCESS, 0)
