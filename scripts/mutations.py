@@ -312,7 +312,7 @@ MUTATIONS = [
         "dispatch.py",
         "if limit is not None and num_pending >= limit:",
         "if limit is not None and num_pending > limit:",
-        "tests/contract/test_capacity.py",
+        "tests/system/test_capacity.py",
     ),
     Mutation(
         "arguments in flight have no limit",
@@ -391,14 +391,14 @@ MUTATIONS = [
         "host/snapshot.py",
         '        raise SnapshotError("this snapshot is damaged, its checksum differs: take another")\n',
         "        pass\n",
-        "tests/unit/host/test_snapshot.py tests/contract/test_snapshots.py",
+        "tests/unit/host/test_snapshot.py tests/system/test_snapshots.py",
     ),
     Mutation(
         "a snapshot of another learner is taken",
         "host/snapshot.py",
         "    if snapshot.learner != learner:\n",
         "    if False:\n",
-        "tests/unit/host/test_snapshot.py tests/contract/test_snapshots.py",
+        "tests/unit/host/test_snapshot.py tests/system/test_snapshots.py",
     ),
     Mutation(
         "a damaged checkpoint is read",

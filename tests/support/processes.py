@@ -23,10 +23,10 @@ _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTE
 
 
 def environment() -> dict[str, str]:
-    """The environment of this process without the variables of a launcher, and with this folder's modules."""
+    """The environment of this process without the variables of a launcher, and with the modules of tests."""
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
     kept = {name: value for name, value in kept.items() if not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))}
-    path = os.pathsep.join([str(SUPPORT), str(TESTS), *filter(None, [kept.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(SUPPORT), str(TESTS), str(TESTS / "system"), *filter(None, [kept.get("PYTHONPATH")])])
     return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 

@@ -61,6 +61,6 @@ def test_its_tests_run_from_it(unpacked: Path, tmp_path: Path) -> None:
     code = "import torchfedrpc; print(torchfedrpc.__file__)"
     variables = {"PYTHONPATH": str(unpacked), "TEST_MODES": "local"}
     assert run("-c", code, folder=unpacked, **variables).strip() == str(unpacked / "torchfedrpc" / "__init__.py")
-    chosen = ["tests/contract/test_client_ids.py", "tests/contract/test_constructors.py"]
+    chosen = ["tests/system/test_client_ids.py", "tests/contract/test_constructors.py"]
     options = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}"]
     assert " passed" in run(*options, *chosen, folder=unpacked, **variables)
