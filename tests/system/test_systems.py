@@ -13,7 +13,7 @@ from typing import IO
 
 import pytest
 from folders import ROOT, SUPPORT, TESTS
-from processes import state_of
+from processes import is_alive, state_of
 
 pytestmark = pytest.mark.timeout(300)  # they take seconds; a busy machine starts Python slowly
 
@@ -125,7 +125,7 @@ def test_a_killed_and_a_stopped_worker_are_replaced_without_proc(system: str, tm
     script.write_text(LOSSES)
     said = dict(line.split(maxsplit=1) for line in run_on(system, str(script)).splitlines() if " " in line)
     assert int(said["lost"]) >= 2
-    assert all(state_of_or_none(int(pid)) is None for pid in said["pids"].split())
+    assert all(state_of(int(pid)) == "X" for pid in said["pids"].split())
 
 
 def test_workers_end_with_a_driver_that_is_killed_without_proc(tmp_path: Path) -> None:
@@ -146,14 +146,9 @@ def test_workers_end_with_a_driver_that_is_killed_without_proc(tmp_path: Path) -
         os.kill(pids[0], signal.SIGSTOP)
         driver.kill()
     ends_by = time.monotonic() + 10
-    while left := [pid for pid in pids if state_of_or_none(pid) not in (None, "Z")]:
+    while left := [pid for pid in pids if is_alive(pid)]:
         assert time.monotonic() < ends_by, left
         time.sleep(0.05)
-
-
-def state_of_or_none(pid: int) -> str | None:
-    state = state_of(pid)
-    return None if state == "X" else state
 
 
 def test_pseudo_mode_says_what_to_do_where_torch_has_no_rpc(tmp_path: Path) -> None:
