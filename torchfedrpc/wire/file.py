@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named, memory_of
+from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named, memory_of, name_of_dtype
 
 try:
     import fcntl
@@ -147,7 +147,7 @@ class TensorFile:
         chunks: list[bytes | memoryview] = []
         num_bytes = 0
         for tensor in tensors:
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtype = name_of_dtype(tensor.dtype)
             places.append((num_bytes, tensor.nbytes, dtype, tuple(tensor.shape), tensor.stride()))
             padding = -tensor.nbytes % ALIGNMENT_BYTES
             chunks += [memory_of(tensor), bytes(padding)]

@@ -17,12 +17,11 @@ from torchfedrpc.wire import rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.scan import check_depth, with_requests
-from torchfedrpc.wire.tensors import check_extent, dtype_named, memory_of
+from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named, memory_of, name_of_dtype
 
 # Layout: magic, a checksum of table and head, the lengths of both, both, then each slot's memory at a multiple of 64.
 _MAGIC = b"TFR\x03"
 _PREFIX = struct.Struct("<4sIQQ")
-_ALIGNMENT_BYTES = 64
 
 
 class ParameterSerializer:
@@ -77,7 +76,7 @@ def chunks_of(parcel: Parcel) -> list[bytes | memoryview]:
         parcel.ready()
     slots = [slot.cpu() for slot in parcel.slots]
     layouts = [
-        (str(slot.dtype).removeprefix("torch."), tuple(slot.shape), slot.stride(), slot.nbytes, origin.is_cuda)
+        (name_of_dtype(slot.dtype), tuple(slot.shape), slot.stride(), slot.nbytes, origin.is_cuda)
         for slot, origin in zip(slots, parcel.slots, strict=True)
     ]
     table = pickle.dumps((parcel.views, layouts), protocol=5)
@@ -85,7 +84,7 @@ def chunks_of(parcel: Parcel) -> list[bytes | memoryview]:
     chunks: list[bytes | memoryview] = [prefix, table, parcel.head]
     position = sum(len(chunk) for chunk in chunks)
     for slot in slots:
-        padding = -position % _ALIGNMENT_BYTES
+        padding = -position % ALIGNMENT_BYTES
         chunks += [bytes(padding), memory_of(slot)]
         position += padding + slot.nbytes
     return chunks
@@ -126,7 +125,7 @@ def read(
     position += head_bytes
     slots = []
     for dtype_name, shape, stride, num_bytes, was_on_gpu in layouts:
-        position += -position % _ALIGNMENT_BYTES
+        position += -position % ALIGNMENT_BYTES
         if not 0 <= num_bytes <= len(data) - position:
             raise SerializationError("these bytes are cut short")
         content = data[position : position + num_bytes]

@@ -179,7 +179,7 @@ def gather_slots(tensors: list[Tensor], *, copy: bool, join: bool) -> tuple[list
                 offset = (tensor.storage_offset() * tensor.itemsize - start) // tensor.itemsize
                 views[index] = (
                     len(slots),
-                    str(tensor.dtype).removeprefix("torch."),
+                    name_of_dtype(tensor.dtype),
                     tuple(tensor.shape),
                     tensor.stride(),
                     offset,
@@ -280,6 +280,11 @@ def _check_sizes(*sizes: Any) -> None:
         raise SerializationError("a tensor came with a shape or strides that are no numbers")
 
 
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as ``float32``, which `dtype_named` reads."""
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_named(name: str) -> torch.dtype:
     """Return the dtype of a name such as ``float32``.
 
@@ -342,7 +347,7 @@ def _lone_slot(tensor: Tensor, number: int, *, copy: bool) -> tuple[View, Tensor
             f"a tensor whose {compact.numel()} elements lie in memory for {num_elements} cannot travel as it is: "
             f"send tensor.clone(memory_format=torch.contiguous_format)"
         )
-    return (number, str(tensor.dtype).removeprefix("torch."), shape, stride, start, num_elements), slot.contiguous()
+    return (number, name_of_dtype(tensor.dtype), shape, stride, start, num_elements), slot.contiguous()
 
 
 def _last_element(tensor: Tensor) -> int:
