@@ -27,7 +27,6 @@ from leftovers import held
 
 import torchfedrpc as tfr
 from torchfedrpc.events import CallEnded, Event, ProgressReported
-from torchfedrpc.executors.reducing import RemoteCollecting
 
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
 
@@ -310,9 +309,3 @@ def _nothing_left_behind(_warm_torch: None, loop_errors: LoopErrors) -> Iterator
     while (left := held() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left, "left behind: " + "; ".join(left)
-
-
-@pytest.fixture
-def asked_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Partial results are asked for once all calls have ended, as where nobody knew before which worker has them."""
-    monkeypatch.setattr(RemoteCollecting, "_ask_in_advance", lambda collecting: None)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,13 +24,12 @@ from torchfedrpc.errors import (
 from torchfedrpc.events import CallEnded, CallStarted, Event, EventBus
 from torchfedrpc.executors.base import Invocation
 from torchfedrpc.executors.consistent_snapshot import Cut
-from torchfedrpc.executors.reduction import GroupReduction, Reduction
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.shared_arguments import SharedRef, submits_first
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import call_on
-from torchfedrpc.host.call import Part
 from torchfedrpc.options import CallOptions
+from torchfedrpc.reduce.driver import ReduceProgress, Reduction
 from torchfedrpc.reduce.reducers import Reducer
 
 T = TypeVar("T")
@@ -181,9 +180,8 @@ class Dispatcher:
         method: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        part: Part | None = None,
     ) -> Any:
-        """Run a method of a client's learner; its result may be a part of a reduction, and stay where it is.
+        """Run a method of a client's learner.
 
         Raises:
             UnknownClientError: no such client.
@@ -192,7 +190,7 @@ class Dispatcher:
             CallTimeoutError: ``options.timeout_s`` passed.
             Exception: what the method raised.
         """
-        invocation = self._invocation(options, client_id, method, args, kwargs, part)
+        invocation = self._invocation(options, client_id, method, args, kwargs)
         self.check_not_reading(client_id, method)
         self.check_capacity(client_id, method)
         executor = self._router.get_executor(client_id)
@@ -220,16 +218,127 @@ class Dispatcher:
         """The clients of a group's call in the order in which to submit it; as of `AbstractExecutor.plan`."""
         return self._router.plan(sorted(client_ids, key=self._places.__getitem__), method, is_awaited=is_awaited)
 
-    def reduction(self, prototype: Reducer, client_ids: Iterable[str]) -> GroupReduction:
-        """Begin a reduction over these clients, whose results are added up in the order of `client_ids`.
+    def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
+        """Return the common arguments of a group's calls, with a shared value in place of each large one."""
+        self.check_open()
+        return self._router.lift(args, kwargs, num_calls)
+
+    def reduction(self, prototype: Reducer, client_ids: Iterable[str]) -> Reduction:
+        """Return a reduction over these clients, whose results are merged in the order of `client_ids`.
 
         Raises:
-            SerializationError: the reducer cannot be sent.
+            SerializationError: If the reducer cannot be sent.
         """
         self.check_open()
         reduction = Reduction(prototype, sorted(client_ids, key=self._places.__getitem__))
-        reduction.prototype.copy().open(self._router.allow)  # as the workers will, whose refusal would come late
-        return GroupReduction(reduction, self._router.reduction(reduction))
+        reduction.prototype.copy().open(self._router.allow)  # the workers would refuse it late
+        return reduction
+
+    async def reduce(
+        self,
+        options: CallOptions,
+        reduction: Reduction,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, dict[str, Any]],
+    ) -> tuple[ReduceProgress, dict[str, Exception]]:
+        """Run a method of many learners and reduce the results where they are.
+
+        Args:
+            options: Of the calls.
+            reduction: The clients and the reducer.
+            method: The method's name.
+            args: Positional arguments.
+            kwargs: Client -> keyword arguments.
+
+        Returns:
+            The partial results, and the errors of clients that failed, or did not end by ``options.timeout_s``.
+
+        Raises:
+            MergeError: If two results cannot be merged; all calls have ended.
+            CallTimeoutError: If the results were not merged in time.
+        """
+        is_awaited = options.timeout_s is not None or options.min_results is not None
+        progress = ReduceProgress(is_watched=is_awaited or self.events.has_subscribers)
+        failures: dict[str, Exception] = {}
+        observed: dict[str, _Observed] = {}
+        invocations = []
+        for client_id in self.plan(reduction.client_ids, method, is_awaited=is_awaited):
+            invocation = self._invocation(options, client_id, method, args, kwargs[client_id])
+            try:
+                self.check_not_reading(client_id, method)
+                self.check_capacity(client_id, method)
+            except (LearnerBusyError, CapacityError) as error:
+                failures[client_id] = error
+                continue
+            observed[client_id] = self._begin(invocation)
+            invocations.append(invocation)
+        running = asyncio.ensure_future(self._router.reduce(reduction, invocations, progress))
+        try:
+            failures |= await self._watched(options, method, progress, running, observed)
+            return progress, failures
+        finally:
+            for one in observed.values():  # those that a deadline, a quorum or the caller has cancelled
+                self._end(one, asyncio.CancelledError())
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    async def _watched(
+        self,
+        options: CallOptions,
+        method: str,
+        progress: ReduceProgress,
+        running: asyncio.Future[None],
+        observed: Mapping[str, _Observed],
+    ) -> dict[str, Exception]:
+        """Follow a reduction, stop it at its deadline or quorum, and wait for its partial results.
+
+        Returns:
+            The errors of clients that failed, or did not end in time.
+        """
+        failures: dict[str, Exception] = {}
+        loop, timeout_s = asyncio.get_running_loop(), options.timeout_s
+        deadline = loop.time() + timeout_s if timeout_s is not None else None
+        while progress.ended or not running.done():
+            while progress.ended:
+                client_id, error = progress.ended.popleft()
+                if progress.stopped.is_set() and error is not None:
+                    continue
+                self._end(observed[client_id], error)
+                failures.pop(client_id, None)
+                if error is not None:
+                    failures[client_id] = error
+            needed = options.min_results
+            is_settled = needed is not None and (
+                len(progress.succeeded) >= needed or len(observed) - len(failures) < needed
+            )
+            if is_settled and not progress.stopped.is_set():
+                progress.stop()
+                deadline = loop.time() + timeout_s if timeout_s is not None else None
+            progress.has_ended.clear()
+            has_ended = asyncio.ensure_future(progress.has_ended.wait())
+            waiting: set[asyncio.Future[Any]] = {running, has_ended}
+            remaining_s = None if deadline is None else max(deadline - loop.time(), 0.0)
+            try:
+                done, _ = await asyncio.wait(waiting, timeout=remaining_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                has_ended.cancel()
+            if done:
+                continue
+            if progress.stopped.is_set():
+                where = ", ".join(progress.waited_for) or "the driver"
+                raise CallTimeoutError(
+                    f"{method}: the results of {len(observed)} clients were not added up on {where} within "
+                    f"timeout_s={timeout_s} of the last call's end: raise it, or see what the reducer does"
+                )
+            for client_id, one in observed.items():
+                if client_id not in progress.succeeded and client_id not in failures:
+                    failures[client_id] = self._late(options, client_id, method)
+                    self._end(one, failures[client_id])
+            progress.stop()
+            deadline = loop.time() + timeout_s if timeout_s is not None else None
+        running.result()
+        return {one: error for one, error in failures.items() if one not in progress.succeeded}
 
     def share(self, obj: Any) -> SharedRef:
         """An object as it is now, for the arguments of calls to come."""
@@ -314,7 +423,6 @@ class Dispatcher:
         method: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        part: Part | None = None,
     ) -> Invocation:
         self.check_open()
         self.check_client(client_id)
@@ -330,18 +438,11 @@ class Dispatcher:
             kwargs,
             run_timeout_s,
             options.retries,
-            part,
         )
 
     async def observed(self, options: CallOptions, invocation: Invocation, answer: Any) -> Any:
-        """Await an answer under the options' deadline, and tell subscribers of its start and end."""
-        client_id, method = invocation.client_id, invocation.method
-        if self.events.has_subscribers:
-            self.events.publish(CallStarted(invocation.call_id, client_id, method))
-        began, failure, session = time.perf_counter(), None, self.session
-        session.num_calls += 1
-        session.num_pending += 1
-        session.num_changes[client_id] += 1
+        """Await an answer under the options' deadline, and publish its start and end."""
+        observed, failure = self._begin(invocation), None
         try:
             if options.timeout_s is None:
                 return await answer
@@ -352,17 +453,56 @@ class Dispatcher:
         except BaseException as error:
             failure = error
             if isinstance(error, TimeoutError) and options.timeout_s is not None and deadline.expired():
-                failure = self._late(options, client_id, method)
+                failure = self._late(options, invocation.client_id, invocation.method)
                 raise failure from None
             raise
         finally:
-            session.num_changes[client_id] += 1
-            session.num_pending -= 1
-            session.num_failed += failure is not None
-            if self.events.has_subscribers and self.session is session:
-                seconds = time.perf_counter() - began
-                self.events.publish(CallEnded(invocation.call_id, client_id, method, seconds, failure))
-            failure = None  # its traceback has this frame, and the arguments: a circle that would keep them
+            self._end(observed, failure)
+            failure = None  # its traceback refers to this frame and the arguments: a cycle that would keep them
+
+    def _begin(self, invocation: Invocation) -> _Observed:
+        """Count a call, and publish its start."""
+        session = self.session
+        if self.events.has_subscribers:
+            self.events.publish(CallStarted(invocation.call_id, invocation.client_id, invocation.method))
+        session.num_calls += 1
+        session.num_pending += 1
+        session.num_changes[invocation.client_id] += 1
+        return _Observed(session, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter())
+
+    def _end(self, observed: _Observed, failure: BaseException | None) -> None:
+        """Count the end of a call, and publish it; once."""
+        session = observed.session
+        if observed.has_ended:
+            return
+        observed.has_ended = True
+        session.num_changes[observed.client_id] += 1
+        session.num_pending -= 1
+        session.num_failed += failure is not None
+        if self.events.has_subscribers and self.session is session:
+            seconds = time.perf_counter() - observed.began
+            self.events.publish(CallEnded(observed.call_id, observed.client_id, observed.method, seconds, failure))
+
+
+@dataclass(eq=False, slots=True)
+class _Observed:
+    """A call that was counted.
+
+    Attributes:
+        session: The opening of the proxy that it belongs to.
+        call_id: Its id.
+        client_id: The client.
+        method: The method's name.
+        began: When it began, by `time.perf_counter`.
+        has_ended: Whether its end was counted.
+    """
+
+    session: _Session
+    call_id: int
+    client_id: str
+    method: str
+    began: float
+    has_ended: bool = False
 
 
 class LearnerStream(AsyncIterator[Any]):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Never
 
 from torchfedrpc.dispatch import Dispatcher
 from torchfedrpc.errors import CallTimeoutError, ConfigError, GroupCallError, QuorumError
-from torchfedrpc.executors.reduction import GroupReduction
 from torchfedrpc.host.methods import public_methods
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.options import UNCHANGED, CallOptions, OnError, Unchanged
-from torchfedrpc.reduce.tree import MergeError, prototype_of
+from torchfedrpc.reduce.driver import Reduction
+from torchfedrpc.reduce.tree import MergeError, Node, prototype_of
 
 
 class GroupResult(Mapping[str, Any]):
@@ -177,17 +177,23 @@ class LearnerGroup:
             CallTimeoutError: the results of the calls could not be added up in time.
         """
         reduction = self._dispatcher.reduction(prototype_of(reducer), self._clients)
+        args, kwargs = self._dispatcher.lift(args, kwargs, len(self._clients))
+        own = {client_id: {**kwargs, **of_client} for client_id, of_client in self._clients.items()}
+        self._check_min_results()
         try:
-            results, failures = await self._gathered(method, args, kwargs, reduction)
-            value, counted, lost = await self._finished(method, reduction, self._clients.keys() - results.keys())
+            progress, failures = await self._dispatcher.reduce(self._options, reduction, method, args, own)
+            counted = sorted(place for *_, places in progress.nodes for place in places)
+            value = await self._merged(method, reduction, progress.nodes) if counted else None
         except MergeError as error:
-            left, right = (reduction.reduction.client_ids[place] for place in error.places)
+            left, right = (reduction.client_ids[place] for place in error.places)
             text = f"{method} of {left} and {right}: their results do not go together, {error.reason}"
             raise ValueError(text) from error.reason
-        finally:
-            reduction.close()
-        failures = {one: error for one, error in {**failures, **lost}.items() if one not in counted}
-        results = dict.fromkeys(one for one in self._clients if one in counted)
+        except Exception as error:
+            error.add_note(f"as the results of {method} were added up")
+            raise
+        results = dict.fromkeys(reduction.client_ids[place] for place in counted)
+        results = {client_id: None for client_id in self._clients if client_id in results}
+        failures = {one: failures[one] for one in self._clients if one in failures and one not in results}
         self._check_quorum(method, results, failures)
         self._check(method, failures, results)
         if not counted:
@@ -196,67 +202,54 @@ class LearnerGroup:
             raise ConfigError(f"{method}: there is nothing to reduce, since the group has no clients: name some")
         return ReduceResult(value, len(counted), failures)
 
-    async def _finished(
-        self, method: str, reduction: GroupReduction, failed: Iterable[str]
-    ) -> tuple[Any, set[str], dict[str, Exception]]:
-        """The value of a reduction whose calls have ended, the clients that are in it, and those that were lost.
-
-        It has another ``timeout_s`` for that: clients that are late are found out only when their time is over.
-        """
+    async def _merged(self, method: str, reduction: Reduction, nodes: Sequence[Node]) -> Any:
+        """Return the value of partial results. It has another ``timeout_s`` for that."""
         timeout_s = self._options.timeout_s
         try:
             async with asyncio.timeout(timeout_s) as deadline:
-                value, counted, lost = await reduction.finish(failed)
+                return await reduction.finish(nodes)
         except MergeError:
             raise
-        except TimeoutError as error:
+        except TimeoutError:
             if not deadline.expired():
-                error.add_note(f"as the results of {method} were added up")
                 raise
-            where = ", ".join(reduction.awaited()) or "the driver"
             raise CallTimeoutError(
-                f"{method}: the results of {len(self._clients)} clients were not added up on {where} within "
+                f"{method}: the results of {len(self._clients)} clients were not added up on the driver within "
                 f"timeout_s={timeout_s} of the last call's end: raise it, or see what the reducer does"
             ) from None
-        except Exception as error:
-            error.add_note(f"as the results of {method} were added up")
-            raise
-        return value, set(counted), lost
 
     async def _gathered(
-        self,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        reduction: GroupReduction | None = None,
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Exception]]:
-        """Results and failures of a group call; as of `call`."""
+        """Return results and failures of a group call; as of `call`."""
         results: dict[str, Any] = {}
         failures: dict[str, Exception] = {}
-        mismatch: MergeError | None = None
         needed = self._options.min_results
-        if needed is not None and needed > len(self._clients):
-            raise QuorumError(f"min_results={needed} of a group of {len(self._clients)} clients can never be met")
-        async with aclosing(self._completed(method, args, kwargs, reduction)) as completed:
+        self._check_min_results()
+        async with aclosing(self._completed(method, args, kwargs)) as completed:
             async for client_id, result, error in completed:
-                if error is None and reduction is not None:
-                    error = _taken(reduction, client_id, method, result)
                 if error is None:
-                    results[client_id] = result if reduction is None else None
-                elif isinstance(error, MergeError):  # the other calls run all the same, as in every mode
-                    mismatch = mismatch or error
+                    results[client_id] = result
                 else:
                     failures[client_id] = error
                 out_of_reach = needed is not None and len(self._clients) - len(failures) < needed
                 if len(results) == needed or out_of_reach:
                     break
-        if mismatch is not None:
-            raise mismatch
         results = {client_id: results[client_id] for client_id in self._clients if client_id in results}
         failures = {client_id: failures[client_id] for client_id in self._clients if client_id in failures}
         self._check_quorum(method, results, failures)
         self._check(method, failures, results)
         return results, failures
+
+    def _check_min_results(self) -> None:
+        """Check that the quorum is no larger than the group.
+
+        Raises:
+            QuorumError: If it is.
+        """
+        needed = self._options.min_results
+        if needed is not None and needed > len(self._clients):
+            raise QuorumError(f"min_results={needed} of a group of {len(self._clients)} clients can never be met")
 
     def _check_quorum(self, method: str, results: dict[str, Any], failures: dict[str, Exception]) -> None:
         needed = self._options.min_results
@@ -306,17 +299,14 @@ class LearnerGroup:
         method: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        reduction: GroupReduction | None = None,
     ) -> AsyncGenerator[tuple[str, Any, Exception | None], None]:
         """Yield (client, result, error) in the order of completion; leaving it cancels the other calls."""
         tasks: dict[asyncio.Future[Any], str] = {}
-        # Neighbours of a reduction one after another: their results are merged as they come.
-        clients = self._clients if reduction is None else reduction.reduction.client_ids
+        args, kwargs = self._dispatcher.lift(args, kwargs, len(self._clients))
         are_awaited = self._options.timeout_s is not None or self._options.min_results is not None
-        for client_id in self._dispatcher.plan(clients, method, is_awaited=are_awaited):
+        for client_id in self._dispatcher.plan(self._clients, method, is_awaited=are_awaited):
             own = self._clients[client_id]
-            part = reduction.reduction.part(client_id, is_awaited=are_awaited) if reduction is not None else None
-            call = self._dispatcher.call(self._options, client_id, method, args, {**kwargs, **own}, part)
+            call = self._dispatcher.call(self._options, client_id, method, args, {**kwargs, **own})
             tasks[asyncio.ensure_future(call)] = client_id
         ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
         for task in tasks:
@@ -334,13 +324,3 @@ class LearnerGroup:
         finally:
             unfinished = [task for task in tasks if task.cancel()]
             await asyncio.gather(*unfinished, return_exceptions=True)
-
-
-def _taken(reduction: GroupReduction, client_id: str, method: str, result: Any) -> Exception | None:
-    """Take a result into a reduction; what goes wrong is an error of that client's call."""
-    try:
-        reduction.take(client_id, result)
-    except Exception as error:
-        error.add_note(f"in {client_id}.{method}, as its result was added up")
-        return error
-    return None

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from internals import check_no_batch_is_left
 from summing import Adder, Brackets, Failing
 
 import torchfedrpc as tfr
 from torchfedrpc.registry import executors
 
-from .test_reduce import bits, brackets, check_nothing_goes_on, failing, shuffled
+from .test_reduce import bits, brackets, failing, shuffled
 
 IDS = [f"client_{number}" for number in range(13)]
 
@@ -46,7 +47,7 @@ async def test_the_bits_do_not_depend_on_mode_number_of_workers_and_placement(
     for one in runtimes:
         async with tfr.LearnerProxy(Adder, IDS, runtime=one, seed=5) as proxy:
             assert await script(proxy, IDS) == in_local_mode
-            await check_nothing_goes_on(proxy, mode)
+            await check_no_batch_is_left(proxy)
 
 
 # Kinds of executors.
@@ -105,4 +106,4 @@ async def test_methods_that_run_at_once_are_added_up_in_order(mode: str, runtime
     async with tfr.LearnerProxy(Adder, IDS, runtime=runtime) as proxy:
         for method in ("text", "text_async") * 3:
             assert (await proxy.clients(shuffled(IDS)).reduce(method, Brackets())).value == brackets(IDS)
-        await check_nothing_goes_on(proxy, mode)
+        await check_no_batch_is_left(proxy)

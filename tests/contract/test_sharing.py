@@ -362,12 +362,14 @@ async def _one_step_of_one_task(case: Case, change: Callable[[Case], object]) ->
     future: Any = first.send(None)  # submitted
 
     async def the_rest() -> Any:
-        await asyncio.wait([future])
-        future._asyncio_future_blocking = False
-        try:
-            first.send(None)
-        except StopIteration as end:
-            return end.value
+        nonlocal future
+        while True:
+            future._asyncio_future_blocking = False
+            await asyncio.wait([future])
+            try:
+                future = first.send(None)
+            except StopIteration as end:
+                return end.value
 
     change(case)
     return [await case.call(1), await the_rest()][::-1]

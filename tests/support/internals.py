@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from typing import Any
@@ -11,18 +12,63 @@ from processes import children_of
 import torchfedrpc as tfr
 
 
+def remote_learners(proxy: tfr.LearnerProxy) -> Any:
+    """The learners of an open proxy's workers."""
+    executor: Any = proxy._router._main
+    return executor._learners
+
+
+def group_of(proxy: tfr.LearnerProxy) -> Any:
+    """The workers of an open proxy, as their world has them."""
+    return remote_learners(proxy)._group
+
+
+def sessions_of(proxy: tfr.LearnerProxy) -> dict[str, Any]:
+    """The sessions of the learners that were called."""
+    sessions: dict[str, Any] = remote_learners(proxy)._sessions
+    return sessions
+
+
+def journal_of(proxy: tfr.LearnerProxy, client_id: str) -> Any:
+    """The journal of a learner that was called."""
+    return sessions_of(proxy)[client_id]._journal
+
+
+def processes_of(proxy: tfr.LearnerProxy) -> dict[Any, Any]:
+    """The worker processes that an open proxy has started."""
+    processes: dict[Any, Any] = remote_learners(proxy)._sources[0].processes
+    return processes
+
+
+def is_formed(proxy: tfr.LearnerProxy) -> bool:
+    """Whether the workers can be called, in a world that was formed."""
+    return any(member.client is not None for member in group_of(proxy).members.values())
+
+
+async def check_no_batch_is_left(proxy: tfr.LearnerProxy) -> None:
+    """Check that no host has an open batch, and that no call is under way on the driver."""
+    executor: Any = proxy._router._main
+    async with asyncio.timeout(20):  # calls that were cancelled end in their time
+        if proxy.mode == "local":
+            while executor._learners._host._batches:
+                await asyncio.sleep(0.01)
+            return
+        while any(session.turns.is_held for session in sessions_of(proxy).values()):
+            await asyncio.sleep(0.01)
+    one_of_each = [proxy.client_ids[0], proxy.client_ids[-1]]
+    assert set((await proxy.clients(one_of_each).call("number_of_batches")).values()) == {0}
+
+
 def pid_of(proxy: tfr.LearnerProxy, worker: str) -> int | None:
     """The process that serves as a worker now; None if there is none, or another process started it."""
-    executor: Any = proxy._router._main
-    member = executor._group.members.get(worker)
-    process = executor._processes.get(member)
+    member = group_of(proxy).members.get(worker)
+    process = processes_of(proxy).get(member)
     return process.pid if process is not None else None
 
 
 def started_pid_of(proxy: tfr.LearnerProxy, worker: str) -> int | None:
     """The same, also of one that was started and is not ready yet."""
-    executor: Any = proxy._router._main
-    return next((process.pid for member, process in executor._processes.items() if member.label == worker), None)
+    return next((process.pid for member, process in processes_of(proxy).items() if member.label == worker), None)
 
 
 def worker_of(proxy: tfr.LearnerProxy, client_id: str) -> str:
@@ -34,9 +80,8 @@ def worker_of(proxy: tfr.LearnerProxy, client_id: str) -> str:
 
 def forming(proxy: tfr.LearnerProxy) -> str:
     """The step of forming a world that is under way: ``all leave``, ``all join``; empty if there is none."""
-    executor: Any = proxy._router._main
-    group = executor._group
-    if group.hosts or group._mending is None or group._mending.done():
+    group = group_of(proxy)
+    if is_formed(proxy) or group._mending is None or group._mending.done():
         return ""
     place = group._place
     return "all join" if place._store is not None and not place._joining.done() else "all leave"
@@ -44,8 +89,7 @@ def forming(proxy: tfr.LearnerProxy) -> str:
 
 def is_in_next_world(proxy: tfr.LearnerProxy, worker: str) -> bool:
     """Whether a worker, or the process that replaces it, takes part in the world that is formed."""
-    executor: Any = proxy._router._main
-    return worker in executor._group.members
+    return worker in group_of(proxy).members
 
 
 def heartbeat_pid(worker_pid: int) -> int | None:

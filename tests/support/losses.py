@@ -12,6 +12,7 @@ from typing import Any
 import internals
 import pytest
 from conftest import Seen
+from internals import group_of
 from learners import Mortal
 from summing import Adder, Brackets
 
@@ -101,8 +102,7 @@ def kill(proxy: tfr.LearnerProxy, worker: str) -> float:
 
 async def kill_once_started(proxy: tfr.LearnerProxy, worker: str) -> None:
     """Kill the replacement of a lost worker as soon as there is one."""
-    executor: Any = proxy._router._main
-    while worker not in executor._group.members:
+    while worker not in group_of(proxy).members:
         await asyncio.sleep(0)
     kill(proxy, worker)
 
@@ -158,17 +158,6 @@ async def draw(clients: list[str]) -> dict[str, list[str]]:
     async with tfr.LearnerProxy(Adder, clients, runtime="local", seed=SEED) as proxy:
         rounds = [await proxy.clients().call("draw_text") for _ in range(NUM_DRAWS)]
     return {client: [results[client] for results in rounds] for client in clients}
-
-
-async def check_nothing_goes_on(proxy: tfr.LearnerProxy) -> None:
-    """No reduction is left on any worker, and no call at the driver."""
-    executor: Any = proxy._router._main
-    assert executor._reductions == {}
-    one_of_each = [proxy.client_ids[0], proxy.client_ids[-1]]
-    assert set((await proxy.clients(one_of_each).call("number_of_reductions")).values()) == {0}
-    async with asyncio.timeout(20):  # what was cancelled is answered in its time
-        while any(record.asked for record in executor._ledger):
-            await asyncio.sleep(0.01)
 
 
 def number(client_id: str) -> str:

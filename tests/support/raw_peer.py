@@ -130,7 +130,7 @@ def items(canary: str) -> Iterator[tuple[str, int, list[Any]]]:
             question,
             [
                 ("register", client, parcel_message(pack({**kwargs, "indices": _no_indices()}), frozenset()), 0),
-                ("submit", question, ((question, client, "get_model_weights", None, "call", None), arguments, ())),
+                ("submit", question, ((question, client, "get_model_weights", None, "call"), arguments, ())),
             ],
         )
     for verb, arguments in (
@@ -185,7 +185,7 @@ def _in_words(value: Any) -> str:
     if value is None:
         return "nothing"
     _, parts, _ = value
-    _, (flags, failure, _) = parts[0]
+    _, (flags, failure, *_) = parts[0]
     return f"answered {flags[0]} {failure and failure[:2]}"
 
 

@@ -77,9 +77,9 @@ class Adder(Mortal):
     def sparse_and_dense(self) -> dict[str, Tensor]:
         return {"sparse": torch.eye(3).to_sparse(), "dense": torch.ones(300, 300)}
 
-    def number_of_reductions(self) -> int:
-        """Those that this worker takes part in; of the driver's own host nothing is known here."""
-        return 0 if endpoint.serving is None else len(endpoint.serving.host._runner.reductions)
+    def number_of_batches(self) -> int:
+        """Return the number of batches of this worker; of the driver's own host it is not known here."""
+        return 0 if endpoint.serving is None else len(endpoint.serving.host._batches)
 
 
 class Brackets:

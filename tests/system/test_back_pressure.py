@@ -135,6 +135,7 @@ async def test_calls_that_fail_make_room(proxy: tfr.LearnerProxy, clients: Itera
 # How much memory that needs, as the kernel counts it.
 
 PRESSING = """
+from internals import processes_of
 from test_back_pressure import Keeper
 
 def peaks(pids):
@@ -146,7 +147,7 @@ async def main(num_calls, num_clients, runtime):
     async with tfr.LearnerProxy(Keeper, ids, runtime=runtime) as proxy:
         weights = torch.zeros(10_000_000)
         await proxy.clients().call("take", -1)
-        workers = proxy._router._main._processes.values()
+        workers = processes_of(proxy).values()
         pids = [os.getpid(), *(worker.pid for worker in workers)]
         before = peaks(pids)
         await asyncio.gather(

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from conftest import Latch
 from folders import SUPPORT
+from internals import group_of
 from learners import Mortal
 from losses import SEED, Losses, Steps, undisturbed
 from processes import descendants_of, environment, serving_for, wait_for_end
@@ -27,8 +28,8 @@ from workers import WorkerCommand, joining, listening, make_token
 
 import torchfedrpc as tfr
 from torchfedrpc.events import CallEnded, CallStarted, Event, WorkerJoined, WorkerLeft, WorkerLost
-from torchfedrpc.executors import remote, room
-from torchfedrpc.executors.journal import Asked
+from torchfedrpc.executors import remote, snapshot_throttle
+from torchfedrpc.host.call import Call
 from torchfedrpc.rpc import sources, world
 from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.handshake import UnreachableError, dial
@@ -374,9 +375,8 @@ async def test_workers_that_are_of_no_use_do_a_run_no_harm(
     async with opened(expected, **runtime) as (proxy, steps, seen):
         assert proxy.join_address is not None
         await steps.check(*CLIENTS)
-        executor: Any = proxy._router._main
         for number in range(1, 8):
-            executor._group._num_useless[f"worker{number + 1}"] = 6  # as at an address, where each has the same name
+            group_of(proxy)._num_useless[f"worker{number + 1}"] = 6  # as at an address, where each has the same name
             # It has no learner: what a worker that is started in another folder finds.
             guest = await until_up(proxy.join_address, token)
             answering = asyncio.ensure_future(asyncio.to_thread(_refuse, guest))
@@ -390,31 +390,25 @@ async def test_workers_that_are_of_no_use_do_a_run_no_harm(
 async def test_few_states_are_in_the_driver_at_once_as_learners_move(
     token: str, expected: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_MAX_AT_ONCE", 1)
+    monkeypatch.setattr(snapshot_throttle, "_MAX_AT_ONCE", 1)
     runtime = {"execution_mode": "pseudo", "num_processes": 1, "join_at": "127.0.0.1:0", "token_file": token}
     async with opened(expected, **runtime) as (proxy, steps, seen):
         assert proxy.join_address is not None
         await steps.check(*CLIENTS)
-        ledger = proxy._router.get_executor(CLIENTS[0])._ledger
         most: Counter[str] = Counter()
-        plan_rebuild, ask = ledger.plan_rebuild, ledger.ask
+        submit = Member.submit
 
-        def note(*arguments: Any) -> None:
-            plan_rebuild(*arguments)
-            count()
+        async def counted(member: Member, call: Call) -> Any:
+            is_snapshot = call.kind in ("snapshot", "restore")
+            under_way[member.label] += is_snapshot
+            most[member.label] = max(most[member.label], under_way[member.label])
+            try:
+                return await submit(member, call)
+            finally:
+                under_way[member.label] -= is_snapshot
 
-        def note_asked(*arguments: Any, **options: Any) -> Asked:
-            asked = ask(*arguments, **options)
-            count()
-            return asked
-
-        def count() -> None:
-            under_way = Counter(record.label for record in ledger if record.carries_state)
-            for label, number in under_way.items():
-                most[label] = max(most[label], number)
-
-        monkeypatch.setattr(ledger, "plan_rebuild", note)
-        monkeypatch.setattr(ledger, "ask", note_asked)
+        under_way: Counter[str] = Counter()
+        monkeypatch.setattr(Member, "submit", counted)
         with joining(proxy.join_address, token) as worker:
             await seen.joined()
             await steps.check(*CLIENTS)
@@ -462,14 +456,13 @@ async def test_nobody_waits_for_one_who_takes_long_to_get_ready(
         beating = asyncio.ensure_future(_beat(heartbeat))
         message: Any = await asyncio.to_thread(guest.receive)  # which is not answered yet
         assert message["do"] == "prepare"
-        executor: Any = proxy._router._main
         heartbeat.send(LEAVING + b"\n")  # which is remembered, though worlds of others are formed
         for killed in (["worker1"], ["worker1", "worker2"]):
             client = next(client for client, label in where(proxy).items() if label == killed[-1])
             os.kill(await proxy.custom_method(client, "process_id"), signal.SIGKILL)
             await steps.check(*CLIENTS)
             assert seen.names(WorkerJoined) == killed
-        group = executor._group
+        group = group_of(proxy)
         assert group._newcomers["worker3"].wants_to_leave
         group._fail(tfr.WorkerLostError("a test wants it"))
         message = await asyncio.to_thread(guest.receive)

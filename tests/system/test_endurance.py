@@ -62,7 +62,7 @@ async def main(num_rounds, num_clients, kills, look_at, size):
     looks = []
     ids = [f"client_{number}" for number in range(num_clients)]
     async with tfr.LearnerProxy(Steady, ids, runtime={"num_processes": 2}, seed=1) as proxy:
-        processes = proxy._router._main._processes
+        processes = processes_of(proxy)
         weights = torch.zeros(SIZE)
         for round_num in range(1, num_rounds + 1):
             calls = asyncio.ensure_future(proxy.clients().call("train", weights))

@@ -31,16 +31,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Latch
+from internals import processes_of
 from learners import Probe
 from processes import children_of, environment, is_alive, killed_unless_done, wait_for_end
 from torchrun import write_script
 
 import torchfedrpc as tfr
-from torchfedrpc.rpc.worker_client import RemoteHost
+from torchfedrpc.rpc.worker_client import WorkerClient
 
 PACKAGE = Path(tfr.__file__).parent
 RPC = sorted((PACKAGE / "rpc").glob("*.py"))
@@ -77,7 +77,7 @@ def test_no_entry_of_rpc_is_used_that_can_hang_or_leak() -> None:
     for call in sent:
         assert ast.unparse(call.func) == "torch_rpc().rpc_async"  # not an RRef's, which fetches its type first
         assert "timeout=timeout_s" in ast.unparse(call)
-    assert inspect.signature(RemoteHost._send).parameters["timeout_s"].default == 0  # deadlines are ours
+    assert inspect.signature(WorkerClient._send).parameters["timeout_s"].default == 0  # deadlines are ours
     agents = "rpc.api._get_current_rpc_agent().shutdown"  # which waits for nobody
     left = [call for path in RPC for call in _calls(path, "shutdown") if "rpc" in ast.unparse(call.func)]
     left = [call for call in left if ast.unparse(call.func) != agents]
@@ -93,8 +93,7 @@ def test_no_lazy_clone_is_made() -> None:
 
 
 def _workers(proxy: tfr.LearnerProxy) -> list[int]:
-    executor: Any = proxy._router._main
-    return [process.pid for process in executor._processes.values()]
+    return [process.pid for process in processes_of(proxy).values()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])

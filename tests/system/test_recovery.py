@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import Latch, opened
+from internals import group_of, is_formed, remote_learners
 from learners import Mortal
 from losses import (
     NUM_ITEMS,
@@ -151,7 +153,7 @@ async def test_a_world_of_survivors_is_formed_in_no_time_and_runs_nothing_twice(
     held = asyncio.ensure_future(proxy.custom_method(busy, "note_and_hold", str(notes), latch.path))
     await seen.reported(busy)
     waiting = asyncio.ensure_future(proxy.custom_method(queued, "note", str(notes)))
-    group: Any = proxy._router._main._group
+    group = group_of(proxy)
     for number in range(1, 4):
         group._break()
         await steps.check(client)
@@ -190,8 +192,7 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
     monkeypatch.setattr(WorkerProcess, "start", start)
     kill(proxy, "worker1")
     await steps.check(*clients)
-    executor: Any = proxy._router._main
-    numbers = {label: member.local_index for label, member in executor._group.members.items()}
+    numbers = {label: member.local_index for label, member in group_of(proxy).members.items()}
     assert numbers == {"worker1": 0, "worker2": 1}  # of its name, for its share of the GPUs
 
 
@@ -205,15 +206,14 @@ async def test_a_worker_may_be_lost_while_another_is_replaced(
 
     clients = [*islice(on_1, 2), *islice(on_2, 2)]
     await steps.check(*clients)
-    executor: Any = proxy._router._main
-    places = dict(executor._places)
+    places = dict(remote_learners(proxy)._places)
     unsubscribe = proxy.subscribe(on_event)
     kill(proxy, "worker1")
     await steps.check(*clients)
     unsubscribe()
     await steps.check(*clients)
     assert seen.workers == ["worker1", "worker2"]
-    assert executor._places == places  # nobody moves to and fro
+    assert remote_learners(proxy)._places == places  # no learner moves to and fro
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -227,10 +227,10 @@ async def test_a_worker_may_be_lost_while_all_leave_their_world(
 ) -> None:
     clients = [next(on_1), next(on_2)]
     await steps.check(*clients)
-    group: Any = proxy._router._main._group
+    group = group_of(proxy)
     os.kill(pid_of(proxy, "worker2"), signal.SIGSTOP)  # it does not leave
     group._break()
-    while group.hosts:  # nobody can be called any more
+    while is_formed(proxy):
         await asyncio.sleep(0)
     os.kill(pid_of(proxy, "worker2"), how)
     await steps.check(*clients)
@@ -260,7 +260,7 @@ async def test_a_worker_may_be_lost_while_all_join_their_next_world(
         return await tell(member, message)
 
     monkeypatch.setattr(Member, "tell", strike)
-    group: Any = proxy._router._main._group
+    group = group_of(proxy)
     group._break()
     await steps.check(*clients)
     await steps.check(*clients)
@@ -304,7 +304,7 @@ async def test_calls_that_run_and_wait_on_a_lost_worker_give_the_same_bits(
 
 
 @pytest.mark.parametrize("kind", ["", "_async"])
-async def test_an_open_stream_goes_on_after_the_items_delivered(
+async def test_a_stream_is_lost_with_its_worker_and_the_learner_is_as_before_it(
     proxy: tfr.LearnerProxy,
     expected: dict[str, dict[str, Any]],
     seen: Losses,
@@ -314,22 +314,27 @@ async def test_an_open_stream_goes_on_after_the_items_delivered(
 ) -> None:
     idle, stepping = next(on_1), next(on_1)
     method = f"draw{kind}_stream"
-    async with (
-        aclosing(proxy.stream(idle, method, NUM_ITEMS)) as items,
-        aclosing(proxy.stream(stepping, f"stream_with_hold{kind}", latch.path)) as holding,
-    ):
-        drawn = [await anext(items), await anext(items)]
-        assert await anext(holding) == "first"
-        second = asyncio.ensure_future(anext(holding))
-        await seen.reported(stepping)
-        kill(proxy, "worker1")
-        await seen.loss()
-        latch.open()
-        assert drawn + [item async for item in items] == expected[idle][method]
-        assert await second == "released"
+    await proxy.clients([idle, stepping]).call("append", "before")
+    items = proxy.stream(idle, method, NUM_ITEMS)
+    holding = proxy.stream(stepping, f"stream_with_hold{kind}", latch.path)
+    assert [await anext(items), await anext(items)] == expected[idle][method][:2]
+    assert await anext(holding) == "first"
+    second = asyncio.ensure_future(anext(holding))
+    await seen.reported(stepping)
+    elsewhere = contextvars.Context()  # this task reads the stream
+    behind = asyncio.create_task(proxy.custom_method(idle, "append", "behind"), context=elsewhere)
+    kill(proxy, "worker1")
+    with pytest.raises(tfr.WorkerLostError, match=rf"{stepping}\.stream_with_hold{kind} on worker1: .*stream"):
+        await second
+    assert await behind == 2  # though the stream is still open
+    with pytest.raises(tfr.WorkerLostError, match=rf"{idle}\.{method} on worker1: .*stream"):
+        await anext(items)
+    for stream in (items, holding):
         with pytest.raises(StopAsyncIteration):
-            await anext(holding)
-    assert seen.progress(stepping) == ["holding"]
+            await anext(stream)
+    happened = await proxy.clients([idle, stepping]).call("what_happened")
+    assert dict(happened) == {idle: ["before", "behind"], stepping: ["before"]}
+    assert [item async for item in proxy.stream(idle, method, NUM_ITEMS)] == expected[idle][method]
 
 
 async def test_a_stream_that_is_left_early_is_left_there_again(
@@ -345,11 +350,7 @@ async def test_a_stream_that_is_left_early_is_left_there_again(
         kill(proxy, "worker1")
         await seen.loss()
     happened = await proxy.clients([before, before_async, after]).call("what_happened")
-    assert dict(happened) == {
-        before: [0, 1, "closed", "x"],
-        before_async: [0, 1, "closed", "x"],
-        after: [0, "closed"],
-    }
+    assert dict(happened) == {before: [0, 1, "closed", "x"], before_async: [0, 1, "closed", "x"], after: []}
 
 
 async def test_progress_that_was_reported_is_not_reported_again(

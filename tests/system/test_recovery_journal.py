@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Latch, opened
+from internals import journal_of, remote_learners, sessions_of
 from learners import Mortal
 from losses import SEED, Losses, kill, pseudo, seen
 
 import torchfedrpc as tfr
-from torchfedrpc.executors import room
+from torchfedrpc.executors import snapshot_throttle
+from torchfedrpc.executors.journal import Journal
 
 __all__ = ["seen"]  # a fixture
 
@@ -42,17 +44,11 @@ def one(clients: Iterator[str]) -> str:
     return next(clients)
 
 
-def ledger_of(proxy: tfr.LearnerProxy) -> Any:
-    executor: Any = proxy._router._main
-    return executor._ledger
-
-
 async def snapshots_are_stored(proxy: tfr.LearnerProxy) -> None:
-    """Wait until none is on its way; a call behind each lets it arrive."""
-    while waiting := [record.client_id for record in ledger_of(proxy) if record.awaits_snapshot]:
-        await proxy.clients(waiting).call("process_id")
-        executor: Any = proxy._router._main
-        await asyncio.gather(*executor._storing)
+    """Wait until no snapshot is on its way."""
+    async with asyncio.timeout(30):
+        while any(session._journal.awaits_snapshot for session in sessions_of(proxy).values()):
+            await asyncio.sleep(0.001)
 
 
 async def test_a_rebuilt_learner_runs_only_the_calls_since_its_snapshot_again(
@@ -76,7 +72,7 @@ async def test_journals_keep_a_bounded_number_of_bytes_and_the_bits_agree(
         await group.call("same", value=torch.zeros(1000))
         before = await group.call("step")
         await snapshots_are_stored(proxy)
-        assert ledger_of(proxy).num_journal_bytes <= MAX_BYTES
+        assert proxy.stats()["journal_bytes"] <= MAX_BYTES
     kill(proxy, "worker1")
     kept = await group.call("get_model_weights")
     assert {client: weights.tolist() for client, weights in kept.items()} == dict(before)
@@ -120,18 +116,16 @@ async def test_what_cannot_be_captured_is_warned_about_once_past_the_bound_and_l
 async def test_learner_that_can_be_captured_again_is_rebuilt_again(
     proxy: tfr.LearnerProxy, one: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy._router._main, "_warned_of", {"'hidden'"})
+    monkeypatch.setattr(remote_learners(proxy), "_warned_of", {"'hidden'"})
     await proxy.custom_method(one, "hide", "lock")
     for _ in range(MAX_CALLS + 1):
         await proxy.custom_method(one, "step")
     await snapshots_are_stored(proxy)
-    record = ledger_of(proxy).get(one)
-    assert record is not None
-    assert record.unrecoverable is not None
+    assert journal_of(proxy, one).unrecoverable is not None
     await proxy.custom_method(one, "hide", "nothing")
     await proxy.custom_method(one, "step")
     await snapshots_are_stored(proxy)
-    assert record.unrecoverable is None
+    assert journal_of(proxy, one).unrecoverable is None
     before = await proxy.custom_method(one, "step")
     kill(proxy, "worker1")
     assert (await proxy.custom_method(one, "get_model_weights")).tolist() == before
@@ -141,7 +135,7 @@ async def test_learner_that_can_be_captured_again_is_rebuilt_again(
 async def test_warning_that_is_an_error_holds_up_no_outcome(
     proxy: tfr.LearnerProxy, one: str, latch: Latch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(proxy._router._main, "_warned_of", set())
+    monkeypatch.setattr(remote_learners(proxy), "_warned_of", set())
     await proxy.custom_method(one, "hide", "lock")
     with pytest.raises(tfr.CallTimeoutError):
         await proxy.options(timeout_s=0.3).custom_method(one, "hold", latch.path)
@@ -208,51 +202,23 @@ async def test_a_snapshot_that_was_on_its_way_as_the_worker_was_lost_is_taken_ag
     assert await proxy.custom_method(one, "what_happened") == ["hold begins", "hold released"]
 
 
-async def test_a_call_in_the_loop_over_a_stream_waits_for_nobody_elses_snapshot(
+async def test_a_call_in_the_loop_over_a_stream_waits_for_no_snapshot_of_its_learner(
     proxy: tfr.LearnerProxy, clients: Iterator[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "BUDGET_BYTES", 1)  # one state at a time
+    monkeypatch.setattr(snapshot_throttle, "BUDGET_BYTES", 1)  # one snapshot at a time
     read, called = next(clients), next(clients)
-    for client in [called] * (MAX_CALLS + 1) + [read] * MAX_CALLS:
+    for client in [called] * (MAX_CALLS + 1) + [read] * (MAX_CALLS - 1):
         await proxy.custom_method(client, "step")
     await snapshots_are_stored(proxy)
-    assert ledger_of(proxy).get(called).snapshot_number
-    too_many = asyncio.ensure_future(proxy.custom_method(read, "step"))
-    await asyncio.sleep(0)  # it is sent, and so the snapshot comes behind the stream
     async with aclosing(proxy.stream(read, "count", 3)) as items:
         assert await anext(items) == 0
-        await too_many
-        assert ledger_of(proxy).get(read).awaits_snapshot
-        kill(proxy, "worker1")
+        sessions_of(proxy)[read].request_snapshot(None)  # it waits for the end of the stream
         async with asyncio.timeout(30):
-            await proxy.custom_method(called, "step")
+            for _ in range(MAX_CALLS + 1):
+                await proxy.custom_method(called, "step")
+        assert journal_of(proxy, read).awaits_snapshot
         assert [item async for item in items] == [1, 2]
     await snapshots_are_stored(proxy)
-
-
-async def test_a_learner_that_is_given_up_holds_no_others_snapshot_up(
-    proxy: tfr.LearnerProxy, clients: Iterator[str], seen: Losses, latch: Latch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "BUDGET_BYTES", 1)  # one state at a time
-    one, other = next(clients), next(clients)
-    for client in (one, other):
-        await proxy.custom_method(client, "step")
-    executor: Any = proxy._router._main
-    record = ledger_of(proxy).get(one)
-    held = asyncio.ensure_future(proxy.custom_method(one, "hold_async", latch.path))
-    await seen.reported(one)
-    executor._request_snapshot(record)  # which comes behind the call that is held
-    executor._give_up(record, "a test wants it")
-    with pytest.raises(tfr.WorkerLostError, match="a test wants it"):
-        await held
-    async with asyncio.timeout(30):
-        for _ in range(MAX_CALLS + 1):
-            await proxy.custom_method(other, "step")
-        while not ledger_of(proxy).get(other).snapshot_number:
-            await asyncio.sleep(0.01)
-    latch.open()
-    with pytest.raises(tfr.WorkerLostError, match="a test wants it"):
-        await proxy.custom_method(one, "step")
 
 
 async def test_a_snapshot_that_cannot_be_stored_as_its_worker_is_lost_costs_no_call(
@@ -267,7 +233,8 @@ async def test_a_snapshot_that_cannot_be_stored_as_its_worker_is_lost_costs_no_c
         asyncio.run_coroutine_threadsafe(seen.loss(), loop).result(30)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(ledger_of(proxy), "store", store)
+    monkeypatch.setattr(Journal, "keep", lambda *arguments: False)
+    monkeypatch.setattr(Journal, "store", store)
     counts = [await proxy.custom_method(one, "append", number) for number in range(MAX_CALLS + 3)]
     assert counts == list(range(1, MAX_CALLS + 4))
     await snapshots_are_stored(proxy)

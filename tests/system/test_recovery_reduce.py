@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,16 +10,15 @@ from typing import Any
 
 import pytest
 from conftest import Latch, opened
+from internals import check_no_batch_is_left, group_of
 from losses import (
     SEED,
     Losses,
     brackets,
     check_draw,
-    check_nothing_goes_on,
     draw,
     kill,
     number,
-    of_draw,
     on_1,
     on_2,
     once_ended,
@@ -30,8 +28,7 @@ from losses import (
 from summing import Adder, Brackets, Deadly, Noted, SlowToPack
 
 import torchfedrpc as tfr
-from torchfedrpc.executors.reducing import ReducingExecutor
-from torchfedrpc.rpc.worker_client import RemoteHost
+from torchfedrpc.rpc.worker_client import WorkerClient
 from torchfedrpc.testing import Faults
 
 __all__ = ["on_1", "on_2", "seen"]  # fixtures
@@ -55,7 +52,7 @@ def proxy(runner: asyncio.Runner, drawn: dict[str, list[str]]) -> Iterator[tfr.L
 def _nothing_goes_on(runner: asyncio.Runner, request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "proxy" in request.fixturenames:
-        runner.run(check_nothing_goes_on(request.getfixturevalue("proxy")))
+        runner.run(check_no_batch_is_left(request.getfixturevalue("proxy")))
 
 
 # Lost workers.
@@ -77,46 +74,25 @@ async def test_a_worker_is_lost_while_its_calls_wait_or_run(
     await check_draw(proxy, drawn, clients, 1)
 
 
-@pytest.mark.usefixtures("asked_when_due")
-@pytest.mark.parametrize("killed", [["worker1"], ["worker1", "worker2"]], ids="-".join)
-async def test_workers_are_lost_once_all_results_are_added_and_before_they_are_collected(
-    proxy: tfr.LearnerProxy,
-    drawn: dict[str, list[str]],
-    seen: Losses,
-    on_1: Iterator[str],
-    on_2: Iterator[str],
-    killed: list[str],
-) -> None:
-    clients = [*islice(on_1, 3), *islice(on_2, 4)]
-    await check_draw(proxy, drawn, clients, 0)
-    unsubscribe = once_ended(proxy, len(clients), lambda: [kill(proxy, worker) for worker in killed])
-    await check_draw(proxy, drawn, clients, 1)
-    unsubscribe()
-    assert sorted(seen.workers) == killed
-    await check_draw(proxy, drawn, clients, 2)
-
-
-async def test_partial_results_come_with_the_last_answers(
+async def test_each_worker_gets_one_request_for_its_calls(
     proxy: tfr.LearnerProxy, on_1: Iterator[str], on_2: Iterator[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each worker is asked once, with the calls, and not again once they have ended."""
-    clients, executor, asked = [*islice(on_1, 3), *islice(on_2, 4)], proxy._router._main, []
-    request = ReducingExecutor.request
+    clients, asked = [*islice(on_1, 3), *islice(on_2, 4)], []
+    run_batch = WorkerClient.run_batch
 
-    def noted(self: Any, label: str, *args: Any, **kwargs: Any) -> Any:
-        asked.append((label, kwargs, sum(len(record.asked) for record in executor._ledger)))
-        return request(self, label, *args, **kwargs)
+    def noted(self: WorkerClient, batch: Any) -> Any:
+        asked.append((self.label, len(batch.calls)))
+        return run_batch(self, batch)
 
-    monkeypatch.setattr(ReducingExecutor, "request", noted)
+    monkeypatch.setattr(WorkerClient, "run_batch", noted)
     result = await proxy.clients(clients).reduce("text", Brackets())
     assert result.value == brackets(map(number, clients))
-    assert asked == [("worker1", {"waits": True}, 7), ("worker2", {"waits": True}, 7)]
+    assert asked == [("worker1", 3), ("worker2", 4)]
 
 
-async def test_partial_results_that_were_asked_for_with_a_call_that_goes_on_are_asked_for_again(
+async def test_a_quorum_does_not_wait_for_a_learner_that_is_busy(
     proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], on_2: Iterator[str], latch: Latch
 ) -> None:
-    """A quorum need not wait for what was asked for with all of its calls."""
     clients, slow = [*islice(on_1, 3), *islice(on_2, 2)], next(on_2)
     holding: Any = asyncio.ensure_future(proxy.custom_method(slow, "text_once_open_async", latch.path))
     await asyncio.sleep(0)
@@ -143,69 +119,24 @@ async def test_a_worker_is_lost_as_results_are_merged_or_collected(
     await check_draw(proxy, drawn, clients, 1)
 
 
-@pytest.mark.usefixtures("asked_when_due")
-async def test_a_world_is_formed_again_while_results_lie_at_the_workers(
-    proxy: tfr.LearnerProxy,
-    drawn: dict[str, list[str]],
-    seen: Losses,
-    on_1: Iterator[str],
-    on_2: Iterator[str],
-    latch: Latch,
-    tmp_path: Path,
+async def test_worlds_are_formed_again_while_batches_run(
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], on_2: Iterator[str], latch: Latch, tmp_path: Path
 ) -> None:
-    """Those of the worker that lives are neither made again nor sent again nor counted twice."""
-    lost, survivors, holding = next(on_1), list(islice(on_2, 3)), next(on_2)
+    """A surviving worker runs no call twice; the calls of the lost one are made again."""
+    quick, slow = [next(on_1), next(on_2)], [next(on_1), next(on_2)]
     notes = tmp_path / "notes"
-    hold: Any = asyncio.ensure_future(proxy.custom_method(holding, "note_and_hold", str(notes), latch.path))
-    await seen.reported(holding)
-    clients = [lost, *survivors[:2]]
-    ended = asyncio.Event()
-    unsubscribe = once_ended(proxy, 1, ended.set)
-    reduction = asyncio.ensure_future(proxy.clients([lost, holding]).reduce("text", Noted(str(notes))))
-    await ended.wait()
-    unsubscribe()
-    group: Any = proxy._router._main._group
+    arguments: dict[str, Any] = {one: {"until": None} for one in quick} | {one: {"until": latch.path} for one in slow}
+    group = proxy.clients(arguments)
+    reduction = asyncio.ensure_future(group.reduce("text_once_open_async", Noted(str(notes))))
+    await asyncio.gather(*map(seen.ended, quick))
     for world in range(1, 3):
-        group._break()
+        group_of(proxy)._break()
         await seen.world(world)
     kill(proxy, "worker1")
     await seen.world(3)
     latch.open()
-    assert (await reduction).value == brackets([number(lost), number(holding)])
-    await hold
-    assert sorted(notes.read_text().split()) == sorted([holding, number(lost), number(lost), number(holding)])
-    await check_draw(proxy, drawn, clients, 0)
-
-
-async def test_results_at_a_worker_are_not_sent_for_again_in_the_next_world(
-    proxy: tfr.LearnerProxy,
-    seen: Losses,
-    on_1: Iterator[str],
-    on_2: Iterator[str],
-    latch: Latch,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clients, slow = [*islice(on_1, 2), *islice(on_2, 2)], next(on_2)
-    arguments: dict[str, Any] = {one: {"until": None} for one in clients} | {slow: {"until": latch.path}}
-    ended = asyncio.Event()
-    unsubscribe = once_ended(proxy, len(clients), ended.set)
-    reduction = asyncio.ensure_future(proxy.clients(arguments).reduce("text_once_open_async", Brackets()))
-    await ended.wait()
-    unsubscribe()
-    executor: Any = proxy._router._main
-    asked_for, submit = [], RemoteHost.submit
-
-    def noted(host: RemoteHost, call: Any, *args: Any, **kwargs: Any) -> Any:
-        if call.kind == "call":
-            asked_for.append(call.client_id)
-        return submit(host, call, *args, **kwargs)
-
-    monkeypatch.setattr(RemoteHost, "submit", noted)
-    executor._group._break()
-    await seen.world()
-    latch.open()
-    assert (await reduction).value == brackets(map(number, [*clients, slow]))
-    assert asked_for == [slow]
+    assert (await reduction).value == brackets(sorted(map(number, [*quick, *slow]), key=int))
+    assert sorted(notes.read_text().split()) == sorted(map(number, [*quick, quick[0], *slow]))
 
 
 async def test_learners_can_be_captured_while_their_results_lie_at_the_workers(
@@ -257,24 +188,19 @@ async def test_a_result_behind_a_call_that_was_cut_off_is_made_again_on_the_righ
 
 
 @pytest.mark.parametrize("kills", [False, True])
-async def test_calls_behind_one_that_was_cut_off_do_not_wait_for_a_reduction(
+async def test_calls_behind_one_that_was_cut_off_do_not_wait_for_another_workers_batch(
     proxy: tfr.LearnerProxy,
     seen: Losses,
     on_1: Iterator[str],
     on_2: Iterator[str],
     latch: Latch,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     kills: bool,
 ) -> None:
-    """Their snapshot must not be asked for again and again, since it has the result that lies at the worker."""
     quick, slow = next(on_1), next(on_2)
     arguments: dict[str, Any] = {quick: {"until": None}, slow: {"until": latch.path}}
     reduction = asyncio.ensure_future(proxy.clients(arguments).reduce("text_once_open_async", Brackets()))
     await seen.ended(quick)
-    executor: Any = proxy._router._main
-    request, requested = executor._request_snapshot, []
-    monkeypatch.setattr(executor, "_request_snapshot", lambda record: (requested.append(record), request(record)))
     cut_off = asyncio.ensure_future(proxy.custom_method(quick, "hold_async", str(tmp_path / "never")))
     await seen.reported(quick)
     cut_off.cancel()
@@ -286,83 +212,7 @@ async def test_calls_behind_one_that_was_cut_off_do_not_wait_for_a_reduction(
         await seen.loss()
     latch.open()
     assert (await reduction).value == brackets([number(quick), number(slow)])
-    assert len(requested) < 10
     assert await proxy.custom_method(quick, "what_happened") == ["hold begins", ("hold cancelled", True), "x"]
-
-
-async def test_few_arguments_are_kept_for_results_that_lie_at_the_workers(
-    proxy: tfr.LearnerProxy,
-    on_1: Iterator[str],
-    on_2: Iterator[str],
-    seen: Losses,
-    latch: Latch,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clients, slow = [*islice(on_1, 4), *islice(on_2, 4)], next(on_2)
-    executor: Any = proxy._router._main
-    monkeypatch.setattr(executor, "config", dataclasses.replace(executor.config, journal_max_bytes=40_000))
-    arguments: dict[str, Any] = {one: {"until": None, "ballast": bytes(10_000)} for one in clients}
-    arguments[slow] = {"until": latch.path}
-    reduction = asyncio.ensure_future(proxy.clients(arguments).reduce("text_once_open_async", Brackets()))
-    await asyncio.gather(*map(seen.ended, clients))
-
-    def kept() -> int:
-        return sum(len(record.asked) for record in executor._ledger)
-
-    async with asyncio.timeout(20):
-        while kept() > 5:
-            await asyncio.sleep(0.01)
-    assert not reduction.done()
-    latch.open()
-    result = await reduction
-    assert (result.value, result.count) == (brackets(map(number, [*clients, slow])), 9)
-
-
-@pytest.mark.usefixtures("asked_when_due")
-@pytest.mark.parametrize("kills", [False, True])
-async def test_a_result_that_is_collected_before_its_call_is_answered_counts_once(
-    proxy: tfr.LearnerProxy,
-    drawn: dict[str, list[str]],
-    seen: Losses,
-    on_1: Iterator[str],
-    on_2: Iterator[str],
-    latch: Latch,
-    monkeypatch: pytest.MonkeyPatch,
-    kills: bool,
-) -> None:
-    clients, others, slow = list(islice(on_1, 3)), list(islice(on_2, 2)), next(on_2)
-    executor: Any = proxy._router._main
-    host = executor._group.hosts["worker1"]
-    submit, late = host.submit, []
-
-    def submit_late(call: Any, reply: Any) -> None:
-        """Have the answer of one call wait."""
-        submit(call, (lambda outcome: late.append((reply, outcome))) if call.client_id == clients[1] else reply)
-
-    monkeypatch.setattr(host, "submit", submit_late)
-    holding = asyncio.ensure_future(proxy.custom_method(slow, "text_once_open_async", latch.path))
-    await asyncio.sleep(0)
-    reduction = asyncio.ensure_future(proxy.clients([*clients, *others, slow]).reduce("draw_text", Brackets()))
-    await asyncio.gather(seen.ended(clients[0]), seen.ended(clients[2]))
-    while not late:
-        await asyncio.sleep(0.01)
-    (collecting,) = executor._reductions.values()
-    assert collecting.hurry(executor._ledger.get(clients[0]))
-    while not collecting._collected_places:
-        await asyncio.sleep(0.01)
-    assert len(collecting._collected_places) == 3
-    monkeypatch.undo()
-    if kills:
-        kill(proxy, "worker1")
-        await seen.loss()
-    else:
-        for reply, outcome in late:
-            reply(outcome)
-    latch.open()
-    result = await reduction
-    assert (result.value, result.count) == (of_draw(drawn, [*clients, *others, slow]), 6)
-    await holding
-    await check_draw(proxy, drawn, [*clients, *others, slow], 1)
 
 
 async def test_a_reduction_that_is_cancelled_as_a_worker_is_replaced_leaves_the_learners_usable(

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from losses import SEED, Losses, check_draw, check_nothing_goes_on, draw, kill, of_draw, once_ended, pseudo
+from internals import check_no_batch_is_left
+from losses import SEED, Losses, check_draw, draw, of_draw, pseudo
 from summing import Adder, Brackets, Deadly, SlowToPack
 from workers import joining, make_token
 
 import torchfedrpc as tfr
 from torchfedrpc.events import CallEnded, WorkerJoined, WorkerLeft
+from torchfedrpc.testing import Faults
 
 ALL = [f"client_{number}" for number in range(6)]
 
@@ -27,23 +29,21 @@ def drawn(runner: asyncio.Runner) -> dict[str, list[str]]:
 # Limits.
 
 
-@pytest.mark.usefixtures("asked_when_due")
 @pytest.mark.parametrize("options", [{}, {"on_error": "collect"}, {"min_results": 4}], ids=str)
 async def test_results_that_are_lost_are_errors_where_workers_are_not_replaced(options: dict[str, Any]) -> None:
     clients = ALL[:4]
     async with tfr.LearnerProxy(Adder, clients, runtime=pseudo(on_worker_lost="fail"), seed=SEED) as proxy:
-        unsubscribe = once_ended(proxy, 4, lambda: kill(proxy, "worker1"))
         reduction = proxy.clients(clients).options(**options).reduce("text", Brackets())
-        if "on_error" in options:
-            result = await reduction
-            assert (result.value, result.count) == ("(2+3)", 2)
-            failures = result.failures
-        else:
-            with pytest.raises((tfr.GroupCallError, tfr.QuorumError)) as caught:
-                await reduction
-            assert isinstance(caught.value, tfr.QuorumError if "min_results" in options else tfr.GroupCallError)
-            failures = caught.value.failures
-        unsubscribe()
+        async with Faults().kill("worker1", at_call=2).injected(proxy):
+            if "on_error" in options:
+                result = await reduction
+                assert (result.value, result.count) == ("(2+3)", 2)
+                failures = result.failures
+            else:
+                with pytest.raises((tfr.GroupCallError, tfr.QuorumError)) as caught:
+                    await reduction
+                assert isinstance(caught.value, tfr.QuorumError if "min_results" in options else tfr.GroupCallError)
+                failures = caught.value.failures
         assert list(failures) == clients[:2]
         for client, error in failures.items():
             assert isinstance(error, tfr.WorkerLostError)
@@ -59,7 +59,7 @@ async def test_a_reducer_that_kills_its_worker_each_time_is_given_up(tmp_path: P
             with pytest.raises(tfr.WorkerLostError, match=r"worker1.*max_recoveries=1") as caught:
                 await proxy.clients(clients).reduce("text", Deadly("pack", str(tmp_path / "killed"), 99))
         assert "text" in str(caught.value.__notes__)
-        assert len(list(tmp_path.glob("killed.*"))) == 3  # by what was asked in advance, and twice when it was due
+        assert len(list(tmp_path.glob("killed.*"))) == 2
         assert (await proxy.clients(clients).reduce("text", Brackets())).value == "((0+1)+2)"
 
 
@@ -128,7 +128,7 @@ async def test_workers_join_and_leave_in_the_middle_of_a_reduction(
             assert await asyncio.to_thread(worker.ended) == 0
         assert seen.workers == []
         await asyncio.gather(*waiting)
-        await check_nothing_goes_on(proxy)
+        await check_no_batch_is_left(proxy)
 
 
 def where(proxy: tfr.LearnerProxy, clients: list[str]) -> list[str]:

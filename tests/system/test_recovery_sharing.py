@@ -128,14 +128,14 @@ async def test_calls_that_are_submitted_while_the_world_is_formed_have_their_val
     assert await asyncio.gather(*calls) == [{11.0}, {21.0}]
 
 
-async def test_a_stream_goes_on_with_its_value_after_a_loss(
+async def test_a_stream_that_was_read_is_replayed_with_its_released_value(
     proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str]
 ) -> None:
-    ref = await proxy.share(torch.ones(SIZE))
-    stream = proxy.stream(next(on_1), "totals", ref, 4)
-    items = [await anext(stream), await anext(stream)]
+    one, ref = next(on_1), await proxy.share(torch.ones(SIZE))
+    items = [item async for item in proxy.stream(one, "totals", ref, 4)]
+    assert items == [1.0, 2.0, 3.0, 4.0]
     await ref.release()
     kill(proxy, "worker1")
     await seen.loss()
-    items += [item async for item in stream]
-    assert items == [1.0, 2.0, 3.0, 4.0]
+    again = proxy.stream(one, "totals", torch.ones(SIZE), 2)
+    assert [item async for item in again] == [5.0, 6.0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Latch
+from internals import group_of
 from losses import Losses, kill, pseudo
 
 import torchfedrpc as tfr
@@ -42,7 +43,7 @@ async def test_a_survivors_reports_arrive_once_and_in_order_while_the_world_is_f
         for number in range(1, 5):
             for client_id in CLIENTS:
                 await seen.reported(client_id, len(seen.progress(client_id)) + 20)
-            proxy._router._main._group._break()
+            group_of(proxy)._break()
             await seen.world(number)
         latch.open()
         counts = await chatting
@@ -60,7 +61,7 @@ async def test_no_report_is_repeated_or_left_out_where_a_worker_is_lost(severed:
         executor = proxy._router._main
         label = executor.worker_of(CLIENTS[0])
         if severed:
-            executor._group._give_up(executor._group.members[label], "it is cut off")
+            group_of(proxy)._give_up(group_of(proxy).members[label], "it is cut off")
         else:
             kill(proxy, label)
         await counting

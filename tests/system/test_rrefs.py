@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed.rpc as rpc
 from conftest import Seen
+from internals import group_of, is_formed
 from losses import Losses
 
 import torchfedrpc as tfr
@@ -73,9 +74,8 @@ class Noted(Owner):
 
 async def until_served(proxy: tfr.LearnerProxy) -> bool:
     """Wait until a worker can be called again."""
-    group: Any = proxy._router._main._group
     async with asyncio.timeout(60):
-        while not group.hosts:
+        while not is_formed(proxy):
             await asyncio.sleep(0.05)
     return True
 
@@ -151,7 +151,7 @@ async def test_fifty_worlds_leave_no_rref_behind() -> None:
     async with tfr.LearnerProxy(Owner, CLIENTS, runtime=TWO) as proxy:
         proxy.subscribe(seen)
         await proxy.clients().call("step")
-        group: Any = proxy._router._main._group
+        group = group_of(proxy)
         for number in range(1, 51):
             group._break()
             await seen.world(number)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAUNCHED
+from internals import group_of
 from raw_peer import NUM_EMPTY, Outcome, attack
 from torchrun import run_launch, write_script
 from workers import listening, make_token
@@ -36,8 +37,7 @@ async def attacked(runtime: dict[str, Any], canary: Path) -> dict[str, Outcome]:
     learner = ClassificationLearner
     async with tfr.LearnerProxy(learner, {"a": CLIENT, "b": CLIENT}, runtime=runtime) as proxy:
         weights = await proxy.clients().call("get_model_weights")
-        executor: Any = proxy._router._main
-        hosts = dict(executor._group.hosts)
+        hosts = {label: member.client for label, member in group_of(proxy).members.items()}
         forged = next(iter(hosts))
         names = {"driver": world.torch_rpc().get_worker_info().name, "worker": hosts[forged]._worker.name}
         assert world._agents_store is not None
@@ -50,7 +50,7 @@ async def attacked(runtime: dict[str, Any], canary: Path) -> dict[str, Outcome]:
         async with asyncio.timeout(10):
             again = await proxy.clients().call("get_model_weights")
         assert all(map(torch.equal, again["a"].values(), weights["a"].values()))
-        assert executor._group.hosts == hosts  # in the same world
+        assert {label: one.client for label, one in group_of(proxy).members.items()} == hosts  # in the same world
         return outcomes
 
 

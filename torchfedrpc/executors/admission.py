@@ -56,8 +56,7 @@ class Admission:
         Returns:
             Whether it had to wait.
         """
-        if not self._waiting and not self._num_waking and self._has_room(num_bytes):
-            self._num_bytes += num_bytes
+        if self.admit_now(num_bytes):
             return False
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((turn, num_bytes))
@@ -73,8 +72,15 @@ class Admission:
         self._wake()  # those who came while this one was waking
         return True
 
+    def admit_now(self, num_bytes: int) -> bool:
+        """Reserve bytes if there is room and no call waits. Returns whether they were reserved."""
+        if self._waiting or self._num_waking or not self._has_room(num_bytes):
+            return False
+        self._num_bytes += num_bytes
+        return True
+
     def take(self, num_bytes: int) -> int:
-        """Take more than was admitted, without a wait, since whoever was admitted holds up nobody; how much it is."""
+        """Grow an admitted reservation without waiting. Returns the bytes added."""
         self._num_bytes += max(num_bytes, 0)
         return max(num_bytes, 0)
 

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
-from torchfedrpc.executors.room import Room
+from torchfedrpc.executors.snapshot_throttle import SnapshotBudget
 
 
 class Cut(AsyncIterator[tuple[str, bytes]]):
@@ -28,7 +28,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         self._gates: dict[str, _Gate] = {}  # of learners whose calls wait, or are on their way through
         self._taking: dict[asyncio.Task[bytes], str] = {}
         self._take = take
-        self._room = Room()
+        self._budget = SnapshotBudget()
 
     async def passed(self, client_id: str) -> None:
         """Wait until the state of this learner was asked for; calls go on in the order in which they came here."""
@@ -48,7 +48,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         done, _ = await asyncio.wait(self._taking, return_when=asyncio.FIRST_COMPLETED)
         task = done.pop()
         client_id, data = self._taking.pop(task), task.result()
-        self._room.saw(len(data))
+        self._budget.saw(len(data))
         return client_id, data
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
             self._open(client_id)
 
     def _fill(self) -> None:
-        while self._untaken and self._room.fits(len(self._taking)):
+        while self._untaken and self._budget.fits(len(self._taking)):
             wanted = self._wanted.popleft() if self._wanted else next(iter(self._untaken))
             if wanted not in self._untaken:  # it was wanted by several calls
                 continue

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import ExecutorSpec
-from torchfedrpc.executors.remote import RemoteExecutor
+from torchfedrpc.executors.call_executor import CallExecutor
+from torchfedrpc.executors.remote import RemoteLearners, sources_elsewhere
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.launch import current_workers
-from torchfedrpc.rpc.sources import LaunchSource, Source
+from torchfedrpc.rpc.sources import LaunchSource
 
 
 @executor("distributed")
-class DistributedExecutor(RemoteExecutor):
+class DistributedExecutor(CallExecutor):
     """Attaches to the ranks that ``tfr.run`` lets serve, which stay for the next proxy, and to workers elsewhere."""
 
-    def _make_sources(self, spec: ExecutorSpec) -> list[Source]:
-        sources = super()._make_sources(spec)
+    def _make_learners(self, spec: ExecutorSpec) -> RemoteLearners:
+        sources = sources_elsewhere(self.config)
         if (workers := current_workers()) is not None:
-            return [LaunchSource(workers, self.config), *sources]
+            sources = [LaunchSource(workers, self.config), *sources]
         if not sources:
             raise ConfigError(
                 "distributed mode needs the other ranks of a launch: start the script's main coroutine by "
                 "tfr.run(main), and the script with torchrun --nproc-per-node=3 script.py; or workers that listen "
                 "(client_endpoints with their addresses), or that join (runtime.join_at)"
             )
-        return sources
+        return RemoteLearners(self.config, spec, sources, self._admission, self._durations)

@@ -6,6 +6,8 @@ import statistics
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
+from torchfedrpc.host.call import Call, Outcome
+
 _NUM_KEPT = 3  # times of a client's last calls: the middle one counts, since a worker may be disturbed for a while
 _MUCH = 1.5  # times as long as most clients take, or as short: such clients are begun out of the group's order
 _MAX_CLIENTS = 1 << 16  # with one method each; about 20 MB
@@ -20,6 +22,13 @@ class Durations:
 
     def __len__(self) -> int:
         return len(self._seconds)
+
+    def note(self, call: Call, outcome: Outcome) -> None:
+        """Note how long a call ran, also one that was cut off."""
+        if outcome.kind == "value":
+            self.saw(call.client_id, call.method, outcome.seconds)
+        elif outcome.cut_off and outcome.seconds and call.kind == "call":
+            self.cut_off(call.client_id, call.method, outcome.seconds)
 
     def saw(self, client_id: str, method: str, seconds: float) -> None:
         """Note that a call ran for so long."""

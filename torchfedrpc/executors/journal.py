@@ -1,426 +1,329 @@
-"""What every learner has been asked: enough to make it again elsewhere, with the same bits."""
+"""Journals: the calls of each learner since its last snapshot, and that snapshot, to rebuild a lost learner."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.executors.admission import Admission
 from torchfedrpc.host.call import Call, Outcome
-from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.host.snapshot import seal
-from torchfedrpc.rpc.worker_client import RemoteHost
 from torchfedrpc.storage import BlobStore
-from torchfedrpc.wire.packing import Packed
+from torchfedrpc.wire.packing import Packed, pack
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
-_MAX_PAUSE = 64  # calls, from one try to capture a learner to the next
-_WORTH = 4  # times its own size that a snapshot has to free
-_STATES_SHARE = 4  # of the arguments' bound, so much less for snapshots in memory: 128 MiB, three of a 40 MB model
-
-
-@dataclass(eq=False, slots=True)
-class Asked:
-    """A call that its worker has not finished, as far as the driver knows.
-
-    Attributes:
-        call: what is asked.
-        number: its place among all calls of the run.
-        reply: who waits for the next outcome; None where nobody does.
-        is_own: whether it is no call of the user's, but rebuilds the learner or takes a snapshot for that.
-        is_waiting: whether an outcome is due; False where a stream is open and idle.
-        is_cancelled: whether it is to end as soon as it is at ``num_items`` again.
-        was_waiting: whether an outcome was due when it was cancelled: what of it has run, nobody knows.
-        num_items: items of a stream that were delivered.
-        num_items_here: items that the learner has given which now has the call, after a loss again from the first.
-        num_reports: what it reported of its progress and was published.
-        asked_through: the worker in the world through which it was asked last.
-    """
-
-    call: Call
-    number: int
-    reply: Reply | None = None
-    is_own: bool = False
-    is_waiting: bool = True
-    is_cancelled: bool = False
-    was_waiting: bool = False
-    num_items: int = 0
-    num_items_here: int = 0
-    num_reports: int = 0
-    asked_through: RemoteHost | None = None
-
-    def forget_worker(self) -> None:
-        """The learner that had the call is lost."""
-        self.asked_through = None
-        self.num_items_here = 0
+_MAX_PAUSE = 64  # calls between two attempts to capture a learner
+_WORTH = 4  # a snapshot is worth taking if it frees so many times its own size
+_STATES_SHARE = 4  # snapshots may have 1 / 4 of the arguments' bound in memory: 128 MiB, three of a 40 MB model
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Entry:
-    """A call that has changed its learner, as the journal keeps it.
+    """A call that has changed its learner.
 
     Attributes:
-        call: what was asked.
-        number: its place among all calls of the run.
-        num_items: items that a stream gave.
-        was_closed: whether a stream was closed before its end.
+        number: Number of the change among all of this learner.
+        call: The call.
+        num_items: Number of items that a stream gave.
+        was_closed: Whether a stream was closed before its end.
     """
 
-    call: Call
     number: int
-    num_items: int
-    was_closed: bool
+    call: Call
+    num_items: int = 0
+    was_closed: bool = False
 
 
-@dataclass(eq=False, slots=True)
-class Record:
-    """One client's learner.
-
-    Attributes:
-        client_id: whose.
-        label: the worker that has it.
-        constructor: keyword arguments for its constructor.
-        snapshot_number: place of its last snapshot among all calls of the run; 0 where there is none.
-        journal: the calls since then, as their answers came.
-        asked: the calls that are not finished, by id, in order.
-        num_losses: how often in succession its worker was lost as a call of it ran.
-        num_journal_bytes: bytes of the arguments that its journal keeps, without what they share with others.
-        given_up: why it takes no calls any more.
-        unrecoverable: why it could not be rebuilt, should its worker be lost.
-        num_refusals: how often in succession its state could not be captured.
-        num_since_refusal: calls since the last time.
-        cut_off_number: place of the last call that was cut off, so that the journal cannot repeat it.
-        awaits_snapshot: whether one is on its way.
-        held: answers that wait for the snapshot of a cut-off before them, each with the worker that gave it.
-        is_registered: whether its worker has answered a call of it, and so has room for it.
-        changed_number: place of the last call that may have changed it, among those that are answered.
-        moving_to: the worker that is to have it once the calls that its present one has are answered.
-        moves_by_journal: whether its calls are made again there, since it cannot be captured.
-        num_builds: how often it was made on some worker.
-        state_bytes: size of its last snapshot, or of the one that was too large; 0 where none is known.
-        limit_bytes: the size from which on the next one is not worth it; None for no limit.
-    """
-
-    client_id: str
-    label: str
-    constructor: Packed
-    snapshot_number: int = 0
-    journal: list[Entry] = field(default_factory=list)
-    asked: dict[int, Asked] = field(default_factory=dict)
-    num_losses: int = 0
-    num_journal_bytes: int = 0
-    given_up: str | None = None
-    unrecoverable: str | None = None
-    num_refusals: int = 0
-    num_since_refusal: int = 0
-    cut_off_number: int = 0
-    awaits_snapshot: bool = False
-    held: list[tuple[RemoteHost, Asked, Outcome]] = field(default_factory=list)
-    is_registered: bool = False
-    changed_number: int = 0
-    moving_to: str | None = None
-    moves_by_journal: bool = False
-    num_builds: int = 0
-    state_bytes: int = 0
-    limit_bytes: int | None = None
-
-    @property
-    def awaits_state(self) -> bool:
-        """Whether a snapshot of it, or one to rebuild it from, is on its way, or is about to be."""
-        return self.awaits_snapshot or any(_is_state(asked) for asked in self.asked.values())
-
-    @property
-    def carries_state(self) -> bool:
-        """Whether that is so now: it is stored, or no call comes before it, such as a stream that stays open."""
-        first = next(iter(self.asked.values()), None)
-        is_asked_for = any(_is_state(asked) for asked in self.asked.values())
-        return (first is not None and _is_state(first)) or (self.awaits_snapshot and not is_asked_for)
-
-    def holds_back(self, asked: Asked) -> bool:
-        """Whether a call waits for the worker that is to have the learner."""
-        return self.moving_to is not None and asked.asked_through is None and not asked.is_own
-
-
-def _is_state(asked: Asked) -> bool:
-    return asked.is_own and asked.call.kind in ("restore", "snapshot")
-
-
-class Ledger:
-    """Records of all learners that have been called, with snapshots on disk.
+class Journal:
+    """What rebuilds one learner: its last snapshot and the calls after it.
 
     Args:
-        runtime: with the journal's bounds.
-        hold: is told how many bytes of arguments are kept beyond their bound, while snapshots are on their way.
+        client_id: The client.
+        journals: The journals of all learners, which share one bound.
+
+    Attributes:
+        client_id: The client.
+        entries: The calls after the last snapshot.
+        unrecoverable: Reason why the learner could not be rebuilt; None if it could.
+        num_refusals: Number of times in succession that its state could not be captured.
+        state_bytes: Size of its last snapshot, or of one that was too large; 0 if unknown.
+        num_bytes: Bytes of the entries' arguments, without shared values.
     """
 
-    def __init__(self, runtime: RuntimeConfig, hold: Callable[[int], None]) -> None:
-        self._keeps_journal = runtime.on_worker_lost == "recover"
-        self._max_calls = runtime.journal_max_calls
-        self._max_bytes = runtime.journal_max_bytes
-        self._hold = hold
-        self._records: dict[str, Record] = {}
-        self._numbers = itertools.count(1)
-        self._store = BlobStore()
-        self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory, under the numbers of their calls
-        self._num_state_bytes = 0  # of these
-        self._num_uses: Counter[SharedValue] = Counter()  # of each shared value, by the entries of all journals
-        self.num_journal_bytes = 0
+    def __init__(self, client_id: str, journals: Journals) -> None:
+        self.client_id = client_id
+        self.entries: list[Entry] = []
+        self.unrecoverable: str | None = None
+        self.num_refusals = 0
+        self.state_bytes = 0
+        self.num_bytes = 0
+        self._journals = journals
+        self._number = 0  # of the last change
+        self._cut_off_number = 0  # of the last call that was cut off, and cannot be repeated
+        self._snapshot_number = 0  # of the last change that the snapshot contains
+        self._has_snapshot = False
+        self._num_under_way = 0  # snapshots
+        self._num_since_refusal = 0
 
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self._records.values())
+    @property
+    def number(self) -> int:
+        """Number of the last change of the learner; a snapshot that is taken now contains it."""
+        return self._number
 
-    def get(self, client_id: str) -> Record | None:
-        """A client's record, once it has one."""
-        return self._records.get(client_id)
+    @property
+    def has_state(self) -> bool:
+        """Whether the learner has a snapshot or has been called since."""
+        return self._has_snapshot or bool(self.entries)
 
-    def add(self, record: Record) -> None:
-        """Begin a record."""
-        self._records[record.client_id] = record
+    @property
+    def awaits_snapshot(self) -> bool:
+        """Whether a snapshot was requested and has not come."""
+        return self._num_under_way > 0
 
-    def ask(self, record: Record, call: Call, reply: Reply | None, *, is_own: bool = False) -> Asked:
-        """Note a call of a learner."""
-        record.asked[call.call_id] = asked = Asked(call, next(self._numbers), reply, is_own)
-        return asked
+    @property
+    def is_complete(self) -> bool:
+        """Whether snapshot and entries together contain all that the learner has done."""
+        return self._journals.are_kept and self.unrecoverable is None and not self._misses_call
 
-    def put_behind(self, record: Record, waiting: Iterable[Asked]) -> None:
-        """Note calls that no worker has yet behind what was asked since they came: it does not contain them."""
-        for asked in waiting:
-            asked.number = next(self._numbers)
-            record.asked[asked.call.call_id] = record.asked.pop(asked.call.call_id)
+    @property
+    def needs_snapshot(self) -> bool:
+        """Whether the next call must wait for a snapshot, since the last one was cut off."""
+        return self._journals.are_kept and self._misses_call and self.unrecoverable is None
 
-    def settle(self, record: Record, asked: Asked, outcome: Outcome) -> None:
-        """Note the end of a call."""
-        del record.asked[asked.call.call_id]
-        if asked.is_own:
+    @property
+    def is_due(self) -> bool:
+        """Whether a snapshot is to replace the entries, or to try whether an uncapturable learner can be captured."""
+        if self._num_under_way or not self._journals.are_kept:
+            return False
+        if self.unrecoverable is not None:
+            pause = min(1 << (self.num_refusals - 1), _MAX_PAUSE)
+            return self._num_since_refusal >= pause
+        return len(self.entries) > self._journals.max_calls
+
+    @property
+    def _misses_call(self) -> bool:
+        return self._cut_off_number > self._snapshot_number
+
+    def add(self, call: Call, outcome: Outcome, num_items: int = 0) -> None:
+        """Note a call that has ended."""
+        if not self._journals.are_kept or call.kind == "snapshot" or outcome.never_ran:
             return
-        record.num_losses = 0
-        kind = asked.call.kind
-        if kind == "restore" and outcome.kind == "value":
-            record.unrecoverable = None
-        is_contained = asked.number < record.snapshot_number
-        changes_nothing = kind == "snapshot" or (kind == "restore" and outcome.kind != "value") or outcome.never_ran
-        if not changes_nothing:
-            record.changed_number = max(record.changed_number, asked.number)
-        if changes_nothing or is_contained or not self._keeps_journal:
+        if call.kind == "restore":
+            if outcome.kind == "value":
+                self._restart(call)
             return
-        record.num_since_refusal += 1
-        if record.unrecoverable and not record.awaits_snapshot:  # else it may be the snapshot that the call follows
-            return
-        is_cut_off = outcome.cut_off or asked.was_waiting
-        if is_cut_off:
-            record.cut_off_number = asked.number
-            if not asked.num_items:
-                return
-        call = asked.call.repeated()
-        was_closed = is_cut_off or outcome.kind == "cancelled"
-        record.journal.append(Entry(call, asked.number, asked.num_items, was_closed))
-        self._count(record, [call])
+        self._number += 1
+        self._num_since_refusal += 1
+        if outcome.cut_off:
+            self._cut_off_number = self._number
+        elif self.unrecoverable is None or self._num_under_way:  # the snapshot may make it recoverable again
+            self._append(Entry(self._number, call.repeated(), num_items, outcome.kind == "cancelled"))
 
-    def is_cut_off(self, record: Record) -> bool:
-        """Whether a snapshot has to hold what the journal cannot repeat: a call that was cut off."""
-        return self._may_need_snapshot(record) and record.cut_off_number > record.snapshot_number
+    def request_snapshot(self) -> None:
+        """Note that a snapshot is about to be taken, which ends with `kept`, `refused` or `not_taken`."""
+        self._num_under_way += 1
 
-    def has_long_journal(self, record: Record) -> bool:
-        """Whether a snapshot is to take the place of a learner's journal."""
-        return self._may_need_snapshot(record) and len(record.journal) > self._max_calls
+    def snapshot_arguments(self, limit: int | None) -> Packed:
+        """Return the arguments of a snapshot call.
 
-    def may_try_again(self, record: Record) -> bool:
-        """Whether the state of a learner that could not be captured may be another now, so that it is worth a try."""
-        pause = min(2 ** (record.num_refusals - 1), _MAX_PAUSE)
-        is_lost = record.unrecoverable is not None and record.given_up is None
-        return self._keeps_journal and is_lost and not record.awaits_snapshot and record.num_since_refusal >= pause
-
-    def refused(self, record: Record, reason: str) -> None:
-        """The learner's state cannot be captured, and its journal has not all that it has done, or is too long."""
-        record.unrecoverable = reason
-        record.num_refusals += 1
-        record.num_since_refusal = 0
-        self.drop_journal(record)
-
-    def _may_need_snapshot(self, record: Record) -> bool:
-        is_lost = record.unrecoverable is not None or record.given_up is not None
-        return self._keeps_journal and not record.awaits_snapshot and not is_lost
-
-    def has_all(self, record: Record) -> bool:
-        """Whether snapshot and journal together have all that the learner has done."""
-        is_kept = self._keeps_journal and record.unrecoverable is None
-        return is_kept and record.cut_off_number <= record.snapshot_number
-
-    def holds(self, record: Record, asked: Asked) -> bool:
-        """Whether a call's answer is not told yet: its effects build on a cut-off's, which would be lost today."""
-        is_behind = asked.number > record.cut_off_number > record.snapshot_number
-        return is_behind and record.awaits_snapshot and not asked.is_own
-
-    def relief(self) -> list[Record]:
-        """Return the learners whose snapshots bring the journals' arguments under their bound.
-
-        A snapshot that frees several times its own size comes first; the learner's process tells whether it does.
-        Where these are too few, others are taken whatever their size.
+        Args:
+            limit: Largest size that is worth taking, in bytes; it is left out if a snapshot is required.
         """
-        excess = float(self.num_journal_bytes - self._max_bytes)
+        is_required = not self.is_complete or len(self.entries) > self._journals.max_calls
+        return pack(None if is_required else limit)
+
+    def keep(self, number: int, state: Tensor) -> bool:
+        """Keep a snapshot in memory. Returns False if there is no room."""
+        replaced = self._snapshot_number if self._has_snapshot else None
+        return self._journals.keep(self.client_id, number, state, replaced)
+
+    def store(self, number: int, state: Tensor) -> None:
+        """Write a snapshot to disk, on any thread.
+
+        Raises:
+            OSError: If the disk is full or cannot be written.
+        """
+        self._journals.store(self.client_id, number, state)
+
+    def kept(self, number: int, num_bytes: int) -> None:
+        """Drop the entries and the snapshot that a snapshot replaces, which is kept or stored."""
+        self._num_under_way -= 1
+        self.state_bytes = num_bytes
+        if self._has_snapshot:
+            older = min(number, self._snapshot_number)
+            if number != self._snapshot_number:
+                self._journals.discard(self.client_id, older)
+            number = max(number, self._snapshot_number)
+        self._has_snapshot, self._snapshot_number = True, number
+        self.unrecoverable, self.num_refusals = None, 0
+        self._keep_only([entry for entry in self.entries if entry.number > number])
+
+    def not_taken(self, num_bytes: int = 0) -> None:
+        """Note that a snapshot was not taken: it was larger than its limit, or its worker was lost."""
+        self._num_under_way -= 1
+        self.state_bytes = num_bytes or self.state_bytes
+
+    def refused(self, reason: str) -> None:
+        """Drop the entries: they are too many or incomplete, and the learner's state cannot be captured."""
+        self._num_under_way -= 1
+        self.unrecoverable = reason
+        self.num_refusals += 1
+        self._num_since_refusal = 0
+        self._keep_only([])
+
+    def snapshot(self) -> bytes | None:
+        """Return the last snapshot; None if there is none.
+
+        Raises:
+            OSError: If the disk cannot be read.
+        """
+        return self._journals.get(self.client_id, self._snapshot_number) if self._has_snapshot else None
+
+    def forget(self) -> None:
+        """Drop everything: the learner was given up, or restored from another snapshot."""
+        self._keep_only([])
+        if self._has_snapshot:
+            self._journals.discard(self.client_id, self._snapshot_number)
+            self._has_snapshot = False
+
+    def _restart(self, restore: Call) -> None:
+        self.forget()
+        self._number += 1
+        self._snapshot_number = self._number  # snapshots that are on their way are older
+        self.unrecoverable, self.num_refusals = None, 0
+        self._append(Entry(self._number, restore.repeated()))
+
+    def _append(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self._journals.count(self, [entry])
+
+    def _keep_only(self, entries: list[Entry]) -> None:
+        dropped = self.entries[: len(self.entries) - len(entries)]
+        self.entries = entries
+        self._journals.count(self, dropped, sign=-1)
+
+
+class Journals:
+    """The journals of all learners, with one bound for the arguments in memory, and snapshots.
+
+    Args:
+        runtime: Has the bounds.
+        admission: Counts the arguments beyond the bound, so that calls wait while snapshots are on their way.
+    """
+
+    def __init__(self, runtime: RuntimeConfig, admission: Admission) -> None:
+        self.are_kept = runtime.on_worker_lost == "recover"
+        self.max_calls = runtime.journal_max_calls
+        self.num_bytes = 0
+        self._max_bytes = runtime.journal_max_bytes
+        self._admission = admission
+        self._store = BlobStore()
+        self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory
+        self._num_state_bytes = 0
+        self._journals: dict[str, Journal] = {}  # that have entries
+        self._num_uses: Counter[SharedValue] = Counter()  # of each shared value, by entries of all journals
+
+    def relief(self) -> list[tuple[Journal, int | None]]:
+        """Return the journals whose snapshots bring the arguments under their bound, each with its limit in bytes.
+
+        A snapshot that frees several times its own size comes first, and is limited to that size. If these are too
+        few, others are taken whatever their size.
+        """
+        excess = float(self.num_bytes - self._max_bytes)
         if excess <= 0:
             return []
-        shares = {record: self._share(record) for record in self if record.journal}
-        excess -= sum(share for record, share in shares.items() if record.awaits_snapshot)
-        largest = sorted((one for one in shares if not one.awaits_snapshot), key=shares.__getitem__, reverse=True)
-        worth = self._chosen([one for one in largest if shares[one] >= _WORTH * one.state_bytes], shares, excess)
-        for record in worth:
-            record.limit_bytes = int(shares[record] / _WORTH)
-        excess -= sum(shares.pop(record) for record in worth)
-        largest = [record for record in largest if record in shares]
-        needed = self._chosen(largest, shares, excess) if excess > 0 else []
-        for record in needed:
-            record.limit_bytes = None
-        return worth + needed
-
-    def limit_bytes(self, record: Record) -> int | None:
-        """Largest size of a learner's next snapshot that is worth taking, in bytes; None if one is required."""
-        is_lost = record.unrecoverable is not None or record.cut_off_number > record.snapshot_number
-        is_needed = is_lost or record.moving_to is not None or len(record.journal) > self._max_calls
-        return None if is_needed else record.limit_bytes
-
-    @staticmethod
-    def _chosen(records: list[Record], shares: dict[Record, float], excess: float) -> list[Record]:
-        """The first of them, until their shares make up for the excess."""
-        chosen = []
-        for record in records:
-            if excess <= 0 or not shares[record]:
-                break
-            chosen.append(record)
-            excess -= shares[record]
+        shares = {journal: self._share(journal) for journal in self._journals.values()}
+        excess -= sum(share for journal, share in shares.items() if journal.awaits_snapshot)
+        waiting = [journal for journal in shares if not journal.awaits_snapshot and journal.unrecoverable is None]
+        largest = sorted(waiting, key=shares.__getitem__, reverse=True)
+        chosen: list[tuple[Journal, int | None]] = []
+        for journal in largest:
+            if excess > 0 and shares[journal] and shares[journal] >= _WORTH * journal.state_bytes:
+                chosen.append((journal, int(shares[journal] / _WORTH)))
+                excess -= shares[journal]
+        taken = {journal for journal, _ in chosen}
+        for journal in largest:
+            if excess > 0 and shares[journal] and journal not in taken:
+                chosen.append((journal, None))
+                excess -= shares[journal]
         return chosen
 
-    def _share(self, record: Record) -> float:
-        """Bytes that a learner's journal keeps; of what several entries share, each has its part."""
-        shared = (value for entry in record.journal for value in shared_values(entry.call.arguments))
-        return record.num_journal_bytes + sum(value.num_bytes / self._num_uses[value] for value in shared)
-
-    def keep(self, record: Record, number: int, state: Tensor) -> bool:
-        """Keep a snapshot in memory, if a part of the journals' bound has room for it; `took` makes it the record's.
-
-        Args:
-            record: whose.
-            number: of the call as which it was taken.
-            state: what the learner's process gave, uint8 [num_bytes].
-        """
-        replaced = self._states.get((record.client_id, record.snapshot_number))
-        others = self._num_state_bytes - (replaced.nbytes if replaced is not None else 0)
-        if others + state.nbytes > self._max_bytes // _STATES_SHARE:
-            return False
-        self._states[record.client_id, number] = state
-        self._num_state_bytes += state.nbytes
-        return True
-
-    def store(self, record: Record, number: int, data: memoryview) -> None:
-        """Write a snapshot to disk, on any thread; `took` makes it the record's own.
-
-        Raises:
-            OSError: the disk is full, or cannot be written.
-        """
-        self._store.put(_key(record, number), [data])
-
-    def took(self, record: Record, number: int) -> None:
-        """A snapshot that was taken as call ``number`` is stored: the journal begins behind it.
-
-        It is of no use if it contains a call whose answer has not come, since that may be asked again.
-        """
-        if number == record.snapshot_number:  # the learner was rebuilt from this very snapshot
-            return
-        held = [asked for _, asked, _ in record.held]
-        is_unanswered = any(
-            asked.number < number and not asked.is_own and asked not in held for asked in record.asked.values()
-        )
-        if number < record.snapshot_number or is_unanswered:
-            self._discard(record, number)
-            return
-        self._discard(record, record.snapshot_number)
-        record.snapshot_number = number
-        record.unrecoverable, record.num_refusals = None, 0
-        self._cut(record, [entry for entry in record.journal if entry.number > number])
-
-    def give_up(self, record: Record) -> None:
-        """The learner is not rebuilt any more: forget its journal and its snapshot."""
-        self.drop_journal(record)
-        self._discard(record, record.snapshot_number)
-
-    def drop_journal(self, record: Record) -> None:
-        """The learner cannot be rebuilt, or need not be."""
-        self._cut(record, [])
-
-    def plan_rebuild(self, record: Record, restore: Call | None) -> None:
-        """Put what rebuilds a learner before the calls that wait for it.
-
-        Args:
-            record: whose learner was lost.
-            restore: has it take the snapshot; None where there is none.
-        """
-        repeated = [Asked(restore, record.snapshot_number, is_own=True)] if restore is not None else []
-        for entry in record.journal:
-            repeated.append(
-                Asked(
-                    entry.call,
-                    entry.number,
-                    is_own=True,
-                    is_cancelled=entry.was_closed,
-                    num_items=entry.num_items,
-                )
-            )
-        # By number: the answers to calls may overtake each other, so one that has none may come before one that has.
-        in_order = sorted((*repeated, *record.asked.values()), key=lambda asked: asked.number)
-        record.asked = {asked.call.call_id: asked for asked in in_order}
-
-    def snapshot(self, record: Record) -> bytes | None:
-        """The learner's last snapshot.
-
-        Raises:
-            OSError: the disk cannot be read.
-        """
-        if not record.snapshot_number:
-            return None
-        key = record.client_id, record.snapshot_number
-        state = self._states.get(key)
-        return bytes(seal(state)) if state is not None else self._store.get(_key(record, record.snapshot_number))
-
-    def close(self) -> None:
-        """Give memory and disk back."""
-        for record in self:  # a reply of its own may refer to it, and so to all that it has
-            record.journal.clear()
-            record.asked.clear()
-        self._records.clear()
-        self._num_uses.clear()
-        self._states.clear()
-        self._store.close()
-
-    def _discard(self, record: Record, number: int) -> None:
-        if (state := self._states.pop((record.client_id, number), None)) is not None:
-            self._num_state_bytes -= state.nbytes
-        self._store.discard(_key(record, number))
-
-    def _cut(self, record: Record, journal: list[Entry]) -> None:
-        kept = set(journal)
-        self._count(record, [entry.call for entry in record.journal if entry not in kept], sign=-1)
-        record.journal = journal
-
-    def _count(self, record: Record, calls: Iterable[Call], *, sign: int = 1) -> None:
-        """Note that a learner's journal has these calls now, or has them no more."""
-        for call in calls:
-            num_bytes = call.arguments.num_bytes
-            record.num_journal_bytes += sign * num_bytes
-            for value in shared_values(call.arguments):
+    def count(self, journal: Journal, entries: Iterable[Entry], *, sign: int = 1) -> None:
+        """Count the arguments of entries that a journal has now, or has no longer."""
+        for entry in entries:
+            num_bytes = entry.call.arguments.num_bytes
+            journal.num_bytes += sign * num_bytes
+            for value in shared_values(entry.call.arguments):
                 if not self._num_uses[value]:
                     num_bytes += value.num_bytes
                 self._num_uses[value] += sign
                 if not self._num_uses[value]:
                     del self._num_uses[value]
                     num_bytes += value.num_bytes
-            self.num_journal_bytes += sign * num_bytes
-        self._hold(max(self.num_journal_bytes - self._max_bytes, 0))
+            self.num_bytes += sign * num_bytes
+        if journal.entries:
+            self._journals[journal.client_id] = journal
+        else:
+            self._journals.pop(journal.client_id, None)
+        self._admission.hold(max(self.num_bytes - self._max_bytes, 0))
+
+    def keep(self, client_id: str, number: int, state: Tensor, replaced: int | None) -> bool:
+        """Keep a snapshot in memory, in place of another one. Returns False if there is no room."""
+        other = self._states.get((client_id, replaced)) if replaced is not None else None
+        others = self._num_state_bytes - (other.nbytes if other is not None else 0)
+        if others + state.nbytes > self._max_bytes // _STATES_SHARE:
+            return False
+        self._states[client_id, number] = state
+        self._num_state_bytes += state.nbytes
+        return True
+
+    def store(self, client_id: str, number: int, state: Tensor) -> None:
+        """Write a snapshot to disk.
+
+        Raises:
+            OSError: If the disk is full or cannot be written.
+        """
+        self._store.put(_key(client_id, number), [seal(state)])
+
+    def get(self, client_id: str, number: int) -> bytes:
+        """Return a snapshot.
+
+        Raises:
+            OSError: If the disk cannot be read.
+        """
+        state = self._states.get((client_id, number))
+        return bytes(seal(state)) if state is not None else self._store.get(_key(client_id, number))
+
+    def discard(self, client_id: str, number: int) -> None:
+        """Delete a snapshot."""
+        if (state := self._states.pop((client_id, number), None)) is not None:
+            self._num_state_bytes -= state.nbytes
+        else:
+            self._store.discard(_key(client_id, number))
+
+    def close(self) -> None:
+        """Release memory and disk."""
+        for kept in (self._journals, self._num_uses, self._states):
+            kept.clear()
+        self.num_bytes = 0
+        self._store.close()
+
+    def _share(self, journal: Journal) -> float:
+        """Return the bytes that a journal keeps; a value that several entries share is divided among them."""
+        shared = (value for entry in journal.entries for value in shared_values(entry.call.arguments))
+        return journal.num_bytes + sum(value.num_bytes / self._num_uses[value] for value in shared)
 
 
-def _key(record: Record, number: int) -> str:
-    """The key of a snapshot in the store."""
-    return f"{number} {record.client_id}"
+def restore_arguments(snapshot: bytes) -> Packed:
+    """Return the arguments of the call that restores a learner from its snapshot."""
+    return pack((torch.frombuffer(bytearray(snapshot), dtype=torch.uint8), None))
+
+
+def _key(client_id: str, number: int) -> str:
+    """Return the key of a snapshot in the store."""
+    return f"{number} {client_id}"

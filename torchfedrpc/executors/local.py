@@ -8,56 +8,165 @@ from functools import partial
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import CallTimeoutError, ConfigError
-from torchfedrpc.executors.base import CallExecutor, ExecutorSpec
-from torchfedrpc.executors.reduction import Collecting, Reduction
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.executors.base import ExecutorSpec
+from torchfedrpc.executors.call_executor import CallExecutor, Ended, may_succeed_later
+from torchfedrpc.executors.durations import Durations
 from torchfedrpc.host.answer import answer
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.reduce.driver import ReduceProgress, Reduction
 from torchfedrpc.reduce.tree import Node
 from torchfedrpc.registry import executor
-from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, Reference, SentApart, pack
-from torchfedrpc.wire.shared import shared_values
+from torchfedrpc.wire.shared import SharedValue, shared_values
 
 
 @executor("local")
 class LocalExecutor(CallExecutor):
     """Runs every learner in this process, on threads of its host."""
 
-    _host: LearnerHost | None = None
+    def _make_learners(self, spec: ExecutorSpec) -> LocalLearners:
+        return LocalLearners(self.config, spec, self._durations)
 
-    def __init__(self, config: RuntimeConfig | None = None) -> None:
-        super().__init__(config)
-        self._unsubmitted: list[tuple[Call, Reply]] = []  # of this tick, whose calls may have more in common
 
-    async def open(self, spec: ExecutorSpec) -> None:
-        """Make the host."""
-        await super().open(spec)
+class LocalLearners:
+    """The learners of the driver's own host, which keeps their calls in order itself.
+
+    Args:
+        config: The run's configuration.
+        spec: The run.
+        durations: Notes how long cancelled calls ran.
+    """
+
+    label = "local"
+    join_address = None
+
+    def __init__(self, config: RuntimeConfig, spec: ExecutorSpec, durations: Durations) -> None:
+        self._config = config
+        self._durations = durations
+        self._allow = spec.learner.allow_list()
         self._host = spec.make_host()
+        self._is_open = True
+        self._next_batch_id = -(1 << 40)
+        self._unsubmitted: list[tuple[Call, Reply]] = []  # of this tick, whose calls may share more values
 
-    async def close(self) -> None:
-        """End the host; a sync method that goes on regardless is left to itself after two seconds."""
-        self._sharing.close()
-        if self._host is not None:
-            await asyncio.to_thread(self._host.close)
-            self._host = None
+    async def open(self) -> None:
+        """Do nothing: the host is ready."""
+
+    async def close(self, reason: str) -> None:
+        """End the host. A sync method that goes on regardless is left alone after two seconds."""
+        self._is_open = False
+        await asyncio.to_thread(self._host.close)
+
+    async def call(self, call: Call) -> Outcome:
+        """Run a call, a snapshot or a restore of a learner, behind the calls that were made before."""
+        return await answer(partial(self._submit, call), partial(self._cancel, call))
+
+    def stream(self, call: Call) -> LocalStream:
+        """Return the steps of a stream, which opens with its first one."""
+        return LocalStream(self._host, call)
+
+    async def capture(self, call: Call) -> Outcome | None:
+        """Take a snapshot for a consistent cut."""
+        return await self.call(call)
+
+    async def reduce(
+        self, reduction: Reduction, calls: Mapping[int, tuple[Call, int]], progress: ReduceProgress, ended: Ended
+    ) -> None:
+        """Run calls and reduce their results in the host, again those whose methods were not begun."""
+        retries = {place: num_retries for place, (_, num_retries) in calls.items()}
+        noted: set[int] = set()
+
+        def is_to_repeat(place: int, outcome: Outcome) -> bool:
+            return retries[place] > 0 and not progress.stopped.is_set() and may_succeed_later(outcome)
+
+        def note(place: int, outcome: Outcome) -> None:
+            if place not in noted and not is_to_repeat(place, outcome):
+                noted.add(place)
+                ended(calls[place][0], outcome)
+
+        waiting = list(calls)
+        while waiting:
+            self._next_batch_id -= 1
+            batch = Batch(
+                self._next_batch_id,
+                reduction.prototype,
+                len(reduction.client_ids),
+                tuple((place, calls[place][0]) for place in waiting),
+                progress.is_watched,
+                self._config.call_timeout_s,
+            )
+            try:
+                outcome = await progress.run(self, batch, note)
+            except asyncio.CancelledError:
+                self._host.cancel(batch.call_id)
+                raise
+            waiting = [place for place, of_call in outcome.of_calls if is_to_repeat(place, of_call)]
+            for place, of_call in outcome.of_calls:
+                note(place, of_call)
+            for place in waiting:
+                retries[place] -= 1
+            if outcome.failure is not None:
+                raise outcome.failure.restore(self._allow, "as results were merged on local")
+            if outcome.parcel is not None:
+                nodes: list[Node] = outcome.parcel.open(self._allow)
+                progress.nodes += nodes
+
+    async def run_batch(self, batch: Batch) -> Outcome:
+        """Run a batch in the host. Returns its (first) outcome."""
+        return await answer(partial(self._host.run_batch, batch), lambda: None)
+
+    async def advance(self, batch: Batch, num_known: int, /) -> Outcome:
+        """Ask a watched batch for the calls that have ended after the first ``num_known``, or for its end."""
+        outcome = await answer(partial(self._host.advance, batch.call_id, num_known), lambda: None)
+        if outcome.is_final:
+            self._host.acknowledge([batch.call_id])
+        return outcome
+
+    def cancel_batch(self, batch: Batch) -> None:
+        """Cancel the calls of a batch that have not ended."""
+        self._host.cancel(batch.call_id)
+
+    def take_value(self, obj: Any) -> Packed:
+        """Pack an object as it is now, for one call."""
+        return self._host.take_value(obj)
+
+    def take_shared(self, obj: Any) -> Packed:
+        """Pack an object as it is now, for several calls."""
+        return self._host.take_value(obj)
+
+    def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
+        """Pack the arguments of a call; with ``isolation=none`` they are passed as they are."""
+        if self._config.isolation != "none":
+            return pack((args, kwargs), may_refer=True)
+
+        def opened(arg: Any) -> Any:
+            return arg.open(self._allow) if isinstance(arg, SentApart) else arg
+
+        return Reference((tuple(map(opened, args)), {name: opened(arg) for name, arg in kwargs.items()}))
+
+    def unshare(self, value: SharedValue) -> None:
+        """Do nothing: values are kept by the calls that have them."""
 
     def worker_of(self, client_id: str) -> str:
-        """Always ``local``."""
-        return "local"
+        """Return ``local``."""
+        return self.label
+
+    def rref(self, client_id: str) -> None:
+        """Return None: calls need no RPC."""
 
     def workers(self) -> list[str]:
-        """This process alone."""
-        return ["local"]
+        """Return ``local`` alone."""
+        return [self.label]
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
-        """Let calls here be slow, for a test.
+        """Let later calls be slow, for a test.
 
         Raises:
-            ConfigError: a fault would strike the driver itself.
+            ConfigError: If a fault would strike the driver itself.
         """
         for label, of_label in faults.items():
             for fault in of_label:
@@ -67,32 +176,16 @@ class LocalExecutor(CallExecutor):
                         f"learners: only slow makes sense in local mode. Use worker processes "
                         f"(execution_mode=pseudo), or strike the driver at a round"
                     )
-            self._opened().arm(of_label, sever=lambda: None)
+            self._host.arm(of_label, sever=lambda: None)
 
     def stats(self) -> dict[str, Any]:
-        """Nothing is sent in local mode."""
-        hosted = {"local": {"learners": self._host.stats()["learners"]}} if self._host is not None else {}
-        return {**super().stats(), "workers": hosted}
-
-    def _take_value(self, obj: Any) -> Packed:
-        return self._opened().take_value(obj)
-
-    def reduction(self, reduction: Reduction) -> Collecting:
-        """Have results added up in the host."""
-        return LocalCollecting(self._opened(), reduction, self._own_call_id(), self.allow, self.config.call_timeout_s)
-
-    def _take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
-        if self.config.isolation != "none":
-            return super()._take_arguments(args, kwargs)
-
-        def opened(arg: Any) -> Any:
-            return arg.open(self.allow) if isinstance(arg, SentApart) else arg
-
-        return Reference((tuple(map(opened, args)), {name: opened(arg) for name, arg in kwargs.items()}))
+        """Return the number of learners; nothing is sent in local mode."""
+        return {"workers": {self.label: {"learners": self._host.stats()["learners"]}} if self._is_open else {}}
 
     def _submit(self, call: Call, reply: Reply) -> None:
-        if not self._unsubmitted and not _is_for_tick(call):
-            self._opened().submit(call, reply)
+        """Submit a call; one with a value that other calls of this tick may have too at the end of the tick."""
+        if not self._unsubmitted and not any(value.is_for_tick for value in shared_values(call.arguments)):
+            self._host.submit(call, reply)
             return
         if not self._unsubmitted:
             asyncio.get_running_loop().call_soon(self._submit_tick)
@@ -100,74 +193,48 @@ class LocalExecutor(CallExecutor):
 
     def _submit_tick(self) -> None:
         unsubmitted, self._unsubmitted = self._unsubmitted, []
-        if self._host is not None:
-            for call, reply in unsubmitted:
-                try:
-                    self._host.submit(call, reply)
-                except Exception as error:  # the loop has called this, and the call's caller is to hear of it
-                    reply(Outcome("failed", error=_without_traces(error), never_ran=True))
-
-    def _advance(self, call: Call, step: int, reply: Reply) -> None:
-        self._opened().advance(call.call_id, step, reply)
+        for call, reply in unsubmitted if self._is_open else ():
+            try:
+                self._host.submit(call, reply)
+            except Exception as error:
+                reply(Outcome("failed", error=_without_traces(error), never_ran=True))
 
     def _cancel(self, call: Call) -> None:
         self._unsubmitted = [(other, reply) for other, reply in self._unsubmitted if other is not call]
-        if self._host is not None:
-            self._host.cancel(call.call_id, partial(self._note_duration, call))
-
-    def _opened(self) -> LearnerHost:
-        if self._host is None:
-            raise RuntimeError("this executor is not open: await executor.open(spec) first")
-        return self._host
+        self._host.cancel(call.call_id, partial(self._durations.note, call))
 
 
-class LocalCollecting(Collecting):
-    """A reduction, or what the driver's own host has of it.
+class LocalStream:
+    """The steps of a stream in the driver's own host.
 
     Args:
-        host: the host.
-        reduction: the reduction.
-        call_id: of the request for partial results.
-        allow: the types that may travel.
-        timeout_s: seconds that merging may take; None for no limit.
+        host: The host.
+        call: The call.
     """
 
-    def __init__(
-        self, host: LearnerHost, reduction: Reduction, call_id: int, allow: AllowList, timeout_s: float | None
-    ) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, host: LearnerHost, call: Call) -> None:
         self._host = host
-        self._number = reduction.number
-        self._call_id = call_id
-        self._allow = allow
-        host.begin_reduction(self._number, reduction.prototype, len(reduction.places), None)
+        self._call = call
+        self._num_items = 0
 
-    async def collect(self, skipped: Sequence[int]) -> tuple[list[Node], dict[str, Exception]]:
-        """The host's partial results."""
-        call = Call(self._call_id, "local", "reduce", pack((self._number, [*skipped])), kind="collect")
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                outcome = await answer(partial(self._host.submit, call), lambda: None)
-        except TimeoutError:
-            raise CallTimeoutError(
-                f"the partial results of a reduction took longer than {self._timeout_s} s: see what the reducer "
-                f"does, or raise runtime.call_timeout_s"
-            ) from None
-        return outcome.result(call, self._allow, "local"), {}
+    async def next(self) -> Outcome:
+        """Run the method up to its next item."""
+        call, step = self._call, self._num_items
+        self._num_items += 1
+        if step:
+            ask = partial(self._host.advance, call.call_id, step)
+        else:
+            ask, self._call = partial(self._host.submit, call), call.taken()
+        return await answer(ask, self.close)
 
     def close(self) -> None:
-        """Let the host forget it."""
-        self._host.end_reduction(self._number)
+        """Close the generator if it is open."""
+        self._host.cancel(self._call.call_id)
 
 
 def _without_traces(error: Exception) -> Exception:
-    """An error whose tracebacks would have the frame that replies with it: a circle that would keep the call."""
+    """Return an error whose tracebacks are cleared: they would refer to a frame that refers to the error."""
     part: BaseException | None = error
     while part is not None:
         part = part.with_traceback(None).__context__
     return error
-
-
-def _is_for_tick(call: Call) -> bool:
-    """Whether its arguments refer to what other calls of this tick may refer to: it is opened once that is known."""
-    return any(value.is_for_tick for value in shared_values(call.arguments))

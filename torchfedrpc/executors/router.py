@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -9,13 +10,13 @@ from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
+from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec, Invocation
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.placement import HTTP, LOCAL, Endpoint
-from torchfedrpc.executors.reduction import Collecting, Reduction
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.launcher import Launch
+from torchfedrpc.reduce.driver import ReduceProgress, Reduction, all_ended
 from torchfedrpc.registry import executors
 
 
@@ -68,16 +69,23 @@ class ExecutorRouter:
         plans = [executor.plan(of_one, method, is_awaited=is_awaited) for executor, of_one in by_executor.items()]
         return [client_id for plan in plans for client_id in plan]
 
-    def reduction(self, reduction: Reduction) -> dict[str, Collecting]:
-        """For each client of a reduction the share of its executor."""
-        shares: dict[AbstractExecutor, Collecting] = {}
-        of_clients = {}
-        for client_id in reduction.client_ids:
-            executor = self.get_executor(client_id)
-            if executor not in shares:
-                shares[executor] = executor.reduction(reduction)
-            of_clients[client_id] = shares[executor]
-        return of_clients
+    def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
+        """Return the common arguments of several calls, with a shared value in place of each large one."""
+        return self._main.lift(args, kwargs, num_calls)
+
+    async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation], progress: ReduceProgress) -> None:
+        """Run calls and reduce their results, on the executor of each client; as of `AbstractExecutor.reduce`."""
+        of_executors: dict[AbstractExecutor, list[Invocation]] = {}
+        for invocation in invocations:
+            of_executors.setdefault(self.get_executor(invocation.client_id), []).append(invocation)
+        if len(of_executors) == 1:  # calls are submitted in this step of the event loop
+            [(executor, own)] = of_executors.items()
+            await executor.reduce(reduction, own, progress)
+            return
+        tasks = [
+            asyncio.ensure_future(executor.reduce(reduction, own, progress)) for executor, own in of_executors.items()
+        ]
+        await all_ended(tasks)
 
     def share(self, obj: Any) -> SharedRef:
         """An object as it is now, for the arguments of calls to come, whichever executor sends them."""

@@ -164,7 +164,7 @@ class Sharing:
         return _replaced(values, args, kwargs)
 
     def shared(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_bytes: int
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_bytes: int, num_calls: int = 1
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a call, with what the next calls of this tick may have too in values of their own.
 
@@ -172,6 +172,7 @@ class Sharing:
             args: positional ones.
             kwargs: by name.
             num_bytes: of all of them, about.
+            num_calls: calls that have these very arguments.
         """
         if num_bytes < _MIN_BYTES:
             return args, kwargs
@@ -189,7 +190,7 @@ class Sharing:
                 asyncio.get_running_loop().call_soon(self._end_tick)
             self._seen[id(arg)] = _Seen(arg, value, parts)
             values[id(arg)] = value
-        return _replaced(values, args, kwargs)
+        return _replaced(values, args, kwargs, num_calls)
 
     def close(self) -> None:
         """Let no call have any more what was placed, and let go of whoever has calls."""
@@ -254,11 +255,12 @@ def _goes_along(arg: Any) -> bool:
 
 
 def _replaced(
-    values: Mapping[int, SharedValue], args: tuple[Any, ...], kwargs: dict[str, Any]
+    values: Mapping[int, SharedValue], args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int = 1
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for value in values.values():
         if value.num_openings is not None:
-            value.num_openings += 1
+            value.num_openings += num_calls
+            value.num_unsent += num_calls
     if not values:
         return args, kwargs
     return (

@@ -17,7 +17,7 @@ import torch
 from torchfedrpc.errors import ConfigError, SnapshotError, TorchFedRpcError
 from torchfedrpc.events import CheckpointSaved
 from torchfedrpc.executors.consistent_snapshot import Cut
-from torchfedrpc.executors.room import BUDGET_BYTES
+from torchfedrpc.executors.snapshot_throttle import BUDGET_BYTES
 from torchfedrpc.federation.checkpoint_store import Checkpoint, Save
 from torchfedrpc.federation.checkpoints import Checkpoints, Resumable, check_equal
 from torchfedrpc.signals import Finishing

@@ -13,22 +13,23 @@ from torchfedrpc.wire.packing import Packed, Reference
 _TAKEN = Reference(None)
 
 OutcomeKind = Literal["value", "item", "end", "failed", "cancelled"]
-CallKind = Literal["call", "stream", "snapshot", "restore", "collect"]
+CallKind = Literal["call", "stream", "snapshot", "restore"]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What a call's result is a part of, instead of going back.
+class Registration:
+    """What a host needs to make a client's learner.
 
     Attributes:
-        reduction: number of the reduction, in a run.
-        place: the client's place in it.
-        is_awaited: whether the end of this call by itself is waited for, by a deadline or a quorum.
+        client_id: The client.
+        kwargs: Keyword arguments of the learner's constructor.
+        build: Number of times that a learner of this client was made on some worker. A host that has an older build
+            replaces it.
     """
 
-    reduction: int
-    place: int
-    is_awaited: bool = False
+    client_id: str
+    kwargs: Packed
+    build: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +37,16 @@ class Call:
     """One call of a learner's method.
 
     Attributes:
-        call_id: unique in a run.
-        client_id: whose learner.
-        method: the method's name.
-        arguments: ``(args, kwargs)``.
-        run_timeout_s: seconds the method may run, its wait in the queue not counted; None for no limit. Of a
-            stream, each step has so long.
-        kind: ``call`` a method; ``stream``: ask for a generator method's items one by one; ``snapshot``: take the
-            learner's state, as uint8 [num_bytes]; ``restore`` it, the arguments being that tensor and the keyword
-            arguments of the constructor (None: those that the learner was registered with); ``collect`` what a host
-            has of a reduction, the arguments being its number and the places that count for nothing.
-        part: of a reduction, where the result is one; of a ``collect``, that for whose calls here it waits.
+        call_id: Unique in a run.
+        client_id: The client whose learner is called.
+        method: The method's name.
+        arguments: ``(args, kwargs)``. Of a ``restore`` the snapshot, uint8 [num_bytes], and the keyword arguments of
+            the constructor, None for those of the registration. Of a ``snapshot`` its largest size in bytes, None for
+            no limit.
+        run_timeout_s: Seconds the method may run, time in the queue not counted; None for no limit. Each step of a
+            stream has this time.
+        kind: ``call`` runs a method, ``stream`` iterates over what a generator method yields, ``snapshot`` takes the
+            learner's state, ``restore`` replaces it.
     """
 
     call_id: int
@@ -55,31 +55,52 @@ class Call:
     arguments: Packed
     run_timeout_s: float | None = None
     kind: CallKind = "call"
-    part: Part | None = None
 
     def repeated(self) -> Call:
-        """This call, to be made once more: it has run in time already, and its result has been taken."""
+        """Return this call for a replay: without a limit, since it has ended in time before."""
         return Call(self.call_id, self.client_id, self.method, self.arguments, None, self.kind)
 
     def taken(self) -> Call:
-        """This call without its arguments, which are its method's own by now, to keep or to drop."""
-        return Call(self.call_id, self.client_id, self.method, _TAKEN, self.run_timeout_s, self.kind, self.part)
+        """Return this call without its arguments, which belong to the method by now."""
+        return Call(self.call_id, self.client_id, self.method, _TAKEN, self.run_timeout_s, self.kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Calls of several learners of one host, whose results the host reduces.
+
+    Attributes:
+        call_id: Unique in a run, also among calls.
+        prototype: The reducer without any result.
+        num_places: Number of clients that take part in the reduction, on all hosts.
+        calls: Place of a client in the reduction and its call.
+        is_watched: Whether the host reports the end of each call before the partial results.
+        timeout_s: Seconds that merging the partial results may take; None for no limit.
+    """
+
+    call_id: int
+    prototype: Packed
+    num_places: int
+    calls: tuple[tuple[int, Call], ...]
+    is_watched: bool = False
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a call, or of one step of a stream.
+    """What became of a call, of one step of a stream, or of a batch.
 
     Attributes:
-        kind: ``value`` (it returned), ``item`` (the stream yielded), ``end`` (the stream is over), ``failed``, or
-            ``cancelled``.
-        parcel: the result or the item.
-        failure: the exception.
-        never_ran: whether the method itself was not begun, so that asking again is safe.
-        cut_off: whether it was begun and ended early by a deadline or a cancel, so that what it has done to its
-            learner cannot be done again.
-        error: what the caller's own process has to say, raised as it is.
-        seconds: how long the method ran, of a value, or of a call that was cut off.
+        kind: ``value`` (it returned), ``item`` (the stream yielded, or calls of a watched batch have ended), ``end``
+            (the stream is over), ``failed`` or ``cancelled``.
+        parcel: The result or the item; of a batch the partial results.
+        failure: The exception of the method.
+        never_ran: Whether the method was not begun, so that the call may be sent again.
+        cut_off: Whether a deadline or a cancellation ended the method early, so that its effects on the learner
+            cannot be repeated.
+        error: An exception of the caller's own process, raised as it is.
+        seconds: Seconds the method ran; of a value and of a call that was cut off.
+        of_calls: Of a batch: places of the calls that have ended and their outcomes, without values.
     """
 
     kind: OutcomeKind
@@ -89,24 +110,25 @@ class Outcome:
     cut_off: bool = False
     error: Exception | None = None
     seconds: float = 0.0
+    of_calls: tuple[tuple[int, Outcome], ...] = ()
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing more will come of the call."""
+        """Whether no other outcome follows."""
         return self.kind != "item"
 
     def result(self, call: Call, allow: AllowList, worker: str) -> Any:
-        """What the caller gets: the result or the item; None at the end of a stream.
+        """Return what the caller gets: the result or the item; None at the end of a stream.
 
         Args:
-            call: what was asked.
-            allow: the types that may travel.
-            worker: who answered, for messages.
+            call: The call.
+            allow: The types that may travel.
+            worker: Name of the worker, for messages.
 
         Raises:
             Exception: `error`, or what the method raised, with a note that names client, method and worker.
-            SerializationError: the result cannot be read here.
-            WorkerLostError: the worker gave the call up because it is closing.
+            SerializationError: If the result cannot be read here.
+            WorkerLostError: If the worker gave the call up because it is closing.
         """
         where = f"{call.client_id}.{call.method} on {worker}"
         if self.error is not None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -17,14 +15,14 @@ import torch
 from torchfedrpc.errors import CallTimeoutError
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.answer import answer
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.host.deadlines import Deadlines, debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
 from torchfedrpc.host.learner_cache import LearnerCache
 from torchfedrpc.host.mailbox import Job, Mailbox, Reply
-from torchfedrpc.host.replies import Replies
 from torchfedrpc.host.runner import Report, Runner
 from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, Parcel, Reference
 from torchfedrpc.wire.shared import SharedValue
@@ -53,7 +51,6 @@ class LearnerHost:
         device: what `current_call` names as device.
         report: takes what a method reports of its progress, on the method's thread.
         activity: is told which calls are running.
-        together: a context in which several replies follow each other; whoever takes them may treat them as one.
         constructor_arguments: gives those of a client's learner, where the host is in the driver's own process
             and need not be told of each client by `register`. Then ``isolation=none`` passes references, run-time
             limits are not applied while a debugger is attached, and no outcome is kept.
@@ -67,7 +64,6 @@ class LearnerHost:
         device: torch.device | None = None,
         report: Report | None = None,
         activity: Activity | None = None,
-        together: Callable[[], AbstractContextManager[None]] = nullcontext,
         constructor_arguments: ConstructorArguments | None = None,
     ) -> None:
         self.worker = worker
@@ -90,13 +86,11 @@ class LearnerHost:
             release=self._release,
             done=self._done,
         )
-        self._replies = Replies(self._runner.num_waiting, together, self._deadlines)
         self._lock = threading.Lock()  # guards the mailboxes' queues, the jobs and their states, and the outcomes
         self._mailboxes: dict[str, Mailbox] = {}
         self._jobs: dict[int, Job] = {}
         self._outcomes: dict[int, Outcome] = {}  # final ones, which may be asked for again
-        self._num_parts: Counter[int] = Counter()  # reduction -> its calls that are here
-        self._collects: defaultdict[int, list[Job]] = defaultdict(list)  # reduction -> requests that wait for these
+        self._batches: dict[int, BatchJob] = {}  # by call id, until their final outcomes
         self._shared: dict[int, _Shelved] = {}  # number -> a value that calls refer to; set in the order of requests
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no executor numbered
 
@@ -105,26 +99,23 @@ class LearnerHost:
         """The types that may travel in this run."""
         return self._runner.allow
 
-    def register(self, client_id: str, kwargs: Packed | None, build: int = 0) -> Mailbox:
-        """Make room for a learner; its first call makes the learner itself.
-
-        Args:
-            client_id: whose learner.
-            kwargs: keyword arguments for its constructor; None where it is registered already.
-            build: which one of this client's learners it is; one that was here before it was elsewhere is of no use.
-
-        Returns:
-            Its mailbox; the one it has, where that build is registered already.
-        """
+    def register(self, registration: Registration) -> Mailbox:
+        """Return the mailbox of a learner, a new one for a new build. The first call makes the learner."""
+        client_id = registration.client_id
         with self._lock:
-            if kwargs is None:
-                return self._mailboxes[client_id]
             mailbox = self._mailboxes.get(client_id)
-            if mailbox is not None and mailbox.build == build:
-                return mailbox
-            self._residents.forget(client_id)
-            mailbox = self._mailboxes[client_id] = Mailbox(client_id, kwargs, build)
+            if mailbox is None or mailbox.build != registration.build:
+                self._residents.forget(client_id)
+                mailbox = self._mailboxes[client_id] = Mailbox(client_id, registration.kwargs, registration.build)
             return mailbox
+
+    def mailbox(self, client_id: str) -> Mailbox:
+        """Return the mailbox of a registered learner.
+
+        Raises:
+            KeyError: If it is not registered.
+        """
+        return self._mailboxes[client_id]
 
     def forget(self, client_id: str) -> None:
         """Let go of a learner that has moved elsewhere; no call of it is here."""
@@ -144,58 +135,66 @@ class LearnerHost:
         """The same of all values: whoever has shared them is about to begin anew."""
         self._shared.clear()
 
-    def begin_reduction(
-        self, number: int, prototype: Packed, num_places: int, going_on: Iterable[int] | None
-    ) -> None:
-        """Take part in a reduction; as of `Reductions.begin`."""
-        self._runner.reductions.begin(number, prototype, num_places, going_on)
-
-    def end_reduction(self, number: int) -> None:
-        """A reduction is over."""
-        self._runner.reductions.end(number)
-        with self._lock:
-            waiting = self._collects.pop(number, [])
-        for job in waiting:
-            self._done(job, Outcome("cancelled", never_ran=True))
-
     def submit(self, call: Call, reply: Reply, numbers: Iterable[int] = ()) -> None:
-        """Queue a call of a registered learner; ``reply`` is called with its (next) outcome, on some thread.
+        """Queue a call of a registered learner. ``reply`` receives its (first) outcome, on any thread.
 
         Args:
-            call: what is asked.
-            reply: takes the outcome.
-            numbers: of the values that its arguments refer to, where they do not have these themselves.
+            call: The call.
+            reply: Receives the outcome.
+            numbers: Numbers of the shared values that the arguments refer to, if they do not contain these.
         """
-        if numbers:
-            assert isinstance(call.arguments, Parcel)
-            values = tuple(self._take_shared(number) for number in numbers)
-            call = replace(call, arguments=replace(call.arguments, apart=values))
-        if not self._is_remote and call.client_id not in self._mailboxes and call.kind != "collect":
-            self._register_here(call.client_id)
+        call = self._prepared(call, numbers)
         with self._lock:
             known = self._known(call.call_id, 0, reply)
+            begins = None
             if known is _UNKNOWN:
-                is_collect = call.kind == "collect"
-                mailbox = Mailbox(call.client_id, None, made=True) if is_collect else self._mailboxes[call.client_id]
-                self._jobs[call.call_id] = job = Job(call, mailbox, reply)
-                if call.part is not None:
-                    if not is_collect:
-                        self._num_parts[call.part.reduction] += 1
-                    elif call.part.reduction in self._num_parts:
-                        mailbox.current = job
-                        self._collects[call.part.reduction].append(job)
-                        return
-                if mailbox.current is not None:
-                    mailbox.put(job)
-                    return
-                mailbox.current = job
-        if known is _UNKNOWN:
-            self._runner.begin(job)
-        elif known is not None:
+                begins = self._enqueue(Job(call, self._mailboxes[call.client_id], reply))
+        if begins is not None:
+            self._runner.begin(begins)
+        elif known is not None and known is not _UNKNOWN:
             reply(known)
 
+    def run_batch(self, batch: Batch, reply: Reply, numbers: Sequence[Iterable[int]] = ()) -> None:
+        """Queue the calls of a batch. ``reply`` receives its (first) outcome, on any thread.
+
+        Args:
+            batch: The calls and the reducer.
+            reply: Receives the outcome.
+            numbers: For each call, as of `submit`.
+        """
+        calls = [
+            (place, self._prepared(call, own))
+            for (place, call), own in zip(batch.calls, numbers or [()] * len(batch.calls), strict=True)
+        ]
+        begins: list[Job] = []
+        with self._lock:
+            known = self._outcomes.get(batch.call_id)
+            batch_job = self._batches.get(batch.call_id)
+            if batch_job is not None:
+                batch_job.watch(0, reply)
+            elif known is None:
+                batch_job = BatchJob(batch, reply, self._runner.take_value, self.allow)
+                self._batches[batch.call_id] = batch_job
+                for place, call in calls:
+                    ended = partial(self._call_ended, batch_job, place)
+                    job = Job(call, self._mailboxes[call.client_id], ended, batch=batch_job, place=place)
+                    if (beginning := self._enqueue(job)) is not None:
+                        begins.append(beginning)
+        for job in begins:
+            self._runner.begin(job)
+        if known is not None:
+            reply(known)
+        elif batch_job is not None:
+            self._tell(batch_job)
+
     def advance(self, call_id: int, step: int, reply: Reply) -> None:
-        """Ask an open stream for its item number ``step``, counted from 0."""
+        """Ask an open stream for item number ``step``, from 0, or a batch for the calls ended since then."""
+        with self._lock:
+            if (batch_job := self._batches.get(call_id)) is not None:
+                batch_job.watch(step, reply)
+        if batch_job is not None:
+            self._tell(batch_job)
+            return
         with self._lock:
             known = self._known(call_id, step, reply)
             job = self._jobs.get(call_id)
@@ -210,15 +209,19 @@ class LearnerHost:
             self._runner.step(job)
 
     def cancel(self, call_id: int, reply: Reply | None = None) -> None:
-        """Nobody waits for this call any more.
+        """Cancel a call, or the calls of a batch that have not ended.
 
-        A queued one never starts; an async method is cancelled; a sync one sees ``current_call().cancelled``, and
+        A queued call never starts; an async method is cancelled; a sync one sees ``current_call().cancelled``, and
         its learner is free again when it ends; a stream is closed.
 
         Args:
-            call_id: the call.
-            reply: takes what became of it, for one who was cut off and does not know.
+            call_id: The call, or the batch, which ends with the partial results of the other calls.
+            reply: Receives what became of the call; of a batch, not at all.
         """
+        if (batch_job := self._batches.get(call_id)) is not None:
+            for _, call in batch_job.batch.calls:
+                self._abandon(call.call_id, Outcome("cancelled"))
+            return
         outcome = self._abandon(call_id, Outcome("cancelled"))
         if reply is not None:
             with self._lock:
@@ -226,7 +229,7 @@ class LearnerHost:
             reply(outcome or Outcome("cancelled", never_ran=True))
 
     def acknowledge(self, call_ids: Iterable[int]) -> None:
-        """Forget the outcomes of these calls: whoever asked has them."""
+        """Forget the outcomes of these calls, which have arrived at the driver."""
         with self._lock:
             for call_id in call_ids:
                 self._outcomes.pop(call_id, None)
@@ -269,14 +272,12 @@ class LearnerHost:
             sever: cuts this process off from the driver's watch.
         """
         self._runner.saboteur = Saboteur(faults, sever) if faults else None
-        self._replies.are_held = not faults  # a fault must not take outcomes of calls before it along
 
     def stats(self) -> dict[str, int]:
         """How many learners are made here, and how many calls run or wait."""
         with self._lock:
             made = sum(mailbox.made and not mailbox.is_stored for mailbox in self._mailboxes.values())
-            num_collects = sum(map(len, self._collects.values()))
-            return {"learners": made, "pending_calls": len(self._jobs) - num_collects}
+            return {"learners": made, "pending_calls": len(self._jobs)}
 
     def close(self, timeout_s: float = 2.0) -> bool:
         """Cancel what runs and end the host's threads.
@@ -287,13 +288,66 @@ class LearnerHost:
         for call_id in list(self._jobs):
             self.cancel(call_id)
         ended = self._runner.close(timeout_s)
-        self._replies.late()
         self._deadlines.close()
         self._residents.close()
         if ended:  # nothing waits for the next garbage collection, for which this host's own circles do
             for kept in (self._mailboxes, self._outcomes, self._shared):
                 kept.clear()
         return ended
+
+    def _prepared(self, call: Call, numbers: Iterable[int]) -> Call:
+        """Return a call with its shared arguments. In the driver's own process its learner is registered."""
+        if numbers:
+            assert isinstance(call.arguments, Parcel)
+            values = tuple(self._take_shared(number) for number in numbers)
+            call = replace(call, arguments=replace(call.arguments, apart=values))
+        if not self._is_remote and call.client_id not in self._mailboxes:
+            assert self._constructor_arguments is not None
+            kwargs = self._constructor_arguments(call.client_id, by_value=self._by_value)
+            self.register(Registration(call.client_id, kwargs))
+        return call
+
+    def _enqueue(self, job: Job) -> Job | None:
+        """Queue a job, with the lock held; returns it if it is to begin now."""
+        self._jobs[job.call.call_id] = job
+        if job.mailbox.current is not None:
+            job.mailbox.put(job)
+            return None
+        job.mailbox.current = job
+        return job
+
+    def _call_ended(self, batch_job: BatchJob, place: int, outcome: Outcome) -> None:
+        """Note the end of a batch's call. The last one's thread collects the partial results."""
+        with self._lock:
+            is_last = batch_job.ended(place, outcome)
+        self._tell(batch_job)
+        if not is_last:
+            return
+        if batch_job.batch.timeout_s is not None:
+            self._deadlines.start(batch_job, batch_job.batch.timeout_s)
+        self._runner.collect(batch_job, self._batch_done)
+
+    def _tell(self, batch_job: BatchJob) -> None:
+        """Answer a request that waits for the end of calls of a batch."""
+        with self._lock:
+            due = batch_job.next_reply()
+        if due is not None:
+            reply, outcome = due
+            reply(outcome)
+
+    def _batch_done(self, batch_job: BatchJob, outcome: Outcome) -> None:
+        """Answer a batch, unless its deadline has passed."""
+        self._deadlines.stop(batch_job)
+        call_id = batch_job.batch.call_id
+        with self._lock:
+            if self._batches.pop(call_id, None) is None:
+                return
+            outcome = replace(outcome, of_calls=tuple(batch_job.outcomes))
+            reply, batch_job.reply = batch_job.reply, None
+            if self._is_remote or reply is None:
+                self._outcomes[call_id] = outcome
+        if reply is not None:
+            reply(outcome)
 
     def _take_shared(self, number: int) -> SharedValue:
         shelved = self._shared[number]
@@ -302,10 +356,6 @@ class LearnerHost:
             if not shelved.num_calls:
                 del self._shared[number]
         return shelved.value
-
-    def _register_here(self, client_id: str) -> None:
-        assert self._constructor_arguments is not None
-        self.register(client_id, self._constructor_arguments(client_id, by_value=self._by_value))
 
     def _known(self, call_id: int, step: int, reply: Reply) -> Outcome | None:
         """What is known of a step that is asked for: its outcome, None where it is joined, or `_UNKNOWN`."""
@@ -324,12 +374,12 @@ class LearnerHost:
         return _UNKNOWN
 
     def _done(self, job: Job, outcome: Outcome) -> None:
-        """Answer who waits, and go on: to the learner's next call, or closing a stream that nobody reads."""
-        following, unread, collects = None, False, []
+        """Answer a job, and begin the learner's next one, or close a stream that was cancelled meanwhile."""
+        following, unread = None, False
         with self._lock:
             reply, job.reply = job.reply, None
             if outcome.is_final:
-                collects = self._remove(job)
+                del self._jobs[job.call.call_id]
                 if not job.cancelled:
                     self._keep(job, outcome)
                 following = job.mailbox.next_job()
@@ -339,11 +389,8 @@ class LearnerHost:
                 job.last_item = outcome if self._is_remote else None
         if following is not None:
             self._runner.begin(following)
-        with self._replies.gathered() if collects else nullcontext():
-            part = job.call.part
-            self._replies.put(reply, outcome, can_wait=part is not None and not part.is_awaited)
-            for collect in collects:
-                self._runner.collect(collect)  # what can be done at once goes with this very answer
+        if reply is not None:
+            reply(outcome)
         if unread:
             self._runner.close_stream(job)
 
@@ -362,10 +409,16 @@ class LearnerHost:
             self._runner.begin(following)
 
     def _expire(self, key: Any) -> None:
-        if key is self._replies:
-            self._replies.late()
+        if isinstance(key, BatchJob):
+            self._batch_done(key, self._runner.failed(self._merging_late(key)))
         else:
             self._overran(key)
+
+    def _merging_late(self, batch_job: BatchJob) -> CallTimeoutError:
+        return CallTimeoutError(
+            f"{self.worker} did not give its partial results within {batch_job.batch.timeout_s} s: see what the "
+            f"reducer does, or raise runtime.call_timeout_s"
+        )
 
     def _overran(self, call_id: int) -> None:
         job = self._jobs.get(call_id)
@@ -389,38 +442,24 @@ class LearnerHost:
             reply, job.reply = job.reply, None
             idle_stream, job.stepping = not job.stepping, True
             queued = job is not job.mailbox.current
-            collects = []
             if queued:
                 assert job.mailbox.queue is not None
                 job.mailbox.queue.remove(job)
-                collects = self._remove(job)
+                del self._jobs[call_id]
             seconds = time.perf_counter() - job.began if job.began else 0.0  # it may wait for a thread
             outcome = replace(outcome, never_ran=queued, cut_off=not queued and not idle_stream, seconds=seconds)
             self._keep(job, outcome)
         if reply is not None:
             reply(outcome)
-        for collect in collects:
-            self._runner.begin(collect)
         if idle_stream:
             self._runner.close_stream(job)
         else:
             self._runner.cancel_task(job)
         return outcome
 
-    def _remove(self, job: Job) -> list[Job]:
-        """A job is over; those requests for partial results that have waited for it."""
-        del self._jobs[job.call.call_id]
-        part = job.call.part
-        if part is None or job.call.kind == "collect":
-            return []
-        self._num_parts[part.reduction] -= 1
-        if self._num_parts[part.reduction]:
-            return []
-        del self._num_parts[part.reduction]
-        return self._collects.pop(part.reduction, [])
-
     def _keep(self, job: Job, outcome: Outcome) -> None:
-        if self._is_remote:
+        """Keep a final outcome for a repeated request; that of a batch's call is kept with the batch's."""
+        if self._is_remote and job.batch is None:
             self._outcomes[job.call.call_id] = outcome
 
 

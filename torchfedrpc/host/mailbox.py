@@ -12,6 +12,7 @@ from typing import Any
 
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.call_scope import CallScope
+from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.packing import Packed
 
 Reply = Callable[[Outcome], None]
@@ -99,6 +100,8 @@ class Job:
         num_items: items that the stream has given.
         last_item: the last of them, until the next is asked for.
         began: when its method began, by `time.perf_counter`.
+        batch: the batch that the call belongs to, if any, to which its result is added.
+        place: the client's place in the batch's reduction.
         num_reports: what it has reported of its progress.
         reporting: held while it reports: its threads may do so at once.
     """
@@ -115,5 +118,7 @@ class Job:
     num_items: int = 0
     last_item: Outcome | None = None
     began: float = 0.0
+    batch: BatchJob | None = None
+    place: int = 0
     num_reports: int = 0
     reporting: threading.Lock = field(default_factory=threading.Lock)

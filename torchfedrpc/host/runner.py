@@ -32,7 +32,7 @@ from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, load, re
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.threads import AsyncLane, SyncLane
 from torchfedrpc.host.torch_settings import OpenedSettings, adopt_settings
-from torchfedrpc.reduce.worker import Reductions
+from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import Packed, Parcel, Reference, pack
 
@@ -104,31 +104,22 @@ class Runner:
         self._gate = Gate()
         self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._prepare_thread)
         self._async = AsyncLane(self._prepare_thread, self._step_alone)
-        self.reductions = Reductions(self.take_value, self.allow)
-        self._collecting: SyncLane | None = None  # made when the first job needs it, on whichever thread
+        self._merging: SyncLane | None = None  # started by the first batch that needs it, on any thread
         self._making = threading.Lock()
 
     def begin(self, job: Job) -> None:
         """Run a job up to its result or its first item; its learner is made before, where there is none."""
-        if job.call.kind == "collect":  # of no learner, so it waits for none
-            with self._making:
-                if self._collecting is None:
-                    self._collecting = SyncLane(1, self._prepare_thread)
-            self._collecting.put(partial(self._collect, job))
-        else:
-            self._sync.put(partial(self._in_turn, self._begin, job))
+        self._sync.put(partial(self._in_turn, self._begin, job))
 
-    def collect(self, job: Job) -> None:
-        """Answer a request for partial results that has waited for its calls: at once where no user's code is run."""
-        part = job.call.part
-        if part is not None and self.reductions.are_quick(part.reduction):
-            self._collect(job)
-        else:
-            self.begin(job)
-
-    def num_waiting(self) -> int:
-        """How many jobs wait for a thread."""
-        return self._sync.num_waiting
+    def collect(self, job: BatchJob, done: Callable[[BatchJob, Outcome], None]) -> None:
+        """Hand the partial results of a batch to ``done``. A user's reducer runs on a thread of its own."""
+        if job.is_quick:
+            self._collect(job, done)
+            return
+        with self._making:
+            if self._merging is None:
+                self._merging = SyncLane(1, self._prepare_thread)
+        self._merging.put(partial(self._collect, job, done))
 
     def step(self, job: Job) -> None:
         """Run an open stream up to its next item."""
@@ -164,8 +155,8 @@ class Runner:
     def close(self, timeout_s: float) -> bool:
         """End the threads; whether all ended in time."""
         have_ended = self._sync.close(timeout_s) & self._async.close(timeout_s)
-        if self._collecting is not None:
-            have_ended &= self._collecting.close(timeout_s)
+        if self._merging is not None:
+            have_ended &= self._merging.close(timeout_s)
         if have_ended:
             self._streams.give_back()
         return have_ended
@@ -285,14 +276,13 @@ class Runner:
         except BaseException as error:
             return self.failed(error)
 
-    def _collect(self, job: Job) -> None:
+    def _collect(self, job: BatchJob, done: Callable[[BatchJob, Outcome], None]) -> None:
         try:
-            number, skipped = job.call.arguments.open(self.allow)
-            nodes, is_ours = self.reductions.collect(number, skipped)
-            outcome = Outcome("value", pack(nodes, copy=not is_ours) if self._by_value else Reference(nodes))
+            nodes, is_owned = job.partial_results()
+            outcome = Outcome("value", pack(nodes, copy=not is_owned) if self._by_value else Reference(nodes))
         except BaseException as error:
             outcome = self.failed(error)
-        self._done(job, outcome)
+        done(job, outcome)
 
     def _snapshot(
         self, job: Job, mailbox: Mailbox, *, in_files: bool = False, limit_bytes: int | None = None
@@ -518,8 +508,8 @@ class Runner:
         """What came of the only object in a box, to which nothing of ours refers; the box is empty then."""
         seconds = time.perf_counter() - job.began
         try:
-            if job.call.part is not None and not job.cancelled:
-                self.reductions.add(job.call.part, box[0])
+            if job.batch is not None and not job.cancelled:
+                job.batch.add(job.place, box[0])
                 box[0] = None
             taken = pack(box[0], in_files=self.shows_files) if self._by_value else Reference(box[0])
             return Outcome(kind, taken, seconds=seconds)

@@ -1,14 +1,14 @@
-"""The reductions that a host takes part in: what its learners' results come to, until the driver collects it."""
+"""A batch in its host: calls whose results are reduced there, and the partial results that answer it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
-from torchfedrpc.host.call import Part
+from torchfedrpc.host.call import Batch, Outcome
 from torchfedrpc.reduce.reducers import Reducer, is_builtin
 from torchfedrpc.reduce.tree import Forest, MergeError, Node
 from torchfedrpc.wire.allowlist import AllowList
@@ -16,110 +16,97 @@ from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import Packed
 
 
-@dataclass
-class _Begun:
-    """A reduction; its reducer is opened when the first result comes, since that may be code of the user's."""
+class BatchJob:
+    """The state of a batch from its request to its final outcome.
 
-    prototype: Packed
-    num_places: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    opened: tuple[Reducer, Forest] | None = None
-
-
-class Reductions:
-    """Forests by the number of their reduction. Thread-safe.
+    `add` and `partial_results` may be called on any thread. The host's lock guards everything else.
 
     Args:
-        take_value: takes an object as it is now.
-        allow: the types that may travel.
+        batch: The calls and the reducer.
+        reply: Receives the next outcome.
+        take_value: Packs an object as it is now.
+        allow: The types that may travel.
+
+    Attributes:
+        batch: The batch.
+        reply: Receives the next outcome; None while no request waits for it.
+        outcomes: Places of the calls that have ended and their outcomes, without values.
     """
 
-    def __init__(self, take_value: Callable[[Any], Packed], allow: AllowList) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        reply: Callable[[Outcome], None],
+        take_value: Callable[[Any], Packed],
+        allow: AllowList,
+    ) -> None:
+        self.batch = batch
+        self.reply: Callable[[Outcome], None] | None = reply
+        self.outcomes: list[tuple[int, Outcome]] = []
+        self._num_known = 0  # outcomes that the driver has
         self._take_value = take_value
         self._allow = allow
-        self._begun: dict[int, _Begun] = {}
-        self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        self._opened: tuple[Reducer, Forest] | None = None
 
-    def __len__(self) -> int:
-        """How many reductions this host takes part in."""
-        return len(self._begun)
-
-    def begin(self, number: int, prototype: Packed, num_places: int, going_on: Iterable[int] | None) -> None:
-        """Take part in a reduction, unless this host does already.
-
-        Args:
-            number: the reduction's.
-            prototype: the reducer, as nobody has added to it.
-            num_places: how many clients of the run take part.
-            going_on: numbers of the reductions that are not over, where some may be of which nobody could tell.
-        """
-        with self._lock:
-            for other in () if going_on is None else self._begun.keys() - set(going_on):
-                del self._begun[other]
-            self._begun.setdefault(number, _Begun(prototype, num_places))
-
-    def end(self, number: int) -> None:
-        """A reduction is over."""
-        with self._lock:
-            self._begun.pop(number, None)
-
-    def add(self, part: Part, result: Any) -> None:
-        """Take a client's result, on its method's thread: a reducer of the user's has a value of its own.
-
-        Args:
-            part: what the result is.
-            result: of the client's call.
+    def add(self, place: int, result: Any) -> None:
+        """Add the result of a client's call, on the thread of its method. A user's reducer gets it by value.
 
         Raises:
-            MergeError: it does not go together with another client's.
-            SerializationError: the reducer cannot be opened here.
-            Exception: what the reducer raised.
+            MergeError: If it cannot be merged with the result of another client.
+            SerializationError: If the reducer cannot be opened here.
+            Exception: What the reducer's ``add`` raised.
         """
-        reducer, forest = self._opened(part.reduction)
+        reducer, forest = self._open()
         if not is_builtin(reducer):
             result = self._take_value(result).open(self._allow)
-        with self._merging():
-            forest.add(part.place, result)
+        with self._merge_errors():
+            forest.add(place, result)
 
-    def are_quick(self, number: int) -> bool:
-        """Whether no code of the user's is run as the partial results of this reduction are collected and packed."""
-        with self._lock:
-            begun = self._begun.get(number)
-        return begun is not None and begun.opened is not None and is_builtin(begun.opened[0])
+    def ended(self, place: int, outcome: Outcome) -> bool:
+        """Note the outcome of a call. Returns whether all calls of the batch have ended."""
+        self.outcomes.append((place, replace(outcome, parcel=None)))
+        return len(self.outcomes) == len(self.batch.calls)
 
-    def collect(self, number: int, skipped: Iterable[int]) -> tuple[list[Node], bool]:
-        """The partial results that are here, each as large as it can be; then this host has none.
+    def watch(self, num_known: int, reply: Callable[[Outcome], None]) -> None:
+        """Answer a request for the outcomes after the first ``num_known``."""
+        self._num_known, self.reply = num_known, reply
 
-        Args:
-            number: the reduction's.
-            skipped: places of this host's clients that count for nothing, now or when their results come late.
+    def next_reply(self) -> tuple[Callable[[Outcome], None], Outcome] | None:
+        """Return the request that waits and the outcomes that it does not have yet; None if there is no such."""
+        new = tuple(self.outcomes[self._num_known :])
+        if not (self.batch.is_watched and self.reply is not None and new):
+            return None
+        reply, self.reply = self.reply, None
+        return reply, Outcome("item", of_calls=new)
 
-        Returns:
-            The partial results, and whether it is certain that nobody else holds their memory.
+    @property
+    def is_quick(self) -> bool:
+        """Whether collecting and packing the partial results runs no code of the user's."""
+        return self._opened is None or is_builtin(self._opened[0])
+
+    def partial_results(self) -> tuple[list[Node], bool]:
+        """Return the largest complete nodes, and whether their memory belongs to them alone.
 
         Raises:
-            MergeError: two of them do not go together.
+            MergeError: If two results cannot be merged.
         """
-        reducer, forest = self._opened(number)
-        with self._merging():
-            for place in set(skipped).intersection(forest.waiting()):
-                forest.skip(place)
+        if self._opened is None:  # no call has given a result
+            return [], True
+        reducer, forest = self._opened
+        with self._merge_errors():
             return forest.take(), is_builtin(reducer)
 
-    def _opened(self, number: int) -> tuple[Reducer, Forest]:
-        with self._lock:
-            begun = self._begun.get(number)
-        if begun is None:
-            raise RuntimeError("its reduction is over: the driver does not wait for this result any more")
-        with begun.lock:
-            if begun.opened is None:
-                reducer = begun.prototype.copy().open(self._allow)
-                begun.opened = reducer, Forest(reducer, range(begun.num_places))
-            return begun.opened
+    def _open(self) -> tuple[Reducer, Forest]:
+        with self._opening:
+            if self._opened is None:
+                reducer = self.batch.prototype.copy().open(self._allow)
+                self._opened = reducer, Forest(reducer, range(self.batch.num_places))
+            return self._opened
 
     @contextmanager
-    def _merging(self) -> Iterator[None]:
-        """Where two results do not go together, the driver hears of it, whatever a reducer has raised."""
+    def _merge_errors(self) -> Iterator[None]:
+        """Give a MergeError a reason of a type that may travel."""
         try:
             yield
         except MergeError as error:

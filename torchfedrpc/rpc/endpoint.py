@@ -12,18 +12,17 @@ import hmac
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.call import Call, Outcome, Registration
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.rpc.backend import async_entry
 from torchfedrpc.rpc.in_order import InOrder
-from torchfedrpc.rpc.message import MappedDevices, read_call, read_files, read_parcel
+from torchfedrpc.rpc.message import MappedDevices, read_batch, read_call, read_files, read_parcel
 from torchfedrpc.rpc.response_queue import Answers, Reported
 from torchfedrpc.rpc.rrefs import OwnedRRefs
 from torchfedrpc.wire.exceptions import Failure
@@ -81,11 +80,6 @@ class Endpoint:
         given = header[0] if type(header) is tuple and header else None
         secret = given if type(given) is bytes else b""
         return world if world is not None and hmac.compare_digest(secret, world.secret) else None
-
-    def together(self) -> AbstractContextManager[None]:
-        """A context in which the host replies several times; its replies may go in one message."""
-        world = self._world
-        return world.answers.together() if world is not None else nullcontext()
 
     def report(self, call: Call, number: int, progress: Packed) -> None:
         """Tell the driver what a method reports: it hears that before the call's outcome."""
@@ -211,7 +205,7 @@ def _read(endpoint: Endpoint, world: _World, item: Any) -> _Action:
     """What an item asks for; where it cannot be read, to answer that."""
     try:
         verb, *arguments = item
-        numbers = arguments[:1] if verb == "submit" else arguments if verb in _QUESTIONS else ()
+        numbers = arguments[:1] if verb in ("submit", "batch") else arguments if verb in _QUESTIONS else ()
         if {*map(type, numbers)} - {int}:
             raise SerializationError(f"{verb} takes numbers")
         return _VERBS[verb](endpoint, world, *arguments)
@@ -238,8 +232,19 @@ def _submit(endpoint: Endpoint, world: _World, question: int, message: Any) -> _
     return _answering(reply, lambda host: host.submit(call, reply, numbers))
 
 
+def _batch(endpoint: Endpoint, world: _World, question: int, message: Any) -> _Action:
+    """Run a batch, or join it; its (first) outcome is the answer."""
+    (batch, numbers), reply = read_batch(message, endpoint.device), partial(world.answers.outcome, question)
+    return _answering(reply, lambda host: host.run_batch(batch, reply, numbers))
+
+
+def _cancel_batch(endpoint: Endpoint, world: _World, call_id: int) -> _Action:
+    """Cancel the calls of a batch that have not ended."""
+    return lambda host: host.cancel(call_id)
+
+
 def _advance(endpoint: Endpoint, world: _World, question: int, call_id: int, step: int) -> _Action:
-    """Ask an open stream for an item; the outcome of that step is the answer."""
+    """Ask an open stream for an item, or a batch for the calls that have ended; the outcome is the answer."""
     reply = partial(world.answers.outcome, question)
     return _answering(reply, lambda host: host.advance(call_id, step, reply))
 
@@ -255,7 +260,11 @@ def _register(endpoint: Endpoint, world: _World, client_id: str, kwargs: Any, bu
     arguments = read_parcel(kwargs, endpoint.device)
 
     def register(host: LearnerHost) -> None:
-        world.rrefs.own(client_id, host.register(client_id, arguments, build))
+        if arguments is None:  # registered in an earlier world
+            mailbox = host.mailbox(client_id)
+        else:
+            mailbox = host.register(Registration(client_id, arguments, build))
+        world.rrefs.own(client_id, mailbox)
 
     return register
 
@@ -293,29 +302,12 @@ def _unshare(endpoint: Endpoint, world: _World, number: int) -> _Action:
     return lambda host: host.unshare(number)
 
 
-def _reduce(
-    endpoint: Endpoint,
-    world: _World,
-    number: int,
-    message: Any,
-    num_places: int,
-    going_on: tuple[int, ...],
-) -> _Action:
-    """Take part in a reduction."""
-    prototype = read_parcel(message, endpoint.device)
-    assert prototype is not None
-    return lambda host: host.begin_reduction(number, prototype, num_places, going_on)
-
-
-def _end_reduction(endpoint: Endpoint, world: _World, number: int) -> _Action:
-    """A reduction is over."""
-    return lambda host: host.end_reduction(number)
-
-
-_QUESTIONS = ("submit", "advance", "cancel")
+_QUESTIONS = ("submit", "batch", "advance", "cancel")
 
 _VERBS: dict[str, Callable[..., _Action]] = {
     "submit": _submit,
+    "batch": _batch,
+    "cancel_batch": _cancel_batch,
     "advance": _advance,
     "cancel": _cancel,
     "register": _register,
@@ -323,8 +315,6 @@ _VERBS: dict[str, Callable[..., _Action]] = {
     "share": _share,
     "share_files": _share_files,
     "unshare": _unshare,
-    "reduce": _reduce,
-    "end_reduction": _end_reduction,
 }
 
 

@@ -1,4 +1,4 @@
-"""A worker as its driver knows it."""
+"""A worker process, as its driver knows it, and the requests to it through all worlds."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import asyncio
 import re
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.rpc.control_link import Link, Message, in_short
 from torchfedrpc.rpc.heartbeat import Loss
+from torchfedrpc.rpc.worker_client import WorkerClient, WorldOver
 from torchfedrpc.wire.file import TensorFile
 
 _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
@@ -19,6 +21,20 @@ _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
 
 class RefusalError(WorkerLostError):
     """A worker that is there cannot do what it is told."""
+
+
+class WorkerGone(Exception):
+    """A worker was lost, or has left, before an answer came.
+
+    Attributes:
+        reason: How it ended.
+        running: Ids of the calls that it was running, or, if that is unknown, of the call that was sent first.
+    """
+
+    def __init__(self, reason: str, running: frozenset[int]) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.running = running
 
 
 @dataclass(eq=False)
@@ -36,7 +52,7 @@ class Member:
         elsewhere: whether it is on another machine than the driver's (names need not differ).
         imports_main: how it comes to know what the driver's script defines: it has to import it, by its ``path`` or
             by its ``name``; None: it runs the script itself.
-        learners: the clients whose learners it has.
+        registrations: client -> the learner that it has, or is to make at its next call.
         device: its device.
         visible_gpus: the GPUs that it is limited to.
         sees_files: whether it finds the files of the driver's process.
@@ -45,6 +61,9 @@ class Member:
         has_served: whether it could be called at some time.
         wants_to_leave: whether it has asked to be released, and nobody was told yet.
         lost: becomes how it was lost, once it is; made when a run begins.
+        client: sends requests to it in the present world; None while the world is re-formed.
+        confirmed: clients of which it has told that their learners are registered, in earlier worlds.
+        sent: ids of the requests that were sent and have no final answer, the first one first.
     """
 
     label: str
@@ -55,7 +74,7 @@ class Member:
     how_it_ended: Callable[[], str] = lambda: ""
     elsewhere: bool = False
     imports_main: Literal["path", "name"] | None = None
-    learners: set[str] = field(default_factory=set)
+    registrations: dict[str, Registration] = field(default_factory=dict)
     device: str = "cpu"
     visible_gpus: str | None = None
     sees_files: bool = False
@@ -63,15 +82,148 @@ class Member:
     local_index: int = -1
     has_served: bool = False
     wants_to_leave: bool = False
+    client: WorkerClient | None = None
+    confirmed: set[str] = field(default_factory=set)
+    sent: dict[int, None] = field(default_factory=dict)
     lost: asyncio.Future[Loss] = field(init=False)
+    _cancelled: set[int] = field(default_factory=set)  # ids of batches
+    _changed: asyncio.Event = field(init=False)
     _turn: asyncio.Lock = field(init=False)
 
     def begin(self) -> None:
         """Begin a run on the running event loop."""
-        self.learners = set()
+        self.registrations, self.confirmed, self.sent, self.client = {}, set(), {}, None
+        self._cancelled = set()
         self.has_served = self.wants_to_leave = False
         self.lost = asyncio.get_running_loop().create_future()
+        self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
+
+    def enter_world(self, client: WorkerClient) -> None:
+        """Let requests go through a client, in a world that was formed."""
+        self.client = client
+        self._changed.set()
+
+    def leave_world(self) -> None:
+        """Let requests wait for the next world, those without an answer too."""
+        client, self.client = self.client, None
+        self._changed.clear()
+        if client is not None:
+            self.confirmed |= client.confirmed()
+            client.close()
+
+    def lose(self, loss: Loss) -> None:
+        """Fail all requests: the process is gone, or was let go."""
+        if self.lost.done():
+            return
+        running = loss.running if loss.running is not None else list(self.sent)[:1]
+        self.lost.set_result(replace(loss, running=tuple(running)))
+        self.leave_world()
+        self._changed.set()
+
+    def gone(self) -> WorkerGone:
+        """Return the error of requests to it: it is gone."""
+        loss = self.lost.result()
+        return WorkerGone(loss.reason, frozenset(loss.running or ()))
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was lost, or let go."""
+        return self.lost.done()
+
+    def register(self, registration: Registration) -> None:
+        """Give it a learner, of which its next call makes an instance."""
+        self.registrations[registration.client_id] = registration
+
+    def forget(self, client_id: str) -> None:
+        """Take a learner from it, all of whose calls have ended."""
+        if self.registrations.pop(client_id, None) is not None:
+            self.confirmed.discard(client_id)
+            if self.client is not None:
+                self.client.forget(client_id)
+
+    async def submit(self, call: Call) -> Outcome:
+        """Run a call of a learner that it has, or join it. Returns its (first) outcome.
+
+        Raises:
+            WorkerGone: If the worker is lost.
+            UndeliverableError: If RPC cannot carry the call or its answer.
+        """
+        self.sent[call.call_id] = None
+        while True:
+            client = self.client or await self._next_client()
+            try:
+                client.register(self.registrations[call.client_id])
+                return self._heard(call, await client.submit(call))
+            except WorldOver:
+                continue
+
+    async def run_batch(self, batch: Batch) -> Outcome:
+        """Run a batch, or join it; as of `submit`."""
+        self.sent[batch.call_id] = None
+        while True:
+            client = self.client or await self._next_client()
+            try:
+                for _, call in batch.calls:
+                    client.register(self.registrations[call.client_id])
+                answer = client.run_batch(batch)
+                if batch.call_id in self._cancelled:
+                    client.cancel_batch(batch)
+                return self._heard(batch, await answer)
+            except WorldOver:
+                continue
+
+    async def advance(self, request: Call | Batch, step: int) -> Outcome:
+        """Ask an open stream for its item number ``step``, or a watched batch for the calls ended since then.
+
+        Raises:
+            WorkerGone: If the worker is lost.
+            UndeliverableError: If RPC cannot carry the answer.
+        """
+        while True:
+            client = self.client or await self._next_client()
+            try:
+                answer = client.advance(request, step)
+                if request.call_id in self._cancelled and isinstance(request, Batch):
+                    client.cancel_batch(request)
+                return self._heard(request, await answer)
+            except WorldOver:
+                continue
+
+    def cancel_batch(self, batch: Batch) -> None:
+        """Cancel the calls of a batch that have not ended; its final outcome has the results of the others."""
+        self._cancelled.add(batch.call_id)
+        if self.client is not None:
+            self.client.cancel_batch(batch)
+
+    async def cancel(self, call: Call) -> Outcome:
+        """Cancel a call. Returns what became of it; as of `advance`."""
+        while True:
+            client = self.client or await self._next_client()
+            try:
+                outcome = await client.cancel(call)
+            except WorldOver:
+                continue
+            self.sent.pop(call.call_id, None)
+            return outcome
+
+    def _heard(self, request: Call | Batch, outcome: Outcome) -> Outcome:
+        if outcome.is_final:
+            self.sent.pop(request.call_id, None)
+            self._cancelled.discard(request.call_id)
+        return outcome
+
+    async def _next_client(self) -> WorkerClient:
+        """Wait for the next world of this worker.
+
+        Raises:
+            WorkerGone: If the worker is lost.
+        """
+        while self.client is None:
+            if self.lost.done():
+                raise self.gone()
+            await self._changed.wait()
+        return self.client
 
     async def tell(self, message: Message) -> Message:
         """Have the worker do something, and await its answer.

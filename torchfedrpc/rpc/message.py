@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.host.call import Call, CallKind, Outcome, OutcomeKind, Part
+from torchfedrpc.host.call import Batch, Call, CallKind, Outcome, OutcomeKind
 from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.file import NO_ROOM, Address, TensorFiles
@@ -113,8 +113,7 @@ def home_device(parcel: Packed) -> torch.device | None:
 def call_message(call: Call, covered: MappedDevices) -> Any:
     """A call as a tuple."""
     timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # numpy's would not get through
-    part = (call.part.reduction, call.part.place, call.part.is_awaited) if call.part is not None else None
-    fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind, part)
+    fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind)
     return (
         fields,
         parcel_message(call.arguments, covered),
@@ -130,34 +129,64 @@ def read_call(message: Any, device: torch.device) -> tuple[Call, tuple[int, ...]
     """
     match message:
         case (
-            (int(call_id), str(client_id), str(method), float() | None as run_timeout_s, kind, part),
+            (int(call_id), str(client_id), str(method), float() | None as run_timeout_s, kind),
             tuple() as arguments,
             tuple(numbers),
         ) if kind in _KINDS and {*map(type, numbers)} <= {int}:
             parcel = read_parcel(arguments, device)
             assert parcel is not None
-            return Call(call_id, client_id, method, parcel, run_timeout_s, kind, _read_part(part)), numbers
+            return Call(call_id, client_id, method, parcel, run_timeout_s, kind), numbers
     raise SerializationError(_OTHER_FORM)
 
 
-def _read_part(message: Any) -> Part | None:
+def batch_message(batch: Batch, covered: MappedDevices) -> Any:
+    """Return a batch as a tuple."""
+    timeout_s = None if batch.timeout_s is None else float(batch.timeout_s)
+    fields = (batch.call_id, batch.num_places, batch.is_watched, timeout_s)
+    calls = [(place, call_message(call, covered)) for place, call in batch.calls]
+    return fields, parcel_message(batch.prototype, covered), calls
+
+
+def read_batch(message: Any, device: torch.device) -> tuple[Batch, list[tuple[int, ...]]]:
+    """Return the batch of such a tuple, and for each call the numbers of the values that its arguments refer to.
+
+    Raises:
+        SerializationError: If the tuple has another form.
+    """
     match message:
-        case None:
-            return None
-        case (int(reduction), int(place), bool(is_awaited)):
-            return Part(reduction, place, is_awaited)
-    raise SerializationError(_OTHER_FORM)
+        case (
+            (int(call_id), int(num_places), bool(is_watched), float() | None as timeout_s),
+            tuple() as prototype,
+            list(calls),
+        ):
+            pass
+        case _:
+            raise SerializationError(_OTHER_FORM)
+    read: list[tuple[int, Call]] = []
+    numbers: list[tuple[int, ...]] = []
+    for part in calls:
+        match part:
+            case (int(place), parts) if 0 <= place < num_places:
+                call, of_call = read_call(parts, device)
+            case _:
+                raise SerializationError(_OTHER_FORM)
+        read.append((place, call))
+        numbers.append(of_call)
+    parcel = read_parcel(prototype, device)
+    assert parcel is not None
+    return Batch(call_id, parcel, num_places, tuple(read), is_watched, timeout_s), numbers
 
 
 def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
-    """An outcome as a tuple; files that it lies in are to be kept until it was read."""
+    """Return an outcome as a tuple. The files of its value must exist until it was read."""
     failure, parcel = outcome.failure, outcome.parcel
     parts = failure and (failure.type_name, failure.message, failure.traceback, failure.body)
     files = parcel.files if isinstance(parcel, Parcel) else None
     flags = (outcome.kind, outcome.never_ran, outcome.cut_off, outcome.seconds, files is not None)
+    of_calls = [(place, outcome_message(one, covered)) for place, one in outcome.of_calls]
     if parcel is not None and files is not None:
-        return flags, parts, file_message(parcel, files.addresses())
-    return flags, parts, parcel_message(parcel, covered)
+        return flags, parts, file_message(parcel, files.addresses()), of_calls
+    return flags, parts, parcel_message(parcel, covered), of_calls
 
 
 def report_message(call: Call, number: int, progress: Packed) -> Any:
@@ -191,6 +220,7 @@ def read_outcome(message: Any, home: torch.device | None, pid: int | None = None
             (str(kind), bool(never_ran), bool(cut_off), int() | float() as seconds, bool(is_in_files)),
             parts,
             content,
+            list(of_calls),
         ) if (settled := _OUTCOMES.get(kind)) is not None and math.isfinite(seconds):
             failure = _read_failure(parts)
         case _:
@@ -202,7 +232,15 @@ def read_outcome(message: Any, home: torch.device | None, pid: int | None = None
             parcel = replace(parcel, files=None)
     else:
         parcel = read_parcel(content, home, move_all=True)
-    return Outcome(settled, parcel, failure, never_ran, cut_off, seconds=seconds)
+    ended = tuple(_read_ended(one) for one in of_calls)
+    return Outcome(settled, parcel, failure, never_ran, cut_off, seconds=seconds, of_calls=ended)
+
+
+def _read_ended(message: Any) -> tuple[int, Outcome]:
+    match message:
+        case (int(place), (_, _, None, []) as outcome):  # without a value, so that outcomes are not nested deeper
+            return place, read_outcome(outcome, None)
+    raise SerializationError(_OTHER_FORM)
 
 
 def _read_failure(message: Any) -> Failure | None:

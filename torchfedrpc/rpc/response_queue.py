@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +56,6 @@ class Answers:
         self._alone: dict[int, Any] = {}  # number of a question -> its own future
         self._told: deque[tuple[int, Reported]] = deque()  # reports, by the number of the message that has them
         self._number = 0
-        self._num_gathering = 0  # threads that are about to add more
         self._is_open = True
         for reported in unheard:
             self._ready.append(_of_report(reported))
@@ -100,18 +98,6 @@ class Answers:
             self._ready.append(answer)
         self._tell()
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Within it outcomes are kept, to go in one message where they can."""
-        with self._lock:
-            self._num_gathering += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_gathering -= 1
-            self._tell()
-
     def heard(self, number: int) -> None:
         """So many messages have arrived: their reports need not be told again."""
         with self._lock:
@@ -144,7 +130,7 @@ class Answers:
                 self._telling.release()
 
     def _can_tell(self) -> bool:
-        return bool(self._ready and not self._num_gathering and (self._waiting or self._ready[0].future is not None))
+        return bool(self._ready and (self._waiting or self._ready[0].future is not None))
 
     def _settle_one(self) -> None:
         with self._lock:

@@ -284,7 +284,6 @@ class _Worker:
             device=device,
             report=self._endpoint.report,
             activity=self._activity,
-            together=self._endpoint.together,
         )
         self._endpoint.host = self._host
         endpoint.serving = self._endpoint

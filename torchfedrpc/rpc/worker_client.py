@@ -1,10 +1,10 @@
-"""The driver's stand-in for the host of one worker in one world: the same verbs, gathered into few rpc_asyncs."""
+"""Client of one worker in one world: sends calls in few messages, and settles a future for each."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,14 +13,14 @@ import torch
 
 from torchfedrpc.errors import ConfigError, SerializationError, WorkerLostError
 from torchfedrpc.host.answer import call_on
-from torchfedrpc.host.call import Call, Outcome
-from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.host.runner import Report
 from torchfedrpc.rpc import endpoint
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.in_order import InOrder
 from torchfedrpc.rpc.message import (
     MappedDevices,
+    batch_message,
     call_message,
     file_message,
     home_device,
@@ -30,10 +30,9 @@ from torchfedrpc.rpc.message import (
 )
 from torchfedrpc.rpc.rrefs import hold
 from torchfedrpc.wire.file import Address, TensorFiles
-from torchfedrpc.wire.packing import Packed
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
-_METHODS = ("call", "stream", "collect")
+_METHODS = ("call", "stream")
 _MAX_KEPT_BYTES = 8 << 20  # outcomes that a worker keeps until the next request to it acknowledges them
 _MAX_ITEMS = 64  # in one request: the worker begins with the first as the next are packed
 _LARGE_BYTES = 256 << 10  # an item so large begins a request of its own: those before it need not wait for it
@@ -42,14 +41,22 @@ _RREF_TIMEOUT_S = 2.0  # the event loop waits: a worker answers this beside its 
 _MAX_OPEN = 2  # requests that wait for an answer, where no other need for them is
 
 
+class WorldOver(Exception):
+    """The world ended before an answer came. The call is to be sent again in the next world."""
+
+
+class UndeliverableError(Exception):
+    """RPC cannot carry a call or its answer, though the worker lives; the reason is the ``__cause__``."""
+
+
 @dataclass
 class Traffic:
-    """What went to a worker and came from it, in all worlds.
+    """Bytes that went to a worker and came from it, in all worlds.
 
     Attributes:
-        num_sent_bytes: of calls' arguments.
-        num_received_bytes: of their results.
-        num_snapshot_bytes: of snapshots, both ways: when they are taken is no matter of the calls.
+        num_sent_bytes: Arguments of calls.
+        num_received_bytes: Results of calls.
+        num_snapshot_bytes: Snapshots, both ways; their number is not a matter of the user's calls.
     """
 
     num_sent_bytes: int = 0
@@ -60,36 +67,38 @@ class Traffic:
 @dataclass
 class _Share:
     value: SharedValue
-    lent: tuple[TensorFiles, list[Address]] | None  # where the worker finds it, if it is not sent
-    num_calls: int | None  # that have it in this tick; None where it is kept for others
+    lent: tuple[TensorFiles, list[Address]] | None  # files in which the worker finds it; None if it is sent
+    num_calls: int | None  # calls of this tick that have it; None if the worker keeps it for later calls
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    call: Call
-    reply: Reply
+    request: Call | Batch
+    future: asyncio.Future[Outcome]
     home: torch.device | None
-    lent: Sequence[TensorFiles | None]  # kept, whatever becomes of the values, as long as it may be looked for
+    lent: Sequence[TensorFiles | None]  # kept until the answer, since the worker may look for these files
+    is_cancel: bool = False
 
 
-class RemoteHost:
-    """The host of one worker, as the driver reaches it while a world lasts; of the driver's event loop alone.
+class WorkerClient:
+    """Sends requests to one worker while a world lasts; used by the driver's event loop alone.
 
-    What is said in one tick of the loop goes in one request, in order. The worker answers a request once it has
-    anything to tell, and tells all it has; so there is always one open while an answer is due.
+    Items of one tick of the loop go in one request, in order. The worker answers a request as soon as it has an
+    outcome or a report, with all that it has; so one request is always open while an answer is due.
 
     Args:
-        label: the worker's name in messages, such as ``worker1``.
-        name: its RPC name.
-        secret: what requests to this worker begin with in this world.
-        covered: the driver's devices that the world's device map takes to this worker.
-        traffic: counts bytes.
-        report: takes what running methods report.
-        sees_files: whether the worker finds the files of this process.
-        pid: the worker's process, where this one finds the files of that; None where it does not.
-        suspects: ids of calls that RPC has failed once: they go alone, and so do their answers.
-        on_error: takes this host, the calls that were asked for, and the exception, where a request or its answer
-            got lost.
+        label: The worker's name in messages, such as ``worker1``.
+        name: Its RPC name.
+        secret: First bytes of each request to this worker in this world.
+        covered: Devices of the driver that the world's device map takes to this worker.
+        traffic: Counts bytes.
+        report: Receives the progress that methods report.
+        sees_files: Whether the worker finds the files of this process.
+        pid: The worker's process if this one finds its files, else None.
+        known: Clients whose learners the worker has registered in an earlier world.
+        suspects: Ids of calls that RPC failed to carry once; they and their answers travel alone.
+        on_error: Receives this client, the requests that wait for an answer, and the exception, if RPC lost a request
+            or an answer.
     """
 
     def __init__(
@@ -103,8 +112,9 @@ class RemoteHost:
         report: Report,
         sees_files: bool,
         pid: int | None,
+        known: Container[str] = (),
         suspects: Container[int],
-        on_error: Callable[[RemoteHost, Sequence[Call], Exception], None],
+        on_error: Callable[[WorkerClient, Collection[Call | Batch], Exception], None],
     ) -> None:
         self.label = label
         self._loop = asyncio.get_running_loop()
@@ -115,17 +125,17 @@ class RemoteHost:
         self._report = report
         self._sees_files = sees_files
         self._pid = pid
+        self._known = known
         self._suspects = suspects
         self._on_error = on_error
         self._is_open = True
-        self._is_late_with_rrefs = False  # and was not heard of since
+        self._is_late_with_rrefs = False  # since the last answer
         self._learners: dict[str, Any] = {}  # client id -> its learner's RRef; None until that has come
         self._outgoing: list[tuple[int, tuple[Any, ...] | _Share]] = []  # each with its size in bytes
         self._shares: dict[int, _Share] = {}  # of this tick, by the value's number
         self._placed: set[int] = set()  # numbers of the values that the worker keeps
-        self._reductions: set[int] = set()  # numbers of those that the worker takes part in
         self._will_flush = False
-        self._late: asyncio.TimerHandle | None = None  # when to send what is not urgent
+        self._late: asyncio.TimerHandle | None = None  # sends what is not urgent
         self._next_request = 0
         self._num_open = 0
         self._numbers = itertools.count()
@@ -135,56 +145,60 @@ class RemoteHost:
         self._acknowledged: list[int] = []
         self._num_kept_bytes = 0
 
-    def __contains__(self, client_id: str) -> bool:
-        return client_id in self._learners
+    def register(self, registration: Registration) -> None:
+        """Let the worker make room for a learner, unless it has it in this world. Calls may follow at once."""
+        client_id = registration.client_id
+        if client_id not in self._learners:
+            self._learners[client_id] = None
+            kwargs = None if client_id in self._known else parcel_message(registration.kwargs, self._covered)
+            self._put(("register", client_id, kwargs, registration.build))
 
-    def register(self, client_id: str, kwargs: Packed | None, build: int) -> None:
-        """Make room for a learner; calls may follow at once, they arrive behind this.
-
-        Args:
-            client_id: whose.
-            kwargs: for the learner's constructor; None where the worker has the learner from an earlier world.
-            build: which one of this client's learners it is to be; another one that the worker has is of no use.
-        """
-        self._learners[client_id] = None
-        self._put(("register", client_id, parcel_message(kwargs, self._covered), build))
+    def confirmed(self) -> set[str]:
+        """Return the clients of which the worker has told that their learners are registered."""
+        return {client_id for client_id, rref in self._learners.items() if rref is not None}
 
     def forget(self, client_id: str) -> None:
-        """A learner has moved elsewhere, and all of its calls here were answered."""
+        """Let the worker drop a learner, which has moved elsewhere. No call of it may be open."""
         self._learners.pop(client_id, None)
         self._put(("forget", client_id))
 
-    def submit(self, call: Call, reply: Reply) -> None:
-        """Send a call, behind the values that its arguments refer to and that the worker does not have yet."""
-        lent = [self._share(value) for value in shared_values(call.arguments)]
-        num_bytes = call.arguments.num_bytes
-        if call.kind in _METHODS:
-            self._traffic.num_sent_bytes += num_bytes
-        else:
-            self._traffic.num_snapshot_bytes += num_bytes
-        self._ask(call, reply, "submit", call_message(call, self._covered), num_bytes=num_bytes, lent=lent)
+    def submit(self, call: Call) -> asyncio.Future[Outcome]:
+        """Send a call, behind the shared values that it refers to and that the worker does not have yet.
 
-    def advance(self, call: Call, step: int, reply: Reply) -> None:
-        """Ask an open stream for its item number ``step``."""
-        self._ask(call, reply, "advance", call.call_id, step)
+        Returns:
+            A future of its (first) outcome. It raises `WorldOver` if the world ends before, and `UndeliverableError`
+            if RPC cannot carry the call or its answer.
+        """
+        lent = self._lent([call])
+        message = call_message(call, self._covered)
+        return self._ask(call, "submit", message, home=home_device(call.arguments), lent=lent)
 
-    def cancel(self, call: Call, reply: Reply) -> None:
-        """Tell the worker that nobody waits for this call any more; ``reply`` takes what became of it."""
-        self._ask(call, reply, "cancel", call.call_id)
+    def run_batch(self, batch: Batch) -> asyncio.Future[Outcome]:
+        """Send a batch; as of `submit`."""
+        calls = [call for _, call in batch.calls]
+        lent = self._lent(calls)
+        homes = (home_device(call.arguments) for call in calls)
+        home = next((one for one in homes if one is not None), None)
+        return self._ask(batch, "batch", batch_message(batch, self._covered), home=home, lent=lent)
 
-    def acknowledge(self, call: Call, outcome: Outcome) -> None:
-        """The worker need not keep this outcome; it is told with the next request, or at once where it keeps much."""
-        self._acknowledged.append(call.call_id)
-        self._num_kept_bytes += outcome.parcel.num_bytes if outcome.parcel is not None else 0
-        if self._num_kept_bytes > _MAX_KEPT_BYTES and self._is_open:
-            self._ping()
+    def advance(self, request: Call | Batch, step: int) -> asyncio.Future[Outcome]:
+        """Ask an open stream for its item number ``step``, or a watched batch for the calls ended since then."""
+        return self._ask(request, "advance", request.call_id, step)
+
+    def cancel(self, call: Call) -> asyncio.Future[Outcome]:
+        """Cancel a call. Returns a future of what became of it."""
+        return self._ask(call, "cancel", call.call_id, is_cancel=True)
+
+    def cancel_batch(self, batch: Batch) -> None:
+        """Cancel the calls of a batch that have not ended; its answer has the results of the others."""
+        self._put(("cancel_batch", batch.call_id))
 
     def rref(self, client_id: str) -> Any:
-        """The RRef of a registered learner, which this worker owns. Waits for the worker where it has not come yet.
+        """Return the RRef of a registered learner, which this worker owns. Waits for the worker if it has not come.
 
         Raises:
-            WorkerLostError: The worker does not answer within 2 s, or the connection to it breaks.
-            ConfigError: This process cannot have RRefs, as of `hold`.
+            WorkerLostError: If the worker does not answer within 2 s, or the connection to it breaks.
+            ConfigError: If this process cannot have RRefs, as of `hold`.
         """
         if self._learners[client_id] is None:
             if self._is_late_with_rrefs:  # else the event loop would wait as long for each learner of a frozen worker
@@ -205,7 +219,7 @@ class RemoteHost:
         return self._learners[client_id]
 
     async def is_reached(self) -> bool:
-        """Whether the worker answers; ends when it does, or when the connection to it breaks."""
+        """Return whether the worker answers, as soon as it does or the connection to it breaks."""
         answered: asyncio.Future[bool] = self._loop.create_future()
 
         def settle(reached: bool) -> None:
@@ -218,57 +232,68 @@ class RemoteHost:
         return await answered
 
     def unshare(self, value: SharedValue) -> None:
-        """No call that is to come refers to this value."""
+        """Let the worker drop a shared value once the calls that were sent have it."""
         if value.number in self._placed:
             self._placed.discard(value.number)
             self._put_late(("unshare", value.number))
 
-    def begin_reduction(self, number: int, prototype: Packed, num_places: int, going_on: tuple[int, ...]) -> None:
-        """Let the worker take part in a reduction, unless it does; as of `Reductions.begin`."""
-        if number not in self._reductions:
-            self._reductions.add(number)
-            self._put(("reduce", number, parcel_message(prototype, self._covered), num_places, going_on))
-
-    def end_reduction(self, number: int) -> None:
-        """A reduction is over."""
-        if number in self._reductions:
-            self._reductions.discard(number)
-            self._put_late(("end_reduction", number))
+    def fail(self, request: Call | Batch, error: Exception) -> None:
+        """Raise an error at the caller of a request."""
+        for number, question in list(self._questions.items()):
+            if question.request.call_id == request.call_id:
+                del self._questions[number]
+                if not question.future.done():
+                    question.future.set_exception(error)
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Raise `WorldOver` at all callers, and ignore answers from now on."""
         self._is_open = False
         if self._late is not None:
             self._late.cancel()
-        self._shares.clear()
-        self._placed.clear()
-        self._reductions.clear()
-        self._learners.clear()
-        self._questions.clear()
-        self._outgoing.clear()
+        questions = list(self._questions.values())
+        for kept in (self._shares, self._placed, self._learners, self._questions, self._outgoing):
+            kept.clear()
+        for question in questions:
+            if not question.future.done():
+                question.future.set_exception(WorldOver())
 
-    # Asking.
+    # Requests.
 
     def _ask(
         self,
-        call: Call,
-        reply: Reply,
+        request: Call | Batch,
         verb: str,
         *arguments: Any,
-        num_bytes: int = 0,
+        home: torch.device | None = None,
         lent: Sequence[TensorFiles | None] = (),
-    ) -> None:
+        is_cancel: bool = False,
+    ) -> asyncio.Future[Outcome]:
+        future: asyncio.Future[Outcome] = self._loop.create_future()
+        if not self._is_open:
+            future.set_exception(WorldOver())
+            return future
         number = next(self._numbers)
-        self._questions[number] = _Question(call, reply, home_device(call.arguments), lent)
+        self._questions[number] = _Question(request, future, home, lent, is_cancel)
         item = (verb, number, *arguments)
-        if call.call_id in self._suspects:
+        if request.call_id in self._suspects:
             self._flush()
             self._request([item], alone=number)
         else:
-            self._put(item, num_bytes)
+            self._put(item, request.arguments.num_bytes if isinstance(request, Call) and verb == "submit" else 0)
+        return future
+
+    def _lent(self, calls: Sequence[Call]) -> Sequence[TensorFiles | None]:
+        """Count the bytes of calls, and see that the worker will have the values that they share."""
+        for call in calls:
+            if call.kind in _METHODS:
+                self._traffic.num_sent_bytes += call.arguments.num_bytes
+            else:
+                self._traffic.num_snapshot_bytes += call.arguments.num_bytes
+        return [self._share(value) for call in calls for value in shared_values(call.arguments)]
 
     def _share(self, value: SharedValue) -> TensorFiles | None:
-        """See that the worker will have a value; in which files it may look for it, to be kept until it has."""
+        """See that the worker will have a value; returns the files in which it looks, to be kept until the answer."""
+        value.num_unsent = max(value.num_unsent - 1, 0)
         if value.number in self._placed:
             return None
         if (share := self._shares.get(value.number)) is not None:
@@ -287,6 +312,9 @@ class RemoteHost:
 
     def _share_item(self, share: _Share) -> tuple[Any, ...]:
         value = share.value
+        if share.num_calls is not None and value.num_unsent:  # by calls that wait for their turn
+            share.num_calls = None
+            self._placed.add(value.number)
         if share.lent is not None:
             return "share_files", value.number, file_message(value.parcel, share.lent[1]), share.num_calls
         return "share", value.number, parcel_message(value.parcel, self._covered), share.num_calls
@@ -412,29 +440,40 @@ class RemoteHost:
             if number is None:
                 self._report(*answer)
             elif (question := self._questions.pop(number, None)) is not None:
-                self._count(question.call, answer)
-                question.reply(answer)
-        # Those who were answered have something to ask now, more often than not: let them ask first.
+                self._settle(question, answer)
+        # Callers that have an answer usually send something now; their requests go before an empty one.
         self._loop.call_soon(self._keep_open)
 
-    def _count(self, call: Call, outcome: Outcome) -> None:
-        if outcome.parcel is None:
+    def _settle(self, question: _Question, outcome: Outcome) -> None:
+        request = question.request
+        if outcome.parcel is not None:
+            if isinstance(request, Call) and request.kind not in _METHODS:
+                self._traffic.num_snapshot_bytes += outcome.parcel.num_bytes
+            else:
+                self._traffic.num_received_bytes += outcome.parcel.num_bytes
+        if question.future.done():  # cancelled: the outcome is asked for by `cancel`, and kept until then
             return
-        if call.kind in _METHODS:
-            self._traffic.num_received_bytes += outcome.parcel.num_bytes
-        else:
-            self._traffic.num_snapshot_bytes += outcome.parcel.num_bytes
+        question.future.set_result(outcome)
+        if outcome.is_final or question.is_cancel:
+            self._acknowledge(request, outcome)
+
+    def _acknowledge(self, request: Call | Batch, outcome: Outcome) -> None:
+        """Let the worker forget an outcome: with the next request, or at once if it keeps much."""
+        self._acknowledged.append(request.call_id)
+        self._num_kept_bytes += outcome.parcel.num_bytes if outcome.parcel is not None else 0
+        if self._num_kept_bytes > _MAX_KEPT_BYTES and self._is_open:
+            self._ping()
 
     def _missed(self, number: int, error: Exception) -> None:
-        """An outcome could not be found; that matters where somebody still waits for it."""
+        """Report an outcome whose files could not be opened, if a caller waits for it."""
         if self._is_open and (question := self._questions.get(number)) is not None:
-            self._on_error(self, [question.call], error)
+            self._on_error(self, [question.request], error)
 
     def _failed(self, alone: int | None, error: Exception) -> None:
-        """A request got lost, or its answer: it may be that of any call that is asked for, unless it went alone."""
+        """Report a request that was lost, or its answer: any question may be in it, unless it travelled alone."""
         if self._is_open:
             lost = self._questions if alone is None else {alone} & self._questions.keys()
-            self._on_error(self, [self._questions[number].call for number in lost], error)
+            self._on_error(self, [self._questions[number].request for number in lost], error)
 
 
 def _is_value(future: Any) -> bool:

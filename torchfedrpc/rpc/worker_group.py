@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Protocol
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.host.call import Call
+from torchfedrpc.host.call import Batch, Call
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
@@ -27,7 +27,7 @@ from torchfedrpc.rpc.heartbeat import Loss, Watch
 from torchfedrpc.rpc.heartbeat_connection import open_heartbeat
 from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.member import Member, RefusalError
-from torchfedrpc.rpc.worker_client import RemoteHost, Traffic
+from torchfedrpc.rpc.worker_client import Traffic, UndeliverableError, WorkerClient
 from torchfedrpc.rpc.world import DriverPlace, all_of
 from torchfedrpc.wire.file import TensorFile
 
@@ -62,12 +62,6 @@ class Observer(Protocol):
     def world_failed(self, error: ConfigError | WorkerLostError) -> None:
         """No worker can be called any more; a setting of the driver is wrong, or workers are lost."""
 
-    def undeliverable(self, call: Call, error: Exception) -> None:
-        """RPC cannot carry this call, or its answer, though the worker lives."""
-
-    def asked(self, label: str) -> list[int]:
-        """Ids of the calls to a worker that were sent and not answered."""
-
 
 class WorkerGroup:
     """The workers of a run in their world.
@@ -83,7 +77,6 @@ class WorkerGroup:
 
     Attributes:
         members: label -> worker, of those that are there.
-        hosts: label -> how it is reached in the present world; empty while the world is re-formed.
         traffic: label -> bytes, also of those that are gone.
     """
 
@@ -95,7 +88,6 @@ class WorkerGroup:
         report: Report,
     ) -> None:
         self.members = {member.label: member for member in members}
-        self.hosts: dict[str, RemoteHost] = {}
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self._learner = learner
         # As of opening, for workers that come later as well.
@@ -145,11 +137,10 @@ class WorkerGroup:
     def release(self, label: str) -> None:
         """Let a worker go that has no learner any more; the world goes on without it."""
         member = self.members.pop(label)
-        if (host := self.hosts.pop(label, None)) is not None:
-            host.close()
-        elif self._mending is not None and not self._mending.done():
+        if member.client is None and self._mending is not None and not self._mending.done():
             self._is_whole = False  # it may be in the world that is being formed
         self._watch.remove(label)
+        member.lose(Loss("it has left", ()))
         member.dismiss("")
 
     async def close(self, reason: str) -> None:
@@ -164,7 +155,8 @@ class WorkerGroup:
             task.cancel()
         self._place.let_go()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._close_hosts()
+        for member in self.members.values():
+            member.lose(Loss("the proxy is closed", ()))
         self._send_newcomers_away(reason)
         # One that is gone, or frozen, does not answer; the world ends without it.
         with contextlib.suppress(TimeoutError):
@@ -187,12 +179,17 @@ class WorkerGroup:
             raise WorkerLostError(f"{label} is lost, so that no fault can strike it")
         await self.members[label].tell({"do": "arm", "faults": [asdict(fault) for fault in faults]})
 
-    def suspect(self, host: RemoteHost, calls: Sequence[Call], error: Exception) -> None:
-        """RPC lost one of these calls, or its answer: find out why; ask again, or tell that it is undeliverable."""
-        if self.hosts.get(host.label) is host:
-            task = asyncio.ensure_future(self._examine(host, calls, error))
+    def suspect(self, client: WorkerClient, requests: Collection[Call | Batch], error: Exception) -> None:
+        """Find out which request RPC cannot carry, and let its caller know; the others are sent again."""
+        if self._is_present(client):
+            task = asyncio.ensure_future(self._examine(client, list(requests), error))
             self._suspicions.add(task)
             task.add_done_callback(self._suspicions.discard)
+
+    def _is_present(self, client: WorkerClient) -> bool:
+        """Return whether a client's world is the present one."""
+        member = self.members.get(client.label)
+        return member is not None and member.client is client
 
     # Noticing.
 
@@ -231,24 +228,24 @@ class WorkerGroup:
         label = str(key)
         is_new = label in self._newcomers
         member = (self._newcomers if is_new else self.members).pop(label)
-        if (host := self.hosts.pop(label, None)) is not None:
-            host.close()
-        member.lost.set_result(loss)
+        was_reached = member.client is not None
         if not is_new:
             self._is_whole = False
             self._place.let_go()  # whoever is joining need not wait for it
         if not self._is_open:
+            member.lose(loss)
             member.dismiss(loss.reason)
             return
         reason = f"{loss.reason}{member.how_it_ended()}"
+        loss = replace(loss, reason=reason)
+        member.lose(loss)
         member.dismiss(reason)
         is_told = is_new and self._told.get(label) == reason
         if is_new:
             self._told[label] = reason
         logger.log(logging.INFO if is_told else logging.WARNING, "%s is lost: %s", label, reason)
-        loss = replace(loss, reason=reason)
         self._observer.worker_lost(member, loss)
-        self._num_useless[label] += host is None
+        self._num_useless[label] += not was_reached
         if is_new and self.members:
             return  # whatever its preparation came to, the others go on
         if self._num_useless[label] > _MAX_FAILURES:
@@ -256,22 +253,24 @@ class WorkerGroup:
         elif self._learner.runtime.on_worker_lost == "recover" and not is_new:
             self._break()
 
-    async def _examine(self, host: RemoteHost, calls: Sequence[Call], error: Exception) -> None:
-        if (member := self.members.get(host.label)) is not None:
+    async def _examine(self, client: WorkerClient, requests: list[Call | Batch], error: Exception) -> None:
+        if (member := self.members.get(client.label)) is not None:
             await asyncio.wait([member.lost], timeout=_NOTICE_S)
-        if member is None or self.hosts.get(host.label) is not host:
+        if not self._is_present(client):
             return
-        is_reached = await host.is_reached()
-        if self.hosts.get(host.label) is not host:
+        is_reached = await client.is_reached()
+        if not self._is_present(client):
             return
-        is_found = is_reached and len(calls) == 1
-        for call in calls:
-            self._num_suspicions[call.call_id] += 1
-            if is_found or self._num_suspicions[call.call_id] > _MAX_FAILURES:
-                del self._num_suspicions[call.call_id]
-                self._observer.undeliverable(call, error)
+        is_found = is_reached and len(requests) == 1
+        for request in requests:
+            self._num_suspicions[request.call_id] += 1
+            if is_found or self._num_suspicions[request.call_id] > _MAX_FAILURES:
+                del self._num_suspicions[request.call_id]
+                undeliverable = UndeliverableError(f"torch RPC cannot carry the call or its answer: {error}")
+                undeliverable.__cause__ = error
+                client.fail(request, undeliverable)
         # In this world the worker might wait for the request that it could not read, before it takes the next.
-        logger.info("a request to %s failed: %s", host.label, error)
+        logger.info("a request to %s failed: %s", client.label, error)
         self._break()
 
     # Forming worlds.
@@ -295,7 +294,7 @@ class WorkerGroup:
                 if num_failures > _MAX_FAILURES:
                     self._fail(error)
                     return
-        if self.hosts:
+        if self.members:
             self._num_useless.clear()
             self._observer.world_formed(self._generation, time.monotonic() - began)
             self.hear_leavers()
@@ -332,7 +331,7 @@ class WorkerGroup:
 
     def _fail(self, error: Exception) -> None:
         self._has_failed = True
-        self._close_hosts()
+        self._leave_world()
         self._send_newcomers_away(_WORLDLESS)
         self._observer.world_failed(error if isinstance(error, ConfigError) else _no_world(error))
 
@@ -342,20 +341,20 @@ class WorkerGroup:
         Raises:
             WorkerLostError: a member was lost meanwhile, or could not join.
         """
-        self._close_hosts()
+        self._leave_world()
         members = list(self.members.values())
         await all_of(*(self._tell(member, {"do": "leave"}) for member in members))
         await self._place.leave()
         self._check_whole()
         if not members:
             return
-        plan, keys = await self._place.join(members, self._tell, self._observer.asked)
+        plan, keys = await self._place.join(members, self._tell)
         self._check_whole()
         self._generation = plan.generation
         for member in members:
             member.has_served = True
-        self.hosts = {
-            member.label: RemoteHost(
+        for rank, (member, pair) in enumerate(zip(members, plan.device_maps, strict=True), start=1):
+            client = WorkerClient(
                 member.label,
                 plan.name(rank),
                 keys[member.label],
@@ -364,20 +363,19 @@ class WorkerGroup:
                 report=self._report,
                 sees_files=member.sees_files,
                 pid=member.pid,
+                known=member.confirmed,
                 suspects=self._num_suspicions,
                 on_error=self.suspect,
             )
-            for rank, (member, pair) in enumerate(zip(members, plan.device_maps, strict=True), start=1)
-        }
+            member.enter_world(client)
 
     def _check_whole(self) -> None:
         if not self._is_whole:
             raise WorkerLostError("a worker was lost while the world was formed")
 
-    def _close_hosts(self) -> None:
-        for host in self.hosts.values():
-            host.close()
-        self.hosts = {}
+    def _leave_world(self) -> None:
+        for member in self.members.values():
+            member.leave_world()
 
     async def _prepare(self, member: Member) -> None:
         """Watch a worker's heartbeat, and let the worker import the learner."""

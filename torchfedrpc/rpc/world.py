@@ -245,15 +245,12 @@ class DriverPlace:
         """
         check_interface(interface_of(self.address(members)))
 
-    async def join(
-        self, members: Sequence[Member], tell: Tell, asked: Callable[[str], list[int]]
-    ) -> tuple[WorldPlan, dict[str, bytes]]:
+    async def join(self, members: Sequence[Member], tell: Tell) -> tuple[WorldPlan, dict[str, bytes]]:
         """Form a world with these workers, which are in none.
 
         Args:
             members: the workers, by rank.
             tell: sends a worker a message, and returns its answer.
-            asked: returns the ids of the calls to a worker that were sent and not answered.
 
         Returns:
             The world, and by label the first bytes of all requests to that worker. Each worker gets only its own
@@ -286,7 +283,7 @@ class DriverPlace:
                     "rank": rank,
                     "secret": keys[member.label].hex(),
                     "interface": self.interface(member, address),
-                    "asked": asked(member.label),
+                    "asked": list(member.sent),
                     "shows_files": member.pid is not None,
                 },
             )

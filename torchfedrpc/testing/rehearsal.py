@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from torchfedrpc.errors import ConfigError, MethodNotFoundError
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.call import Call, Outcome, Registration
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.host.snapshot import seal
@@ -82,7 +82,7 @@ class Rehearsal:
     def __init__(self, host: LearnerHost, client_id: str, kwargs: Packed) -> None:
         self._host = host
         self._client_id = client_id
-        self._mailbox = host.register(client_id, kwargs)
+        self._mailbox = host.register(Registration(client_id, kwargs))
         self._call_ids = itertools.count()
 
     @property

@@ -30,12 +30,14 @@ class SharedValue(SentApart):
         num_bytes: Bytes of the pickle and the tensors together.
         is_for_tick: Whether only calls of one tick of the driver's event loop use it; a worker keeps it for those
             calls and no longer.
+        num_unsent: Calls of the driver that have it and were not sent yet.
     """
 
     def __init__(self, parcel: Packed, number: int = 0, num_openings: int | None = None) -> None:
         self.number = number
         self.num_openings = num_openings
         self.is_for_tick = num_openings is not None
+        self.num_unsent = 0
         self.num_bytes = parcel.num_bytes
         self._parcel = parcel
         self._lock = threading.Lock()

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass, field
 from typing import Any
 
+from internals import sessions_of
+
 import torchfedrpc as tfr
 from corpus.bits import bits
 from corpus.learner import make, num_made
@@ -242,14 +244,9 @@ def _collect() -> None:
 
 async def _snapshots_are_stored(proxy: tfr.LearnerProxy) -> None:
     """Wait until each journal has given way to a snapshot, where one can be taken."""
-    executor: Any = proxy._router._main
-    ledger = executor._ledger
+    journals = [session._journal for session in sessions_of(proxy).values() if session.given_up is None]
     async with asyncio.timeout(60):
-        while any(
-            record.awaits_snapshot
-            or (ledger.has_long_journal(record) and record.given_up is None and record.unrecoverable is None)
-            for record in ledger
-        ):
+        while any(one.awaits_snapshot or (one.is_due and one.unrecoverable is None) for one in journals):
             await asyncio.sleep(_POLL_S)
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from torchfedrpc.executors import room as module
+from torchfedrpc.executors import snapshot_throttle as module
 from torchfedrpc.executors.consistent_snapshot import Cut
 
 

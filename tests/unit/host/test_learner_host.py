@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.call import Call, Outcome, Registration
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.wire.packing import pack
@@ -39,7 +39,7 @@ class Counting:
 @pytest.fixture
 def host() -> Iterator[LearnerHost]:
     host = LearnerHost(LearnerSpec.of(Counting, 0, RuntimeConfig())[0])
-    host.register("client_1", pack({}))
+    host.register(Registration("client_1", pack({})))
     yield host
     opened.clear()
     assert host.close()

@@ -251,15 +251,16 @@ def test_an_answers_tensors_return_to_the_gpu_of_the_callers(two_gpus: None, is_
     call, _ = read_call((fields, sent(arguments, covered, {GPUS[1]: GPUS[0]}), numbers), GPUS[0])
     assert devices_of(call.arguments) == [GPUS[0]]
     theirs = frozenset([GPUS[0]]) if is_mapped else frozenset()
-    flags, failure, _ = outcome_message(Outcome("value", parcel_on(GPUS[0])), theirs)
+    flags, failure, _, of_calls = outcome_message(Outcome("value", parcel_on(GPUS[0])), theirs)
     answer = sent(parcel_on(GPUS[0]), theirs, {GPUS[0]: GPUS[1]})
-    assert devices_of(read_outcome((flags, failure, answer), home_device(arguments)).parcel) == [GPUS[1]]
+    outcome = read_outcome((flags, failure, answer, of_calls), home_device(arguments))
+    assert devices_of(outcome.parcel) == [GPUS[1]]
 
 
 def test_an_answer_to_a_call_without_gpu_tensors_stays_where_it_arrives(two_gpus: None) -> None:
-    flags, failure, _ = outcome_message(Outcome("value", parcel_on(GPUS[0])), frozenset())
+    flags, failure, _, of_calls = outcome_message(Outcome("value", parcel_on(GPUS[0])), frozenset())
     answer = sent(parcel_on(GPUS[0]), frozenset(), {})
-    assert devices_of(read_outcome((flags, failure, answer), None).parcel) == [CPU]
+    assert devices_of(read_outcome((flags, failure, answer, of_calls), None).parcel) == [CPU]
 
 
 def test_a_gpu_that_is_full_is_an_error_of_the_call_whose_tensors_it_has_no_room_for(

@@ -52,15 +52,14 @@ def test_what_came_meanwhile_goes_with_the_next_request_all_together() -> None:
     assert told(ours.request()) == (1, [1, 2, 3])
 
 
-def test_outcomes_that_come_together_share_a_message_where_a_request_waits() -> None:
+def test_requests_that_wait_are_answered_one_after_another() -> None:
     ours = answers()
     first, second = ours.request(), ours.request()
-    with ours.together():
-        for question in range(3):
-            ours.outcome(question, outcome(question))
-        assert not first.done()
-    assert told(first) == (0, [0, 1, 2])
+    ours.outcome(0, outcome(0))
+    assert told(first) == (0, [0])
     assert not second.done()
+    ours.outcome(1, outcome(1))
+    assert told(second) == (1, [1])
 
 
 def test_large_outcomes_do_not_share_a_message() -> None:

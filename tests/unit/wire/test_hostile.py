@@ -19,7 +19,7 @@ from hostile import CORPUS, PARCELS, Victim, harm
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import SerializationError, SnapshotError, UntrustedTypeError
-from torchfedrpc.executors.base import CallExecutor
+from torchfedrpc.executors.call_executor import CallExecutor
 from torchfedrpc.host import snapshot
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.learner_host import LearnerHost

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from internals import group_of
 from losses import pseudo
 
 import torchfedrpc as tfr
@@ -148,10 +149,9 @@ class Taker:
 async def test_workers_of_this_machine_map_what_is_large_and_others_are_sent_it(sees_files: bool) -> None:
     ids = ["a", "b", "c", "d"]
     async with tfr.LearnerProxy(Taker, ids, runtime={"execution_mode": "pseudo", "num_processes": 2}) as proxy:
-        executor: Any = proxy._router._main
-        for member in executor._group.members.values():
+        for member in group_of(proxy).members.values():
             assert member.sees_files
-            executor._group.hosts[member.label]._sees_files = sees_files
+            member.client._sees_files = sees_files
         weights = torch.ones(1 << 20)
         assert set((await proxy.clients().call("take", weights)).values()) == {float(1 << 20)}
         assert await proxy.custom_method("a", "write") == float(2 << 20)

@@ -1,0 +1,422 @@
+"""Executor of the modes that run learners in hosts: packs arguments, sends calls, opens outcomes."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from torchfedrpc import errors
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
+from torchfedrpc.executors.admission import Admission, estimate
+from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec, Invocation
+from torchfedrpc.executors.consistent_snapshot import Cut
+from torchfedrpc.executors.durations import Durations, fastest_first, longest_first
+from torchfedrpc.executors.shared_arguments import SharedRef, Sharing, held
+from torchfedrpc.executors.stream import CallStream, Steps
+from torchfedrpc.host.call import Call, CallKind, Outcome
+from torchfedrpc.host.faults import Fault
+from torchfedrpc.host.snapshot import seal
+from torchfedrpc.reduce.driver import ReduceProgress, Reduction, all_ended
+from torchfedrpc.wire.packing import Packed, pack, pack_nothing
+from torchfedrpc.wire.shared import SharedValue, shared_values
+
+_MAX_PLAIN_ARGUMENTS = 64
+
+Ended = Callable[[Call, Outcome], None]
+
+
+class Learners(Protocol):
+    """The learners of an executor's clients, in this process or on workers."""
+
+    async def open(self) -> None:
+        """Prepare for calls."""
+
+    async def close(self, reason: str) -> None:
+        """Fail the calls that are open, and release everything. The reason is empty if the run ends well."""
+
+    async def call(self, call: Call) -> Outcome:
+        """Run a call, a snapshot or a restore of a learner, behind the calls that were made before."""
+
+    def stream(self, call: Call) -> Steps:
+        """Return the steps of a stream, which opens with its first one."""
+
+    async def capture(self, call: Call) -> Outcome | None:
+        """Take a snapshot for a consistent cut; None if the learner was given up."""
+
+    async def reduce(
+        self, reduction: Reduction, calls: Mapping[int, tuple[Call, int]], progress: ReduceProgress, ended: Ended
+    ) -> None:
+        """Run calls and reduce their results where they are.
+
+        Args:
+            reduction: The reduction.
+            calls: Place -> call, and number of times to send it again if its method was not begun.
+            progress: Receives the partial results.
+            ended: Receives the outcome of each call, without its value.
+        """
+
+    def take_value(self, obj: Any) -> Packed:
+        """Pack an object as it is now, for one call."""
+
+    def take_shared(self, obj: Any) -> Packed:
+        """Pack an object as it is now, for several calls."""
+
+    def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
+        """Pack the arguments of a call, which may contain shared values."""
+
+    def unshare(self, value: SharedValue) -> None:
+        """Free a shared value wherever it is kept for later calls."""
+
+    def worker_of(self, client_id: str) -> str:
+        """Return the name of the process that has a client's learner."""
+
+    def rref(self, client_id: str) -> Any:
+        """Return a learner's RRef; None if calls need no RPC."""
+
+    def workers(self) -> list[str]:
+        """Return the names of the processes that run learners."""
+
+    async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
+        """Inject faults into workers at later calls."""
+
+    def stats(self) -> dict[str, Any]:
+        """Return numbers for ``proxy.stats()``."""
+
+    @property
+    def join_address(self) -> str | None:
+        """Address at which workers can join the run, ``HOST:PORT``; None if they cannot."""
+
+
+class CallExecutor(AbstractExecutor):
+    """Executor whose learners live in hosts. A subclass opens the `Learners` of its mode."""
+
+    def __init__(self, config: RuntimeConfig | None = None) -> None:
+        super().__init__(config)
+        self._was_opened = False
+        self._own_call_ids = itertools.count(-1, -1)  # of calls that have no number from a proxy
+        self._admission = Admission(self.config.max_inflight_bytes)
+        self._cut: Cut | None = None
+        self._durations = Durations()
+        self._holders: dict[SharedValue, list[int]] = {}  # of a tick -> calls that have it, bytes admitted for it
+        self._plain_arguments: dict[bytes, Packed] = {}  # arguments without tensors, by their pickles
+        self._sharing = Sharing(self._take_shared, self._unshare)
+        self._open_learners: Learners | None = None
+
+    @abstractmethod
+    def _make_learners(self, spec: ExecutorSpec) -> Learners:
+        """Return the learners of this mode, which are to be opened."""
+
+    async def open(self, spec: ExecutorSpec) -> None:
+        """Open the learners.
+
+        Raises:
+            ConfigError: If it was opened before.
+        """
+        if self._was_opened:
+            raise ConfigError(
+                f"this {type(self).__name__} was opened before, and belongs to that run: make another one for the "
+                f"next run"
+            )
+        self._was_opened = True
+        self._spec = spec
+        self.allow = spec.learner.allow_list()
+        self._open_learners = self._make_learners(spec)
+        await self._open_learners.open()
+
+    async def close(self) -> None:
+        """Close the learners."""
+        self._sharing.close()
+        learners = self._open_learners
+        if learners is not None:
+            await learners.close(self.ends_early)
+
+    @property
+    def _learners(self) -> Learners:
+        if self._open_learners is None:
+            raise ConfigError("this executor is not open: await executor.open(spec) first")
+        return self._open_learners
+
+    async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Run a learner's method with the configuration's ``call_timeout_s``."""
+        call_id, timeout_s = next(self._own_call_ids), self.config.call_timeout_s
+        return await self.execute(Invocation(call_id, client_id, method_name, args, kwargs, timeout_s))
+
+    async def execute(self, invocation: Invocation) -> Any:
+        """Run a call. It is sent again if it failed before the method began and the invocation has retries left.
+
+        The value of its arguments is taken when ``max_inflight_bytes`` has room for it.
+        """
+        given = _held(invocation)
+        args, kwargs = self._sharing.recognised(*given)
+        num_bytes = self._estimate(args, kwargs)
+        if await self._admission.admit(num_bytes):  # the values that calls share may be others after the wait
+            args, kwargs = self._sharing.recognised(*given)
+            num_bytes += self._admission.take(self._estimate(args, kwargs) - num_bytes)
+        values: tuple[SharedValue, ...] = ()
+        try:
+            call = self._call(invocation, args, kwargs, num_bytes)
+            values = tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
+            num_bytes -= self._hold(values, num_bytes)
+            if self._cut is not None:
+                await self._cut.passed(call.client_id)
+            for remaining in range(invocation.retries, -1, -1):
+                outcome = await self._learners.call(call)
+                if not (remaining and may_succeed_later(outcome)):
+                    break
+            self._durations.note(call, outcome)
+            if (error := outcome.error) is not None:
+                try:
+                    del outcome  # its error would refer to this frame, and so to itself: a cycle that keeps the call
+                    raise error
+                finally:
+                    del error
+            return self._result(outcome, call)
+        finally:
+            self._admission.release(num_bytes + self._release(values))
+
+    async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation], progress: ReduceProgress) -> None:
+        """Run calls and reduce their results where they are, in one batch that ``max_inflight_bytes`` admits.
+
+        Each call that has to wait for admission is a batch of its own.
+        """
+        tasks: list[asyncio.Task[None]] = []
+        prompt: dict[int, tuple[Call, int]] = {}
+        admitted: list[tuple[int, tuple[SharedValue, ...]]] = []
+        for invocation in invocations:
+            num_bytes = self._estimate(invocation.args, invocation.kwargs)
+            if self._cut is not None or not self._admission.admit_now(num_bytes):
+                tasks.append(asyncio.ensure_future(self._reduce_late(reduction, invocation, progress)))
+                continue
+            try:
+                call = self._call(invocation, *_held(invocation), num_bytes)
+            except Exception as error:
+                self._admission.release(num_bytes)
+                progress.note(invocation.client_id, error)
+                continue
+            values = tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
+            admitted.append((num_bytes - self._hold(values, num_bytes), values))
+            prompt[reduction.place_of(call.client_id)] = call, invocation.retries
+        try:
+            if prompt:
+                await self._learners.reduce(reduction, prompt, progress, partial(self._ended, progress))
+            await all_ended(tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            self._admission.release(sum(num_bytes + self._release(values) for num_bytes, values in admitted))
+
+    async def _reduce_late(self, reduction: Reduction, invocation: Invocation, progress: ReduceProgress) -> None:
+        num_bytes = self._estimate(invocation.args, invocation.kwargs)
+        await self._admission.admit(num_bytes)
+        values: tuple[SharedValue, ...] = ()
+        try:
+            if progress.stopped.is_set():
+                return
+            try:
+                call = self._call(invocation, *_held(invocation), num_bytes)
+            except Exception as error:
+                progress.note(invocation.client_id, error)
+                return
+            values = tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
+            num_bytes -= self._hold(values, num_bytes)
+            if self._cut is not None:
+                await self._cut.passed(call.client_id)
+            calls = {reduction.place_of(call.client_id): (call, invocation.retries)}
+            await self._learners.reduce(reduction, calls, progress, partial(self._ended, progress))
+        finally:
+            self._admission.release(num_bytes + self._release(values))
+
+    def _ended(self, progress: ReduceProgress, call: Call, outcome: Outcome) -> None:
+        """Note the end of a call of a reduction."""
+        self._durations.note(call, outcome)
+        error: Exception | None = None
+        try:
+            self._result(outcome, call)
+        except Exception as caught:
+            error = caught
+        progress.note(call.client_id, error)
+        del error  # its traceback refers to this frame
+
+    def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
+        """Return the common arguments of several calls, with a shared value in place of each large one."""
+        args, kwargs = held(args, kwargs)
+        if num_calls < 2:
+            return args, kwargs
+        return self._sharing.shared(args, kwargs, estimate(args, kwargs), num_calls)
+
+    def _estimate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return about how many bytes a call's arguments have, without shared values that other calls have."""
+        shared = (
+            value.num_bytes
+            for value in (*args, *kwargs.values())
+            if isinstance(value, SharedValue) and value.is_for_tick and value not in self._holders
+        )
+        return estimate(args, kwargs) + sum(shared)
+
+    def plan(self, client_ids: Sequence[str], method: str, *, is_awaited: bool) -> list[str]:
+        """Order clients by the times of earlier calls: the longest first, with a deadline or a quorum the fastest."""
+        expected = self._durations.expected(client_ids, method)
+        return fastest_first(expected) if is_awaited else longest_first(expected)
+
+    async def snapshot(self, client_id: str) -> bytes:
+        """Return a learner's state between two calls."""
+        if self._cut is not None:
+            await self._cut.passed(client_id)
+        call = self._snapshot_call(client_id)
+        return await self._sealed(await self._learners.call(call), call)
+
+    async def capture(self, client_id: str) -> bytes:
+        """Return a snapshot for a consistent cut."""
+        call = self._snapshot_call(client_id)
+        outcome = await self._learners.capture(call)
+        return await self._sealed(outcome, call) if outcome is not None else b""
+
+    async def restore(self, client_id: str, data: bytes) -> None:
+        """Replace a learner by a new one with the state of a snapshot."""
+        if not isinstance(data, bytes | bytearray | memoryview) or not data:
+            raise SnapshotError(f"the snapshot of {client_id} must be bytes as snapshots() gives them, not {data!r}")
+        constructor = dict(self._spec.clients[client_id])
+        await self._admission.admit(len(data))
+        try:
+            state = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            arguments = self._learners.take_value((state, constructor))
+            call = Call(next(self._own_call_ids), client_id, "restore", arguments, kind="restore")
+            if self._cut is not None:
+                await self._cut.passed(client_id)
+            self._result(await self._learners.call(call), call)
+        finally:
+            self._admission.release(len(data))
+
+    def stream(self, invocation: Invocation) -> CallStream:
+        """Open a stream. Nothing is sent before its first item is asked for."""
+        call = self._call(invocation, invocation.args, invocation.kwargs, kind="stream")
+
+        async def passed() -> None:
+            if self._cut is not None:
+                await self._cut.passed(call.client_id)
+
+        return CallStream(self._learners.stream(call), passed, partial(self._result, call=call))
+
+    def follow(self, cut: Cut) -> None:
+        """Let calls that are submitted from now on wait for their learners' snapshots of this cut."""
+        self._cut = cut
+
+    def share(self, obj: Any) -> SharedRef:
+        """Return a reference to an object as it is now, for arguments of later calls."""
+        return self._sharing.place(obj)
+
+    def worker_of(self, client_id: str) -> str:
+        """Return the name of the process that has this client's learner."""
+        return self._learners.worker_of(client_id)
+
+    def rref(self, client_id: str) -> Any:
+        """Return the learner's RRef in the present world; None if calls need no RPC."""
+        return self._learners.rref(client_id)
+
+    def workers(self) -> list[str]:
+        """Return the names of the processes that run learners."""
+        return self._learners.workers()
+
+    @property
+    def join_address(self) -> str | None:
+        """Address at which workers can join the run, ``HOST:PORT``; None if they cannot."""
+        return self._open_learners.join_address if self._open_learners is not None else None
+
+    async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
+        """Inject faults into workers at later calls."""
+        await self._learners.arm(faults)
+
+    def stats(self) -> dict[str, Any]:
+        """Return the bytes sent and received, and the number of learners of each worker."""
+        own = self._open_learners.stats() if self._open_learners is not None else {}
+        return {**super().stats(), **own}
+
+    def _hold(self, values: Iterable[SharedValue], num_bytes: int) -> int:
+        """Note that one more call has these values. Returns the bytes admitted for those that no other call has."""
+        num_own = 0
+        for value in values:
+            holders = self._holders.get(value)
+            if holders is None:
+                admitted = min(value.num_bytes, num_bytes - num_own)
+                holders = self._holders[value] = [0, admitted]
+                num_own += admitted
+            holders[0] += 1
+        return num_own
+
+    def _release(self, values: Iterable[SharedValue]) -> int:
+        """Note that a call with these values has ended. Returns the bytes admitted for those that no call has now."""
+        num_bytes = 0
+        for value in values:
+            self._holders[value][0] -= 1
+            if not self._holders[value][0]:
+                num_bytes += self._holders.pop(value)[1]
+                self._learners.unshare(value)
+        return num_bytes
+
+    def _take_shared(self, obj: Any) -> Packed:
+        return self._learners.take_shared(obj)
+
+    def _unshare(self, value: SharedValue) -> None:
+        self._learners.unshare(value)
+
+    def _take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
+        if not args and not kwargs:
+            return pack_nothing()
+        return self._learners.take_arguments(args, kwargs)
+
+    def _call(
+        self,
+        invocation: Invocation,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        num_bytes: int = 0,
+        kind: CallKind = "call",
+    ) -> Call:
+        try:
+            if kind == "call":
+                args, kwargs = self._sharing.shared(args, kwargs, num_bytes)
+            arguments = self._take_arguments(args, kwargs)
+        except SerializationError as error:
+            raise _unsendable(invocation, error) from error
+        return Call(
+            invocation.call_id, invocation.client_id, invocation.method, arguments, invocation.run_timeout_s, kind
+        )
+
+    def _snapshot_call(self, client_id: str) -> Call:
+        return Call(next(self._own_call_ids), client_id, "snapshot", pack(None), kind="snapshot")
+
+    async def _sealed(self, outcome: Outcome, call: Call) -> bytes:
+        data: torch.Tensor = self._result(outcome, call)
+        return await asyncio.to_thread(lambda: bytes(seal(data)))
+
+    def _result(self, outcome: Outcome, call: Call) -> Any:
+        return outcome.result(call, self.allow, self.worker_of(call.client_id))
+
+
+def may_succeed_later(outcome: Outcome) -> bool:
+    """Return whether to send a call again: its method was not begun, and the call itself is not what failed."""
+    failure = outcome.failure
+    return failure is not None and outcome.never_ran and not failure.type_name.startswith(errors.__name__)
+
+
+def _held(invocation: Invocation) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with the shared values that its references stand for.
+
+    Raises:
+        SerializationError: If a reference was released.
+    """
+    try:
+        return held(invocation.args, invocation.kwargs)
+    except SerializationError as reason:
+        raise _unsendable(invocation, reason) from reason
+
+
+def _unsendable(invocation: Invocation, error: SerializationError) -> SerializationError:
+    return type(error)(f"the arguments of {invocation.client_id}.{invocation.method} cannot be sent: {error}")

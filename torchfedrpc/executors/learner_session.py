@@ -1,0 +1,628 @@
+"""Session of one learner: its calls in order, and whatever it takes to make them elsewhere after a loss or a move."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+import torch
+
+from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.executors.durations import Durations
+from torchfedrpc.executors.journal import Entry, Journal, restore_arguments
+from torchfedrpc.executors.snapshot_throttle import SnapshotThrottle
+from torchfedrpc.host.call import Call, CallKind, Outcome, Registration
+from torchfedrpc.rpc.member import Member, WorkerGone
+from torchfedrpc.rpc.worker_client import UndeliverableError
+from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.packing import Packed
+
+logger = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """What sessions need to know of their run."""
+
+    allow: AllowList
+    max_recoveries: int
+    journals_are_kept: bool
+    durations: Durations
+
+    def present_worker(self, client_id: str) -> Member | None:
+        """Return the worker that is to have a client's learner if it can be called now, else None."""
+
+    async def worker(self, client_id: str) -> Member:
+        """Wait for the worker that is to have a client's learner.
+
+        Raises:
+            WorkerLostError: If there is none, and none is expected.
+        """
+
+    def stays(self, client_id: str, worker: Member) -> bool:
+        """Leave a learner that cannot be captured where it is. Returns False if its worker is about to leave."""
+
+    def label_of(self, client_id: str) -> str:
+        """Return the name of the worker that has a client's learner, or is to have it."""
+
+    def throttle(self, worker: Member) -> SnapshotThrottle:
+        """Return the limit for snapshots on their way to and from a worker."""
+
+    def next_call_id(self) -> int:
+        """Return an id for a call of the session's own."""
+
+    def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine as a task until the run ends."""
+
+    def relieve_journals(self) -> None:
+        """Start snapshots if the journals of all learners have outgrown their bound."""
+
+    def warn_of_refusal(self, client_id: str, error: Exception, *, is_first: bool) -> None:
+        """Tell the user that a learner cannot be rebuilt, once for each cause."""
+
+
+class Turns:
+    """A lock whose holders follow each other in the order of their requests."""
+
+    __slots__ = ("_is_held", "_waiting")
+
+    def __init__(self) -> None:
+        self._is_held = False
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a caller has the lock."""
+        return self._is_held
+
+    def take_now(self) -> bool:
+        """Take the lock if it is free. Returns whether it was."""
+        if self._is_held:
+            return False
+        self._is_held = True
+        return True
+
+    def request(self, *, first: bool = False) -> asyncio.Future[None]:
+        """Return a future that is settled when the caller has the lock.
+
+        Args:
+            first: Whether the caller comes before all who wait.
+        """
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.take_now():
+            turn.set_result(None)
+        elif first:
+            self._waiting.appendleft(turn)
+        else:
+            self._waiting.append(turn)
+        return turn
+
+    async def take(self, *, first: bool = False) -> None:
+        """Wait for the lock. A caller that is cancelled does not have it."""
+        await self.wait(self.request(first=first))
+
+    async def wait(self, turn: asyncio.Future[None]) -> None:
+        """Wait for a requested lock. A caller that is cancelled does not have it."""
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self.withdraw(turn)
+            raise
+
+    def withdraw(self, turn: asyncio.Future[None]) -> None:
+        """Give up a request, or the lock if it was granted."""
+        if turn.done() and not turn.cancelled():
+            self.give()
+        else:
+            turn.cancel()
+
+    def give(self) -> None:
+        """Hand the lock to the first who waits."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._is_held = False
+
+
+class LearnerSession:
+    """Makes the calls of one learner, one at a time, in the order in which they were submitted.
+
+    Its learner is made at the first call. If the worker is lost, the next call rebuilds the learner on another one:
+    constructor, last snapshot, calls after that. If the client is placed on another worker, the next call moves it
+    there, by a snapshot.
+
+    Args:
+        client_id: The client.
+        constructor: Keyword arguments of the learner's constructor.
+        journal: Records what rebuilds the learner.
+        run: The run.
+    """
+
+    def __init__(self, client_id: str, constructor: Packed, journal: Journal, run: Run) -> None:
+        self.client_id = client_id
+        self.turns = Turns()
+        self._constructor = constructor
+        self._journal = journal
+        self._run = run
+        self._worker: Member | None = None  # that has the learner
+        self._num_builds = 0
+        self._num_losses = 0  # of workers in succession that ran a call of this learner
+        self._given_up: str | None = None
+        self._preparing: asyncio.Task[Member] | None = None
+        self._call_id = 0  # of the user's call that is made
+        self._sent_id = 0  # of the call that was sent last, which may be one of the journal
+        self._num_reports = 0  # of its progress that were published
+
+    @property
+    def worker(self) -> Member | None:
+        """The worker that has the learner; None if no worker has it."""
+        return self._worker if self._worker is not None and not self._worker.is_gone else None
+
+    @property
+    def given_up(self) -> str | None:
+        """Reason why the learner is lost for good; None if it is not."""
+        return self._given_up
+
+    # Calls.
+
+    async def call(self, call: Call) -> Outcome:
+        """Make a call behind those that were submitted before, again on another worker if its worker is lost."""
+        if not self.turns.take_now():
+            await self.turns.take()
+        return await self.call_in_turn(call)
+
+    async def call_in_turn(self, call: Call) -> Outcome:
+        """Make a call. The caller has the turn, which passes on when the learner is free."""
+        self.begin(call)
+        worker = None
+        try:
+            while True:
+                worker = None
+                worker = self.ready() or await self.prepared()
+                self._sent_id = call.call_id
+                try:
+                    outcome = await worker.submit(call)
+                    break
+                except WorkerGone as gone:
+                    self.lose(worker, gone)
+        except asyncio.CancelledError:
+            self._run.in_background(self._cancel(call, worker))
+            raise
+        except UndeliverableError as error:
+            outcome = Outcome("failed", error=self.lost(call, str(error)), cut_off=True)
+        except WorkerLostError as error:
+            self.turns.give()
+            return Outcome("failed", error=self.lost(call, str(error)), never_ran=True)
+        except BaseException:
+            self.turns.give()
+            raise
+        self.settle(call, outcome)
+        return outcome
+
+    def begin(self, call: Call) -> None:
+        """Note which call is made, for the progress that it reports."""
+        self._call_id = self._sent_id = call.call_id
+        self._num_reports = 0
+
+    def settle(self, call: Call, outcome: Outcome, num_items: int = 0) -> None:
+        """Record a call that has ended, and pass the turn on, behind a snapshot if the call cannot be repeated."""
+        self._num_losses = 0
+        journal = self._journal
+        journal.add(call, outcome, num_items)
+        if (journal.needs_snapshot or journal.is_due) and self.worker is not None:
+            journal.request_snapshot()
+            self._run.in_background(self._snapshot_in_turn(None))
+        else:
+            self.turns.give()
+        self._run.relieve_journals()
+
+    def is_next_report(self, call: Call, number: int) -> bool:
+        """Return whether a report of progress is new: a call that is made again after a loss repeats its reports."""
+        if call.call_id != self._call_id or number < self._num_reports:
+            return False
+        self._num_reports = number + 1
+        return True
+
+    def lost(self, call: Call, reason: str) -> WorkerLostError:
+        """Return the error of a call whose learner is lost."""
+        worker = self._run.label_of(self.client_id)
+        return WorkerLostError(f"{call.client_id}.{call.method} on {worker}: {reason}")
+
+    def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine as a task until the run ends."""
+        self._run.in_background(coroutine)
+
+    async def settled(self) -> None:
+        """Wait for a move or a rebuild that is under way."""
+        if self._preparing is not None:
+            await asyncio.wait([self._preparing])
+
+    async def _cancel(self, call: Call, worker: Member | None) -> None:
+        """Cancel a call whose caller waits no longer, and pass the turn on when the learner is free."""
+        if worker is None:  # the call was not sent
+            await self.settled()
+            self.turns.give()
+            return
+        try:
+            outcome = await worker.cancel(call)
+        except WorkerGone as gone:
+            self.lose(worker, gone)
+            self.turns.give()
+            return
+        except UndeliverableError:
+            outcome = Outcome("cancelled", cut_off=True)
+        self._run.durations.note(call, outcome)
+        self.settle(call, outcome)
+
+    # The learner's place.
+
+    def ready(self) -> Member | None:
+        """Return the learner's worker if it is where it should be, or can be made there at once; else None.
+
+        The caller has the turn.
+        """
+        target = self._run.present_worker(self.client_id)
+        if target is None or self._given_up is not None:
+            return None
+        if self._worker is target:
+            return target
+        if self._worker is None and not self._journal.has_state:
+            self._register(target)
+            return target
+        return None
+
+    async def prepared(self) -> Member:
+        """Return the learner's worker after the learner was moved or rebuilt there. The caller has the turn.
+
+        Raises:
+            WorkerLostError: If the learner was given up, or its worker is lost and none is expected.
+        """
+        if self._preparing is None:
+            self._preparing = asyncio.ensure_future(self._prepare())
+            self._preparing.add_done_callback(self._end_preparing)
+        return await asyncio.shield(self._preparing)
+
+    def _end_preparing(self, task: asyncio.Task[Member]) -> None:
+        self._preparing = None
+        if not task.cancelled():
+            task.exception()  # its caller may have been cancelled
+
+    async def _prepare(self) -> Member:
+        while True:
+            self._check()
+            target = await self._run.worker(self.client_id)
+            try:
+                if self._worker is not None and self._worker.is_gone:
+                    self.lose(self._worker, self._worker.gone())
+                elif self._worker is not None and self._worker is not target:
+                    await self._leave(self._worker)
+                elif self._worker is None:
+                    await self._build(target)
+                else:
+                    return target
+            except WorkerGone as gone:
+                self.lose(target if self._worker is None else self._worker, gone)
+
+    def _register(self, worker: Member) -> None:
+        self._num_builds += 1
+        worker.register(Registration(self.client_id, self._constructor, self._num_builds))
+        self._worker = worker
+
+    async def _build(self, worker: Member) -> None:
+        """Rebuild the learner: constructor, last snapshot, and the calls after it.
+
+        Raises:
+            WorkerGone: If the worker is lost.
+            WorkerLostError: If the learner cannot be rebuilt.
+        """
+        self._register(worker)
+        try:
+            if (snapshot := self._journal.snapshot()) is not None:
+                async with self._run.throttle(worker).passing(len(snapshot)):
+                    restore = self._own_call("restore", restore_arguments(snapshot))
+                    outcome = await worker.submit(restore)
+                    self._check_rebuilt(worker, outcome, is_failed=outcome.kind == "failed")
+            for entry in list(self._journal.entries):
+                self._sent_id = entry.call.call_id
+                outcome = await self._repeat(worker, entry)
+                self._check_rebuilt(worker, outcome, is_failed=outcome.never_ran and outcome.kind == "failed")
+        except (OSError, UndeliverableError) as error:
+            raise self.give_up(f"it could not be rebuilt on {worker.label}: {error}") from error
+
+    async def _repeat(self, worker: Member, entry: Entry) -> Outcome:
+        """Make a call of the journal again; of a stream, as many steps as it had."""
+        call = entry.call
+        outcome = await worker.submit(call)
+        if call.kind != "stream":
+            return outcome
+        for step in range(1, entry.num_items + (not entry.was_closed)):
+            if outcome.kind != "item":
+                return outcome
+            outcome = await worker.advance(call, step)
+        return await worker.cancel(call) if outcome.kind == "item" else outcome
+
+    def _check_rebuilt(self, worker: Member, outcome: Outcome, *, is_failed: bool) -> None:
+        """Give the learner up if a step of its rebuilding has failed.
+
+        Raises:
+            WorkerLostError: If so.
+        """
+        if is_failed:
+            message = outcome.failure.message if outcome.failure is not None else str(outcome.error)
+            raise self.give_up(f"it could not be rebuilt on {worker.label}: {message}")
+
+    async def _leave(self, worker: Member) -> None:
+        """Take the learner from a worker, with a snapshot if its calls need one.
+
+        Raises:
+            WorkerGone: If the worker is lost.
+            WorkerLostError: If the learner cannot be captured, its calls cannot be repeated, and its worker leaves.
+        """
+        journal = self._journal
+        if journal.entries or not journal.is_complete:
+            was_complete = journal.is_complete
+            journal.request_snapshot()
+            error = await self._snapshot(worker, None, is_required=not was_complete)
+            if error is not None and not was_complete:
+                if self._run.stays(self.client_id, worker):
+                    return
+                raise self.give_up(f"{worker.label} left, and its learner could not be moved: {error}")
+            if error is not None:
+                logger.warning("%s moves without a snapshot, its calls are made again: %s", self.client_id, error)
+        worker.forget(self.client_id)
+        self._worker = None
+
+    async def move(self) -> None:
+        """Take the learner from its worker if its client is placed on another one, before the calls that wait."""
+        await self.turns.take(first=True)
+        try:
+            worker = self.worker
+            if (
+                worker is not None
+                and self._given_up is None
+                and self._run.present_worker(self.client_id) is not worker
+            ):
+                await self._leave(worker)
+        except (WorkerGone, WorkerLostError) as error:  # the next call finds it
+            logger.info("%s was not moved: %s", self.client_id, error)
+        finally:
+            self.turns.give()
+
+    # Losses.
+
+    def lose(self, worker: Member, gone: WorkerGone) -> None:
+        """Note that the learner's worker was lost. The next call rebuilds the learner, unless it is given up here."""
+        had_learner, self._worker = self._worker is worker, None
+        where = f"{worker.label} was lost ({gone.reason})"
+        if self._sent_id in gone.running:
+            self._num_losses += 1
+        if not self._run.journals_are_kept:
+            self.give_up(f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it")
+        elif had_learner and self._journal.unrecoverable is not None:
+            self.give_up(f"{where}, and its learner could not be rebuilt: {self._journal.unrecoverable}")
+        elif self._num_losses > self._run.max_recoveries:
+            self.give_up(
+                f"{where} while a call of this learner was running (times in succession: {self._num_losses}), so it "
+                f"was given up: see the worker's output for why it ends; runtime.max_recoveries="
+                f"{self._run.max_recoveries} is how often it is rebuilt"
+            )
+
+    def give_up(self, reason: str) -> WorkerLostError:
+        """Answer all later calls by this reason. Returns the error."""
+        self._given_up = reason
+        self._journal.forget()
+        return WorkerLostError(reason)
+
+    def _check(self) -> None:
+        """Check that the learner was not given up.
+
+        Raises:
+            WorkerLostError: If it was.
+        """
+        if self._given_up is not None:
+            raise WorkerLostError(self._given_up)
+
+    # Snapshots.
+
+    def request_snapshot(self, limit: int | None) -> None:
+        """Replace the journal by a snapshot, behind the calls that were submitted before.
+
+        Args:
+            limit: Largest size that is worth taking, in bytes; None for any.
+        """
+        self._journal.request_snapshot()
+        self._run.in_background(self._snapshot_later(limit))
+
+    async def _snapshot_later(self, limit: int | None) -> None:
+        await self.turns.take()
+        await self._snapshot_in_turn(limit)
+
+    async def _snapshot_in_turn(self, limit: int | None) -> None:
+        """Take a snapshot that was requested, and pass the turn on.
+
+        The next call need not wait until the snapshot is stored, unless the last one was cut off: what it did would
+        be missing if the learner were rebuilt now.
+        """
+        worker, is_cut_off, has_turn = self.worker, self._journal.needs_snapshot, True
+
+        def captured() -> None:
+            nonlocal has_turn
+            if not is_cut_off:
+                has_turn = False
+                self.turns.give()
+
+        try:
+            if worker is None or self._given_up is not None:
+                self._journal.not_taken()
+            else:
+                await self._snapshot(worker, limit, captured)
+        except WorkerGone as gone:
+            logger.info("no snapshot of %s was taken: %s", self.client_id, gone)
+        finally:
+            if has_turn:
+                self.turns.give()
+
+    async def _snapshot(
+        self,
+        worker: Member,
+        limit: int | None,
+        captured: Callable[[], None] = lambda: None,
+        *,
+        is_required: bool = True,
+    ) -> Exception | None:
+        """Take a snapshot that was requested, and keep it. The caller has the turn.
+
+        Args:
+            worker: The learner's worker.
+            limit: Largest size that is worth taking, in bytes; None for any.
+            captured: Called when the worker has answered, before the snapshot is kept.
+            is_required: Whether the journal is of no use without the snapshot.
+
+        Returns:
+            Why the learner cannot be captured; None if it can.
+
+        Raises:
+            WorkerGone: If the worker is lost.
+        """
+        journal, number = self._journal, self._journal.number
+        call = self._own_call("snapshot", journal.snapshot_arguments(limit))
+        try:
+            async with self._run.throttle(worker).passing(journal.state_bytes) as budget:
+                outcome = await worker.submit(call)
+                captured()
+                state: torch.Tensor | int = outcome.result(call, self._run.allow, worker.label)
+                if isinstance(state, int):
+                    journal.not_taken(state)
+                    return None
+                budget.saw(state.nbytes)
+                if not journal.keep(number, state):
+                    await asyncio.to_thread(journal.store, number, state)
+                journal.kept(number, state.nbytes)
+                return None
+        except WorkerGone:
+            journal.not_taken()
+            raise
+        except Exception as error:
+            if is_required and not worker.is_gone:
+                journal.refused(str(error))
+                self._run.warn_of_refusal(self.client_id, error, is_first=journal.num_refusals == 1)
+            else:
+                journal.not_taken()
+            return error
+
+    def _own_call(self, kind: CallKind, arguments: Packed) -> Call:
+        return Call(self._run.next_call_id(), self.client_id, kind, arguments, kind=kind)
+
+
+class SessionStream:
+    """The steps of a stream on the worker of its learner, which it holds from the first step to the last.
+
+    If the worker is lost, the stream ends with a WorkerLostError, and the learner is rebuilt as it was before.
+
+    Args:
+        session: The learner's session.
+        call: The call.
+    """
+
+    def __init__(self, session: LearnerSession, call: Call) -> None:
+        self._session = session
+        self._call = call
+        self._worker: Member | None = None
+        self._num_items = 0
+        self._has_turn = self._is_stepping = self._is_closed = False
+        self._gone: WorkerGone | None = None
+
+    async def next(self) -> Outcome:
+        """Run the method up to its next item."""
+        if self._gone is not None:
+            return self._lost(self._gone)
+        self._is_stepping = True
+        try:
+            outcome = await self._step()
+        except asyncio.CancelledError:
+            self._cancel()
+            raise
+        except WorkerGone as gone:
+            self._lose(gone)
+            return self._lost(gone)
+        except UndeliverableError as error:
+            outcome = Outcome("failed", error=self._session.lost(self._call, str(error)), cut_off=True)
+        except WorkerLostError as error:
+            self._give_turn()
+            return Outcome("failed", error=self._session.lost(self._call, str(error)), never_ran=True)
+        finally:
+            self._is_stepping = False
+        if outcome.is_final:
+            self._settle(outcome)
+        else:
+            self._num_items += 1
+        return outcome
+
+    def close(self) -> None:
+        """Close the generator. A step that is under way ends by that."""
+        self._is_closed = True
+        if self._has_turn and self._worker is not None:
+            self._cancel()
+
+    async def _step(self) -> Outcome:
+        session, call = self._session, self._call
+        if self._worker is not None:
+            return await self._worker.advance(call, self._num_items)
+        await session.turns.take()
+        self._has_turn = True
+        session.begin(call)
+        worker = session.ready() or await session.prepared()
+        if self._is_closed:
+            return Outcome("cancelled", never_ran=True)
+        self._worker = worker
+        worker.lost.add_done_callback(self._worker_lost)
+        return await worker.submit(call)
+
+    def _cancel(self) -> None:
+        if self._has_turn:
+            self._session.in_background(self._cancelled(self._is_stepping))
+
+    async def _cancelled(self, was_stepping: bool) -> None:
+        """Close the generator on its worker, and pass the turn on when it has ended."""
+        worker = self._worker
+        if worker is None:
+            await self._session.settled()
+            self._give_turn()
+            return
+        try:
+            outcome = await worker.cancel(self._call)
+        except WorkerGone as gone:
+            self._lose(gone)
+            return
+        except UndeliverableError:
+            outcome = Outcome("cancelled", cut_off=True)
+        self._settle(outcome)
+
+    def _settle(self, outcome: Outcome) -> None:
+        if self._has_turn:
+            self._has_turn = False
+            self._session.settle(self._call, outcome, self._num_items)
+
+    def _worker_lost(self, lost: asyncio.Future[Any]) -> None:
+        """Free the learner of an idle stream for its next call."""
+        if self._worker is not None and not self._is_stepping:
+            self._lose(self._worker.gone())
+
+    def _lose(self, gone: WorkerGone) -> None:
+        self._gone = gone
+        if self._has_turn and self._worker is not None:
+            self._session.lose(self._worker, gone)
+        self._give_turn()
+
+    def _give_turn(self) -> None:
+        if self._has_turn:
+            self._has_turn = False
+            self._session.turns.give()
+
+    def _lost(self, gone: WorkerGone) -> Outcome:
+        reason = f"its worker was lost ({gone.reason}), and the stream with it: open another"
+        return Outcome("failed", error=self._session.lost(self._call, reason), never_ran=True)

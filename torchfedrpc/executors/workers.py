@@ -1,0 +1,205 @@
+"""Table of a run's workers: the state of each, and who waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.rpc.member import Member
+from torchfedrpc.rpc.sources import Source
+
+_REPLACED_WITHIN_S = 120.0  # by a process that the run starts itself
+
+
+class WorkerState(Enum):
+    """State of a worker.
+
+    STARTING -> SERVING -> LEAVING
+                   |          |
+                   +-> LOST <-+   (STARTING again when another process takes its name)
+                         |
+                      GAVE_UP     (STARTING again, likewise)
+    """
+
+    STARTING = "starting"
+    """It was admitted, and takes part in the next world that is formed."""
+
+    SERVING = "serving"
+    """It takes calls, which wait while a world is re-formed."""
+
+    LEAVING = "leaving"
+    """It has asked to leave: its learners move to other workers."""
+
+    LOST = "lost"
+    """It was lost or has left, and another process is waited for."""
+
+    GAVE_UP = "gave up"
+    """No other process has come in its place in time, or none is expected."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker by its name, which several processes may have one after another.
+
+    Attributes:
+        label: The name.
+        source: Where its processes come from.
+        machine: The machine of its process; None if its clients are placed on other workers.
+        state: Its state.
+        member: Its process; None if there is none.
+        reason: If it is lost or was given up: how that came.
+    """
+
+    label: str
+    source: Source
+    machine: str | None
+    state: WorkerState = WorkerState.STARTING
+    member: Member | None = None
+    reason: str = ""
+    deadline: asyncio.TimerHandle | None = None
+
+    def stop_waiting(self) -> None:
+        """Wait for no other process."""
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+
+
+class Workers:
+    """The workers of a run by name. Callers wait here for a worker that is lost."""
+
+    def __init__(self) -> None:
+        self._table: dict[str, Worker] = {}
+        self._former: set[str] = set()  # names that are not given again
+        self._failure: ConfigError | WorkerLostError | None = None
+        self._changed = asyncio.Event()
+
+    def __getitem__(self, label: str) -> Worker:
+        return self._table[label]
+
+    def __contains__(self, label: str) -> bool:
+        return label in self._table
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(list(self._table.values()))
+
+    @property
+    def failure(self) -> ConfigError | WorkerLostError | None:
+        """Why no worker can be called any more; None if that is not so."""
+        return self._failure
+
+    def admit(self, source: Source, member: Member) -> None:
+        """Add a process, with a name if it has none."""
+        if not member.label:
+            numbers = (f"worker{number}" for number in itertools.count(1))
+            member.label = next(label for label in numbers if label not in self._former)
+        self._former.add(member.label)
+        worker = self._table.get(member.label)
+        if worker is None:
+            worker = self._table[member.label] = Worker(member.label, source, member.machine)
+        worker.source, worker.machine = source, member.machine
+
+    def serve(self, member: Member) -> bool:
+        """Note that a process takes calls. Returns whether it is new."""
+        worker = self._table[member.label]
+        is_new = worker.member is not member
+        worker.member = member
+        if worker.state is not WorkerState.LEAVING:
+            worker.state = WorkerState.SERVING
+        worker.stop_waiting()
+        return is_new
+
+    def leave(self, label: str) -> None:
+        """Note that a worker has asked to leave."""
+        self._table[label].state = WorkerState.LEAVING
+        self.changed()
+
+    def lose(self, label: str, reason: str) -> None:
+        """Note that the process of a worker is gone."""
+        worker = self._table[label]
+        worker.state, worker.member, worker.reason = WorkerState.LOST, None, reason
+        self.changed()
+
+    def expect(self, label: str, timeout_s: float) -> None:
+        """Wait for another process in the place of a lost one, and give it up if none comes in time."""
+        worker = self._table[label]
+        if worker.deadline is None:
+            if worker.source.replaces:
+                timeout_s, how = _REPLACED_WITHIN_S, "see its output for why"
+            else:
+                how = "start one again, or raise runtime.rejoin_timeout_s"
+            loop = asyncio.get_running_loop()
+            worker.deadline = loop.call_later(timeout_s, self._miss, worker, timeout_s, how)
+
+    def give_up(self, label: str, reason: str) -> None:
+        """Fail the calls that wait for a worker."""
+        worker = self._table[label]
+        worker.stop_waiting()
+        worker.state, worker.reason = WorkerState.GAVE_UP, reason
+        self.changed()
+
+    def remove(self, label: str) -> None:
+        """Forget a worker that no client is placed on."""
+        self._table.pop(label).stop_waiting()
+        self.changed()
+
+    def fail(self, error: ConfigError | WorkerLostError) -> None:
+        """Fail all calls, now and later."""
+        self._failure = error
+        self.changed()
+
+    def changed(self) -> None:
+        """Let callers that wait look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def next_change(self) -> None:
+        """Wait until `changed`."""
+        await self._changed.wait()
+
+    def serving(self, label: str) -> Member | None:
+        """Return the process of a worker if it takes calls."""
+        worker = self._table.get(label)
+        if worker is None or worker.state is not WorkerState.SERVING or self._failure is not None:
+            return None
+        return worker.member
+
+    def why_given_up(self, label: str) -> str | None:
+        """Return why a worker cannot be called, now or soon; None if it can."""
+        if self._failure is not None:
+            return str(self._failure)
+        worker = self._table.get(label)
+        return worker.reason if worker is not None and worker.state is WorkerState.GAVE_UP else None
+
+    async def wait_for(self, place: Callable[[], str]) -> Member:
+        """Wait for the process of a worker that takes calls.
+
+        Args:
+            place: Returns the worker's name, which may change meanwhile.
+
+        Raises:
+            WorkerLostError: If there is none, and none is expected.
+        """
+        while True:
+            if (reason := self.why_given_up(place())) is not None:
+                raise WorkerLostError(reason)
+            if (member := self.serving(place())) is not None:
+                return member
+            await self.next_change()
+
+    def close(self) -> None:
+        """Wait for no process."""
+        for worker in self._table.values():
+            worker.stop_waiting()
+
+    def _miss(self, worker: Worker, timeout_s: float, how: str) -> None:
+        worker.deadline = None
+        self.give_up(
+            worker.label,
+            f"{worker.reason}, and none has come in its place within {timeout_s:g} s: {how}; later calls are "
+            f"answered once it is there",
+        )
