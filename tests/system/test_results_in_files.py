@@ -139,7 +139,7 @@ async def test_a_worker_that_dies_before_they_are_mapped_has_not_answered(
     learner, find = proxy.client(next(on_1)), TensorFiles.at
     await learner.fill_and_get(3)
 
-    def find_too_late(addresses: Any, pid: int) -> TensorFiles:
+    def find_too_late(addresses: Any, pid: int, **options: Any) -> TensorFiles:
         monkeypatch.setattr(TensorFiles, "at", find)
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -170,7 +170,7 @@ async def test_those_that_cannot_be_mapped_are_an_error_of_their_call(
     learner, other = proxy.client(next(on_1)), proxy.client(next(on_1))
     find, refused = TensorFiles.at, []
 
-    def refuse_once(addresses: Any, pid: int) -> TensorFiles:
+    def refuse_once(addresses: Any, pid: int, **options: Any) -> TensorFiles:
         if not refused:
             refused.append(addresses)
             raise reason

@@ -33,6 +33,7 @@ from torchfedrpc.rpc.heartbeat import Loss
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sources import DialledSource, JoinedSource, Source
 from torchfedrpc.rpc.worker_group import WorkerGroup
+from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Packed, pack
 from torchfedrpc.wire.shared import SharedValue
 
@@ -94,6 +95,7 @@ class RemoteLearners:
         self._is_open = self._is_closed = False
         self._budget = SnapshotBudget()
         self._throttles: dict[str, SnapshotThrottle] = {}
+        self._file_pool = FilePool()
         self._tasks: set[asyncio.Task[None]] = set()
         self._own_call_ids = itertools.count(-(1 << 40), -1)  # apart from those of a proxy and of an executor
         self._plain_arguments: dict[bytes, Packed] = {}  # arguments without tensors, by their pickles
@@ -141,6 +143,7 @@ class RemoteLearners:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._sessions.clear()
             self._journals.close()
+            self._file_pool.close()
         finally:
             await asyncio.gather(*(source.close(reason) for source in self._sources))
 
@@ -176,7 +179,7 @@ class RemoteLearners:
     def take_shared(self, obj: Any) -> Packed:
         """Pack an object as it is now, for several calls: in files, if any worker can map these."""
         members = self._opened().members.values()
-        return pack(obj, in_files=any(one.sees_files for one in members))
+        return pack(obj, in_files=any(one.sees_files for one in members), pool=self._file_pool)
 
     def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         """Pack the arguments of a call. Journals keep them, and calls of a round often have the same few numbers."""

@@ -12,7 +12,8 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Batch, Call, CallKind, Outcome, OutcomeKind
 from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.exceptions import Failure
-from torchfedrpc.wire.file import NO_ROOM, Address, TensorFiles
+from torchfedrpc.wire.file import Address, TensorFiles
+from torchfedrpc.wire.memory_file import NO_ROOM
 from torchfedrpc.wire.packing import Packed, Parcel, Unreadable
 from torchfedrpc.wire.shared import shared_values
 
@@ -70,8 +71,8 @@ def file_message(parcel: Packed, addresses: list[Address]) -> Any:
     return parcel.head, parcel.views, addresses
 
 
-def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
-    """The parcel of such a tuple, in files of that process of this machine.
+def read_files(message: Any, pid: int | None, *, pooled: bool = False) -> Parcel | Unreadable:
+    """The parcel of such a tuple, in files of that process of this machine, which may be of its pool if ``pooled``.
 
     Raises:
         OSError: the files are not there, as where that process has ended.
@@ -85,7 +86,7 @@ def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
         case _:
             raise SerializationError(_OTHER_FORM)
     try:
-        files = TensorFiles.at(addresses, pid)
+        files = TensorFiles.at(addresses, pid, pooled=pooled)
         return Parcel(head, views, files.tensors(), files=files)
     except OSError as error:
         if error.errno not in NO_ROOM:

@@ -76,7 +76,7 @@ class _Question:
     request: Call | Batch
     future: asyncio.Future[Outcome]
     home: torch.device | None
-    lent: Sequence[TensorFiles | None]  # kept until the answer, since the worker may look for these files
+    lent: Sequence[TensorFiles | None]  # kept until the answer shows that the worker has opened them
     is_cancel: bool = False
 
 
@@ -299,7 +299,7 @@ class WorkerClient:
         if (share := self._shares.get(value.number)) is not None:
             assert share.num_calls is not None
             share.num_calls += 1
-            return share.lent[0] if share.lent is not None else None
+            return None
         self._traffic.num_sent_bytes += value.num_bytes
         lent = value.lend() if self._sees_files else None
         share = _Share(value, lent, 1 if value.is_for_tick else None)
@@ -440,6 +440,9 @@ class WorkerClient:
             if number is None:
                 self._report(*answer)
             elif (question := self._questions.pop(number, None)) is not None:
+                for files in question.lent:
+                    if files is not None:
+                        files.answered()
                 self._settle(question, answer)
         # Callers that have an answer usually send something now; their requests go before an empty one.
         self._loop.call_soon(self._keep_open)

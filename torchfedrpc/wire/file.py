@@ -7,24 +7,17 @@ import os
 import stat
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
+from torchfedrpc.wire import memory_file
+from torchfedrpc.wire.file_pool import FilePool, PooledFile
+from torchfedrpc.wire.memory_file import NAME, UNAVAILABLE
 from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named, memory_of, name_of_dtype
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-NAME = "torchfedrpc-shared"
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors that may pass: there is no descriptor or no address space left."""
-UNAVAILABLE = (*NO_ROOM, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOENT)
-"""Errors of systems without memory files: others than Linux, and sandboxes. Values are copied there."""
 
 _MAPPED_BYTES = 2 << 20  # smaller objects are copied or sent: to map them would cost as much
 _MAX_FILES = 16  # for the tensors of one object: a journal keeps many objects, and descriptors are few
@@ -41,8 +34,12 @@ def are_large(tensors: Sequence[Tensor]) -> bool:
     return sum(tensor.nbytes for tensor in tensors) >= _MAPPED_BYTES and all(tensor.is_cpu for tensor in tensors)
 
 
-def mapped_copies(tensors: Sequence[Tensor]) -> tuple[TensorFiles | None, list[Tensor]]:
+def mapped_copies(tensors: Sequence[Tensor], pool: FilePool | None = None) -> tuple[TensorFiles | None, list[Tensor]]:
     """Copy tensors into memory files and map them; (None, []) if they are small or there can be no files.
+
+    Args:
+        tensors: Dense ones whose strides leave no gaps.
+        pool: Has the files, and takes them back; without it they are new and sealed.
 
     Raises:
         OSError: If memory is full.
@@ -50,7 +47,7 @@ def mapped_copies(tensors: Sequence[Tensor]) -> tuple[TensorFiles | None, list[T
     if not are_large(tensors):
         return None, []
     try:
-        files = TensorFiles.of(tensors)
+        files = TensorFiles.of(tensors, pool)
         return files, files.tensors()
     except OSError as error:
         if error.errno not in UNAVAILABLE:
@@ -69,7 +66,7 @@ class TensorFiles:
         self._files = files
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> TensorFiles:
+    def of(cls, tensors: Sequence[Tensor], pool: FilePool | None = None) -> TensorFiles:
         """Copy tensors into files, as `TensorFile.of` does."""
         share = max(sum(tensor.nbytes for tensor in tensors) / _MAX_FILES, _FILE_BYTES)
         groups: list[list[Tensor]] = []
@@ -80,7 +77,7 @@ class TensorFiles:
                 num_bytes = 0
             groups[-1].append(tensor)
             num_bytes += tensor.nbytes
-        return cls([TensorFile.of(group) for group in groups])
+        return cls([TensorFile.of(group, pool) for group in groups])
 
     @classmethod
     def of_bytes(cls, chunks: Sequence[bytes | memoryview]) -> TensorFiles:
@@ -94,13 +91,21 @@ class TensorFiles:
         return cls([TensorFile(_sealed_file(chunks, num_bytes), num_bytes, [place])])
 
     @classmethod
-    def at(cls, addresses: Sequence[Address], pid: int) -> TensorFiles:
+    def at(cls, addresses: Sequence[Address], pid: int, *, pooled: bool = False) -> TensorFiles:
         """Open the files of another process, as `TensorFile.at` does."""
-        return cls([TensorFile.at(address, pid) for address in addresses])
+        return cls([TensorFile.at(address, pid, pooled=pooled) for address in addresses])
 
     def addresses(self) -> list[Address]:
-        """Return where other processes of this machine find the files while this process keeps them."""
+        """Return where other processes of this machine find the files while this process keeps them.
+
+        Files of a pool are used again only if `answered` was called as often as this.
+        """
         return [file.address() for file in self._files]
+
+    def answered(self) -> None:
+        """Note that the receiver of the addresses has opened the files, or will never do so."""
+        for file in self._files:
+            file.answered()
 
     def close(self) -> None:
         """Close the files; tensors that are mapped stay usable."""
@@ -119,26 +124,34 @@ class TensorFiles:
 class TensorFile:
     """Tensors in one file without a name; the kernel frees it with the last descriptor and mapping.
 
-    The file is sealed: neither its size nor its bytes change, so a reader may map it without a copy.
+    Neither the size nor the bytes of a file change while a process has it open or mapped, so a reader may map it
+    without a copy. Seals ensure that; for a file of a pool, which is written again later, its pool does.
 
     Args:
         descriptor: The open file, which this object closes.
         num_bytes: Its size.
         places: Where each tensor lies in it.
+        pooled: The same file, if it goes back to a pool instead.
     """
 
-    def __init__(self, descriptor: int, num_bytes: int, places: Sequence[_Place]) -> None:
+    def __init__(
+        self, descriptor: int, num_bytes: int, places: Sequence[_Place], pooled: PooledFile | None = None
+    ) -> None:
         self._descriptor = descriptor
         self._num_bytes = num_bytes
         self._places = places
-        self._close = weakref.finalize(self, os.close, descriptor)
+        self._pooled = pooled
+        self._close = weakref.finalize(
+            self, pooled.give_back if pooled is not None else partial(os.close, descriptor)
+        )
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> TensorFile:
-        """Copy tensors into a new file.
+    def of(cls, tensors: Sequence[Tensor], pool: FilePool | None = None) -> TensorFile:
+        """Copy tensors into a file.
 
         Args:
             tensors: Dense ones on the CPU, of any dtype, whose strides leave no gaps.
+            pool: Has the file, and takes it back; without it the file is new and sealed.
 
         Raises:
             OSError: If there is no room for it.
@@ -153,6 +166,9 @@ class TensorFile:
             chunks += [memory_of(tensor), bytes(padding)]
             num_bytes += tensor.nbytes + padding
         num_bytes = max(num_bytes, 1)
+        if pool is not None:
+            pooled = pool.file_of(chunks, num_bytes)
+            return cls(pooled.descriptor, num_bytes, places, pooled)
         return cls(_sealed_file(chunks, num_bytes), num_bytes, places)
 
     @classmethod
@@ -169,12 +185,13 @@ class TensorFile:
             return None
 
     @classmethod
-    def at(cls, address: Address, pid: int) -> TensorFile:
+    def at(cls, address: Address, pid: int, *, pooled: bool = False) -> TensorFile:
         """Open the file of another process of this machine.
 
         Args:
             address: From `address` in that process; it may be forged.
             pid: The process.
+            pooled: Whether the file may be one of a pool, on whose process this one relies then.
 
         Raises:
             OSError: If it cannot be opened.
@@ -188,8 +205,10 @@ class TensorFile:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         file = cls(descriptor, num_bytes, places)
         status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_ino != inode:
+            raise _gone()
         # A file that shrinks under a mapping kills the process that reads there.
-        if not stat.S_ISREG(status.st_mode) or status.st_ino != inode or not _is_sealed(descriptor):
+        if not memory_file.is_sealed(descriptor, against_writes=not pooled):
             raise _gone()
         if status.st_size != num_bytes:
             raise SerializationError("a file has another size than it is said to have")
@@ -213,8 +232,18 @@ class TensorFile:
         self._close()
 
     def address(self) -> Address:
-        """Return where other processes of this machine find the file while this process keeps it."""
+        """Return where other processes of this machine find the file while this process keeps it.
+
+        A file of a pool is used again only if `answered` was called as often as this.
+        """
+        if self._pooled is not None:
+            self._pooled.num_requests += 1
         return self._descriptor, os.fstat(self._descriptor).st_ino, self._num_bytes, list(self._places)
+
+    def answered(self) -> None:
+        """Note that the receiver of the address has opened the file, or will never do so."""
+        if self._pooled is not None:
+            self._pooled.num_requests -= 1
 
     def tensors(self) -> list[Tensor]:
         """Map the tensors, each with its own storage; writes to them stay private.
@@ -232,30 +261,14 @@ class TensorFile:
 
 def _sealed_file(chunks: Iterable[bytes | memoryview], num_bytes: int) -> int:
     """Write chunks one behind the other into a memory file, which never changes again; return its descriptor."""
-    if not hasattr(os, "memfd_create") or not hasattr(fcntl, "F_ADD_SEALS"):
-        raise OSError(errno.ENOSYS, "this system has no memory files that can be sealed, as Linux has")
-    descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    descriptor = memory_file.create(num_bytes)
     try:
-        os.ftruncate(descriptor, num_bytes)
-        start = 0
-        for chunk in chunks:
-            rest = memoryview(chunk)
-            while rest:
-                written = os.pwrite(descriptor, rest, start)
-                rest, start = rest[written:], start + written
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _seals())
+        memory_file.write(descriptor, chunks)
+        memory_file.seal(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _seals() -> int:
-    return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-
-
-def _is_sealed(descriptor: int) -> bool:
-    return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _seals() == _seals()
 
 
 def _gone() -> SerializationError:

@@ -21,6 +21,7 @@ from torchfedrpc.wire import arrays, encodings, rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.file import TensorFiles, are_large, mapped_copies
+from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.scan import BUILD, REDUCE, check_depth, with_requests
 from torchfedrpc.wire.tensors import (
     PlainTensors,
@@ -165,6 +166,7 @@ def pack(
     join: bool | None = None,
     may_refer: bool = False,
     in_files: bool = False,
+    pool: FilePool | None = None,
 ) -> Parcel:
     """Take the present value of an object.
 
@@ -177,6 +179,7 @@ def pack(
         join: Whether small tensors become one slot together, which costs less to send. The default is ``copy``.
         may_refer: Whether the object may hold `SentApart` values, as only the arguments of a call may.
         in_files: Whether the tensors of a large object go into files that other processes may map.
+        pool: Has these files, and takes them back; without it they are new and sealed.
 
     Raises:
         SerializationError: If the object holds something that cannot be pickled, or a tensor that cannot travel.
@@ -203,7 +206,7 @@ def pack(
     files = None
     if in_files and slots:
         with PlainTensors():
-            files, mapped = mapped_copies(slots)
+            files, mapped = mapped_copies(slots, pool)
             slots = mapped if files is not None else _copies(views, slots)
     return Parcel(file.getvalue(), views, slots, fence(slots), tuple(table.apart), files)
 

@@ -55,7 +55,8 @@ class SharedValue(SentApart):
     def lend(self) -> tuple[TensorFiles, list[Address]] | None:
         """Return the files of its tensors, and where other processes find these while the files are kept.
 
-        None if the tensors are to be sent instead.
+        None if the tensors are to be sent instead. The caller keeps the files until the receiver has answered, and
+        then calls their `answered`.
         """
         with self._lock:
             files = self._files()
