@@ -21,8 +21,9 @@ except ImportError:  # Windows
 NAME = "torchfedrpc-shared"
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors that may pass: there is no descriptor or no address space left."""
-UNAVAILABLE = (*NO_ROOM, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOENT)
-"""Errors of systems without memory files: others than Linux, and sandboxes. Values are copied there."""
+UNAVAILABLE = (*NO_ROOM, errno.EBUSY, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOENT)
+"""Errors after which values are copied: of a full system, of other systems than Linux, and of sandboxes without
+memory files. Sealing fails with EBUSY while the kernel moves pages of the file."""
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 

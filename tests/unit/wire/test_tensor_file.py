@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -19,6 +20,7 @@ from losses import pseudo
 
 import torchfedrpc as tfr
 from torchfedrpc.errors import SerializationError
+from torchfedrpc.wire import memory_file
 from torchfedrpc.wire.file import TensorFile, TensorFiles
 from torchfedrpc.wire.packing import pack
 
@@ -218,5 +220,15 @@ def test_value_stays_in_memory_when_descriptors_run_out(num_left: int) -> None:
         parcel = pack(torch.ones(1 << 20), in_files=True)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert parcel.files is None
+    assert parcel.slots[0].sum() == 1 << 20
+
+
+def test_value_stays_in_memory_while_the_kernel_moves_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(memory_file, "seal", refuse)
+    parcel = pack(torch.ones(1 << 20), in_files=True)
     assert parcel.files is None
     assert parcel.slots[0].sum() == 1 << 20
