@@ -84,8 +84,7 @@ def map_for_writing(descriptor: int, num_bytes: int) -> int:
 def write_mapped(address: int, chunks: Iterable[bytes | memoryview]) -> None:
     """Write chunks one behind the other, from an address on that `map_for_writing` returned."""
     for chunk in chunks:
-        if chunk:
-            ctypes.memmove(address, np.frombuffer(chunk, np.uint8).ctypes.data, len(chunk))
+        ctypes.memmove(address, np.frombuffer(chunk, np.uint8).ctypes.data, len(chunk))
         address += len(chunk)
 
 

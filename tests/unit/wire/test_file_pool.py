@@ -96,6 +96,12 @@ def num_memory_files() -> int:
     return num_files
 
 
+def num_mappings() -> int:
+    """Memory files that this process has mapped for writing."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sum(memory_file.NAME in line and " rw-s " in line for line in lines)
+
+
 def test_this_kernel_shows_readers() -> None:
     assert memory_file.shows_readers()
 
@@ -122,6 +128,18 @@ def test_all_chunks_are_written_to_a_file_that_is_used_again(pool: FilePool) -> 
     assert again.address
     assert content(again) == b"".join(chunks)
     again.close()
+
+
+def test_file_that_is_used_again_is_written_through_one_mapping(
+    monkeypatch: pytest.MonkeyPatch, pool: FilePool
+) -> None:
+    filled(pool, 1).close()
+    monkeypatch.setattr(memory_file, "write", None)  # what new files are written by
+    for value in (2, 3):
+        filled(pool, value).close()
+        assert num_mappings() == 1
+    pool.close()
+    assert num_mappings() == 0
 
 
 @pytest.mark.parametrize("form", ["open", "mapped privately", "mapped shared"])
