@@ -38,6 +38,7 @@ View = (
 SPREAD = 4096
 """Memory may be this many times the size of the elements that lie in it with gaps: a few bytes from a sender must not
 claim gigabytes. A column of a table with up to 4096 columns fits."""
+_INTEGERS = frozenset([int])
 _SPREAD_ELEMENTS = 1 << 14  # memory for so many elements is always allowed
 
 
@@ -276,7 +277,7 @@ def _may_spread(num_compact: int, num_elements: int) -> bool:
 
 def _check_sizes(*sizes: Any) -> None:
     """Check that these are tuples of integers: a product of other objects can take all memory."""
-    if not all(type(part) is tuple and all(type(size) is int for size in part) for part in sizes):
+    if not all(type(part) is tuple and _INTEGERS.issuperset(map(type, part)) for part in sizes):
         raise SerializationError("a tensor came with a shape or strides that are no numbers")
 
 
@@ -369,12 +370,13 @@ def _overlaps(tensor: Tensor) -> bool:
 def _is_small(tensor: Tensor) -> bool:
     """Return whether to join it with others; not one whose storage was freed, which `_dense` refuses."""
     num_bytes = tensor.nbytes
+    if num_bytes > SMALL_BYTES or not tensor.is_cpu:
+        return False
+    start, stride = int(tensor.storage_offset()) * tensor.itemsize, tensor.stride()
     return (
-        num_bytes <= SMALL_BYTES
-        and tensor.is_cpu
-        and tensor.stride() == _row_major(tensor.shape)
-        and not int(tensor.storage_offset()) * tensor.itemsize % ALIGNMENT_BYTES
-        and tensor.storage_offset() * tensor.itemsize + num_bytes <= tensor.untyped_storage().nbytes()
+        not start % ALIGNMENT_BYTES
+        and (stride == (1,) or stride == _row_major(tensor.shape))
+        and start + num_bytes <= tensor.untyped_storage().nbytes()
     )
 
 
