@@ -1,9 +1,9 @@
 """Which types may be unpickled: one list for calls, results, snapshots and files.
 
-Each entry is safe for a reason, which docs/security.md gives. A pickle that names types of this list only, whatever
-it does with them by the rules of `rebuild`, cannot view raw memory (no type here views memory that it does not own,
-and none is made without its content), cannot call back (no instance here runs code that the sender chose when it is
-made, filled or compared) and cannot open a file. Classes of trusted packages are the exception: they are the user's.
+Each entry is safe for a reason, which docs/security.md gives. A pickle that names only listed types, and uses them by
+the rules of `rebuild`, cannot view raw memory (each listed type owns its memory and is made with its content), cannot
+run the sender's code (no listed type calls any when it is made, filled or compared) and cannot open a file. Classes
+of trusted packages are the exception: their author is the user.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torchfedrpc.wire.encodings import FACTORY, function_named
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """What a pickle may do with a type, beside naming it as a value.
+    """The uses of a type that a pickle may make, beside naming it as a value.
 
     Attributes:
         fits: Whether the type may be called with these arguments; None if it may not be called.
@@ -43,7 +43,7 @@ class _Rule:
 
 
 def _kinds(*kinds: type, least: int | None = None) -> Callable[[tuple[Any, ...]], bool]:
-    """Accept arguments of exactly these types; those from number ``least`` on may be missing."""
+    """Accept arguments of exactly these types; arguments from number ``least`` on may be missing."""
     num_least = len(kinds) if least is None else least
     return lambda args: len(args) >= num_least and tuple(map(type, args)) == kinds[: len(args)]
 
@@ -149,7 +149,7 @@ LISTED = {(module, name): rule for module, rules in _TABLE.items() for name, rul
 
 
 def _rule_of(cls: type) -> _Rule:
-    """Return the rule of a listed class; that of a mere name for any other."""
+    """Return the rule of a listed class; for any other class the rule that a pickle may only name it."""
     rule = LISTED.get((cls.__module__, cls.__qualname__))
     if rule is None or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
         return _NAMED
@@ -234,18 +234,18 @@ class AllowList:
         return known
 
     def state_check(self, cls: type) -> Callable[[Any], bool] | None:
-        """Return what says whether an instance of that class may have a state; None if it may have none."""
+        """Return the check of a state of the class's instances; None if they may have no state."""
         check = _rule_of(cls).state
         if check is None and cls is not object and self.may_have_instances(cls):
             return _any_state
         return check
 
     def constructor(self, function: Any, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        """Return what a pickle may call, with these arguments.
+        """Return a callable if a pickle may call it with these arguments.
 
         Raises:
             UntrustedTypeError: If it may not be called.
-            SerializationError: If its arguments are others than pickling gives it.
+            SerializationError: If pickling never writes such arguments for it.
         """
         if isinstance(function, type):
             if (fits := _rule_of(function).fits) is not None:
@@ -286,7 +286,7 @@ _LEAVE_OUT = (
 
 
 def _advice(module: str, name: str) -> str:
-    """Say what to do about a name that is not on the list; nothing is imported for that."""
+    """Return the next step for a name that is not on the list, without importing anything."""
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = vars(found).get(part) if hasattr(found, "__dict__") else None

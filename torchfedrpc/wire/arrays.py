@@ -18,7 +18,7 @@ import numpy as np
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire.tensors import SPREAD
 
-_SPREAD_BYTES = 1 << 16  # so much memory with gaps is always allowed, else `SPREAD` times the elements' size
+_SPREAD_BYTES = 1 << 16  # always allowed for memory with gaps; otherwise `SPREAD` times the elements' size
 
 _SIMPLE_DTYPE = re.compile(
     r"[<>|=]?(?:[?bBhHiIlLqQefdgFDGOc]|[biufcSUVO?]\d{1,9}|[SUV]|[Mm]8?(?:\[\d{0,9}[A-Za-z]{1,2}\])?)"
@@ -28,7 +28,7 @@ _MT19937_WORDS, _PHILOX_WORDS = 624, 4
 _BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 _MAX_POOL_WORDS = 1024  # of a SeedSequence: 4 by default, mixing takes the square of it
 _MAX_SEED_BITS = 1 << 16
-_MAX_FIELDS = 1000  # of a dtype, those of fields included, each as often as it occurs
+_MAX_FIELDS = 1000  # of a dtype, with the fields of its fields, each counted as often as it occurs
 
 # A dtype: its ``str``; ("struct", names, formats, offsets, titles, itemsize, aligned); ("sub", base, shape); or
 # ("metadata", dtype, metadata).
@@ -44,7 +44,7 @@ def take_apart(obj: Any) -> tuple[Any, ...] | None:
     The last part of an ``array`` is its memory. The parts of ``objects`` lack the items, which `fill` takes.
 
     Raises:
-        SerializationError: If it cannot travel: a masked array, a memory map, a dtype whose elements own memory.
+        SerializationError: If it is a masked array or a memory map, or the elements of its dtype own memory.
     """
     if isinstance(obj, np.ndarray):
         return _array_parts(obj)
@@ -72,7 +72,7 @@ def dtype_parts(dtype: np.dtype[Any]) -> _DtypeParts:
     """Return the plain parts of a dtype.
 
     Raises:
-        SerializationError: If they do not make the same dtype, as where another package defines it.
+        SerializationError: If they do not make the same dtype, for example because another package defines it.
     """
     if dtype.metadata is not None:
         return "metadata", _plain_dtype_parts(np.dtype(dtype, metadata={})), dict(dtype.metadata)
@@ -192,7 +192,7 @@ def _bit_generator_parts(bits: np.random.BitGenerator) -> tuple[Any, ...]:
 
 
 def put_together(kind: str, parts: tuple[Any, ...], *, owned: bool, max_items: int = 1 << 20) -> Any:
-    """Return the object of such parts.
+    """Return the object that `take_apart` took apart.
 
     Args:
         kind: From `take_apart`.
@@ -283,7 +283,7 @@ def _make_array(
     kind: str, cls: Any, own: Any, flags: Any, *parts: Any, owned: bool, max_items: int
 ) -> np.ndarray[Any, Any]:
     array = _empty_objects(*parts, max_items=max_items) if kind == "objects" else _filled(*parts, owned=owned)
-    if flags != 1 and kind != "objects":  # those are filled first
+    if flags != 1 and kind != "objects":  # the items are filled first
         array.flags.writeable = False
     if cls is not None:
         if not (isinstance(cls, type) and issubclass(cls, np.ndarray)):
@@ -328,7 +328,7 @@ def _filled(shape: Any, layout: Any, dtype_of: Any, memory: Any, *, owned: bool)
 
 
 def _strided(shape: Any, layout: Any, dtype: np.dtype[Any], num_bytes: int) -> np.ndarray[Any, Any]:
-    """Return a new array whose elements lie in memory as ``layout``, which is checked, says."""
+    """Return a new array with the given memory layout, which is checked."""
     match layout:
         case (tuple(strides), int(start), int(num_memory_bytes)) if len(strides) == len(shape) and all(
             type(step) is int for step in strides

@@ -58,13 +58,13 @@ def put_together(kind: str, parts: tuple[Any, ...]) -> Any:
 
 # Exceptions travel as type, args and attributes, never through their own ``__reduce__``.
 
-# Read-only, made of ``args``; and the object whose attribute was missing, which is often the learner.
+# Read-only values that are made of ``args``, and an AttributeError's object, which is often the learner.
 _NOT_STATE = frozenset(("message", "exceptions", "obj"))
 
 
 def exception_args(error: BaseException) -> tuple[Any, ...]:
     """Return the arguments that make the exception's builtin base."""
-    if isinstance(error, BaseExceptionGroup):  # its args are those of a constructor that a subclass may have
+    if isinstance(error, BaseExceptionGroup):  # a subclass may have a constructor, and so args, that differ
         return error.message, list(error.exceptions)
     return error.args
 
@@ -90,7 +90,7 @@ def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) ->
     """Make an exception of that type with those args and attributes; no constructor of a user's runs.
 
     Raises:
-        SerializationError: If ``cls`` is no exception type, or the state has what no exception's has.
+        SerializationError: If ``cls`` is no exception type, or no exception has such a state.
     """
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
         raise SerializationError(f"a {type(cls).__qualname__} is not a type of exception")
@@ -98,7 +98,7 @@ def rebuild_exception(cls: Any, args: tuple[Any, ...], state: dict[str, Any]) ->
         raise SerializationError(f"a {cls.__qualname__} came without its arguments and attributes")
     base: Any = _builtin_base(cls)
     error: BaseException = base.__new__(cls, *args)
-    base.__init__(error, *args)  # some builtins keep nothing of what __new__ is given
+    base.__init__(error, *args)  # some builtins ignore the arguments of __new__
     for name, value in state.items():
         if type(name) is not str or (name.startswith("__") and name != "__notes__"):
             shown = name if type(name) is str else f"a {type(name).__qualname__}"  # a sender's repr can be endless
@@ -136,10 +136,10 @@ def _builtin_base(cls: type[BaseException]) -> type[BaseException]:
 
 
 # Functions of torch, such as the activation that a layer was given, travel by name. They compute on tensors and
-# numbers, and a pickle cannot call them: it can only hand them on, to an attribute say.
+# numbers, and a pickle cannot call them: it can only pass them on, for example to an attribute.
 
 FACTORY = "torch.amp.grad_scaler._refresh_per_optimizer_state"
-"""Makes a dict of constants for each optimiser of a ``GradScaler``, which has it as the factory of a defaultdict."""
+"""Makes a dict of constants for each optimiser of a ``GradScaler``, as the factory of a defaultdict."""
 _POINTWISE = "abs celu cos erf exp expm1 log log1p relu rrelu selu sigmoid sin softmax sqrt square tanh threshold"
 _OF_MODULES = {
     "torch": _POINTWISE,
@@ -204,8 +204,8 @@ def _make_partial(name: Any, args: Any, keywords: Any) -> functools.partial[Any]
     return functools.partial(function, *args, **keywords)
 
 
-# Optimisers travel with all of their attributes, of which torch's own ``__getstate__`` has three. The others are what
-# a subclass keeps (LBFGS its list of parameters), hooks, and a scheduler's wrapper of ``step()``.
+# Optimisers travel with all of their attributes, of which torch's own ``__getstate__`` has three. The others are
+# attributes of subclasses (LBFGS keeps a list of parameters), hooks, and a scheduler's wrapper of ``step()``.
 
 _SCHEDULED = "_wrapped_by_lr_sched"  # marks torch's wrapper, see LRScheduler.__init__
 
@@ -236,7 +236,7 @@ def is_scheduled(step: Any) -> bool:
 
 
 def scheduled_step(optimizer: Any) -> Callable[..., Any]:
-    """Wrap an optimiser's ``step()`` as a scheduler does, which wants to know whether it was called.
+    """Wrap an optimiser's ``step()`` as a scheduler does, to learn whether it was called.
 
     Raises:
         SerializationError: If it is no optimiser.
@@ -255,7 +255,7 @@ def scheduled_step(optimizer: Any) -> Callable[..., Any]:
     return step
 
 
-# Others.
+# Other objects.
 
 
 def _make_member(cls: Any, name: Any) -> enum.Enum:
@@ -299,4 +299,4 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "partial": _make_partial,
     "scheduled_step": scheduled_step,
 }
-"""What makes an object of each kind from its parts."""
+"""The function that makes an object from its parts, by kind."""

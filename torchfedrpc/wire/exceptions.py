@@ -1,4 +1,4 @@
-"""Exceptions on their way to the caller: as bytes, and as text for where the type cannot travel."""
+"""Exceptions on their way to the caller: as bytes, or as text if their type cannot travel."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Failure:
 
         Args:
             error: The exception.
-            skip_modules: Prefix of module names; the outermost frames that are in such modules are left out.
+            skip_modules: Prefix of module names; the outermost frames in these modules are left out.
         """
         body, text = None, _traceback(error, skip_modules)
         if not _breaks_loop(error):
@@ -64,7 +64,7 @@ class Failure:
         return cls(name, _text(error), text, body)
 
     def restore(self, allow: AllowList, note: str) -> BaseException:
-        """Return the exception for the caller: of its own type where that is allowed, else a `RemoteError`.
+        """Return the exception for the caller: of the original type if that is allowed, else a `RemoteError`.
 
         Args:
             allow: The types that may travel.
@@ -78,8 +78,8 @@ class Failure:
                     error = rebuilt
             except SerializationError as reason:
                 error.add_note(f"(its own type did not arrive: {reason})")
-        notes = [*error.__dict__.get("__notes__", ()), note]  # not by getattr, which its class may have
-        set_attribute = BaseException.__setattr__  # a frozen dataclass has one of its own that refuses
+        notes = [*error.__dict__.get("__notes__", ()), note]  # not by getattr, which the class may override
+        set_attribute = BaseException.__setattr__  # __setattr__ of a frozen dataclass raises
         set_attribute(error, "__notes__", notes)
         if self.traceback:
             set_attribute(error, "__cause__", RemoteTraceback(self.traceback))
@@ -87,7 +87,7 @@ class Failure:
 
 
 def _breaks_loop(error: BaseException) -> bool:
-    """Return whether it would break the caller's event loop, itself or as a member of a group."""
+    """Return whether the exception, or a member of its group, would break the caller's event loop."""
     todo, seen = [error], set()
     while todo:
         one = todo.pop()
@@ -102,7 +102,7 @@ def _breaks_loop(error: BaseException) -> bool:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as reason:  # a user's __str__ may fail, and the error must arrive all the same
+    except Exception as reason:  # a user's __str__ may fail, and the error must still arrive
         return f"<its text failed: {type(reason).__name__}>"
 
 

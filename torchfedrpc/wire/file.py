@@ -56,7 +56,7 @@ def mapped_copies(tensors: Sequence[Tensor], pool: FilePool | None = None) -> tu
 
 
 class TensorFiles:
-    """The files of one object's tensors, of about 4 MB each, so that one tensor keeps little more than itself.
+    """The files of one object's tensors, of about 4 MB each, so that a kept tensor keeps little else in memory.
 
     Args:
         files: The files, in the order of the tensors.
@@ -191,7 +191,7 @@ class TensorFile:
         Args:
             address: From `address` in that process; it may be forged.
             pid: The process.
-            pooled: Whether the file may be one of a pool, on whose process this one relies then.
+            pooled: Whether the file may be one of a pool: then only the other process keeps its bytes from changing.
 
         Raises:
             OSError: If it cannot be opened.
@@ -199,7 +199,7 @@ class TensorFile:
         """
         number, inode, num_bytes, places = _checked_address(address, pid)
         path = f"/proc/{pid}/fd/{number}"
-        # The other process chooses the number: of a pipe or a device, even the opening could take for ever.
+        # The other process chooses the number: opening a pipe or a device could block for ever.
         if not os.readlink(path).startswith(f"/memfd:{NAME}"):
             raise _gone()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -220,7 +220,7 @@ class TensorFile:
 
     @classmethod
     def is_found(cls, pid: int, address: Address) -> bool:
-        """Return whether this process can open that file of the other one; containers and users may differ."""
+        """Return whether this process can open a file of another process, whose container or user may differ."""
         try:
             cls.at(address, pid).close()
         except (OSError, SerializationError):

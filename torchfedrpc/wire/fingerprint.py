@@ -1,4 +1,4 @@
-"""Fingerprints: bytes that are equal for two values if and only if the values are, bit for bit."""
+"""Fingerprints: bytes that are equal if and only if two values are equal bit for bit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def difference(one: Any, other: Any, *, with_gradients: bool = False) -> str | N
         short; an empty string for the whole; None if they are equal bit for bit.
 
     Raises:
-        Exception: If one of them cannot be pickled.
+        Exception: If a value cannot be pickled.
     """
     return _difference(one, other, with_gradients, 0)
 
@@ -86,7 +86,7 @@ def _print(value: Any, with_gradients: bool, *, fast: bool) -> bytes:
 
 
 class _Printer(pickle.Pickler):
-    """A pickler that is run in fast mode: without a memo, so that one object and two equal ones are the same."""
+    """A pickler for fast mode, without a memo: references to one object and to equal objects look the same."""
 
     def __init__(self, file: io.BytesIO, with_gradients: bool) -> None:
         super().__init__(file, protocol=5)

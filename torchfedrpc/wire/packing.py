@@ -1,4 +1,4 @@
-"""By-value packing: an object becomes a pickle without tensors, and beside it the tensors, copied once."""
+"""By-value packing: an object becomes a pickle without tensors, and a list of the tensors, copied once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from torchfedrpc.wire.tensors import (
     take_apart,
 )
 
-_NONE = pickle.dumps(None, protocol=5)  # what most methods return
+_NONE = pickle.dumps(None, protocol=5)  # the result of most methods
 _NOTHING = pickle.dumps(((), {}), protocol=5)  # the arguments of a call without arguments
 _PLAIN: dict[bytes, Callable[[], Any]] = {_NONE: lambda: None, _NOTHING: lambda: ((), {})}
 _INLINE_BYTES = 4096  # the bytes of smaller numpy arrays stay in the pickle: a tensor costs more than the copy
@@ -44,7 +44,7 @@ _INLINE_BYTES = 4096  # the bytes of smaller numpy arrays stay in the pickle: a 
 class SentApart:
     """Base of the placeholders in a call's arguments for values that are sent apart from them.
 
-    It is no ABC: `isinstance` takes several times as long for those, and is asked of every argument.
+    It is no ABC: `isinstance` checks every argument, and takes several times as long for an ABC.
     """
 
     @property
@@ -53,13 +53,13 @@ class SentApart:
         raise NotImplementedError
 
     def open(self, allow: AllowList) -> Any:
-        """Return the value, on memory that nothing else refers to."""
+        """Return the value, on memory that no other object shares."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A packed object, on memory that nothing else refers to.
+    """A packed object, on memory that no other object shares.
 
     Attributes:
         head: The object as a pickle in which each tensor, and the memory of each large array, is a number.
@@ -330,7 +330,7 @@ def _tensor_on(memory: memoryview) -> Tensor:
 class _Builder:
     """Makes a parcel's tensors, arrays and other special objects while its pickle is read.
 
-    It is apart from the unpickler, which would be in a reference cycle with its own methods, and so keep the tensors
+    It is not the unpickler itself, because a reference cycle of the unpickler with its methods would keep the tensors
     alive until the next garbage collection.
     """
 
@@ -363,7 +363,7 @@ class _Builder:
                 parts = (*parts[:-1], self._memory_of(parts[-1]))
             made = arrays.put_together(kind, parts, owned=not self._copies_arrays, max_items=self._num_head_bytes)
             fields = getattr(getattr(made, "dtype", made), "names", None) or ()
-            memory = getattr(made, "base", None)  # larger than the array if that has gaps
+            memory = getattr(made, "base", None)  # larger than the array if the array has gaps
             num_bytes = max(getattr(made, "nbytes", 1000), getattr(memory, "nbytes", 0))
             self.budget.spend(num_bytes + 100_000 * len(fields))
             if kind == "objects":
@@ -385,7 +385,7 @@ class _Builder:
 
         Raises:
             UntrustedTypeError: If `restore` did not make the array.
-            SerializationError: If the number of items is not that of the elements.
+            SerializationError: If there are not as many items as elements.
         """
         known, is_writeable = self._unfilled.pop(id(array), (None, False))
         if known is not array:
@@ -417,7 +417,7 @@ class _Builder:
                 raise SerializationError("a tensor came with attributes that take the place of its methods")
             tensor.__dict__.update(state)
         if grad is not None:
-            if not isinstance(grad, Tensor) or grad.grad is not None:  # a chain of them is freed by recursion
+            if not isinstance(grad, Tensor) or grad.grad is not None:  # freeing a chain of gradients recurses
                 raise SerializationError("a tensor came with a gradient that is none, or has one itself")
             tensor.grad = grad
         return tensor
@@ -429,7 +429,7 @@ class _Builder:
 
 
 def _text_of(error: Exception) -> str:
-    """Return an error's text if it shows no object of the sender's, whose ``repr`` could be endless; else nothing."""
+    """Return an error's text; empty if it shows an object of the sender's, whose ``repr`` could be endless."""
     return str(error) if all(type(part) in (str, int) for part in error.args) else ""
 
 

@@ -1,4 +1,4 @@
-"""The rules by which a pickle may call, make and change objects: one for each opcode that does so.
+"""The rules by which a pickle may call, make and change objects: one rule for each opcode.
 
 Only the pickle's own objects change, and only as pickling writes them: items go into dicts, lists and sets by the
 methods of these types, attributes into the ``__dict__`` and the slots of instances. The only code that a sender can
@@ -37,8 +37,8 @@ from torchfedrpc.wire.scan import (
 )
 
 _MAX_KEY_PARTS = 1000
-"""Parts of a key, those of parts included, each as often as it occurs: hashing visits them all. A few nested tuples
-that hold each other twice have 2**40."""
+"""Nested parts of a key, each counted as often as it occurs, since hashing visits it as often. A few tuples that hold
+each other twice have 2**40."""
 _CHECKED_KEYS = 16  # collisions of fewer keys cost nothing
 _MIN_HASHES = 8  # the keys may share their hashes by so many each: 40,000 keys of one hash take 8 seconds
 
@@ -52,15 +52,15 @@ class Budget:
 
     def __init__(self, num_bytes: int) -> None:
         self._left = (64 << 20) + 32 * num_bytes
-        self._levels: dict[int, int] = {}  # of nested objects that are freed by recursion, by id
-        self._inner: set[int] = set()  # ids of objects that lie in others
+        self._levels: dict[int, int] = {}  # by id, of nested objects whose freeing recurses
+        self._inner: set[int] = set()  # ids of objects inside other objects
         self._num_late = 0
 
     def spend(self, amount: int) -> None:
         """Count so many bytes, or steps of about a nanosecond each.
 
         Raises:
-            SerializationError: If that is more than is left.
+            SerializationError: If the budget is exceeded.
         """
         self._left -= amount
         if self._left < 0:
@@ -103,7 +103,7 @@ def reduce(allow: AllowList, function: Any, arguments: Any, budget: Budget) -> A
 
     Raises:
         UntrustedTypeError: If it may not be called.
-        SerializationError: If its arguments are others than pickling gives it.
+        SerializationError: If pickling never writes such arguments for it.
     """
     if type(arguments) is not tuple:
         raise SerializationError("a pickle calls a function without a tuple of arguments")
@@ -122,7 +122,7 @@ def new(allow: AllowList, cls: Any, arguments: Any, keywords: Any) -> Any:
 
     Raises:
         UntrustedTypeError: If the class may have no instances from a pickle.
-        SerializationError: If its arguments are others than pickling gives it.
+        SerializationError: If pickling never writes such arguments for it.
     """
     if type(arguments) is not tuple or type(keywords) is not dict:
         raise SerializationError("a pickle makes an object without a tuple of arguments")
@@ -176,7 +176,7 @@ def add_items(allow: AllowList, container: Any, items: tuple[Any, ...], budget: 
     """Append items to a list, or to another container that pickling treats as one; return it.
 
     Raises:
-        UntrustedTypeError: If it is none.
+        UntrustedTypeError: If it is of another type.
     """
     if isinstance(container, list):
         list.extend(container, items)
@@ -196,7 +196,7 @@ def add_members(container: Any, items: tuple[Any, ...], budget: Budget) -> Any:
     """Add members to a set; return it.
 
     Raises:
-        UntrustedTypeError: If it is none.
+        UntrustedTypeError: If it is of another type.
         SerializationError: If hashing them would take too long.
     """
     if type(container) is not set:
@@ -325,7 +325,7 @@ def _set_module(module: Any, state: dict[str, Any]) -> None:
 
 
 def _skip_handles(state: dict[str, Any]) -> None:
-    """Keep this process from giving a new hook the number of one that arrived: removing one would remove both."""
+    """Reserve the numbers of hooks that arrived: a new hook of the same number would be removed together with it."""
     for name, hooks in state.items():
         if name.endswith("_hooks") and isinstance(hooks, dict) and hooks:
             highest = max((key for key in hooks if type(key) is int), default=0)
@@ -367,7 +367,7 @@ def _check_keys(keys: tuple[Any, ...], budget: Budget) -> bool:
     """Check that hashing and comparing the keys takes no longer than their bytes justify.
 
     Returns:
-        Whether a sender can make their hashes equal, which it cannot for texts: Python salts these.
+        Whether a sender can make their hashes equal; not if they are texts, whose hashes Python salts.
     """
     kinds = set(map(type, keys))
     if kinds <= _TEXTS:
@@ -389,7 +389,7 @@ def _num_parts(key: Any) -> int:
     """Return how many parts hashing a key visits.
 
     Raises:
-        SerializationError: If they are too many.
+        SerializationError: If there are too many.
     """
     num_parts, todo = 0, [key]
     while todo:
@@ -400,7 +400,7 @@ def _num_parts(key: Any) -> int:
         if isinstance(part, tuple | frozenset):
             todo += part
         elif type(part) not in _SIMPLE_KEYS and type(part).__hash__ is not _BY_IDENTITY:
-            todo += getattr(part, "__dict__", {}).values()  # a trusted class may make its hash of them
+            todo += getattr(part, "__dict__", {}).values()  # a trusted class may hash its attributes
     return num_parts
 
 

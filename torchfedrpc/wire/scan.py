@@ -20,8 +20,8 @@ MAX_DEPTH = 2000
 _SHALLOW_BYTES = 4096  # a shorter pickle is not deep enough for any stack
 _CONTAINERS = frozenset((tuple, list, dict, set, frozenset, OrderedDict, defaultdict, deque))
 
-# The opcodes of protocols 4 and 5, as CPython's pickler writes them. Missing are the older ones (which can place
-# an object at memo entry 2**31, and so claim 32 GiB), those of extension registries and persistent ids.
+# The opcodes of protocols 4 and 5, as CPython's pickler writes them. Older opcodes are missing (they can place
+# an object at memo entry 2**31, and so claim 32 GiB), and opcodes of extension registries and persistent ids.
 _PROTO, _FRAME, _STOP, _MARK, _POP, _POP_MARK = b"\x80\x95.(01"
 _NONE, _NEWTRUE, _NEWFALSE, _BININT, _BININT1, _BININT2, _BINFLOAT, _LONG1, _LONG4 = b"N\x88\x89JKMG\x8a\x8b"
 _SHORT_BINBYTES, _BINBYTES, _BINBYTES8, _BYTEARRAY8 = b"CB\x8e\x96"
@@ -33,12 +33,12 @@ _MEMOIZE, _BINGET, _LONG_BINGET = b"\x94hj"
 _STACK_GLOBAL, _REDUCE, _NEWOBJ, _NEWOBJ_EX, _BUILD = b"\x93R\x81\x92b"
 
 _ONE_BYTE = b"(01N\x88\x89)]}\x8ft\x85\x86\x87\x91aesu\x90\x94\x93R\x81\x92b"  # all but STOP
-_HARMLESS = b"(01N\x88\x89)]}\x8ft\x85\x86\x87\x94\x93"  # those of them that are not replaced
+_HARMLESS = b"(01N\x88\x89)]}\x8ft\x85\x86\x87\x94\x93"  # the common opcodes that are not replaced
 _FIXED = {_BININT1: 1, _BININT2: 2, _BININT: 4, _BINFLOAT: 8, _BINGET: 1, _LONG_BINGET: 4}
 _COUNTED_BY_1 = (_SHORT_BINUNICODE, _SHORT_BINBYTES, _LONG1)
 _COUNTED_BY_MORE = {_BINUNICODE: 4, _BINBYTES: 4, _LONG4: 4, _BINUNICODE8: 8, _BINBYTES8: 8, _BYTEARRAY8: 8}
 
-# What opcodes with a rule become: their operands as one tuple (target, argument, opcode), and BINPERSID.
+# The replacement of an opcode with a rule: its operands as one tuple (target, argument, opcode), and BINPERSID.
 REDUCE, NEWOBJ, NEWOBJ_EX, BUILD = _REDUCE, _NEWOBJ, _NEWOBJ_EX, _BUILD
 APPEND, APPENDS, SETITEM, SETITEMS, ADDITEMS, FROZENSET = (
     _APPEND,
@@ -82,7 +82,7 @@ def check_opcodes(head: bytes) -> None:
 def with_requests(head: bytes) -> bytes:
     """Return a pickle in which each opcode that calls, makes or changes an object is a request.
 
-    The unpickler passes ``(target, argument, opcode)`` to ``persistent_load`` and goes on with what that returns.
+    The unpickler passes ``(target, argument, opcode)`` to ``persistent_load`` and continues with the returned object.
     For `REDUCE` these are the function and its arguments; for `NEWOBJ` the class and arguments (`NEWOBJ_EX`: the
     pair of arguments and keywords); for `BUILD` the object and its state; for `APPEND` the list and an item; for
     `SETITEM` the dict and the pair of key and value; for `APPENDS`, `ADDITEMS` and `SETITEMS` the container and all
@@ -101,7 +101,7 @@ def with_requests(head: bytes) -> bytes:
     rewrite = _up_to_a_request().sub
     pieces = [rewrite(_request_for, head[start:end]) if is_run else head[start:end] for start, end, is_run in parts]
     body = b"".join(pieces)
-    return bytes((_FRAME,)) + len(body).to_bytes(8, "little") + body  # without one, each opcode is read by itself
+    return bytes((_FRAME,)) + len(body).to_bytes(8, "little") + body  # without it, each opcode is read separately
 
 
 def check_depth(head: bytes, obj: Any) -> None:
@@ -134,8 +134,8 @@ def check_depth(head: bytes, obj: Any) -> None:
 def _parts(head: bytes, common: re.Pattern[bytes]) -> list[tuple[int, int, bool]]:
     """Check the opcodes of a pickle; return its parts: start, end, and whether it is a run of common opcodes.
 
-    The other parts are opcodes with long arguments. Frames are left out: a frame says how much to read ahead, which
-    is another amount where opcodes are replaced.
+    The other parts are opcodes with long arguments. Frames are left out: a frame gives the bytes to read ahead, a
+    number that changes as opcodes are replaced.
     """
     parts: list[tuple[int, int, bool]] = []
     position, size = 0, len(head)
@@ -192,8 +192,8 @@ def _common_opcodes() -> re.Pattern[bytes]:
 def _kept() -> bytes:
     """A pattern of a run of opcodes that stay as they are.
 
-    A new list of atoms is among them, and a new dict of atoms by texts: their opcodes change nothing but that list or
-    dict, and hashing such keys takes no time.
+    The pattern includes a new list of atoms, and a new dict of atoms with texts as keys: their opcodes change only
+    that list or dict, and hashing such keys takes no time.
     """
     atom = _common_opcode(rb"K.K.\x86", one_byte=b"N\x88\x89)", is_single=True) + rb"\x94?"
     entry = _counted(_SHORT_BINUNICODE, b"\x94") + atom
@@ -210,7 +210,7 @@ def _kept_opcodes() -> re.Pattern[bytes]:
 
 @functools.cache
 def _up_to_a_request() -> re.Pattern[bytes]:
-    """A run of opcodes that stay as they are, and the one after it, which is replaced."""
+    """A run of opcodes that stay as they are, and the opcode behind it, which is replaced."""
     return re.compile(b"(" + _kept() + b")([" + re.escape(b"".join(_REQUESTS)) + b"]|\\Z)", re.DOTALL)
 
 

@@ -135,7 +135,7 @@ def read(
             memory = torch.frombuffer(content, dtype=torch.uint8)
         else:
             memory = torch.empty(num_bytes, dtype=torch.uint8)
-            if num_bytes:  # an empty view is of other memory
+            if num_bytes:  # an empty view has other memory
                 memory_of(memory)[:] = content
         check_extent(shape, stride, 0, dtype, num_bytes)
         if math.prod(shape) * dtype.itemsize != num_bytes:
@@ -147,7 +147,7 @@ def read(
 
 
 def _checksum(table: bytes | memoryview, head: bytes | memoryview) -> int:
-    """Return the checksum of both pickles: with a changed bit, unpickling could take all memory before it fails."""
+    """Return the checksum of both pickles: after a flipped bit, unpickling could take all memory before it fails."""
     return zlib.crc32(head, zlib.crc32(table))
 
 

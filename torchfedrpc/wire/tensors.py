@@ -18,17 +18,19 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchfedrpc.errors import SerializationError
 
 _SPARSE_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-ALIGNMENT_BYTES = 64  # kernels may choose another path, and so other last bits, for memory that is aligned otherwise
+ALIGNMENT_BYTES = 64  # kernels may compute other last bits for memory with another alignment
 
 SMALL_BYTES = 65536
 """Tensors of up to this size are joined: copying them twice is faster than sending one more tensor."""
 
 _split: Any = torch.split_with_sizes_copy  # torch's type stubs have it return nothing
 
-# How a tensor lies in a slot: the slot's number alone where it is all of it; with its shape where it is one of the
-# small tensors that follow each other there, in the order of their views; else with dtype, shape, strides and offset.
-# One whose strides leave gaps has its elements in the slot without them (one for each dimension of stride 0), and as
-# the last number that of the elements of the memory in which it lies.
+# How a tensor lies in a slot:
+# - the slot's number, if the tensor is the whole slot;
+# - number and shape, if it is joined with other small tensors, which follow each other in the order of their views;
+# - number, dtype, shape, strides and offset otherwise;
+# - the same and the number of elements of the receiver's memory, if its strides leave gaps: the slot has the elements
+#   without gaps, one for each dimension of stride 0.
 View = (
     int
     | tuple[int, tuple[int, ...]]
@@ -43,7 +45,7 @@ _SPREAD_ELEMENTS = 1 << 14  # memory for so many elements is always allowed
 
 
 class PlainTensors:
-    """A context in which new tensors are ordinary ones: without autograd history, and no inference tensors."""
+    """A context in which new tensors have no autograd history and are no inference tensors."""
 
     __slots__ = ("_grad", "_guard")
 
@@ -80,7 +82,7 @@ def check_can_travel(tensor: Tensor) -> None:
         raise SerializationError("a nested tensor cannot travel: send the list of its parts, tensor.unbind()")
     if tensor.is_mkldnn:
         raise SerializationError("an mkldnn tensor cannot travel: send tensor.to_dense()")
-    fake = sys.modules.get("torch._subclasses.fake_tensor")  # none exists where that is not imported
+    fake = sys.modules.get("torch._subclasses.fake_tensor")  # no fake tensor exists unless this module is imported
     if fake is not None and isinstance(tensor, fake.FakeTensor):
         raise SerializationError("a fake tensor has no values to send")
     if tensor.is_meta:
@@ -205,7 +207,7 @@ def is_joined(view: View) -> TypeGuard[tuple[int, tuple[int, ...]]]:
 def lay_out(
     views: list[View], slots: list[Tensor], spend: Callable[[int], None] = lambda num_bytes: None
 ) -> list[Tensor]:
-    """Return the tensors that the views describe; joined ones each get new memory.
+    """Return the tensors that the views describe; each joined tensor gets new memory.
 
     Args:
         views: How they lie in the slots; they may be forged.
@@ -256,7 +258,7 @@ def _view_slot(view: Any, slots: list[Tensor]) -> Tensor:
 def _spread_out(
     slot: Tensor, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, num_elements: int
 ) -> Tensor:
-    """Return a tensor whose elements, which the slot has without gaps, lie in memory with them."""
+    """Return a tensor with gaps between its elements, which the slot has without gaps."""
     _check_sizes(shape, stride, (offset, num_elements))
     compact = _without_repeats(shape, stride)
     if not _may_spread(math.prod(compact), num_elements) or slot.dtype != dtype or tuple(slot.shape) != compact:
@@ -276,7 +278,7 @@ def _may_spread(num_compact: int, num_elements: int) -> bool:
 
 
 def _check_sizes(*sizes: Any) -> None:
-    """Check that these are tuples of integers: a product of other objects can take all memory."""
+    """Check that sizes are tuples of integers: a product of other objects can take all memory."""
     if not all(type(part) is tuple and _INTEGERS.issuperset(map(type, part)) for part in sizes):
         raise SerializationError("a tensor came with a shape or strides that are no numbers")
 
@@ -326,12 +328,12 @@ def _dense(tensor: Tensor, *, copy: bool) -> Tensor:
 
 
 def _lone_slot(tensor: Tensor, number: int, *, copy: bool) -> tuple[View, Tensor | None]:
-    """Return how a tensor that is alone on its storage lies in a slot, and the slot; None if its memory is to be it.
+    """Return the view of a tensor that is alone on its storage, and its slot; None for the memory that it spans.
 
     Raises:
         SerializationError: If its storage was freed, or its elements lie too far apart.
     """
-    aligned = max(ALIGNMENT_BYTES // tensor.itemsize, 1)  # so many elements lie between aligned addresses
+    aligned = max(ALIGNMENT_BYTES // tensor.itemsize, 1)  # elements from one aligned address to the next
     start = int(tensor.storage_offset()) % aligned
     if tensor.is_contiguous():
         return (number, None) if start else (number, _dense(tensor, copy=copy))
@@ -358,7 +360,7 @@ def _last_element(tensor: Tensor) -> int:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Return whether its elements may share memory: some dimension does not step over those of smaller stride."""
+    """Return whether elements may share memory: a dimension's stride is within the reach of smaller strides."""
     reach = 0
     for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and step <= reach:
@@ -368,7 +370,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _is_small(tensor: Tensor) -> bool:
-    """Return whether to join it with others; not one whose storage was freed, which `_dense` refuses."""
+    """Return whether to join a tensor with others; False if its storage was freed, which `_dense` refuses."""
     num_bytes = tensor.nbytes
     if num_bytes > SMALL_BYTES or not tensor.is_cpu:
         return False
@@ -427,7 +429,7 @@ def _span(tensor: Tensor, start: int, stop: int) -> Tensor:
 def memory_of(tensor: Tensor) -> memoryview:
     """Return the memory of a dense CPU tensor whose strides leave no gaps, as bytes; the view keeps it alive.
 
-    ``tensor.numpy()`` would make its storage one that can never be resized again.
+    It does not use ``tensor.numpy()``, after which the storage can never be resized.
     """
     if not tensor.nbytes:
         return memoryview(b"")
