@@ -13,6 +13,7 @@ from losses import kill, pid_of, pseudo
 from test_recovery_sharing import NUM_BYTES, SIZE, Adding, add
 
 import torchfedrpc as tfr
+from torchfedrpc.wire.file_pool import PooledFile
 
 NUM_ROUNDS = 200
 MODEL_BYTES = 4 << 20
@@ -49,14 +50,24 @@ async def test_rounds_leave_nothing_in_driver_and_workers() -> None:
                 (loaded,) = set((await proxy.clients().call("load", argument)).values())
                 assert loaded == weights["layer0"][0]
 
-        processes = [os.getpid(), pid_of(proxy, "worker1"), pid_of(proxy, "worker2")]
+        def pooled() -> list[PooledFile]:
+            executor: Any = proxy._router._main
+            files: list[PooledFile] = executor._file_pool._files
+            return files
+
+        def num_held_in_driver() -> int:
+            return held_by(os.getpid())[1] - sum(1 + bool(file.address) for file in pooled())
+
+        workers = [pid_of(proxy, "worker1"), pid_of(proxy, "worker2")]
+        processes = [os.getpid(), *workers]
         for how in ("group", "reference"):
             await rounds(NUM_ROUNDS // 4, how)
             before = [held_by(pid)[0] for pid in processes]
             await rounds(NUM_ROUNDS, how)
             async with asyncio.timeout(10):
-                while any(held_by(pid)[1] for pid in processes):
+                while num_held_in_driver() or any(held_by(pid)[1] for pid in workers):
                     await proxy.clients().call("load", {f"layer{number}": torch.ones(()) for number in range(4)})
+            assert len(pooled()) <= 4
             for pid, then in zip(processes, before, strict=True):
                 assert held_by(pid)[0] - then < 10 * MODEL_BYTES, how  # an allocator has its ups and downs
 
