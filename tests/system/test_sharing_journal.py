@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from conftest import shared_memory_of
+from internals import remote_learners
 from losses import kill, pid_of, pseudo
 from test_recovery_sharing import NUM_BYTES, SIZE, Adding, add
 
@@ -51,8 +52,7 @@ async def test_rounds_leave_nothing_in_driver_and_workers() -> None:
                 assert loaded == weights["layer0"][0]
 
         def pooled() -> list[PooledFile]:
-            executor: Any = proxy._router._main
-            files: list[PooledFile] = executor._file_pool._files
+            files: list[PooledFile] = remote_learners(proxy)._file_pool._files
             return files
 
         def num_held_in_driver() -> int:
