@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -31,44 +31,22 @@ NUM_WARM = 5
 # Lines.
 
 
-@dataclass
-class Lines:
-    """Lines of some files.
-
-    Attributes:
-        files: How many files there are.
-        total: All lines.
-        code: Lines with code; one that ends with a comment counts here.
-        docstrings: Lines of docstrings.
-        comments: Lines with a comment alone.
-        blank: Empty lines.
-    """
-
-    files: int = 0
-    total: int = 0
-    code: int = 0
-    docstrings: int = 0
-    comments: int = 0
-    blank: int = 0
-
-    def __add__(self, other: Lines) -> Lines:
-        return Lines(*(one + another for one, another in zip(astuple(self), astuple(other), strict=True)))
+KINDS = ("files", "total", "code", "docstrings", "comments", "blank")
 
 
-def lines_of(path: Path) -> Lines:
-    """The lines of a Python file or a shell script."""
+def lines_of(path: Path) -> Counter[str]:
+    """The lines of a Python file or a shell script, by kind; code that ends with a comment is code."""
     lines = path.read_text(encoding="utf-8").splitlines()
     kinds = {number: kind_of(line) for number, line in enumerate(lines, 1)}
     if path.suffix == ".py":
         tree = ast.parse("\n".join(lines))
         kinds |= dict.fromkeys(string_lines(tree), "code")
         kinds |= dict.fromkeys(docstring_lines(tree), "docstrings")
-    count = Counter(kinds.values())
-    return Lines(1, len(kinds), count["code"], count["docstrings"], count["comments"], count["blank"])
+    return Counter(kinds.values()) + Counter(files=1, total=len(kinds))
 
 
 def kind_of(line: str) -> str:
-    """What a line is, where it is not a part of a string."""
+    """The kind of a line that is not a part of a string."""
     text = line.strip()
     return "blank" if not text else "comments" if text.startswith("#") else "code"
 
@@ -94,7 +72,7 @@ def docstring_lines(tree: ast.Module) -> Iterator[int]:
 def sources(folder: Path) -> Iterator[Path]:
     """The Python files and shell scripts of a folder."""
     for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
+        hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden and (path.suffix == ".py" or (not path.suffix and is_script(path))):
             yield path
 
@@ -107,20 +85,17 @@ def is_script(path: Path) -> bool:
 
 def print_lines(depths: dict[str, int]) -> None:
     """Print the lines of some folders and of their folders, down to the depth of each."""
-    print(f"{'folder':34}" + "".join(f"{name:>12}" for name in vars(Lines())))
+    rows: list[tuple[str, Counter[str]]] = []
     for top, depth in depths.items():
-        of_folder: dict[str, Lines] = defaultdict(Lines)
+        of_folder: dict[str, Counter[str]] = defaultdict(Counter)
         for path in sources(ROOT / top):
             folder = "/".join((top, *path.relative_to(ROOT / top).parts[:-1][:depth]))
             of_folder[folder] += lines_of(path)
-        print_row(f"{top}, all", sum(of_folder.values(), Lines()))
-        for folder, lines in sorted(of_folder.items()):
-            print_row(f"  {folder}", lines)
-
-
-def print_row(name: str, lines: Lines) -> None:
-    """Print the lines of a folder."""
-    print(f"{name:34}" + "".join(f"{value:12,}" for value in astuple(lines)))
+        rows += [(f"{top}, all", sum(of_folder.values(), Counter[str]()))]
+        rows += [(f"  {folder}", lines) for folder, lines in sorted(of_folder.items())]
+    print(f"{'folder':34}" + "".join(f"{kind:>12}" for kind in KINDS))
+    for name, lines in rows:
+        print(f"{name:34}" + "".join(f"{lines[kind]:12,}" for kind in KINDS))
 
 
 # Calls.

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    pyfuncitem.funcargs["runner"].run(pyfuncitem.obj(**arguments))
+    runner = pyfuncitem.funcargs["runner"]
+    assert isinstance(runner, asyncio.Runner)
+    runner.run(pyfuncitem.obj(**arguments))
     return True
 
 
@@ -194,6 +196,16 @@ def shared_memory_of(pid: int) -> int:
         with contextlib.suppress(OSError):
             count += "torchfedrpc-shared" in os.readlink(entry)
     return count
+
+
+async def submitted(proxy: tfr.LearnerProxy, *calls: Awaitable[Any], timeout_s: float = 20.0) -> list[Any]:
+    """Begin calls, none of which ends soon, and wait until all of them are pending; returns their tasks."""
+    count = proxy.stats()["pending_calls"] + len(calls)
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    async with asyncio.timeout(timeout_s):
+        while proxy.stats()["pending_calls"] < count:
+            await asyncio.sleep(0)
+    return tasks
 
 
 class Latch:

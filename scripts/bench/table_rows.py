@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-UNEVENNESS = "mean_by_median"
-"""The quantity that tells how much the mean of the seconds is more than their median."""
+from protocol import UNEVENNESS
 
 Kind = Literal["time", "speed", "difference", "value"]
 """What a number is: ``time``: ours / theirs, ``speed``: theirs / ours, ``difference``: ours less theirs, ``value``.
 
-A target of a speed is the least, one of the others the most.
+The target of a speed is the least, that of another kind the most.
 """
 
 
@@ -73,14 +72,14 @@ class Row:
     """Some contenders that do the same work. The first entry is torchfedrpc's.
 
     Attributes:
-        name: for ``--rows``.
+        name: For ``--rows``.
         title: The name of the row in the table.
-        setting: rows with the same setting follow one another and share processes; ``--quick`` goes by what is
-            before the colon.
-        entries: the contenders.
+        setting: Rows with the same setting follow one another and share processes; ``--smoke`` uses the part before
+            the colon.
+        entries: The contenders.
         lines: The lines of the table.
-        count: repetitions in each batch; None to fit a batch into a given time. With ``quick_count`` for ``--quick``.
-        tolerance: how far numbers that tell a result may differ, relatively and absolutely.
+        count: Repetitions in each batch; None to fit a batch into a given time.
+        tolerance: The difference that numbers of two results may have, relatively and absolutely.
     """
 
     name: str
@@ -89,18 +88,16 @@ class Row:
     entries: tuple[Entry, ...]
     lines: tuple[Line, ...]
     count: int | None = None
-    quick_count: int | None = None
     tolerance: float = 5e-4
 
 
 US = "torchfedrpc"
 CALLS = Program(US, "torchfedrpc_contender")
-FEDAVG = Program(US, "torchfedrpc_fedavg")
-MANY = Program(US, "torchfedrpc_many")
+STATES = Program(US, "torchfedrpc_states")
 RAW = Program("raw RPC", "raw_rpc")
-MEMCPY = Program("memcpy", "memcpy")
-PLAIN = Program("plain loop", "plain_loop")
-BY_HAND = Program("two processes by hand", "two_processes")
+MEMCPY = Program("memcpy", "plain")
+PLAIN = Program("plain loop", "plain")
+BY_HAND = Program("two processes by hand", "plain")
 STARTS = Program(US, "starts")
 RAY = Program("Ray", "ray_contender", "ray")
 MONARCH = Program("Monarch", "monarch_contender", "monarch")
@@ -110,23 +107,23 @@ ONE_WORKER = "calls: one worker"
 ALL_PEERS = (RAY, MONARCH, FLOWER, PFL)
 
 
-def rows(*, quick: bool = False) -> list[Row]:
+def rows(*, merged: bool = False) -> list[Row]:
     """All rows, those of one setting together.
 
     Args:
-        quick: let as many rows as can share processes, which the memory that they measure shows a little.
+        merged: Let as many rows as can share processes, which the memory that they measure shows a little.
     """
-    apart = [*_calls(), *_models(), *_sums(), *_fedavg(), *_many(), _starts(), _imports()]
-    return [_merged(row) for row in apart] if quick else apart
+    calls = [*_calls(), *_models(), *_sums()]
+    calls = [_merged(row) for row in calls] if merged else calls
+    return [*calls, *_fedavg(), *_many(), *_snapshots(), *_checkpoints(), _starts(), _imports()]
 
 
 def _merged(row: Row) -> Row:
-    entries = [replace(entry, apart="") if entry.program is CALLS else entry for entry in row.entries]
-    return replace(row, setting=row.setting.partition(":")[0], entries=tuple(entries))
+    return replace(row, setting="calls", entries=tuple(replace(entry, apart="") for entry in row.entries))
 
 
 def without_peers(row: Row) -> Row:
-    """The row without contenders that need an environment of their own."""
+    """The row without contenders that need a separate environment."""
     entries = tuple(entry for entry in row.entries if entry.program.peer is None)
     labels = {None, *(entry.label for entry in entries)}
     return replace(row, entries=entries, lines=tuple(line for line in row.lines if line.against in labels))
@@ -232,7 +229,7 @@ def _sums() -> list[Row]:
 def _fedavg() -> list[Row]:
     def rounds(kind: str, in_words: str, local: float, two: float) -> list[Row]:
         ahead = tuple(Line(peer.label, "time", 1.0) for peer in ALL_PEERS)
-        alone = tuple(_entry(program, kind) for program in (FEDAVG, PLAIN, PFL))  # others have workers only
+        alone = tuple(_entry(program, kind) for program in (CALLS, PLAIN, PFL))  # others have workers only
         both = tuple(_entry(program, f"{kind}_two") for program in (BY_HAND, *ALL_PEERS))
         return [
             Row(
@@ -246,7 +243,7 @@ def _fedavg() -> list[Row]:
                 f"{kind}_two",
                 f"FedAvg round, 20 of 100 clients, {in_words}, 2 workers",
                 "rounds: two workers",
-                (_entry(FEDAVG, f"{kind}_two", apart="two workers"), _entry(PLAIN, kind), *both),
+                (_entry(CALLS, f"{kind}_two", apart="two workers"), _entry(PLAIN, kind), *both),
                 (Line(BY_HAND.label, "time", two), Line("plain loop", "time"), *ahead),
             ),
         ]
@@ -264,10 +261,49 @@ def _many() -> list[Row]:
             Line(None, "value", None, "a round"),
         )
         title = f"100,000 clients, 1,000 a round, 100 resident, {where}"
-        entries = (_entry(MANY, name),)
-        return Row(name, title, name, entries, lines, count=20, quick_count=4)
+        return Row(name, title, name, (_entry(STATES, name),), lines, count=20)
 
     return [row("many", "local", ""), row("many_two", "2 workers", ", beside one of two clients")]
+
+
+def _snapshots() -> list[Row]:
+    contents = {
+        "layers": "300 parameters, gradients, momentum",
+        "tensor": "one tensor of 40 MB",
+        "objects": "10,000 small objects",
+        "floats": "100,000 floats in a list",
+    }
+    against = "not compared"
+
+    def row(name: str, title: str) -> Row:
+        entries = (_entry(STATES, f"proven-{name}"), _entry(STATES, f"unproven-{name}", against))
+        lines = (Line(against, "time"),)
+        return Row(f"snapshot_{name}", f"snapshot of {title}, compared with its learner", "snapshots", entries, lines)
+
+    return [row(name, title) for name, title in contents.items()]
+
+
+def _checkpoints() -> list[Row]:
+    def row(num_called: int) -> Row:
+        against = "no checkpoints"
+        entries = (
+            _entry(STATES, f"saved-{num_called}", apart="saved"),
+            _entry(STATES, f"unsaved-{num_called}", against, apart="unsaved"),
+        )
+        lines = (
+            Line(against, "time"),
+            Line(None, "value", None, "a save, beside the rounds", "save_s"),
+            Line(None, "value", None, "its snapshots", "saved_mb"),
+            Line(None, "value", None, "file with all checkpoints", "disk_mb"),
+            Line(against, "difference", None, "driver's peak memory", "peak_mb"),
+            Line(None, "value", None, "a resume, until its first round", "resume_s"),
+        )
+        title = f"round of {num_called} of 100 learners of 4 MB, a checkpoint every ten rounds"
+        return Row(f"saved_{num_called}", title, f"checkpoints of {num_called}", entries, lines, count=40)
+
+    store = (Line(None, "value"), Line(None, "value", None, "read", "read_s"))
+    evicted = Row("evicted", "1,000 evicted learners of 200 kB", "evictions", (_entry(STATES, "evicted"),), store)
+    return [row(100), row(3), evicted]
 
 
 def _starts() -> Row:
@@ -287,4 +323,4 @@ def _starts() -> Row:
 def _imports() -> Row:
     entries = (_entry(STARTS, "import_torchfedrpc"), _entry(STARTS, "import_torch", "import torch"))
     lines = (Line("import torch", "difference", 0.05),)
-    return Row("import", "import torchfedrpc", "imports", entries, lines, 5, quick_count=1)
+    return Row("import", "import torchfedrpc", "imports", entries, lines, count=5)

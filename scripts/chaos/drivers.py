@@ -211,57 +211,40 @@ class Life:
         return sorted(different)
 
 
-class Past:
-    """The lives of a run so far, and where the next has to continue.
+def num_again(life: Life, lives: Sequence[Life], num_rounds: int) -> int:
+    """How many rounds that had ended in earlier lives are done again in the next.
 
-    Attributes:
-        last: The last life.
+    Raises:
+        RuntimeError: If it does not continue after the last round that was saved.
     """
-
-    def __init__(self) -> None:
-        self.last: Life | None = None
-        self._num_saved = 0
-        self._num_ended = 0
-
-    def num_again(self, life: Life, num_rounds: int) -> int:
-        """How many rounds that had ended the next life does again.
-
-        Raises:
-            RuntimeError: If it does not continue where it has to.
-        """
-        begun = life.rounds("RoundStarted")
-        first = begun[0] if begun else num_rounds
-        if not max(self._num_saved, self._num_ended - _MAX_AGAIN) <= first <= self._num_ended:
-            raise RuntimeError(
-                f"it continued with round {first}, and {self._num_saved} were saved and {self._num_ended} had ended"
-            )
-        if begun != list(range(first, first + len(begun))):
-            raise RuntimeError(f"it has begun the rounds {begun}")
-        return self._num_ended - first
-
-    def add(self, life: Life) -> None:
-        """Add a life."""
-        self.last = life
-        self._num_saved = max([self._num_saved, *(number + 1 for number in life.rounds("CheckpointSaved"))])
-        self._num_ended = max([self._num_ended, *(number + 1 for number in life.rounds("RoundEnded"))])
+    num_saved = max((number + 1 for one in lives for number in one.rounds("CheckpointSaved")), default=0)
+    num_ended = max((number + 1 for one in lives for number in one.rounds("RoundEnded")), default=0)
+    begun = life.rounds("RoundStarted")
+    first = begun[0] if begun else num_rounds
+    if not max(num_saved, num_ended - _MAX_AGAIN) <= first <= num_ended:
+        raise RuntimeError(f"it continued with round {first}; {num_saved} were saved and {num_ended} had ended")
+    if begun != list(range(first, first + len(begun))):
+        raise RuntimeError(f"it has begun the rounds {begun}")
+    return num_ended - first
 
 
+@dataclass
 class Killer:
     """Runs drivers and kills them.
 
-    Args:
+    Attributes:
         report: Takes a row for each kill.
         expected: The digests of each round, and of the end.
         draw: Draws the moments.
         round_s: The seconds that a round takes.
+        modes: The mode and the runtime of each life.
     """
 
-    def __init__(self, report: Report, expected: Sequence[Digests], draw: random.Random, round_s: float) -> None:
-        self._report = report
-        self._expected = expected
-        self._draw = draw
-        self._round_s = round_s
-        self._modes = itertools.cycle(_MODES.items())  # from life to life
+    report: Report
+    expected: Sequence[Digests]
+    draw: random.Random
+    round_s: float
+    modes: Iterator[tuple[str, dict[str, Any]]] = field(default_factory=lambda: itertools.cycle(_MODES.items()))
 
     async def run(self, faults: Sequence[str]) -> int:
         """A run from beginning to end; each life but the last ends by a kill.
@@ -269,43 +252,44 @@ class Killer:
         Returns:
             How many of the faults have struck.
         """
-        past = Past()
+        lives: list[Life] = []
         with tempfile.TemporaryDirectory() as folder:
-            for number in itertools.count():
-                fault = faults[number] if number < len(faults) else None
-                if not await self._next_life(past, folder, fault):
+            for fault in (*faults, None):
+                life = await self._next_life(lives, folder, fault)
+                if life is None:
+                    return len(lives)
+                lives.append(life)
+                if life.killed_by is None:
                     break
-            if past.last is not None and past.last.digests is not None:
-                self._report.left_over([f"{path.name} of a checkpoint" for path in Path(folder).glob("*.tmp*")])
-        return number
+            self.report.left_over([f"{path.name} of a checkpoint" for path in Path(folder).glob("*.tmp*")])
+        return len(lives) - 1
 
-    async def _next_life(self, past: Past, folder: str, fault: str | None) -> bool:
-        """Live once more; returns whether another life has to follow."""
-        mode, runtime = next(self._modes)
-        life, before = Life(mode), past.last
+    async def _next_life(self, lives: Sequence[Life], folder: str, fault: str | None) -> Life | None:
+        """Live once more; returns None if that failed."""
+        mode, runtime = next(self.modes)
+        life, before = Life(mode), lives[-1] if lives else None
         killed_by = before.killed_by if before is not None else None
         struck = [f"{before.mode} > {mode}" if before is not None else mode]
-        job = Job(runtime, SEED, len(self._expected) - 1, checkpoints=folder)
+        job = Job(runtime, SEED, len(self.expected) - 1, checkpoints=folder)
         try:
             with driving(sys.executable, *job.arguments()) as driver:
                 await self._live(life, driver, fault)
-                num_again = past.num_again(life, job.num_rounds)
+                again = num_again(life, lives, job.num_rounds)
         except Exception as error:
             if killed_by is not None:
-                self._report.failed_fault(killed_by, struck, error)
+                self.report.failed_fault(killed_by, struck, error)
             else:
-                self._report.failed("the first driver", error)
-            return False
-        different = life.differing(self._expected)
+                self.report.failed("the first driver", error)
+            return None
+        different = life.differing(self.expected)
         if before is not None and killed_by is not None:
             missed = [f"back within {BACK_S:g} s"] if life.back_s > BACK_S else []
-            under_way = [f"{'save' if killed_by == AS_IT_SAVES else 'round'}, {num_again} rounds done again"]
+            under_way = [f"{'save' if killed_by == AS_IT_SAVES else 'round'}, {again} rounds done again"]
             observed = Observed(before.gone_s, life.back_s, None, None, under_way, different, missed)
-            self._report.fault(killed_by, struck, observed)
+            self.report.fault(killed_by, struck, observed)
         else:
-            self._report.differing("the first driver", different)
-        past.add(life)
-        return life.killed_by is not None
+            self.report.differing("the first driver", different)
+        return life
 
     async def _live(self, life: Life, driver: Driver, fault: str | None) -> None:
         struck_round: int | None = None
@@ -314,11 +298,11 @@ class Killer:
             if fault is None or life.killed_by is not None:
                 continue
             if message["what"] == "RoundStarted" and struck_round is None:
-                first, last = message["round_num"], len(self._expected) - 2
-                struck_round = self._draw.randint(first, min(first + _MAX_ROUNDS - 1, last))
+                first, last = message["round_num"], len(self.expected) - 2
+                struck_round = self.draw.randint(first, min(first + _MAX_ROUNDS - 1, last))
             strikes_at, within_s = _MOMENTS[fault]
             if message["what"] == strikes_at and message["round_num"] == struck_round:
-                await asyncio.sleep(self._draw.uniform(0.0, within_s or self._round_s))
+                await asyncio.sleep(self.draw.uniform(0.0, within_s or self.round_s))
                 await self._kill(life, driver, fault)
         if life.killed_by is None:
             await ends_well(driver.process)
@@ -332,7 +316,7 @@ class Killer:
         while (left := marked_processes()) and time.monotonic() < at + _GONE_S:
             await asyncio.sleep(_POLL_S)
         if left:
-            self._report.left_over([f"of a killed driver: process {pid} ({name})" for pid, name in left.items()])
+            self.report.left_over([f"of a killed driver: process {pid} ({name})" for pid, name in left.items()])
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
         else:

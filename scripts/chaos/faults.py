@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal
 
 import internals
 from processes import Process, serving_for
@@ -22,23 +23,89 @@ _START_S = 2.0  # about the time that a replacement takes to start; one is struc
 _JOIN_S = 1.0  # about the time from a worker's handshake until it has its share of the learners
 
 
-# Workers that the driver starts.
+# Workers that the driver starts: a moment, and a strike.
+
+Moment = Callable[[Scene], Awaitable[None]]
+Strike = Callable[[Scene, str], Awaitable[None]]
+LaterMoment = Callable[[Scene, str], Awaitable[None]]
 
 
-async def kill(scene: Scene) -> None:
-    """Kill a worker."""
+async def at_any_moment(scene: Scene) -> None:
+    """Wait for a random moment of the round."""
     await scene.moment()
-    await scene.kill(scene.one())
 
 
-def kill_during(activity: str) -> Fault:
-    """Kill a worker during an activity of the round."""
+def during(activity: str) -> Moment:
+    """A random moment of an activity of the round."""
+    return lambda scene: scene.during(activity)
+
+
+async def in_recovery(scene: Scene, worker: str) -> None:
+    """Wait for a random moment of the time that a replacement takes to start."""
+    await scene.moment(_START_S)
+
+
+def as_all(step: str) -> LaterMoment:
+    """The moment when all ``leave`` the world, or ``join`` the next."""
+    return lambda scene, worker: scene.world_is_formed_with(worker, f"all {step}")
+
+
+async def kill(scene: Scene, worker: str) -> None:
+    """Kill a worker."""
+    await scene.kill(worker)
+
+
+async def freeze(scene: Scene, worker: str) -> None:
+    """Stop a worker."""
+    await scene.signal(worker, signal.SIGSTOP)
+
+
+async def terminate(scene: Scene, worker: str) -> None:
+    """Send SIGTERM to a worker."""
+    await scene.signal(worker, signal.SIGTERM)
+
+
+async def pause(scene: Scene, worker: str) -> None:
+    """Stop a worker for less than the heartbeat's timeout."""
+    await scene.signal(worker, signal.SIGSTOP, is_fatal=False)
+    await asyncio.sleep(0.4 * scene.heartbeat_timeout_s)
+    await scene.signal(worker, signal.SIGCONT, is_fatal=False)
+
+
+def heartbeat_process(strike: Callable[[int], object]) -> Strike:
+    """A strike at the process that sends a worker's heartbeats."""
+    return lambda scene, worker: scene.strike_heartbeat(worker, strike)
+
+
+def struck(strike: Strike, moment: Moment = at_any_moment, count: int = 1) -> Fault:
+    """Strike as many workers."""
 
     async def fault(scene: Scene) -> None:
-        await scene.during(activity)
-        await scene.kill(scene.one())
+        await moment(scene)
+        for worker in scene.pick(count):
+            await strike(scene, worker)
 
     return fault
+
+
+def killed_and(strike: Strike, moment: LaterMoment, among: Sequence[int]) -> Fault:
+    """Kill a worker, and once its loss is known, strike its replacement (0) or another worker (1)."""
+
+    async def fault(scene: Scene) -> None:
+        workers = scene.pick(2)
+        await scene.moment()
+        await scene.kill(workers[0])
+        await scene.lost(workers[0])
+        worker = workers[scene.draw.choice(among)]
+        await moment(scene, worker)
+        await strike(scene, worker)
+
+    return fault
+
+
+def struck_by_call(kind: Literal["kill", "freeze"]) -> Fault:
+    """Let a call strike its worker."""
+    return lambda scene: scene.struck_by_call(scene.one(), kind)
 
 
 async def kill_at_capture(scene: Scene) -> None:
@@ -64,147 +131,34 @@ async def kill_at_stream(scene: Scene) -> None:
     await scene.kill(internals.worker_of(scene.proxy, client_id))
 
 
-async def kill_two(scene: Scene) -> None:
-    """Kill two workers at once."""
-    await scene.moment()
-    for worker in scene.pick(2):
-        await scene.kill(worker)
-
-
-async def kill_all(scene: Scene) -> None:
-    """Kill all workers at once."""
-    await scene.moment()
-    for worker in scene.workers:
-        await scene.kill(worker)
-
-
-async def kill_replacement(scene: Scene) -> None:
-    """Kill a worker, and then the process that starts in its place."""
-    (worker,) = await _one_lost(scene, 1)
-    await scene.moment(_START_S)
-    await scene.kill(worker)
-
-
-async def kill_in_recovery(scene: Scene) -> None:
-    """Kill a worker, and another before all are there again."""
-    _, second = await _one_lost(scene, 2)
-    await scene.moment(_START_S)
-    await scene.kill(second)
-
-
-async def freeze_in_recovery(scene: Scene) -> None:
-    """Kill a worker, and stop another before all are there again."""
-    _, second = await _one_lost(scene, 2)
-    await scene.moment(_START_S)
-    await scene.signal(second, signal.SIGSTOP)
-
-
-async def kill_in_leaving(scene: Scene) -> None:
-    """Kill a worker, and another while all leave the world."""
-    _, second = await _one_lost(scene, 2)
-    await scene.world_is_formed_with(second, "all leave")
-    await scene.kill(second)
-
-
-async def kill_in_joining(scene: Scene) -> None:
-    """Kill a worker, and then another or its replacement while all join the next world."""
-    worker = scene.draw.choice(await _one_lost(scene, 2))
-    await scene.world_is_formed_with(worker, "all join")
-    await scene.kill(worker)
-
-
-async def freeze_in_joining(scene: Scene) -> None:
-    """Kill a worker, and then stop another or its replacement while all join the next world."""
-    worker = scene.draw.choice(await _one_lost(scene, 2))
-    await scene.world_is_formed_with(worker, "all join")
-    await scene.signal(worker, signal.SIGSTOP)
-
-
-async def kill_at_call(scene: Scene) -> None:
-    """Let a call kill its worker."""
-    await scene.struck_by_call(scene.one(), "kill")
-
-
-async def freeze(scene: Scene) -> None:
-    """Stop a worker."""
-    await scene.moment()
-    await scene.signal(scene.one(), signal.SIGSTOP)
-
-
-async def freeze_at_call(scene: Scene) -> None:
-    """Let a call stop its worker."""
-    await scene.struck_by_call(scene.one(), "freeze")
-
-
-async def sever(scene: Scene) -> None:
-    """Let a worker work on while its heartbeats stop."""
-    await scene.moment()
-    await scene.strike_heartbeat(scene.one(), internals.silence)
-
-
-async def freeze_heartbeat(scene: Scene) -> None:
-    """Stop the process that sends a worker's heartbeats."""
-    await scene.moment()
-    await scene.strike_heartbeat(scene.one(), lambda pid: os.kill(pid, signal.SIGSTOP))
-
-
-async def kill_heartbeat(scene: Scene) -> None:
-    """Kill the process that sends a worker's heartbeats."""
-    await scene.moment()
-    await scene.strike_heartbeat(scene.one(), lambda pid: os.kill(pid, signal.SIGKILL))
-
-
-async def terminate(scene: Scene) -> None:
-    """Send SIGTERM to a worker."""
-    await scene.moment()
-    await scene.signal(scene.one(), signal.SIGTERM)
-
-
-async def pause(scene: Scene) -> None:
-    """Stop a worker for less than the heartbeat's timeout."""
-    worker = scene.one()
-    await scene.moment()
-    await scene.signal(worker, signal.SIGSTOP, is_fatal=False)
-    await asyncio.sleep(0.4 * scene.heartbeat_timeout_s)
-    await scene.signal(worker, signal.SIGCONT, is_fatal=False)
-
-
-async def _one_lost(scene: Scene, count: int) -> list[str]:
-    """Kill a worker, and wait until its loss is known; returns as many workers, it first."""
-    workers = scene.pick(count)
-    await scene.moment()
-    await scene.kill(workers[0])
-    await scene.lost(workers[0])
-    return workers
-
-
 _SILENT = Expected(is_silent=True)
 _TWO = Expected(num_lost=2)
+_TWO_SILENT = Expected(num_lost=2, is_silent=True)
 
 WORKERS: dict[str, tuple[Fault, Expected]] = {
-    "kill": (kill, Expected()),
-    "kill during train": (kill_during("train"), Expected()),
-    "kill during share": (kill_during("share"), Expected()),
-    "kill during reduce": (kill_during("reduce"), Expected()),
-    "kill during snapshot": (kill_during("snapshot"), Expected()),
+    "kill": (struck(kill), Expected()),
+    "kill during train": (struck(kill, during("train")), Expected()),
+    "kill during share": (struck(kill, during("share")), Expected()),
+    "kill during reduce": (struck(kill, during("reduce")), Expected()),
+    "kill during snapshot": (struck(kill, during("snapshot")), Expected()),
     "kill at an eviction": (kill_at_capture, Expected()),
     "kill at an open stream": (kill_at_stream, Expected()),
-    "kill two at once": (kill_two, _TWO),
-    "kill all": (kill_all, Expected(num_lost=3)),
-    "kill, and its replacement": (kill_replacement, _TWO),
-    "kill, and another in the recovery": (kill_in_recovery, _TWO),
-    "kill, and another as all leave": (kill_in_leaving, _TWO),
-    "kill, and one as all join": (kill_in_joining, _TWO),
-    "kill, and freeze one as all join": (freeze_in_joining, Expected(num_lost=2, is_silent=True)),
-    "kill, and freeze one in the recovery": (freeze_in_recovery, Expected(num_lost=2, is_silent=True)),
-    "kill by a learner's call": (kill_at_call, Expected()),
-    "freeze": (freeze, _SILENT),
-    "freeze by a learner's call": (freeze_at_call, _SILENT),
-    "sever": (sever, _SILENT),
-    "freeze the heartbeat process": (freeze_heartbeat, _SILENT),
-    "kill the heartbeat process": (kill_heartbeat, _SILENT),
-    "SIGTERM": (terminate, Expected()),
-    "pause, shorter than the timeout": (pause, Expected(num_lost=0)),
+    "kill two at once": (struck(kill, count=2), _TWO),
+    "kill all": (struck(kill, count=3), Expected(num_lost=3)),
+    "kill, and its replacement": (killed_and(kill, in_recovery, [0]), _TWO),
+    "kill, and another in the recovery": (killed_and(kill, in_recovery, [1]), _TWO),
+    "kill, and another as all leave": (killed_and(kill, as_all("leave"), [1]), _TWO),
+    "kill, and one as all join": (killed_and(kill, as_all("join"), [0, 1]), _TWO),
+    "kill, and freeze one as all join": (killed_and(freeze, as_all("join"), [0, 1]), _TWO_SILENT),
+    "kill, and freeze one in the recovery": (killed_and(freeze, in_recovery, [1]), _TWO_SILENT),
+    "kill by a learner's call": (struck_by_call("kill"), Expected()),
+    "freeze": (struck(freeze), _SILENT),
+    "freeze by a learner's call": (struck_by_call("freeze"), _SILENT),
+    "sever": (struck(heartbeat_process(internals.silence)), _SILENT),
+    "freeze the heartbeat process": (struck(heartbeat_process(lambda pid: os.kill(pid, signal.SIGSTOP))), _SILENT),
+    "kill the heartbeat process": (struck(heartbeat_process(lambda pid: os.kill(pid, signal.SIGKILL))), _SILENT),
+    "SIGTERM": (struck(terminate), Expected()),
+    "pause, shorter than the timeout": (struck(pause), Expected(num_lost=0)),
 }
 
 
@@ -213,14 +167,17 @@ WORKERS: dict[str, tuple[Fault, Expected]] = {
 ElasticFault = Callable[[ElasticWorkers, Scene], Awaitable[None]]
 
 
-async def join(elastic: ElasticWorkers, scene: Scene) -> None:
-    """Let a worker join."""
-    await _join(elastic, scene, 1)
+def join(count: int) -> ElasticFault:
+    """Let workers join at once."""
 
+    async def fault(elastic: ElasticWorkers, scene: Scene) -> None:
+        began, _ = await _come(elastic, scene, count)
+        under_way = scene.under_way("move")
+        for _ in range(count):
+            worker = await _new(elastic, scene, began)
+            scene.note(worker, WorkerJoined, began, under_way)
 
-async def join_two(elastic: ElasticWorkers, scene: Scene) -> None:
-    """Let two workers join at once."""
-    await _join(elastic, scene, 2)
+    return fault
 
 
 async def kill_as_it_joins(elastic: ElasticWorkers, scene: Scene) -> None:
@@ -274,25 +231,23 @@ async def kill_serving(elastic: ElasticWorkers, scene: Scene) -> None:
     await scene.event_of(WorkerJoined, at, [address])
 
 
-async def kill_listener(elastic: ElasticWorkers, scene: Scene) -> None:
-    """Kill a worker that listens, and start it again."""
-    address, worker = scene.draw.choice(list(elastic.listening.items()))
-    await scene.moment()
-    at = scene.note(address)
-    worker.signal(signal.SIGKILL)
-    await asyncio.to_thread(worker.ended, HANG_S)
-    await elastic.listen(address)
-    await scene.event_of(WorkerJoined, at, [address])
+def restart_listener(number: signal.Signals) -> ElasticFault:
+    """Kill a worker that listens, or ask it to leave by SIGTERM, and start it again."""
 
+    async def fault(elastic: ElasticWorkers, scene: Scene) -> None:
+        address, worker = scene.draw.choice(list(elastic.listening.items()))
+        await scene.moment()
+        if number == signal.SIGTERM:
+            at = scene.note(address, WorkerLeft, under_way=scene.under_way("move"))
+            await drained(worker)
+        else:
+            at = scene.note(address)
+            worker.signal(number)
+            await asyncio.to_thread(worker.ended, HANG_S)
+        await elastic.listen(address)
+        await scene.event_of(WorkerJoined, at, [address])
 
-async def drain_listener(elastic: ElasticWorkers, scene: Scene) -> None:
-    """Ask a worker that listens to leave, and start it again."""
-    address, worker = scene.draw.choice(list(elastic.listening.items()))
-    await scene.moment()
-    at = scene.note(address, WorkerLeft, under_way=scene.under_way("move"))
-    await drained(worker)
-    await elastic.listen(address)
-    await scene.event_of(WorkerJoined, at, [address])
+    return fault
 
 
 async def _come(elastic: ElasticWorkers, scene: Scene, count: int) -> tuple[float, list[Process]]:
@@ -305,14 +260,6 @@ async def _come(elastic: ElasticWorkers, scene: Scene, count: int) -> tuple[floa
         await joined(worker)
     elastic.start_s = time.monotonic() - began
     return began, workers
-
-
-async def _join(elastic: ElasticWorkers, scene: Scene, count: int) -> None:
-    began, _ = await _come(elastic, scene, count)
-    under_way = scene.under_way("move")
-    for _ in range(count):
-        worker = await _new(elastic, scene, began)
-        scene.note(worker, WorkerJoined, began, under_way)
 
 
 async def _new(elastic: ElasticWorkers, scene: Scene, since: float) -> str:
@@ -351,14 +298,14 @@ async def _killed(elastic: ElasticWorkers, scene: Scene, at: float, under_way: s
 
 
 ELASTIC: dict[str, tuple[ElasticFault, Expected]] = {
-    "a worker joins": (join, Expected(num_lost=0)),
-    "two workers join at once": (join_two, Expected(num_lost=0)),
+    "a worker joins": (join(1), Expected(num_lost=0)),
+    "two workers join at once": (join(2), Expected(num_lost=0)),
     "a worker joins and is killed at once": (kill_as_it_joins, Expected()),
     "kill a worker as learners move to it": (kill_as_it_takes_learners, Expected()),
     "kill a worker as learners move away": (kill_as_it_leaves, Expected()),
     "kill a joined worker": (kill_joined, Expected()),
     "drain a joined worker": (drain_joined, Expected(num_lost=0)),
     "kill a listening worker's process": (kill_serving, Expected()),
-    "kill a listener, and start it again": (kill_listener, Expected()),
-    "drain a listener, and start it again": (drain_listener, Expected(num_lost=0)),
+    "kill a listener, and start it again": (restart_listener(signal.SIGKILL), Expected()),
+    "drain a listener, and start it again": (restart_listener(signal.SIGTERM), Expected(num_lost=0)),
 }

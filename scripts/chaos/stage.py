@@ -35,7 +35,7 @@ from chaos.workload import (
     open_proxy,
     undisturbed,
 )
-from torchfedrpc.events import Event, RoundEnded, WorkerLeft, WorkerLost, WorldFormed
+from torchfedrpc.events import Event, RoundEnded, WorkerJoined, WorkerLeft, WorkerLost, WorldFormed
 from torchfedrpc.testing import Faults
 
 SEED = 7
@@ -53,8 +53,8 @@ class Expected:
     """The effects that a fault has to have.
 
     Attributes:
-        num_lost: Workers that are lost: those that were struck, as often as they were, and no others.
-        is_silent: Whether a worker only stops to send heartbeats, so that the timeout tells that it is lost.
+        num_lost: The number of losses: each struck worker is lost once for each strike, and no other worker is.
+        is_silent: Whether a worker only stops to send heartbeats, so that only the timeout shows its loss.
         back_s: Seconds from the last strike until all workers can be called again, at most.
     """
 
@@ -146,6 +146,10 @@ class Scene:
     struck: list[str] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
     _strikes: list[Strike] = field(default_factory=list)
+    _members: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._members = set(self.workers)
 
     @property
     def proxy(self) -> tfr.LearnerProxy:
@@ -217,7 +221,7 @@ class Scene:
         os.kill(pid, signal.SIGKILL)
 
     async def signal(self, worker: str, number: signal.Signals, *, is_fatal: bool = True) -> None:
-        """Send a signal to a worker that is ready: to one that starts, nothing else tells that it is stopped."""
+        """Send a signal to a worker that is ready: nothing but a heartbeat shows that a process is stopped."""
         pid = await self._until_there(lambda: internals.pid_of(self.proxy, worker))
         if is_fatal:
             self.note(worker)
@@ -310,7 +314,7 @@ class Scene:
             await log.until(partial(self._has_ended, strike))
             if not self._effects(strike):
                 raise RuntimeError(f"{strike.worker} was lost, and {strike.leads_to.__name__} did not follow")
-        await log.until(lambda: not (lost := log.times(WorkerLost, self._began)) or log.times(WorldFormed, max(lost)))
+        await self._world_is_whole()
         lost = log.lost(self._began)
         last = max((strike.at for strike in self._strikes), default=results_at)
         formed = log.times(WorldFormed, last) if self._strikes else []
@@ -329,6 +333,18 @@ class Scene:
                 *self._wrong_losses(lost, expected.num_lost),
             ],
         )
+
+    async def _world_is_whole(self) -> None:
+        """Wait for the next world, if a lost worker was in a world; the others go on without a lost newcomer."""
+        joined = {event.worker for _, event in self.log.entries if isinstance(event, WorkerJoined)}
+        members, log = self._members | joined, self.log
+
+        def losses() -> list[float]:
+            return [at for worker in members for at in log.times(WorkerLost, self._began, worker)]
+
+        await log.until(lambda: not losses() or log.times(WorldFormed, max(losses())))
+        while internals.forming(self.proxy):
+            await asyncio.sleep(_POLL_S)
 
     def _wrong_losses(self, lost: list[str], num_lost: int) -> list[str]:
         struck = [strike.worker for strike in self._strikes if strike.leads_to is WorkerLost]

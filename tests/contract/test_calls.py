@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Fresh, Latch, Seen
+from conftest import Fresh, Latch, Seen, submitted
 
 import torchfedrpc as tfr
 from torchfedrpc.events import CallEnded, CallStarted, ProgressReported
@@ -99,14 +99,14 @@ async def test_a_users_keyword_never_clashes_in_a_stream(proxy: tfr.LearnerProxy
 
 
 async def test_options_make_a_view_and_leave_the_proxy_as_it_is(
-    proxy: tfr.LearnerProxy, one: str, latch: Latch
+    proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch
 ) -> None:
+    one, other = fresh.together(2)
     view = proxy.options(timeout_s=0.05)
     assert view.client_ids == proxy.client_ids
+    (held,) = await submitted(proxy, proxy.custom_method(one, "hold", latch.path))
     with pytest.raises(tfr.CallTimeoutError):
-        await view.custom_method(one, "hold", latch.path)
-    held = asyncio.create_task(proxy.custom_method(one, "hold", latch.path))
-    await asyncio.sleep(0.1)  # longer than the view's timeout
+        await view.custom_method(other, "hold", latch.path)
     assert not held.done()
     latch.open()
     assert await held == "released"
@@ -169,13 +169,13 @@ async def test_statistics_have_the_keys_that_are_documented(proxy: tfr.LearnerPr
 
 
 async def test_an_option_that_is_not_given_stays_and_none_takes_it_back(
-    proxy: tfr.LearnerProxy, one: str, latch: Latch
+    proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch
 ) -> None:
+    one, other = fresh.together(2)
     view = proxy.options(timeout_s=0.05, on_error="collect")
-    late = await view.clients([one]).options(retries=1).call("hold", latch.path)
-    assert isinstance(late.failures[one], tfr.CallTimeoutError)
-    held = asyncio.create_task(view.clients([one]).options(timeout_s=None).call("hold", latch.path))
-    await asyncio.sleep(0.1)  # longer than the view's timeout
+    (held,) = await submitted(proxy, view.clients([one]).options(timeout_s=None).call("hold", latch.path))
+    late = await view.clients([other]).options(retries=1).call("hold", latch.path)
+    assert isinstance(late.failures[other], tfr.CallTimeoutError)
     assert not held.done()
     latch.open()
     assert (await held)[one] == "released"
@@ -286,7 +286,7 @@ async def test_a_shared_object_is_made_once_in_a_process(
     assert {times for _, times, _ in results.values()} == {1}
 
 
-async def test_a_shared_object_is_the_same_in_every_process_whoever_came_first(
+async def test_a_shared_object_is_the_same_in_every_process_for_any_first_caller(
     proxy: tfr.LearnerProxy, fresh: Fresh
 ) -> None:
     results = await proxy.clients(fresh.apart(4)).call("shared_object", "the same key")
@@ -315,7 +315,7 @@ async def test_a_report_that_cannot_be_sent_is_the_learners_error(proxy: tfr.Lea
     assert await proxy.custom_method(one, "same", 1) == 1
 
 
-async def test_a_subscriber_that_fails_harms_nobody(
+async def test_a_subscriber_that_fails_harms_neither_calls_nor_other_subscribers(
     proxy: tfr.LearnerProxy, one: str, seen: Seen, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(event: object) -> None:
@@ -360,8 +360,7 @@ async def test_stats_do_not_wait_for_a_method_that_runs(
     one, other = fresh.together(2)
     calls = [asyncio.create_task(proxy.custom_method(one, "hold", latch.path))]
     await seen.reported(one)
-    calls.append(asyncio.create_task(proxy.custom_method(other, "same", 1)))
-    await asyncio.sleep(0)
+    calls += await submitted(proxy, proxy.custom_method(other, "same", 1))
     began = time.perf_counter()
     stats = proxy.stats()
     assert time.perf_counter() - began < 0.1

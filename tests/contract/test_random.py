@@ -17,6 +17,8 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.executors.base import ExecutorSpec, Invocation
 from torchfedrpc.host.spec import LearnerSpec
 
+numpy_random: Any = np.random  # whose stubs lack the functions for bit generators
+
 
 async def test_calls_clients_and_methods_draw_otherwise(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
     first, second = fresh.apart(2)
@@ -47,7 +49,7 @@ async def test_interleaved_async_methods_draw_as_if_alone(
 
 
 async def _draw_alone(client_id: str, path: str) -> Any:
-    """The same call of the same client, where nobody else draws."""
+    """The same call of the same client, beside no other call."""
     spec, _ = LearnerSpec.of(Probe, 11, RuntimeConfig())
     host = ExecutorSpec(spec, {client_id: {}}, lambda event: None).make_host()
     try:
@@ -57,7 +59,7 @@ async def _draw_alone(client_id: str, path: str) -> Any:
 
 
 async def _streams_alone(client_id: str) -> list[list[Any]]:
-    """The items of both streams of the same client, where nobody else draws."""
+    """The items of both streams of the same client, beside no other call."""
     spec, _ = LearnerSpec.of(Probe, 11, RuntimeConfig())
     executor = tfr.LocalExecutor(RuntimeConfig())
     await executor.open(ExecutorSpec(spec, {client_id: {}}, lambda event: None))
@@ -135,9 +137,9 @@ async def test_the_processs_own_streams_are_as_they_were_after_a_stream(proxy: t
 
 
 async def test_the_processs_own_numpy_generator_is_the_same_object(proxy: tfr.LearnerProxy, one: str) -> None:
-    before = np.random.get_bit_generator()
+    before = numpy_random.get_bit_generator()
     await proxy.custom_method(one, "draw")
-    assert np.random.get_bit_generator() is before
+    assert numpy_random.get_bit_generator() is before
 
 
 async def test_random_augmentation_does_not_repeat_from_call_to_call(proxy: tfr.LearnerProxy, one: str) -> None:

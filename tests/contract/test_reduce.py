@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, Fresh, Latch, Seen, opened
-from internals import check_no_batch_is_left
+from conftest import NUM_CLIENTS, Fresh, Latch, Seen, opened, submitted
+from internals import check_nothing_goes_on
 from summing import Adder, Brackets, Failing, Kept, Noted, SlowToPack, Threads, Unopenable, Unpackable
 
 import torchfedrpc as tfr
@@ -31,9 +31,9 @@ def proxy(runner: asyncio.Runner, runtime: dict[str, Any]) -> Iterator[tfr.Learn
 
 
 @pytest.fixture(autouse=True)
-def _nothing_goes_on(runner: asyncio.Runner, proxy: tfr.LearnerProxy, mode: str) -> Iterator[None]:
+def _nothing_goes_on(runner: asyncio.Runner, proxy: tfr.LearnerProxy) -> Iterator[None]:
     yield
-    runner.run(check_no_batch_is_left(proxy))
+    runner.run(check_nothing_goes_on(proxy))
 
 
 def number(client_id: str) -> str:
@@ -111,22 +111,21 @@ async def test_a_reduction_is_what_a_tree_over_the_results_gives(proxy: tfr.Lear
     assert result.value["mask"].dtype == torch.bool
 
 
-@pytest.mark.parametrize("reducer", [Kept(), tfr.Sum()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    ("reducer", "expected"), [(Kept(), [[1] * 3] * 2), (tfr.Sum(), [2] * 3)], ids=["Kept", "Sum"]
+)
 async def test_a_reducer_keeps_what_it_was_given_while_the_learner_goes_on(
-    proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch, reducer: Any
+    proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch, reducer: Any, expected: list[Any]
 ) -> None:
     quick, slow = sorted(fresh.together(2), key=proxy.client_ids.index)
-    holding = asyncio.ensure_future(proxy.custom_method(slow, "text_once_open_async", latch.path))
-    await asyncio.sleep(0)
-    reduction = asyncio.ensure_future(proxy.clients([quick, slow]).reduce("change_and_give", reducer))
-    for _ in range(3):  # until its calls are submitted
-        await asyncio.sleep(0)
+    (holding,) = await submitted(proxy, proxy.custom_method(slow, "text_once_open_async", latch.path))
+    (reduction,) = await submitted(proxy, proxy.clients([quick, slow]).reduce("change_and_give", reducer))
     for count in (2, 3):
         assert (await proxy.custom_method(quick, "change_and_give")).tolist() == [count] * 3
     assert not reduction.done()
     latch.open()
     value = (await reduction).value
-    assert [one.tolist() for one in value] == [[1] * 3] * 2 if isinstance(value, list) else value.tolist() == [2] * 3
+    assert [one.tolist() for one in value] == expected
     await holding
 
 
@@ -161,8 +160,7 @@ async def test_calls_behind_a_reduction_run_behind_it(
 ) -> None:
     ids = fresh.apart(4)
     arguments: dict[str, dict[str, Any]] = {one: {} for one in ids} | {ids[0]: {"until": latch.path}}
-    reduction = asyncio.ensure_future(proxy.clients(arguments).reduce("text_once_open_async", Brackets()))
-    await asyncio.sleep(0)
+    (reduction,) = await submitted(proxy, proxy.clients(arguments).reduce("text_once_open_async", Brackets()))
     behind = [asyncio.ensure_future(proxy.clients(ids).call("append", item)) for item in "ab"]
     await asyncio.gather(*(seen.ended(one) for one in ids[1:]))
     assert not reduction.done()
@@ -265,7 +263,7 @@ async def test_errors_of_finish_are_raised(proxy: tfr.LearnerProxy, fresh: Fresh
             await proxy.clients(ids).reduce("text", Failing("finish", "stop"))
 
 
-async def test_a_reducer_that_cannot_be_packed_any_more_is_an_error(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
+async def test_a_reducer_that_can_no_longer_be_packed_is_an_error(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
     with pytest.raises(tfr.SerializationError, match=r"lambda") as caught:
         await proxy.clients(fresh.apart(2)).reduce("text", Unpackable())
     assert "text" in str(caught.value.__notes__)
@@ -398,8 +396,9 @@ async def test_a_cancelled_reduction_leaves_the_learners_usable(
     arguments = {one: {"until": None if collecting or one != ids[0] else latch.path} for one in ids}
     reduction = asyncio.ensure_future(proxy.clients(arguments).reduce("text_once_open_async", reducer))
     await asyncio.gather(*(seen.ended(one) for one in (ids if collecting else ids[1:])))
-    while collecting and not Path(latch.path + ".packing").exists():
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(20):
+        while collecting and not Path(latch.path + ".packing").exists():
+            await asyncio.sleep(0.001)
     assert not reduction.done()
     reduction.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -419,7 +418,7 @@ async def test_sparse_tensors_are_added_up_beside_dense_ones(proxy: tfr.LearnerP
 # Traffic and memory.
 
 
-async def test_what_comes_to_the_driver_grows_with_the_workers(
+async def test_bytes_received_by_the_driver_grow_with_the_workers(
     proxy: tfr.LearnerProxy, mode: str, num_hosts: int
 ) -> None:
     size, half = 30_001, NUM_CLIENTS // 2

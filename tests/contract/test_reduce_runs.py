@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from internals import check_no_batch_is_left
+from internals import check_nothing_goes_on
+from own_mode import CountingExecutor
 from summing import Adder, Brackets, Failing
 
 import torchfedrpc as tfr
-from torchfedrpc.registry import executors
 
 from .test_reduce import bits, brackets, failing, shuffled
 
@@ -47,7 +46,7 @@ async def test_the_bits_do_not_depend_on_mode_number_of_workers_and_placement(
     for one in runtimes:
         async with tfr.LearnerProxy(Adder, IDS, runtime=one, seed=5) as proxy:
             assert await script(proxy, IDS) == in_local_mode
-            await check_no_batch_is_left(proxy)
+            await check_nothing_goes_on(proxy)
 
 
 # Kinds of executors.
@@ -62,34 +61,14 @@ async def test_without_isolation_results_are_added_up_as_well(mode: str) -> None
         assert (await proxy.clients().reduce("change_and_give", tfr.Mean())).value.tolist() == [2.0] * 3
 
 
-@pytest.fixture
-def own_mode() -> Iterator[str]:
-    @tfr.executor("plain")
-    class PlainExecutor(tfr.AbstractExecutor):
-        """Runs learners here, and knows of no reductions."""
-
-        async def open(self, spec: tfr.ExecutorSpec) -> None:
-            self.host = spec.make_host()
-
-        async def close(self) -> None:
-            await asyncio.to_thread(self.host.close)
-
-        async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
-            return await self.host.execute_method(client_id, method_name, *args, **kwargs)
-
-    yield "plain"
-    executors._entries.pop("plain")
-
-
-async def test_a_mode_of_ones_own_that_knows_of_no_reductions_has_them(
-    mode: str, own_mode: str, in_local_mode: Any
-) -> None:
+async def test_users_mode_without_reductions_has_them(mode: str, in_local_mode: Any) -> None:
     if mode != "local":
         pytest.skip("it is a mode of its own")
-    async with tfr.LearnerProxy(Adder, IDS, runtime=own_mode, seed=5) as proxy:
+    async with tfr.LearnerProxy(Adder, IDS, runtime="counting", seed=5) as proxy:
         assert await script(proxy, IDS) == in_local_mode
         group = proxy.clients(failing(IDS, 2)).options(on_error="collect")
         assert (await group.reduce("text_or_fail", Brackets())).value == brackets(IDS, [IDS[2]])
+        assert CountingExecutor.log.count("text_or_fail") == len(IDS)
         with pytest.raises(tfr.GroupCallError) as caught:
             await proxy.clients().reduce("train", tfr.WeightedMean(weight="num_sample"))
         assert set(caught.value.failures) == set(IDS)
@@ -106,4 +85,4 @@ async def test_methods_that_run_at_once_are_added_up_in_order(mode: str, runtime
     async with tfr.LearnerProxy(Adder, IDS, runtime=runtime) as proxy:
         for method in ("text", "text_async") * 3:
             assert (await proxy.clients(shuffled(IDS)).reduce(method, Brackets())).value == brackets(IDS)
-        await check_no_batch_is_left(proxy)
+        await check_nothing_goes_on(proxy)

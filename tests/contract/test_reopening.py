@@ -57,7 +57,7 @@ def calls_in(seen: Seen) -> tuple[list[int], list[str]]:
 
 async def run_session(proxy: tfr.LearnerProxy, seen: Seen) -> Session:
     seen.events.clear()
-    opened = await asyncio.gather(proxy.__aenter__(), proxy.__aenter__(), return_exceptions=True)
+    opened = list(await asyncio.gather(proxy.__aenter__(), proxy.__aenter__(), return_exceptions=True))
     try:
         before = counts(proxy)
         results: list[Any] = [dict(await proxy.clients().call("draw")) for _ in range(2)]

@@ -27,7 +27,7 @@ def proxy(runner: asyncio.Runner, runtime: dict[str, Any]) -> Iterator[tfr.Learn
 
 
 @pytest.mark.parametrize("method", ["hold", "hold_async"])
-async def test_a_method_that_runs_too_long_is_told_within_50_ms(
+async def test_a_method_that_runs_too_long_is_an_error_within_50_ms(
     proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch, method: str
 ) -> None:
     overruns = []

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import collections
-import datetime
-import decimal
 import enum
-import pathlib
 import random
-import types
-import uuid
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -20,15 +13,9 @@ import torch
 from conftest import Fresh
 from learners import Batch, Tagged
 from torch import Tensor, nn
+from values import ARRAYS, DENSE, DTYPES, PLAIN, QUANTISED, SPARSE_LAYOUTS, VIEWS, of_dtype, of_layout
 
 import torchfedrpc as tfr
-
-FLOAT8 = [name for name in dir(torch) if name.startswith("float8_")]
-DTYPES = [
-    *("float32", "float64", "float16", "bfloat16", "bool", "complex64", "complex128"),
-    *("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
-    *FLOAT8,
-]
 
 
 class Colour(enum.Enum):
@@ -53,7 +40,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 async def test_a_change_by_the_caller_is_not_seen_by_the_learner(
     proxy: tfr.LearnerProxy, one: str, method: str
 ) -> None:
-    weights = {"w": torch.zeros(1000), "n": np.zeros(1000)}
+    weights: dict[str, Any] = {"w": torch.zeros(1000), "n": np.zeros(1000)}
     await proxy.custom_method(one, method, weights)
     weights["w"] += 1
     weights["n"] += 1
@@ -63,7 +50,8 @@ async def test_a_change_by_the_caller_is_not_seen_by_the_learner(
 
 
 async def test_a_change_by_the_learner_is_not_seen_by_the_caller(proxy: tfr.LearnerProxy, one: str) -> None:
-    for argument in (torch.zeros(1000), np.zeros(1000), np.zeros(3), [1], {}):
+    arguments: list[Any] = [torch.zeros(1000), np.zeros(1000), np.zeros(3), [1], {}]
+    for argument in arguments:
         before = repr(argument)
         await proxy.custom_method(one, "scribble", argument)
         assert repr(argument) == before
@@ -138,10 +126,8 @@ async def test_a_groups_clients_each_have_memory_of_their_own(proxy: tfr.Learner
 
 @pytest.mark.parametrize("name", DTYPES)
 async def test_every_dtype_keeps_its_bits_both_ways(proxy: tfr.LearnerProxy, one: str, name: str) -> None:
-    dtype = getattr(torch, name)
-    generator = torch.Generator().manual_seed(3)
-    raw = torch.randint(0, 2 if dtype is torch.bool else 256, (6 * dtype.itemsize,), generator=generator)
-    tensor = raw.to(torch.uint8).view(dtype).reshape(2, 3)
+    dtype = DTYPES[name]
+    tensor = of_dtype(dtype)
     argument = await proxy.custom_method(one, "describe", tensor)
     assert argument["dtype"] == str(dtype)
     assert argument["shape"] == (2, 3)
@@ -151,20 +137,9 @@ async def test_every_dtype_keeps_its_bits_both_ways(proxy: tfr.LearnerProxy, one
         assert same_bits(back, odd)
 
 
-SHAPES = {
-    "0-d": torch.tensor(1.5),
-    "empty": torch.empty(0),
-    "empty with sizes": torch.empty(3, 0, 5),
-    "transposed": torch.arange(6.0).reshape(2, 3).t(),
-    "channels last": torch.arange(48.0).reshape(2, 2, 3, 4).to(memory_format=torch.channels_last),
-    "permuted": torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1),
-    "one of each": torch.ones(1, 1, 1),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", DENSE)
 async def test_dense_strides_are_kept_both_ways(proxy: tfr.LearnerProxy, one: str, name: str) -> None:
-    tensor = SHAPES[name]
+    tensor = DENSE[name]
     argument = await proxy.custom_method(one, "describe", tensor)
     assert argument["shape"] == tuple(tensor.shape)
     assert argument["stride"] == tensor.stride()
@@ -173,21 +148,11 @@ async def test_dense_strides_are_kept_both_ways(proxy: tfr.LearnerProxy, one: st
     assert back.stride() == tensor.stride()
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.arange(20_000.0)[:6_000:3],
-        torch.arange(10_000.0).reshape(100, 100)[10:30, 10:40],
-        torch.ones(3, 1).expand(3, 1000),
-        torch.ones(()).expand(2, 3),
-        torch.arange(1_000.0).as_strided((3, 3), (2, 1)),
-        torch.arange(10_000.0)[7_000:],
-    ],
-    ids=["gaps", "block", "expanded", "0-d expanded", "overlapping", "offset"],
-)
+@pytest.mark.parametrize("name", VIEWS)
 async def test_views_keep_their_values_and_bring_no_more_than_they_need(
-    proxy: tfr.LearnerProxy, one: str, tensor: Tensor
+    proxy: tfr.LearnerProxy, one: str, name: str
 ) -> None:
+    tensor = VIEWS[name]
     back = await proxy.custom_method(one, "same", tensor)
     assert same_bits(back, tensor)
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -252,7 +217,7 @@ async def test_tied_tensors_stay_tied(proxy: tfr.LearnerProxy, one: str) -> None
         assert same_bits(back, first)
         assert same_bits(other, second)
         back.zero_()
-        assert other.view(-1)[0] == 0 or name == "overlapping"
+        assert other.view(-1)[0] == 0
         assert back.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
     assert not await proxy.custom_method(one, "tied", base[:2].clone(), base[2:4].clone())
     assert torch.equal(base, torch.arange(12.0))
@@ -281,14 +246,6 @@ async def test_a_module_arrives_whole(proxy: tfr.LearnerProxy, one: str) -> None
     assert torch.equal(state["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
 
-QUANTISED = {
-    "per tensor": lambda: torch.quantize_per_tensor(torch.rand(3, 4), 0.1, 3, torch.qint8),
-    "per channel": lambda: torch.quantize_per_channel(
-        torch.rand(3, 4), torch.rand(3).double() + 0.1, torch.tensor([0, 1, 2]), 0, torch.quint8
-    ),
-}
-
-
 @pytest.mark.filterwarnings("ignore:.*uantize:UserWarning", "ignore:.*uantize:DeprecationWarning")
 @pytest.mark.parametrize("name", QUANTISED)
 async def test_quantised_tensors_keep_scale_and_values(proxy: tfr.LearnerProxy, one: str, name: str) -> None:
@@ -300,22 +257,11 @@ async def test_quantised_tensors_keep_scale_and_values(proxy: tfr.LearnerProxy, 
     assert torch.equal(back.dequantize(), tensor.dequantize())
 
 
-def _sparse(layout: torch.layout) -> Tensor:
-    dense = torch.tensor([[0.0, 1, 0, 2], [0, 0, 0, 0], [3, 0, 4, 0], [0, 0, 0, 5]])
-    if layout is torch.sparse_coo:
-        return dense.to_sparse()
-    blocked = layout in (torch.sparse_bsr, torch.sparse_bsc)
-    return dense.to_sparse(layout=layout, **({"blocksize": (2, 2)} if blocked else {}))
-
-
 @pytest.mark.filterwarnings("ignore:.*[Ss]parse.*beta:UserWarning")
-@pytest.mark.parametrize(
-    "layout",
-    [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc],
-    ids=lambda layout: str(layout).removeprefix("torch."),
-)
-async def test_sparse_tensors_keep_layout_and_values(proxy: tfr.LearnerProxy, one: str, layout: torch.layout) -> None:
-    tensor = _sparse(layout)
+@pytest.mark.parametrize("name", SPARSE_LAYOUTS)
+async def test_sparse_tensors_keep_layout_and_values(proxy: tfr.LearnerProxy, one: str, name: str) -> None:
+    layout = SPARSE_LAYOUTS[name]
+    tensor = of_layout(layout)
     back = await proxy.custom_method(one, "same", tensor)
     assert back.layout is layout
     assert torch.equal(back.to_dense(), tensor.to_dense())
@@ -332,11 +278,11 @@ async def test_lazy_conjugates_and_negatives_keep_their_values(proxy: tfr.Learne
 
 
 async def test_a_tensor_subclass_of_the_learners_module_keeps_its_type(proxy: tfr.LearnerProxy, one: str) -> None:
-    tensor = torch.arange(3.0).as_subclass(Tagged)
+    tensor: Any = torch.arange(3.0).as_subclass(Tagged)
     tensor.tag = "mine"
     back = await proxy.custom_method(one, "same", tensor)
     assert type(back) is Tagged
-    assert back.tag == "mine"
+    assert vars(back)["tag"] == "mine"
     assert back.tolist() == [0, 1, 2]
 
 
@@ -350,24 +296,6 @@ async def test_one_object_sent_twice_is_one_object_there(proxy: tfr.LearnerProxy
 
 # Other values.
 
-PLAIN = {
-    "none": None,
-    "numbers": [True, -(2**70), 1.5, float("inf"), 2 + 3j],
-    "text": "größe \\ \N{SNOWMAN} \0 \x1b",
-    "surrogate": "\ud800",
-    "bytes": [b"\0\xff" * 5000, bytearray(b"abc")],
-    "containers": (1, [2, {3: {4}}, frozenset([5])], collections.OrderedDict(a=1), collections.Counter("aab")),
-    "ellipsis": [..., slice(1, 2, 3), range(3)],
-    "dates": [datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC), datetime.timedelta(1), datetime.date(2024, 1, 1)],
-    "exact": [decimal.Decimal("1.1"), Fraction(1, 3), uuid.UUID(int=5)],
-    "path": pathlib.Path("/a/b"),
-    "namespace": types.SimpleNamespace(a=[1]),
-    "deque": collections.deque([1, 2], maxlen=3),
-    "torch": [torch.float32, torch.device("cpu"), torch.Size([1, 2]), torch.channels_last, torch.strided],
-    "numpy scalars": [np.float32(1.5), np.int64(3), np.bool_(True), np.datetime64("2024-01-01")],
-    "deep": [[[[[[[[[1]]]]]]]]],
-}
-
 
 @pytest.mark.parametrize("name", PLAIN)
 async def test_plain_values_arrive_equal(proxy: tfr.LearnerProxy, one: str, name: str) -> None:
@@ -378,24 +306,6 @@ async def test_plain_values_arrive_equal(proxy: tfr.LearnerProxy, one: str, name
     again, kwargs = await proxy.custom_method(one, "echo_async", value, key=value)
     assert again == (value,)
     assert kwargs == {"key": value}
-
-
-ARRAYS = {
-    "float": np.arange(6.0).reshape(2, 3),
-    "large": np.random.default_rng(1).random(100_000),
-    "0-d": np.array(5),
-    "empty": np.empty((0, 3), dtype=np.int16),
-    "fortran": np.asfortranarray(np.arange(60_000.0).reshape(200, 300)),
-    "strided": np.arange(40_000)[::3],
-    "reversed": np.arange(10_000)[::-1],
-    "big endian": np.arange(5, dtype=">f8"),
-    "structured": np.array([(1, 2.5), (3, 4.5)], dtype=[("a", "i4"), ("b", "f8")]),
-    "text": np.array(["ä", "bc"]),
-    "dates": np.array(["2024-01-01"], dtype="datetime64[D]"),
-    "bool": np.array([True, False]),
-    "complex": np.array([1 + 2j]),
-    "objects": np.array([1, "a", None], dtype=object),
-}
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -416,7 +326,7 @@ async def test_read_only_arrays_arrive_equal(proxy: tfr.LearnerProxy, one: str) 
 
 
 async def test_random_generators_go_on_where_they_were(proxy: tfr.LearnerProxy, one: str) -> None:
-    generators = [np.random.default_rng(3), random.Random(3), torch.Generator().manual_seed(3)]
+    generators: list[Any] = [np.random.default_rng(3), random.Random(3), torch.Generator().manual_seed(3)]
     ours, own, torchs = await proxy.custom_method(one, "same", generators)
     assert ours.random() == generators[0].random()
     assert own.random() == generators[1].random()

@@ -1,4 +1,4 @@
-"""Random pickles of allow-listed names and every opcode that is let through, as somebody would write them by hand."""
+"""Random pickles of allow-listed names and all permitted opcodes, as an attacker would write them by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pickles that somebody would send who means harm, written opcode by opcode, and a way to see whether they did."""
+"""Pickles of an attacker, written opcode by opcode, and a check of whether they have run code."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ _WATCHED: dict[Any, dict[str, Any]] = {
         collections.Counter,
         torch.nn.Linear,
         torch.OutOfMemoryError,
-        numeric._frombuffer,
+        vars(numeric)["_frombuffer"],
         packing.restore,
         packing._Builder.restore,
     )

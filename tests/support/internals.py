@@ -10,6 +10,7 @@ from typing import Any
 from processes import children_of
 
 import torchfedrpc as tfr
+from torchfedrpc.rpc import world
 
 
 def remote_learners(proxy: tfr.LearnerProxy) -> Any:
@@ -45,7 +46,7 @@ def is_formed(proxy: tfr.LearnerProxy) -> bool:
     return any(member.client is not None for member in group_of(proxy).members.values())
 
 
-async def check_no_batch_is_left(proxy: tfr.LearnerProxy) -> None:
+async def check_nothing_goes_on(proxy: tfr.LearnerProxy) -> None:
     """Check that no host has an open batch, and that no call is under way on the driver."""
     executor: Any = proxy._router._main
     async with asyncio.timeout(20):  # calls that were cancelled end in their time
@@ -57,6 +58,67 @@ async def check_no_batch_is_left(proxy: tfr.LearnerProxy) -> None:
             await asyncio.sleep(0.01)
     one_of_each = [proxy.client_ids[0], proxy.client_ids[-1]]
     assert set((await proxy.clients(one_of_each).call("number_of_batches")).values()) == {0}
+
+
+def worker_processes(proxy: tfr.LearnerProxy) -> list[int]:
+    """The ids of the processes that the driver has started as workers."""
+    return [process.pid for process in processes_of(proxy).values()]
+
+
+def executor_stats(proxy: tfr.LearnerProxy) -> dict[str, Any]:
+    """The statistics of the executor, the bytes of its journal among them."""
+    executor: Any = proxy._router._main
+    stats: dict[str, Any] = executor.stats()
+    return stats
+
+
+def break_world(proxy: tfr.LearnerProxy) -> None:
+    """End the present world as after a loss; the workers live on, and form the next one."""
+    group_of(proxy)._break()
+
+
+def cut_off(proxy: tfr.LearnerProxy, worker: str) -> None:
+    """Give a worker up as after a missed heartbeat, though it lives."""
+    group = group_of(proxy)
+    group._give_up(group.members[worker], "it is cut off")
+
+
+async def world_is_there(proxy: tfr.LearnerProxy) -> None:
+    """Wait until workers can be called."""
+    async with asyncio.timeout(60):
+        while not is_formed(proxy):
+            await asyncio.sleep(0.05)
+
+
+class FirstWorker:
+    """The first worker of an open proxy, with the secrets of the present world.
+
+    Attributes:
+        addresses: ``driver`` and ``worker`` -> address of its agent of torch RPC.
+        secrets: ``worker`` -> the secret of its requests, and the number of the next.
+    """
+
+    def __init__(self, proxy: tfr.LearnerProxy) -> None:
+        self._members = group_of(proxy).members
+        self._clients = self._present()
+        self._client = next(iter(self._clients.values()))
+        foreign: Any = world
+        names = {"driver": foreign.torch_rpc().get_worker_info().name, "worker": self._client._worker.name}
+        store = foreign._agents_store
+        self.addresses = {victim: store.get(f"addrs/{name}").decode() for victim, name in names.items()}
+        self.secrets = {"worker": (self._client._secret.hex(), self._client._next_request)}
+
+    def skip(self, num_requests: int) -> None:
+        """Go on after requests of a stranger that the worker has answered."""
+        self._client._next_request += num_requests
+        self._client._in_order._next += num_requests
+
+    def is_there(self) -> bool:
+        """Whether the world is the same one still."""
+        return self._present() == self._clients
+
+    def _present(self) -> dict[str, Any]:
+        return {label: member.client for label, member in self._members.items()}
 
 
 def pid_of(proxy: tfr.LearnerProxy, worker: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Learners for the tests: importable by worker processes, collected by nobody."""
+"""Learners for the tests: worker processes import them, and pytest collects none."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _raise(kind: str) -> None:
     if kind == "fatal":
         raise error
     try:
-        {}["the cause"]
+        dict[str, int]()["the cause"]
     except KeyError as cause:
         raise error from cause
 
@@ -302,7 +302,7 @@ class Probe:
         return self.log
 
     def hold(self, until: str) -> str:
-        """Report that it runs, then wait for a file, or for nobody to wait any more."""
+        """Report that it runs, then wait for a file or for the end of the call."""
         call = tfr.current_call()
         self.log.append("hold begins")
         call.report("holding")
@@ -699,7 +699,7 @@ class Mortal(Probe):
     def step(self) -> list[float]:
         """Draw, add to what was drawn so far, and return that."""
         self.kept = (0 if self.kept is None else self.kept) + torch.rand(2)
-        return self.kept.tolist()
+        return list(self.kept.tolist())
 
     def note(self, path: str, item: Any = "") -> int:
         with Path(path).open("a") as file:
@@ -731,7 +731,11 @@ class Mortal(Probe):
 
     def hide(self, what: str) -> None:
         """Keep what cannot be captured, or nothing."""
-        kinds = {"lock": threading.Lock, "generator": lambda: (number for number in range(3)), "nothing": list}
+        kinds: dict[str, Any] = {
+            "lock": threading.Lock,
+            "generator": lambda: (number for number in range(3)),
+            "nothing": list,
+        }
         self.hidden: Any = kinds[what]()
 
 

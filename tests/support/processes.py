@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -11,9 +12,9 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from folders import SUPPORT, TESTS
 
@@ -31,22 +32,31 @@ def environment() -> dict[str, str]:
 
 
 class Process:
-    """A process with all that it has printed so far, on both streams; a thread reads it.
+    """A process with all that it has printed so far, on both streams; a thread reads it. The block's end kills it.
 
     Args:
         command: The program and its arguments.
+        folder: Its working directory.
+        variables: Environment variables, beside those of `environment`.
+        takes_lines: Whether its standard input is a pipe.
 
     Attributes:
         process: The process.
         lines: The lines that it has printed.
     """
 
-    def __init__(self, *command: str) -> None:
+    def __init__(
+        self,
+        *command: str,
+        folder: Path = SUPPORT,
+        variables: Mapping[str, str] | None = None,
+        takes_lines: bool = False,
+    ) -> None:
         self.process = subprocess.Popen(
             command,
-            env=environment(),
-            cwd=SUPPORT,
-            stdin=subprocess.DEVNULL,
+            env=environment() | dict(variables or {}),
+            cwd=folder,
+            stdin=subprocess.PIPE if takes_lines else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -54,6 +64,7 @@ class Process:
             start_new_session=True,  # Ctrl-C is for the process that starts it
         )
         self.lines: list[str] = []
+        self._num_taken = 0
         self._changed = threading.Condition()
         self._is_over = False
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -68,6 +79,35 @@ class Process:
     def output(self) -> str:
         """The text that it has printed."""
         return "\n".join(self.lines)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def next_line(self, pattern: str = "", timeout_s: float = 60.0) -> str:
+        """Wait for the next line that a regular expression matches, after the line that this returned last.
+
+        Raises:
+            AssertionError: If it ends, or the time is over, before it is printed.
+        """
+
+        def found() -> list[int]:
+            numbers = range(self._num_taken, len(self.lines))
+            return [number for number in numbers if re.search(pattern, self.lines[number])]
+
+        with contextlib.suppress(TimeoutError):
+            self._until(lambda: bool(found()), timeout_s)
+        assert found(), f"no line {pattern!r}:\n{self.output}"
+        self._num_taken = found()[0] + 1
+        return self.lines[self._num_taken - 1]
+
+    def tell(self, line: str) -> None:
+        """Write a line to its standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
 
     def line(self, part: str, count: int = 1, timeout_s: float = 60.0) -> str:
         """Wait for that many lines that contain a text; returns the last of these.
@@ -110,12 +150,14 @@ class Process:
         return status
 
     def close(self) -> None:
-        """Kill the process, if it has not ended."""
-        self.process.kill()
+        """Kill the process and its descendants, if it has not ended."""
+        for pid in [*descendants_of(self.pid), self.pid] if self.process.poll() is None else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
         self._reader.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        for stream in filter(None, (self.process.stdin, self.process.stdout)):
+            stream.close()
 
     def _until(self, met: Callable[[], bool], timeout_s: float) -> None:
         with self._changed:

@@ -81,7 +81,10 @@ def headers() -> Iterator[tuple[str, Any]]:
     yield "a number", 3
     yield "a dict", {}
     yield "a tensor", (torch.zeros(32), 0)
-    yield "deep", functools.reduce(lambda inner, _: (inner,), range(50), ())
+    deep: Any = ()
+    for _ in range(50):
+        deep = (deep,)
+    yield "deep", deep
 
 
 def forged(secret: bytes) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -69,7 +69,8 @@ class Adder(Mortal):
     def change_and_give(self) -> Tensor:
         """Its live tensor, after a change in place."""
         self.kept = torch.zeros(3) if self.kept is None else self.kept
-        return self.kept.add_(1)
+        kept: Tensor = self.kept
+        return kept.add_(1)
 
     def of_size(self, size: int) -> Tensor:
         return torch.ones(size)

@@ -67,7 +67,8 @@ def set_everything() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_flush_denormal(True)
     torch._C._set_deterministic_algorithms(True, warn_only=True)  # without its import of torch's compiler
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    utils: Any = torch.utils
+    utils.deterministic.fill_uninitialized_memory = False
     torch.set_warn_always(True)
     torch.autograd.set_detect_anomaly(True, check_nan=False)
     Distribution.set_default_validate_args(True)  # without -O the default

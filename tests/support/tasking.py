@@ -182,7 +182,7 @@ class Tasking:
     # Tasks that outlive their call.
 
     async def leave(self) -> float:
-        """Leave a task behind, which draws when it is told."""
+        """Leave a task behind, which draws on request."""
         self.let_go, self.drawn = asyncio.Event(), []
 
         async def wait() -> None:

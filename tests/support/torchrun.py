@@ -1,21 +1,42 @@
-"""Start torchrun in a test, and end it and all its ranks with the test."""
+"""Scripts of tests, and their launches by torchrun, which end with the test."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from processes import children_of, environment
+from processes import Process
+
+LOADING = """
+class Trouble(Exception):
+    pass
+
+class Result:
+    def __init__(self, values):
+        self.values = values
+
+class Loading:
+    def __init__(self, client_id):
+        self.data = torch.utils.data.TensorDataset(torch.arange(12.0))
+
+    def load(self):
+        loader = torch.utils.data.DataLoader(self.data, batch_size=3, num_workers=2, shuffle=True)
+        return Result(sorted(value for (batch,) in loader for value in batch.tolist()))
+
+    def fail(self):
+        raise Trouble("of the script")
+
+def has_loaded(results):
+    return all(type(result) is Result and result.values == list(range(12)) for result in results.values())
+"""
+"""The part of a script with a learner, `Loading`, that loads data by processes, and classes of results and errors."""
 
 
 def rank_variables(rank: int, local_rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
-    """What a launcher that is not torchrun gives a rank: srun, mpirun, and Lightning's."""
+    """The variables of a rank of another launcher than torchrun: srun, mpirun, and Lightning's."""
     values = {
         "RANK": rank,
         "LOCAL_RANK": local_rank,
@@ -39,41 +60,17 @@ def write_script(folder: Path, *parts: str) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def launched(
-    script: Path, *arguments: str, num_processes: int = 3, launcher: Sequence[str] = ()
-) -> Iterator[subprocess.Popen[str]]:
-    """A launch under way; what is left of it is killed at the end.
+def launched(script: Path, *arguments: str, num_processes: int = 3, launcher: Sequence[str] = ()) -> Process:
+    """A launch under way; the end of its block kills what is left of it.
 
     Args:
-        script: what all ranks run.
-        arguments: the script's.
-        num_processes: the ranks.
-        launcher: more arguments for torchrun.
+        script: The script of all ranks.
+        arguments: The arguments of the script.
+        num_processes: The number of ranks.
+        launcher: More arguments of torchrun.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    command += launcher
-    process = subprocess.Popen(
-        [*command, str(script), *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        _kill(process)
-        process.communicate()
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    """Kill a launch and its ranks, where it is still there."""
-    if process.poll() is not None:
-        return
-    for pid in [*children_of(process.pid), process.pid]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    return Process(*command, *launcher, str(script), *arguments)
 
 
 def run_launch(
@@ -84,32 +81,29 @@ def run_launch(
     timeout_s: float = 100,
 ) -> tuple[int, str]:
     """A whole launch: its exit status and its output."""
-    with launched(script, *arguments, num_processes=num_processes, launcher=launcher) as process:
-        try:
-            output, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            _kill(process)
-            output, _ = process.communicate()
-            raise AssertionError(f"the launch did not end within {timeout_s} s:\n{output}") from None
-        return process.returncode, output
+    return run_to_end(launched(script, *arguments, num_processes=num_processes, launcher=launcher), timeout_s)
 
 
 def run_script(script: Path, *arguments: str, fresh: bool = False, timeout_s: float = 120) -> tuple[int, str]:
-    """A script on its own, without a launcher: its exit status and its output.
+    """A script without a launcher: its exit status and its output.
 
     Args:
-        script: what runs.
-        arguments: the script's.
-        fresh: whether its interpreter must not have imported anything before.
-        timeout_s: within which it has to end.
+        script: The script.
+        arguments: The arguments of the script.
+        fresh: Whether its interpreter must not have imported anything before.
+        timeout_s: The time limit.
     """
-    done = subprocess.run(
-        [sys.executable, *(["-B"] if fresh else []), str(script), *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    return run_to_end(Process(sys.executable, *(["-B"] if fresh else []), str(script), *arguments), timeout_s)
+
+
+def run_to_end(process: Process, timeout_s: float) -> tuple[int, str]:
+    """Wait for the end of a process: its exit status and its output.
+
+    Raises:
+        AssertionError: If it does not end in time.
+    """
+    with process:
+        try:
+            return process.ended(timeout_s), process.output
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it did not end within {timeout_s} s:\n{process.output}") from None

@@ -7,6 +7,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from processes import Process
 
@@ -28,11 +29,14 @@ class WorkerCommand(Process):
     Args:
         arguments: of the command.
         prefix: a command that runs it, such as one that enters a network namespace.
-        program: what it is called by.
+        program: its name, or another command of the same.
+        options: those of `Process`.
     """
 
-    def __init__(self, *arguments: str, prefix: Sequence[str] = (), program: Sequence[str] = PROGRAM) -> None:
-        super().__init__(*prefix, *program, *arguments)
+    def __init__(
+        self, *arguments: str, prefix: Sequence[str] = (), program: Sequence[str] = PROGRAM, **options: Any
+    ) -> None:
+        super().__init__(*prefix, *program, *arguments, **options)
 
 
 @contextlib.contextmanager

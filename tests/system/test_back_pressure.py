@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Latch, Seen, opened
+from conftest import Latch, Seen, opened, submitted
 from processes import environment
 from torchrun import write_script
 
@@ -78,8 +78,7 @@ async def test_call_that_waits_for_room_has_the_value_of_its_admission(
     weights = LARGE.clone()
     holding = asyncio.ensure_future(proxy.custom_method(holder, "hold", latch.path, LARGE))
     await seen.reported(holder)
-    waiting = asyncio.ensure_future(proxy.custom_method(other, "total", weights))
-    await asyncio.sleep(0)  # it is submitted, and finds no room
+    (waiting,) = await submitted(proxy, proxy.custom_method(other, "total", weights))  # which finds no room
     weights.fill_(1)
     latch.open()
     await holding
@@ -135,7 +134,7 @@ async def test_calls_that_fail_make_room(proxy: tfr.LearnerProxy, clients: Itera
 # How much memory that needs, as the kernel counts it.
 
 PRESSING = """
-from internals import processes_of
+from internals import worker_processes
 from test_back_pressure import Keeper
 
 def peaks(pids):
@@ -147,8 +146,7 @@ async def main(num_calls, num_clients, runtime):
     async with tfr.LearnerProxy(Keeper, ids, runtime=runtime) as proxy:
         weights = torch.zeros(10_000_000)
         await proxy.clients().call("take", -1)
-        workers = processes_of(proxy).values()
-        pids = [os.getpid(), *(worker.pid for worker in workers)]
+        pids = [os.getpid(), *worker_processes(proxy)]
         before = peaks(pids)
         await asyncio.gather(
             *(proxy.custom_method(ids[call % num_clients], "take", call, weights) for call in range(num_calls))

@@ -1,4 +1,4 @@
-"""A limit on pending calls: what is refused beyond it, by whom it is told, and when there is room again."""
+"""A limit on pending calls: calls beyond it are refused by an error, until others have ended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import Latch, Seen, opened
+from conftest import Latch, Seen, opened, submitted
 from learners import Probe
 
 import torchfedrpc as tfr
@@ -32,13 +32,12 @@ def _nothing_is_pending_in_the_end(proxy: tfr.LearnerProxy) -> Iterator[None]:
 
 async def held(proxy: tfr.LearnerProxy, latch: Latch, count: int = LIMIT) -> list[asyncio.Task[Any]]:
     """Calls that are pending until the latch opens."""
-    tasks = [asyncio.create_task(proxy.custom_method(client, "hold_async", latch.path)) for client in CLIENTS[:count]]
-    while proxy.stats()["pending_calls"] < count:
-        await asyncio.sleep(0)
-    return tasks
+    return await submitted(
+        proxy, *(proxy.custom_method(client, "hold_async", latch.path) for client in CLIENTS[:count])
+    )
 
 
-async def test_a_call_too_many_is_told_which_it_is_and_what_to_do(proxy: tfr.LearnerProxy, latch: Latch) -> None:
+async def test_error_of_a_call_beyond_capacity_names_it_and_the_remedy(proxy: tfr.LearnerProxy, latch: Latch) -> None:
     tasks = await held(proxy, latch)
     message = (
         r"^client_7\.same was not sent: 3 calls are pending, and runtime\.max_pending_calls=3 allows no more; raise "
@@ -96,9 +95,7 @@ async def test_a_stream_counts_while_a_step_of_it_is_pending(proxy: tfr.LearnerP
     assert await anext(stream) == "first"
     tasks = await held(proxy, latch, LIMIT - 1)  # which leaves room, since the stream is between two steps
     assert await proxy.custom_method("client_7", "same", 1) == 1
-    step = asyncio.create_task(anext(stream))
-    while proxy.stats()["pending_calls"] < LIMIT:
-        await asyncio.sleep(0)
+    (step,) = await submitted(proxy, anext(stream))
     with pytest.raises(tfr.CapacityError):
         await proxy.custom_method("client_7", "same", 1)
     latch.open()

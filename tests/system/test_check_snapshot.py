@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ class Gradients:
 
     def step(self) -> Tensor:
         with torch.no_grad():
-            self.weight -= self.weight.grad
+            self.weight.sub_(cast("Tensor", self.weight.grad))
         return self.weight.detach()
 
 
@@ -350,7 +350,7 @@ def test_attributes_that_share_an_object_go_on_sharing_it() -> None:
     check_snapshot(Tied, ["step"] * 3)
 
 
-async def test_it_can_be_used_where_an_event_loop_runs() -> None:
+async def test_check_snapshot_works_where_an_event_loop_runs() -> None:
     check_snapshot(Streams, ["wait_and_draw"] * 2)
     with pytest.raises(SnapshotError):
         check_snapshot(ForgetfulStreams, ["wait_and_draw"] * 2)
@@ -408,7 +408,7 @@ def test_items_of_a_stream_are_compared() -> None:
 
 
 @pytest.mark.parametrize("learner", [InModule, InClass])
-def test_what_other_code_keeps_is_found_by_repeating_the_calls(learner: Any) -> None:
+def test_state_that_other_code_keeps_is_found_by_repeating_the_calls(learner: Any) -> None:
     with pytest.raises(SnapshotError, match=r"cannot be replayed.*result\['total'\].*variable of a module"):
         check_snapshot(learner, ["step", "read"])
 
@@ -419,13 +419,13 @@ def test_a_modules_variable_that_later_calls_change_is_found() -> None:
 
 
 @pytest.mark.parametrize("learner", [InCache, ByWeakReference, InSharedObject])
-def test_what_goes_with_the_object_or_its_host_is_found(learner: Any) -> None:
+def test_state_that_ends_with_the_object_or_its_host_is_found(learner: Any) -> None:
     with pytest.raises(SnapshotError, match=r"after call 1 of 2 .*outside of them"):
         check_snapshot(learner, ["step", "read"])
 
 
 @pytest.mark.parametrize(("learner", "name"), [(InClosure, "step_of"), (HoldsWeakReference, "other")])
-def test_what_cannot_be_captured_is_named(learner: Any, name: str) -> None:
+def test_attribute_that_cannot_be_captured_is_named(learner: Any, name: str) -> None:
     with pytest.raises(SnapshotError, match=f"cannot be captured because of '{name}'"):
         check_snapshot(learner, ["step"])
 
@@ -457,7 +457,7 @@ def test_a_call_that_fails_undisturbed_raises_its_own_error() -> None:
 
 
 @pytest.mark.parametrize("calls", [[], [3], [("step", 3)], [("step", {}, ())], [("step", (), {}, 1)], [()]])
-def test_what_is_no_list_of_calls_is_refused(calls: Any) -> None:
+def test_object_that_is_no_list_of_calls_is_refused(calls: Any) -> None:
     with pytest.raises(ConfigError, match="call"):
         check_snapshot(Quiet, calls)
 

@@ -207,7 +207,7 @@ async def test_resume_never_begins_anew_and_sets_aside_what_is_there(
     assert await run(tmp_path) == undisturbed
 
 
-async def test_another_folder_can_be_gone_on_from_and_its_own_comes_first(
+async def test_run_resumes_from_another_folder_and_prefers_its_own(
     tmp_path: Path, undisturbed: tuple[list[Any], dict[str, bytes]]
 ) -> None:
     await crash(tmp_path / "first" / "checkpoints", 3)
@@ -281,13 +281,14 @@ async def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert f"{path} is damaged, and round 3 is used: " in caplog.text
 
 
-async def test_a_full_disk_is_told_and_the_run_goes_on(
+async def test_a_full_disk_is_logged_and_the_run_goes_on(
     tmp_path: Path,
     undisturbed: tuple[list[Any], dict[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    put, saved = BlobStore.put, []
+    put = BlobStore.put
+    saved: list[Any] = []
 
     def put_until_full(store: BlobStore, key: Any, pieces: Any) -> None:
         if saved:
@@ -305,7 +306,7 @@ async def test_a_full_disk_is_told_and_the_run_goes_on(
     assert await run(tmp_path) == undisturbed
 
 
-async def test_what_cannot_be_saved_is_warned_of_once_and_left_out(
+async def test_attributes_that_cannot_be_saved_are_warned_of_once_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Careless(Trainer):
@@ -348,7 +349,9 @@ async def test_saving_goes_on_beside_the_next_round_and_has_the_state_before_it(
     assert await once(num_rounds=1) == {client: [0] for client in CLIENTS}
 
 
-async def test_an_open_stream_at_the_end_of_a_round_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_open_stream_at_the_end_of_a_round_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Reading(tfr.AbstractFederationTrainer):
         async def train(self) -> None:
             stream = self.learner_proxy.stream(CLIENTS[0], "count", 5)

@@ -139,7 +139,7 @@ def test_the_same_seed_gives_the_same_history(
     assert first != _learned(_history(sweep / "0"))
 
 
-def test_a_sweep_runs_every_job_in_a_folder_of_its_own(sweep: Path) -> None:
+def test_a_sweep_runs_every_job_in_a_separate_folder(sweep: Path) -> None:
     seen = []
     for job in range(4):
         config = yaml.safe_load((sweep / str(job) / "config.yaml").read_text())
@@ -217,7 +217,7 @@ def test_hydra_runs_on_rank_0_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served == [("link", 1)]
 
 
-def test_options_of_ones_own_come_from_a_folder_of_ones_own(tmp_path: Path) -> None:
+def test_users_options_come_from_the_users_folder(tmp_path: Path) -> None:
     (tmp_path / "conf" / "trainer").mkdir(parents=True)
     (tmp_path / "conf" / "trainer" / "short.yaml").write_text("defaults: [fedavg, _self_]\nnum_rounds: 1\n")
     done = _command(tmp_path, "--config-dir", "conf", *SMOKE, "trainer=short", "trainer.num_rounds=2")

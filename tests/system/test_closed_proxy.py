@@ -15,6 +15,7 @@ from conftest import Latch, Seen
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.host.call import Registration
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.wire.packing import pack
@@ -57,11 +58,10 @@ class Waiting:
         return 1
 
 
-async def test_a_host_that_is_closed_hands_over_what_it_has_held() -> None:
-    """An outcome may be held while another call waits; that one is cancelled, and no time is left to wait for."""
+async def test_a_host_that_is_closed_cancels_the_calls_that_run() -> None:
     host = LearnerHost(LearnerSpec.of(Waiting, 0, RuntimeConfig(execution_mode="local"))[0])
     for client_id in "ab":
-        host.register(client_id, pack({}))
+        host.register(Registration(client_id, pack({})))
     first = asyncio.ensure_future(host.execute_method("a", "wait", False))
     second = asyncio.ensure_future(host.execute_method("b", "wait", True))
     await asyncio.sleep(0)
@@ -86,7 +86,7 @@ async def test_freeze_of_the_users_own_outlasts_a_proxy() -> None:
 
 
 class Lingering:
-    """A learner whose method goes on when nobody waits for it any more."""
+    """A learner whose method goes on after its call was given up."""
 
     def __init__(self, client_id: str) -> None:
         pass

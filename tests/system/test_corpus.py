@@ -101,11 +101,11 @@ def test_other_results_without_an_error_are_a_surprise_in_each_way(some_kind: Ki
 
 async def test_comparison_notices_one_bit_of_one_result(expected: Texts) -> None:
     run = ways.Run(texts={"grad-kept-1": list(expected["grad-kept-1"])})
-    assert ways._compare(run, "grad-kept-1", expected).word == "same"
+    assert ways.compare(run, "grad-kept-1", expected).word == "same"
     run.texts["grad-kept-1"][-1] = expected["grad-kept-1"][-1].replace("float32", "float64")
-    assert ways._compare(run, "grad-kept-1", expected).word == DIFFERS
+    assert ways.compare(run, "grad-kept-1", expected).word == DIFFERS
     run.errors["grad-kept-1"] = AttributeError("x")
     run.texts["grad-kept-1"].pop()
-    assert ways._compare(run, "grad-kept-1", expected).word == "FAILS"
+    assert ways.compare(run, "grad-kept-1", expected).word == "FAILS"
     run.errors["grad-kept-1"] = tfr.SnapshotError("x")
-    assert ways._compare(run, "grad-kept-1", expected).word == "refused"
+    assert ways.compare(run, "grad-kept-1", expected).word == "refused"

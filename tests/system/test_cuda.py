@@ -131,7 +131,7 @@ async def test_a_result_is_what_its_method_s_stream_makes_of_it(proxy: tfr.Learn
     assert float((await proxy.client("a").late_ones()).sum()) == SIZE
 
 
-async def test_nothing_goes_through_host_memory(proxy: tfr.LearnerProxy) -> None:
+async def test_tensors_between_gpus_avoid_host_memory(proxy: tfr.LearnerProxy) -> None:
     learner, tensor = proxy.client("a"), torch.ones(SIZE, device="cuda")
     await learner.begin_profile()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:

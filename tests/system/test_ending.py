@@ -11,11 +11,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import environment, is_alive, wait_for_end
+from processes import Process, is_alive, wait_for_end
 from torchrun import run_launch, write_script
 
 STATUS = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143,)}  # a shell shows -SIGINT as 130
@@ -61,27 +60,17 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
 ENDLESS = ("experiment=smoke", "trainer.num_rounds=1000000")
 
 
-class Run:
+class Run(Process):
     """A process started by a test, with all that come of it.
 
     Args:
-        arguments: the interpreter's.
-        folder: where it runs.
+        arguments: The interpreter's.
+        folder: Its working directory.
     """
 
     def __init__(self, arguments: tuple[str, ...], folder: Path) -> None:
-        self._mark = f"{MARKER}={uuid.uuid4()}"
-        name, _, value = self._mark.partition("=")
-        self.process = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=folder,
-            env={**environment(), name: value},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._output = ""
+        self._mark = str(uuid.uuid4())
+        super().__init__(sys.executable, *arguments, folder=folder, variables={MARKER: self._mark}, takes_lines=True)
 
     def members(self) -> list[int]:
         """The processes of this run that are alive."""
@@ -89,43 +78,33 @@ class Run:
 
     def _is_ours(self, entry: Path) -> bool:
         try:
-            return self._mark.encode() in (entry / "environ").read_bytes() and is_alive(int(entry.name))
-        except OSError:  # it is gone, or somebody else's
+            return f"{MARKER}={self._mark}".encode() in (entry / "environ").read_bytes() and is_alive(int(entry.name))
+        except OSError:  # it is gone, or another user's
             return False
 
-    def wait_for(self, start: str) -> None:
-        """Wait for a line that begins so."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._output += line
-            if line.startswith(start):
-                return
-        pytest.fail(f"it ended without a line {start!r}:\n{self._output}")
-
     def end(self, *numbers: int, within_s: float = LIMIT_S) -> tuple[int, str]:
-        """Send signals, wait until no process is left; the exit status and all output."""
+        """Send signals, wait until no process is left; returns the exit status and all output."""
         members = self.members()
         for number in numbers:
-            self.process.send_signal(number)
+            self.signal(signal.Signals(number))
         try:
             wait_for_end(members, within_s)
-            output, _ = self.process.communicate(timeout=within_s)
+            status = self.ended(within_s)
         except (AssertionError, subprocess.TimeoutExpired) as error:
-            pytest.fail(f"{error}\n{self._output}")
+            pytest.fail(f"{error}\n{self.output}")
         assert not self.members()
-        return self.process.returncode, self._output + output
+        return status, self.output
 
-
-@contextlib.contextmanager
-def started(folder: Path, *arguments: str) -> Iterator[Run]:
-    run = Run(arguments, folder)
-    try:
-        yield run
-    finally:
-        for pid in run.members():
+    def close(self) -> None:
+        """Kill all processes of this run."""
+        for pid in self.members():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        run.process.communicate()
+        super().close()
+
+
+def started(folder: Path, *arguments: str) -> Run:
+    return Run(arguments, folder)
 
 
 # Whole processes, and what is left of them.
@@ -134,7 +113,7 @@ def started(folder: Path, *arguments: str) -> Iterator[Run]:
 @pytest.mark.parametrize(("mode", "number"), [("local", signal.SIGINT), ("pseudo", signal.SIGTERM)])
 def test_a_signal_ends_a_run_though_a_sync_method_goes_on(tmp_path: Path, mode: str, number: signal.Signals) -> None:
     with started(tmp_path, str(write_script(tmp_path, MAIN)), mode, "b") as run:
-        run.wait_for("ready")
+        run.next_line("^ready")
         status, output = run.end(number)
     assert status in STATUS[number], output
     assert ("KeyboardInterrupt" in output) == (number == signal.SIGINT)
@@ -147,7 +126,7 @@ def test_the_command_says_where_its_outputs_are_when_a_signal_ends_it(
 ) -> None:
     workers = ["runtime.num_processes=2"] if mode == "pseudo" else []
     with started(tmp_path, "-m", "torchfedrpc", *ENDLESS, f"runtime={mode}", *workers) as run:
-        run.wait_for("round       2/1000000")
+        run.next_line("^round       2/1000000")
         status, output = run.end(number)
     assert status == 128 + number, output
     assert "Traceback" not in output
@@ -162,7 +141,7 @@ def test_the_command_says_where_its_outputs_are_when_a_signal_ends_it(
 def test_a_signal_ends_a_whole_sweep(tmp_path: Path, number: signal.Signals) -> None:
     sweep = ("-m", "seed=1,2", "hydra.sweep.dir=sweep")
     with started(tmp_path, "-m", "torchfedrpc", *sweep, *ENDLESS, "runtime=local") as run:
-        run.wait_for("round       1/1000000")
+        run.next_line("^round       1/1000000")
         status, output = run.end(number)
     assert status == 128 + number, output
     assert (tmp_path / "sweep" / "0" / "history.jsonl").exists()
@@ -182,9 +161,9 @@ def test_a_signal_ends_a_run_whose_workers_are_only_starting(tmp_path: Path, num
 
 def test_a_second_signal_of_the_same_kind_is_immediate(tmp_path: Path) -> None:
     with started(tmp_path, str(write_script(tmp_path, SWALLOWING))) as run:
-        run.wait_for("ready")
-        run.process.send_signal(signal.SIGINT)
-        run.wait_for("cancelled")
+        run.next_line("^ready")
+        run.signal(signal.SIGINT)
+        run.next_line("^cancelled")
         status, output = run.end(signal.SIGINT, within_s=1.0)
     assert status == 130, output
     assert "cleaned up" not in output
@@ -192,13 +171,11 @@ def test_a_second_signal_of_the_same_kind_is_immediate(tmp_path: Path) -> None:
 
 def test_a_sigterm_that_follows_a_sigint_leaves_the_clean_up_alone(tmp_path: Path) -> None:
     with started(tmp_path, str(write_script(tmp_path, SWALLOWING))) as run:
-        run.wait_for("ready")
-        run.process.send_signal(signal.SIGINT)
-        run.wait_for("cancelled")
-        run.process.send_signal(signal.SIGTERM)
-        assert run.process.stdin is not None
-        run.process.stdin.write("go\n")
-        run.process.stdin.flush()
+        run.next_line("^ready")
+        run.signal(signal.SIGINT)
+        run.next_line("^cancelled")
+        run.signal(signal.SIGTERM)
+        run.tell("go")
         status, output = run.end()
     assert status in STATUS[signal.SIGINT], output
     assert "cleaned up" in output
@@ -207,7 +184,7 @@ def test_a_sigterm_that_follows_a_sigint_leaves_the_clean_up_alone(tmp_path: Pat
 @MOSTLY_SIGINT
 def test_a_run_whose_clean_up_never_ends_is_ended(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, str(write_script(tmp_path, SWALLOWING))) as run:
-        run.wait_for("ready")
+        run.next_line("^ready")
         status, output = run.end(number)
     assert status == 128 + number, output
     assert "cancelled" in output
@@ -232,7 +209,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_a_run_that_blocks_for_ever_outside_python_is_ended(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, str(write_script(tmp_path, BLOCKED_IN_C))) as run:
-        run.wait_for("ready")
+        run.next_line("^ready")
         status, output = run.end(number)
     assert status == 128 + number, output
 
@@ -240,7 +217,7 @@ def test_a_run_that_blocks_for_ever_outside_python_is_ended(tmp_path: Path, numb
 @MOSTLY_SIGINT
 def test_a_signal_to_torchrun_ends_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, *TORCHRUN, str(write_script(tmp_path, MAIN)), "distributed", "b") as run:
-        run.wait_for("ready")
+        run.next_line("^ready")
         status, output = run.end(number, within_s=LIMIT_S + 5)  # the launcher looks at its ranks now and then
     assert status != 0, output
     assert "Unable to shutdown" not in output
@@ -268,7 +245,7 @@ def test_a_signal_to_torchrun_ends_ranks_that_wait_for_a_driver_in_vain(
         """,
     )
     with started(tmp_path, *TORCHRUN, str(script)) as run:
-        run.wait_for("ready")
+        run.next_line("^ready")
         status, output = run.end(number, within_s=LIMIT_S + 2)
     assert status != 0, output
 

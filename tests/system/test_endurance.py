@@ -22,6 +22,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 ENDURING = """
 import ctypes, gc, random, signal, threading
 from pathlib import Path
+from internals import executor_stats, worker_processes
 
 SIZE = json.loads(sys.argv[1])[-1]
 
@@ -62,20 +63,19 @@ async def main(num_rounds, num_clients, kills, look_at, size):
     looks = []
     ids = [f"client_{number}" for number in range(num_clients)]
     async with tfr.LearnerProxy(Steady, ids, runtime={"num_processes": 2}, seed=1) as proxy:
-        processes = processes_of(proxy)
         weights = torch.zeros(SIZE)
         for round_num in range(1, num_rounds + 1):
             calls = asyncio.ensure_future(proxy.clients().call("train", weights))
             if round_num in kills:
                 await asyncio.sleep(draw.random() / 50)
-                os.kill(draw.choice([process.pid for process in processes.values()]), signal.SIGKILL)
+                os.kill(draw.choice(worker_processes(proxy)), signal.SIGKILL)
             results = await calls
             assert {result["num_calls"] for result in results.values()} == {round_num}
             weights = torch.stack([result["weights"] for result in results.values()]).mean(0)
             del calls, results
             if round_num in look_at:
                 workers = dict([*(await proxy.clients().call("tidied")).values()])
-                driver, stats = tidied(), proxy._router._main.stats()
+                driver, stats = tidied(), executor_stats(proxy)
                 driver["resident"] -= stats["journal_bytes"]  # which differs, within its bound
                 looks.append({"driver": driver, "workers": workers})
     print(json.dumps({"looks": looks, "lost": stats["workers_lost"]}))

@@ -7,13 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from folders import ROOT
-from processes import environment
+from processes import Process
 from workers import joining, make_token
 
 EXAMPLES = ROOT / "examples"
@@ -43,80 +41,43 @@ def test_an_example_prints_the_same_in_every_mode(script: Path, tmp_path: Path) 
     assert distributed == local.replace("local: ", "distributed: ", 1)
 
 
-class Driver:
-    """The elastic example in a folder.
-
-    Args:
-        folder: where a copy of it is.
-        arguments: its own.
-    """
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, ELASTIC.name, *arguments],
-            cwd=folder,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self._output = self.process.stdout
-
-    def line(self, part: str) -> str:
-        """Read as far as the next line with that in it."""
-        for line in self._output:
-            self.lines.append(line.rstrip())
-            if part in line:
-                return self.lines[-1]
-        raise AssertionError("\n".join(self.lines))
-
-    def num_rounds(self) -> int:
-        """How many rounds it has done, once it has ended."""
-        self.lines += map(str.rstrip, self._output)
-        return sum(line.startswith("round ") for line in self.lines)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._output.close()
+def driving(folder: Path, *arguments: str) -> Process:
+    """The elastic example, of which a folder has a copy."""
+    return Process(sys.executable, ELASTIC.name, *arguments, folder=folder)
 
 
-@contextmanager
-def driving(folder: Path, *arguments: str) -> Iterator[Driver]:
-    driver = Driver(folder, *arguments)
-    try:
-        yield driver
-    finally:
-        driver.close()
+def count_rounds(driver: Process) -> int:
+    """The rounds that a driver has printed."""
+    return sum(line.startswith("round ") for line in driver.lines)
 
 
-def test_the_elastic_example_ends_the_same_whoever_comes_goes_and_dies(tmp_path: Path) -> None:
+def test_elastic_example_has_the_same_result_though_workers_join_leave_and_die(tmp_path: Path) -> None:
     shutil.copy(ELASTIC, tmp_path)
     token, start = make_token(tmp_path), ["env", "-C", str(tmp_path)]
     with driving(tmp_path, "disturbed", "127.0.0.1:0") as driver:
-        address = driver.line("waiting for a worker").split()[-3]
+        address = driver.next_line("waiting for a worker").split()[-3]
         with joining(address, token, start) as leaving, joining(address, token, start) as staying:
-            driver.line("worker2")
-            driver.line("round ")
+            driver.next_line("worker2")
+            driver.next_line("round ")
             leaving.signal(signal.SIGTERM)
-            driver.line(" has left")
+            driver.next_line(" has left")
             assert leaving.ended() == 0
-            driver.line("round ")
-            driver.process.kill()
-            num_rounds = driver.num_rounds() + 5
+            driver.next_line("round ")
+            driver.signal(signal.SIGKILL)
+            driver.ended()
+            num_rounds = count_rounds(driver) + 5
             assert staying.ended() == 1
     rounds = f"--rounds={num_rounds}"
     with driving(tmp_path, "undisturbed", rounds) as alone:
         with driving(tmp_path, "disturbed", "127.0.0.1:0", rounds) as driver:
-            address = driver.line("waiting for a worker").split()[-3]
+            address = driver.next_line("waiting for a worker").split()[-3]
             with joining(address, token, start):
-                last = driver.line("loss after")
-                assert driver.process.wait(30) == 0
-                assert driver.num_rounds() < num_rounds
-        assert alone.line("loss after") == last
-        assert alone.num_rounds() == num_rounds
+                last = driver.next_line("loss after")
+                assert driver.ended() == 0
+                assert count_rounds(driver) < num_rounds
+        assert alone.next_line("loss after") == last
+        assert alone.ended() == 0
+        assert count_rounds(alone) == num_rounds
 
 
 def test_the_readmes_learner_and_trainer_run() -> None:

@@ -1,4 +1,4 @@
-"""Faults: what a user's test does to workers and to the driver strikes when it is told to, and changes no result."""
+"""Faults: they strike workers and the driver at the call that a user's test names, and change no result."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Counting:
         ({"kind": "slow", "at_call": 1, "seconds": "2"}, "finite number above 0, not '2'"),
     ],
 )
-def test_what_makes_no_fault_is_refused(fields: dict[str, Any], complaint: str) -> None:
+def test_arguments_of_no_fault_are_refused(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         Fault(**fields)
 
@@ -82,7 +82,7 @@ def test_a_fault_survives_json() -> None:
 
 @pytest.fixture
 def saboteur() -> Iterator[Callable[..., LightProcess]]:
-    """Starts a process that begins the calls of the ids it is told, a line each, and says so afterwards."""
+    """Start a process that reads call ids, a line each, begins these calls, and prints each that has begun."""
     started: list[LightProcess] = []
 
     def start(*faults: Fault) -> LightProcess:

@@ -16,7 +16,7 @@
 | workers go on when the driver is gone | here: `..._driver_is_killed`; test_modes, test_heartbeat |
 | a second attempt under torchrun meets the keys of the first | test_torchrun: `..._started_again_by_torchrun` |
 | names that are not resolved, several interfaces | test_two_nodes |
-| plain pickle, from whoever connects | test_guard, test_hostile, test_allowlist; loopback: test_modes |
+| plain pickle, from any process that connects | test_guard, test_hostile, test_allowlist; loopback: test_modes |
 | the default transport burns a core in each process | here: `..._idle_...` |
 """
 
@@ -27,16 +27,15 @@ import asyncio
 import inspect
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import Latch
-from internals import processes_of
+from internals import worker_processes
 from learners import Probe
-from processes import children_of, environment, is_alive, killed_unless_done, wait_for_end
+from processes import Process, children_of, is_alive, wait_for_end
 from torchrun import write_script
 
 import torchfedrpc as tfr
@@ -78,7 +77,7 @@ def test_no_entry_of_rpc_is_used_that_can_hang_or_leak() -> None:
         assert ast.unparse(call.func) == "torch_rpc().rpc_async"  # not an RRef's, which fetches its type first
         assert "timeout=timeout_s" in ast.unparse(call)
     assert inspect.signature(WorkerClient._send).parameters["timeout_s"].default == 0  # deadlines are ours
-    agents = "rpc.api._get_current_rpc_agent().shutdown"  # which waits for nobody
+    agents = "rpc.api._get_current_rpc_agent().shutdown"  # which waits for no other process
     left = [call for path in RPC for call in _calls(path, "shutdown") if "rpc" in ast.unparse(call.func)]
     left = [call for call in left if ast.unparse(call.func) != agents]
     assert left
@@ -92,10 +91,6 @@ def test_no_lazy_clone_is_made() -> None:
 # Ends.
 
 
-def _workers(proxy: tfr.LearnerProxy) -> list[int]:
-    return [process.pid for process in processes_of(proxy).values()]
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 async def test_a_proxy_closes_in_time_though_a_worker_was_killed_or_frozen_a_moment_ago(
     number: signal.Signals,
@@ -103,7 +98,7 @@ async def test_a_proxy_closes_in_time_though_a_worker_was_killed_or_frozen_a_mom
     loop = asyncio.get_running_loop()
     async with tfr.LearnerProxy(Probe, ["a", "b"], runtime={"num_processes": 2}) as proxy:
         await proxy.clients().call("same", 1)
-        pids = _workers(proxy)
+        pids = worker_processes(proxy)
         sidecars = [child for pid in pids for child in children_of(pid)]
         os.kill(pids[0], number)
         began = loop.time()
@@ -112,31 +107,9 @@ async def test_a_proxy_closes_in_time_though_a_worker_was_killed_or_frozen_a_mom
     wait_for_end(sidecars, GONE_WITHIN_S)
 
 
-class Script:
-    """A process whose lines are read as they come, and who is ended with the test."""
-
-    def __init__(self, path: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(path)],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def numbers(self) -> list[int]:
-        assert self.process.stdout is not None
-        with killed_unless_done(self.process):
-            line = self.process.stdout.readline()
-        assert line.replace(" ", "").strip().isdigit(), line + self.process.stdout.read()
-        return [int(word) for word in line.split()]
-
-    def __enter__(self) -> Script:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
+def numbers(script: Process) -> list[int]:
+    """The numbers of a script's next line."""
+    return [int(word) for word in script.next_line().split()]
 
 
 HOLDING = """
@@ -164,14 +137,14 @@ if __name__ == "__main__":
 
 
 def test_frozen_busy_and_idle_workers_and_their_sidecars_are_gone_when_the_driver_is_killed(tmp_path: Path) -> None:
-    with Script(write_script(tmp_path, HOLDING)) as driver:
-        workers = driver.numbers()
-        assert driver.numbers() == [workers[1]]
+    with Process(sys.executable, str(write_script(tmp_path, HOLDING))) as driver:
+        workers = numbers(driver)
+        assert numbers(driver) == [workers[1]]
         sidecars = [child for pid in workers for child in children_of(pid)]
         assert len(sidecars) == 3
         try:
             os.kill(workers[0], signal.SIGSTOP)
-            driver.process.kill()
+            driver.signal(signal.SIGKILL)
             wait_for_end([*workers, *sidecars], GONE_WITHIN_S)
         finally:
             for pid in filter(is_alive, workers):
@@ -191,12 +164,11 @@ if __name__ == "__main__":
 
 
 def test_a_script_that_never_closes_its_proxy_ends_as_scripts_do(tmp_path: Path) -> None:
-    with Script(write_script(tmp_path, UNCLOSED)) as script:
-        workers = script.numbers()
-        assert script.numbers() == [0]
-        output, _ = script.process.communicate(timeout=20)
-        assert script.process.returncode == 0, output
-        assert "terminate called" not in output
+    with Process(sys.executable, str(write_script(tmp_path, UNCLOSED))) as script:
+        workers = numbers(script)
+        assert numbers(script) == [0]
+        assert script.ended(timeout_s=20) == 0, script.output
+        assert "terminate called" not in script.output
     wait_for_end(workers, GONE_WITHIN_S)
 
 
@@ -212,7 +184,7 @@ def _worked_s(pid: int) -> float:
 async def test_idle_processes_of_a_run_use_next_to_no_cpu_time() -> None:
     async with tfr.LearnerProxy(Probe, ["a", "b"], runtime={"num_processes": 2}) as proxy:
         await proxy.clients().call("same", 1)
-        pids = [os.getpid(), *_workers(proxy)]
+        pids = [os.getpid(), *worker_processes(proxy)]
         pids += [child for pid in pids[1:] for child in children_of(pid)]
         before, began = [_worked_s(pid) for pid in pids], time.monotonic()
         await asyncio.sleep(1.0)  # what is measured, and not a wait for anything

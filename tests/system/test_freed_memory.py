@@ -1,4 +1,4 @@
-"""Tensors are freed as soon as nobody uses them: a garbage collection may be long in coming, and they are large."""
+"""Tensors are freed with their last reference: they are large, and a garbage collection may be late."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUM_LARGE = 10_000_000  # float32: 40 MB
 
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
-    """Nothing is freed meanwhile but what nobody refers to."""
+    """Only objects without references are freed meanwhile."""
     gc.collect()
     gc.disable()
     try:
@@ -133,5 +133,5 @@ async def test_a_callers_tensors_are_freed_whether_they_could_be_sent_or_not(pro
         (result,) = await proxy.custom_method("a", "give", False)
         there.append(memory_of(result))
         del result
-        await proxy.custom_method("a", "alive")  # whoever brought the result has gone on
+        await proxy.custom_method("a", "alive")  # the thread that brought the result has gone on
         assert [ref() is not None for ref in there] == [False] * 3

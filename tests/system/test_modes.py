@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import torch
 from conftest import Latch, Seen
 from learners import Probe
 from nodes import listening_addresses
-from processes import children_of, environment, killed_unless_done, wait_for_end
-from test_seed_examples import MyFedAvgTrainer
-from torchrun import run_script, write_script
+from own_mode import CountingExecutor
+from processes import Process, children_of, environment, wait_for_end
+from torchrun import LOADING, run_script, write_script
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
@@ -226,7 +225,7 @@ async def test_a_killed_worker_ends_its_calls_and_no_others() -> None:
         assert await proxy.custom_method("a", "same", 3) == 3
 
 
-async def test_a_worker_that_dies_while_a_proxy_opens_is_told(
+async def test_a_worker_that_dies_while_a_proxy_opens_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "fatal_in_a_worker.py").write_text(
@@ -296,27 +295,14 @@ def test_two_pseudo_runs_side_by_side_do_not_disturb_each_other(tmp_path: Path) 
         """,
         MAIN,
     )
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    try:
-        for run in runs:
-            assert run.stdout is not None
-            with killed_unless_done(run):
-                assert run.stdout.readline() == "open\n"
-        outputs = [run.communicate("go\n", timeout=60)[0] for run in runs]  # both are open by now
-    finally:
-        for run in runs:
-            run.kill()
-            run.communicate()
+    one, other = (Process(sys.executable, str(script), takes_lines=True) for _ in range(2))
+    with one, other:
+        for run in (one, other):
+            run.next_line("^open")
+        for run in (one, other):  # both are open by now
+            run.tell("go")
+            assert run.ended() == 0, run.output
+    outputs = [run.lines[-1] for run in (one, other)]
     assert outputs[0] == outputs[1]
     assert outputs[0].startswith("result {'a'")
 
@@ -370,74 +356,33 @@ def test_workers_end_within_5_s_of_their_driver_however_it_ends(tmp_path: Path, 
             tfr.run(main, sys.argv[1], sys.argv[2] == "True")
         """,
     )
-    driver = subprocess.Popen(
-        [sys.executable, str(script), how, str(busy)],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    lines = _lines_until(driver, "pids")
-    workers = [int(pid) for pid in lines[-1].split()[1:]]
-    child = [int(line.split()[1]) for line in lines if line.startswith("child")]
-    try:
-        assert driver.stdin is not None
-        driver.stdin.write("go\n")
-        driver.stdin.flush()
-        _lines_until(driver, "ready")
-        if how != "os._exit":
-            driver.send_signal(signal.Signals[how.split()[0]])
-        wait_for_end([driver.pid], timeout_s=20 if how == "SIGINT" else 10)
-        wait_for_end(workers, timeout_s=5)
-    finally:
-        for pid in child:
-            os.kill(pid, signal.SIGKILL)
-        driver.kill()
-        driver.communicate()
-
-
-def _lines_until(process: subprocess.Popen[str], word: str) -> list[str]:
-    assert process.stdout is not None
-    lines = []
-    with killed_unless_done(process):
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith(word):
-                return lines
-    raise AssertionError("".join(lines))
+    with Process(sys.executable, str(script), how, str(busy), takes_lines=True) as driver:
+        workers = [int(pid) for pid in driver.next_line("^pids").split()[1:]]
+        child = [int(line.split()[1]) for line in driver.lines if line.startswith("child")]
+        try:
+            driver.tell("go")
+            driver.next_line("^ready")
+            if how != "os._exit":
+                driver.signal(signal.Signals[how.split()[0]])
+            wait_for_end([driver.pid], timeout_s=20 if how == "SIGINT" else 10)
+            wait_for_end(workers, timeout_s=5)
+        finally:
+            for pid in child:
+                os.kill(pid, signal.SIGKILL)
 
 
 # Scripts.
 
 
 @pytest.mark.parametrize("start", ["path", pytest.param("module", marks=pytest.mark.slow), "main of a package"])
-def test_a_learner_of_the_script_loads_data_with_processes_of_its_own(tmp_path: Path, start: str) -> None:
+def test_a_learner_of_the_script_loads_data_with_worker_processes(tmp_path: Path, start: str) -> None:
     script = write_script(
         tmp_path,
+        LOADING,
         """
-        class Trouble(Exception):
-            pass
-
-        class Result:
-            def __init__(self, values):
-                self.values = values
-
-        class Loading:
-            def __init__(self, client_id):
-                self.data = torch.utils.data.TensorDataset(torch.arange(12.0))
-
-            def load(self):
-                loader = torch.utils.data.DataLoader(self.data, batch_size=3, num_workers=2, shuffle=True)
-                return Result(sorted(value for (batch,) in loader for value in batch.tolist()))
-
-            def fail(self):
-                raise Trouble("of the script")
-
         async def load(runtime):
             async with tfr.LearnerProxy(Loading, ["a", "b"], runtime=runtime) as proxy:
-                loaded = await proxy.clients().call("load")
-                assert all(type(result) is Result and result.values == list(range(12)) for result in loaded.values())
+                assert has_loaded(await proxy.clients().call("load"))
                 try:
                     await proxy.custom_method("a", "fail")
                 except Trouble as error:
@@ -470,7 +415,7 @@ def test_a_learner_of_the_script_loads_data_with_processes_of_its_own(tmp_path: 
     assert "result [('of the script',), ('of the script',)]" in output
 
 
-def test_a_script_that_runs_without_a_main_guard_is_told_so_in_pseudo_mode(tmp_path: Path) -> None:
+def test_pseudo_mode_names_a_missing_main_guard(tmp_path: Path) -> None:
     script = write_script(
         tmp_path,
         """
@@ -562,72 +507,10 @@ print("result", tfr.run(main, None))
 # A mode of one's own.
 
 
-@pytest.fixture
-def own_mode() -> Iterator[type[tfr.AbstractExecutor]]:
-    @tfr.executor("counting")
-    class CountingExecutor(tfr.AbstractExecutor):
-        """Runs learners here and counts the calls."""
-
-        opened: list[str] = []
-        calls: list[str] = []
-
-        async def open(self, spec: tfr.ExecutorSpec) -> None:
-            self.opened.append("open")
-            self.host = spec.make_host()
-
-        async def close(self) -> None:
-            self.opened.append("close")
-            await asyncio.to_thread(self.host.close)
-
-        async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
-            self.calls.append(method_name)
-            return await self.host.execute_method(client_id, method_name, *args, **kwargs)
-
-    from torchfedrpc.registry import executors
-
-    yield CountingExecutor
-    executors._entries.pop("counting")
-
-
-class WeightLearner:
-    """What the first trainer example calls."""
-
-    def __init__(self, client_id: str) -> None:
-        self.weights = {"w": torch.zeros(2)}
-        self.rate = float(client_id.removeprefix("client_"))
-
-    def train_epoch(self, round_num: int, local_epochs: int, learning_rate: float) -> dict[str, Any]:
-        self.weights["w"] += local_epochs * learning_rate * self.rate + torch.rand(2)
-        return {"model_weights": self.weights}
-
-    def set_model_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        self.weights = weights
-
-    def get_model_weights(self) -> dict[str, torch.Tensor]:
-        return self.weights
-
-    def evaluate(self) -> dict[str, float]:
-        return {"accuracy": 0.5}
-
-
-async def _train(runtime: Any) -> torch.Tensor:
-    ids = ["client_1", "client_2", "client_3"]
-    async with tfr.LearnerProxy(WeightLearner, ids, runtime=runtime) as proxy:
-        await MyFedAvgTrainer({"num_rounds": 6}, proxy).train()
-        return (await proxy.get_model_weights("client_1"))["w"]
-
-
-async def test_a_mode_of_ones_own_runs_the_seeds_trainer_unchanged(own_mode: Any) -> None:
-    own = await _train("counting")
-    assert own_mode.opened == ["open", "close"]
-    assert own_mode.calls.count("train_epoch") == 18
-    assert torch.equal(own, await _train("local"))
-    assert torch.equal(own, await _train({"num_processes": 2}))
-
-
-async def test_a_mode_of_ones_own_keeps_deadlines_errors_and_groups(own_mode: Any, latch: Latch) -> None:
+async def test_users_mode_keeps_deadlines_errors_and_groups(latch: Latch) -> None:
     async with tfr.LearnerProxy(Probe, ["a", "b"], runtime="counting") as proxy:
         assert proxy.mode == "counting"
+        assert CountingExecutor.log == ["open"]
         assert await proxy.clients().call("same", 1) == {"a": 1, "b": 1}
         with pytest.raises(ValueError, match="plain"):
             await proxy.custom_method("a", "fail", "value")
@@ -640,7 +523,7 @@ async def test_a_mode_of_ones_own_keeps_deadlines_errors_and_groups(own_mode: An
             proxy.stream("a", "count", 1)
 
 
-def test_a_mode_of_another_name_is_listed_with_the_known_ones(own_mode: Any) -> None:
+def test_a_mode_of_another_name_is_listed_with_the_known_ones() -> None:
     with pytest.raises(tfr.ConfigError, match="did you mean 'counting'"):
         tfr.LearnerProxy(Probe, ["a"], runtime="countin")
 

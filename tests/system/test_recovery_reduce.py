@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Latch, opened
-from internals import check_no_batch_is_left, group_of
+from internals import check_nothing_goes_on, group_of
 from losses import (
     SEED,
     Losses,
@@ -52,7 +52,7 @@ def proxy(runner: asyncio.Runner, drawn: dict[str, list[str]]) -> Iterator[tfr.L
 def _nothing_goes_on(runner: asyncio.Runner, request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "proxy" in request.fixturenames:
-        runner.run(check_no_batch_is_left(request.getfixturevalue("proxy")))
+        runner.run(check_nothing_goes_on(request.getfixturevalue("proxy")))
 
 
 # Lost workers.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from internals import check_no_batch_is_left
+from internals import check_nothing_goes_on
 from losses import SEED, Losses, check_draw, draw, of_draw, pseudo
 from summing import Adder, Brackets, Deadly, SlowToPack
 from workers import joining, make_token
@@ -128,7 +128,7 @@ async def test_workers_join_and_leave_in_the_middle_of_a_reduction(
             assert await asyncio.to_thread(worker.ended) == 0
         assert seen.workers == []
         await asyncio.gather(*waiting)
-        await check_no_batch_is_left(proxy)
+        await check_nothing_goes_on(proxy)
 
 
 def where(proxy: tfr.LearnerProxy, clients: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Latch
-from internals import group_of
+from internals import break_world, cut_off, worker_of
 from losses import Losses, kill, pseudo
 
 import torchfedrpc as tfr
@@ -43,7 +43,7 @@ async def test_a_survivors_reports_arrive_once_and_in_order_while_the_world_is_f
         for number in range(1, 5):
             for client_id in CLIENTS:
                 await seen.reported(client_id, len(seen.progress(client_id)) + 20)
-            group_of(proxy)._break()
+            break_world(proxy)
             await seen.world(number)
         latch.open()
         counts = await chatting
@@ -58,12 +58,11 @@ async def test_no_report_is_repeated_or_left_out_where_a_worker_is_lost(severed:
         proxy.subscribe(seen)
         counting = asyncio.ensure_future(proxy.clients().call("count", 500))
         await seen.reported(CLIENTS[0], 100)
-        executor = proxy._router._main
-        label = executor.worker_of(CLIENTS[0])
+        worker = worker_of(proxy, CLIENTS[0])
         if severed:
-            group_of(proxy)._give_up(group_of(proxy).members[label], "it is cut off")
+            cut_off(proxy, worker)
         else:
-            kill(proxy, label)
+            kill(proxy, worker)
         await counting
         await seen.loss()
         for client_id in CLIENTS:

@@ -1,4 +1,4 @@
-"""Learners beyond a limit wait on disk, and nobody can tell but by the memory."""
+"""Learners beyond a limit wait on disk, with the same results and less memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import torch
 
 import torchfedrpc as tfr
 
-MODES = {"local": {"execution_mode": "local"}, "pseudo": {"execution_mode": "pseudo", "num_processes": 1}}
+MODES: dict[str, dict[str, Any]] = {
+    "local": {"execution_mode": "local"},
+    "pseudo": {"execution_mode": "pseudo", "num_processes": 1},
+}
 CLIENTS = [f"client_{number}" for number in range(12)]
 
 

@@ -1,4 +1,4 @@
-"""Large results that lie in files of their worker, which the driver maps: nobody can tell them from those sent."""
+"""Large results in files of their worker, which the driver maps: they behave as results that are sent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Keeping(Mortal):
     def __init__(self, client_id: str) -> None:
         super().__init__(client_id)
         self.weights = {"bias": torch.zeros(3), "layer": torch.zeros(SIZE), "half": torch.zeros(9).half()}
-        self.tied = torch.zeros(2, SIZE)
+        self.rows = torch.zeros(2, SIZE)
         self.array = np.zeros(SIZE, dtype=np.float32)
 
     def get(self) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ class Keeping(Mortal):
             yield item
 
     def get_tied(self) -> tuple[Tensor, Tensor, np.ndarray[Any, Any]]:
-        return self.tied, self.tied[1], self.array
+        return self.rows, self.rows[1], self.array
 
     def hold_and_get(self, until: str) -> dict[str, Tensor]:
         tfr.current_call().report("holding")
@@ -70,7 +70,7 @@ def proxy(runner: asyncio.Runner) -> Iterator[tfr.LearnerProxy]:
         yield proxy
 
 
-async def test_they_are_the_caller_s_own(proxy: tfr.LearnerProxy, on_1: Iterator[str]) -> None:
+async def test_mapped_results_belong_to_the_caller(proxy: tfr.LearnerProxy, on_1: Iterator[str]) -> None:
     learner = proxy.client(next(on_1))
     kept = []
     for value in range(5):
@@ -85,7 +85,7 @@ async def test_they_are_the_caller_s_own(proxy: tfr.LearnerProxy, on_1: Iterator
     assert kept[0]["layer"].eq(100).all()
 
 
-async def test_nothing_of_them_is_left(proxy: tfr.LearnerProxy, on_1: Iterator[str]) -> None:
+async def test_mapped_results_leave_no_memory_behind(proxy: tfr.LearnerProxy, on_1: Iterator[str]) -> None:
     learner, pid = proxy.client(next(on_1)), pid_of(proxy, "worker1")
     for value in range(60):
         weights = await learner.fill_and_get(value)
@@ -98,7 +98,7 @@ async def test_nothing_of_them_is_left(proxy: tfr.LearnerProxy, on_1: Iterator[s
 
 
 @pytest.mark.parametrize("method", ["get", "get_later"])
-async def test_what_is_tied_or_an_array_comes_as_ever(
+async def test_tied_tensors_and_arrays_are_returned_beside_mapped_results(
     proxy: tfr.LearnerProxy, on_1: Iterator[str], method: str
 ) -> None:
     learner = proxy.client(next(on_1))
@@ -113,14 +113,14 @@ async def test_what_is_tied_or_an_array_comes_as_ever(
 
 
 @pytest.mark.parametrize("method", ["items", "items_later"])
-async def test_items_of_a_stream_are_each_what_was_yielded(
+async def test_items_of_a_stream_are_mapped_as_they_were_yielded(
     proxy: tfr.LearnerProxy, on_1: Iterator[str], method: str
 ) -> None:
     items = [item async for item in proxy.stream(next(on_1), method, 4)]
     assert [float(item.sum()) for item in items] == [SIZE * number for number in range(4)]
 
 
-async def test_they_are_given_again_after_a_loss(
+async def test_mapped_results_are_returned_again_after_a_loss(
     proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], on_2: Iterator[str], latch: Latch
 ) -> None:
     ids = [next(on_1), next(on_2)]
@@ -158,7 +158,7 @@ async def test_a_worker_that_dies_before_they_are_mapped_has_not_answered(
         (OSError(2, "No such file or directory"), tfr.WorkerLostError, 1),  # by a fault of ours: it is found out
     ],
 )
-async def test_those_that_cannot_be_mapped_are_an_error_of_their_call(
+async def test_results_that_cannot_be_mapped_are_an_error_of_their_call(
     proxy: tfr.LearnerProxy,
     seen: Losses,
     on_1: Iterator[str],
@@ -168,7 +168,8 @@ async def test_those_that_cannot_be_mapped_are_an_error_of_their_call(
     num_worlds: int,
 ) -> None:
     learner, other = proxy.client(next(on_1)), proxy.client(next(on_1))
-    find, refused = TensorFiles.at, []
+    find = TensorFiles.at
+    refused: list[Any] = []
 
     def refuse_once(addresses: Any, pid: int, **options: Any) -> TensorFiles:
         if not refused:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from processes import children_of, descendants_of, environment, wait_for_end
+from processes import Process, children_of, descendants_of, wait_for_end
 
 from torchfedrpc import extras
 from torchfedrpc.experiments import cli
@@ -68,42 +67,35 @@ class Command:
     def __init__(self, folder: Path, *overrides: str, start: Sequence[str] = MODULE) -> None:
         self.folder = folder
         self._command = [*start, *JOB, "baseline=null", "resume=auto", f"hydra.run.dir={folder}", *overrides]
-        self.process: subprocess.Popen[str]
+        self.process: Process
 
     def start(self, *overrides: str) -> None:
-        self.process = subprocess.Popen(
-            [*self._command, *overrides],
-            env=environment() | {"TMPDIR": str(self.folder.parent)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        command = [*self._command, *overrides]
+        self.process = Process(*command, variables={"TMPDIR": str(self.folder.parent)})
 
     def wait_for_rounds(self, count: int) -> None:
         history = self.folder / "history.jsonl"
         while not (history.exists() and len(history.read_text().splitlines()) >= count):
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.process.poll() is None, self.process.output
             time.sleep(0.01)
 
     def kill(self) -> None:
         children = descendants_of(self.process.pid)
-        self.process.kill()
-        self.process.communicate()
+        self.process.signal(signal.SIGKILL)
         wait_for_end(children, 5.0)
+        self.process.close()
 
-    def end(self) -> str:
-        """Wait for its good end; what it has printed."""
-        output, _ = self.process.communicate(timeout=100)
-        assert self.process.returncode == 0, output
-        return output
+    def end(self, *statuses: int) -> str:
+        """Wait for its end with one of these exit statuses, 0 unless given; returns its output."""
+        assert self.process.ended(timeout_s=100) in (statuses or (0,)), self.process.output
+        self.process.close()
+        return self.process.output
 
     def __enter__(self) -> Command:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
+        self.process.close()
 
 
 @pytest.mark.parametrize(
@@ -131,10 +123,9 @@ def test_the_first_signal_lets_the_round_end_and_saves_it(
         command.start()
         command.wait_for_rounds(2)
         began = time.monotonic()
-        command.process.send_signal(number)
-        output, _ = command.process.communicate(timeout=20)
+        command.process.signal(number)
+        output = command.end(128 + number, -number)
         assert time.monotonic() - began < 5.0
-        assert command.process.returncode in (128 + number, -number), output
         assert f"interrupted; outputs so far: {tmp_path / 'run'}" in output
         num_done = newest_round(tmp_path / "run" / "checkpoints")
         assert num_done == len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) < 10
@@ -163,15 +154,13 @@ def test_a_second_driver_of_the_folder_and_another_configuration_are_refused(tmp
         command.wait_for_rounds(1)
         second = Command(tmp_path / "run", "runtime=local")
         second.start()
-        output, _ = second.process.communicate(timeout=60)
-        assert second.process.returncode == 1
+        output = second.end(1)
         assert f"belong to a run that goes on (process {command.process.pid} on " in output
         command.kill()
         history = (tmp_path / "run" / "history.jsonl").read_text()
         assert history
         second.start("trainer.local_epochs=19", "learner.learning_rate=0.5", "seed=3")
-        output, _ = second.process.communicate(timeout=60)
-        assert second.process.returncode == 1
+        output = second.end(1)
         for named in ("trainer.local_epochs was 20 and is 19", "learner.learning_rate was", "seed was 0 and is 3"):
             assert named in output
         assert (tmp_path / "run" / "history.jsonl").read_text() == history

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed.rpc as rpc
 from conftest import Seen
-from internals import group_of, is_formed
+from internals import break_world, world_is_there
 from losses import Losses
 
 import torchfedrpc as tfr
@@ -39,7 +39,8 @@ class Owner:
         return os.getpid()
 
     def num_owned(self) -> int:
-        return int(rpc._rref_context_get_debug_info()["num_owner_rrefs"])
+        api: Any = rpc
+        return int(api._rref_context_get_debug_info()["num_owner_rrefs"])
 
     def memory(self) -> int:
         return resident_bytes()
@@ -70,14 +71,6 @@ class Noted(Owner):
 
     def end_process(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-async def until_served(proxy: tfr.LearnerProxy) -> bool:
-    """Wait until a worker can be called again."""
-    async with asyncio.timeout(60):
-        while not is_formed(proxy):
-            await asyncio.sleep(0.05)
-    return True
 
 
 def resident_bytes() -> int:
@@ -129,7 +122,7 @@ async def test_reading_the_rref_of_a_learner_that_is_given_up_does_not_rebuild_i
             await proxy.client("a").step()
         with pytest.raises(tfr.WorkerLostError):
             await proxy.client("a").end_process()
-        assert await until_served(proxy)
+        await world_is_there(proxy)
         for _ in range(2):
             with pytest.raises(tfr.WorkerLostError, match="so it was given up"):
                 _ = proxy.client("a").rref
@@ -151,9 +144,8 @@ async def test_fifty_worlds_leave_no_rref_behind() -> None:
     async with tfr.LearnerProxy(Owner, CLIENTS, runtime=TWO) as proxy:
         proxy.subscribe(seen)
         await proxy.clients().call("step")
-        group = group_of(proxy)
         for number in range(1, 51):
-            group._break()
+            break_world(proxy)
             await seen.world(number)
             await proxy.clients().call("step")
             held += [proxy.client(client).rref for client in CLIENTS]
@@ -270,11 +262,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("name", ["mine", "rank0"])
-def test_a_process_with_an_rpc_world_of_its_own_before_calls_learners_and_has_no_rrefs(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_process_with_an_earlier_rpc_world_calls_learners_and_has_no_rrefs(tmp_path: Path, name: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(FOREIGN)
-    command = [sys.executable, script, name, tmp_path / "store"]
+    command = [sys.executable, str(script), name, str(tmp_path / "store")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert ended.stdout.startswith("[1, 2, 3] there are no RRefs in a process that has called"), ended

@@ -57,7 +57,7 @@ def test_a_source_distribution_has_what_the_repository_has(unpacked: Path) -> No
     assert not [name for name in files if name.endswith((".pyc", ".so"))]
 
 
-def test_its_tests_run_from_it(unpacked: Path, tmp_path: Path) -> None:
+def test_tests_of_the_sdist_run_from_it(unpacked: Path, tmp_path: Path) -> None:
     code = "import torchfedrpc; print(torchfedrpc.__file__)"
     variables = {"PYTHONPATH": str(unpacked), "TEST_MODES": "local"}
     assert run("-c", code, folder=unpacked, **variables).strip() == str(unpacked / "torchfedrpc" / "__init__.py")

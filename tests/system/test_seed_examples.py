@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_mode import CountingExecutor
 
 import torchfedrpc as fedcl
 from torchfedrpc import AbstractFederationTrainer
@@ -129,26 +130,10 @@ async def test_endpoints_make_the_clients_of_the_third_configuration() -> None:
         assert await proxy.evaluate("client_3")
 
 
-class EchoExecutor(fedcl.AbstractExecutor):
-    """A mode of one's own: the learners live here, and every call is noted."""
-
-    async def open(self, spec):  # type: ignore[no-untyped-def]
-        self.host = spec.make_host()
-        self.log: list[str] = []
-
-    async def execute_method(self, client_id, method_name, /, *args, **kwargs):  # type: ignore[no-untyped-def]
-        self.log.append(method_name)
-        return await self.host.execute_method(client_id, method_name, *args, **kwargs)
-
-    async def close(self) -> None:
-        self.host.close()
-
-
-fedcl.executor("echo")(EchoExecutor)
-
-
-async def test_a_mode_of_ones_own_runs_the_trainer_unchanged_to_the_same_bits() -> None:
-    own = await run_fedavg({"execution_mode": "echo"})
+async def test_users_mode_runs_the_trainer_unchanged_to_the_same_bits() -> None:
+    own = await run_fedavg({"execution_mode": "counting"})
+    assert (CountingExecutor.log[0], CountingExecutor.log[-1]) == ("open", "close")
+    assert "train_epoch" in CountingExecutor.log
     local = await run_fedavg({"execution_mode": "local"})
     assert own[0] == local[0]
     assert torch.equal(own[1], local[1])

@@ -82,7 +82,8 @@ def _damaged(data: bytes) -> bytes:
 
 def _of(field: str, value: str) -> Callable[[bytes], bytes]:
     def change(data: bytes) -> bytes:
-        return snapshot.dump(dataclasses.replace(snapshot.load(data, ALLOW), **{field: value}), ALLOW)
+        changes: dict[str, Any] = {field: value}
+        return bytes(snapshot.dump(dataclasses.replace(snapshot.load(data, ALLOW), **changes), ALLOW))
 
     return change
 

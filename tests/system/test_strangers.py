@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAUNCHED
-from internals import group_of
+from internals import FirstWorker
 from raw_peer import NUM_EMPTY, Outcome, attack
 from torchrun import run_launch, write_script
 from workers import listening, make_token
 
 import torchfedrpc as tfr
 from torchfedrpc.experiments.classification import ClassificationLearner
-from torchfedrpc.rpc import world
 
 pytestmark = pytest.mark.skipif(LAUNCHED, reason="starts launches of its own")
 
@@ -37,20 +36,13 @@ async def attacked(runtime: dict[str, Any], canary: Path) -> dict[str, Outcome]:
     learner = ClassificationLearner
     async with tfr.LearnerProxy(learner, {"a": CLIENT, "b": CLIENT}, runtime=runtime) as proxy:
         weights = await proxy.clients().call("get_model_weights")
-        hosts = {label: member.client for label, member in group_of(proxy).members.items()}
-        forged = next(iter(hosts))
-        names = {"driver": world.torch_rpc().get_worker_info().name, "worker": hosts[forged]._worker.name}
-        assert world._agents_store is not None
-        addresses = {victim: world._agents_store.get(f"addrs/{name}").decode() for victim, name in names.items()}
-        secrets = {"worker": (hosts[forged]._secret.hex(), hosts[forged]._next_request)}
-        outcomes = await asyncio.to_thread(attack, addresses, secrets, canary)
-        num_forged = sum("forged, recipe" in name or "forged, malformed" in name for name in outcomes)
-        hosts[forged]._next_request += num_forged  # which the peer has used up, and so many answers
-        hosts[forged]._in_order._next += num_forged
+        worker = FirstWorker(proxy)
+        outcomes = await asyncio.to_thread(attack, worker.addresses, worker.secrets, canary)
+        worker.skip(sum("forged, recipe" in name or "forged, malformed" in name for name in outcomes))
         async with asyncio.timeout(10):
             again = await proxy.clients().call("get_model_weights")
         assert all(map(torch.equal, again["a"].values(), weights["a"].values()))
-        assert {label: one.client for label, one in group_of(proxy).members.items()} == hosts  # in the same world
+        assert worker.is_there()
         return outcomes
 
 

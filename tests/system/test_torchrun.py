@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from folders import SUPPORT, TESTS
-from processes import children_of, environment, wait_for_end
-from torchrun import launched, rank_variables, run_launch, write_script
+from processes import Process, children_of, wait_for_end
+from torchrun import LOADING, launched, rank_variables, run_launch, write_script
 
 MAIN = """
 if __name__ == "__main__":
@@ -46,18 +46,6 @@ PARTS = """
         "machine": f"host:{socket.gethostname()}", "machine_too": f"host:{socket.gethostname()}",
     }
     BAD = ["worker3", "worker0", "rank:0", "rank:7", "host:nowhere", "nonsense", "http://x", "x:0", ""]
-
-    class Result:
-        def __init__(self, values):
-            self.values = values
-
-    class Loading:
-        def __init__(self, client_id):
-            self.data = torch.utils.data.TensorDataset(torch.arange(12.0))
-
-        def load(self):
-            loader = torch.utils.data.DataLoader(self.data, batch_size=3, num_workers=2, shuffle=True)
-            return Result(sorted(value for (batch,) in loader for value in batch.tolist()))
 
     async def in_workers():
         async with tfr.LearnerProxy(Probe, ["a", "b", "c", "d"]) as proxy:
@@ -117,8 +105,7 @@ PARTS = """
 
     async def loading():
         async with tfr.LearnerProxy(Loading, ["a", "b"]) as proxy:
-            loaded = await proxy.clients().call("load")
-            assert all(type(result) is Result and result.values == list(range(12)) for result in loaded.values())
+            assert has_loaded(await proxy.clients().call("load"))
         hidden = lambda client_id: Loading(client_id)
         try:
             tfr.LearnerProxy(hidden, ["a"])
@@ -147,9 +134,13 @@ PARTS = """
 HALTING = """
 import os, time
 MARKER = __file__ + ".may_be_imported"
+FAILED = __file__ + ".has_failed"
 if os.environ["RANK"] == "1" and not os.path.exists(MARKER):
+    open(FAILED, "w").close()
     raise ImportError("not on rank 1")
-time.sleep(1.0 if os.environ["RANK"] == "2" else 0)  # answers long after the other
+began = time.monotonic()
+while os.environ["RANK"] == "2" and not os.path.exists(FAILED) and time.monotonic() < began + 30:
+    time.sleep(0.01)  # answers after the other
 class Late:
     def __init__(self, client_id):
         pass
@@ -163,7 +154,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the launch has printed."""
     folder = tmp_path_factory.mktemp("parts")
     (folder / "halting.py").write_text(HALTING)
-    code, output = run_launch(write_script(folder, PARTS))
+    code, output = run_launch(write_script(folder, LOADING, PARTS))
     assert code == 0, output
     return output
 
@@ -206,7 +197,7 @@ def test_a_learner_that_one_worker_cannot_import_leaves_workers_and_proxy_well(b
     assert became["halting"] == "({'a': 1, 'b': 1}, {'a': 1, 'b': 1})"
 
 
-def test_a_learner_of_the_script_may_load_data_with_processes_of_its_own(became: dict[str, str]) -> None:
+def test_a_learner_of_the_script_may_load_data_with_worker_processes(became: dict[str, str]) -> None:
     assert became["loading"] == "loaded"
 
 
@@ -277,14 +268,7 @@ def test_workers_end_within_5_s_of_a_killed_driver(tmp_path: Path, busy: str) ->
         MAIN,
     )
     with launched(script) as launch:
-        assert launch.stdout is not None
-        lines = []
-        for line in launch.stdout:
-            lines.append(line)
-            if line.startswith("pids"):
-                break
-        else:
-            pytest.fail("".join(lines))
+        line = launch.next_line("^pids")
         driver, *workers = map(int, line.split()[1:])
         assert sorted([driver, *workers]) == sorted(children_of(launch.pid))
         os.kill(launch.pid, signal.SIGSTOP)  # else torchrun would end them
@@ -335,35 +319,26 @@ def test_ranks_that_environment_variables_alone_start_serve_on_loopback(tmp_path
     script = write_script(
         tmp_path,
         """
-        from torchfedrpc.rpc import launch
+        from nodes import listening_addresses
 
         async def main():
             async with tfr.LearnerProxy(Probe, ["a"]) as proxy:
-                assert await proxy.custom_method("a", "process_id") != os.getpid()
-                return proxy.mode, launch.current_workers()._address.split(":")[0]
+                worker = await proxy.custom_method("a", "process_id")
+                assert worker != os.getpid()
+                return proxy.mode, set(listening_addresses(worker))
         """,
         MAIN,
     )
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env={**environment(), **rank_variables(rank, rank, 2, "127.0.0.1", port)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert [rank.returncode for rank in ranks] == [0, 0], output
-    assert "result 0 ('distributed', '127.0.0.1')" in output
+    with contextlib.ExitStack() as stack:
+        variables = [rank_variables(rank, rank, 2, "127.0.0.1", port) for rank in range(2)]
+        commands = [Process(sys.executable, str(script), variables=of_one) for of_one in variables]
+        ranks = [stack.enter_context(command) for command in commands]
+        statuses = [rank.ended(timeout_s=100) for rank in ranks]
+        output = "\n".join(rank.output for rank in ranks)
+    assert statuses == [0, 0], output
+    assert "result 0 ('distributed', {'127.0.0.1'})" in output
     assert "result 1 None" in output
 
 

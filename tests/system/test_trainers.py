@@ -167,7 +167,7 @@ def test_fedavg_scores_and_announces_every_round() -> None:
     assert [event.metrics["test_accuracy"] for event in ended] == [3.0, 6.0]
 
 
-def test_fedavg_trains_the_cohort_and_nobody_else() -> None:
+def test_fedavg_trains_the_cohort_alone() -> None:
     async def train(proxy: tfr.LearnerProxy) -> Any:
         trainer = FedAvgTrainer({"num_rounds": 5, "clients_per_round": 1, "local_epochs": 3}, proxy)
         await trainer.train()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from nodes import NEEDS_NAMESPACES, by_cable, inside, nodes
-from processes import environment
+from processes import Process
 from torchrun import rank_variables, run_script, write_script
 
 pytestmark = NEEDS_NAMESPACES
@@ -54,26 +53,14 @@ def _launch(nodes: dict[str, str], script: Path, *, hostnames: bool, launcher: l
 
 def _run(commands: list[tuple[list[str], dict[str, str]]]) -> tuple[list[int], str]:
     """Run commands with their variables: their exit statuses and their output, one after the other."""
-    processes: list[subprocess.Popen[str]] = []
-    try:
-        for command, variables in commands:
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env={**environment(), **variables},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
-    except subprocess.TimeoutExpired:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)  # torchrun ends its ranks
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
-        raise AssertionError("the launch did not end:\n" + "\n".join(outputs)) from None
-    return [process.returncode for process in processes], "\n".join(outputs)
+    with contextlib.ExitStack() as stack:
+        made = [Process(*command, variables=variables) for command, variables in commands]
+        processes = [stack.enter_context(process) for process in made]
+        try:
+            statuses = [process.ended(timeout_s=150) for process in processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError("the launch did not end:\n" + "\n".join(one.output for one in processes)) from None
+        return statuses, "\n".join(process.output for process in processes)
 
 
 def _result(output: str) -> str:

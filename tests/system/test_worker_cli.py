@@ -8,13 +8,13 @@ import queue
 import re
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from workers import WorkerCommand
 
 from torchfedrpc import worker_cli
 from torchfedrpc.rpc import worker
@@ -128,7 +128,7 @@ async def test_a_driver_that_is_starting_is_waited_for(
 ) -> None:
     tried = asyncio.Event()
     loop = asyncio.get_running_loop()
-    dial = worker_cli.dial
+    dial = vars(worker_cli)["dial"]
 
     async def dial_and_tell(*arguments: Any, **options: Any) -> Any:
         try:
@@ -215,21 +215,10 @@ def test_the_help_says_what_the_network_must_allow(capsys: pytest.CaptureFixture
 
 
 def test_a_worker_listens_until_sigterm(tmp_path: Path, token_file: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torchfedrpc.worker_cli", "--listen", "127.0.0.1:0"],
-        cwd=tmp_path,
-        env={**os.environ, TOKEN_VARIABLE: token_file},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert re.fullmatch(r"listening on 127\.0\.0\.1:[1-9]\d*\n", line), process.communicate()
-        process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=10) == ("", "")
-        assert process.returncode == 0
-    finally:
-        process.kill()
-        process.communicate()
+    command = WorkerCommand("--listen", "127.0.0.1:0", folder=tmp_path, variables={TOKEN_VARIABLE: token_file})
+    with command as worker:
+        line = worker.next_line("^listening on ")
+        assert re.fullmatch(r"listening on 127\.0\.0\.1:[1-9]\d*", line), worker.output
+        worker.signal(signal.SIGTERM)
+        assert worker.ended(timeout_s=10) == 0
+        assert worker.lines[-1] == line

@@ -1,4 +1,4 @@
-"""The runtime configuration: what is accepted verbatim, and how each mistake is told."""
+"""The runtime configuration: accepted forms, and the error of each mistake."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_modes_name_is_a_configuration(mode: str) -> None:
     assert RuntimeConfig.of(mode) == RuntimeConfig(execution_mode=mode)
 
 
-def test_none_means_the_defaults() -> None:
+def test_runtime_of_none_means_the_defaults() -> None:
     assert RuntimeConfig.of(None) == RuntimeConfig()
 
 
@@ -112,7 +112,7 @@ def test_containers_that_are_given_stay_the_callers_own() -> None:
     assert RuntimeConfig(trusted_modules=("lab",)).trusted_modules == ["lab"]  # type: ignore[arg-type]
 
 
-async def test_a_proxy_has_a_configuration_of_its_own() -> None:
+async def test_a_proxy_copies_its_configuration() -> None:
     config = RuntimeConfig(execution_mode="local", num_clients=2)
     async with tfr.LearnerProxy(Probe, runtime=config) as proxy:
         config.trusted_modules.append("lab")
@@ -171,7 +171,7 @@ def test_a_structured_node_takes_choices_by_name_and_refuses_others(key: str) ->
     for member in CHOICES[key]:
         node[key] = member.name
         assert getattr(RuntimeConfig.of(node), key) is member
-        assert OmegaConf.create(OmegaConf.to_yaml(node))[key] == member.name
+        assert OmegaConf.select(OmegaConf.create(OmegaConf.to_yaml(node)), key) == member.name
     with pytest.raises(ValidationError, match=r"expected one of \["):
         node[key] = "nonsense"
 
@@ -213,7 +213,7 @@ def test_a_key_near_none_lists_all(key: Any) -> None:
 
 
 @pytest.mark.parametrize("runtime", [3, 1.5, True, ["local"], {"local"}, SimpleNamespace(num_clients=3), object])
-def test_what_is_no_configuration_is_refused(runtime: Any) -> None:
+def test_object_that_is_no_configuration_is_refused(runtime: Any) -> None:
     with pytest.raises(
         ConfigError, match=r"^runtime must be a RuntimeConfig, a mapping, an OmegaConf node or a mode"
     ):
@@ -271,7 +271,7 @@ def test_an_omegaconf_list_is_no_configuration() -> None:
         ("transport", 1),
     ],
 )
-def test_a_value_of_a_wrong_type_is_told_with_key_and_value(key: str, value: Any) -> None:
+def test_error_of_a_wrong_type_names_key_and_value(key: str, value: Any) -> None:
     message = rf"^runtime\.{key} must be .*, not {re.escape(repr(value))} \({type(value).__name__}\)$"
     with pytest.raises(ConfigError, match=message):
         RuntimeConfig.of({key: value})
@@ -307,7 +307,7 @@ def test_a_value_of_a_wrong_type_is_told_with_key_and_value(key: str, value: Any
         ("device_map", "", "one of auto, none, not ''"),
     ],
 )
-def test_a_value_out_of_range_is_told_with_its_bounds(key: str, value: Any, message: str) -> None:
+def test_error_of_a_value_out_of_range_names_the_bounds(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^runtime\.{key} .*{re.escape(message)}$"):
         RuntimeConfig(**{key: value})
 
@@ -337,7 +337,7 @@ def test_a_value_at_the_edge_is_accepted(key: str, value: Any) -> None:
     assert getattr(RuntimeConfig(**{key: value}), key) == value
 
 
-def test_pseudo_mode_without_a_process_is_told_what_to_set() -> None:
+def test_error_of_pseudo_mode_without_a_process_says_what_to_set() -> None:
     message = "num_processes is 0, and pseudo mode .*num_processes=1 or more, or .*=local$"
     with pytest.raises(ConfigError, match=message):
         resolve_mode(RuntimeConfig(execution_mode="pseudo", num_processes=0), None)

@@ -138,7 +138,7 @@ def test_except_star_splits_a_group_error_by_type_and_keeps_the_clients(failures
     assert [group.results for group in caught] == [{"d": 4}, {"d": 4}]
 
 
-def test_what_except_star_leaves_is_raised_on_with_its_clients(failures: dict[str, Exception]) -> None:
+def test_remainder_of_except_star_is_raised_with_its_clients(failures: dict[str, Exception]) -> None:
     def handle_missing_keys() -> None:
         try:
             raise GroupCallError("3 failed", failures)
@@ -162,7 +162,7 @@ def test_a_split_group_error_has_no_empty_part(failures: dict[str, Exception]) -
 def test_clients_that_failed_with_one_exception_object_stay_apart() -> None:
     shared = ValueError("one object")
     matched = GroupCallError("both", {"a": shared, "b": shared}).subgroup(ValueError)
-    assert matched is not None
+    assert isinstance(matched, GroupCallError)
     assert matched.failures == {"a": shared, "b": shared}
 
 

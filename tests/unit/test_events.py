@@ -1,4 +1,4 @@
-"""The event bus: every subscriber is told, in order, and none can harm the run."""
+"""The event bus: subscribers receive all events in order, and none can harm the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_subscribers_are_told_in_the_order_of_subscription(bus: EventBus) -> Non
     assert told == [("first", EVENT), ("second", EVENT)]
 
 
-def test_an_ended_subscription_is_told_nothing_more(bus: EventBus) -> None:
+def test_ended_subscription_receives_no_further_event(bus: EventBus) -> None:
     told: list[Event] = []
     unsubscribe = bus.subscribe(told.append)
     unsubscribe()
@@ -83,7 +83,7 @@ def test_a_subscriber_may_end_its_own_subscription(bus: EventBus) -> None:
     assert told == ["once", "always", "always"]
 
 
-def test_who_subscribes_during_an_event_hears_of_the_next(bus: EventBus) -> None:
+def test_subscriber_added_during_an_event_receives_the_next(bus: EventBus) -> None:
     told: list[Event] = []
     unsubscribe = bus.subscribe(lambda event: bus.subscribe(told.append))
     bus.publish(EVENT)

@@ -51,7 +51,7 @@ def test_all_of_torchruns_variables_are_read() -> None:
 
 
 @pytest.mark.usefixtures("_launched")
-def test_what_plain_launchers_leave_out_has_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_plain_launchers_leave_out_have_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_RANK", "GROUP_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name)
     launch = Launch.from_environment()
@@ -116,12 +116,12 @@ def test_rank_0_may_drive_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_launched")
-def test_another_rank_is_told_to_use_run() -> None:
+def test_error_of_another_rank_says_to_use_run() -> None:
     with pytest.raises(ConfigError, match=r"this is rank 3, and only rank 0 opens a proxy: .*tfr\.run\(main\)"):
         check_is_driver()
 
 
-def test_a_worker_process_is_told_of_the_main_guard() -> None:
+def test_error_of_a_worker_process_names_the_main_guard() -> None:
     become_worker()
     with pytest.raises(ConfigError, match='if __name__ == "__main__"'):
         check_is_driver()

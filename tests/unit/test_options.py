@@ -71,7 +71,8 @@ def test_a_type_checker_finds_wrong_options_and_no_others(tmp_path: Path) -> Non
 
 
 def test_counts_may_be_any_whole_number_and_seconds_have_to_be_finite() -> None:
-    assert CallOptions(retries=np.int64(2), min_results=np.int32(1)).retries == 2
+    counts: dict[str, Any] = {"retries": np.int64(2), "min_results": np.int32(1)}
+    assert CallOptions(**counts).retries == 2
     for timeout_s in (10**400, math.inf, math.nan):
         with pytest.raises(tfr.ConfigError, match="must be seconds above 0"):
             CallOptions(timeout_s=timeout_s)

@@ -59,7 +59,7 @@ def write(path: Path) -> None:
             store.unlock()
 
 
-def test_all_that_a_run_writes_is_its_users_alone(tmp_path: Path) -> None:
+def test_files_of_a_run_are_its_users_alone(tmp_path: Path) -> None:
     path = tmp_path / "run"
     make_private(path)
     write(path)
@@ -109,7 +109,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         open_private(tmp_path / "pipe", os.O_RDWR)
 
 
-def test_what_cannot_be_written_whole_leaves_what_is_there(target: Path) -> None:
+def test_write_that_fails_leaves_the_file_as_it_was(target: Path) -> None:
     writing = replaced(target)
     writing.__enter__().write(b"half")
     error = ZeroDivisionError()

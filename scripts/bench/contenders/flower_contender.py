@@ -4,7 +4,7 @@ One simulation serves the whole run, so that its start is in no round; a request
 in it anew, with the clients of each round chosen as everywhere. The time of a round is that between two evaluations
 of the strategy's function for the server, which does nothing but look at the clock. Nodes have random numbers in
 Flower: they are asked once which client they are. `run_simulation` is called deprecated in favour of the command
-``flwr run``, which runs the same engine, but tells no times and takes its data and the rest from an app in a folder.
+``flwr run``, which runs the same engine, but prints no times and takes its data and the rest from an app in a folder.
 
 The local training is `workload.train_client`. Flower averages in NumPy, so that weights agree but for rounding. Its
 engine looks for new messages every 0.1 s, on either side, which is most of a small round.
@@ -188,7 +188,7 @@ class Simulation:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
+async def prepare(workloads: tuple[str, ...]) -> AsyncIterator[Mapping[str, Repeat]]:
     """FedAvg on two actors."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray may write one into the home directory

@@ -3,8 +3,8 @@
 The local training is pfl's own: it takes the same steps as `workload.train_client`, and averages differences instead
 of weights, so that the results agree but for rounding. Batches of a client are cut once, as pfl does by itself. What
 a process is in a run is fixed when pfl is imported; therefore a run on two processes starts this program twice more,
-each time as one of the two ranks, and tells both what to do. pfl runs an event loop, so that it has a thread of its
-own. The time of a round is that between two of its callbacks.
+each time as one of the two ranks, and sends both the same requests. pfl runs an event loop, so that it has a separate
+thread. The time of a round is that between two of its callbacks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam import NNTrainHyperParams
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
-from protocol import Cannot, Measured, Repeat, serve
+from protocol import Measured, Repeat, serve
 from torch import Tensor, nn
 
 NUM_RANKS = 2
@@ -121,7 +121,7 @@ def own_loop() -> None:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
+async def prepare(workloads: tuple[str, ...]) -> AsyncIterator[Mapping[str, Repeat]]:
     """All of FedAvg."""
     torch.set_num_threads(1)
     for client in range(workload.NUM_CLIENTS):
@@ -140,7 +140,6 @@ async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapp
             if name in on_two:
                 repeats[name] = functools.partial(ask_ranks, ranks, name)
             else:
-                await repeat_here(known[name], 2)
                 repeats[name] = functools.partial(repeat_here, known[name])
         yield repeats
 
@@ -169,12 +168,12 @@ class RankProcess:
         """Read a line.
 
         Raises:
-            Cannot: It ended, or it says so.
+            RuntimeError: If it has ended or failed.
         """
         line = _opened(self._process.stdout).readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"cannot": "a rank ended"}
-        if "cannot" in answer:
-            raise Cannot(answer["cannot"])
+        answer: dict[str, Any] = json.loads(line) if line else {"failed": "it ended"}
+        if "failed" in answer:
+            raise RuntimeError(f"a rank failed: {answer['failed']}")
         return answer
 
     def close(self) -> None:

@@ -1,12 +1,10 @@
-"""How a contender talks with the benchmark: numbers come on stdin, JSON lines go to stdout; standard library only.
+"""The protocol between the benchmark and a contender: counts on stdin, JSON lines on stdout; standard library only.
 
-    PYTHON contenders/NAME.py WORKLOAD[,WORKLOAD ...] [--quick] [--cold]
+    PYTHON contenders/NAME.py WORKLOAD[,WORKLOAD ...]
 
-A contender prepares itself, warms up (unless ``--cold``: it will not be timed), and writes ``{"ready": true,
-"versions": {...}}``, or ``{"cannot": "why"}`` and ends. Then, for each line on stdin, ``N`` or ``WORKLOAD N``, it
-does that work N times and writes ``{"seconds": [N floats], "check": ..., "extra": {...}}``, or ``{"cannot":
-"why"}``. At the end of stdin it closes down and ends, and leaves no process behind. A program with several
-workloads prepares all of them in one process where it can; it may also be started once for each.
+A contender prepares itself and writes ``{"versions": {...}}``. For each line ``WORKLOAD N`` on stdin it does that
+work N times and writes ``{"seconds": [N floats], "check": ..., "extra": {...}}``. In place of either it may write
+``{"cannot": "why"}`` or ``{"failed": "error"}``. At the end of stdin it closes down and leaves no process behind.
 
 Each line of stdin starts from the same state: round 0 of FedAvg with the initial weights, whatever ran before. So
 contenders that do the same work give the same check for the same N: a string that must be equal, or numbers that must
@@ -20,6 +18,7 @@ import inspect
 import json
 import os
 import platform
+import statistics
 import sys
 import time
 import traceback
@@ -27,24 +26,35 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
-T = TypeVar("T")
+UNEVENNESS = "mean_by_median"
+"""The quantity that says how much the mean of the seconds is more than their median."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What N repetitions gave.
+    """The results of N repetitions.
 
     Attributes:
-        seconds: of each repetition.
-        check: digest of the result, or numbers that tell it.
-        extra: other numbers by name; the unit is the name's end (``_mb``, ``_s``).
+        seconds: Of each repetition.
+        check: A digest of the result, or numbers that describe it.
+        extra: Other numbers by name; the unit is the name's end (``_mb``, ``_s``).
     """
 
     seconds: list[float]
     check: str | list[float]
     extra: Mapping[str, float] = field(default_factory=dict)
+
+    def median(self, quantity: str) -> float:
+        """The median of the seconds, or another number by its name."""
+        if quantity == UNEVENNESS:
+            return statistics.fmean(self.seconds) / statistics.median(self.seconds)
+        return statistics.median(self.seconds) if quantity == "seconds" else self.extra[quantity]
+
+    def mean(self, quantity: str) -> float:
+        """The mean of the seconds, or another number by its name."""
+        return statistics.fmean(self.seconds) if quantity == "seconds" else self.median(quantity)
 
 
 class Cannot(Exception):
@@ -54,8 +64,8 @@ class Cannot(Exception):
 Repeat = Callable[[int], Measured | Awaitable[Measured]]
 """Does a workload N times; a plain function or a coroutine function."""
 
-Prepare = Callable[[tuple[str, ...], bool], AbstractAsyncContextManager[Mapping[str, Repeat | Cannot]]]
-"""``prepare(workloads, quick)``: opens and warms up, yields a function for each workload that it has, and closes.
+Prepare = Callable[[tuple[str, ...]], AbstractAsyncContextManager[Mapping[str, Repeat | Cannot]]]
+"""``prepare(workloads)``: opens, yields a function for each workload that it has, and closes.
 
 A `Cannot` in place of a function is the answer to that workload; raised, it is the answer to all of them.
 """
@@ -70,41 +80,34 @@ def serve(prepare: Prepare, *libraries: str) -> None:
     """
     versions = {library: version(library) for library in libraries} | {"python": platform.python_version()}
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    if len(arguments) != 1:
-        sys.exit(f"usage: {sys.argv[0]} WORKLOAD[,WORKLOAD ...] [--quick] [--cold]")
-    workloads = tuple(arguments[0].split(","))
+    os.dup2(2, 1)  # libraries print no answers
     try:
-        asyncio.run(_serve(prepare, workloads, "--quick" in sys.argv, versions, answers))
-    except Cannot as error:
-        _answer(answers, {"cannot": str(error)})
+        asyncio.run(_serve(prepare, tuple(sys.argv[1].split(",")), versions, answers))
     except Exception as error:
-        traceback.print_exc()
-        _answer(answers, {"cannot": f"{type(error).__name__}: {error}"})
+        _answer(answers, _refusal(error))
 
 
-async def _serve(
-    prepare: Prepare, workloads: tuple[str, ...], quick: bool, versions: dict[str, str], answers: TextIO
-) -> None:
-    async with prepare(workloads, quick) as repeats:
-        _answer(answers, {"ready": True, "versions": versions})
+async def _serve(prepare: Prepare, workloads: tuple[str, ...], versions: dict[str, str], answers: TextIO) -> None:
+    async with prepare(workloads) as repeats:
+        _answer(answers, {"versions": versions})
         # On a thread, since the loop may have heartbeats to keep while it waits.
         while line := await asyncio.to_thread(sys.stdin.readline):
-            *names, count = line.split()
-            name = names[0] if names else workloads[0]
+            name, count = line.split()
             repeat = repeats.get(name, Cannot(f"no {name} here"))
             try:
                 if isinstance(repeat, Cannot):
                     raise repeat
-                measured = await repeated(repeat, int(count))
+                answer = asdict(await repeated(repeat, int(count)))
             except Exception as error:
-                if not isinstance(error, Cannot):
-                    traceback.print_exc()
-                why = str(error) if isinstance(error, Cannot) else f"{type(error).__name__}: {error}"
-                _answer(answers, {"cannot": why})
-            else:
-                _answer(answers, asdict(measured))
+                answer = _refusal(error)
+            _answer(answers, answer)
+
+
+def _refusal(error: Exception) -> dict[str, Any]:
+    if isinstance(error, Cannot):
+        return {"cannot": str(error)}
+    traceback.print_exc()
+    return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def _answer(answers: TextIO, message: dict[str, Any]) -> None:
@@ -118,29 +121,23 @@ async def repeated(repeat: Repeat, count: int) -> Measured:
     return await measured if inspect.isawaitable(measured) else measured
 
 
-async def warm_up(repeat: Repeat, count: int) -> None:
-    """Do a workload so many times before it is timed."""
-    if "--cold" not in sys.argv:
-        await repeated(repeat, count)
-
-
-async def timed(call: Callable[[], Awaitable[T]], repetitions: int) -> tuple[list[float], T]:
-    """Await a call so many times, at least once; returns the seconds of each, and the last result."""
+async def timed(call: Callable[[], Any], repetitions: int) -> tuple[list[float], Any]:
+    """Make a call so many times, and await its result if it can be; returns the seconds of each, and the last."""
     seconds: list[float] = []
-    while True:
+    for _ in range(repetitions):
         began = time.perf_counter()
-        result = await call()
+        made = call()
+        result = await made if inspect.isawaitable(made) else made
         seconds.append(time.perf_counter() - began)
-        if len(seconds) >= repetitions:
-            return seconds, result
+    return seconds, result
 
 
-def timed_plain(call: Callable[[], T], repetitions: int) -> tuple[list[float], T]:
-    """The same for a plain function."""
-    seconds: list[float] = []
-    while True:
-        began = time.perf_counter()
-        result = call()
-        seconds.append(time.perf_counter() - began)
-        if len(seconds) >= repetitions:
-            return seconds, result
+def calling(call: Callable[[], object], check: Callable[[Any], object]) -> Repeat:
+    """The workload that makes a call, and checks its last result; both may be coroutine functions."""
+
+    async def repeat(count: int) -> Measured:
+        seconds, result = await timed(call, count)
+        checked = check(result)
+        return Measured(seconds, await checked if inspect.isawaitable(checked) else checked)  # type: ignore[arg-type]
+
+    return repeat

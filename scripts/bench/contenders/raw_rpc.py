@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed.rpc as rpc
 import workload
-from protocol import Measured, Repeat, serve, timed, timed_plain, warm_up
+from protocol import Measured, Repeat, calling, serve, timed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from workload import Weights
 
-received: Weights = {}  # on a worker: what was pushed last
-stocked: list[Weights] = []  # on a worker: what ``pull_given`` is to give
+received: Weights = {}  # on a worker: the weights that were pushed last
+stocked: list[Weights] = []  # on a worker: the weights that ``pull_given`` gives
 
 
 def no_op() -> None:
@@ -27,7 +27,7 @@ def no_op() -> None:
 
 @functools.cache
 def thread() -> concurrent.futures.Executor:
-    """On a worker: a thread for what may take long, so that those of RPC are free."""
+    """On a worker: a thread for long calls, so that those of RPC are free."""
     return concurrent.futures.ThreadPoolExecutor(1)
 
 
@@ -46,7 +46,7 @@ def push(weights: Weights) -> None:
 
 
 def received_digest() -> str:
-    """Of what was pushed last."""
+    """Of the weights that were pushed last."""
     return workload.digest(received)
 
 
@@ -62,7 +62,7 @@ def pull() -> Weights:
 
 
 def stock(count: int) -> None:
-    """Make what so many ``pull_given`` are to give."""
+    """Make the weights that so many ``pull_given`` give."""
     stocked[:] = [{name: tensor.clone() for name, tensor in kept().items()} for _ in range(count)]
 
 
@@ -115,56 +115,26 @@ def world(num_workers: int) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
+async def prepare(workloads: tuple[str, ...]) -> AsyncIterator[Mapping[str, Repeat]]:
     """All workloads that are calls."""
-    known: dict[str, Callable[[], Repeat]] = {
-        "noop": lambda: functools.partial(repeat_no_op, no_op),
-        "noop_on_thread": lambda: functools.partial(repeat_no_op, no_op_on_thread),
-        "gathered": lambda: repeat_gathered,
-        "push": lambda: pushing(workload.model_weights()),
-        "small": lambda: pushing(workload.small_weights()),
-        "pull": lambda: repeat_pull,
-        "pull_given": lambda: repeat_pull_given,
-    }
+    model, small = workload.model_weights(), workload.small_weights()
     with world(2 if "gathered" in workloads else 1):
-        repeats = {name: known[name]() for name in workloads if name in known}
-        for name, repeat in repeats.items():
-            await warm_up(repeat, 1 if name == "gathered" else 3)
-        yield repeats
+        call = functools.partial(bridged, "raw1")
+        yield {
+            "noop": calling(lambda: call(no_op), str),
+            "noop_on_thread": calling(lambda: call(no_op_on_thread), str),
+            "gathered": calling(pipelined, lambda results: str(results[-1])),
+            "push": calling(lambda: call(push, model), lambda _: call(received_digest)),
+            "small": calling(lambda: call(push, small), lambda _: call(received_digest)),
+            "pull": calling(lambda: call(pull), workload.digest),
+            "pull_given": repeat_pull_given,
+        }
 
 
-async def repeat_no_op(function: Callable[[], object], count: int) -> Measured:
-    """``noop``, and ``noop_on_thread``."""
-    seconds, result = await timed(lambda: bridged("raw1", function), count)
-    return Measured(seconds, str(result))
-
-
-def repeat_gathered(count: int) -> Measured:
+def pipelined() -> list[object]:
     """``gathered``: all are sent before the first answer is waited for; a worker has no learners here."""
-
-    def pipelined() -> list[object]:
-        workers = [f"raw{1 + number % 2}" for number in range(workload.NUM_GATHERED_CALLS)]
-        sent = [rpc.rpc_async(worker, no_op, timeout=0) for worker in workers]
-        return list(torch.futures.wait_all(sent))
-
-    seconds, results = timed_plain(pipelined, count)
-    return Measured(seconds, str(results[-1]))
-
-
-def pushing(weights: Weights) -> Repeat:
-    """``push`` and ``small``."""
-
-    async def repeat(count: int) -> Measured:
-        seconds, _ = await timed(lambda: bridged("raw1", push, weights), count)
-        return Measured(seconds, await bridged("raw1", received_digest))
-
-    return repeat
-
-
-async def repeat_pull(count: int) -> Measured:
-    """``pull``."""
-    seconds, weights = await timed(lambda: bridged("raw1", pull), count)
-    return Measured(seconds, workload.digest(weights))
+    workers = [f"raw{1 + number % 2}" for number in range(workload.NUM_GATHERED_CALLS)]
+    return list(torch.futures.wait_all([rpc.rpc_async(worker, no_op, timeout=0) for worker in workers]))
 
 
 async def repeat_pull_given(count: int) -> Measured:

@@ -3,7 +3,7 @@
 ``start_torchfedrpc``: pseudo mode, from opening a proxy to the answers of both workers. ``start_again``: the same for
 the second proxy of a process. ``start_spawn``: processes of multiprocessing that import torch. ``start_forkserver``:
 the same, forked by a server that has imported torch before; its start is part of the time. ``start_forked``: two more
-from that server. What the interpreter itself imports first is not timed. ``import_torchfedrpc``, ``import_torch``:
+from that server. The imports of the interpreter itself are not timed. ``import_torchfedrpc``, ``import_torch``:
 the import statement alone.
 """
 
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from protocol import Measured, Repeat, serve
@@ -83,27 +84,23 @@ def use_torch(pipe: object) -> None:
 
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
+async def prepare(workloads: tuple[str, ...]) -> AsyncIterator[Mapping[str, Repeat]]:
     """Any of them."""
-    yield {workload: starting(_CODE[workload], is_warm=quick) for workload in workloads}
+    yield {workload: partial(started, _CODE[workload]) for workload in workloads}
 
 
-def starting(code: str, *, is_warm: bool) -> Repeat:
-    """Seconds that a script prints; the first start fills the file cache, and compiles as an installation does."""
+def started(code: str, count: int) -> Measured:
+    """Seconds that a script prints."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-
-    def once() -> float:
+    seconds = []
+    for _ in range(count):
         with tempfile.TemporaryDirectory() as folder:
             script = Path(folder) / "start.py"  # a file, since other processes import it
             script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}")
-            done = subprocess.run(
-                [sys.executable, script], stdout=subprocess.PIPE, check=True, text=True, env=environment
-            )
-        return float(done.stdout)
-
-    if not is_warm:
-        once()
-    return lambda count: Measured([once() for _ in range(count)], "started")
+            command = [sys.executable, str(script)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
+        seconds.append(float(done.stdout))
+    return Measured(seconds, "started")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
-"""torchfedrpc's calls, models on their way, and sums on workers, as its users write them; in worker processes."""
+"""torchfedrpc's calls, models on their way, sums on workers and FedAvg, as its users write them."""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import functools
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import memory
 import torch
 import workload
-from protocol import Measured, Repeat, serve, timed, warm_up
+from protocol import Measured, Repeat, calling, serve, timed
 from workload import Weights
 
 import torchfedrpc as tfr
 
 NUM_MODEL_LEARNERS = 64
-NUM_SAMPLES = 50
 
-stocked: list[Weights] = []  # in a worker: what ``pull_given`` is to give
+stocked: list[Weights] = []  # in a worker: the weights that ``pull_given`` gives
 
 
 @functools.cache
@@ -43,7 +45,7 @@ class BenchLearner:
         self.received = weights
 
     def received_digest(self) -> str:
-        """Of what was pushed last."""
+        """Of the weights that were pushed last."""
         return workload.digest(self.received)
 
     def pull(self) -> Weights:
@@ -51,7 +53,7 @@ class BenchLearner:
         return kept()
 
     def stock(self, count: int) -> None:
-        """Make what so many ``pull_given`` are to give."""
+        """Make the weights that so many ``pull_given`` give."""
         stocked[:] = [{name: tensor.clone() for name, tensor in kept().items()} for _ in range(count)]
 
     def pull_given(self) -> Weights:
@@ -62,13 +64,29 @@ class BenchLearner:
         """Read of weights, and keep none of them."""
         self.seen = float(weights["layer3"][500, 500])
 
-    def what_was_seen(self) -> float:
+    def get_seen(self) -> float:
         """The number that was read last."""
         return self.seen
 
     def train(self) -> dict[str, Any]:
-        """What a learner gives after training: the same each time."""
-        return {"model_weights": kept(), "num_samples": NUM_SAMPLES}
+        """The same results as of a training, each time."""
+        return {"model_weights": kept(), "num_samples": workload.NUM_SAMPLES}
+
+
+class FedAvgLearner:
+    """A client of FedAvg."""
+
+    def __init__(self, client_id: str) -> None:
+        self.number = int(client_id.removeprefix("client_")) - 1
+        workload.client_data(self.number)
+
+    def no_op(self) -> None:
+        """Nothing; a first call makes the learner."""
+
+    def train_epoch(self, kind: str, weights: Weights) -> dict[str, Any]:
+        """One local epoch from the given weights."""
+        trained = workload.train_client(kind, weights, self.number)
+        return {"model_weights": trained, "num_samples": workload.NUM_SAMPLES}
 
 
 class Calls:
@@ -80,24 +98,26 @@ class Calls:
         self.learner = proxy.client(self.client_ids[0])
 
     def repeats(self) -> dict[str, Callable[[], Repeat]]:
-        """What makes each workload."""
+        """Makers of the workloads."""
+        learner = self.learner
         return {
-            "noop": lambda: self.no_op,
-            "gathered": lambda: self.gathered,
+            "noop": lambda: calling(lambda: learner.no_op(), str),
+            "gathered": lambda: calling(self.burst, lambda results: str(results[-1])),
             "push": lambda: self.pushing(workload.model_weights()),
             "small": lambda: self.pushing(workload.small_weights()),
             "push_shared": lambda: self.push_shared,
-            "push_anew": lambda: self.push_anew,
-            "pull": lambda: self.pull,
+            "push_anew": lambda: self.pushing(workload.model_weights(), self.share_and_push),
+            "pull": lambda: calling(lambda: learner.pull(), workload.digest),
             "pull_given": lambda: self.pull_given,
-            "fan_group_2": lambda: self.fanning(2, self.by_group),
-            "fan_group_64": lambda: self.fanning(64, self.by_group),
-            "fan_loop_2": lambda: self.fanning(2, self.by_loop),
-            "fan_loop_64": lambda: self.fanning(64, self.by_loop),
-            "reduce_16": lambda: self.averaging(16, self.reduced),
-            "reduce_64": lambda: self.averaging(64, self.reduced),
-            "gather_16": lambda: self.averaging(16, self.gathered_average),
+            **{f"fan_group_{count}": partial(self.fanning, count, self.by_group) for count in (2, 64)},
+            **{f"fan_loop_{count}": partial(self.fanning, count, self.by_loop) for count in (2, 64)},
+            **{f"reduce_{count}": partial(self.averaging, count, self.reduced) for count in (16, 64)},
             "gather_64": lambda: self.averaging(64, self.gathered_average),
+            **{
+                f"{kind}{where}": partial(workload.rounds, kind, partial(self.fedavg_round, kind))
+                for kind in workload.KINDS
+                for where in ("", "_two")
+            },
         }
 
     def some(self, count: int) -> list[str]:
@@ -105,77 +125,49 @@ class Calls:
         half = count // 2
         return [*self.client_ids[:half], *self.client_ids[-half:]]
 
-    async def no_op(self, count: int) -> Measured:
-        """``noop``."""
-        seconds, result = await timed(lambda: self.learner.no_op(), count)
-        return Measured(seconds, str(result))
-
-    async def gathered(self, count: int) -> Measured:
+    async def burst(self) -> list[Any]:
         """``gathered``."""
         handles = [self.proxy.client(client_id) for client_id in self.client_ids[: workload.NUM_GATHERED_LEARNERS]]
         rounds = range(workload.NUM_GATHERED_CALLS // len(handles))
+        return await asyncio.gather(*(handle.no_op() for _ in rounds for handle in handles))
 
-        async def burst() -> list[Any]:
-            return await asyncio.gather(*(handle.no_op() for _ in rounds for handle in handles))
+    async def received_digest(self, _: object = None) -> str:
+        """Of the weights that were pushed last."""
+        return str(await self.learner.received_digest())
 
-        seconds, results = await timed(burst, count)
-        return Measured(seconds, str(results[-1]))
-
-    def pushing(self, weights: Weights) -> Repeat:
-        """``push`` and ``small``."""
-
-        async def repeat(count: int) -> Measured:
-            seconds, _ = await timed(lambda: self.learner.push(weights), count)
-            return Measured(seconds, await self.learner.received_digest())
-
-        return repeat
+    def pushing(self, weights: Weights, push: Callable[[Weights], object] | None = None) -> Repeat:
+        """``push``, ``small`` and ``push_anew``."""
+        return calling(partial(push or self.learner.push, weights), self.received_digest)
 
     async def push_shared(self, count: int) -> Measured:
         """``push`` of a shared value that is on the worker before the time is taken."""
         ref = await self.proxy.share(workload.model_weights())
-        try:
-            await self.learner.push(ref)
-            seconds, _ = await timed(lambda: self.learner.push(ref), count)
-            return Measured(seconds, await self.learner.received_digest())
-        finally:
-            await ref.release()
+        await self.learner.push(ref)
+        seconds, _ = await timed(lambda: self.learner.push(ref), count)
+        digest = await self.received_digest()
+        await ref.release()
+        return Measured(seconds, digest)
 
-    async def push_anew(self, count: int) -> Measured:
+    async def share_and_push(self, weights: Weights) -> None:
         """``push`` of a value that is shared for the call."""
-        weights = workload.model_weights()
-
-        async def once() -> None:
-            ref = await self.proxy.share(weights)
-            await self.learner.push(ref)
-            await ref.release()
-
-        seconds, _ = await timed(once, count)
-        return Measured(seconds, await self.learner.received_digest())
-
-    async def pull(self, count: int) -> Measured:
-        """``pull``."""
-        return await self.pulling(lambda: self.learner.pull(), count)
+        ref = await self.proxy.share(weights)
+        await self.learner.push(ref)
+        await ref.release()
 
     async def pull_given(self, count: int) -> Measured:
-        """``pull`` of what the learner does not keep; it is made before the time is taken."""
+        """``pull`` of weights that the learner does not keep; they are made before the time is taken."""
         await self.learner.stock(count)
-        return await self.pulling(lambda: self.learner.pull_given(), count)
-
-    async def pulling(self, call: Callable[[], Awaitable[Weights]], count: int) -> Measured:
-        """Await weights so many times."""
-        seconds, weights = await timed(call, count)
+        seconds, weights = await timed(lambda: self.learner.pull_given(), count)
         return Measured(seconds, workload.digest(weights))
 
     def fanning(self, num_learners: int, send: Callable[[list[str], Weights], Awaitable[object]]) -> Repeat:
         """One model to so many learners."""
         client_ids, weights = self.some(num_learners), workload.model_weights()
 
-        async def repeat(count: int) -> Measured:
-            seconds, _ = await timed(lambda: send(client_ids, weights), count)
-            seen = await self.proxy.clients(client_ids).call("what_was_seen")
-            return Measured(seconds, str(set(seen.values())))
+        async def seen(_: object) -> str:
+            return str(set((await self.proxy.clients(client_ids).call("get_seen")).values()))
 
-        return repeat
+        return calling(lambda: send(client_ids, weights), seen)
 
     async def by_group(self, client_ids: list[str], weights: Weights) -> object:
         """As a group call."""
@@ -186,11 +178,11 @@ class Calls:
         return await asyncio.gather(*(self.proxy.set_model_weights(client_id, weights) for client_id in client_ids))
 
     def averaging(self, num_learners: int, average: Callable[[list[str]], Awaitable[Weights]]) -> Repeat:
-        """The average of what so many learners give; with the bytes that come, and the driver's growth meanwhile."""
+        """The average of so many learners' weights, with the bytes received and the growth of the driver."""
         client_ids = self.some(num_learners)
-        memory.give_back()
+        return_free_memory()
         # Of a driver that has had no models yet, where the process does nothing else.
-        before_mb = memory.resident_mb()
+        before_mb = own_memory_mb("VmRSS")
 
         async def repeat(count: int) -> Measured:
             weights: Weights = {}
@@ -201,43 +193,61 @@ class Calls:
                 weights = await average(client_ids)
 
             received_bytes = self.proxy.stats()["bytes_received"]
-            memory.give_back()
-            memory.forget_peak()
+            return_free_memory()
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
             seconds, _ = await timed(once, count)
             received_mb = (self.proxy.stats()["bytes_received"] - received_bytes) / count / 1e6
-            extra = {"received_mb": received_mb, "growth_mb": memory.peak_mb() - before_mb}
+            extra = {"received_mb": received_mb, "growth_mb": own_memory_mb("VmHWM") - before_mb}
             return Measured(seconds, workload.fingerprint(weights), extra)
 
         return repeat
 
     async def reduced(self, client_ids: list[str]) -> Weights:
         """Summed on the workers."""
-        reducer = tfr.WeightedMean()
-        weights: Weights = (await self.proxy.clients(client_ids).reduce("train", reducer)).value
-        return weights
+        return dict((await self.proxy.clients(client_ids).reduce("train", tfr.WeightedMean())).value)
 
     async def gathered_average(self, client_ids: list[str]) -> Weights:
         """Gathered, then averaged in the driver."""
         results = await self.proxy.clients(client_ids).call("train")
         return workload.weighted_average((one["model_weights"], one["num_samples"]) for one in results.values())
 
+    async def fedavg_round(self, kind: str, weights: Weights, round_num: int) -> Weights:
+        """A round of FedAvg."""
+        cohort = self.proxy.clients([self.client_ids[client] for client in workload.selected(round_num)])
+        reduced = await cohort.reduce("train_epoch", tfr.WeightedMean(), kind=kind, weights=weights)
+        return dict(reduced.value)
+
+
+def return_free_memory() -> None:
+    """Return free memory to the system, so that the next growth shows."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def own_memory_mb(key: str) -> float:
+    """The memory of this process, ``VmRSS`` now or ``VmHWM`` at most, in units of 10**6 bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1.024e-3 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
 
 @asynccontextmanager
-async def prepare(workloads: tuple[str, ...], quick: bool) -> AsyncIterator[Mapping[str, Repeat]]:
-    """All workloads on one proxy, with one worker or two."""
+async def prepare(workloads: tuple[str, ...]) -> AsyncIterator[Mapping[str, Repeat]]:
+    """All workloads on one proxy, in this process, with one worker or two."""
     torch.set_num_threads(1)
-    num_clients, num_processes = 1, 1
-    if "gathered" in workloads:
-        num_clients, num_processes = workload.NUM_GATHERED_LEARNERS, 2
+    learner: type = BenchLearner
+    runtime: dict[str, Any] = {"execution_mode": "pseudo", "num_clients": 1, "num_processes": 1}
+    if any(name.startswith(workload.KINDS) for name in workloads):
+        learner, runtime["num_clients"] = FedAvgLearner, workload.NUM_CLIENTS
+        runtime |= {"num_processes": 2} if any(name.endswith("_two") for name in workloads) else {}
+        runtime["execution_mode"] = "pseudo" if runtime["num_processes"] == 2 else "local"
+    elif "gathered" in workloads:
+        runtime |= {"num_clients": workload.NUM_GATHERED_LEARNERS, "num_processes": 2}
     elif any(name.startswith(("fan_", "reduce_", "gather_")) for name in workloads):
-        num_clients, num_processes = NUM_MODEL_LEARNERS, 2
-    runtime = {"execution_mode": "pseudo", "num_clients": num_clients, "num_processes": num_processes}
-    async with tfr.LearnerProxy(BenchLearner, runtime=runtime) as proxy:
+        runtime |= {"num_clients": NUM_MODEL_LEARNERS, "num_processes": 2}
+    async with tfr.LearnerProxy(learner, runtime=runtime) as proxy:
+        await proxy.clients().call("no_op")
         known = Calls(proxy).repeats()
-        repeats = {name: known[name]() for name in workloads if name in known}
-        for name, repeat in repeats.items():
-            await warm_up(repeat, 3 if name in ("noop", "push", "pull", "small") else 1)
-        yield repeats
+        yield {name: known[name]() for name in workloads if name in known}
 
 
 if __name__ == "__main__":

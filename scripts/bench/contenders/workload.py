@@ -22,6 +22,7 @@ import hashlib
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from protocol import Measured, Repeat
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
+
+KINDS = ("mlp", "cnn")
 
 NO_OP_CHECK = "None"
 NUM_GATHERED_CALLS = 3000
@@ -111,7 +114,7 @@ def client_data(client: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 + client)
     labels = torch.randint(10, (NUM_SAMPLES,), generator=generator)
     images = torch.rand(NUM_SAMPLES, 1, 28, 28, generator=generator)
-    images[torch.arange(NUM_SAMPLES), 0, labels * 2] += 1.0  # a bright line tells the class
+    images[torch.arange(NUM_SAMPLES), 0, labels * 2] += 1.0  # a bright line shows the class
     return images, labels
 
 
@@ -169,3 +172,52 @@ def rounds(kind: str, a_round: Round) -> Repeat:
         return Measured(seconds, fingerprint(weights))
 
     return repeat
+
+
+# FedAvg on two processes that are programmed by hand: each trains half of a round's clients and gives one average.
+
+NUM_PROCESSES = 2
+
+Arrays = dict[str, "np.ndarray[Any, Any]"]  # torch would put each tensor that is sent into a file
+Train = Callable[[str, Arrays, list[list[int]]], "list[Arrays] | Awaitable[list[Arrays]]"]
+
+
+def as_arrays(weights: Weights) -> Arrays:
+    """Weights as arrays on the same memory."""
+    return {name: tensor.numpy() for name, tensor in weights.items()}
+
+
+def as_weights(arrays: Arrays) -> Weights:
+    """Arrays as weights on the same memory."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def make_ready() -> None:
+    """Make the data of all clients, in a process that trains them."""
+    torch.set_num_threads(1)
+    for client in range(NUM_CLIENTS):
+        client_data(client)
+
+
+def train_share(kind: str, arrays: Arrays, clients: list[int]) -> Arrays:
+    """Train clients from the same weights and give their average."""
+    weights = as_weights(arrays)
+    return as_arrays(weighted_average((train_client(kind, weights, client), NUM_SAMPLES) for client in clients))
+
+
+def rounds_by_hand(train: Train) -> dict[str, Repeat]:
+    """``mlp_two`` and ``cnn_two``.
+
+    Args:
+        train: Takes the kind, the weights and each process's clients; gives each process's average.
+    """
+
+    async def a_round(kind: str, weights: Weights, round_num: int) -> Weights:
+        chosen = selected(round_num)
+        shares = [chosen[place::NUM_PROCESSES] for place in range(NUM_PROCESSES)]
+        results = train(kind, as_arrays(weights), shares)
+        averages = await results if inspect.isawaitable(results) else results
+        pairs = zip(averages, shares, strict=True)
+        return weighted_average((as_weights(average), len(share) * NUM_SAMPLES) for average, share in pairs)
+
+    return {f"{kind}_two": rounds(kind, functools.partial(a_round, kind)) for kind in KINDS}

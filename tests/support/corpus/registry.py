@@ -124,7 +124,7 @@ def kind(
         found = Kind(name, topic, cls, asks, clients, refused, documented, expected | (ways or {}))
         KINDS[name] = found
         _KIND_OF.update(dict.fromkeys(clients, found))
-        cls.ready = _ready  # type: ignore[attr-defined]
+        cls.ready = _ready
         return cls
 
     return register

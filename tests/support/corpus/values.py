@@ -389,7 +389,8 @@ class EventKept:
     def __init__(self, client_id: str) -> None:
         import queue
 
-        self.event, self.items = threading.Event(), queue.Queue()
+        self.event = threading.Event()
+        self.items: queue.Queue[Any] = queue.Queue()
 
     def step(self) -> str:
         was = self.event.is_set()

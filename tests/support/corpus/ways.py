@@ -152,7 +152,7 @@ async def beside_others(expected: Texts) -> Outcomes:
     async with _opened(clients(), run) as proxy:
         for number in range(NUM_ROUNDS):
             await run.round(proxy, number)
-    return _outcomes(lambda client_id: _compare(run, client_id, expected))
+    return _outcomes(lambda client_id: compare(run, client_id, expected))
 
 
 async def evicted(expected: Texts) -> Outcomes:
@@ -165,7 +165,7 @@ async def evicted(expected: Texts) -> Outcomes:
     made = dict(num_made)
 
     def judge(client_id: str) -> Outcome:
-        outcome = _compare(run, client_id, expected)
+        outcome = compare(run, client_id, expected)
         if outcome.word != SAME or made[client_id] > 1:
             return outcome
         told = [message for message in run.messages if re.search(rf"(?<![\w-]){client_id}\b", message)]
@@ -193,10 +193,10 @@ async def on_workers(expected: Texts, kill_after: Collection[int] = ()) -> tuple
             if number <= last_round and number + 1 < NUM_ROUNDS:
                 taken.append({one: await _snapshot(proxy, one) for one in proxy.client_ids if one not in run.errors})
             if number == last_round:
-                before = _outcomes(lambda client_id: _compare(run, client_id, expected, is_whole=False))
+                before = _outcomes(lambda client_id: compare(run, client_id, expected, is_whole=False))
             if number in kill_after:
                 await _snapshots_are_stored(proxy)
-    return before, _outcomes(lambda client_id: _compare(run, client_id, expected)), taken
+    return before, _outcomes(lambda client_id: compare(run, client_id, expected)), taken
 
 
 async def restored(expected: Texts, taken: list[Snapshots]) -> Outcomes:
@@ -204,15 +204,16 @@ async def restored(expected: Texts, taken: list[Snapshots]) -> Outcomes:
     found: dict[str, list[Outcome]] = {client_id: [] for client_id in clients()}
     for after, snapshots in enumerate(taken):
         run = Run(errors={one: data for one, data in snapshots.items() if isinstance(data, Exception)})
+        taken_of = {one: data for one, data in snapshots.items() if isinstance(data, bytes)}
         async with _opened(snapshots, run) as proxy:
-            for one in snapshots.keys() - run.errors.keys():
+            for one in taken_of:
                 num_calls = len(kind_of(one).calls) - NUM_ROUNDS + after + 1
                 run.texts[one] = [None] * max(0, num_calls)
-                await run.attempt(one, proxy.restore({one: snapshots[one]}))
+                await run.attempt(one, proxy.restore({one: taken_of[one]}))
             for number in range(after + 1, NUM_ROUNDS):
                 await run.round(proxy, number)
         for one in snapshots:
-            found[one].append(_compare(run, one, expected))
+            found[one].append(compare(run, one, expected))
     return _outcomes(lambda client_id: _worst(found[client_id]))
 
 
@@ -289,7 +290,7 @@ def _worst(outcomes: list[Outcome]) -> Outcome:
     return Outcome(SAME)
 
 
-def _compare(run: Run, client_id: str, expected: Texts, *, is_whole: bool = True) -> Outcome:
+def compare(run: Run, client_id: str, expected: Texts, *, is_whole: bool = True) -> Outcome:
     texts = run.texts.get(client_id, [])
     for number, (text, right) in enumerate(zip(texts, expected[client_id], strict=False)):
         if text is not None and text != right:

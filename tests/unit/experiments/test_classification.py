@@ -79,7 +79,7 @@ def test_training_learns_and_stays_with_the_learner() -> None:
     assert others["accuracy"] < 0.9  # the other learner is where it was
 
 
-def test_training_begins_where_it_is_told_to() -> None:
+def test_training_begins_from_the_given_weights() -> None:
     async def train(proxy: tfr.LearnerProxy) -> Any:
         start = initial_weights(MODEL, seed=3)
         told = await proxy.train_epoch("client_1", model_weights=start, learning_rate=0.0)
@@ -164,7 +164,7 @@ def test_a_learners_snapshot_holds_its_weights_and_no_data() -> None:
         assert len(run.snapshot()) < 4 * num_weights + 2000
 
 
-def test_a_learner_of_ones_own_need_not_be_complete_unless_it_derives() -> None:
+def test_users_learner_need_not_be_complete_unless_it_derives() -> None:
     class Half(tfr.Learner):
         def train_epoch(self) -> None: ...
 

@@ -38,7 +38,7 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for key, value in node.items():
         inner = isinstance(value, DictConfig) and len(value) > 0
-        keys += _keys(value, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
+        keys += _keys(value, f"{prefix}{key!s}.") if inner else [f"{prefix}{key!s}"]
     return sorted(keys)
 
 

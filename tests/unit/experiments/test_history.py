@@ -79,7 +79,7 @@ def test_time_and_traffic_are_those_of_the_round(tmp_path: Path, run: FakeRun) -
     assert [record.bytes_received for record in history.records] == [20, 60]
 
 
-def test_what_was_not_measured_is_null(tmp_path: Path, run: FakeRun) -> None:
+def test_measure_that_is_missing_is_null(tmp_path: Path, run: FakeRun) -> None:
     _history(tmp_path / "history.jsonl", run).append(RoundEnded(0, 1, {}))
     (line,) = _lines(tmp_path / "history.jsonl")
     assert list(line) == KEYS

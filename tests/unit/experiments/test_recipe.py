@@ -199,7 +199,7 @@ def test_a_target_that_does_not_exist_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "dict", "torchfedrpc..models", "a b.c", "torch.nn.", 3, None, ["os", "system"]])
-def test_what_is_no_dotted_name_is_refused(name: Any) -> None:
+def test_text_that_is_no_dotted_name_is_refused(name: Any) -> None:
     with pytest.raises(ConfigError, match="_target_"):
         build(target("Pair", inner={"_target_": name}), HERE)
 

@@ -54,7 +54,7 @@ class TestTable:
     def test_a_run_of_no_rounds_has_a_table(self) -> None:
         assert "rounds" in _table([])
 
-    def test_what_was_not_measured_is_a_dash(self) -> None:
+    def test_measure_that_is_missing_is_a_dash(self) -> None:
         assert "-" in _table([RoundRecord(0, None, None, None, None, 0.5, 0, 0)])
 
 

@@ -32,10 +32,10 @@ class Aliases:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+        self.model: Any = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        self.models = {"global": self.model, "other": [nn.Linear(1, 1)]}
-        self.head = self.model[2].weight
+        self.models: dict[str, Any] = {"global": self.model, "other": [nn.Linear(1, 1)]}
+        self.head: Any = self.model[2].weight
         self.last_layer = self.model[2]
         self.nested = [{"mean": self.model[1].running_mean}, 3]
         self.also_nested = self.nested
@@ -130,7 +130,7 @@ class Trainer(tfr.AbstractFederationTrainer):
     def __init__(self, *args: Any, hides: bool = False) -> None:
         super().__init__(*args)
         self.model = nn.Linear(1, 1)
-        self.models = {"global": self.model}
+        self.models: dict[str, Any] = {"global": self.model}
         if hides:
             self.holder = Holder(self.model)
 

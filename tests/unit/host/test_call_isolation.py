@@ -122,7 +122,7 @@ async def test_shared_object_does_not_depend_on_the_call_that_makes_it(
     assert await proxy.custom_method(next(clients), "share") == "torch.float32 cpu True"
 
 
-async def test_default_device_of_the_drivers_thread_is_told_to_reach_no_learner(
+async def test_warning_says_that_the_drivers_default_device_reaches_no_learner(
     caplog: pytest.LogCaptureFixture, fresh_look: dict[str, Any]
 ) -> None:
     spec, _ = LearnerSpec.of(Disturbing, 0, RuntimeConfig())
@@ -131,7 +131,7 @@ async def test_default_device_of_the_drivers_thread_is_told_to_reach_no_learner(
         warn_of_default_device()
         host = ExecutorSpec(spec, {"a": {}}, lambda event: None).make_host()
     finally:
-        torch.set_default_device(None)  # type: ignore[arg-type]
+        torch.set_default_device(None)
     assert await host.execute_method("a", "look") == fresh_look
     assert await asyncio.to_thread(host.close)
     assert any("set_default_device('meta') holds for this thread alone" in one.message for one in caplog.records)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -71,7 +71,7 @@ def test_a_call_finds_its_own_mode_at_its_next_step() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_block_of_a_coroutine_keeps_its_mode_over_its_steps(mode: Any) -> None:
-    def method() -> Iterator[tuple[bool, bool]]:
+    def method() -> Generator[tuple[bool, bool], None, None]:
         with mode():
             yield modes()
             yield modes()
@@ -169,7 +169,7 @@ def test_a_block_of_autocast_is_kept_over_the_steps_of_a_coroutine() -> None:
 
 
 def test_weights_that_a_call_has_cast_are_not_stale_after_its_update() -> None:
-    def waits() -> Iterator[None]:
+    def waits() -> Generator[None, None, None]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             yield
 

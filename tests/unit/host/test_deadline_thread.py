@@ -135,24 +135,24 @@ def test_many_calls_expire_from_many_threads(deadlines: Deadlines, expired: Expi
     assert expired.empty
 
 
-def test_what_is_called_back_may_begin_and_end_calls_itself() -> None:
+def test_callback_may_begin_and_end_calls_itself() -> None:
     done = threading.Event()
 
     def again(key: Hashable) -> None:
-        deadlines.stop("other")
+        thread.stop("other")
         if key == "first":
-            deadlines.start("second", 0.0)
+            thread.start("second", 0.0)
         else:
             done.set()
 
-    deadlines = Deadlines(again)
-    deadlines.start("other", NEVER_S)
-    deadlines.start("first", 0.0)
+    thread = Deadlines(again)
+    thread.start("other", NEVER_S)
+    thread.start("first", 0.0)
     assert done.wait(_TIMEOUT_S)
-    deadlines.close()
+    thread.close()
 
 
-def test_there_is_no_thread_before_the_first_deadline_nor_after_the_end(expired: Expired) -> None:
+def test_thread_exists_from_the_first_deadline_until_the_end(expired: Expired) -> None:
     def running() -> bool:
         return any(thread.name == "torchfedrpc-deadlines" for thread in threading.enumerate())
 
@@ -174,7 +174,7 @@ def test_closing_unused_deadlines_is_no_error(expired: Expired) -> None:
 
 def test_no_debugger_is_seen_where_there_is_none() -> None:
     if "pydevd" in sys.modules:
-        pytest.skip("somebody debugs the tests")
+        pytest.skip("a debugger traces the tests")
     assert not debugger_attached()
 
 
@@ -189,14 +189,14 @@ def test_a_tracer_is_no_debugger() -> None:
 
 @pytest.mark.parametrize("connected", [True, False])
 def test_an_ides_debugger_counts_once_it_is_connected(monkeypatch: pytest.MonkeyPatch, connected: bool) -> None:
-    monkeypatch.setitem(sys.modules, "pydevd", SimpleNamespace(connected=connected))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "pydevd", SimpleNamespace(connected=connected))
     assert debugger_attached() is connected
 
 
 @pytest.mark.parametrize("connected", [True, False])
 def test_a_client_of_debugpy_counts_once_it_is_connected(monkeypatch: pytest.MonkeyPatch, connected: bool) -> None:
     debugpy = SimpleNamespace(is_client_connected=lambda: connected)
-    monkeypatch.setitem(sys.modules, "debugpy", debugpy)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "debugpy", debugpy)
     assert debugger_attached() is connected
 
 
@@ -204,7 +204,7 @@ def test_a_thread_that_stands_in_pdb_is_seen_from_another() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     class Prompt:
-        """Standard input at which somebody has stopped to think."""
+        """Standard input whose user has stopped to think."""
 
         def readline(self) -> str:
             inside.set()

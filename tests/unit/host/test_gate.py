@@ -16,7 +16,7 @@ _TIMEOUT_S = 10.0
 
 
 class Holder:
-    """A thread that takes the gate, and keeps it until it is told."""
+    """A thread that takes the gate and keeps it until an event."""
 
     def __init__(self, gate: Gate, kind: str, log: list[str], name: str) -> None:
         self.entered = threading.Event()
@@ -115,7 +115,7 @@ def test_a_shared_holder_does_not_overtake_a_waiting_exclusive_one(crowd: Crowd)
     assert late.entered.wait(_TIMEOUT_S)
 
 
-def test_all_are_served_in_the_order_of_their_arrival(crowd: Crowd) -> None:
+def test_waiting_calls_are_served_in_the_order_of_their_arrival(crowd: Crowd) -> None:
     kinds = ["exclusive", "shared", "exclusive", "exclusive", "shared", "exclusive"]
     holders = [crowd.start(kind, f"{number}") for number, kind in enumerate(kinds)]
     for holder in holders:

@@ -84,7 +84,8 @@ def test_a_method_made_by_getattr_is_found() -> None:
 
 def test_the_method_is_bound_to_this_learner() -> None:
     site = Site()
-    assert find_method(site, "train_epoch", "client_1").__self__ is site
+    method: Any = find_method(site, "train_epoch", "client_1")
+    assert method.__self__ is site
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_the_method_is_bound_to_this_learner() -> None:
         ("train_epoch.__globals__", "client_1: Site has no method 'train_epoch.__globals__'"),
     ],
 )
-def test_anything_else_is_refused_by_name_with_near_matches(name: str, message: str) -> None:
+def test_name_of_no_public_method_is_refused_with_near_matches(name: str, message: str) -> None:
     with pytest.raises(MethodNotFoundError, match=re.escape(message)):
         find_method(Site(), name, "client_1")
 

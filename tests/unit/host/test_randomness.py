@@ -13,6 +13,8 @@ import torch
 from torchfedrpc.host.call_scope import CallScope
 from torchfedrpc.host.randomness import RandomStreams, Twister, call_seed
 
+numpy_random: Any = np.random  # whose stubs lack the functions for bit generators
+
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 DRAWS = {
@@ -158,25 +160,25 @@ def test_a_calls_gaussian_drawn_ahead_does_not_leak_into_another() -> None:
 
 
 def test_the_processes_own_bit_generator_object_comes_back() -> None:
-    before = np.random.get_bit_generator()
+    before = numpy_random.get_bit_generator()
     with streams():
-        assert np.random.get_bit_generator() is not before
-    assert np.random.get_bit_generator() is before
+        assert numpy_random.get_bit_generator() is not before
+    assert numpy_random.get_bit_generator() is before
 
 
 def test_another_kind_of_bit_generator_of_the_process_comes_back() -> None:
-    before = np.random.get_bit_generator()
-    np.random.set_bit_generator(np.random.PCG64(7))
+    before = numpy_random.get_bit_generator()
+    numpy_random.set_bit_generator(np.random.PCG64(7))
     try:
         expected = np.random.Generator(np.random.PCG64(7)).bit_generator.random_raw(2).tolist()
-        drawn = [np.random.get_bit_generator().random_raw()]
+        drawn = [numpy_random.get_bit_generator().random_raw()]
         with streams():
-            assert np.random.get_state()[0] == "MT19937"
+            assert numpy_random.get_state()[0] == "MT19937"
             np.random.rand()
-        drawn.append(np.random.get_bit_generator().random_raw())
+        drawn.append(numpy_random.get_bit_generator().random_raw())
         assert drawn == expected
     finally:
-        np.random.set_bit_generator(before)
+        numpy_random.set_bit_generator(before)
 
 
 def test_a_call_may_swap_the_bit_generator_and_the_next_is_seeded_all_the_same() -> None:
@@ -184,7 +186,7 @@ def test_a_call_may_swap_the_bit_generator_and_the_next_is_seeded_all_the_same()
     with streams(4, generators=generators):
         expected = np.random.rand()
     with streams(3, generators=generators):
-        np.random.set_bit_generator(np.random.PCG64(1))
+        numpy_random.set_bit_generator(np.random.PCG64(1))
     with streams(4, generators=generators):
         assert np.random.rand() == expected
 
@@ -228,12 +230,12 @@ def test_streams_of_two_open_calls_do_not_share_a_bit_generator() -> None:
         pass
     first, second = streams(1, resumable=True), streams(2, resumable=True)
     with first:
-        one = np.random.get_bit_generator()
+        one = numpy_random.get_bit_generator()
     with second:
-        other = np.random.get_bit_generator()
+        other = numpy_random.get_bit_generator()
     assert one is not other
     with first:
-        assert np.random.get_bit_generator() is one
+        assert numpy_random.get_bit_generator() is one
 
 
 def test_a_generator_of_the_modern_kind_is_left_alone() -> None:
@@ -253,7 +255,7 @@ def test_generators_within_a_call_differ_from_each_other() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_calls_gpu_has_streams_of_its_own_too() -> None:
+def test_the_calls_gpu_has_separate_random_streams() -> None:
     torch.cuda.manual_seed(1)
     undisturbed = torch.rand(2, device=GPU).tolist()
     torch.cuda.manual_seed(1)

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from values import everything
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
@@ -238,7 +239,9 @@ class Hostile:
 
 
 def dumped(learner: Any, allow: AllowList = ALLOW) -> bytes:
-    return dump(Snapshot("client_1", "there.Learner", {"step": 2}, capture(learner, "client_1")), allow, learner)
+    return bytes(
+        dump(Snapshot("client_1", "there.Learner", {"step": 2}, capture(learner, "client_1")), allow, learner)
+    )
 
 
 def moved(learner: Any, fresh: Any) -> Any:
@@ -424,7 +427,7 @@ def test_attributes_come_back_past_a_setattr_that_refuses() -> None:
     assert moved(learner, Frozen()).__dict__ == {"value": 5}
 
 
-def test_what_getstate_leaves_out_stays_as_the_constructor_made_it() -> None:
+def test_attributes_that_getstate_leaves_out_stay_as_the_constructor_made_them() -> None:
     learner = LeavesOut()
     learner.value = 5
     assert vars(moved(learner, LeavesOut("own data"))) == {"data": "own data", "value": 5}
@@ -470,7 +473,9 @@ def test_gradients_are_captured() -> None:
     learner = Plain()
     learner.step()
     restored = moved(learner, Plain())
-    assert torch.equal(restored.model.weight.grad, learner.model.weight.grad)
+    gradient = learner.model.weight.grad
+    assert gradient is not None
+    assert torch.equal(restored.model.weight.grad, gradient)
 
 
 # What is left out.
@@ -574,6 +579,13 @@ def test_optimisers_are_captured_with_all_attributes() -> None:
     assert all(map(torch.equal, weights_of(restored), weights_of(learner)))
 
 
+@pytest.mark.parametrize("name", everything())
+def test_value_of_the_corpus_is_in_a_snapshot_as_it_is(name: str) -> None:
+    learner: Any = Plain()
+    learner.value = everything()[name]
+    assert load(dumped(learner), ALLOW).client_id == "client_1"  # the bytes are compared with the learner as well
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_arrays_that_share_memory_are_refused(value: int) -> None:
     learner = Plain()
@@ -594,7 +606,7 @@ def test_graph_between_two_calls_is_refused_with_its_attribute_and_a_remedy() ->
     assert dumped(learner)
 
 
-def test_what_cannot_be_pickled_is_named_with_its_attribute() -> None:
+def test_object_that_cannot_be_pickled_is_named_with_its_attribute() -> None:
     learner = Plain()
     learner.lock = threading.Lock()  # type: ignore[attr-defined]
     with pytest.raises(SnapshotError, match=r"client_1 \(there.Learner\) .* because of 'lock': .*define state_dict"):
@@ -663,7 +675,7 @@ def test_bytes_of_something_else_are_no_snapshot(data: bytes) -> None:
         load(data, ALLOW)
 
 
-def test_what_is_no_bytes_is_no_snapshot() -> None:
+def test_object_that_is_no_bytes_is_no_snapshot() -> None:
     with pytest.raises(SnapshotError, match="not dict"):
         load({"client_1": b""}, ALLOW)  # type: ignore[arg-type]
 

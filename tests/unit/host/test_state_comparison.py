@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import decimal
 import enum
-import fractions
 import functools
 import io
 import math
@@ -19,17 +18,19 @@ import pickle
 import random
 import re
 import time
-import types
 import uuid
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from values import everything
 
 from torchfedrpc.host.state_comparison import Apart, first_difference
+from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.packing import pack
 
 UNSET = object()
 NAN = float("nan")
@@ -71,7 +72,8 @@ class OwnState:
     """Leaves its cache out on purpose."""
 
     def __init__(self, value: Any = 1) -> None:
-        self.value, self.cache = value, {}
+        self.value = value
+        self.cache: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"value": self.value}
@@ -285,7 +287,6 @@ EQUAL: dict[str, Any] = {
     "set with one object": {Plain(a=1)},
     "set of known objects": (lambda a, b: [a, b, {a, b}])(Plain(n=1), Plain(n=2)),
     "set of parameters": (lambda m: [m, set(m.parameters())])(model()),
-    "deque": collections.deque([1, 2], maxlen=3),
     "defaultdict": collections.defaultdict(list, a=[1]),
     "ordered dict": moved_to_end(),
     "counter": collections.Counter("abca"),
@@ -306,7 +307,7 @@ EQUAL: dict[str, Any] = {
     "own reduce": OwnReduce([1]),
     "bound method": (lambda one: [one, one.method])(Plain(a=1)),
     "bound builtin": (lambda one: [one, one.append])([1]),
-    "partial": functools.partial(hook, 1, a=[2]),
+    "partial": functools.partial(cast("Any", hook), 1, a=[2]),
     "functions and classes": [hook, Plain, len, math.sin, torch.relu, nn.Linear, dict[str, int], NotImplemented],
     "enum and flag": [Colour.BLUE, Access.READ | Access.WRITE],
     "dates": [
@@ -315,9 +316,7 @@ EQUAL: dict[str, Any] = {
         datetime.timedelta(3),
         datetime.timezone(datetime.timedelta(hours=1)),
     ],
-    "exact numbers": [decimal.Decimal("1.00"), fractions.Fraction(1, 3)],
     "path and uuid": [pathlib.Path("a") / "b", uuid.UUID(int=3), re.compile("a", re.IGNORECASE)],
-    "namespace": types.SimpleNamespace(a=1),
     "array module": array.array("d", [1.0, 2.0]),
     "bytes in memory": io.BytesIO(b"raw"),
     "iterators": [iter([1, 2]), operator.attrgetter("a")],
@@ -327,14 +326,8 @@ EQUAL: dict[str, Any] = {
     "raised exception, its traceback apart": raised(),
     "exception group": ExceptionGroup("two", [ValueError(1), TypeError(2)]),
     "tensors": [torch.ones(2, 3), torch.tensor(1.5), torch.empty(0, 3), torch.ones(2, dtype=torch.bfloat16)],
-    "transposed": torch.arange(6.0).view(2, 3).t(),
     "tied views": (lambda t: [t, t[2:], t.view(2, 3)])(torch.arange(6.0)),
     "parameter": nn.Parameter(torch.ones(2)),
-    "sparse": torch.eye(3).to_sparse(),
-    "torch values": [torch.float16, torch.device("cpu"), torch.Size([1, 2]), torch.strided, torch.channels_last],
-    "arrays": [np.arange(3), np.float32(1.5), np.array(["a"]), np.array([1, None], dtype=object), np.ones(0)],
-    "array layouts": [np.ones((2, 3), order="F"), np.zeros((), dtype=">i4")],
-    "records": np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
     "dtypes": [np.dtype("f4"), np.dtype([("a", "i4")], align=True)],
     "numpy generators": [np.random.default_rng(3), np.random.RandomState(4), np.random.SeedSequence(5)],
     "generator tied to its bits": (lambda bits: [bits, np.random.Generator(bits)])(np.random.PCG64(3)),
@@ -362,7 +355,7 @@ EQUAL: dict[str, Any] = {
     "lambda": scheduled(lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, math.sqrt)),
     "swa": scheduled(lambda opt: torch.optim.swa_utils.SWALR(opt, 0.1)),
 } | {
-    f"optimiser {make.__name__}": trained(make, **settings)
+    f"optimiser {make.__name__}": trained(make, **cast("dict[str, Any]", settings))
     for make, settings in [
         (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
         (torch.optim.Adam, {"amsgrad": True}),
@@ -388,6 +381,13 @@ def test_state_equals_its_rebuilt_twin(name: str) -> None:
 def test_state_equals_itself() -> None:
     for value in EQUAL.values():
         assert reason(value, value) is None
+
+
+@pytest.mark.parametrize("name", everything())
+def test_value_of_the_corpus_equals_its_copy_in_a_message(name: str) -> None:
+    value = everything()[name]
+    assert reason(value, value) is None
+    assert reason(value, pack(value).open(AllowList())) is None
 
 
 # What is different: live, rebuilt, the path, and words of the reason.
@@ -557,7 +557,9 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
     ),
     "tied storage": (
         [torch.zeros(4), torch.zeros(4)],
-        (lambda one: [one[:4], one[4:].new_zeros(0).set_(one.untyped_storage(), 2, (4,))])(torch.zeros(8)),
+        (lambda one: [one[:4], cast("Any", one[4:].new_zeros(0)).set_(one.untyped_storage(), 2, (4,))])(
+            torch.zeros(8)
+        ),
         r"would share memory",
     ),
     "other offset": (
@@ -659,7 +661,7 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
     "bare mark of a module": (Plain(value=UNSET), Plain(value=object()), r"\.value is test_state_comparison.UNSET"),
     "mark of a library": (
         Plain(value=dataclasses.MISSING),
-        Plain(value=type(dataclasses.MISSING)()),
+        Plain(value=cast("Any", type(dataclasses.MISSING))()),
         r"\.value is dataclasses.MISSING",
     ),
     "global configuration": (
@@ -679,6 +681,8 @@ def test_difference_is_found_with_its_path(name: str) -> None:
 
 
 def test_path_leads_to_the_first_difference() -> None:
+    live: Any
+    rebuilt: Any
     live, rebuilt = ({"model": nn.Sequential(nn.Linear(1, 1)), "names": ["a", Plain(b=(1, last))]} for last in (2, 3))
     found = first_difference(live["names"], rebuilt["names"])
     assert found is not None
@@ -728,7 +732,8 @@ def test_optimiser_that_a_scheduler_wraps_is_equal_without_the_wrapper() -> None
 
 
 def common_parts() -> dict[str, tuple[Any, Any, str]]:
-    data, x = Plain(rows=[1]), torch.ones(4)
+    data: Any = Plain(rows=[1])
+    x = torch.ones(4)
     return {
         "object": ({"data": data}, [data], r"\['data'\] is part of attribute 'loader' too"),
         "inner object": ({"rows": data.rows}, functools.partial(hook, data), r"\['rows'\] is part of"),

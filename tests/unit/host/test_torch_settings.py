@@ -1,4 +1,4 @@
-"""torch's settings as plain data: what is read can be set again, and what cannot be set is told."""
+"""torch's settings as plain data: settings that are read can be set again; a failure to set one is logged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_settings_that_were_told_are_set_again(change: Callable[[], object]) -> 
     assert {name: found[name] for name in readable} == {name: told[name] for name in readable}
 
 
-def test_setting_that_cannot_be_set_is_told_and_an_unknown_one_is_left() -> None:
+def test_setting_that_cannot_be_set_is_logged_and_an_unknown_one_is_left() -> None:
     wanted = {"python -O": 2, "torch.backends.quantized.engine": "qnnpacked", "torch.of_another_version": 1}
     problems = adopt_settings(wanted)
     assert [problem.split(" is ")[0] for problem in problems] == ["python -O", "torch.backends.quantized.engine"]

@@ -125,7 +125,7 @@ def test_the_end_of_the_other_side_is_none(pieces: list[Any]) -> None:
     assert scripted(*pieces).receive() is None
 
 
-def test_what_was_sent_before_the_end_is_still_received(pair: tuple[Link, Link]) -> None:
+def test_messages_sent_before_the_end_are_still_received(pair: tuple[Link, Link]) -> None:
     driver, worker = pair
     driver.send({"last": 1})
     driver.close()

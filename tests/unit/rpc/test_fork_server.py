@@ -1,4 +1,4 @@
-"""The process that forks workers: what they have, how their end is told, and who ends with whom."""
+"""The fork server: the state of forked workers, reports of their end, and the end of the server and its workers."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ async def test_workers_draw_different_random_numbers(server: ForkServer, express
         ("os.abort()", " by SIGABRT"),
     ],
 )
-async def test_status_of_a_worker_is_told_to_its_driver(server: ForkServer, ending: str, clause: str) -> None:
+async def test_driver_receives_the_exit_status_of_a_worker(server: ForkServer, ending: str, clause: str) -> None:
     async with forked(server) as worker:
         assert not await worker.process.ends_within(0.05)
         assert how_it_ended(worker.process.status()) == ""

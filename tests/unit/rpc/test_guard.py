@@ -127,7 +127,7 @@ def test_the_receiver_of_tensors_is_read() -> None:
         endpoint.Endpoint,
         endpoint._submit,
         endpoint._register,
-        endpoint.read_call,
+        vars(endpoint)["read_call"],
         guard.remove,
         internal.deserialize,
         internal._run_function,

@@ -90,7 +90,7 @@ class Raw:
 # Two ends with the same token.
 
 
-async def test_both_ends_learn_what_the_other_tells(pair: tuple[socket.socket, socket.socket]) -> None:
+async def test_both_ends_receive_the_description_of_the_other(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
     ours = {"role": "driver", "program": "trainer-é.py"}
     theirs, heard = await both(handshake_as_dialler(dialler, TOKEN, ours, address=ADDRESS), listen(listener))
@@ -172,7 +172,9 @@ async def test_a_version_that_differs_is_an_error_that_names_both(
     assert ADDRESS in str(theirs)
 
 
-async def test_what_is_too_long_to_tell_is_an_error_here(pair: tuple[socket.socket, socket.socket]) -> None:
+async def test_description_that_is_too_long_is_an_error_of_its_sender(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
     dialler, listener = pair
     telling = handshake_as_dialler(dialler, TOKEN, {"program": "x" * 4096}, address=ADDRESS)
     receiving = asyncio.ensure_future(listen(listener))
@@ -186,7 +188,9 @@ async def test_what_is_too_long_to_tell_is_an_error_here(pair: tuple[socket.sock
 # Another token, and proofs of another greeting.
 
 
-async def test_another_token_is_told_nothing_and_asks_nothing(pair: tuple[socket.socket, socket.socket]) -> None:
+async def test_end_with_another_token_receives_and_sends_no_description(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
     dialler, listener = pair
 
     async def listening() -> None:
@@ -318,7 +322,7 @@ async def test_a_dialler_that_reflects_the_proof_of_a_dialler_fails() -> None:
         end.close()
 
 
-async def test_what_was_changed_on_the_way_is_not_believed(pair: tuple[socket.socket, socket.socket]) -> None:
+async def test_message_that_was_changed_on_the_way_is_refused(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, listener = pair
     dialler, theirs = tcp_pair()
     victim = asyncio.ensure_future(listen(listener))
@@ -374,7 +378,7 @@ async def test_a_proof_of_any_kind_but_the_right_one_is_none(
         await victim
 
 
-async def test_one_who_stalls_is_refused_in_time(pair: tuple[socket.socket, socket.socket]) -> None:
+async def test_end_that_stalls_is_refused_in_time(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
     await Raw(dialler).send(b"{")
     began = time.monotonic()
@@ -393,7 +397,7 @@ async def test_a_dialler_does_not_talk_to_what_is_not_ours(
         await handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS)
 
 
-async def test_another_number_of_the_protocol_names_both(pair: tuple[socket.socket, socket.socket]) -> None:
+async def test_error_of_another_protocol_number_names_both(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
     await Raw(listener).send({"protocol": "torchfedrpc", "number": 7, "nonce": "0"})
     with pytest.raises(UntrustedError, match=f"{ADDRESS} speaks number 7 .* number 3"):
@@ -430,21 +434,21 @@ async def test_dialling_gives_the_control_link_and_the_description_of_the_listen
     assert [about["role"] for about in heard] == ["driver"]
 
 
-async def test_nobody_at_the_address_is_an_error_that_names_it() -> None:
+async def test_address_without_a_listener_is_an_error_that_names_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(UnreachableError, match=f"{address} cannot be reached .*refused.*listens there"):
         await dial(address, TOKEN, {}, timeout_s=5)
 
 
-async def test_one_who_says_nothing_is_unreachable_in_time() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts nobody, though the kernel connects
+async def test_silent_listener_is_unreachable_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts no connection, though the kernel connects
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(SilentError, match=f"{address} .*no answer within 0.1 s"):
             await dial(address, TOKEN, {}, timeout_s=0.1)
 
 
-async def test_one_who_closes_at_once_is_unreachable(pair: tuple[socket.socket, socket.socket]) -> None:
+async def test_listener_that_closes_at_once_is_unreachable(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
     listener.close()
     with pytest.raises(UnreachableError, match=f"{ADDRESS} .*closed the connection"):
@@ -473,7 +477,7 @@ def test_addresses_are_taken_apart() -> None:
         *("tcp://host:1", "host:1/path", "[::1]:1", "::1:1", "user@host:1", "a b:1", "host:1\n"),
     ],
 )
-def test_what_is_no_address_is_refused_by_name(address: str) -> None:
+def test_invalid_address_is_refused_by_name(address: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT") as raised:
         parse_address(address)
     assert repr(address) in str(raised.value)
@@ -510,7 +514,7 @@ async def test_proofs_are_compared_in_constant_time_alone(
         compared.append((given, expected))
         return is_equal
 
-    monkeypatch.setattr(handshake.hmac, "compare_digest", compare)
+    monkeypatch.setattr("torchfedrpc.rpc.handshake.hmac.compare_digest", compare)
     dialler, listener = pair
     token = b"another token than that of the listener" if is_equal else TOKEN
     outcomes = await both(

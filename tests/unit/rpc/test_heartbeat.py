@@ -1,4 +1,4 @@
-"""The pulse: who is lost is noticed soon, with the calls it was running, and nobody is who merely works hard."""
+"""The heartbeat: a lost worker is noticed soon, with the calls it was running; a busy worker is not lost."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ async def test_a_heartbeat_process_outlives_the_signals_that_are_sent_to_all(sta
         assert worker.connection.recv(1) == heartbeat_process.BEAT
 
 
-async def test_a_driver_that_slept_loses_nobody_but_the_dead(start: Start) -> None:
+async def test_a_driver_that_slept_loses_dead_workers_alone(start: Start) -> None:
     alive, dead = start(1), start(2)
     with watching(alive, dead) as (_, losses):
         dead.popen.kill()
@@ -308,7 +308,7 @@ async def test_a_removed_worker_is_not_lost_and_ends_within_its_grace(start: Sta
     assert not losses
 
 
-async def test_who_is_told_of_a_loss_may_close_the_watch(start: Start) -> None:
+async def test_callback_of_a_loss_may_close_the_watch(start: Start) -> None:
     workers = start(1), start(2)
     lost: list[Hashable] = []
 
@@ -345,7 +345,7 @@ async def test_a_released_worker_lives_on_and_another_watch_takes_it(start: Star
         assert await losses.of(worker, 1.0) == Loss("its process ended", (7,))
 
 
-async def test_a_worker_stopped_while_nobody_watches_is_lost_with_its_calls(start: Start) -> None:
+async def test_a_worker_stopped_between_two_watches_is_lost_with_its_calls(start: Start) -> None:
     worker = start(7)
     with watching(worker) as (watch, _):
         os.kill(worker.pid, signal.SIGSTOP)
@@ -356,14 +356,14 @@ async def test_a_worker_stopped_while_nobody_watches_is_lost_with_its_calls(star
 
 
 @pytest.mark.parametrize("is_full", [False, True])
-async def test_a_worker_that_ends_while_nobody_watches_is_lost_with_its_calls(start: Start, is_full: bool) -> None:
+async def test_a_worker_that_ends_between_two_watches_is_lost_with_its_calls(start: Start, is_full: bool) -> None:
     worker = start(7, is_full=is_full)
     worker.popen.kill()
     with watching(worker) as (_, losses):
         assert await losses.of(worker, 1.0) == Loss("its process ended", (7,))
 
 
-async def test_what_was_half_read_by_one_watch_is_not_misread_by_the_next() -> None:
+async def test_message_half_read_by_one_watch_is_not_misread_by_the_next() -> None:
     ours, theirs = socket.socketpair()
     with theirs, contextlib.ExitStack() as stack:
         first = Watch(30, Losses().take)
@@ -459,7 +459,7 @@ def test_a_heartbeat_process_that_is_stopped_leaves_no_process_and_no_descriptor
     beside = HeartbeatProcess(theirs, activity)
     beside.wait_for_beat()
     assert ours.recv(1) == heartbeat_process.BEAT
-    beside.wait_for_beat()  # it has beaten, whoever asks
+    beside.wait_for_beat()  # it has beaten, for any watch
     assert len(os.listdir("/proc/self/fd")) == len(before) + 1
     beside.stop()
     assert not Path(f"/proc/{beside.pid}").exists()
@@ -506,7 +506,7 @@ def test_heartbeat_process_beats_for_a_worker_in_uninterruptible_sleep_only_whil
         state, user_time = look.split()
         return f"7 (python) {state} {'0 ' * 10}{user_time} 0 0 0".encode()
 
-    monkeypatch.setattr(heartbeat_process.os, "pread", read)
+    monkeypatch.setattr("torchfedrpc.rpc.heartbeat_process.os.pread", read)
     monkeypatch.setattr(heartbeat_process, "tell_begun", lambda: True)
     try:
         with pytest.raises(ConnectionResetError, match="looked at"):

@@ -42,11 +42,14 @@ class Worker:
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
-    ours, theirs = (Link(end) for end in socket.socketpair())
+    one, other = socket.socketpair()
+    ours, theirs = Link(one), Link(other)
     worker = Worker(theirs, Member("worker1", ours, None, "here", dismiss=lambda reason: None))
     yield worker
-    for end in (ours, theirs, *worker.servers):
-        end.close()
+    for link in (ours, theirs):
+        link.close()
+    for server in worker.servers:
+        server.close()
 
 
 @contextlib.asynccontextmanager

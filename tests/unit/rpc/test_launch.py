@@ -100,7 +100,7 @@ async def test_a_token_in_a_file_is_shared_and_never_published(
     rank.close()
 
 
-async def test_without_a_file_the_launch_has_a_token_of_its_own_in_the_store(
+async def test_launch_without_a_token_file_has_a_token_in_the_store(
     driver: LaunchedWorkers, launch: Any, store: Any
 ) -> None:
     rank = Rank(launch(1))
@@ -310,7 +310,7 @@ def rank_of_launch(folder: Path, text: str) -> Iterator[tuple[Any, subprocess.Po
         process.kill()
 
 
-def test_driver_is_told_of_the_failure_of_a_rank_and_not_of_its_children(tmp_path: Path) -> None:
+def test_driver_notices_the_failure_of_a_rank_and_not_of_its_children(tmp_path: Path) -> None:
     with rank_of_launch(tmp_path, RANK_SCRIPT) as (store, process):
         assert process.stdout is not None
         assert process.stdout.readline() == "children have failed\n"
@@ -321,7 +321,7 @@ def test_driver_is_told_of_the_failure_of_a_rank_and_not_of_its_children(tmp_pat
 
 
 @pytest.mark.parametrize("script", ["import sys, torchfedrpc; sys.exit(1)", "import torchfedrpc"])
-def test_driver_is_told_of_a_rank_that_ends_without_an_error(tmp_path: Path, script: str) -> None:
+def test_driver_notices_a_rank_that_ends_without_an_error(tmp_path: Path, script: str) -> None:
     with rank_of_launch(tmp_path, script) as (store, process):
         process.communicate(timeout=_TIMEOUT_S)
         assert store.check([f"{module._FAILED_KEY}/1"])
@@ -333,7 +333,7 @@ def test_rank_that_has_served_tells_no_driver_of_its_end(tmp_path: Path) -> None
     script = "import torchfedrpc\nasync def main(): pass\ntorchfedrpc.run(main)"
     with rank_of_launch(tmp_path, script) as (store, process):
         workers = LaunchedWorkers(Launch(0, 2, 0, 1, "127.0.0.1", store.port, agent_store=True))
-        workers.close(failed=False)  # once the rank has come, which it is told to leave
+        workers.close(failed=False)  # once the rank has come, which is then asked to leave
         process.communicate(timeout=_TIMEOUT_S)
         assert process.returncode == 0
         assert not store.check([f"{module._FAILED_KEY}/1"])

@@ -101,7 +101,9 @@ async def test_drivers_are_served_one_after_another(
         await logged(caplog, f"serves train.py (pid {os.getpid()} on {socket.gethostname()})")
 
 
-async def test_another_driver_is_told_who_has_the_worker(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_refusal_of_another_driver_names_the_driver_that_has_the_worker(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     async with opened(capsys) as worker:
         driver = await worker.driver()
         with pytest.raises(
@@ -129,7 +131,7 @@ async def test_a_driver_that_leaves_in_the_handshake_does_not_keep_the_worker(
         (await worker.driver()).close()
 
 
-async def test_a_worker_that_dials_a_worker_is_told_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_refusal_of_a_worker_that_dials_a_worker_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     async with opened(capsys) as worker:
         with pytest.raises(RefusedError, match=r"a worker listens there.*--join takes the address of a driver"):
             await dial(worker.address, TOKEN, {"role": "worker"}, timeout_s=5)

@@ -40,7 +40,7 @@ async def test_a_refusal_has_its_reason_and_its_traceback(ends: tuple[Member, Li
     assert raised.value.__notes__ == ["where"]
 
 
-async def test_what_cannot_be_printed_of_a_refusal_is_shown_by_its_codes(ends: tuple[Member, Link]) -> None:
+async def test_unprintable_characters_of_a_refusal_are_shown_by_their_codes(ends: tuple[Member, Link]) -> None:
     with pytest.raises(ConfigError, match=r"could not prepare: \\ud800") as raised:
         await told(ends, {"error": "\ud800", "traceback": "\udfff" * 30}, {"do": "prepare"})
     str(raised.value).encode()
@@ -53,7 +53,7 @@ async def test_a_refusal_of_another_form_is_a_lost_worker(ends: tuple[Member, Li
         await told(ends, answer, {"do": "join"})
 
 
-def test_what_a_prepared_worker_tells_is_taken(ends: tuple[Member, Link]) -> None:
+def test_message_of_a_prepared_worker_is_taken(ends: tuple[Member, Link]) -> None:
     member, _ = ends
     probe = TensorFile.of([])
     assert member.adopt({**GOOD, "device": "cuda:1", "visible_gpus": "0,1", "files": [os.getpid(), probe.address()]})
@@ -77,7 +77,7 @@ def test_what_a_prepared_worker_tells_is_taken(ends: tuple[Member, Link]) -> Non
         {"files": {}},
     ],
 )
-def test_what_has_another_form_is_not_taken(ends: tuple[Member, Link], changed: Any) -> None:
+def test_message_of_another_form_is_not_taken(ends: tuple[Member, Link], changed: Any) -> None:
     member, _ = ends
     assert not member.adopt({**GOOD, **changed})
     assert not member.adopt({name: value for name, value in GOOD.items() if name not in changed})

@@ -75,7 +75,7 @@ def test_a_file_of_another_user_is_refused(path: Path) -> None:
         load_token(str(path))
 
 
-def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
+def test_token_in_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o600)
     for path in (pipe, tmp_path, Path("/dev/zero")):

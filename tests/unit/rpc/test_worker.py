@@ -27,7 +27,7 @@ while True:
 
 
 @pytest.mark.parametrize(("reason", "status"), [("it takes too long", 1), ("", 0)])
-async def test_it_ends_in_the_middle_of_an_import_and_says_why(
+async def test_worker_ends_in_the_middle_of_an_import_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], reason: str, status: int
 ) -> None:
     begun = tmp_path / "begun"
