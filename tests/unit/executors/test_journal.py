@@ -1,183 +1,481 @@
-"""The ledger: calls are repeated in the order in which they ran, whatever the order of their answers."""
+"""Journals: which calls rebuild a learner, which snapshot, and what bounds both."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.executors.journal import Ledger, Record
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.executors.admission import Admission
+from torchfedrpc.executors.journal import Journal, Journals, restore_arguments
+from torchfedrpc.host.call import Call, CallKind, Outcome
+from torchfedrpc.host.snapshot import seal
+from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
+from torchfedrpc.wire.shared import SharedValue
 
 VALUE = Outcome("value")
+CUT_OFF = Outcome("cancelled", cut_off=True)
+MAX_BYTES = 10_000
 
 
 @pytest.fixture
-def ledger() -> Iterator[Ledger]:
-    ledger = Ledger(RuntimeConfig(journal_max_calls=3, journal_max_bytes=10_000), hold=lambda num_bytes: None)
-    yield ledger
-    ledger.close()
+def admission() -> Admission:
+    return Admission(1 << 20)
 
 
-def recorded(ledger: Ledger, client_id: str = "client_1") -> Record:
-    record = Record(client_id, "worker1", pack({}))
-    ledger.add(record)
-    return record
+@pytest.fixture
+def journals(admission: Admission) -> Iterator[Journals]:
+    journals = Journals(RuntimeConfig(journal_max_calls=3, journal_max_bytes=MAX_BYTES), admission)
+    yield journals
+    journals.close()
 
 
-def call(call_id: int, num_floats: int = 0) -> Call:
-    return Call(call_id, "client_1", "train", pack((torch.zeros(num_floats),)))
+@pytest.fixture
+def journal(journals: Journals) -> Journal:
+    return Journal("client_1", journals)
 
 
-def rebuilt(ledger: Ledger, record: Record, restore: Call | None = None) -> list[int]:
-    ledger.plan_rebuild(record, restore)
-    return list(record.asked)
+def call(call_id: int, num_floats: int = 0, kind: CallKind = "call", shared: SharedValue | None = None) -> Call:
+    arguments = (torch.zeros(num_floats),) if shared is None else (torch.zeros(num_floats), shared)
+    return Call(call_id, "client_1", "train", pack(arguments, may_refer=True), run_timeout_s=5.0, kind=kind)
 
 
-def test_calls_are_repeated_in_the_order_in_which_they_were_asked_and_not_in_that_of_their_answers(
-    ledger: Ledger,
+def add(journal: Journal, *call_ids: int, num_floats: int = 0) -> None:
+    for call_id in call_ids:
+        journal.add(call(call_id, num_floats), VALUE)
+
+
+def repeated(journal: Journal) -> list[int]:
+    """Ids of the calls that rebuild the learner, in order."""
+    return [entry.call.call_id for entry in journal.entries]
+
+
+def state(fill: int = 1, num_bytes: int = 100) -> Tensor:
+    return torch.full((num_bytes,), fill, dtype=torch.uint8)
+
+
+def sealed(fill: int = 1, num_bytes: int = 100) -> bytes:
+    return bytes(seal(state(fill, num_bytes)))
+
+
+def take_snapshot(journal: Journal, fill: int = 1, num_bytes: int = 100) -> None:
+    """Keep a snapshot of the learner as it is now, in memory if there is room."""
+    journal.request_snapshot()
+    number = journal.number
+    if not journal.keep(number, state(fill, num_bytes)):
+        journal.store(number, state(fill, num_bytes))
+    journal.kept(number, num_bytes)
+
+
+def refuse_snapshot(journal: Journal) -> None:
+    journal.request_snapshot()
+    journal.refused("a graph is kept in an attribute")
+
+
+# Calls.
+
+
+def test_journal_repeats_calls_in_the_order_of_their_ends_and_without_limits(journal: Journal) -> None:
+    add(journal, 2, 1, 3)
+    assert repeated(journal) == [2, 1, 3]
+    assert [entry.number for entry in journal.entries] == [1, 2, 3]
+    assert {entry.call.run_timeout_s for entry in journal.entries} == {None}
+    assert journal.has_state
+    assert journal.is_complete
+
+
+def test_journal_of_a_learner_that_was_not_called_is_empty(journal: Journal) -> None:
+    assert not journal.has_state
+    assert journal.is_complete
+    assert journal.snapshot() is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome"),
+    [
+        ("call", Outcome("failed", never_ran=True)),
+        ("call", Outcome("cancelled", never_ran=True)),
+        ("snapshot", VALUE),
+        ("snapshot", CUT_OFF),
+        ("restore", Outcome("failed")),
+        ("restore", CUT_OFF),
+    ],
+)
+def test_journal_leaves_out_calls_that_change_nothing(journal: Journal, kind: CallKind, outcome: Outcome) -> None:
+    add(journal, 1)
+    journal.add(call(2, kind=kind), outcome)
+    assert repeated(journal) == [1]
+    assert (journal.number, journal.needs_snapshot, journal.is_complete) == (1, False, True)
+
+
+def test_journal_repeats_calls_that_have_failed(journal: Journal) -> None:
+    journal.add(call(1), Outcome("failed"))
+    assert repeated(journal) == [1]
+
+
+def test_journal_repeats_as_many_steps_of_a_stream_as_it_had(journal: Journal) -> None:
+    journal.add(call(1, kind="stream"), Outcome("end"), 3)
+    journal.add(call(2, kind="stream"), Outcome("cancelled"), 2)
+    steps = [(entry.call.kind, entry.num_items, entry.was_closed) for entry in journal.entries]
+    assert steps == [("stream", 3, False), ("stream", 2, True)]
+
+
+def test_journal_keeps_nothing_if_nothing_is_rebuilt(admission: Admission) -> None:
+    journals = Journals(RuntimeConfig(on_worker_lost="fail"), admission)
+    journal = Journal("client_1", journals)
+    add(journal, 1, num_floats=100)
+    journal.add(call(2), CUT_OFF)
+    assert (journal.entries, journal.has_state, journals.num_bytes) == ([], False, 0)
+    assert (journal.needs_snapshot, journal.is_due, journal.is_complete) == (False, False, False)
+    journals.close()
+
+
+# Calls that were cut off.
+
+
+def test_call_that_was_cut_off_is_not_repeated_and_needs_a_snapshot(journal: Journal) -> None:
+    add(journal, 1)
+    journal.add(call(2), CUT_OFF)
+    assert repeated(journal) == [1]
+    assert (journal.needs_snapshot, journal.is_complete) == (True, False)
+    add(journal, 3)
+    assert (journal.needs_snapshot, journal.is_complete) == (True, False)
+    take_snapshot(journal)
+    assert repeated(journal) == []
+    assert (journal.needs_snapshot, journal.is_complete) == (False, True)
+
+
+def test_snapshot_from_before_a_cut_off_does_not_do_for_it(journal: Journal) -> None:
+    add(journal, 1)
+    journal.request_snapshot()
+    number = journal.number
+    journal.add(call(2), CUT_OFF)
+    assert journal.keep(number, state())
+    journal.kept(number, 100)
+    assert journal.needs_snapshot
+    assert not journal.is_complete
+
+
+def test_cut_off_needs_a_snapshot_whatever_its_size(journal: Journal) -> None:
+    assert journal.snapshot_arguments(10).open(AllowList()) == 10
+    journal.add(call(1), CUT_OFF)
+    assert journal.snapshot_arguments(10).open(AllowList()) is None
+
+
+# Snapshots.
+
+
+def test_snapshot_replaces_the_calls_before_it_and_keeps_those_after_it(journal: Journal, journals: Journals) -> None:
+    add(journal, 1, 2)
+    journal.request_snapshot()
+    number = journal.number
+    add(journal, 3, num_floats=100)
+    assert journal.keep(number, state(7))
+    journal.kept(number, 100)
+    assert repeated(journal) == [3]
+    assert journal.snapshot() == sealed(7)
+    assert journals.num_bytes == journal.num_bytes == journal.entries[0].call.arguments.num_bytes
+
+
+def test_snapshot_that_comes_behind_a_newer_one_is_dropped(journal: Journal, journals: Journals) -> None:
+    add(journal, 1)
+    for _ in range(2):
+        journal.request_snapshot()
+    older = journal.number
+    assert journal.keep(older, state(1))
+    add(journal, 2)
+    newer = journal.number
+    journal.store(newer, state(2))
+    journal.kept(newer, 100)
+    add(journal, 3)
+    journal.kept(older, 100)
+    assert journal.snapshot() == sealed(2)
+    assert repeated(journal) == [3]
+    assert not journal.awaits_snapshot
+    assert not journals._states
+
+
+def test_snapshot_that_is_on_its_way_is_awaited_until_it_has_ended(journal: Journal) -> None:
+    add(journal, 1)
+    journal.request_snapshot()
+    journal.request_snapshot()
+    assert journal.awaits_snapshot
+    journal.not_taken(5000)
+    assert journal.awaits_snapshot
+    journal.not_taken()
+    assert not journal.awaits_snapshot
+    assert journal.state_bytes == 5000  # as large as it was, at the last time that was known
+    assert repeated(journal) == [1]
+
+
+def test_snapshot_arguments_restore_the_bytes() -> None:
+    data, constructor = restore_arguments(b"state").open(AllowList())
+    assert (bytes(data.numpy()), data.dtype, constructor) == (b"state", torch.uint8, None)
+
+
+@pytest.mark.parametrize("num_bytes", [100, MAX_BYTES])
+def test_snapshot_lies_in_memory_or_on_disk(journal: Journal, journals: Journals, num_bytes: int) -> None:
+    add(journal, 1)
+    take_snapshot(journal, 3, num_bytes)
+    in_memory = num_bytes == 100
+    assert (bool(journals._states), bool(list(journals._store))) == (in_memory, not in_memory)
+    assert journal.snapshot() == sealed(3, num_bytes)
+    assert journal.state_bytes == num_bytes
+
+
+@pytest.mark.parametrize("sizes", [(100, 100), (100, MAX_BYTES), (MAX_BYTES, 100), (MAX_BYTES, MAX_BYTES)])
+def test_snapshot_replaces_the_one_before_it_in_memory_and_on_disk(
+    journal: Journal, journals: Journals, sizes: tuple[int, int]
 ) -> None:
-    record = recorded(ledger)
-    first, second, third = (ledger.ask(record, call(call_id), None) for call_id in (1, 2, 3))
-    ledger.settle(record, third, VALUE)
-    ledger.settle(record, first, VALUE)
-    assert rebuilt(ledger, record) == [1, 2, 3]
-    assert [asked.is_own for asked in record.asked.values()] == [True, False, True]
-    assert record.asked[2] is second
+    for number, num_bytes in enumerate(sizes):
+        add(journal, number)
+        take_snapshot(journal, number, num_bytes)
+    assert journal.snapshot() == sealed(1, sizes[1])
+    assert len(journals._states) + len(list(journals._store)) == 1
+    assert journals._num_state_bytes == (100 if sizes[1] == 100 else 0)
 
 
-def test_a_snapshot_is_of_no_use_while_a_call_before_it_is_unanswered(ledger: Ledger) -> None:
-    record = recorded(ledger)
-    unanswered = ledger.ask(record, call(1), None)
-    ledger.settle(record, ledger.ask(record, call(2), None), VALUE)
-    snapshot = ledger.ask(record, call(3), None, is_own=True)
-    ledger.settle(record, snapshot, VALUE)
-    ledger.store(record, snapshot.number, memoryview(b"state"))
-    ledger.took(record, snapshot.number)
-    assert ledger.snapshot(record) is None
-    ledger.settle(record, unanswered, VALUE)
-    ledger.store(record, snapshot.number, memoryview(b"state"))
-    ledger.took(record, snapshot.number)
-    assert ledger.snapshot(record) == b"state"
-    assert rebuilt(ledger, record) == []
+def test_snapshots_in_memory_share_a_quarter_of_the_bound(journals: Journals) -> None:
+    first, second = Journal("first", journals), Journal("second", journals)
+    for number in range(3):  # each in the place of the one before
+        add(first, number)
+        take_snapshot(first, number, MAX_BYTES // 8)
+    add(second, 1)
+    assert not second.keep(second.number, state(num_bytes=MAX_BYTES // 8 + 1))
+    assert second.keep(second.number, state(num_bytes=MAX_BYTES // 8))
 
 
-def test_a_snapshot_leaves_the_calls_after_it_in_the_journal(ledger: Ledger) -> None:
-    record = recorded(ledger)
-    ledger.settle(record, ledger.ask(record, call(1), None), VALUE)
-    snapshot = ledger.ask(record, call(2), None, is_own=True)
-    ledger.settle(record, ledger.ask(record, call(3), None), VALUE)
-    ledger.settle(record, snapshot, VALUE)
-    ledger.store(record, snapshot.number, memoryview(b"state"))
-    ledger.took(record, snapshot.number)
-    assert rebuilt(ledger, record, restore=call(9)) == [9, 3]
+def test_snapshots_of_a_learner_that_was_given_up_make_room(journals: Journals) -> None:
+    first, second = Journal("first", journals), Journal("second", journals)
+    add(first, 1, num_floats=100)
+    take_snapshot(first, 1, MAX_BYTES // 4)
+    add(first, 2, num_floats=100)
+    first.forget()
+    assert (first.snapshot(), first.entries, first.has_state, journals.num_bytes) == (None, [], False, 0)
+    add(second, 1)
+    assert second.keep(second.number, state(num_bytes=MAX_BYTES // 4))
 
 
-def test_a_snapshot_outlives_that_a_learner_is_rebuilt_from_it(ledger: Ledger) -> None:
-    record = recorded(ledger)
-    for _ in range(2):  # as it is taken, and as a rebuilt learner has it
-        ledger.store(record, 5, memoryview(b"state"))
-        ledger.took(record, 5)
-        assert ledger.snapshot(record) == b"state"
+def test_snapshot_that_the_disk_has_no_room_for_is_an_error(
+    journal: Journal, journals: Journals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(journals._store, "put", full)
+    with pytest.raises(OSError, match="no space"):
+        journal.store(1, state())
 
 
-def test_what_never_ran_is_not_repeated_and_what_was_cut_off_asks_for_a_snapshot(ledger: Ledger) -> None:
-    record = recorded(ledger)
-    ledger.settle(record, ledger.ask(record, call(1), None), Outcome("failed", never_ran=True))
-    assert not ledger.is_cut_off(record)
-    ledger.settle(record, ledger.ask(record, call(2), None), Outcome("cancelled", cut_off=True))
-    assert ledger.is_cut_off(record)
-    assert rebuilt(ledger, record) == []
+# Bounds.
 
 
-def test_an_answer_behind_a_cut_off_call_is_withheld_until_a_snapshot_has_its_effects(ledger: Ledger) -> None:
-    record = recorded(ledger)
-    before = ledger.ask(record, call(1), None)
-    ledger.settle(record, ledger.ask(record, call(2), None), Outcome("cancelled", cut_off=True))
-    assert ledger.is_cut_off(record)
-    record.awaits_snapshot = True
-    snapshot = ledger.ask(record, call(3), None, is_own=True)
-    behind = ledger.ask(record, call(4), None)
-    assert [ledger.holds(record, asked) for asked in (before, snapshot, behind)] == [False, False, True]
-    ledger.settle(record, before, VALUE)
-    ledger.settle(record, snapshot, VALUE)
-    ledger.store(record, snapshot.number, memoryview(b"state"))
-    ledger.took(record, snapshot.number)
-    assert not ledger.holds(record, behind)
+def test_journal_with_too_many_calls_is_due_for_a_snapshot_until_one_is_on_its_way(journal: Journal) -> None:
+    dues = []
+    for call_id in range(4):
+        add(journal, call_id)
+        dues.append(journal.is_due)
+    assert dues == [False, False, False, True]
+    assert not journal.needs_snapshot  # calls need not wait for it
+    journal.request_snapshot()
+    assert not journal.is_due
+    journal.not_taken()
+    assert journal.is_due
 
 
-def test_too_many_calls_of_a_learner_ask_for_a_snapshot(ledger: Ledger) -> None:
-    record = recorded(ledger)
-    asks = []
-    for call_id in range(1, 5):
-        ledger.settle(record, ledger.ask(record, call(call_id), None), VALUE)
-        asks.append(ledger.has_long_journal(record))
-    assert asks == [False, False, False, True]
+def test_journal_with_too_many_calls_needs_a_snapshot_whatever_its_size(journal: Journal) -> None:
+    add(journal, 1, 2, 3)
+    assert journal.snapshot_arguments(10).open(AllowList()) == 10
+    add(journal, 4)
+    assert journal.snapshot_arguments(10).open(AllowList()) is None
 
 
-def test_a_snapshot_from_before_a_cut_off_does_not_do_for_it(ledger: Ledger) -> None:
-    record = recorded(ledger)
-    snapshot = ledger.ask(record, call(1), None, is_own=True)
-    ledger.settle(record, snapshot, VALUE)
-    ledger.settle(record, ledger.ask(record, call(2), None), Outcome("cancelled", cut_off=True))
-    ledger.store(record, snapshot.number, memoryview(b"state"))
-    ledger.took(record, snapshot.number)
-    assert ledger.is_cut_off(record)
+def relief(journals: Journals) -> list[tuple[str, int | None]]:
+    return [(journal.client_id, limit) for journal, limit in journals.relief()]
 
 
-def test_a_restore_is_repeated_until_its_snapshot_is_stored(ledger: Ledger) -> None:
-    record = recorded(ledger)
-    ledger.settle(record, ledger.ask(record, call(1), None), VALUE)
-    restore = ledger.ask(record, replace(call(2), kind="restore"), None)
-    ledger.settle(record, restore, VALUE)
-    ledger.settle(record, ledger.ask(record, replace(call(3), kind="restore"), None), Outcome("failed"))
-    assert rebuilt(ledger, record) == [1, 2]
+def test_relief_takes_the_largest_journals_until_the_arguments_fit(journals: Journals) -> None:
+    small, middle, large = (Journal(name, journals) for name in ("small", "middle", "large"))
+    add(small, 1, num_floats=300)
+    add(middle, 2, num_floats=900)
+    assert relief(journals) == []
+    add(large, 3, num_floats=1600)
+    assert relief(journals) == [("large", large.num_bytes // 4)]
+    large.request_snapshot()
+    assert relief(journals) == []  # the one on its way will do
+    add(middle, 4, num_floats=2400)
+    assert relief(journals) == [("middle", middle.num_bytes // 4)]
 
 
-def test_the_largest_journals_are_named_until_the_arguments_fit(ledger: Ledger) -> None:
-    small, large = recorded(ledger, "small"), recorded(ledger, "large")
-    ledger.settle(small, ledger.ask(small, call(1, num_floats=500), None), VALUE)
-    assert ledger.relief() == []
-    ledger.settle(large, ledger.ask(large, call(2, num_floats=2400), None), VALUE)
-    assert ledger.relief() == [large]
-    large.awaits_snapshot = True
-    assert ledger.relief() == []
+def test_relief_takes_first_the_snapshots_that_free_four_times_their_size(journals: Journals) -> None:
+    small, large = Journal("small", journals), Journal("large", journals)
+    add(small, 1, num_floats=1200)
+    add(large, 2, num_floats=1600)
+    large.state_bytes = large.num_bytes // 4
+    assert relief(journals) == [("large", large.num_bytes // 4)]
+    large.state_bytes = large.num_bytes // 4 + 1
+    assert relief(journals) == [("small", small.num_bytes // 4)]
 
 
-def test_a_snapshot_has_a_limit_that_makes_it_worth_it_unless_it_is_needed_anyway(ledger: Ledger) -> None:
-    record = recorded(ledger)
-    ledger.settle(record, ledger.ask(record, call(1, num_floats=2500), None), VALUE)
-    assert ledger.relief() == [record]
-    assert ledger.limit_bytes(record) == record.num_journal_bytes // 4
-    record.state_bytes = record.num_journal_bytes  # it was refused
-    assert ledger.relief() == [record]
-    assert ledger.limit_bytes(record) is None
-    record.limit_bytes = 1
-    ledger.settle(record, ledger.ask(record, call(2), None), Outcome("cancelled", cut_off=True))
-    assert ledger.limit_bytes(record) is None
+def test_relief_takes_snapshots_of_any_size_if_those_that_are_worth_it_do_not_suffice(journals: Journals) -> None:
+    costly, cheap = Journal("costly", journals), Journal("cheap", journals)
+    add(costly, 1, num_floats=2000)
+    add(cheap, 2, num_floats=1000)
+    costly.state_bytes = 1 << 20
+    assert relief(journals) == [("cheap", cheap.num_bytes // 4)]
+    add(costly, 3, num_floats=1000)
+    assert relief(journals) == [("cheap", cheap.num_bytes // 4), ("costly", None)]
 
 
-def test_nothing_is_kept_where_nothing_is_rebuilt() -> None:
-    ledger = Ledger(RuntimeConfig(on_worker_lost="fail"), hold=lambda num_bytes: None)
-    record = recorded(ledger)
-    ledger.settle(record, ledger.ask(record, call(1, num_floats=100), None), VALUE)
-    assert not ledger.is_cut_off(record)
-    assert not ledger.has_long_journal(record)
-    assert ledger.num_journal_bytes == 0
-    assert record.journal == []
-    ledger.close()
+def test_relief_takes_no_snapshot_of_any_size_while_one_that_suffices_is_on_its_way(journals: Journals) -> None:
+    costly, cheap = Journal("costly", journals), Journal("cheap", journals)
+    add(costly, 1, num_floats=2000)
+    add(cheap, 2, num_floats=1000)
+    costly.state_bytes = 1 << 20
+    cheap.request_snapshot()
+    assert relief(journals) == []
 
 
-def test_snapshots_in_memory_share_a_bound_and_go_with_a_learner_that_is_given_up(ledger: Ledger) -> None:
-    state = torch.zeros(1500, dtype=torch.uint8)
-    first, second = recorded(ledger, "first"), recorded(ledger, "second")
-    for number in (1, 2, 3):  # each in the place of the one before
-        assert ledger.keep(first, number, state)
-        ledger.took(first, number)
-    assert not ledger.keep(second, 4, state)
-    ledger.give_up(first)
-    assert ledger.keep(second, 4, state)
+def test_relief_leaves_uncapturable_learners_alone(journals: Journals) -> None:
+    journal = Journal("client_1", journals)
+    refuse_snapshot(journal)
+    journal.request_snapshot()
+    add(journal, 1, num_floats=6000)  # kept for the snapshot that is on its way
+    journal.not_taken()
+    assert repeated(journal) == [1]
+    assert relief(journals) == []
+
+
+def test_arguments_beyond_the_bound_hold_calls_up(journals: Journals, admission: Admission) -> None:
+    journal = Journal("client_1", journals)
+    add(journal, 1, num_floats=2000)
+    assert admission._num_held_bytes == 0
+    add(journal, 2, num_floats=2000)
+    assert admission._num_held_bytes == journals.num_bytes - MAX_BYTES
+    take_snapshot(journal)
+    assert (admission._num_held_bytes, journals.num_bytes) == (0, 0)
+
+
+def test_shared_values_count_once_and_until_their_last_entry_is_gone(journals: Journals) -> None:
+    first, second = Journal("first", journals), Journal("second", journals)
+    shared = SharedValue(pack(torch.zeros(1000)), 1)
+    first.add(call(1, shared=shared), VALUE)
+    own = first.num_bytes
+    assert journals.num_bytes == own + shared.num_bytes
+    first.add(call(2, shared=shared), VALUE)
+    second.add(call(3, shared=shared), VALUE)
+    assert own < 1000
+    assert (first.num_bytes, second.num_bytes) == (2 * own, own)
+    assert journals.num_bytes == 3 * own + shared.num_bytes
+    take_snapshot(first)
+    assert journals.num_bytes == own + shared.num_bytes
+    take_snapshot(second)
+    assert journals.num_bytes == 0
+
+
+def test_relief_divides_shared_values_among_the_entries_that_have_them(journals: Journals) -> None:
+    several, single = Journal("several", journals), Journal("single", journals)
+    shared = SharedValue(pack(torch.zeros(3000)), 1)
+    for call_id in range(3):
+        several.add(call(call_id, shared=shared), VALUE)
+    single.add(call(3, num_floats=100, shared=shared), VALUE)
+    share = int((several.num_bytes + shared.num_bytes * 3 / 4) / 4)
+    assert relief(journals) == [("several", share)]
+
+
+# Learners that cannot be captured.
+
+
+def test_refusal_drops_the_calls_and_tells_why(journal: Journal, journals: Journals) -> None:
+    add(journal, 1, num_floats=100)
+    refuse_snapshot(journal)
+    assert journal.unrecoverable == "a graph is kept in an attribute"
+    assert (journal.entries, journals.num_bytes, journal.awaits_snapshot) == ([], 0, False)
+    assert (journal.is_complete, journal.needs_snapshot) == (False, False)
+    add(journal, 2)
+    journal.add(call(3), CUT_OFF)
+    assert repeated(journal) == []
+    assert not journal.needs_snapshot
+
+
+def test_refusals_are_followed_by_pauses_that_double_up_to_64_calls(journal: Journal) -> None:
+    pauses = []
+    for _ in range(9):
+        refuse_snapshot(journal)
+        pauses.append(0)
+        while not journal.is_due:
+            add(journal, 1)
+            pauses[-1] += 1
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+    assert journal.num_refusals == 9
+
+
+def test_snapshot_after_refusals_makes_the_learner_recoverable_with_the_calls_behind_it(journal: Journal) -> None:
+    add(journal, 1)
+    refuse_snapshot(journal)
+    add(journal, 2)
+    journal.request_snapshot()
+    number = journal.number
+    add(journal, 3)
+    assert not journal.is_due
+    assert journal.keep(number, state())
+    journal.kept(number, 100)
+    assert (journal.unrecoverable, journal.num_refusals, journal.is_complete) == (None, 0, True)
+    assert repeated(journal) == [3]
+
+
+# Restored learners.
+
+
+def test_restore_begins_the_journal_anew(journal: Journal, journals: Journals) -> None:
+    add(journal, 1, num_floats=100)
+    take_snapshot(journal, 1)
+    add(journal, 2, num_floats=100)
+    restore = call(3, num_floats=50, kind="restore")
+    journal.add(restore, VALUE)
+    add(journal, 4)
+    assert journal.snapshot() is None
+    assert not journals._states
+    assert repeated(journal) == [3, 4]
+    assert [entry.call.kind for entry in journal.entries] == ["restore", "call"]
+    assert journals.num_bytes == sum(entry.call.arguments.num_bytes for entry in journal.entries)
+
+
+def test_restore_makes_up_for_refusals_and_for_calls_that_were_cut_off(journal: Journal) -> None:
+    refuse_snapshot(journal)
+    journal.add(call(1), CUT_OFF)
+    journal.add(call(2, kind="restore"), VALUE)
+    assert (journal.unrecoverable, journal.num_refusals) == (None, 0)
+    assert (journal.needs_snapshot, journal.is_complete) == (False, True)
+    assert repeated(journal) == [2]
+
+
+def test_restore_is_replaced_by_the_next_snapshot(journal: Journal) -> None:
+    journal.add(call(1, kind="restore"), VALUE)
+    take_snapshot(journal, 5)
+    assert journal.snapshot() == sealed(5)
+    assert repeated(journal) == []
+    assert journal.is_complete
+
+
+def test_restore_keeps_no_limit_of_its_own(journal: Journal) -> None:
+    journal.add(replace(call(1, kind="restore"), run_timeout_s=3.0), VALUE)
+    assert journal.entries[0].call.run_timeout_s is None
+
+
+def test_closed_journals_keep_nothing(journals: Journals, journal: Journal) -> None:
+    shared = SharedValue(pack(torch.zeros(10)), 1)
+    journal.add(call(1, shared=shared), VALUE)
+    take_snapshot(journal)
+    journal.add(call(2, shared=shared), VALUE)
+    journals.close()
+    assert journals.num_bytes == 0
+    assert not any((journals._states, journals._num_uses, journals._journals))
+    journals.discard("client_1", 1)  # of a snapshot that was on its way

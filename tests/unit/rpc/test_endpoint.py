@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from torchfedrpc.rpc.in_order import InOrder
 from torchfedrpc.rpc.message import batch_message, call_message, parcel_message, read_outcome
 from torchfedrpc.wire.packing import pack
 
+TIMEOUT_S = 20.0
 SECRET = bytes(range(32))
 NOTHING = frozenset[torch.device]()
 
@@ -64,7 +66,10 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[LearnerHost]:
 
 def served(number: int, *items: Any, secret: bytes = SECRET) -> Any:
     """The answer to a request."""
-    return endpoint.serve((secret, number, 0, (), None), items).wait()
+    future, answered = endpoint.serve((secret, number, 0, (), None), items), threading.Event()
+    future.add_done_callback(lambda _: answered.set())
+    assert answered.wait(TIMEOUT_S), "the request has no answer"
+    return future.value()
 
 
 def passed_over(number: Any, *items: Any, secret: Any) -> bool:
@@ -244,7 +249,7 @@ def test_batch_that_is_watched_answers_for_each_call_and_then_with_partial_resul
 
 def test_batch_that_is_cancelled_answers_with_the_results_that_were_there(host: LearnerHost, latch: Any) -> None:
     other = ("register", "b", parcel_message(pack({}), NOTHING), 0)
-    holding = "submit", 6, call_message(Call(1, "a", "hold", pack(((latch.path,), {}))), NOTHING)
+    holding = "submit", 6, call_message(Call(1, "a", "hold_async", pack(((latch.path,), {}))), NOTHING)
     of_both = batch(7, -1, echo(2, "a", 2.0), echo(3, "b", 3.0), is_watched=True)
     _, [(question, first)], _ = served(0, REGISTER, other, holding, of_both)
     assert (question, [place for place, _ in read_outcome(first, None).of_calls]) == (7, [1])
