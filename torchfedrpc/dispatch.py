@@ -25,7 +25,7 @@ from torchfedrpc.events import CallEnded, CallStarted, Event, EventBus
 from torchfedrpc.executors.base import Invocation
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.router import ExecutorRouter
-from torchfedrpc.executors.shared_arguments import SharedRef, submits_first
+from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.options import CallOptions
@@ -172,7 +172,6 @@ class Dispatcher:
                 f"runtime.max_pending_calls={limit} allows no more; raise it, or await some calls first"
             )
 
-    @submits_first
     async def call(
         self,
         options: CallOptions,

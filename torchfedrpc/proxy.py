@@ -22,7 +22,7 @@ from torchfedrpc.events import Event, EventBus, Subscriber
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.router import ExecutorRouter
-from torchfedrpc.executors.shared_arguments import SharedRef, submits_first
+from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.group import LearnerGroup
 from torchfedrpc.host.methods import hidden_methods, public_methods
 from torchfedrpc.host.process import process_settings
@@ -102,7 +102,6 @@ class LearnerHandle:
         if method.startswith("_"):
             raise AttributeError(method)
 
-        @submits_first
         async def call(*args: Any, **kwargs: Any) -> Any:
             return await self._dispatcher.call(self._options, self.client_id, method, args, kwargs)
 
@@ -274,7 +273,6 @@ class LearnerProxy:
         view._exit = AsyncExitStack()
         return view
 
-    @submits_first
     async def execute_remote_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call any public method of a client's learner.
 
@@ -287,27 +285,22 @@ class LearnerProxy:
         """
         return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
 
-    @submits_first
     async def custom_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         """The same as `execute_remote_method`."""
         return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
 
-    @submits_first
     async def train_epoch(self, /, client_id: str, **kwargs: Any) -> Any:
         """Call the learner's ``train_epoch(**kwargs)``."""
         return await self._dispatcher.call(self._options, client_id, "train_epoch", (), kwargs)
 
-    @submits_first
     async def evaluate(self, /, client_id: str, **kwargs: Any) -> Any:
         """Call the learner's ``evaluate(**kwargs)``."""
         return await self._dispatcher.call(self._options, client_id, "evaluate", (), kwargs)
 
-    @submits_first
     async def get_model_weights(self, client_id: str) -> Any:
         """Call the learner's ``get_model_weights()``."""
         return await self._dispatcher.call(self._options, client_id, "get_model_weights", (), {})
 
-    @submits_first
     async def set_model_weights(self, client_id: str, weights: Any) -> Any:
         """Call the learner's ``set_model_weights(weights)``."""
         return await self._dispatcher.call(self._options, client_id, "set_model_weights", (weights,), {})

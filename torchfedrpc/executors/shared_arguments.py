@@ -8,7 +8,6 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -28,19 +27,8 @@ _MAX_PARTS = 10_000  # of an object that is looked into; where it has more, comp
 _NUMBERS = (type(None), bool, int, float, complex)
 _TEXTS = (str, bytes)
 TakeValue = Callable[[Any], Packed]
-_Part = tuple[Any, int, int, bool]  # a tensor, its version, its address, whether it requires a gradient
 
 _numbers = itertools.count(1)  # of values, in this process
-_nothing_before: set[CodeType] = set()
-
-
-def submits_first(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a coroutine function that submits a call before it awaits anything.
-
-    A task that is nothing but such a coroutine has run no code of the user's, which could have changed an argument.
-    """
-    _nothing_before.add(function.__code__)
-    return function
 
 
 class SharedRef(SentApart):
@@ -91,49 +79,20 @@ class SharedRef(SentApart):
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
-    """What an object consists of: plain containers, numbers, strings, arrays and dense tensors, in order.
-
-    Attributes:
-        each: all of them.
-        has_versions: whether torch counts what is written into any of them; it does not for an array.
-    """
-
-    each: list[_Part]
-    has_versions: bool
-
-    def are_those_of(self, other: _Parts) -> bool:
-        """Whether they are the same objects, of the same versions."""
-        return len(self.each) == len(other.each) and all(
-            ours[0] is theirs[0] and ours[1:] == theirs[1:]
-            for ours, theirs in zip(self.each, other.each, strict=True)
-        )
-
-    def ties(self) -> set[int]:
-        """What another object may have too, so that both must travel together to have it in common there."""
-        return {
-            part.untyped_storage()._cdata if isinstance(part, Tensor) else id(part)
-            for part, *_ in self.each
-            if isinstance(part, (Tensor, np.ndarray, dict, list))
-        }
-
-
-@dataclass(frozen=True, slots=True)
 class _Seen:
     obj: Any  # kept, so that its id stays its own
     value: SharedValue
-    parts: _Parts | None
 
 
 class Sharing:
-    """Gives each object that calls have in common a `SharedValue`; of one event loop.
+    """Gives each object that calls have in common a `SharedValue`; used by one event loop.
 
-    The calls of one tick of the loop share what is equal: what torch's version counters say has not changed, where
-    no code of the user's has run between the calls; else what has the same bytes.
+    Calls of one tick of the loop that have the same object share its value if the bytes are still the same: code of
+    the user's may have run between the calls, and torch does not count all changes of a tensor.
 
     Args:
-        take_value: takes an object as it is now.
-        release: frees a value that was placed.
+        take_value: Packs an object as it is now.
+        release: Frees a value that was placed.
     """
 
     def __init__(self, take_value: TakeValue, release: Callable[[SharedValue], None]) -> None:
@@ -141,7 +100,6 @@ class Sharing:
         self._release = release
         self.is_open = True
         self._seen: dict[int, _Seen] = {}  # in this tick, by the id of the object
-        self._next: Any = None  # the task that runs right after the last call was looked at
 
     def place(self, obj: Any) -> SharedRef:
         """An object as it is now, for calls to come.
@@ -152,15 +110,14 @@ class Sharing:
         return SharedRef(SharedValue(self._take_value(obj), next(_numbers)), self)
 
     def recognised(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a call, with what an earlier call of this tick has too in place of its own."""
+        """Return a call's arguments, with the values of those that an earlier call of this tick has too."""
         if not self._seen or not any(id(arg) in self._seen for arg in (*args, *kwargs.values())):
             return args, kwargs
         values = {}
-        for arg, parts in _untied(args, kwargs):
+        for arg in _untied(args, kwargs):
             seen = self._seen.get(id(arg))
-            if seen is not None and self._is_unchanged(seen, parts):
+            if seen is not None and _is_unchanged(seen):
                 values[id(arg)] = seen.value
-        self._next = _next_task()
         return _replaced(values, args, kwargs)
 
     def shared(
@@ -177,9 +134,8 @@ class Sharing:
         if num_bytes < _MIN_BYTES:
             return args, kwargs
         values = {}
-        self._next = _next_task()
-        untied = _untied(args, kwargs, needs_parts=self._next is not None)
-        for arg, parts in untied:
+        untied = _untied(args, kwargs)
+        for arg in untied:
             if len(untied) > 1 and estimate((arg,), {}) < _MIN_BYTES:
                 continue
             try:
@@ -188,7 +144,7 @@ class Sharing:
                 continue
             if not self._seen:
                 asyncio.get_running_loop().call_soon(self._end_tick)
-            self._seen[id(arg)] = _Seen(arg, value, parts)
+            self._seen[id(arg)] = _Seen(arg, value)
             values[id(arg)] = value
         return _replaced(values, args, kwargs, num_calls)
 
@@ -204,28 +160,25 @@ class Sharing:
 
     def _end_tick(self) -> None:
         self._seen.clear()
-        self._next = None
 
-    def _is_unchanged(self, seen: _Seen, parts: _Parts | None) -> bool:
-        if seen.parts is not None and seen.parts.has_versions and self._has_followed():
-            return parts is not None and parts.are_those_of(seen.parts)
-        try:
-            return seen.value.equals(seen.obj)
-        except SerializationError:
-            return False
 
-    def _has_followed(self) -> bool:
-        """Whether no code of the user's has run since the last call was looked at."""
-        return self._next is not None and self._next is asyncio.current_task() and _is_submission(self._next)
+def _is_unchanged(seen: _Seen) -> bool:
+    try:
+        return seen.value.equals(seen.obj)
+    except SerializationError:
+        return False
 
 
 def held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a call, which hold what they refer to, so that whoever placed it may release it meanwhile.
+    """Return a call's arguments with the values of its references, which may be released meanwhile.
 
     Raises:
-        SerializationError: it was released before.
+        SerializationError: If one was released before.
     """
-    if not (args or kwargs) or not any(isinstance(arg, SharedRef) for arg in (*args, *kwargs.values())):
+    for arg in (*args, *kwargs.values()):
+        if isinstance(arg, SharedRef):
+            break
+    else:
         return args, kwargs
     return (
         tuple(arg.value if isinstance(arg, SharedRef) else arg for arg in args),
@@ -233,21 +186,18 @@ def held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...]
     )
 
 
-def _untied(
-    args: tuple[Any, ...], kwargs: dict[str, Any], *, needs_parts: bool = True
-) -> list[tuple[Any, _Parts | None]]:
-    """The arguments that may have a value apart, with their parts: those that have no ties to any other."""
-    several = {id(arg): arg for arg in (*args, *kwargs.values()) if not _goes_along(arg)}
-    if len(several) < 2 and not needs_parts:
-        return [(arg, None) for arg in several.values()]
-    each = [(arg, _parts(arg)) for arg in several.values()]
-    if len(each) < 2:
-        return each
-    if any(parts is None for _, parts in each):
-        return []
-    ties = [parts.ties() for _, parts in each if parts is not None]
+def _untied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that may have values of their own: those that share no memory with another argument."""
+    several = [arg for arg in {id(arg): arg for arg in (*args, *kwargs.values())}.values() if not _goes_along(arg)]
+    if len(several) < 2:
+        return several
+    ties: list[set[int]] = []
+    for arg in several:
+        if (of_arg := _ties(arg)) is None:
+            return []
+        ties.append(of_arg)
     num_holders = Counter(tie for of_one in ties for tie in of_one)
-    return [one for one, of_one in zip(each, ties, strict=True) if all(num_holders[tie] == 1 for tie in of_one)]
+    return [arg for arg, of_one in zip(several, ties, strict=True) if all(num_holders[tie] == 1 for tie in of_one)]
 
 
 def _goes_along(arg: Any) -> bool:
@@ -269,46 +219,25 @@ def _replaced(
     )
 
 
-def _next_task() -> Any:
-    """The task whose step comes right after the present one, where that is of a submission alone; else None.
-
-    Calls that are gathered follow each other so. What else runs between two calls may change what they have in common
-    unseen by torch's counters, and only the loop's own queue tells; with a loop that hides it, bytes are compared.
-    """
-    if not _is_submission(asyncio.current_task()):
-        return None
-    ready = getattr(asyncio.get_running_loop(), "_ready", None)
-    return getattr(getattr(ready[0], "_callback", None), "__self__", None) if ready else None
-
-
-def _is_submission(task: Any) -> bool:
-    """Whether a task runs nothing but what was marked by `submits_first`."""
-    coroutine = task.get_coro() if task is not None else None
-    return getattr(coroutine, "cr_code", None) in _nothing_before
-
-
-def _parts(obj: Any) -> _Parts | None:
-    """What an object consists of; None where that is too much, or other things are in it."""
-    each: list[_Part] = []
-    has_versions = True
-    todo = [obj]
+def _ties(obj: Any) -> set[int] | None:
+    """Return the memory and containers of an object, which other arguments may have too; None if that is unknown."""
+    ties: set[int] = set()
+    num_parts, todo = 0, [obj]
     while todo:
         part = todo.pop()
         kind = type(part)
+        num_parts += 1
         if kind in _NUMBERS or kind in _TEXTS:
-            each.append((part, 0, 0, False))
-        elif kind in (Tensor, Parameter):
+            continue
+        if kind in (Tensor, Parameter):
             if part.layout is not torch.strided or part.__dict__ or part.is_inference():
                 return None
-            try:
-                each.append((part, part._version, part.data_ptr(), part.requires_grad))
-            except RuntimeError:  # it has no memory
-                return None
+            ties.add(part.untyped_storage()._cdata)
         elif kind is np.ndarray and not part.dtype.hasobject:
-            each.append((part, 0, 0, False))
-            has_versions = False
-        elif kind in (dict, OrderedDict, list, tuple) and len(each) + len(todo) + len(part) <= _MAX_PARTS:
-            each.append((part, len(part), 0, False))
+            ties.add(id(part))
+        elif kind in (dict, OrderedDict, list, tuple) and num_parts + len(todo) + len(part) <= _MAX_PARTS:
+            if kind is not tuple:
+                ties.add(id(part))
             if kind in (dict, OrderedDict):
                 todo += part.keys()
                 todo += part.values()
@@ -316,4 +245,4 @@ def _parts(obj: Any) -> _Parts | None:
                 todo += part
         else:
             return None
-    return _Parts(each, has_versions)
+    return ties
