@@ -116,7 +116,8 @@ class Dispatcher:
         """
         if self._loop is None:
             raise ConfigError("the proxy is not open: use it inside async with LearnerProxy(...) as proxy:")
-        self.check_loop()
+        if asyncio._get_running_loop() is not self._loop:
+            self.check_loop()
 
     def check_loop(self) -> None:
         """Check that the event loop that runs here, if any does, is the one in which the proxy was opened.
@@ -190,7 +191,8 @@ class Dispatcher:
             Exception: what the method raised.
         """
         invocation = self._invocation(options, client_id, method, args, kwargs)
-        self.check_not_reading(client_id, method)
+        if self.session.open_streams:
+            self.check_not_reading(client_id, method)
         self.check_capacity(client_id, method)
         executor = self._router.get_executor(client_id)
         return await self.observed(options, invocation, executor.execute(invocation))
@@ -258,7 +260,7 @@ class Dispatcher:
             CallTimeoutError: If the results were not merged in time.
         """
         is_awaited = options.timeout_s is not None or options.min_results is not None
-        progress = ReduceProgress(is_watched=is_awaited or self.events.has_subscribers)
+        progress = ReduceProgress(is_watched=is_awaited or bool(self.events.subscribers))
         failures: dict[str, Exception] = {}
         observed: dict[str, _Observed] = {}
         invocations = []
@@ -270,9 +272,14 @@ class Dispatcher:
             except (LearnerBusyError, CapacityError) as error:
                 failures[client_id] = error
                 continue
-            observed[client_id] = self._begin(invocation)
             invocations.append(invocation)
-        running = asyncio.ensure_future(self._router.reduce(reduction, invocations, progress))
+
+        async def run() -> None:
+            """Count the calls in the step of the event loop in which they are submitted."""
+            observed.update((one.client_id, self._begin(one)) for one in invocations)
+            await self._router.reduce(reduction, invocations, progress)
+
+        running = asyncio.ensure_future(run())
         try:
             failures |= await self._watched(options, method, progress, running, observed)
             return progress, failures
@@ -309,7 +316,7 @@ class Dispatcher:
                     failures[client_id] = error
             needed = options.min_results
             is_settled = needed is not None and (
-                len(progress.succeeded) >= needed or len(observed) - len(failures) < needed
+                len(progress.succeeded) >= needed or (observed and len(observed) - len(failures) < needed)
             )
             if is_settled and not progress.stopped.is_set():
                 progress.stop()
@@ -462,7 +469,7 @@ class Dispatcher:
     def _begin(self, invocation: Invocation) -> _Observed:
         """Count a call, and publish its start."""
         session = self.session
-        if self.events.has_subscribers:
+        if self.events.subscribers:
             self.events.publish(CallStarted(invocation.call_id, invocation.client_id, invocation.method))
         session.num_calls += 1
         session.num_pending += 1
@@ -478,7 +485,7 @@ class Dispatcher:
         session.num_changes[observed.client_id] += 1
         session.num_pending -= 1
         session.num_failed += failure is not None
-        if self.events.has_subscribers and self.session is session:
+        if self.events.subscribers and self.session is session:
             seconds = time.perf_counter() - observed.began
             self.events.publish(CallEnded(observed.call_id, observed.client_id, observed.method, seconds, failure))
 

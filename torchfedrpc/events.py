@@ -113,15 +113,14 @@ Subscriber = Callable[[Event], object]
 
 
 class EventBus:
-    """Hands each event to every subscriber, in the order of subscription, on the thread that publishes it."""
+    """Hands each event to every subscriber, in the order of subscription, on the thread that publishes it.
+
+    Attributes:
+        subscribers: The subscribers, in order.
+    """
 
     def __init__(self) -> None:
-        self._subscribers: list[Subscriber] = []
-
-    @property
-    def has_subscribers(self) -> bool:
-        """Whether anybody hears what is published."""
-        return bool(self._subscribers)
+        self.subscribers: list[Subscriber] = []
 
     def subscribe(self, callback: Subscriber) -> Callable[[], None]:
         """Call ``callback(event)`` for each event from now on.
@@ -129,17 +128,17 @@ class EventBus:
         Returns:
             A function that ends the subscription.
         """
-        self._subscribers.append(callback)
+        self.subscribers.append(callback)
 
         def unsubscribe() -> None:
-            if callback in self._subscribers:
-                self._subscribers.remove(callback)
+            if callback in self.subscribers:
+                self.subscribers.remove(callback)
 
         return unsubscribe
 
     def publish(self, event: Event) -> None:
-        """Tell all subscribers; one that raises is logged and does not harm the run or the others."""
-        for callback in tuple(self._subscribers):
+        """Call all subscribers. The error of one is logged, and the others are called all the same."""
+        for callback in tuple(self.subscribers):
             try:
                 callback(event)
             except Exception:

@@ -56,7 +56,8 @@ class Admission:
         Returns:
             Whether it had to wait.
         """
-        if self.admit_now(num_bytes):
+        if not self._waiting and not self._num_waking and self._has_room(num_bytes):
+            self._num_bytes += num_bytes
             return False
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((turn, num_bytes))
@@ -87,7 +88,8 @@ class Admission:
     def release(self, num_bytes: int) -> None:
         """Give back what `admit` took, and admit who waits for it."""
         self._num_bytes -= num_bytes
-        self._wake()
+        if self._waiting:
+            self._wake()
 
     def hold(self, num_bytes: int) -> None:
         """Count bytes that the driver keeps beside the calls; a call may still go alone, however many they are."""

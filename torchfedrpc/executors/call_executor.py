@@ -18,13 +18,13 @@ from torchfedrpc.executors.admission import Admission, estimate
 from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec, Invocation
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.durations import Durations, fastest_first, longest_first
-from torchfedrpc.executors.shared_arguments import SharedRef, Sharing, held
+from torchfedrpc.executors.shared_arguments import MIN_SHARED_BYTES, SharedRef, Sharing, held
 from torchfedrpc.executors.stream import CallStream, Steps
 from torchfedrpc.host.call import Call, CallKind, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.snapshot import seal
 from torchfedrpc.reduce.driver import ReduceProgress, Reduction, all_ended
-from torchfedrpc.wire.packing import Packed, pack, pack_nothing
+from torchfedrpc.wire.packing import Packed, Parcel, pack, pack_nothing
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
 _MAX_PLAIN_ARGUMENTS = 64
@@ -94,6 +94,17 @@ class Learners(Protocol):
         """Address at which workers can join the run, ``HOST:PORT``; None if they cannot."""
 
 
+class NotOpened:
+    """The learners of an executor that was not opened.
+
+    Raises:
+        ConfigError: At each use.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConfigError("this executor is not open: await executor.open(spec) first")
+
+
 class CallExecutor(AbstractExecutor):
     """Executor whose learners live in hosts. A subclass opens the `Learners` of its mode."""
 
@@ -107,7 +118,7 @@ class CallExecutor(AbstractExecutor):
         self._holders: dict[SharedValue, list[int]] = {}  # of a tick -> calls that have it, bytes admitted for it
         self._plain_arguments: dict[bytes, Packed] = {}  # arguments without tensors, by their pickles
         self._sharing = Sharing(self._take_shared, self._unshare)
-        self._open_learners: Learners | None = None
+        self._learners: Learners | NotOpened = NotOpened()
 
     @abstractmethod
     def _make_learners(self, spec: ExecutorSpec) -> Learners:
@@ -127,21 +138,14 @@ class CallExecutor(AbstractExecutor):
         self._was_opened = True
         self._spec = spec
         self.allow = spec.learner.allow_list()
-        self._open_learners = self._make_learners(spec)
-        await self._open_learners.open()
+        self._learners = self._make_learners(spec)
+        await self._learners.open()
 
     async def close(self) -> None:
         """Close the learners."""
         self._sharing.close()
-        learners = self._open_learners
-        if learners is not None:
-            await learners.close(self.ends_early)
-
-    @property
-    def _learners(self) -> Learners:
-        if self._open_learners is None:
-            raise ConfigError("this executor is not open: await executor.open(spec) first")
-        return self._open_learners
+        if not isinstance(self._learners, NotOpened):
+            await self._learners.close(self.ends_early)
 
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Run a learner's method with the configuration's ``call_timeout_s``."""
@@ -153,8 +157,9 @@ class CallExecutor(AbstractExecutor):
 
         The value of its arguments is taken when ``max_inflight_bytes`` has room for it.
         """
-        given = _held(invocation)
-        args, kwargs = self._sharing.recognised(*given)
+        args, kwargs = given = _held(invocation)
+        if self._sharing.has_seen:
+            args, kwargs = self._sharing.recognised(*given)
         num_bytes = self._estimate(args, kwargs)
         if await self._admission.admit(num_bytes):  # the values that calls share may be others after the wait
             args, kwargs = self._sharing.recognised(*given)
@@ -162,8 +167,9 @@ class CallExecutor(AbstractExecutor):
         values: tuple[SharedValue, ...] = ()
         try:
             call = self._call(invocation, args, kwargs, num_bytes)
-            values = tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
-            num_bytes -= self._hold(values, num_bytes)
+            if isinstance(call.arguments, Parcel) and call.arguments.apart:
+                values = _shared_in_tick(call)
+                num_bytes -= self._hold(values, num_bytes)
             if self._cut is not None:
                 await self._cut.passed(call.client_id)
             for remaining in range(invocation.retries, -1, -1):
@@ -179,7 +185,9 @@ class CallExecutor(AbstractExecutor):
                     del error
             return self._result(outcome, call)
         finally:
-            self._admission.release(num_bytes + self._release(values))
+            if values:
+                num_bytes += self._release(values)
+            self._admission.release(num_bytes)
 
     async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation], progress: ReduceProgress) -> None:
         """Run calls and reduce their results where they are, in one batch that ``max_inflight_bytes`` admits.
@@ -200,7 +208,7 @@ class CallExecutor(AbstractExecutor):
                 self._admission.release(num_bytes)
                 progress.note(invocation.client_id, error)
                 continue
-            values = tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
+            values = _shared_in_tick(call)
             admitted.append((num_bytes - self._hold(values, num_bytes), values))
             prompt[reduction.place_of(call.client_id)] = call, invocation.retries
         try:
@@ -224,7 +232,7 @@ class CallExecutor(AbstractExecutor):
             except Exception as error:
                 progress.note(invocation.client_id, error)
                 return
-            values = tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
+            values = _shared_in_tick(call)
             num_bytes -= self._hold(values, num_bytes)
             if self._cut is not None:
                 await self._cut.passed(call.client_id)
@@ -249,16 +257,17 @@ class CallExecutor(AbstractExecutor):
         args, kwargs = held(args, kwargs)
         if num_calls < 2:
             return args, kwargs
-        return self._sharing.shared(args, kwargs, estimate(args, kwargs), num_calls)
+        if estimate(args, kwargs) < MIN_SHARED_BYTES:
+            return args, kwargs
+        return self._sharing.shared(args, kwargs, num_calls)
 
     def _estimate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Return about how many bytes a call's arguments have, without shared values that other calls have."""
-        shared = (
-            value.num_bytes
-            for value in (*args, *kwargs.values())
-            if isinstance(value, SharedValue) and value.is_for_tick and value not in self._holders
-        )
-        return estimate(args, kwargs) + sum(shared)
+        num_bytes = estimate(args, kwargs)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, SharedValue) and value.is_for_tick and value not in self._holders:
+                num_bytes += value.num_bytes
+        return num_bytes
 
     def plan(self, client_ids: Sequence[str], method: str, *, is_awaited: bool) -> list[str]:
         """Order clients by the times of earlier calls: the longest first, with a deadline or a quorum the fastest."""
@@ -327,7 +336,7 @@ class CallExecutor(AbstractExecutor):
     @property
     def join_address(self) -> str | None:
         """Address at which workers can join the run, ``HOST:PORT``; None if they cannot."""
-        return self._open_learners.join_address if self._open_learners is not None else None
+        return None if isinstance(self._learners, NotOpened) else self._learners.join_address
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         """Inject faults into workers at later calls."""
@@ -335,7 +344,7 @@ class CallExecutor(AbstractExecutor):
 
     def stats(self) -> dict[str, Any]:
         """Return the bytes sent and received, and the number of learners of each worker."""
-        own = self._open_learners.stats() if self._open_learners is not None else {}
+        own = {} if isinstance(self._learners, NotOpened) else self._learners.stats()
         return {**super().stats(), **own}
 
     def _hold(self, values: Iterable[SharedValue], num_bytes: int) -> int:
@@ -366,11 +375,6 @@ class CallExecutor(AbstractExecutor):
     def _unshare(self, value: SharedValue) -> None:
         self._learners.unshare(value)
 
-    def _take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
-        if not args and not kwargs:
-            return pack_nothing()
-        return self._learners.take_arguments(args, kwargs)
-
     def _call(
         self,
         invocation: Invocation,
@@ -380,9 +384,9 @@ class CallExecutor(AbstractExecutor):
         kind: CallKind = "call",
     ) -> Call:
         try:
-            if kind == "call":
-                args, kwargs = self._sharing.shared(args, kwargs, num_bytes)
-            arguments = self._take_arguments(args, kwargs)
+            if num_bytes >= MIN_SHARED_BYTES:
+                args, kwargs = self._sharing.shared(args, kwargs)
+            arguments = self._learners.take_arguments(args, kwargs) if args or kwargs else pack_nothing()
         except SerializationError as error:
             raise _unsendable(invocation, error) from error
         return Call(
@@ -397,13 +401,19 @@ class CallExecutor(AbstractExecutor):
         return await asyncio.to_thread(lambda: bytes(seal(data)))
 
     def _result(self, outcome: Outcome, call: Call) -> Any:
-        return outcome.result(call, self.allow, self.worker_of(call.client_id))
+        """Return the result of a call or the item of a stream; as of `Outcome.result`."""
+        return outcome.result(call, self.allow, self._learners.worker_of(call.client_id))
 
 
 def may_succeed_later(outcome: Outcome) -> bool:
     """Return whether to send a call again: its method was not begun, and the call itself is not what failed."""
     failure = outcome.failure
     return failure is not None and outcome.never_ran and not failure.type_name.startswith(errors.__name__)
+
+
+def _shared_in_tick(call: Call) -> tuple[SharedValue, ...]:
+    """Return the shared values of a call's arguments that only calls of its tick have."""
+    return tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
 
 
 def _held(invocation: Invocation) -> tuple[tuple[Any, ...], dict[str, Any]]:

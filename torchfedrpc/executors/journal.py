@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torchfedrpc.executors.admission import Admission
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.snapshot import seal
 from torchfedrpc.storage import BlobStore
-from torchfedrpc.wire.packing import Packed, pack
+from torchfedrpc.wire.packing import Packed, Parcel, pack
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
 _MAX_PAUSE = 64  # calls between two attempts to capture a learner
@@ -97,12 +96,19 @@ class Journal:
 
     @property
     def is_due(self) -> bool:
-        """Whether a snapshot is to replace the entries, or to try whether an uncapturable learner can be captured."""
-        if self._num_under_way or not self._journals.are_kept:
+        """Whether a snapshot is to be taken: to replace the entries, because the last call was cut off, or to try
+        whether an uncapturable learner can be captured.
+        """
+        if len(self.entries) <= self._journals.max_calls and not self._cut_off_number and self.unrecoverable is None:
+            return False  # the usual case
+        if not self._journals.are_kept:
+            return False
+        if self.needs_snapshot:
+            return True
+        if self._num_under_way:
             return False
         if self.unrecoverable is not None:
-            pause = min(1 << (self.num_refusals - 1), _MAX_PAUSE)
-            return self._num_since_refusal >= pause
+            return self._num_since_refusal >= min(1 << (self.num_refusals - 1), _MAX_PAUSE)
         return len(self.entries) > self._journals.max_calls
 
     @property
@@ -122,7 +128,9 @@ class Journal:
         if outcome.cut_off:
             self._cut_off_number = self._number
         elif self.unrecoverable is None or self._num_under_way:  # the snapshot may make it recoverable again
-            self._append(Entry(self._number, call.repeated(), num_items, outcome.kind == "cancelled"))
+            entry = Entry(self._number, call.repeated(), num_items, outcome.kind == "cancelled")
+            self.entries.append(entry)
+            self._journals.count_entry(self, entry)
 
     def request_snapshot(self) -> None:
         """Note that a snapshot is about to be taken, which ends with `kept`, `refused` or `not_taken`."""
@@ -196,16 +204,15 @@ class Journal:
         self._number += 1
         self._snapshot_number = self._number  # snapshots that are on their way are older
         self.unrecoverable, self.num_refusals = None, 0
-        self._append(Entry(self._number, restore.repeated()))
-
-    def _append(self, entry: Entry) -> None:
+        entry = Entry(self._number, restore.repeated())
         self.entries.append(entry)
-        self._journals.count(self, [entry])
+        self._journals.count_entry(self, entry)
 
     def _keep_only(self, entries: list[Entry]) -> None:
         dropped = self.entries[: len(self.entries) - len(entries)]
         self.entries = entries
-        self._journals.count(self, dropped, sign=-1)
+        for entry in dropped:
+            self._journals.count_entry(self, entry, sign=-1)
 
 
 class Journals:
@@ -253,24 +260,31 @@ class Journals:
                 excess -= shares[journal]
         return chosen
 
-    def count(self, journal: Journal, entries: Iterable[Entry], *, sign: int = 1) -> None:
-        """Count the arguments of entries that a journal has now, or has no longer."""
-        for entry in entries:
-            num_bytes = entry.call.arguments.num_bytes
-            journal.num_bytes += sign * num_bytes
-            for value in shared_values(entry.call.arguments):
-                if not self._num_uses[value]:
-                    num_bytes += value.num_bytes
-                self._num_uses[value] += sign
-                if not self._num_uses[value]:
-                    del self._num_uses[value]
-                    num_bytes += value.num_bytes
-            self.num_bytes += sign * num_bytes
+    @property
+    def is_beyond_bound(self) -> bool:
+        """Whether the arguments of all journals take more than their bound."""
+        return self.num_bytes > self._max_bytes
+
+    def count_entry(self, journal: Journal, entry: Entry, *, sign: int = 1) -> None:
+        """Count the arguments of an entry that a journal has now, or has no longer."""
+        arguments = entry.call.arguments
+        num_bytes = arguments.num_bytes
+        journal.num_bytes += sign * num_bytes
+        for value in shared_values(arguments) if isinstance(arguments, Parcel) and arguments.apart else ():
+            if not self._num_uses[value]:
+                num_bytes += value.num_bytes
+            self._num_uses[value] += sign
+            if not self._num_uses[value]:
+                del self._num_uses[value]
+                num_bytes += value.num_bytes
+        was_beyond = self.num_bytes > self._max_bytes
+        self.num_bytes += sign * num_bytes
         if journal.entries:
             self._journals[journal.client_id] = journal
         else:
             self._journals.pop(journal.client_id, None)
-        self._admission.hold(max(self.num_bytes - self._max_bytes, 0))
+        if was_beyond or self.num_bytes > self._max_bytes:
+            self._admission.hold(max(self.num_bytes - self._max_bytes, 0))
 
     def keep(self, client_id: str, number: int, state: Tensor, replaced: int | None) -> bool:
         """Keep a snapshot in memory, in place of another one. Returns False if there is no room."""

@@ -12,7 +12,7 @@ import torch
 
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.executors.durations import Durations
-from torchfedrpc.executors.journal import Entry, Journal, restore_arguments
+from torchfedrpc.executors.journal import Entry, Journal, Journals, restore_arguments
 from torchfedrpc.executors.snapshot_throttle import SnapshotThrottle
 from torchfedrpc.host.call import Call, CallKind, Outcome, Registration
 from torchfedrpc.rpc.member import Member, WorkerGone
@@ -29,7 +29,12 @@ class Run(Protocol):
     allow: AllowList
     max_recoveries: int
     journals_are_kept: bool
+    journals: Journals
     durations: Durations
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the proxy is closed."""
 
     def present_worker(self, client_id: str) -> Member | None:
         """Return the worker that is to have a client's learner if it can be called now, else None."""
@@ -173,10 +178,6 @@ class LearnerSession:
         """Make a call behind those that were submitted before, again on another worker if its worker is lost."""
         if not self.turns.take_now():
             await self.turns.take()
-        return await self.call_in_turn(call)
-
-    async def call_in_turn(self, call: Call) -> Outcome:
-        """Make a call. The caller has the turn, which passes on when the learner is free."""
         self.begin(call)
         worker = None
         try:
@@ -196,6 +197,8 @@ class LearnerSession:
             outcome = Outcome("failed", error=self.lost(call, str(error)), cut_off=True)
         except WorkerLostError as error:
             self.turns.give()
+            if self._run.is_closed:
+                return Outcome("cancelled", never_ran=True)
             return Outcome("failed", error=self.lost(call, str(error)), never_ran=True)
         except BaseException:
             self.turns.give()
@@ -213,12 +216,13 @@ class LearnerSession:
         self._num_losses = 0
         journal = self._journal
         journal.add(call, outcome, num_items)
-        if (journal.needs_snapshot or journal.is_due) and self.worker is not None:
+        if journal.is_due and self.worker is not None:
             journal.request_snapshot()
             self._run.in_background(self._snapshot_in_turn(None))
         else:
             self.turns.give()
-        self._run.relieve_journals()
+        if self._run.journals.is_beyond_bound:
+            self._run.relieve_journals()
 
     def is_next_report(self, call: Call, number: int) -> bool:
         """Return whether a report of progress is new: a call that is made again after a loss repeats its reports."""

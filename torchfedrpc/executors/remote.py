@@ -90,7 +90,7 @@ class RemoteLearners:
         self._workers = Workers()
         self._places: dict[str, str] = {}  # client -> name of the worker that is to have its learner
         self._sessions: dict[str, LearnerSession] = {}  # of clients that were called
-        self._journals = Journals(config, admission)
+        self.journals = Journals(config, admission)
         self._group: WorkerGroup | None = None
         self._is_open = self._is_closed = False
         self._budget = SnapshotBudget()
@@ -142,16 +142,17 @@ class RemoteLearners:
                 await group.close(reason)
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._sessions.clear()
-            self._journals.close()
+            self.journals.close()
             self._file_pool.close()
         finally:
             await asyncio.gather(*(source.close(reason) for source in self._sources))
 
     # Calls.
 
-    async def call(self, call: Call) -> Outcome:
+    def call(self, call: Call) -> Coroutine[Any, Any, Outcome]:
         """Run a call, a snapshot or a restore of a learner, behind the calls that were made before."""
-        return self._or_closed(await self._session(call.client_id).call(call))
+        session = self._sessions.get(call.client_id) or self._session(call.client_id)
+        return session.call(call)
 
     def stream(self, call: Call) -> SessionStream:
         """Return the steps of a stream, which opens with its first one."""
@@ -197,10 +198,6 @@ class RemoteLearners:
                 if member.client is not None:
                     member.client.unshare(value)
 
-    def worker_of(self, client_id: str) -> str:
-        """Return the name of the worker that has a client's learner, or is to have it."""
-        return self.label_of(client_id)
-
     def rref(self, client_id: str) -> Any:
         """Return a learner's RRef. A learner that was not called yet is registered for that.
 
@@ -216,9 +213,13 @@ class RemoteLearners:
             worker.client.register(worker.registrations[client_id])
             return worker.client.rref(client_id)
         label = self.label_of(client_id)
-        reason = session.given_up or self._workers.why_given_up(label) or (
-            "its learner has no RRef while the world is formed anew, its worker is lost or leaves, or it is rebuilt; "
-            "await a call of this client, and ask again"
+        reason = (
+            session.given_up
+            or self._workers.why_given_up(label)
+            or (
+                "its learner has no RRef while the world is formed anew, its worker is lost or leaves, or it is "
+                "rebuilt; await a call of this client, and ask again"
+            )
         )
         raise WorkerLostError(f"{client_id} on {label}: {reason}")
 
@@ -244,7 +245,7 @@ class RemoteLearners:
             "bytes_sent": sum(one.num_sent_bytes for one in traffic),
             "bytes_received": sum(one.num_received_bytes for one in traffic),
             "snapshot_bytes": sum(one.num_snapshot_bytes for one in traffic),
-            "journal_bytes": self._journals.num_bytes,
+            "journal_bytes": self.journals.num_bytes,
             "workers_lost": self._num_lost,
             "workers": {member.label: {"learners": len(member.registrations)} for member in members},
         }
@@ -253,7 +254,7 @@ class RemoteLearners:
 
     def present_worker(self, client_id: str) -> Member | None:
         """Return the worker that is to have a client's learner if it can be called now, else None."""
-        return self._workers.serving(self._places[client_id])
+        return self._workers.present.get(self._places[client_id])
 
     async def worker(self, client_id: str) -> Member:
         """Wait for the worker that is to have a client's learner.
@@ -276,6 +277,8 @@ class RemoteLearners:
         worker = session.worker if session is not None else None
         return worker.label if worker is not None else self._places[client_id]
 
+    worker_of = label_of
+
     def throttle(self, worker: Member) -> SnapshotThrottle:
         """Return the limit for snapshots on their way to and from a worker."""
         return self._throttles.setdefault(worker.label, SnapshotThrottle(self._budget))
@@ -291,8 +294,8 @@ class RemoteLearners:
         task.add_done_callback(self._tasks.discard)
 
     def relieve_journals(self) -> None:
-        """Start snapshots if the journals of all learners have outgrown their bound."""
-        for journal, limit in self._journals.relief():
+        """Start snapshots: the journals of all learners have outgrown their bound."""
+        for journal, limit in self.journals.relief():
             self._sessions[journal.client_id].request_snapshot(limit)
 
     def warn_of_refusal(self, client_id: str, error: Exception, *, is_first: bool) -> None:
@@ -309,6 +312,11 @@ class RemoteLearners:
             logger.warning(message)
 
     # Workers come and go; the group calls these.
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the proxy is closed."""
+        return self._is_closed
 
     @property
     def expects_workers(self) -> bool:
@@ -480,13 +488,9 @@ class RemoteLearners:
         if session is None:
             self._opened()
             constructor = self._spec.constructor_arguments(client_id)
-            session = LearnerSession(client_id, constructor, Journal(client_id, self._journals), self)
+            session = LearnerSession(client_id, constructor, Journal(client_id, self.journals), self)
             self._sessions[client_id] = session
         return session
-
-    def _or_closed(self, outcome: Outcome) -> Outcome:
-        """Return the outcome of a call; of one that the closing of the proxy has cut off, that it was cancelled."""
-        return Outcome("cancelled", never_ran=True) if self._is_closed and outcome.error is not None else outcome
 
     def _opened(self) -> WorkerGroup:
         if self._group is None:

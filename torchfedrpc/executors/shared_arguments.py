@@ -22,7 +22,7 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, SentApart, pack
 from torchfedrpc.wire.shared import SharedValue
 
-_MIN_BYTES = 16 << 10  # a smaller argument goes along with its call
+MIN_SHARED_BYTES = 16 << 10  # a smaller argument goes along with its call
 _MAX_PARTS = 10_000  # of an object that is looked into; where it has more, comparing the bytes takes no longer
 _NUMBERS = (type(None), bool, int, float, complex)
 _TEXTS = (str, bytes)
@@ -109,9 +109,14 @@ class Sharing:
         """
         return SharedRef(SharedValue(self._take_value(obj), next(_numbers)), self)
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether an earlier call of this tick has a shared value."""
+        return bool(self._seen)
+
     def recognised(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a call's arguments, with the values of those that an earlier call of this tick has too."""
-        if not self._seen or not any(id(arg) in self._seen for arg in (*args, *kwargs.values())):
+        if not any(id(arg) in self._seen for arg in (*args, *kwargs.values())):
             return args, kwargs
         values = {}
         for arg in _untied(args, kwargs):
@@ -121,26 +126,23 @@ class Sharing:
         return _replaced(values, args, kwargs)
 
     def shared(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_bytes: int, num_calls: int = 1
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int = 1
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a call, with what the next calls of this tick may have too in values of their own.
+        """Return a call's arguments with a shared value in place of each large one, for later calls of this tick too.
 
         Args:
-            args: positional ones.
-            kwargs: by name.
-            num_bytes: of all of them, about.
-            num_calls: calls that have these very arguments.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            num_calls: Number of calls that have these arguments.
         """
-        if num_bytes < _MIN_BYTES:
-            return args, kwargs
         values = {}
         untied = _untied(args, kwargs)
         for arg in untied:
-            if len(untied) > 1 and estimate((arg,), {}) < _MIN_BYTES:
+            if len(untied) > 1 and estimate((arg,), {}) < MIN_SHARED_BYTES:
                 continue
             try:
                 value = SharedValue(self._take_value(arg), next(_numbers), 0)
-            except SerializationError:  # a `SharedRef` is in it; else the call, which is packed next, says what is
+            except SerializationError:  # a `SharedRef` is in it; other errors come again as the call is packed
                 continue
             if not self._seen:
                 asyncio.get_running_loop().call_soon(self._end_tick)
@@ -149,13 +151,13 @@ class Sharing:
         return _replaced(values, args, kwargs, num_calls)
 
     def close(self) -> None:
-        """Let no call have any more what was placed, and let go of whoever has calls."""
+        """Refuse references from now on, and drop the executor that sends calls."""
         self.is_open = False
         self._take_value, self._release = pack, lambda value: None
 
     def released(self, value: SharedValue) -> None:
-        """Nobody refers to a value any more that was placed."""
-        value.is_for_tick = True  # who has it still, or again after a loss, is no reason for a worker to keep it
+        """Note that the reference to a value was dropped or released."""
+        value.is_for_tick = True  # calls that still have it, or are made again, do not let a worker keep it
         self._release(value)
 
     def _end_tick(self) -> None:
@@ -201,7 +203,7 @@ def _untied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
 
 
 def _goes_along(arg: Any) -> bool:
-    return isinstance(arg, (*_NUMBERS, SentApart)) or (isinstance(arg, _TEXTS) and len(arg) < _MIN_BYTES)
+    return isinstance(arg, (*_NUMBERS, SentApart)) or (isinstance(arg, _TEXTS) and len(arg) < MIN_SHARED_BYTES)
 
 
 def _replaced(

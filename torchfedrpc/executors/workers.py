@@ -70,11 +70,16 @@ class Worker:
 
 
 class Workers:
-    """The workers of a run by name. Callers wait here for a worker that is lost."""
+    """The workers of a run by name. Callers wait here for a worker that is lost.
+
+    Attributes:
+        present: Name -> process of each worker that takes calls now.
+    """
 
     def __init__(self) -> None:
         self._table: dict[str, Worker] = {}
         self._former: set[str] = set()  # names that are not given again
+        self.present: dict[str, Member] = {}
         self._failure: ConfigError | WorkerLostError | None = None
         self._changed = asyncio.Event()
 
@@ -108,20 +113,23 @@ class Workers:
         worker = self._table[member.label]
         is_new = worker.member is not member
         worker.member = member
-        if worker.state is not WorkerState.LEAVING:
+        if worker.state is not WorkerState.LEAVING and self._failure is None:
             worker.state = WorkerState.SERVING
+            self.present[member.label] = member
         worker.stop_waiting()
         return is_new
 
     def leave(self, label: str) -> None:
         """Note that a worker has asked to leave."""
         self._table[label].state = WorkerState.LEAVING
+        self.present.pop(label, None)
         self.changed()
 
     def lose(self, label: str, reason: str) -> None:
         """Note that the process of a worker is gone."""
         worker = self._table[label]
         worker.state, worker.member, worker.reason = WorkerState.LOST, None, reason
+        self.present.pop(label, None)
         self.changed()
 
     def expect(self, label: str, timeout_s: float) -> None:
@@ -150,6 +158,7 @@ class Workers:
     def fail(self, error: ConfigError | WorkerLostError) -> None:
         """Fail all calls, now and later."""
         self._failure = error
+        self.present.clear()
         self.changed()
 
     def changed(self) -> None:
@@ -160,13 +169,6 @@ class Workers:
     async def next_change(self) -> None:
         """Wait until `changed`."""
         await self._changed.wait()
-
-    def serving(self, label: str) -> Member | None:
-        """Return the process of a worker if it takes calls."""
-        worker = self._table.get(label)
-        if worker is None or worker.state is not WorkerState.SERVING or self._failure is not None:
-            return None
-        return worker.member
 
     def why_given_up(self, label: str) -> str | None:
         """Return why a worker cannot be called, now or soon; None if it can."""
@@ -187,7 +189,7 @@ class Workers:
         while True:
             if (reason := self.why_given_up(place())) is not None:
                 raise WorkerLostError(reason)
-            if (member := self.serving(place())) is not None:
+            if (member := self.present.get(place())) is not None:
                 return member
             await self.next_change()
 

@@ -130,9 +130,9 @@ class Outcome:
             SerializationError: If the result cannot be read here.
             WorkerLostError: If the worker gave the call up because it is closing.
         """
-        where = f"{call.client_id}.{call.method} on {worker}"
         if self.error is not None:
             raise self.error
+        where = f"{call.client_id}.{call.method} on {worker}"
         if self.failure is not None:
             raise self.failure.restore(allow, f"in {where}")
         if self.kind == "cancelled":

@@ -154,9 +154,12 @@ class Member:
             client = self.client or await self._next_client()
             try:
                 client.register(self.registrations[call.client_id])
-                return self._heard(call, await client.submit(call))
+                outcome = await client.submit(call)
             except WorldOver:
                 continue
+            if outcome.kind != "item":
+                self.sent.pop(call.call_id, None)
+            return outcome
 
     async def run_batch(self, batch: Batch) -> Outcome:
         """Run a batch, or join it; as of `submit`."""

@@ -107,18 +107,22 @@ def _taken(received: torch.Tensor) -> torch.Tensor:
 
 def home_device(parcel: Packed) -> torch.device | None:
     """Where the caller's own tensors are, if any is on a GPU: the answer's go there too."""
-    slots = parcel.slots if isinstance(parcel, Parcel) else []
-    return next((slot.device for slot in slots if slot.is_cuda), None)
+    for slot in parcel.slots if isinstance(parcel, Parcel) else ():
+        if slot.is_cuda:
+            return slot.device
+    return None
 
 
 def call_message(call: Call, covered: MappedDevices) -> Any:
     """A call as a tuple."""
     timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # numpy's would not get through
+    arguments = call.arguments
+    values = shared_values(arguments) if isinstance(arguments, Parcel) and arguments.apart else ()
     fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind)
     return (
         fields,
         parcel_message(call.arguments, covered),
-        tuple(value.number for value in shared_values(call.arguments)),
+        tuple([value.number for value in values]) if values else (),
     )
 
 

@@ -30,6 +30,7 @@ from torchfedrpc.rpc.message import (
 )
 from torchfedrpc.rpc.rrefs import hold
 from torchfedrpc.wire.file import Address, TensorFiles
+from torchfedrpc.wire.packing import Parcel
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
 _METHODS = ("call", "stream")
@@ -169,14 +170,20 @@ class WorkerClient:
             A future of its (first) outcome. It raises `WorldOver` if the world ends before, and `UndeliverableError`
             if RPC cannot carry the call or its answer.
         """
-        lent = self._lent([call])
+        num_bytes = call.arguments.num_bytes
+        if call.kind in _METHODS:
+            self._traffic.num_sent_bytes += num_bytes
+        else:
+            self._traffic.num_snapshot_bytes += num_bytes
+        lent = self._lent(call)
         message = call_message(call, self._covered)
-        return self._ask(call, "submit", message, home=home_device(call.arguments), lent=lent)
+        return self._ask(call, "submit", message, home=home_device(call.arguments), lent=lent, num_bytes=num_bytes)
 
     def run_batch(self, batch: Batch) -> asyncio.Future[Outcome]:
         """Send a batch; as of `submit`."""
         calls = [call for _, call in batch.calls]
-        lent = self._lent(calls)
+        self._traffic.num_sent_bytes += sum(call.arguments.num_bytes for call in calls)
+        lent = [files for call in calls for files in self._lent(call)]
         homes = (home_device(call.arguments) for call in calls)
         home = next((one for one in homes if one is not None), None)
         return self._ask(batch, "batch", batch_message(batch, self._covered), home=home, lent=lent)
@@ -266,6 +273,7 @@ class WorkerClient:
         *arguments: Any,
         home: torch.device | None = None,
         lent: Sequence[TensorFiles | None] = (),
+        num_bytes: int = 0,
         is_cancel: bool = False,
     ) -> asyncio.Future[Outcome]:
         future: asyncio.Future[Outcome] = self._loop.create_future()
@@ -279,17 +287,15 @@ class WorkerClient:
             self._flush()
             self._request([item], alone=number)
         else:
-            self._put(item, request.arguments.num_bytes if isinstance(request, Call) and verb == "submit" else 0)
+            self._put(item, num_bytes)
         return future
 
-    def _lent(self, calls: Sequence[Call]) -> Sequence[TensorFiles | None]:
-        """Count the bytes of calls, and see that the worker will have the values that they share."""
-        for call in calls:
-            if call.kind in _METHODS:
-                self._traffic.num_sent_bytes += call.arguments.num_bytes
-            else:
-                self._traffic.num_snapshot_bytes += call.arguments.num_bytes
-        return [self._share(value) for call in calls for value in shared_values(call.arguments)]
+    def _lent(self, call: Call) -> Sequence[TensorFiles | None]:
+        """See that the worker will have the values that a call shares with others."""
+        arguments = call.arguments
+        if not isinstance(arguments, Parcel) or not arguments.apart:
+            return ()
+        return [self._share(value) for value in shared_values(arguments)]
 
     def _share(self, value: SharedValue) -> TensorFiles | None:
         """See that the worker will have a value; returns the files in which it looks, to be kept until the answer."""
@@ -325,7 +331,7 @@ class WorkerClient:
             self._flush()
         elif not self._will_flush:
             self._will_flush = True
-            self._loop.call_soon(self._flush_tick)
+            self._loop.call_soon(self._flush)
 
     def _put_late(self, item: tuple[Any, ...]) -> None:
         """Send an item with the next ones, or a little later."""
@@ -333,12 +339,9 @@ class WorkerClient:
         if self._late is None and not self._will_flush:
             self._late = self._loop.call_later(_LATE_S, self._flush)
 
-    def _flush_tick(self) -> None:
-        self._will_flush = False
-        self._flush()
-
     def _flush(self) -> None:
         """Send what there is, in requests of some items each; what follows a large item need not wait for it."""
+        self._will_flush = False
         outgoing, self._outgoing = self._outgoing, []
         self._shares.clear()
         if self._late is not None:
@@ -403,7 +406,7 @@ class WorkerClient:
             self._in_order.check(number)
             read = [(question, self._read(question, part)) for question, part in parts]
             answers = [(question, answer) for question, answer in read if answer is not None]
-            rrefs = [(client_id, self._held(fork)) for client_id, fork in registered]
+            rrefs = [(client_id, self._held(fork)) for client_id, fork in registered] if registered else []
         except Exception as error:  # whatever RPC makes of a connection that broke
             call_on(self._loop, self._failed, alone, error)
             return
@@ -432,7 +435,9 @@ class WorkerClient:
     ) -> None:
         if not self._is_open:
             return
-        self._learners.update((client_id, rref) for client_id, rref in rrefs if client_id in self._learners)
+        for client_id, rref in rrefs:
+            if client_id in self._learners:
+                self._learners[client_id] = rref
         self._num_open -= alone is None
         self._num_heard += 1
         self._is_late_with_rrefs = False
@@ -449,23 +454,19 @@ class WorkerClient:
 
     def _settle(self, question: _Question, outcome: Outcome) -> None:
         request = question.request
-        if outcome.parcel is not None:
-            if isinstance(request, Call) and request.kind not in _METHODS:
-                self._traffic.num_snapshot_bytes += outcome.parcel.num_bytes
-            else:
-                self._traffic.num_received_bytes += outcome.parcel.num_bytes
+        num_bytes = outcome.parcel.num_bytes if outcome.parcel is not None else 0
+        if isinstance(request, Call) and request.kind not in _METHODS:
+            self._traffic.num_snapshot_bytes += num_bytes
+        else:
+            self._traffic.num_received_bytes += num_bytes
         if question.future.done():  # cancelled: the outcome is asked for by `cancel`, and kept until then
             return
         question.future.set_result(outcome)
-        if outcome.is_final or question.is_cancel:
-            self._acknowledge(request, outcome)
-
-    def _acknowledge(self, request: Call | Batch, outcome: Outcome) -> None:
-        """Let the worker forget an outcome: with the next request, or at once if it keeps much."""
-        self._acknowledged.append(request.call_id)
-        self._num_kept_bytes += outcome.parcel.num_bytes if outcome.parcel is not None else 0
-        if self._num_kept_bytes > _MAX_KEPT_BYTES and self._is_open:
-            self._ping()
+        if outcome.kind != "item" or question.is_cancel:  # the worker need not keep it
+            self._acknowledged.append(request.call_id)
+            self._num_kept_bytes += num_bytes
+            if self._num_kept_bytes > _MAX_KEPT_BYTES and self._is_open:
+                self._ping()
 
     def _missed(self, number: int, error: Exception) -> None:
         """Report an outcome whose files could not be opened, if a caller waits for it."""

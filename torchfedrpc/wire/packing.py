@@ -109,7 +109,7 @@ class Parcel:
         if self.ready is not None:
             self.ready()
         try:
-            if not all(isinstance(slot, Tensor) for slot in self.slots):
+            if self.slots and not all(isinstance(slot, Tensor) for slot in self.slots):
                 raise SerializationError("a parcel has slots that are no tensors")
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 builder = _Builder(self, allow)
@@ -208,7 +208,7 @@ def pack(
         with PlainTensors():
             files, mapped = mapped_copies(slots, pool)
             slots = mapped if files is not None else _copies(views, slots)
-    return Parcel(file.getvalue(), views, slots, fence(slots), tuple(table.apart), files)
+    return Parcel(file.getvalue(), views, slots, fence(slots) if slots else None, tuple(table.apart), files)
 
 
 _PACKED_NOTHING = Parcel(_NOTHING, [], [])
@@ -343,8 +343,10 @@ class _Builder:
         self.budget = rebuild.Budget(parcel.num_bytes)
         # Arrays of objects whose items are still to come, by id, and whether they may be written afterwards.
         self._unfilled: dict[int, tuple[Any, bool]] = {}
-        with PlainTensors():
-            self._tensors = lay_out(parcel.views, parcel.slots, self.budget.spend)
+        self._tensors: list[Tensor] = []
+        if parcel.views:
+            with PlainTensors():
+                self._tensors = lay_out(parcel.views, parcel.slots, self.budget.spend)
 
     def restore(self, kind: str, *parts: Any) -> Any:
         """Return the object that the pickler took apart into these parts.
