@@ -30,7 +30,7 @@ from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.options import CallOptions
 from torchfedrpc.reduce.driver import ReduceProgress, Reduction
-from torchfedrpc.reduce.reducers import Reducer
+from torchfedrpc.reduce.reducers import Reducer, is_builtin
 
 T = TypeVar("T")
 
@@ -232,7 +232,8 @@ class Dispatcher:
         """
         self.check_open()
         reduction = Reduction(prototype, sorted(client_ids, key=self._places.__getitem__))
-        reduction.prototype.copy().open(self._router.allow)  # the workers would refuse it late
+        if not is_builtin(prototype):
+            reduction.prototype.copy().open(self._router.allow)  # the workers would refuse it late
         return reduction
 
     async def reduce(
