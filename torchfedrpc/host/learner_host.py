@@ -231,8 +231,10 @@ class LearnerHost:
     def acknowledge(self, call_ids: Iterable[int]) -> None:
         """Forget the outcomes of these calls, which have arrived at the driver."""
         with self._lock:
-            for call_id in call_ids:
-                self._outcomes.pop(call_id, None)
+            acknowledged = [self._outcomes.pop(call_id, None) for call_id in call_ids]
+        for outcome in acknowledged:
+            if outcome is not None and isinstance(outcome.parcel, Parcel) and outcome.parcel.files is not None:
+                outcome.parcel.files.acknowledged()
 
     def keep_only(self, call_ids: Iterable[int]) -> None:
         """Forget the outcomes of all calls but these, where acknowledgements may have got lost."""

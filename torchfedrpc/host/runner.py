@@ -34,6 +34,7 @@ from torchfedrpc.host.threads import AsyncLane, SyncLane
 from torchfedrpc.host.torch_settings import OpenedSettings, adopt_settings
 from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.exceptions import Failure
+from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Packed, Parcel, Reference, pack
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Runner:
         self._gate = Gate()
         self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._prepare_thread)
         self._async = AsyncLane(self._prepare_thread, self._step_alone)
+        self._file_pool = FilePool()
         self._merging: SyncLane | None = None  # started by the first batch that needs it, on any thread
         self._making = threading.Lock()
 
@@ -155,6 +157,7 @@ class Runner:
     def close(self, timeout_s: float) -> bool:
         """End the threads; whether all ended in time."""
         have_ended = self._sync.close(timeout_s) & self._async.close(timeout_s)
+        self._file_pool.close()
         if self._merging is not None:
             have_ended &= self._merging.close(timeout_s)
         if have_ended:
@@ -511,7 +514,9 @@ class Runner:
             if job.batch is not None and not job.cancelled:
                 job.batch.add(job.place, box[0])
                 box[0] = None
-            taken = pack(box[0], in_files=self.shows_files) if self._by_value else Reference(box[0])
+            taken = (
+                pack(box[0], in_files=self.shows_files, pool=self._file_pool) if self._by_value else Reference(box[0])
+            )
             return Outcome(kind, taken, seconds=seconds)
         except SerializationError as error:
             where = f"{job.call.client_id}.{job.call.method}"

@@ -290,7 +290,7 @@ def _share(endpoint: Endpoint, world: _World, number: int, message: Any, num_cal
 def _share_files(endpoint: Endpoint, world: _World, number: int, message: Any, num_calls: int | None) -> _Action:
     """Keep a value that lies in files of the driver's process."""
     try:
-        parcel: Packed = read_files(message, endpoint.driver_pid, pooled=True)
+        parcel: Packed = read_files(message, endpoint.driver_pid)
     except Exception as error:
         parcel = Unreadable(error)
     value = SharedValue(parcel, number, num_calls)

@@ -71,8 +71,8 @@ def file_message(parcel: Packed, addresses: list[Address]) -> Any:
     return parcel.head, parcel.views, addresses
 
 
-def read_files(message: Any, pid: int | None, *, pooled: bool = False) -> Parcel | Unreadable:
-    """The parcel of such a tuple, in files of that process of this machine, which may be of its pool if ``pooled``.
+def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
+    """Return the parcel of such a tuple, in files of that process of this machine.
 
     Raises:
         OSError: the files are not there, as where that process has ended.
@@ -86,7 +86,7 @@ def read_files(message: Any, pid: int | None, *, pooled: bool = False) -> Parcel
         case _:
             raise SerializationError(_OTHER_FORM)
     try:
-        files = TensorFiles.at(addresses, pid, pooled=pooled)
+        files = TensorFiles.at(addresses, pid)
         return Parcel(head, views, files.tensors(), files=files)
     except OSError as error:
         if error.errno not in NO_ROOM:

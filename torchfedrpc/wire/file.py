@@ -91,9 +91,9 @@ class TensorFiles:
         return cls([TensorFile(_sealed_file(chunks, num_bytes), num_bytes, [place])])
 
     @classmethod
-    def at(cls, addresses: Sequence[Address], pid: int, *, pooled: bool = False) -> TensorFiles:
+    def at(cls, addresses: Sequence[Address], pid: int) -> TensorFiles:
         """Open the files of another process, as `TensorFile.at` does."""
-        return cls([TensorFile.at(address, pid, pooled=pooled) for address in addresses])
+        return cls([TensorFile.at(address, pid) for address in addresses])
 
     def addresses(self) -> list[Address]:
         """Return where other processes of this machine find the files while this process keeps them.
@@ -106,6 +106,11 @@ class TensorFiles:
         """Note that the receiver of the addresses has opened the files, or will never do so."""
         for file in self._files:
             file.answered()
+
+    def acknowledged(self) -> None:
+        """Note that no receiver of any address will open the files from now on."""
+        for file in self._files:
+            file.acknowledged()
 
     def close(self) -> None:
         """Close the files; tensors that are mapped stay usable."""
@@ -185,13 +190,12 @@ class TensorFile:
             return None
 
     @classmethod
-    def at(cls, address: Address, pid: int, *, pooled: bool = False) -> TensorFile:
+    def at(cls, address: Address, pid: int) -> TensorFile:
         """Open the file of another process of this machine.
 
         Args:
             address: From `address` in that process; it may be forged.
             pid: The process.
-            pooled: Whether the file may be one of a pool: then only the other process keeps its bytes from changing.
 
         Raises:
             OSError: If it cannot be opened.
@@ -207,8 +211,9 @@ class TensorFile:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_ino != inode:
             raise _gone()
-        # A file that shrinks under a mapping kills the process that reads there.
-        if not memory_file.is_sealed(descriptor, against_writes=not pooled):
+        # A file that shrinks under a mapping kills the process that reads there. Only its owner keeps its bytes from
+        # changing: it is a process of this user, which a file without a pool forbids to write.
+        if not memory_file.is_sealed(descriptor):
             raise _gone()
         if status.st_size != num_bytes:
             raise SerializationError("a file has another size than it is said to have")
@@ -244,6 +249,11 @@ class TensorFile:
         """Note that the receiver of the address has opened the file, or will never do so."""
         if self._pooled is not None:
             self._pooled.num_requests -= 1
+
+    def acknowledged(self) -> None:
+        """Note that no receiver of any address will open the file from now on."""
+        if self._pooled is not None:
+            self._pooled.num_requests = 0
 
     def tensors(self) -> list[Tensor]:
         """Map the tensors, each with its own storage; writes to them stay private.

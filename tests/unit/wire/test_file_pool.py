@@ -309,17 +309,26 @@ def test_kernel_that_gives_the_same_answer_with_and_without_a_reader_is_found_ou
     assert not memory_file.shows_readers.__wrapped__()
 
 
-def test_reader_accepts_a_file_that_can_be_written_only_if_it_expects_one_of_a_pool(pool: FilePool) -> None:
+def test_reader_accepts_a_file_of_a_pool_and_no_file_that_could_shrink(pool: FilePool) -> None:
     file = TensorFile.of([torch.ones(1000)], pool)
-    with pytest.raises(SerializationError, match="not there"):
-        TensorFile.at(file.address(), os.getpid())
-    (tensor,) = TensorFile.at(file.address(), os.getpid(), pooled=True).tensors()
+    (tensor,) = TensorFile.at(file.address(), os.getpid()).tensors()
     assert tensor.eq(1).all()
     unsealed = os.memfd_create(memory_file.NAME, os.MFD_ALLOW_SEALING)
     os.ftruncate(unsealed, 64)
     with pytest.raises(SerializationError, match="not there"):  # it could shrink
-        TensorFile.at((unsealed, os.fstat(unsealed).st_ino, 64, []), os.getpid(), pooled=True)
+        TensorFile.at((unsealed, os.fstat(unsealed).st_ino, 64, []), os.getpid())
     os.close(unsealed)
+
+
+def test_acknowledged_file_is_used_again_though_it_was_named_twice(pool: FilePool) -> None:
+    files = TensorFiles.of([torch.ones(1000)], pool)
+    (address,) = files.addresses()
+    files.addresses()  # in the next world, since the answer of the first was lost
+    files.answered()
+    files.acknowledged()
+    del files
+    again = TensorFiles.of([torch.zeros(1000)], pool)
+    assert again.addresses()[0][:2] == address[:2]
 
 
 class Collector:
