@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.errors import SerializationError, WorkerLostError
 from torchfedrpc.executors.call_executor import Ended, may_succeed_later
 from torchfedrpc.executors.learner_session import LearnerSession, Run
 from torchfedrpc.host.call import Batch, Call, Outcome
@@ -20,19 +20,37 @@ from torchfedrpc.rpc.worker_client import UndeliverableError
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """One call of a reduction.
+    """One call of a reduction, which holds the turn of its learner until it ends.
 
     Attributes:
         place: The client's place.
         call: The call.
-        session: The learner's session, whose turn is held while the call is made.
+        session: The learner's session.
         num_retries: Number of times to make the call again if its method was not begun.
+        has_turn: Whether it holds the turn.
     """
 
     place: int
     call: Call
     session: LearnerSession
     num_retries: int
+    has_turn: bool = False
+
+    def begin(self) -> None:
+        """Note that the turn was taken."""
+        self.has_turn = True
+        self.session.begin(self.call)
+
+    def settle(self, outcome: Outcome) -> None:
+        """Record the call, and pass the turn on."""
+        self.has_turn = False
+        self.session.settle(self.call, outcome)
+
+    def give_turn(self) -> None:
+        """Pass the turn on, if it is still held."""
+        if self.has_turn:
+            self.has_turn = False
+            self.session.turns.give()
 
 
 class Batches:
@@ -68,6 +86,8 @@ class Batches:
             WorkerLostError: If workers are lost again and again as they merge results.
         """
         free = [part for part in parts if part.session.turns.take_now()]
+        for part in free:
+            part.begin()
         making = [asyncio.ensure_future(self._make(free))]
         for part in parts:
             if part not in free:
@@ -89,22 +109,30 @@ class Batches:
         if self._progress.stopped.is_set():
             part.session.turns.withdraw(turn)
         else:
+            part.begin()
             await self._make([part])
 
     async def _make(self, parts: list[Part]) -> None:
         """Make calls whose turns are held, again after losses, and pass the turns on."""
+        try:
+            await self._make_all(parts)
+        finally:
+            for part in parts:
+                part.give_turn()
+
+    async def _make_all(self, parts: list[Part]) -> None:
         while parts:
             of_workers: defaultdict[Member, list[Part]] = defaultdict(list)
             for part, worker in await self._placed(parts):
-                of_workers[worker].append(part)
+                if self._is_wanted(part):
+                    of_workers[worker].append(part)
             answers = await asyncio.gather(
                 *(self._ask(worker, own) for worker, own in of_workers.items()), return_exceptions=True
             )
             parts = [part for again in answers if not isinstance(again, BaseException) for part in again]
-            if errors := [answer for answer in answers if isinstance(answer, BaseException)]:
-                for part in parts:
-                    part.session.turns.give()
-                raise errors[0]
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
 
     async def _placed(self, parts: list[Part]) -> list[tuple[Part, Member]]:
         """Return the calls whose learners have a worker, moved or rebuilt first if need be; note the others' end."""
@@ -123,9 +151,9 @@ class Batches:
             if isinstance(answer, Member):
                 placed.append((part, answer))
                 continue
-            part.session.turns.give()
             if not isinstance(answer, WorkerLostError):
                 raise answer
+            part.give_turn()
             error = part.session.lost(part.call, str(answer))
             self._ended(part.call, Outcome("failed", error=error, never_ran=True))
         return placed
@@ -149,7 +177,7 @@ class Batches:
                 self._ended(of_place[place].call, outcome)
 
         for part in parts:
-            part.session.begin(part.call)
+            part.session.send(part.call)
         try:
             outcome = await self._progress.run(worker, batch, note)
         except WorkerGone as gone:
@@ -157,9 +185,11 @@ class Batches:
         except UndeliverableError as error:
             for part in parts:
                 lost = part.session.lost(part.call, str(error))
-                part.session.settle(part.call, Outcome("failed", error=lost, cut_off=True))
+                part.settle(Outcome("failed", error=lost, cut_off=True))
             raise WorkerLostError(f"the partial results of {worker.label} are lost: {error}") from error
         self._num_losses = 0
+        if sorted(place for place, _ in outcome.of_calls) != sorted(of_place):
+            raise SerializationError(f"{worker.label} has answered a batch with other calls than it was sent")
         again = []
         for place, of_call in outcome.of_calls:
             part = of_place[place]
@@ -167,15 +197,10 @@ class Batches:
                 part.num_retries -= 1
                 again.append(part)
                 continue
-            part.session.settle(part.call, of_call)
+            part.settle(of_call)
             if place not in noted:
                 self._ended(part.call, of_call)
-        try:
-            self._progress.nodes += self._nodes(worker, outcome)
-        except BaseException:
-            for part in again:
-                part.session.turns.give()
-            raise
+        self._progress.nodes += self._nodes(worker, outcome)
         return again
 
     def _nodes(self, worker: Member, outcome: Outcome) -> list[Node]:
@@ -204,17 +229,14 @@ class Batches:
             part.session.lose(worker, gone)
         if self._run.journals_are_kept and not any(part.call.call_id in gone.running for part in parts):
             self._num_losses += 1
-        is_stopped, succeeded = self._progress.stopped.is_set(), self._progress.succeeded
-        again = [part for part in parts if not is_stopped or part.call.client_id in succeeded]
-        if self._num_losses > self._run.max_recoveries:
-            again = []
-        for part in parts:
-            if part not in again:
-                part.session.turns.give()
         if self._num_losses > self._run.max_recoveries:
             raise WorkerLostError(
                 f"{worker.label} was lost while its partial results were collected (times in succession: "
                 f"{self._num_losses}), so the reduction was given up: see the worker's output for why it ends; "
                 f"runtime.max_recoveries={self._run.max_recoveries} is how often they are made again"
             )
-        return again
+        return [part for part in parts if self._is_wanted(part)]
+
+    def _is_wanted(self, part: Part) -> bool:
+        """Return whether a call is still to be made; of a stopped reduction only if its result has counted."""
+        return not self._progress.stopped.is_set() or part.call.client_id in self._progress.succeeded

@@ -66,6 +66,7 @@ class Journal:
         self._cut_off_number = 0  # of the last call that was cut off, and cannot be repeated
         self._snapshot_number = 0  # of the last change that the snapshot contains
         self._has_snapshot = False
+        self._first_number = 0  # older snapshots, which may still come, are of no use
         self._num_under_way = 0  # snapshots
         self._num_since_refusal = 0
 
@@ -88,6 +89,11 @@ class Journal:
     def is_complete(self) -> bool:
         """Whether snapshot and entries together contain all that the learner has done."""
         return self._journals.are_kept and self.unrecoverable is None and not self._misses_call
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the snapshot contains all that the learner has done."""
+        return self.is_complete and self._has_snapshot and not self.entries
 
     @property
     def needs_snapshot(self) -> bool:
@@ -162,6 +168,9 @@ class Journal:
         """Drop the entries and the snapshot that a snapshot replaces, which is kept or stored."""
         self._num_under_way -= 1
         self.state_bytes = num_bytes
+        if number < self._first_number:
+            self._journals.discard(self.client_id, number)
+            return
         if self._has_snapshot:
             older = min(number, self._snapshot_number)
             if number != self._snapshot_number:
@@ -194,6 +203,7 @@ class Journal:
 
     def forget(self) -> None:
         """Drop everything: the learner was given up, or restored from another snapshot."""
+        self._first_number = self._number + 1
         self._keep_only([])
         if self._has_snapshot:
             self._journals.discard(self.client_id, self._snapshot_number)
@@ -202,7 +212,7 @@ class Journal:
     def _restart(self, restore: Call) -> None:
         self.forget()
         self._number += 1
-        self._snapshot_number = self._number  # snapshots that are on their way are older
+        self._snapshot_number = self._number
         self.unrecoverable, self.num_refusals = None, 0
         entry = Entry(self._number, restore.repeated())
         self.entries.append(entry)
@@ -232,6 +242,7 @@ class Journals:
         self._store = BlobStore()
         self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory
         self._num_state_bytes = 0
+        self._stored: set[tuple[str, int]] = set()  # snapshots on disk
         self._journals: dict[str, Journal] = {}  # that have entries
         self._num_uses: Counter[SharedValue] = Counter()  # of each shared value, by entries of all journals
 
@@ -292,6 +303,8 @@ class Journals:
         others = self._num_state_bytes - (other.nbytes if other is not None else 0)
         if others + state.nbytes > self._max_bytes // _STATES_SHARE:
             return False
+        if (present := self._states.get((client_id, number))) is not None:
+            self._num_state_bytes -= present.nbytes
         self._states[client_id, number] = state
         self._num_state_bytes += state.nbytes
         return True
@@ -303,6 +316,7 @@ class Journals:
             OSError: If the disk is full or cannot be written.
         """
         self._store.put(_key(client_id, number), [seal(state)])
+        self._stored.add((client_id, number))
 
     def get(self, client_id: str, number: int) -> bytes:
         """Return a snapshot.
@@ -317,7 +331,8 @@ class Journals:
         """Delete a snapshot."""
         if (state := self._states.pop((client_id, number), None)) is not None:
             self._num_state_bytes -= state.nbytes
-        else:
+        if (client_id, number) in self._stored:
+            self._stored.discard((client_id, number))
             self._store.discard(_key(client_id, number))
 
     def close(self) -> None:

@@ -211,6 +211,10 @@ class LearnerSession:
         self._call_id = self._sent_id = call.call_id
         self._num_reports = 0
 
+    def send(self, call: Call) -> None:
+        """Note which call is sent, for the loss of a worker that runs it."""
+        self._sent_id = call.call_id
+
     def settle(self, call: Call, outcome: Outcome, num_items: int = 0) -> None:
         """Record a call that has ended, and pass the turn on, behind a snapshot if the call cannot be repeated."""
         self._num_losses = 0
@@ -324,13 +328,14 @@ class LearnerSession:
             WorkerLostError: If the learner cannot be rebuilt.
         """
         self._register(worker)
+        entries = list(self._journal.entries)  # a snapshot that is stored meanwhile drops those that it contains
         try:
             if (snapshot := self._journal.snapshot()) is not None:
                 async with self._run.throttle(worker).passing(len(snapshot)):
                     restore = self._own_call("restore", restore_arguments(snapshot))
                     outcome = await worker.submit(restore)
                     self._check_rebuilt(worker, outcome, is_failed=outcome.kind == "failed")
-            for entry in list(self._journal.entries):
+            for entry in entries:
                 self._sent_id = entry.call.call_id
                 outcome = await self._repeat(worker, entry)
                 self._check_rebuilt(worker, outcome, is_failed=outcome.never_ran and outcome.kind == "failed")
@@ -460,7 +465,7 @@ class LearnerSession:
                 self.turns.give()
 
         try:
-            if worker is None or self._given_up is not None:
+            if worker is None or self._given_up is not None or self._journal.is_settled:
                 self._journal.not_taken()
             else:
                 await self._snapshot(worker, limit, captured)
@@ -607,8 +612,7 @@ class SessionStream:
         self._settle(outcome)
 
     def _settle(self, outcome: Outcome) -> None:
-        if self._has_turn:
-            self._has_turn = False
+        if self._ends():
             self._session.settle(self._call, outcome, self._num_items)
 
     def _worker_lost(self, lost: asyncio.Future[Any]) -> None:
@@ -623,9 +627,15 @@ class SessionStream:
         self._give_turn()
 
     def _give_turn(self) -> None:
-        if self._has_turn:
-            self._has_turn = False
+        if self._ends():
             self._session.turns.give()
+
+    def _ends(self) -> bool:
+        """End the hold on the learner. Returns whether it was held."""
+        had_turn, self._has_turn = self._has_turn, False
+        if self._worker is not None:
+            self._worker.lost.remove_done_callback(self._worker_lost)
+        return had_turn
 
     def _lost(self, gone: WorkerGone) -> Outcome:
         reason = f"its worker was lost ({gone.reason}), and the stream with it: open another"

@@ -18,11 +18,16 @@ _REPLACED_WITHIN_S = 120.0  # by a process that the run starts itself
 class WorkerState(Enum):
     """State of a worker.
 
-    STARTING -> SERVING -> LEAVING
-                   |          |
-                   +-> LOST <-+   (STARTING again when another process takes its name)
-                         |
-                      GAVE_UP     (STARTING again, likewise)
+        STARTING -> SERVING -> LEAVING
+                     |   ^        |
+                     v   |        |
+                     LOST <-------+
+                     |   ^
+                     v   |
+                    GAVE_UP
+
+    A worker that is lost or was given up serves again when another process has taken its name and a world was formed
+    with it.
     """
 
     STARTING = "starting"

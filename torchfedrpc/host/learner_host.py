@@ -167,6 +167,7 @@ class LearnerHost:
             for (place, call), own in zip(batch.calls, numbers or [()] * len(batch.calls), strict=True)
         ]
         begins: list[Job] = []
+        mailboxes = [self._mailboxes[call.client_id] for _, call in calls]  # fails before anything is queued
         with self._lock:
             known = self._outcomes.get(batch.call_id)
             batch_job = self._batches.get(batch.call_id)
@@ -175,9 +176,9 @@ class LearnerHost:
             elif known is None:
                 batch_job = BatchJob(batch, reply, self._runner.take_value, self.allow)
                 self._batches[batch.call_id] = batch_job
-                for place, call in calls:
+                for (place, call), mailbox in zip(calls, mailboxes, strict=True):
                     ended = partial(self._call_ended, batch_job, place)
-                    job = Job(call, self._mailboxes[call.client_id], ended, batch=batch_job, place=place)
+                    job = Job(call, mailbox, ended, batch=batch_job, place=place)
                     if (beginning := self._enqueue(job)) is not None:
                         begins.append(beginning)
         for job in begins:

@@ -13,7 +13,7 @@ from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.rpc.control_link import Link, Message, in_short
 from torchfedrpc.rpc.heartbeat import Loss
-from torchfedrpc.rpc.worker_client import WorkerClient, WorldOver
+from torchfedrpc.rpc.worker_client import UndeliverableError, WorkerClient, WorldOver
 from torchfedrpc.wire.file import TensorFile
 
 _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
@@ -154,12 +154,12 @@ class Member:
             client = self.client or await self._next_client()
             try:
                 client.register(self.registrations[call.client_id])
-                outcome = await client.submit(call)
+                return self._heard(call, await client.submit(call))
             except WorldOver:
                 continue
-            if outcome.kind != "item":
+            except UndeliverableError:
                 self.sent.pop(call.call_id, None)
-            return outcome
+                raise
 
     async def run_batch(self, batch: Batch) -> Outcome:
         """Run a batch, or join it; as of `submit`."""
@@ -175,6 +175,9 @@ class Member:
                 return self._heard(batch, await answer)
             except WorldOver:
                 continue
+            except UndeliverableError:
+                self.sent.pop(batch.call_id, None)
+                raise
 
     async def advance(self, request: Call | Batch, step: int) -> Outcome:
         """Ask an open stream for its item number ``step``, or a watched batch for the calls ended since then.
@@ -192,6 +195,9 @@ class Member:
                 return self._heard(request, await answer)
             except WorldOver:
                 continue
+            except UndeliverableError:
+                self.sent.pop(request.call_id, None)
+                raise
 
     def cancel_batch(self, batch: Batch) -> None:
         """Cancel the calls of a batch that have not ended; its final outcome has the results of the others."""
@@ -207,11 +213,14 @@ class Member:
                 outcome = await client.cancel(call)
             except WorldOver:
                 continue
+            except UndeliverableError:
+                self.sent.pop(call.call_id, None)
+                raise
             self.sent.pop(call.call_id, None)
             return outcome
 
     def _heard(self, request: Call | Batch, outcome: Outcome) -> Outcome:
-        if outcome.is_final:
+        if outcome.kind != "item":
             self.sent.pop(request.call_id, None)
             self._cancelled.discard(request.call_id)
         return outcome
