@@ -315,7 +315,15 @@ class ChaosTrainer(FedAvgTrainer):
 
     async def _read(self, client_id: str) -> list[Any]:
         with self.activities.doing("stream"):
-            return [item async for item in self.learner_proxy.stream(client_id, STREAM_METHOD, STREAM_ITEMS)]
+            reports = list(self._reports.get(client_id, []))
+            while True:  # a stream is lost with its worker, and its learner is rebuilt as it was before
+                try:
+                    stream = self.learner_proxy.stream(client_id, STREAM_METHOD, STREAM_ITEMS)
+                    return [item async for item in stream]
+                except tfr.WorkerLostError as error:
+                    if "the stream with it" not in str(error):
+                        raise
+                    self._reports[client_id] = list(reports)
 
     def _note(self, event: Event) -> None:
         if isinstance(event, ProgressReported):

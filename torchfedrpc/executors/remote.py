@@ -266,7 +266,8 @@ class RemoteLearners:
 
     def stays(self, client_id: str, worker: Member) -> bool:
         """Leave a learner that cannot be captured where it is. Returns False if its worker is about to leave."""
-        if self._workers[worker.label].state is not WorkerState.SERVING:
+        entry = self._workers.get(worker.label)
+        if entry is None or entry.state is not WorkerState.SERVING:
             return False
         self._places[client_id] = worker.label
         return True
@@ -291,7 +292,12 @@ class RemoteLearners:
         """Run a coroutine as a task until the run ends."""
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._end_task)
+
+    def _end_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task of the run failed", exc_info=error)
 
     def relieve_journals(self) -> None:
         """Start snapshots: the journals of all learners have outgrown their bound."""
@@ -410,8 +416,9 @@ class RemoteLearners:
         """Take all learners from a worker, and let it go."""
         moving = [session for session in self._sessions.values() if session.worker is member]
         await asyncio.gather(*(session.move() for session in moving))
-        worker = self._workers[member.label]
-        if worker.member is not member or worker.state is not WorkerState.LEAVING or self._group is None:
+        worker = self._workers.get(member.label)
+        is_leaving = worker is not None and worker.member is member and worker.state is WorkerState.LEAVING
+        if not is_leaving or self._group is None:
             return  # it was lost meanwhile, or the run has ended
         self._group.release(member.label)
         self._spec.publish(WorkerLeft(member.label))

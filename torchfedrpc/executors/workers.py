@@ -91,6 +91,10 @@ class Workers:
     def __getitem__(self, label: str) -> Worker:
         return self._table[label]
 
+    def get(self, label: str) -> Worker | None:
+        """Return a worker; None if it was removed."""
+        return self._table.get(label)
+
     def __contains__(self, label: str) -> bool:
         return label in self._table
 
