@@ -27,8 +27,6 @@ from torchfedrpc.reduce.driver import ReduceProgress, Reduction, all_ended
 from torchfedrpc.wire.packing import Packed, Parcel, pack, pack_nothing
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
-_MAX_PLAIN_ARGUMENTS = 64
-
 Ended = Callable[[Call, Outcome], None]
 
 
@@ -116,7 +114,6 @@ class CallExecutor(AbstractExecutor):
         self._cut: Cut | None = None
         self._durations = Durations()
         self._holders: dict[SharedValue, list[int]] = {}  # of a tick -> calls that have it, bytes admitted for it
-        self._plain_arguments: dict[bytes, Packed] = {}  # arguments without tensors, by their pickles
         self._sharing = Sharing(self._take_shared, self._unshare)
         self._learners: Learners | NotOpened = NotOpened()
 

@@ -123,13 +123,15 @@ class Journal:
 
     def add(self, call: Call, outcome: Outcome, num_items: int = 0) -> None:
         """Note a call that has ended."""
-        if not self._journals.are_kept or call.kind == "snapshot" or outcome.never_ran:
+        if call.kind == "snapshot" or outcome.never_ran:
             return
         if call.kind == "restore":
             if outcome.kind == "value":
                 self._restart(call)
             return
-        self._number += 1
+        self._number += 1  # also if no journals are kept: it tells the snapshots of two moves apart
+        if not self._journals.are_kept:
+            return
         self._num_since_refusal += 1
         if outcome.cut_off:
             self._cut_off_number = self._number
@@ -214,9 +216,10 @@ class Journal:
         self._number += 1
         self._snapshot_number = self._number
         self.unrecoverable, self.num_refusals = None, 0
-        entry = Entry(self._number, restore.repeated())
-        self.entries.append(entry)
-        self._journals.count_entry(self, entry)
+        if self._journals.are_kept:
+            entry = Entry(self._number, restore.repeated())
+            self.entries.append(entry)
+            self._journals.count_entry(self, entry)
 
     def _keep_only(self, entries: list[Entry]) -> None:
         dropped = self.entries[: len(self.entries) - len(entries)]
