@@ -242,6 +242,23 @@ def test_snapshot_replaces_the_one_before_it_in_memory_and_on_disk(
     assert journals._num_state_bytes == (100 if sizes[1] == 100 else 0)
 
 
+@pytest.mark.parametrize("sizes", [(100, 100), (100, MAX_BYTES), (MAX_BYTES, 100)])
+def test_snapshot_that_is_taken_twice_between_two_calls_is_kept_once(
+    journal: Journal, journals: Journals, sizes: tuple[int, int]
+) -> None:
+    """One because a call was cut off, say, and one that the bound has asked for."""
+    add(journal, 1)
+    for num_bytes in sizes:
+        take_snapshot(journal, 1, num_bytes)
+    add(journal, 2)
+    take_snapshot(journal, 2)
+    assert journals._num_state_bytes == 100
+    assert len(journals._states) + len(list(journals._store)) == 1
+    journal.forget()
+    assert journals._num_state_bytes == 0
+    assert len(journals._states) + len(list(journals._store)) == 0
+
+
 def test_snapshots_in_memory_share_a_quarter_of_the_bound(journals: Journals) -> None:
     first, second = Journal("first", journals), Journal("second", journals)
     for number in range(3):  # each in the place of the one before
@@ -463,6 +480,26 @@ def test_restore_is_replaced_by_the_next_snapshot(journal: Journal) -> None:
     assert journal.snapshot() == sealed(5)
     assert repeated(journal) == []
     assert journal.is_complete
+
+
+def test_snapshot_from_before_a_restore_or_a_give_up_is_dropped_when_it_comes(
+    journal: Journal, journals: Journals
+) -> None:
+    add(journal, 1)
+    journal.request_snapshot()
+    number = journal.number
+    journal.add(call(2), CUT_OFF)
+    journal.add(call(3, kind="restore"), VALUE)
+    assert journal.keep(number, state())
+    journal.kept(number, 100)
+    assert (journal.snapshot(), repeated(journal)) == (None, [3])
+    assert (journal.is_complete, journal.needs_snapshot, journal.awaits_snapshot) == (True, False, False)
+    journal.request_snapshot()
+    number = journal.number
+    journal.forget()
+    assert journal.keep(number, state())
+    journal.kept(number, 100)
+    assert not journals._states
 
 
 def test_restore_keeps_no_limit_of_its_own(journal: Journal) -> None:

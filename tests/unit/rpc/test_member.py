@@ -1,7 +1,8 @@
-"""What a worker answers over its link, and what becomes of one whose answers have another form."""
+"""A worker as its driver has it: its answers over the link, and requests to it through all worlds."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Iterator
@@ -10,9 +11,13 @@ from typing import Any
 import pytest
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.rpc.control_link import Link, Message
-from torchfedrpc.rpc.member import Member, RefusalError
+from torchfedrpc.rpc.heartbeat import Loss
+from torchfedrpc.rpc.member import Member, RefusalError, WorkerGone
+from torchfedrpc.rpc.worker_client import UndeliverableError, WorldOver
 from torchfedrpc.wire.file import TensorFile
+from torchfedrpc.wire.packing import pack
 
 GOOD: Message = {"device": "cpu", "visible_gpus": None, "sees_files": True, "files": None, "problems": []}
 
@@ -82,3 +87,291 @@ def test_message_of_another_form_is_not_taken(ends: tuple[Member, Link], changed
     assert not member.adopt({**GOOD, **changed})
     assert not member.adopt({name: value for name, value in GOOD.items() if name not in changed})
     assert (member.device, member.pid) == ("cpu", None)
+
+
+# Requests through all worlds.
+
+
+class Client:
+    """The client of a world, whose requests a test answers; `Member` sees no more of `WorkerClient`."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.open: dict[str, asyncio.Future[Outcome]] = {}
+        self.told: set[str] = set()
+
+    def register(self, registration: Registration) -> None:
+        self.log.append(f"register {registration.client_id} {registration.build}")
+
+    def forget(self, client_id: str) -> None:
+        self.log.append(f"forget {client_id}")
+
+    def confirmed(self) -> set[str]:
+        return self.told
+
+    def submit(self, call: Call) -> asyncio.Future[Outcome]:
+        return self._ask(f"submit {call.call_id}")
+
+    def run_batch(self, batch: Batch) -> asyncio.Future[Outcome]:
+        return self._ask(f"batch {batch.call_id}")
+
+    def advance(self, request: Call | Batch, step: int) -> asyncio.Future[Outcome]:
+        return self._ask(f"advance {request.call_id} {step}")
+
+    def cancel(self, call: Call) -> asyncio.Future[Outcome]:
+        return self._ask(f"cancel {call.call_id}")
+
+    def cancel_batch(self, batch: Batch) -> None:
+        self.log.append(f"cancel_batch {batch.call_id}")
+
+    def close(self) -> None:
+        self.log.append("close")
+        for future in self.open.values():
+            if not future.done():
+                future.set_exception(WorldOver())
+
+    def _ask(self, request: str) -> asyncio.Future[Outcome]:
+        self.log.append(request)
+        self.open[request] = asyncio.get_running_loop().create_future()
+        return self.open[request]
+
+
+VALUE, ITEM = Outcome("value"), Outcome("item")
+
+
+async def settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def within(awaitable: Any) -> Any:
+    return await asyncio.wait_for(awaitable, 20)
+
+
+def serving(*clients: str) -> tuple[Member, Client]:
+    """A worker that has learners of these clients and can be called."""
+    unused: Any = None
+    member, client = Member("worker1", unused, None, "here", dismiss=lambda reason: None), Client()
+    member.begin()
+    enter(member, client)
+    for client_id in clients:
+        member.register(Registration(client_id, pack({}), 1))
+    return member, client
+
+
+def enter(member: Member, client: Any) -> None:
+    member.enter_world(client)
+
+
+def call(call_id: int, client_id: str = "a") -> Call:
+    return Call(call_id, client_id, "train", pack(((), {})))
+
+
+def batch(call_id: int = -1) -> Batch:
+    return Batch(call_id, pack("reducer"), 2, ((0, call(1)), (1, call(2, "b"))))
+
+
+def requests(member: Member) -> dict[str, Any]:
+    """Each kind of request, as it is sent by a worker that has learners of ``a`` and ``b``."""
+    return {
+        "submit 1": member.submit(call(1)),
+        "batch -1": member.run_batch(batch()),
+        "advance 1 3": member.advance(call(1), 3),
+        "advance -1 2": member.advance(batch(), 2),
+        "cancel 1": member.cancel(call(1)),
+    }
+
+
+KINDS = ["submit 1", "batch -1", "advance 1 3", "advance -1 2", "cancel 1"]
+
+
+def asked(member: Member, kind: str) -> asyncio.Task[Outcome]:
+    coroutines = requests(member)
+    task = asyncio.ensure_future(coroutines.pop(kind))
+    for coroutine in coroutines.values():
+        coroutine.close()
+    return task
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_request_is_sent_again_in_each_world_until_it_is_answered(kind: str) -> None:
+    member, first = serving("a", "b")
+    task = asked(member, kind)
+    await settled()
+    member.leave_world()
+    await settled()
+    second, third = Client(), Client()
+    enter(member, second)
+    await settled()
+    member.leave_world()
+    enter(member, third)
+    await settled()
+    for client in (first, second, third):
+        assert [entry for entry in client.log if entry == kind] == [kind]
+    third.open[kind].set_result(VALUE)
+    assert await within(task) is VALUE
+    assert (first.log[-1], third.log[-1]) == ("close", kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_request_fails_if_the_worker_is_lost(kind: str) -> None:
+    member, _ = serving("a", "b")
+    before = asked(member, kind)
+    await settled()
+    member.lose(Loss("its process ended", (1, 2)))
+    member.lose(Loss("the proxy is closed", ()))
+    for task in (before, asked(member, kind)):
+        with pytest.raises(WorkerGone, match="its process ended") as caught:
+            await within(task)
+        assert (caught.value.reason, caught.value.running) == ("its process ended", {1, 2})
+    assert member.is_gone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_request_between_two_worlds_fails_if_the_worker_is_lost(kind: str) -> None:
+    member, client = serving("a", "b")
+    member.leave_world()
+    task = asked(member, kind)
+    await settled()
+    assert client.log == ["close"]
+    member.lose(Loss("its process ended", ()))
+    with pytest.raises(WorkerGone):
+        await within(task)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_request_that_rpc_cannot_carry_is_not_sent_again_and_does_not_count_as_running(kind: str) -> None:
+    member, client = serving("a", "b")
+    member.sent[int(kind.split()[1])] = None
+    task = asked(member, kind)
+    await settled()
+    client.open[kind].set_exception(UndeliverableError("torch RPC cannot carry it"))
+    with pytest.raises(UndeliverableError):
+        await within(task)
+    assert member.sent == {}
+
+
+async def test_learners_are_registered_before_their_calls_in_each_world() -> None:
+    member, first = serving("a", "b")
+    task = asyncio.ensure_future(member.run_batch(batch()))
+    await settled()
+    member.leave_world()
+    enter(member, second := Client())
+    await settled()
+    assert first.log == ["register a 1", "register b 1", "batch -1", "close"]
+    assert second.log == ["register a 1", "register b 1", "batch -1"]
+    second.open["batch -1"].set_result(VALUE)
+    await within(task)
+
+
+async def test_learner_that_is_forgotten_is_not_confirmed_and_may_come_back_with_another_build() -> None:
+    member, client = serving("a", "b")
+    client.told = {"a", "b"}
+    member.leave_world()
+    assert member.confirmed == {"a", "b"}
+    enter(member, client := Client())
+    member.forget("a")
+    member.forget("a")
+    assert (client.log, member.confirmed, list(member.registrations)) == (["forget a"], {"b"}, ["b"])
+    member.register(Registration("a", pack({}), 3))
+    task = asyncio.ensure_future(member.submit(call(1)))
+    await settled()
+    assert client.log == ["forget a", "register a 3", "submit 1"]
+    client.open["submit 1"].set_result(VALUE)
+    await within(task)
+
+
+async def test_batch_that_was_cancelled_is_cancelled_again_in_each_world() -> None:
+    member, first = serving("a", "b")
+    task = asyncio.ensure_future(member.run_batch(batch()))
+    await settled()
+    member.cancel_batch(batch())
+    assert first.log[-2:] == ["batch -1", "cancel_batch -1"]
+    member.leave_world()
+    enter(member, second := Client())
+    await settled()
+    assert second.log[-2:] == ["batch -1", "cancel_batch -1"]
+    second.open["batch -1"].set_result(ITEM)
+    await within(task)
+    member.leave_world()
+    enter(member, third := Client())
+    task = asyncio.ensure_future(member.advance(batch(), 1))
+    await settled()
+    assert third.log == ["advance -1 1", "cancel_batch -1"]
+    third.open["advance -1 1"].set_result(VALUE)
+    await within(task)
+    assert not member._cancelled
+
+
+async def test_batch_that_is_cancelled_between_two_worlds_is_cancelled_in_the_next() -> None:
+    member, _ = serving("a", "b")
+    member.leave_world()
+    task = asyncio.ensure_future(member.run_batch(batch()))
+    await settled()
+    member.cancel_batch(batch())
+    enter(member, client := Client())
+    await settled()
+    assert client.log[-2:] == ["batch -1", "cancel_batch -1"]
+    client.open["batch -1"].set_result(VALUE)
+    await within(task)
+
+
+async def test_worker_that_is_lost_in_silence_was_running_the_call_that_was_sent_first() -> None:
+    member, client = serving("a", "b")
+    tasks = [
+        asyncio.ensure_future(coroutine)
+        for coroutine in (member.submit(call(1)), member.run_batch(batch()), member.submit(call(3)))
+    ]
+    await settled()
+    client.open["submit 1"].set_result(VALUE)
+    await within(tasks[0])
+    member.lose(Loss("its heartbeats stopped", None))
+    for task in tasks[1:]:
+        with pytest.raises(WorkerGone) as caught:
+            await within(task)
+        assert caught.value.running == {-1}
+
+
+async def test_stream_counts_as_running_until_its_end() -> None:
+    member, client = serving("a")
+    task = asyncio.ensure_future(member.submit(call(1)))
+    await settled()
+    client.open["submit 1"].set_result(ITEM)
+    await within(task)
+    assert list(member.sent) == [1]
+    task = asyncio.ensure_future(member.advance(call(1), 1))
+    await settled()
+    client.open["advance 1 1"].set_result(Outcome("end"))
+    await within(task)
+    assert list(member.sent) == []
+
+
+async def test_call_whose_caller_is_cancelled_counts_as_running_until_it_was_cancelled() -> None:
+    member, client = serving("a")
+    task = asyncio.ensure_future(member.submit(call(1)))
+    await settled()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert list(member.sent) == [1]
+    task = asyncio.ensure_future(member.cancel(call(1)))
+    await settled()
+    client.open["cancel 1"].set_result(Outcome("cancelled", cut_off=True))
+    assert (await within(task)).cut_off
+    assert list(member.sent) == []
+
+
+async def test_run_begins_with_nothing_of_the_one_before() -> None:
+    member, _ = serving("a", "b")
+    task = asyncio.ensure_future(member.run_batch(batch()))
+    await settled()
+    member.cancel_batch(batch())
+    member.wants_to_leave = member.has_served = True
+    member.lose(Loss("the proxy is closed", ()))
+    with pytest.raises(WorkerGone):
+        await within(task)
+    member.begin()
+    assert not member.is_gone
+    assert (member.registrations, member.sent, member.confirmed, member.client) == ({}, {}, set(), None)
+    assert (member.wants_to_leave, member.has_served) == (False, False)
+    assert not member._cancelled

@@ -19,9 +19,9 @@ from hostile import CORPUS, PARCELS, Victim, harm
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import SerializationError, SnapshotError, UntrustedTypeError
-from torchfedrpc.executors.call_executor import CallExecutor
+from torchfedrpc.executors.remote import RemoteLearners
 from torchfedrpc.host import snapshot
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.call import Call, Outcome, Registration
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc.guard import GuardedUnpickler
@@ -168,7 +168,7 @@ def test_objects_that_refer_to_each_other_are_not_deep() -> None:
 @pytest.fixture(scope="module")
 def host() -> Iterator[LearnerHost]:
     host = LearnerHost(LearnerSpec.of(Victim, 0, RuntimeConfig(execution_mode="local"))[0])
-    host.register("client_1", pack({}))
+    host.register(Registration("client_1", pack({})))
     yield host
     assert host.close()
 
@@ -200,7 +200,7 @@ def test_a_host_answers_with_the_error_and_serves_the_next_call(host: LearnerHos
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_host_whose_learner_cannot_be_made_goes_on_too(host: LearnerHost, name: str) -> None:
     number = -1 - SAMPLE.index(name)
-    host.register(name, hostile.parcel(CORPUS[name]))
+    host.register(Registration(name, hostile.parcel(CORPUS[name])))
     assert answered(host, Call(number, name, "echo", pack(((), {})))).kind == "failed"
     following = Call(number - 100, "client_1", "echo", pack(((1,), {})))
     assert answered(host, following).result(following, ALLOW, "here") == ((1,), {})
@@ -222,7 +222,7 @@ async def test_a_worker_refuses_it_and_serves_the_next_call(
 ) -> None:
     parcel = HOSTILE_ARGUMENTS[name]()
     with monkeypatch.context() as patch:
-        patch.setattr(CallExecutor, "_take_arguments", lambda self, args, kwargs: parcel)
+        patch.setattr(RemoteLearners, "take_arguments", lambda self, args, kwargs: parcel)
         with pytest.raises(SerializationError):
             await workers.custom_method("client_1", "echo", 1)
     assert await workers.custom_method("client_1", "harm") == []
