@@ -55,6 +55,17 @@ class Sharer(Probe):
             weights += 1
 
 
+class Counted:
+    """Counts how often it is pickled."""
+
+    def __init__(self) -> None:
+        self.num_pickles = 0
+
+    def __reduce__(self) -> Any:
+        self.num_pickles += 1
+        return Counted, ()
+
+
 @pytest.fixture(scope="module")
 def proxy(runner: asyncio.Runner, runtime: dict[str, Any]) -> Iterator[tfr.LearnerProxy]:
     clients = [f"client_{number}" for number in range(NUM_CLIENTS)]
@@ -229,6 +240,12 @@ async def test_a_group_call_sends_once_per_worker(proxy: tfr.LearnerProxy, fresh
 
     check_once(proxy, await sent_by(proxy, call()))
     assert {one: {"lr": kwargs["lr"], "which": kwargs["which"]} for one, (_, kwargs) in result.items()} == own
+
+
+async def test_a_group_call_pickles_an_argument_once(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
+    counted = Counted()
+    await proxy.clients(fresh.apart(6)).call("keep", [torch.ones(SIZE), counted])
+    assert counted.num_pickles == 1
 
 
 async def test_the_seeds_own_loop_sends_once_per_worker(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:

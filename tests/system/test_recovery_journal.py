@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -163,6 +164,34 @@ async def test_a_call_that_was_cancelled_as_it_ran_is_not_repeated_and_what_it_d
     expected = ["before", "hold begins", cancelled, "after"]
     assert await proxy.custom_method(one, "what_happened") == expected
     assert len(seen.progress(one)) == 1
+
+
+async def test_a_call_behind_one_that_was_cut_off_waits_until_its_snapshot_is_stored(
+    proxy: tfr.LearnerProxy, clients: Iterator[str], seen: Losses, latch: Latch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = next(clients), next(clients)
+    is_storing, may_end, store = threading.Event(), threading.Event(), Journal.store
+
+    def slow_store(*arguments: Any) -> None:
+        """On a thread of its own."""
+        is_storing.set()
+        assert may_end.wait(60)
+        store(*arguments)
+
+    monkeypatch.setattr(Journal, "keep", lambda *arguments: False)
+    monkeypatch.setattr(Journal, "store", slow_store)
+    call = asyncio.ensure_future(proxy.custom_method(one, "hold_async", latch.path))
+    await seen.reported(one)
+    call.cancel()
+    behind = asyncio.ensure_future(proxy.custom_method(one, "append", "after"))
+    try:
+        assert await asyncio.to_thread(is_storing.wait, 30)
+        for _ in range(3):  # the worker is free all the while
+            await proxy.custom_method(other, "step")
+        assert not behind.done()
+    finally:
+        may_end.set()
+    assert await behind == 3
 
 
 async def test_a_call_past_its_deadline_is_not_repeated_and_what_it_did_is_kept(

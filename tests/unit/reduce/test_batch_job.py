@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import pytest
+import torch
 from summing import Brackets, Failing, Unopenable
 
 import torchfedrpc as tfr
@@ -88,7 +89,9 @@ def test_users_reducer_has_results_by_value_and_ours_has_them_as_they_are() -> N
 
 
 def test_reducer_is_opened_as_a_copy_so_that_a_batch_that_is_sent_again_has_its_own() -> None:
-    job = batch_job()
+    reducer = Brackets()
+    vars(reducer)["weights"] = torch.zeros(3)  # a parcel with tensors can be opened only once
+    job = batch_job(reducer)
     job.add(0, "0")
     again = BatchJob(job.batch, lambda outcome: None, pack, ALLOW)
     again.add(1, "1")

@@ -375,3 +375,14 @@ async def test_run_begins_with_nothing_of_the_one_before() -> None:
     assert (member.registrations, member.sent, member.confirmed, member.client) == ({}, {}, set(), None)
     assert (member.wants_to_leave, member.has_served) == (False, False)
     assert not member._cancelled
+
+
+@pytest.mark.parametrize(("running", "expected"), [(None, {5}), ((), set()), ((6,), {6})])
+async def test_lost_worker_was_running_the_first_call_unless_more_is_known(
+    ends: tuple[Member, Link], running: tuple[int, ...] | None, expected: set[int]
+) -> None:
+    worker, _ = ends
+    worker.begin()
+    worker.sent = {5: None, 6: None}
+    worker.lose(Loss("it was killed", running))
+    assert worker.gone().running == expected
