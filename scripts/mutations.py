@@ -144,7 +144,7 @@ MUTATIONS = [
         "tests/unit/rpc/test_handshake.py",
     ),
     Mutation(
-        "the dialler asks for no proof before it tells of itself",
+        "the dialler asks for no proof before it says who it is",
         "rpc/handshake.py",
         'if not _proves((await _receive(connection)).get("proof"), _proof(token, "listener", transcript)):',
         "if not await _receive(connection):",
@@ -301,7 +301,7 @@ MUTATIONS = [
         "tests/contract/test_deadlines.py -k local",
     ),
     Mutation(
-        "a cancelled method is not told",
+        "a cancelled method does not see that it is",
         "host/learner_host.py",
         "            job.cancelled = True\n            job.last_item",
         "            job.last_item",
@@ -683,7 +683,7 @@ def survives(mutation: Mutation) -> tuple[bool, float, str]:
         seconds = time.monotonic() - began
     if done.returncode not in (0, 1):  # neither passed nor failed: no such tests, say
         raise LookupError(f"{mutation.name}: pytest ended with {done.returncode}: {done.stdout[-500:]}{done.stderr}")
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED tests", "ERROR tests"))]
     return done.returncode == 0, seconds, failed[0] if failed else done.stdout.strip().splitlines()[-1]
 
 
