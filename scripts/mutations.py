@@ -498,7 +498,7 @@ MUTATIONS = [
         "executors/batches.py",
         "            part.session.settle(part.call, of_call)\n",
         "            part.session.turns.give()\n",
-        "tests/system/test_recovery_reduce.py",
+        "tests/system/test_recovery_reduce.py -k between_two_reductions",
     ),
     Mutation(
         "a batch is sent for ever",

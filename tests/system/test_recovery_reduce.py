@@ -74,6 +74,16 @@ async def test_a_worker_is_lost_while_its_calls_wait_or_run(
     await check_draw(proxy, drawn, clients, 1)
 
 
+async def test_a_worker_is_lost_between_two_reductions(
+    proxy: tfr.LearnerProxy, drawn: dict[str, list[str]], seen: Losses, on_1: Iterator[str], on_2: Iterator[str]
+) -> None:
+    clients = [*islice(on_1, 2), next(on_2)]
+    await check_draw(proxy, drawn, clients, 0)
+    kill(proxy, "worker1")
+    await seen.loss()
+    await check_draw(proxy, drawn, clients, 1)
+
+
 async def test_each_worker_gets_one_request_for_its_calls(
     proxy: tfr.LearnerProxy, on_1: Iterator[str], on_2: Iterator[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
