@@ -196,8 +196,8 @@ MUTATIONS = [
     Mutation(
         "local results are not copied",
         "host/runner.py",
-        "taken = pack(box[0], in_files=self.shows_files) if self._by_value else Reference(box[0])",
-        "taken = Reference(box[0])",
+        "pack(box[0], in_files=self.shows_files, pool=self._file_pool) if self._by_value else Reference(box[0])",
+        "Reference(box[0])",
         "tests/contract/test_values.py -k local",
     ),
     Mutation(
@@ -245,8 +245,8 @@ MUTATIONS = [
     Mutation(
         "acknowledged outcomes are kept",
         "host/learner_host.py",
-        "                self._outcomes.pop(call_id, None)\n",
-        "                pass\n",
+        "acknowledged = [self._outcomes.pop(call_id, None) for call_id in call_ids]",
+        "acknowledged = [self._outcomes.get(call_id) for call_id in call_ids]",
         "tests/unit/host/test_learner_host.py",
     ),
     Mutation(
@@ -325,7 +325,7 @@ MUTATIONS = [
     Mutation(
         "the journal has no calls",
         "executors/journal.py",
-        "            self.entries.append(entry)\n",
+        "        self.entries.append(entry)\n",
         "",
         "tests/unit/executors/test_journal.py",
     ),
@@ -410,15 +410,15 @@ MUTATIONS = [
     Mutation(
         "a rebuild leaves the journal out",
         "executors/learner_session.py",
-        "for entry in list(self._journal.entries):",
-        "for entry in self._journal.entries[:0]:",
+        "for entry in entries:",
+        "for entry in entries[:0]:",
         "tests/system/test_recovery.py -k same_bits",
     ),
     Mutation(
         "a rebuild repeats the journal from its end",
         "executors/learner_session.py",
-        "for entry in list(self._journal.entries):",
-        "for entry in self._journal.entries[::-1]:",
+        "for entry in entries:",
+        "for entry in entries[::-1]:",
         "tests/system/test_recovery.py -k left_early",
     ),
     Mutation(
@@ -481,8 +481,8 @@ MUTATIONS = [
     Mutation(
         "the calls of a lost batch are not made again",
         "executors/batches.py",
-        "again = [part for part in parts if not is_stopped or part.call.client_id in succeeded]",
-        "again = [part for part in parts if is_stopped and part.call.client_id in succeeded]",
+        "return [part for part in parts if self._is_wanted(part)]",
+        "return [part for part in parts if not self._is_wanted(part)]",
         "tests/system/test_recovery_reduce.py -k lost_while_its_calls",
     ),
     Mutation(
@@ -496,8 +496,8 @@ MUTATIONS = [
     Mutation(
         "the journal has no calls of batches",
         "executors/batches.py",
-        "            part.session.settle(part.call, of_call)\n",
-        "            part.session.turns.give()\n",
+        "            part.settle(of_call)\n",
+        "            part.give_turn()\n",
         "tests/system/test_recovery_reduce.py -k between_two_reductions",
     ),
     Mutation(

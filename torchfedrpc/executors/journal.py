@@ -136,9 +136,7 @@ class Journal:
         if outcome.cut_off:
             self._cut_off_number = self._number
         elif self.unrecoverable is None or self._num_under_way:  # the snapshot may make it recoverable again
-            entry = Entry(self._number, call.repeated(), num_items, outcome.kind == "cancelled")
-            self.entries.append(entry)
-            self._journals.count_entry(self, entry)
+            self._append(Entry(self._number, call.repeated(), num_items, outcome.kind == "cancelled"))
 
     def request_snapshot(self) -> None:
         """Note that a snapshot is about to be taken, which ends with `kept`, `refused` or `not_taken`."""
@@ -217,9 +215,11 @@ class Journal:
         self._snapshot_number = self._number
         self.unrecoverable, self.num_refusals = None, 0
         if self._journals.are_kept:
-            entry = Entry(self._number, restore.repeated())
-            self.entries.append(entry)
-            self._journals.count_entry(self, entry)
+            self._append(Entry(self._number, restore.repeated()))
+
+    def _append(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self._journals.count_entry(self, entry)
 
     def _keep_only(self, entries: list[Entry]) -> None:
         dropped = self.entries[: len(self.entries) - len(entries)]

@@ -137,6 +137,22 @@ def test_journal_keeps_nothing_if_nothing_is_rebuilt(admission: Admission) -> No
     journals.close()
 
 
+def test_snapshots_of_two_moves_are_apart_if_nothing_is_rebuilt(admission: Admission) -> None:
+    journals = Journals(RuntimeConfig(on_worker_lost="fail", journal_max_bytes=4000), admission)
+    journal = Journal("client_1", journals)
+    for number in range(1, 8):  # more than memory has room for
+        journal.add(call(number), Outcome("value"))
+        snapshot = torch.full((400,), number, dtype=torch.uint8)
+        journal.request_snapshot()
+        if not journal.keep(journal.number, snapshot):
+            journal.store(journal.number, snapshot)
+        journal.kept(journal.number, snapshot.nbytes)
+        kept = journal.snapshot()
+        assert kept is not None
+        assert bytes([number]) * 300 in kept  # behind its header
+    journals.close()
+
+
 # Calls that were cut off.
 
 
