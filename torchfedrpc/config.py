@@ -111,8 +111,9 @@ class RuntimeConfig:
             call takes about 200 bytes there, beside its arguments.
         journal_max_bytes: Bytes of those calls' arguments that the driver keeps in memory, of all learners together.
             Above that, snapshots are taken that free four times their own size; if these are too few, others of any
-            size. New calls wait for what is above the bound. A value that many calls share counts once. The default
-            holds a 40 MB model twelve times. Snapshots in memory take up to a quarter as much; others are on disk.
+            size. What is above the bound counts in ``max_inflight_bytes``, so that new calls wait. A value that many
+            calls share counts once. The default holds a 40 MB model twelve times. Snapshots in memory take up to a
+            quarter as much; others are on disk.
         max_pending_calls: calls that may wait for their results at once, in the whole run; one more raises
             CapacityError. None for no limit: waiting calls cost little beside their arguments, which
             ``max_inflight_bytes`` bounds.
