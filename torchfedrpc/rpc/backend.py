@@ -1,4 +1,4 @@
-"""The one import of torch.distributed.rpc; everything else here asks this module for it."""
+"""The only import of torch.distributed.rpc. Other modules of this folder get it from here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ except ImportError:  # some builds of torch have no distributed package
 
 
 def torch_rpc() -> Any:
-    """The module torch.distributed.rpc.
+    """Return the module torch.distributed.rpc.
 
     Raises:
-        ConfigError: this build of torch has none.
+        ConfigError: If this build of torch has none.
     """
     if _rpc is None or not _rpc.is_available():
         raise ConfigError(
@@ -32,7 +32,7 @@ def torch_rpc() -> Any:
 
 
 def async_entry(function: Any) -> Any:
-    """Mark a function that others invoke by RPC as one that returns a future of its result."""
+    """Mark an entry point that returns a future of its result."""
     if _rpc is None or not _rpc.is_available():
         return function
     marked: Any = _rpc.functions.async_execution  # untyped there
@@ -40,10 +40,10 @@ def async_entry(function: Any) -> Any:
 
 
 def set_connection_warnings(shown: bool) -> None:
-    """Let torch's C++ code warn (its default) of every connection that ends, or not.
+    """Enable or disable the warnings of torch's C++ code about connections that end (enabled by default).
 
-    A world's end closes all connections, and a lost worker is told by our own error. torch reads
-    TORCH_CPP_LOG_LEVEL once, when it is imported; who has set that, has it.
+    The end of a world closes all connections, and the loss of a worker is reported by our own error. If the user has
+    set TORCH_CPP_LOG_LEVEL, which torch reads when it is imported, that holds.
     """
     if "TORCH_CPP_LOG_LEVEL" in os.environ:
         return

@@ -1,9 +1,9 @@
-"""The entry points that the driver invokes on a worker.
+"""Entry points of a worker, which its driver invokes by RPC.
 
-They run on RPC's own threads and never wait there: calls are handed to the host, which answers through futures.
+They run on RPC's threads and never block them: calls go to the host, which answers through futures.
 
-Any process that reaches the port can invoke them. A request counts only with the secret that this worker's driver has
-told it over the link, which is compared before anything else of the request is looked at.
+Any process that reaches the port can invoke them. A request is served only if it begins with the secret that the
+driver has sent over the control link. The secret is compared before anything else of the request is read.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _Action = Callable[[LearnerHost], object]
 
 
 class Endpoint:
-    """A worker's side of the calls from its driver, through all the worlds of a run.
+    """A worker's side of its driver's calls, through all worlds of a run.
 
     Args:
-        device: this worker's device.
-        driver_pid: the driver's process, where this worker finds that one's files.
+        device: The worker's device.
+        driver_pid: The driver's process, if the worker can open its memory files; else None.
     """
 
     def __init__(self, device: torch.device, driver_pid: int | None = None) -> None:
@@ -47,15 +47,15 @@ class Endpoint:
         self.host: LearnerHost
         self.device = device
         self._world: _World | None = None
-        self._unheard: list[Reported] = []  # reports made while there is no world, or lost with one
-        self._lock = threading.Lock()  # held while a report goes where reports go
+        self._unheard: list[Reported] = []  # reports that were made without a world, or lost with one
+        self._lock = threading.Lock()  # held while a report is queued
 
     def connect(self, secret: bytes, covered: MappedDevices) -> None:
-        """Serve in a world; to be called before it is joined.
+        """Serve in a world. Call this before the world is joined.
 
         Args:
-            secret: what the driver's requests to this worker in that world begin with.
-            covered: the devices of this worker that the world's device map takes to the driver.
+            secret: First bytes of the driver's requests to this worker in that world.
+            covered: Devices of this worker that the world's device map connects with the driver.
         """
         self.host.unshare_all()
         with self._lock:
@@ -64,9 +64,9 @@ class Endpoint:
             self._unheard = []
 
     def disconnect(self) -> None:
-        """Answer nobody any more; to be called before the world is left, which cuts off what is on its way.
+        """Stop answering. Call this before the world is left, since answers on their way are lost with it.
 
-        The driver asks again in the next world for what it has had no answer to.
+        The driver repeats unanswered requests in the next world.
         """
         with self._lock:
             world, self._world = self._world, None
@@ -75,14 +75,14 @@ class Endpoint:
                 world.rrefs.close()
 
     def world(self, header: object) -> _World | None:
-        """The present world; None where a request's header does not have its secret."""
+        """Return the present world; None if the header of a request does not begin with its secret."""
         world = self._world
         given = header[0] if type(header) is tuple and header else None
         secret = given if type(given) is bytes else b""
         return world if world is not None and hmac.compare_digest(secret, world.secret) else None
 
     def report(self, call: Call, number: int, progress: Packed) -> None:
-        """Tell the driver what a method reports: it hears that before the call's outcome."""
+        """Send the progress that a method reports. It arrives before the outcome of the call."""
         with self._lock:
             if self._world is None:
                 self._unheard.append((call, number, progress))
@@ -91,7 +91,7 @@ class Endpoint:
 
 
 class _World:
-    """What an endpoint has at hand while it is in a world."""
+    """State of an endpoint in one world."""
 
     def __init__(self, secret: bytes, answers: Answers, rrefs: OwnedRRefs) -> None:
         self.secret = secret
@@ -105,24 +105,24 @@ serving: Endpoint | None = None  # a worker's own endpoint, during a run
 
 @async_entry
 def serve(header: tuple[Any, ...], items: Sequence[tuple[Any, ...]]) -> Any:
-    """Take a driver's request; the future's value is what this worker has to tell, once there is anything.
+    """Serve a request of the driver. The future is settled when the worker has an outcome or a report.
 
     Args:
-        header: the secret, number of the request in its world, how many answers the driver has heard, which outcomes
-            need not be kept for it any more, and the question that is to be answered alone, if any.
-        items: what to do, in order: a verb of `_VERBS` and its arguments. One that cannot be read is answered with
-            an error where it is a question, else logged; the others are done.
+        header: Secret, number of the request in its world, number of answers that the driver has received, call ids
+            whose outcomes it has received, and the number of the question to answer separately (or None).
+        items: Items in order, each a verb of `_VERBS` and its arguments. An item that cannot be read is answered
+            with an error if it is a question, and logged otherwise; the other items are carried out.
 
     Returns:
-        A future of (number of the answer, [(question, outcome) or (None, report), ...], [(client id, its learner's
-        RRef), ...]); of None, where this worker leaves the world, or the secret is that of another.
+        A future of (number of the answer, [(question, outcome) or (None, report), ...], [(client id, RRef of its
+        learner), ...]). Its value is None if the worker leaves the world, or if the secret is wrong.
 
     Raises:
-        SerializationError: the header or the items are of another form; nothing of the request is done.
+        SerializationError: If the header or the items have another form. Nothing of the request is carried out.
     """
     endpoint = serving
     if endpoint is None or (world := endpoint.world(header)) is None:
-        return _nothing()  # an error would be printed, by RPC on both sides
+        return _nothing()  # RPC would print an error on both sides
     if not isinstance(items, list | tuple):
         raise SerializationError(f"a request's items are a list, not a {type(items).__name__}")
     number, alone = _heed(endpoint, world, header)
@@ -134,7 +134,7 @@ def serve(header: tuple[Any, ...], items: Sequence[tuple[Any, ...]]) -> Any:
         for action in actions:
             try:
                 action(host)
-            except Exception:  # those behind must not suffer for it
+            except Exception:  # the other items are carried out all the same
                 logger.exception("a request could not be carried out")
 
     world.requests.put(number, run)
@@ -142,7 +142,7 @@ def serve(header: tuple[Any, ...], items: Sequence[tuple[Any, ...]]) -> Any:
 
 
 def acknowledge(header: tuple[Any, ...]) -> None:
-    """Outcomes have arrived, and no other request is there to say so; answers show that this worker is reached."""
+    """Take acknowledgements that no other request carries. The answer shows that the worker is reached."""
     endpoint = serving
     if endpoint is not None and (world := endpoint.world(header)) is not None:
         number, _ = _heed(endpoint, world, header)
@@ -151,17 +151,17 @@ def acknowledge(header: tuple[Any, ...]) -> None:
 
 @async_entry
 def rref(header: tuple[Any, ...], client_id: str) -> Any:
-    """The RRef of a learner that need not have been called yet, in its turn among the requests.
+    """Return the RRef of a learner, which need not have been called. It is made in the order of the requests.
 
     Args:
-        header: as of `serve`.
-        client_id: whose learner; a request before this one has registered it.
+        header: See `serve`.
+        client_id: The client; an earlier request has registered its learner.
 
     Returns:
-        A future of what the driver makes the RRef of; of None where there is none, as of `serve`.
+        A future of the data from which the driver makes the RRef; its value is None as for `serve`.
 
     Raises:
-        SerializationError: The header or the client's id is of another form.
+        SerializationError: If the header or the client id has another form.
     """
     endpoint = serving
     if endpoint is None or (world := endpoint.world(header)) is None:
@@ -175,10 +175,14 @@ def rref(header: tuple[Any, ...], client_id: str) -> Any:
 
 
 def _heed(endpoint: Endpoint, world: _World, header: tuple[Any, ...]) -> tuple[int, int | None]:
-    """Check a request's header and take its acknowledgements; its number, and the question to answer alone.
+    """Check the header of a request, and take its acknowledgements.
+
+    Returns:
+        Number of the request, and the question to answer separately (or None).
 
     Raises:
-        SerializationError: It is of another form, or a request of that number cannot follow; nothing is done.
+        SerializationError: If the header has another form, or its number cannot follow the earlier ones. Nothing is
+            acknowledged then.
     """
     number, heard, acknowledged, alone = _fields(header)
     world.requests.check(number)
@@ -188,10 +192,10 @@ def _heed(endpoint: Endpoint, world: _World, header: tuple[Any, ...]) -> tuple[i
 
 
 def _fields(header: tuple[Any, ...]) -> tuple[int, int, tuple[int, ...], int | None]:
-    """What a header has behind the secret.
+    """Return the fields of a header after the secret.
 
     Raises:
-        SerializationError: it is of another form.
+        SerializationError: If the header has another form.
     """
     match header:
         case (_, int(number), int(heard), tuple(acknowledged), int() | None as alone) if {
@@ -202,7 +206,7 @@ def _fields(header: tuple[Any, ...]) -> tuple[int, int, tuple[int, ...], int | N
 
 
 def _read(endpoint: Endpoint, world: _World, item: Any) -> _Action:
-    """What an item asks for; where it cannot be read, to answer that."""
+    """Return the action of an item. If the item cannot be read, the action reports that."""
     try:
         verb, *arguments = item
         numbers = arguments[:1] if verb in ("submit", "batch") else arguments if verb in _QUESTIONS else ()
@@ -223,17 +227,17 @@ def _refusal(answers: Answers, item: Any, error: SerializationError) -> _Action:
     return lambda host: logger.error("a part of a request is left out: %s", error)
 
 
-# Verbs: each reads its item on the thread where RPC delivers it, and gives what to do in the item's turn.
+# Verbs. Each reads its item on the thread on which RPC delivers it, and returns the action for the item's turn.
 
 
 def _submit(endpoint: Endpoint, world: _World, question: int, message: Any) -> _Action:
-    """Run a call, or join it; its (first) outcome is the answer."""
+    """Run a call, or join it if it is known. The answer is its (first) outcome."""
     (call, numbers), reply = read_call(message, endpoint.device), partial(world.answers.outcome, question)
     return _answering(reply, lambda host: host.submit(call, reply, numbers))
 
 
 def _batch(endpoint: Endpoint, world: _World, question: int, message: Any) -> _Action:
-    """Run a batch, or join it; its (first) outcome is the answer."""
+    """Run a batch, or join it if it is known. The answer is its (first) outcome."""
     (batch, numbers), reply = read_batch(message, endpoint.device), partial(world.answers.outcome, question)
     return _answering(reply, lambda host: host.run_batch(batch, reply, numbers))
 
@@ -244,19 +248,19 @@ def _cancel_batch(endpoint: Endpoint, world: _World, call_id: int) -> _Action:
 
 
 def _advance(endpoint: Endpoint, world: _World, question: int, call_id: int, step: int) -> _Action:
-    """Ask an open stream for an item, or a batch for the calls that have ended; the outcome is the answer."""
+    """Request the next item of an open stream, or the calls of a batch that have ended. The answer is the outcome."""
     reply = partial(world.answers.outcome, question)
     return _answering(reply, lambda host: host.advance(call_id, step, reply))
 
 
 def _cancel(endpoint: Endpoint, world: _World, question: int, call_id: int) -> _Action:
-    """Nobody waits for this call any more; what became of it is the answer."""
+    """Cancel a call. The answer is its outcome."""
     reply = partial(world.answers.outcome, question)
     return _answering(reply, lambda host: host.cancel(call_id, reply))
 
 
 def _register(endpoint: Endpoint, world: _World, client_id: str, kwargs: Any, build: int) -> _Action:
-    """Make room for a learner."""
+    """Register a learner, which its first call makes."""
     arguments = read_parcel(kwargs, endpoint.device)
 
     def register(host: LearnerHost) -> None:
@@ -270,7 +274,7 @@ def _register(endpoint: Endpoint, world: _World, client_id: str, kwargs: Any, bu
 
 
 def _forget(endpoint: Endpoint, world: _World, client_id: str) -> _Action:
-    """A learner has moved elsewhere."""
+    """Drop a learner that has moved to another worker."""
 
     def forget(host: LearnerHost) -> None:
         world.rrefs.give_up(client_id)
@@ -280,7 +284,7 @@ def _forget(endpoint: Endpoint, world: _World, client_id: str) -> _Action:
 
 
 def _share(endpoint: Endpoint, world: _World, number: int, message: Any, num_calls: int | None) -> _Action:
-    """Keep a value for calls that refer to it."""
+    """Keep a value for the calls that refer to it."""
     parcel = read_parcel(message, endpoint.device)
     assert parcel is not None
     value = SharedValue(parcel, number, num_calls)
@@ -288,7 +292,7 @@ def _share(endpoint: Endpoint, world: _World, number: int, message: Any, num_cal
 
 
 def _share_files(endpoint: Endpoint, world: _World, number: int, message: Any, num_calls: int | None) -> _Action:
-    """Keep a value that lies in files of the driver's process."""
+    """Keep a value that lies in memory files of the driver."""
     try:
         parcel: Packed = read_files(message, endpoint.driver_pid)
     except Exception as error:
@@ -298,7 +302,7 @@ def _share_files(endpoint: Endpoint, world: _World, number: int, message: Any, n
 
 
 def _unshare(endpoint: Endpoint, world: _World, number: int) -> _Action:
-    """No call that is to come refers to that value."""
+    """Drop a value; no later call refers to it."""
     return lambda host: host.unshare(number)
 
 
@@ -319,7 +323,7 @@ _VERBS: dict[str, Callable[..., _Action]] = {
 
 
 def _answering(reply: Callable[[Outcome], None], action: _Action) -> _Action:
-    """The action, whose failure is the answer: this may be the thread of another request, which must not suffer."""
+    """Return an action that answers with its error, if it raises one; it may run on the thread of another request."""
 
     def run(host: LearnerHost) -> None:
         try:

@@ -1,7 +1,7 @@
-"""The fork server's own side: a process that imports torch once and forks the workers of its driver.
+"""The fork server: a process that imports torch once, and forks the workers of its driver.
 
-It runs in a process of its own, see ``processes.py``. Importing this module is its preparation; it starts no thread,
-and it imports nothing of the user's, so that a forked worker is as a fresh interpreter that has imported torch.
+``processes.py`` starts it. Importing this module prepares it. It starts no thread and imports no module of the user,
+so that a forked worker is like a fresh interpreter that has imported torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy.random
 
 from torchfedrpc.rpc import worker
 
-NUMBER = struct.Struct("q")  # what the server tells of a worker: its process id or minus an errno, then its status
+NUMBER = struct.Struct("q")  # the server's reports on a worker: process id or minus an errno, then exit status
 NUM_DESCRIPTORS = 4
 _CHUNK_BYTES = 65536
 _PR_SET_PDEATHSIG = 1
@@ -39,13 +39,13 @@ class _Request:
     """A worker to start.
 
     Attributes:
-        connection: where the server tells how the worker is; what comes there are signals for it, and the end of it
-            has the worker killed.
-        link: the descriptor of the worker's end of the control link.
-        stdout: the descriptor of its standard output.
-        stderr: the descriptor of its standard error.
-        message: ``path``, ``arguments``, ``folder``, ``variables`` and ``remote``, see `Surroundings`; empty where
-            the driver has given the request up.
+        connection: The server reports on the worker here, and receives signals for it. When the driver closes it,
+            the worker is killed.
+        link: Descriptor of the worker's end of the control link.
+        stdout: Descriptor of its standard output.
+        stderr: Descriptor of its standard error.
+        message: ``path``, ``arguments``, ``folder``, ``variables`` and ``remote``, see `Surroundings`; empty if the
+            driver has withdrawn the request.
     """
 
     connection: socket.socket
@@ -56,11 +56,11 @@ class _Request:
 
 
 def main(control_descriptor: int, *, forks: bool) -> NoReturn:
-    """Serve a driver until it closes the control socket; a worker that is forked meanwhile never comes back.
+    """Serve a driver until it closes the control socket. In a forked worker this does not return.
 
     Args:
-        control_descriptor: this process's end of the control socket.
-        forks: whether this process forks workers. Where it does not, it becomes the first one itself.
+        control_descriptor: This process's end of the control socket.
+        forks: Whether this process forks workers. Otherwise it becomes the first worker itself.
     """
     control = socket.socket(fileno=control_descriptor)
     request = _Server(control).serve() if forks else _receive(control)
@@ -76,7 +76,7 @@ def main(control_descriptor: int, *, forks: bool) -> NoReturn:
 
 
 class _Server:
-    """Forks workers and tells the driver how they ended.
+    """Forks workers, and reports their end to the driver.
 
     Args:
         control: this process's end of the control socket.
@@ -91,7 +91,7 @@ class _Server:
         """Fork workers until the driver has closed the control socket and all workers have ended.
 
         Returns:
-            In a forked process, what it is to become; None in this one.
+            The worker to become, in a forked process; None in this one.
         """
         woken, wakes = os.pipe()
         os.set_blocking(woken, False)
@@ -125,7 +125,7 @@ class _Server:
         return None
 
     def _fork(self, request: _Request) -> bool:
-        """Fork a worker; whether this is the worker."""
+        """Fork a worker. Returns whether this process is the worker."""
         server = os.getpid()
         try:
             pid = os.fork() if request.message else -errno.ECANCELED
@@ -134,7 +134,7 @@ class _Server:
         if pid == 0:
             for connection in (request.connection, *self._workers.values()):
                 connection.close()
-            os.setpgid(0, 0)  # Ctrl-C is for the driver, which tells its workers
+            os.setpgid(0, 0)  # Ctrl-C reaches only the driver, which stops its workers
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != server:  # it ended before that
                 os._exit(1)
@@ -150,7 +150,7 @@ class _Server:
         return False
 
     def _pass_on(self, pid: int, connection: socket.socket) -> None:
-        """Send a worker the signals that the driver asks for; SIGKILL once the driver has closed the connection."""
+        """Send a worker the signals that the driver requests, and SIGKILL when the driver closes the connection."""
         try:
             signals = connection.recv(_CHUNK_BYTES)
         except ConnectionResetError:  # closed, with something unread
@@ -161,7 +161,7 @@ class _Server:
             self._poll.unregister(connection)
 
     def _reap(self) -> None:
-        """Tell the driver of the workers that have ended."""
+        """Report the workers that have ended to the driver."""
         while self._workers:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
@@ -175,7 +175,7 @@ class _Server:
 
 
 def _receive(control: socket.socket) -> _Request | None:
-    """The driver's next request; None where it has closed the control socket."""
+    """Return the driver's next request; None if it has closed the control socket."""
     try:
         data, descriptors, *_ = socket.recv_fds(control, 1, NUM_DESCRIPTORS)
     except ConnectionResetError:
@@ -202,7 +202,7 @@ def _tell(connection: socket.socket, number: int) -> None:
 
 
 def _become_worker(request: _Request) -> NoReturn:
-    """Make this process as one that the driver has just started, and serve its learners."""
+    """Give this process the state of a process that the driver has just started, and serve learners."""
     request.connection.close()
     message = request.message
     for descriptor, standard in ((request.stdout, 1), (request.stderr, 2)):
@@ -218,7 +218,7 @@ def _become_worker(request: _Request) -> NoReturn:
     sys.path[:] = message["path"]
     sys.argv[:] = message["arguments"]
     importlib.invalidate_caches()  # of folders whose content has changed since the server looked
-    # What a fresh interpreter has by chance; Python's own random numbers are seeded anew by a fork.
+    # A fresh interpreter seeds these at random. A fork seeds Python's own random numbers anew.
     multiprocessing.current_process().authkey = os.urandom(32)
     numpy.random.seed()
     if message["remote"]:

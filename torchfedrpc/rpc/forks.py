@@ -1,4 +1,4 @@
-"""Sockets that forked children (of a DataLoader, say) must not keep: a copy there would hide this process's end."""
+"""Sockets that are closed in forked children, such as those of a DataLoader. A copy would hide this process's end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def close_in_children(connection: socket.socket) -> None:
-    """Close a connected socket in processes that are forked from now on; here it stays as it is."""
+    """Close a connected socket in processes that are forked from now on. It stays open in this one."""
     _sockets.add(connection)
     _close_when_forked()
 

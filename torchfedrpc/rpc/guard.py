@@ -1,4 +1,4 @@
-"""What torch RPC may unpickle in a process of ours: its own messages for our entry points, and nothing else."""
+"""Unpickler of torch RPC that reads messages for our entry points only."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _RECEIVER = "_tensor_receiver"
 
 
 class GuardedUnpickler(pickle.Unpickler):
-    """Reads requests and responses of torch RPC; any global that they do not need is refused.
+    """Reads requests and responses of torch RPC, and refuses any global that they do not need.
 
-    It sets no attributes either: those of our entry points and of RPC's classes are for all calls. It stands where
-    RPC looks its unpickler up at each message. RPC's builtin operators pass no unpickler at all, so they are out of
-    its reach: only the network can keep strangers off the ports.
+    It sets no attributes either, since attributes of our entry points and of RPC's classes would affect all calls.
+    RPC looks its unpickler up for each message, and finds this one. Messages for torch's builtin operators pass no
+    unpickler, so only the network can keep strangers off the ports.
     """
 
     def __init__(self, file: io.BytesIO) -> None:
@@ -37,10 +37,10 @@ class GuardedUnpickler(pickle.Unpickler):
         self._data = data
 
     def load(self) -> Any:
-        """The object.
+        """Return the object.
 
         Raises:
-            pickle.UnpicklingError: whatever is wrong with the message.
+            pickle.UnpicklingError: If the message is refused or malformed.
         """
         try:
             message = super().load()
@@ -65,7 +65,7 @@ class GuardedUnpickler(pickle.Unpickler):
 
 
 def _get_receiver(owner: Any, name: Any) -> Any:
-    """RPC's pickles fetch the receiver of tensors by getattr from the pickler; they get no other attribute."""
+    """Return the receiver of tensors, which RPC's pickles fetch by getattr. Other attributes are refused."""
     pickler = torch_rpc().internal._InternalRPCPickler
     if owner is not pickler or name != _RECEIVER:
         raise pickle.UnpicklingError("refused builtins.getattr on anything but RPC's receiver of tensors")
@@ -73,7 +73,7 @@ def _get_receiver(owner: Any, name: Any) -> Any:
 
 
 def install() -> None:
-    """Let this process read RPC messages by the guarded unpickler."""
+    """Install the guarded unpickler for the RPC messages of this process."""
     torch_rpc().internal._unpickler = GuardedUnpickler
 
 

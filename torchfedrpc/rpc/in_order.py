@@ -1,4 +1,4 @@
-"""Requests put back in the order in which they were sent: RPC hands them to several threads, which overtake."""
+"""Restores the order in which requests were sent. RPC delivers them on several threads, which may overtake."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from torchfedrpc.errors import SerializationError
 
-_MAX_EARLY = 1 << 16  # RPC's few threads overtake each other by tens; beyond that the numbers are not the driver's
+_MAX_EARLY = 1 << 16  # RPC's few threads overtake each other by tens, so that larger gaps are not the driver's
 
 
 class InOrder:
-    """Runs actions in the order of their numbers, 0, 1, 2, ..., each as soon as all before it have come."""
+    """Runs actions in the order of their numbers, 0, 1, 2, ..., each as soon as all earlier ones have arrived."""
 
     def __init__(self) -> None:
         self._next = 0
@@ -19,17 +19,17 @@ class InOrder:
         self._lock = threading.Lock()
 
     def check(self, number: int) -> None:
-        """Check that the number can still have its turn.
+        """Check that an action of this number can still be put.
 
         Raises:
-            SerializationError: it had it already, is there already, or is far ahead.
+            SerializationError: If an action of this number was put before, or the number is far ahead.
         """
         with self._lock:
             if not self._next <= number < self._next + _MAX_EARLY or number in self._early:
                 raise SerializationError(f"request {number} cannot follow, number {self._next} is the next")
 
     def put(self, number: int, action: Callable[[], object]) -> None:
-        """Run ``action`` in its turn, on this or a later caller's thread; it must not wait for anything."""
+        """Run an action in its turn, on this thread or that of a later caller. The action must not block."""
         with self._lock:
             self._early[number] = action
             while (due := self._early.pop(self._next, None)) is not None:

@@ -1,4 +1,4 @@
-"""How the ranks of a launch find their driver, at any attempt of the launch."""
+"""How ranks of a launch find their driver, in each attempt of the launch."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ _STALE_S = 10.0  # a driver replaces the address that an earlier attempt left in
 
 
 class LaunchedWorkers:
-    """Rank 0's side: it publishes where it listens, and has the control links of ranks 1 .. world_size - 1.
+    """Rank 0's side: publishes the address where it listens, and holds the control links of the other ranks.
 
-    It listens from the first run that needs workers, whose configuration names the interface and the token file.
-    Without a token file each attempt has a random token in the launcher's store, where keys of an earlier attempt may
-    still be.
+    It listens from the first run that needs workers. The configuration of that run names the interface and the token
+    file. Without a token file, each attempt has a random token in the launcher's store, which may still contain keys
+    of an earlier attempt.
 
     Args:
-        launch: this process's launch.
+        launch: The launch of this process.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -79,7 +79,7 @@ class LaunchedWorkers:
         """Wait for all ranks; returns the workers that were not lost, by rank.
 
         Args:
-            runtime: the first call's names the interface and the token file.
+            runtime: The run's configuration. That of the first call names the interface and the token file.
 
         Raises:
             ConfigError: If ranks are missing after 120 s or cannot come, or the interface or token file is unusable.
@@ -173,7 +173,7 @@ class LaunchedWorkers:
         return sorted(set(range(1, self._launch.world_size)) - set(self._members))
 
     def _look_for_failure(self) -> str | None:
-        """The reason that a missing rank has left in the launcher's store; waits for the store."""
+        """Return the reason that a missing rank has left in the launcher's store; blocks on the store."""
         for rank in self._missing():
             key = f"{_FAILED_KEY}/{rank}"
             if self._store.check([key]):
@@ -184,7 +184,7 @@ class LaunchedWorkers:
         return None
 
     def _dismiss(self, rank: int, reason: str) -> None:
-        """Release a lost worker; one that wakes up again then ends with status 0, and the launcher ends no other."""
+        """Release a lost worker. If it wakes up, it ends with status 0, so that the launcher ends no other rank."""
         self._lost.add(rank)
         _release(self._members[rank], reason)
 
@@ -199,7 +199,7 @@ _current: LaunchedWorkers | None = None
 
 
 def current_workers() -> LaunchedWorkers | None:
-    """The workers of the launch that this process drives, inside `driving`."""
+    """Return the workers of the launch that this process drives; None outside of `driving`."""
     return _current
 
 
@@ -221,9 +221,9 @@ def driving(launch: Launch) -> Iterator[None]:
 
 
 def dial_driver(launch: Launch) -> Link:
-    """A worker's side: dial until the driver of this attempt is reached; a launch that fails ends this process.
+    """Dial until the driver of this attempt is reached, on a worker. A launch that fails ends this process.
 
-    A reason why this rank cannot come is left in the launcher's store for the driver.
+    If this rank cannot join, it leaves the reason in the launcher's store for the driver.
 
     Raises:
         ConfigError: If the driver refuses this rank, only one of the two has a token file, their token files differ,
@@ -287,14 +287,14 @@ def tell_script_ended(launch: Launch, error: BaseException | None) -> None:
 
 
 def _report_failure(store: Any, launch: Launch, failure: str, address: str | None) -> str:
-    """Leave the reason why this rank does not come for the driver at an address, or for any driver."""
+    """Leave the reason why this rank cannot join, for the driver at an address or for any driver."""
     reason = f"rank {launch.rank} {failure}"
     store.set(f"{_FAILED_KEY}/{launch.rank}", json.dumps({"reason": reason, "address": address}))
     return reason
 
 
 def _wait_for_driver(store: Any) -> tuple[str, bytes | None]:
-    """Wait until the driver listens; returns its address, and the token unless that is in a file."""
+    """Wait until the driver listens. Returns its address, and the token unless that is in a file."""
     while not store.check([_DRIVER_KEY]) or (published := store.get(_DRIVER_KEY)) == _NOT_LISTENING.encode():
         time.sleep(_RETRY_S)
     match json.loads(published):
@@ -304,7 +304,7 @@ def _wait_for_driver(store: Any) -> tuple[str, bytes | None]:
 
 
 def _listen_addresses(launch: Launch, interface: str | None) -> tuple[str, str]:
-    """The address that ranks dial, and the address to bind.
+    """Return the address that ranks dial, and the address to bind.
 
     Raises:
         ConfigError: If there is no such interface.

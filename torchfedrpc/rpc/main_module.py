@@ -1,4 +1,4 @@
-"""The user's script as a module of its worker processes, so that a learner may be defined in it."""
+"""The user's script as a module in worker processes, so that learners can be defined in it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _NAME = "__mp_main__"  # as multiprocessing calls it, so that guards of other li
 
 
 def describe_main(*, by_name: bool = False) -> dict[str, str]:
-    """Where the running script comes from, for another process to import it.
+    """Describe the running script, so that another process can import it.
 
     Args:
-        by_name: whether the other process may be on another machine, and has to find a module of the script's name.
+        by_name: Whether the other process may be on another machine, and imports a module of the script's name.
 
     Raises:
-        ConfigError: it is no file (an interactive session).
+        ConfigError: If the script is no file, as in an interactive session.
     """
     main = sys.modules["__main__"]
     if main.__spec__ is not None:
@@ -34,7 +34,7 @@ def describe_main(*, by_name: bool = False) -> dict[str, str]:
 
 
 def adopt_main(description: dict[str, str]) -> None:
-    """Import the driver's script here; what stands under its ``if __name__ == "__main__"`` does not run."""
+    """Import the driver's script. The code under its ``if __name__ == "__main__"`` does not run."""
     package = None
     if name := description.get("module"):
         found = importlib.util.find_spec(name)

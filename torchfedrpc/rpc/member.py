@@ -1,4 +1,4 @@
-"""A worker process, as its driver knows it, and the requests to it through all worlds."""
+"""A worker process on the driver's side, and the requests to it through all worlds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
 
 
 class RefusalError(WorkerLostError):
-    """A worker that is there cannot do what it is told."""
+    """A worker is present and could not carry out a message of the control link."""
 
 
 class WorkerGone(Exception):
@@ -42,28 +42,28 @@ class Member:
     """One worker process.
 
     Attributes:
-        label: its name, such as ``worker1``, or the address where it listens; a replacement has the name of the one
-            that it replaces.
-        link: the driver's end of the control link.
-        heartbeat: the driver's end of its heartbeat connection; None until it is opened.
-        machine: the name of the machine that it runs on.
-        dismiss: lets it go, wherever it is; takes why it was given up, empty where it was not.
-        how_it_ended: what else is known of the process's end, as a clause behind "it ended"; empty for nothing.
-        elsewhere: whether it is on another machine than the driver's (names need not differ).
-        imports_main: how it comes to know what the driver's script defines: it has to import it, by its ``path`` or
-            by its ``name``; None: it runs the script itself.
-        registrations: client -> the learner that it has, or is to make at its next call.
-        device: its device.
-        visible_gpus: the GPUs that it is limited to.
-        sees_files: whether it finds the files of the driver's process.
-        pid: its process, where the driver finds the files of that; None where it does not.
-        local_index: its number among the run's workers on its machine, from 0.
-        has_served: whether it could be called at some time.
-        wants_to_leave: whether it has asked to be released, and nobody was told yet.
-        lost: becomes how it was lost, once it is; made when a run begins.
-        client: sends requests to it in the present world; None while the world is re-formed.
-        confirmed: clients of which it has told that their learners are registered, in earlier worlds.
-        sent: ids of the requests that were sent and have no final answer, the first one first.
+        label: Its name, such as ``worker1``, or the address at which it listens. A replacement has the name of the
+            worker that it replaces.
+        link: The driver's end of the control link.
+        heartbeat: The driver's end of the heartbeat connection; None until it is opened.
+        machine: Name of its machine.
+        dismiss: Releases the process. Takes the reason why it is given up, empty if it is not.
+        how_it_ended: Returns how the process ended, as a clause after "it ended"; empty if that is unknown.
+        elsewhere: Whether it is on another machine than the driver (machine names need not differ).
+        imports_main: How it imports the driver's script: by its ``path`` or by its ``name``; None if it runs the
+            script itself.
+        registrations: Client -> the learner that it has, or makes at the next call.
+        device: Its device.
+        visible_gpus: The GPUs that it is limited to.
+        sees_files: Whether it can open memory files of the driver.
+        pid: Its process id if the driver can open its memory files, else None.
+        local_index: Its number among the run's workers on its machine, from 0.
+        has_served: Whether it was in a world of this run.
+        wants_to_leave: Whether it has asked to be released, and the observer was not called yet.
+        lost: Future of how it was lost; made when a run begins.
+        client: Sends requests to it in the present world; None while the world is re-formed.
+        confirmed: Clients whose learners it has confirmed as registered, in earlier worlds.
+        sent: Ids of requests without a final answer, in the order of sending.
     """
 
     label: str
@@ -100,12 +100,12 @@ class Member:
         self._turn = asyncio.Lock()
 
     def enter_world(self, client: WorkerClient) -> None:
-        """Let requests go through a client, in a world that was formed."""
+        """Send requests through a client, in a world that was formed."""
         self.client = client
         self._changed.set()
 
     def leave_world(self) -> None:
-        """Let requests wait for the next world, those without an answer too."""
+        """Let requests wait for the next world, also those that were sent and have no answer."""
         client, self.client = self.client, None
         self._changed.clear()
         if client is not None:
@@ -113,7 +113,7 @@ class Member:
             client.close()
 
     def lose(self, loss: Loss) -> None:
-        """Fail all requests: the process is gone, or was let go."""
+        """Fail all requests: the process is gone, or was released."""
         if self.lost.done():
             return
         running = loss.running if loss.running is not None else list(self.sent)[:1]
@@ -122,28 +122,28 @@ class Member:
         self._changed.set()
 
     def gone(self) -> WorkerGone:
-        """Return the error of requests to it: it is gone."""
+        """Return the error of requests to a process that is gone."""
         loss = self.lost.result()
         return WorkerGone(loss.reason, frozenset(loss.running or ()))
 
     @property
     def is_gone(self) -> bool:
-        """Whether it was lost, or let go."""
+        """Whether it was lost or released."""
         return self.lost.done()
 
     def register(self, registration: Registration) -> None:
-        """Give it a learner, of which its next call makes an instance."""
+        """Register a learner, which its next call makes."""
         self.registrations[registration.client_id] = registration
 
     def forget(self, client_id: str) -> None:
-        """Take a learner from it, all of whose calls have ended."""
+        """Let it drop a learner. All calls of the learner must have ended."""
         if self.registrations.pop(client_id, None) is not None:
             self.confirmed.discard(client_id)
             if self.client is not None:
                 self.client.forget(client_id)
 
     async def submit(self, call: Call) -> Outcome:
-        """Run a call of a learner that it has, or join it. Returns its (first) outcome.
+        """Run a call of a registered learner, or join it. Returns its (first) outcome.
 
         Raises:
             WorkerGone: If the worker is lost.
@@ -162,7 +162,7 @@ class Member:
                 raise
 
     async def run_batch(self, batch: Batch) -> Outcome:
-        """Run a batch, or join it; as of `submit`."""
+        """Run a batch, or join it. See `submit`."""
         self.sent[batch.call_id] = None
         while True:
             client = self.client or await self._next_client()
@@ -206,7 +206,7 @@ class Member:
             self.client.cancel_batch(batch)
 
     async def cancel(self, call: Call) -> Outcome:
-        """Cancel a call. Returns what became of it; as of `advance`."""
+        """Cancel a call. Returns its outcome. Errors are those of `advance`."""
         while True:
             client = self.client or await self._next_client()
             try:
@@ -238,12 +238,12 @@ class Member:
         return self.client
 
     async def tell(self, message: Message) -> Message:
-        """Have the worker do something, and await its answer.
+        """Send a message by the control link, and await the answer.
 
         Raises:
-            ConfigError: it cannot prepare for a run.
-            RefusalError: it cannot do something else.
-            WorkerLostError: its link ended, or what it answers is none.
+            ConfigError: If the worker cannot prepare for a run.
+            RefusalError: If it cannot carry out another message.
+            WorkerLostError: If the link ended, or the answer is malformed.
         """
         async with self._turn:
             answer = await self.link.request(message, self.label)
@@ -258,7 +258,7 @@ class Member:
         return answer
 
     def adopt(self, answer: Message) -> bool:
-        """Take what the worker tells of itself once it is prepared; whether that is of the right form."""
+        """Take the answer of a prepared worker. Returns whether it has the right form."""
         match answer:
             case {
                 "device": str(device),
@@ -273,7 +273,7 @@ class Member:
         return False
 
     def misunderstood(self, message: Message) -> WorkerLostError:
-        """The error for an answer of another form."""
+        """Return the error of an answer that has another form."""
         return WorkerLostError(
             f"{self.label} was told to {message['do']}, and its answer is not of the form that this version of "
             f"torchfedrpc sends; it is given up"

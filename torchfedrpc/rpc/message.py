@@ -1,4 +1,4 @@
-"""Calls, outcomes and parcels as what torch RPC carries well: tuples of plain values, bytes and plain tensors."""
+"""Calls, outcomes and parcels as tuples of plain values, bytes and plain tensors, which torch RPC carries fast."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _KINDS = frozenset(get_args(CallKind))
 _OUTCOMES: dict[str, OutcomeKind] = {kind: kind for kind in get_args(OutcomeKind)}
 _OTHER_FORM = "what arrived is not of the form that this version of torchfedrpc sends"
 
-MappedDevices = frozenset[torch.device]  # devices that the world's device map takes to the peer
+MappedDevices = frozenset[torch.device]  # devices that the world's device map connects with the peer
 
 
 def parcel_message(parcel: Packed | None, covered: MappedDevices) -> Any:
-    """A parcel as a tuple; slots on a device that no map covers are staged through host memory."""
+    """Return a parcel as a tuple. Slots on a device that no map covers are staged through host memory."""
     if parcel is None:
         return None
     assert isinstance(parcel, Parcel)
@@ -39,14 +39,14 @@ def parcel_message(parcel: Packed | None, covered: MappedDevices) -> Any:
 
 
 def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = False) -> Parcel | Unreadable | None:
-    """The parcel of such a tuple; to be called where RPC delivers it, whose CUDA streams it is ready for.
+    """Return the parcel of a message. Call this on the thread of RPC, whose CUDA streams are behind the transfer.
 
-    What goes wrong (the device is out of memory, say) is told to whoever opens the parcel.
+    An error, such as a device that is out of memory, is raised when the parcel is opened.
 
     Args:
-        message: from `parcel_message`, as it arrived.
-        device: where slots go that were staged on the way; None leaves them in host memory.
-        move_all: whether slots that arrived on another GPU go to ``device`` too.
+        message: From `parcel_message`, as it arrived.
+        device: Device for slots that were staged through host memory; None leaves them there.
+        move_all: Whether slots that arrived on another GPU are moved to ``device`` too.
     """
     if message is None:
         return None
@@ -66,17 +66,21 @@ def read_parcel(message: Any, device: torch.device | None, *, move_all: bool = F
 
 
 def file_message(parcel: Packed, addresses: list[Address]) -> Any:
-    """A parcel whose slots are in files that the receiver finds, as a tuple."""
+    """Return a parcel as a tuple. Its slots are in memory files that the receiver can open."""
     assert isinstance(parcel, Parcel)
     return parcel.head, parcel.views, addresses
 
 
 def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
-    """Return the parcel of such a tuple, in files of that process of this machine.
+    """Return the parcel of a message, in memory files of a process on this machine.
+
+    Args:
+        message: From `file_message`, as it arrived.
+        pid: The process; None if this process cannot open its files.
 
     Raises:
-        OSError: the files are not there, as where that process has ended.
-        SerializationError: they are others.
+        OSError: If the files do not exist, for example since the process has ended.
+        SerializationError: If they are other files, or the message has another form.
     """
     if pid is None:
         raise SerializationError("this process does not look into others")
@@ -95,18 +99,18 @@ def read_files(message: Any, pid: int | None) -> Parcel | Unreadable:
 
 
 def _taken(received: torch.Tensor) -> torch.Tensor:
-    """A tensor that has arrived, on its memory; RPC, which still holds what it has delivered, is left without.
+    """Take the memory of a tensor that has arrived, and leave RPC's own reference to the tensor without memory.
 
-    Its thread lets go of that when it has the GIL once more, which on a busy machine is after the method has run.
+    RPC's thread drops that reference when it gets the GIL again. On a busy machine this is after the method has run.
     """
     slot = received.detach()
-    rest: Any = received  # torch's type stubs lack the form without arguments, which takes a tensor's memory from it
+    rest: Any = received  # torch's type stubs lack set_() without arguments, which drops the memory
     rest.set_()
     return slot
 
 
 def home_device(parcel: Packed) -> torch.device | None:
-    """Where the caller's own tensors are, if any is on a GPU: the answer's go there too."""
+    """Return the GPU of the caller's tensors, to which those of the answer go too; None without any on a GPU."""
     for slot in parcel.slots if isinstance(parcel, Parcel) else ():
         if slot.is_cuda:
             return slot.device
@@ -114,8 +118,8 @@ def home_device(parcel: Packed) -> torch.device | None:
 
 
 def call_message(call: Call, covered: MappedDevices) -> Any:
-    """A call as a tuple."""
-    timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # numpy's would not get through
+    """Return a call as a tuple."""
+    timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # the guard refuses numpy's
     arguments = call.arguments
     values = shared_values(arguments) if isinstance(arguments, Parcel) and arguments.apart else ()
     fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind)
@@ -127,10 +131,10 @@ def call_message(call: Call, covered: MappedDevices) -> Any:
 
 
 def read_call(message: Any, device: torch.device) -> tuple[Call, tuple[int, ...]]:
-    """The call of such a tuple, and the numbers of the values that its arguments refer to.
+    """Return the call of a message, and the numbers of the shared values that its arguments refer to.
 
     Raises:
-        SerializationError: it is of another form.
+        SerializationError: If the message has another form.
     """
     match message:
         case (
@@ -153,10 +157,10 @@ def batch_message(batch: Batch, covered: MappedDevices) -> Any:
 
 
 def read_batch(message: Any, device: torch.device) -> tuple[Batch, list[tuple[int, ...]]]:
-    """Return the batch of such a tuple, and for each call the numbers of the values that its arguments refer to.
+    """Return the batch of a message, and for each call the numbers of the shared values that its arguments refer to.
 
     Raises:
-        SerializationError: If the tuple has another form.
+        SerializationError: If the message has another form.
     """
     match message:
         case (
@@ -183,7 +187,7 @@ def read_batch(message: Any, device: torch.device) -> tuple[Batch, list[tuple[in
 
 
 def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
-    """Return an outcome as a tuple. The files of its value must exist until it was read."""
+    """Return an outcome as a tuple. The files of its value must exist until it is read."""
     failure, parcel = outcome.failure, outcome.parcel
     parts = failure and (failure.type_name, failure.message, failure.traceback, failure.body)
     files = parcel.files if isinstance(parcel, Parcel) else None
@@ -195,15 +199,15 @@ def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
 
 
 def report_message(call: Call, number: int, progress: Packed) -> Any:
-    """What a method reports of its progress, as a tuple; tensors in it go through host memory."""
+    """Return the progress that a method reports, as a tuple. Its tensors are staged through host memory."""
     return call.call_id, call.client_id, call.method, number, parcel_message(progress, frozenset())
 
 
 def read_report(message: Any) -> tuple[Call, int, Packed]:
-    """The call, which of its reports this is, and the progress.
+    """Return the call, the number of the report among its reports, and the progress.
 
     Raises:
-        SerializationError: it is of another form.
+        SerializationError: If the message has another form.
     """
     match message:
         case (int(call_id), str(client_id), str(method), int(number), tuple() as parts):
@@ -214,11 +218,16 @@ def read_report(message: Any) -> tuple[Call, int, Packed]:
 
 
 def read_outcome(message: Any, home: torch.device | None, pid: int | None = None) -> Outcome:
-    """The outcome of such a tuple, from a worker whose files this process finds by ``pid``, if at all.
+    """Return the outcome of a message.
+
+    Args:
+        message: From `outcome_message`, as it arrived.
+        home: Device for slots that were staged through host memory; None leaves them there.
+        pid: The worker's process if this process can open its memory files, else None.
 
     Raises:
-        OSError: as of `read_files`.
-        SerializationError: as of `read_files`.
+        OSError: See `read_files`.
+        SerializationError: See `read_files`.
     """
     match message:
         case (
@@ -243,7 +252,7 @@ def read_outcome(message: Any, home: torch.device | None, pid: int | None = None
 
 def _read_ended(message: Any) -> tuple[int, Outcome]:
     match message:
-        case (int(place), (_, _, None, []) as outcome):  # without a value, so that outcomes are not nested deeper
+        case (int(place), (_, _, None, []) as outcome):  # without a value or outcomes of its own
             return place, read_outcome(outcome, None)
     raise SerializationError(_OTHER_FORM)
 

@@ -21,8 +21,8 @@ from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.forks import close_in_children
 from torchfedrpc.rpc.surroundings import FORKS, Surroundings
 
-# The server finds modules where the driver does, whatever put them there. While it imports torch, which takes
-# seconds, a thread looks after the driver; it has ended before the first fork.
+# The server has the driver's ``sys.path``. While it imports torch, which takes seconds, a thread watches the driver;
+# the thread has ended before the first fork.
 _BOOT = """
 import json, os, select, sys, threading
 
@@ -47,10 +47,10 @@ os.close(importing)
 watch.join()
 fork_server.main(control, forks=bool(forks))
 """
-_NUMBER = struct.Struct("q")  # as fork_server.py sends
+_NUMBER = struct.Struct("q")  # see fork_server.py
 _STOP_TIMEOUT_S = 4.0
 _LOOK_S = 0.02
-_REAP_S = 0.1  # from a worker's end, of which its link tells, to the server's word on it
+_REAP_S = 0.1  # from the end of a worker's link to the server's report of its status
 _END_S = 0.5
 
 
@@ -60,25 +60,25 @@ class Process(Protocol):
     pid: int
 
     def status(self) -> int | None:
-        """Its exit status, or minus the signal that ended it; None while it runs."""
+        """Exit status, or minus the signal that ended the process; None while it runs."""
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal, unless the process has ended."""
 
     async def ends_within(self, timeout_s: float | None) -> bool:
-        """Wait for its end, but not longer than that; whether it has ended. No thread waits."""
+        """Wait for the end of the process, for a limited time. Returns whether it has ended. Uses no thread."""
 
     def close(self) -> None:
-        """Let go of a process that has ended; one that runs is killed."""
+        """Release a process that has ended. A running one is killed."""
 
 
 class ForkedProcess:
     """A process that the fork server has forked.
 
     Args:
-        pid: its number.
-        connection: where the server tells how it ended, and takes signals for it.
-        status: its exit status, where it has ended already.
+        pid: Process id.
+        connection: Connection on which the server reports its end, and takes signals for it.
+        status: Exit status if it has ended already.
     """
 
     def __init__(self, pid: int, connection: socket.socket, status: int | None = None) -> None:
@@ -112,7 +112,7 @@ class ForkedProcess:
         return True
 
     def _end(self, told: bytes) -> None:
-        # No word comes where the server was killed, and its workers with it.
+        # If the server was killed, its workers were killed with it, and no report comes.
         self._status = _NUMBER.unpack(told)[0] if told else -signal.SIGKILL
 
     def close(self) -> None:
@@ -120,11 +120,11 @@ class ForkedProcess:
 
 
 class OwnProcess:
-    """A process that this one has started itself, where there is no fork server.
+    """A process that this one has started itself, on systems without fork server.
 
     Args:
-        popen: the process.
-        control: this side's end of its control socket, by which it knows that this process is there as it imports.
+        popen: The process.
+        control: This side's end of its control socket, which shows it that this process lives while it imports.
     """
 
     def __init__(self, popen: subprocess.Popen[bytes], control: socket.socket) -> None:
@@ -157,12 +157,12 @@ class ForkServer:
     """The driver's side of a process that forks workers.
 
     Args:
-        surroundings: what its workers have.
+        surroundings: State that its workers take over.
 
     Attributes:
-        surroundings: the same.
-        popen: its process.
-        control: this side's end of its control socket; closed, it ends with the last of its workers.
+        surroundings: The same.
+        popen: The process.
+        control: This side's end of the control socket. After it is closed, the server ends with its last worker.
     """
 
     def __init__(self, surroundings: Surroundings) -> None:
@@ -170,11 +170,11 @@ class ForkServer:
         self.popen, self.control = _start_interpreter(surroundings, forks=True)
 
     def is_alive(self) -> bool:
-        """Whether it can be asked for workers."""
+        """Return whether the server can fork workers."""
         return self.popen.poll() is None and self.control.fileno() >= 0
 
     async def fork(self, link: int, message: dict[str, Any]) -> ForkedProcess:
-        """Fork a worker, as `start_worker` does."""
+        """Fork a worker. See `start_worker`."""
         connection = _request(self.control, link)
         loop = asyncio.get_running_loop()
         try:
@@ -185,7 +185,7 @@ class ForkServer:
         except BaseException:
             connection.close()
             raise
-        if not told:  # the server could not import torch, or was killed: so the worker has ended, as its link tells
+        if not told:  # the server could not import torch, or was killed, and the worker has ended
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.popen.wait(_END_S)
             return ForkedProcess(self.popen.pid, connection, self.popen.returncode)
@@ -196,7 +196,7 @@ class ForkServer:
         return ForkedProcess(pid, connection)
 
     def end(self) -> bool:
-        """Take no more requests; whether it has ended, which one whose workers live does not."""
+        """Fork no more workers. Returns whether the server has ended; it lives as long as its workers."""
         self.control.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(_END_S)
@@ -204,17 +204,17 @@ class ForkServer:
 
 
 _lock = threading.Lock()
-_server: ForkServer | None = None  # the latest one: it stays, for the proxies that are opened later
-_former: list[ForkServer] = []  # which end with their workers, and are waited for then
+_server: ForkServer | None = None  # the latest one, which is kept for later proxies
+_former: list[ForkServer] = []  # servers that end with their last workers
 
 
 def current_fork_server() -> ForkServer | None:
-    """The fork server of this process, if it has one now."""
+    """Return the fork server of this process; None if there is none."""
     return _server
 
 
 def end_fork_server() -> None:
-    """End the fork server of this process, which otherwise ends with it; the next proxy starts another."""
+    """End the fork server of this process before this process ends. The next proxy starts another one."""
     global _server
     with _lock:
         server, _server = _server, None
@@ -223,7 +223,7 @@ def end_fork_server() -> None:
 
 
 def _fork_server(surroundings: Surroundings) -> ForkServer:
-    """The server for workers with these surroundings, started unless it is there."""
+    """Return the server for workers with these surroundings, and start it if needed."""
     global _server
     _at_the_end()
     if _server is not None and not (_server.is_alive() and _server.surroundings.needs_same_server(surroundings)):
@@ -237,7 +237,7 @@ def _fork_server(surroundings: Surroundings) -> ForkServer:
 
 @functools.cache
 def _at_the_end() -> None:
-    """End the server at this process's end, and leave it to this process where that forks another."""
+    """End the server at the end of this process, and let forked children of this process ignore it."""
 
     def forget() -> None:
         global _lock, _server
@@ -248,21 +248,21 @@ def _at_the_end() -> None:
 
     def leave() -> None:
         end_fork_server()
-        forget()  # one whose workers live, since their proxy was never closed
+        forget()  # a server with running workers, since their proxy was never closed
 
     atexit.register(leave)
     os.register_at_fork(after_in_child=forget)
 
 
 def _start_interpreter(surroundings: Surroundings, *, forks: bool) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start a process that runs ``fork_server.py``, and this side's end of its control socket."""
+    """Start a process that runs ``fork_server.py``. Returns it, and this side's end of its control socket."""
     ours, theirs = socket.socketpair()
     close_in_children(ours)
-    # It inherits the mask. A signal for a worker that cannot handle it yet waits until then.
+    # It inherits the mask. A signal for a worker that cannot handle it yet stays pending until it can.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         with theirs:
-            # A process group of its own: Ctrl-C is for this process, which tells its workers.
+            # In a separate process group: Ctrl-C reaches only this process, which stops its workers.
             command = [sys.executable, *surroundings.flags, "-c", _BOOT, str(theirs.fileno()), str(os.getpid())]
             popen = subprocess.Popen(
                 [*command, str(int(forks)), json.dumps(surroundings.path)],
@@ -282,13 +282,13 @@ def _start_interpreter(surroundings: Surroundings, *, forks: bool) -> tuple[subp
 
 
 def _request(control: socket.socket, link: int) -> socket.socket:
-    """Ask for a worker; where the message for it goes, and where one hears of it."""
+    """Request a worker. Returns the connection for the message to it and for the server's reports on it."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     close_in_children(ours)
     with theirs, open(os.devnull, "w") as nowhere:
         streams = [number if _is_open(number) else nowhere.fileno() for number in (1, 2)]
-        with contextlib.suppress(ConnectionError):  # it has ended: so has the worker, as the connection tells
+        with contextlib.suppress(ConnectionError):  # the server and its workers have ended, see the connection
             socket.send_fds(control, [b"+"], [theirs.fileno(), link, *streams])
     return ours
 
@@ -305,9 +305,9 @@ async def start_worker(link: int, *, remote: bool = False, surroundings: Surroun
     """Start a worker process.
 
     Args:
-        link: the descriptor of its end of the link, which stays open here.
-        surroundings: what else it has; unless given, what this process has now.
-        remote: whether it serves a driver that is not this process: it has signals of its own to handle.
+        link: Descriptor of the worker's end of the control link, which stays open here.
+        surroundings: State that it takes over; None for the present state of this process.
+        remote: Whether it serves a driver other than this process, and handles signals itself.
 
     Raises:
         OSError: If the system has no memory or no process left.
@@ -328,7 +328,7 @@ async def start_worker(link: int, *, remote: bool = False, surroundings: Surroun
 
 
 def how_it_ended(status: int | None) -> str:
-    """The signal or the exit status by which a process ended, as a clause; empty while it runs (None)."""
+    """Return the signal or exit status of a process as a clause; empty while it runs (None)."""
     if status is None:
         return ""
     if status == -signal.SIGKILL:
@@ -348,7 +348,7 @@ class WorkerProcess:
         """Start a worker.
 
         Args:
-            surroundings: as `start_worker` takes them.
+            surroundings: State that it takes over.
 
         Raises:
             OSError: If the system has no memory or no process left.
@@ -365,20 +365,20 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id."""
         return self._process.pid
 
     def how_it_ended(self) -> str:
-        """The signal or the exit status by which it ended, as a clause; empty while it runs."""
+        """Return the signal or exit status by which it ended, as a clause; empty while it runs."""
         return how_it_ended(self._process.status())
 
     def kill(self) -> None:
-        """End the worker at once; `stop` then only waits for that."""
+        """Kill the worker. `stop` then only waits for its end."""
         self.link.close()
         self._process.send_signal(signal.SIGKILL)
 
     async def stop(self) -> None:
-        """Tell the worker that the run is over and wait for its end; kill it after 4 seconds."""
+        """Stop the worker, wait for its end, and kill it after 4 seconds."""
         self.link.stop()
         if not await self._process.ends_within(_STOP_TIMEOUT_S):
             self._process.send_signal(signal.SIGKILL)

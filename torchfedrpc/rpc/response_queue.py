@@ -1,4 +1,4 @@
-"""What a worker has to tell its driver in one world: outcomes and reports, as many as are there for each request."""
+"""Queue of a worker's answers in one world: each request is answered with all outcomes and reports that are ready."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torchfedrpc.rpc.message import MappedDevices, outcome_message, report_messa
 from torchfedrpc.rpc.rrefs import OwnedRRefs
 from torchfedrpc.wire.packing import Packed, Parcel
 
-Reported = tuple[Call, int, Packed]  # as a `Report` takes it
+Reported = tuple[Call, int, Packed]  # arguments of a `Report`
 
-_MAX_BYTES = 1 << 20  # in one message, beside its first answer: large ones are not to keep the others waiting
+_MAX_BYTES = 1 << 20  # in one message after its first answer, so that large outcomes do not delay the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +26,20 @@ class _Answer:
     num_bytes: int = 0
     ready: Callable[[], None] | None = None
     reported: Reported | None = None
-    future: Any = None  # its own, where it goes alone
+    future: Any = None  # of the request to answer with this alone, if any
 
 
 class Answers:
-    """Answers of a worker, in the order in which they came about, and the requests that wait to carry them.
+    """Answers of a worker in the order in which they became ready, and the open requests that will carry them.
 
-    A request is answered as soon as there is anything to tell, with all there is: so the answers to calls that end
-    in quick succession share a message, and none waits for a slower one. Any thread may call any method; none waits,
-    but `close`.
+    A request is answered as soon as one answer is ready, with all that are ready then. So outcomes of calls that end
+    in quick succession share a message, and none waits for a slower call. Thread-safe; only `close` may block.
 
     Args:
-        device: the worker's device, whose streams a future takes along.
-        covered: the worker's devices that the world's device map takes to the driver.
-        rrefs: of the worker's learners; what the driver has not been told of them goes along with each answer.
-        unheard: reports that the driver may not have heard in earlier worlds; they come first.
+        device: The worker's device; futures are bound to its streams.
+        covered: Devices of the worker that the world's device map connects with the driver.
+        rrefs: RRefs of the worker's learners; each answer carries those that were not sent yet.
+        unheard: Reports of earlier worlds that the driver may not have received; they are sent first.
     """
 
     def __init__(
@@ -50,22 +49,22 @@ class Answers:
         self._covered = covered
         self._rrefs = rrefs
         self._lock = threading.Lock()  # guards what follows
-        self._telling = threading.Lock()  # held by the one thread that answers requests
+        self._telling = threading.Lock()  # held by the thread that answers requests
         self._ready: deque[_Answer] = deque()
         self._waiting: deque[Any] = deque()
-        self._alone: dict[int, Any] = {}  # number of a question -> its own future
-        self._told: deque[tuple[int, Reported]] = deque()  # reports, by the number of the message that has them
+        self._alone: dict[int, Any] = {}  # number of a question -> future of the request to answer with it alone
+        self._told: deque[tuple[int, Reported]] = deque()  # reports, by the number of the message that carries them
         self._number = 0
         self._is_open = True
         for reported in unheard:
             self._ready.append(_of_report(reported))
 
     def request(self, alone: int | None = None) -> Any:
-        """The future of a request, which `torch.distributed.rpc` sends back when it is settled.
+        """Return the future of a request, whose value `torch.distributed.rpc` sends back.
 
         Args:
-            alone: number of the one question in it, where its outcome is to come alone in the answer to this very
-                request.
+            alone: Number of the only question of the request, if the answer to this request is to carry the outcome
+                of that question alone; None for any answers.
         """
         future: Any = torch.futures.Future(devices=self._devices)
         with self._lock:
@@ -80,7 +79,7 @@ class Answers:
         return future
 
     def outcome(self, question: int, outcome: Outcome) -> None:
-        """Answer a question; in vain where the world is over, in whose successor it is asked again."""
+        """Answer a question. Ignored if the world is over: the driver asks again in the next one."""
         parcel = outcome.parcel
         ready = parcel.ready if isinstance(parcel, Parcel) else None
         num_bytes = parcel.num_bytes if parcel is not None else 0
@@ -92,22 +91,23 @@ class Answers:
         self._tell()
 
     def report(self, reported: Reported) -> None:
-        """Tell what a method reports."""
+        """Send a report of progress."""
         answer = _of_report(reported)
         with self._lock:
             self._ready.append(answer)
         self._tell()
 
     def heard(self, number: int) -> None:
-        """So many messages have arrived: their reports need not be told again."""
+        """Note how many messages have arrived at the driver. Their reports are not sent again."""
         with self._lock:
             while self._told and self._told[0][0] < number:
                 self._told.popleft()
 
     def close(self) -> list[Reported]:
-        """Answer nobody any more; gives the reports that the driver has not heard, as far as is known.
+        """Answer all open requests with None, and stop. A future must not be settled after RPC's agent is gone.
 
-        RPC must not be left with a future that may be settled after its agent is gone.
+        Returns:
+            Reports that the driver may not have received.
         """
         with self._telling, self._lock:
             self._is_open = False
@@ -149,7 +149,7 @@ class Answers:
             self._told += [(number, answer.reported) for answer in taken if answer.reported is not None]
         for answer in taken:
             if answer.ready is not None:
-                answer.ready()  # whichever thread this is, it sends what the method's thread has made
+                answer.ready()  # orders this thread's CUDA streams behind those of the method's thread
         future.set_result((number, [answer.message for answer in taken], self._rrefs.untold()))
 
 

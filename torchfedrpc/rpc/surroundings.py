@@ -1,4 +1,4 @@
-"""What a worker process has from the process that starts it: flags, folder, environment, rights."""
+"""Flags, folder, environment and rights that a worker process takes over from the process that starts it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-FORKS = hasattr(os, "memfd_create")  # on Linux; elsewhere libraries of the system do not bear a fork
+FORKS = hasattr(os, "memfd_create")  # on Linux; elsewhere system libraries do not work after a fork
 _HASH_SEED = "PYTHONHASHSEED"
 _FIXED_HASHES = "1"  # with 0, Python's flags differ from those of the driver
-# Variables that no import reads: the first changes all the time, the other is set for `deterministic` runs.
+# Variables that no import reads. The first changes all the time, the other is set for `deterministic` runs.
 _READ_LATE = {"PYTEST_CURRENT_TEST", "CUBLAS_WORKSPACE_CONFIG"}
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a worker process has from the process that starts it.
+    """State that a worker process takes over from the process that starts it.
 
     Attributes:
-        flags: the interpreter's.
-        path: where modules are found.
-        arguments: its ``sys.argv``.
-        folder: its working directory; None where that of the starting process was deleted.
-        variables: its environment.
-        rights: what else it passes on: its user and groups, resource limits, CPUs and priority.
+        flags: Command line flags of the interpreter.
+        path: ``sys.path``.
+        arguments: ``sys.argv``.
+        folder: Working directory; None if that of the starting process was deleted.
+        variables: Environment variables.
+        rights: User and groups, resource limits, CPUs and priority.
     """
 
     flags: list[str]
@@ -40,11 +40,11 @@ class Surroundings:
 
     @classmethod
     def of_this_process(cls, *, fixed_hashes: bool = False) -> Surroundings:
-        """Those of this process as it is now.
+        """Return the surroundings of this process as it is now.
 
         Args:
-            fixed_hashes: whether Python's hashes of strings are to be the same in all processes where the environment
-                does not say; else they are left to chance.
+            fixed_hashes: Whether string hashes of Python are the same in all processes if the environment does not
+                set PYTHONHASHSEED; otherwise they are random.
         """
         variables = dict(os.environ)
         if fixed_hashes and variables.get(_HASH_SEED, "random") in ("", "random"):
@@ -61,7 +61,7 @@ class Surroundings:
         return cls(interpreter_flags(), list(sys.path), list(sys.argv), folder, variables, _rights())
 
     def needs_same_server(self, other: Surroundings) -> bool:
-        """Whether one server can fork processes of both: what it has read or inherited at its start is equal."""
+        """Return whether one server can fork processes of both: the state that it read at its start is equal."""
         return self._server_key() == other._server_key()
 
     def _server_key(self) -> tuple[Any, ...]:
@@ -69,7 +69,7 @@ class Surroundings:
         return self.flags, variables, self.folder is None, self.rights
 
     def to_message(self) -> dict[str, Any]:
-        """What a forked process sets itself."""
+        """Return the state that a forked process sets itself, as plain data."""
         return {
             "path": self.path,
             "arguments": self.arguments,
@@ -79,7 +79,7 @@ class Surroundings:
 
 
 def interpreter_flags() -> list[str]:
-    """The command line flags that give another interpreter what this one has: ``-O``, ``-W``, ``-X`` and so on."""
+    """Return the command line flags of this interpreter for another one: ``-O``, ``-W``, ``-X`` and so on."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing
     for name, value in sys._xoptions.items():  # it leaves some out
         option = name if value is True else f"{name}={value}"

@@ -35,15 +35,15 @@ from torchfedrpc.wire.shared import SharedValue, shared_values
 
 _METHODS = ("call", "stream")
 _MAX_KEPT_BYTES = 8 << 20  # outcomes that a worker keeps until the next request to it acknowledges them
-_MAX_ITEMS = 64  # in one request: the worker begins with the first as the next are packed
-_LARGE_BYTES = 256 << 10  # an item so large begins a request of its own: those before it need not wait for it
-_LATE_S = 0.02  # what is not urgent waits so long for other items to go along with
-_RREF_TIMEOUT_S = 2.0  # the event loop waits: a worker answers this beside its training, within a millisecond
-_MAX_OPEN = 2  # requests that wait for an answer, where no other need for them is
+_MAX_ITEMS = 64  # in one request, so that the worker begins with it while the next one is packed
+_LARGE_BYTES = 256 << 10  # a larger item begins a new request, so that those before it do not wait for it
+_LATE_S = 0.02  # items that are not urgent wait so long for others to share a request with
+_RREF_TIMEOUT_S = 2.0  # it blocks the event loop; a worker answers beside its training, within a millisecond
+_MAX_OPEN = 2  # empty requests that are sent only so that the worker can answer
 
 
 class WorldOver(Exception):
-    """The world ended before an answer came. The call is to be sent again in the next world."""
+    """The world ended before an answer came. Send the request again in the next world."""
 
 
 class UndeliverableError(Exception):
@@ -57,7 +57,7 @@ class Traffic:
     Attributes:
         num_sent_bytes: Arguments of calls.
         num_received_bytes: Results of calls.
-        num_snapshot_bytes: Snapshots, both ways; their number is not a matter of the user's calls.
+        num_snapshot_bytes: Snapshots, in both directions; they are not counted as calls of the user.
     """
 
     num_sent_bytes: int = 0
@@ -68,7 +68,7 @@ class Traffic:
 @dataclass
 class _Share:
     value: SharedValue
-    lent: tuple[TensorFiles, list[Address]] | None  # files in which the worker finds it; None if it is sent
+    lent: tuple[TensorFiles, list[Address]] | None  # files that the worker opens; None if the value is sent
     num_calls: int | None  # calls of this tick that have it; None if the worker keeps it for later calls
 
 
@@ -77,27 +77,27 @@ class _Question:
     request: Call | Batch
     future: asyncio.Future[Outcome]
     home: torch.device | None
-    lent: Sequence[TensorFiles | None]  # kept until the answer shows that the worker has opened them
+    lent: Sequence[TensorFiles | None]  # returned to the pool when the answer shows that the worker has opened them
     is_cancel: bool = False
 
 
 class WorkerClient:
-    """Sends requests to one worker while a world lasts; used by the driver's event loop alone.
+    """Sends requests to one worker while a world lasts. All methods are called on the driver's event loop.
 
-    Items of one tick of the loop go in one request, in order. The worker answers a request as soon as it has an
-    outcome or a report, with all that it has; so one request is always open while an answer is due.
+    Items of one tick of the loop share a request, in order. The worker answers a request as soon as an outcome or a
+    report is ready, with all that are ready then. So a request is always open while an answer is due.
 
     Args:
         label: The worker's name in messages, such as ``worker1``.
         name: Its RPC name.
         secret: First bytes of each request to this worker in this world.
-        covered: Devices of the driver that the world's device map takes to this worker.
+        covered: Devices of the driver that the world's device map connects with this worker.
         traffic: Counts bytes.
         report: Receives the progress that methods report.
-        sees_files: Whether the worker finds the files of this process.
-        pid: The worker's process if this one finds its files, else None.
+        sees_files: Whether the worker can open memory files of this process.
+        pid: The worker's process if this one can open its memory files, else None.
         known: Clients whose learners the worker has registered in an earlier world.
-        suspects: Ids of calls that RPC failed to carry once; they and their answers travel alone.
+        suspects: Ids of calls that RPC failed to carry before; these and their answers travel alone.
         on_error: Receives this client, the requests that wait for an answer, and the exception, if RPC lost a request
             or an answer.
     """
@@ -131,12 +131,12 @@ class WorkerClient:
         self._on_error = on_error
         self._is_open = True
         self._is_late_with_rrefs = False  # since the last answer
-        self._learners: dict[str, Any] = {}  # client id -> its learner's RRef; None until that has come
+        self._learners: dict[str, Any] = {}  # client id -> RRef of its learner; None until it has arrived
         self._outgoing: list[tuple[int, tuple[Any, ...] | _Share]] = []  # each with its size in bytes
         self._shares: dict[int, _Share] = {}  # of this tick, by the value's number
         self._placed: set[int] = set()  # numbers of the values that the worker keeps
         self._will_flush = False
-        self._late: asyncio.TimerHandle | None = None  # sends what is not urgent
+        self._late: asyncio.TimerHandle | None = None  # sends items that are not urgent
         self._next_request = 0
         self._num_open = 0
         self._numbers = itertools.count()
@@ -147,7 +147,7 @@ class WorkerClient:
         self._num_kept_bytes = 0
 
     def register(self, registration: Registration) -> None:
-        """Let the worker make room for a learner, unless it has it in this world. Calls may follow at once."""
+        """Register a learner with the worker, unless that was done in this world. Calls may follow at once."""
         client_id = registration.client_id
         if client_id not in self._learners:
             self._learners[client_id] = None
@@ -155,16 +155,16 @@ class WorkerClient:
             self._put(("register", client_id, kwargs, registration.build))
 
     def confirmed(self) -> set[str]:
-        """Return the clients of which the worker has told that their learners are registered."""
+        """Return the clients whose learners the worker has confirmed as registered."""
         return {client_id for client_id, rref in self._learners.items() if rref is not None}
 
     def forget(self, client_id: str) -> None:
-        """Let the worker drop a learner, which has moved elsewhere. No call of it may be open."""
+        """Let the worker drop a learner, which has moved. No call of it may be open."""
         self._learners.pop(client_id, None)
         self._put(("forget", client_id))
 
     def submit(self, call: Call) -> asyncio.Future[Outcome]:
-        """Send a call, behind the shared values that it refers to and that the worker does not have yet.
+        """Send a call, after the shared values that it refers to and that the worker lacks.
 
         Returns:
             A future of its (first) outcome. It raises `WorldOver` if the world ends before, and `UndeliverableError`
@@ -180,7 +180,7 @@ class WorkerClient:
         return self._ask(call, "submit", message, home=home_device(call.arguments), lent=lent, num_bytes=num_bytes)
 
     def run_batch(self, batch: Batch) -> asyncio.Future[Outcome]:
-        """Send a batch; as of `submit`."""
+        """Send a batch. See `submit`."""
         calls = [call for _, call in batch.calls]
         self._traffic.num_sent_bytes += sum(call.arguments.num_bytes for call in calls)
         lent = [files for call in calls for files in self._lent(call)]
@@ -193,22 +193,22 @@ class WorkerClient:
         return self._ask(request, "advance", request.call_id, step)
 
     def cancel(self, call: Call) -> asyncio.Future[Outcome]:
-        """Cancel a call. Returns a future of what became of it."""
+        """Cancel a call. Returns a future of its outcome."""
         return self._ask(call, "cancel", call.call_id, is_cancel=True)
 
     def cancel_batch(self, batch: Batch) -> None:
-        """Cancel the calls of a batch that have not ended; its answer has the results of the others."""
+        """Cancel the calls of a batch that have not ended. Its answer has the results of the others."""
         self._put(("cancel_batch", batch.call_id))
 
     def rref(self, client_id: str) -> Any:
-        """Return the RRef of a registered learner, which this worker owns. Waits for the worker if it has not come.
+        """Return the RRef of a registered learner, which this worker owns. Blocks if the RRef has not arrived.
 
         Raises:
             WorkerLostError: If the worker does not answer within 2 s, or the connection to it breaks.
-            ConfigError: If this process cannot have RRefs, as of `hold`.
+            ConfigError: If this process cannot have RRefs, see `hold`.
         """
         if self._learners[client_id] is None:
-            if self._is_late_with_rrefs:  # else the event loop would wait as long for each learner of a frozen worker
+            if self._is_late_with_rrefs:  # else the event loop would wait 2 s for each learner of a frozen worker
                 raise WorkerLostError(
                     f"{self.label} has not answered since an RRef of its learners was asked for in vain: await a "
                     f"call of {client_id}, and ask again"
@@ -226,7 +226,7 @@ class WorkerClient:
         return self._learners[client_id]
 
     async def is_reached(self) -> bool:
-        """Return whether the worker answers, as soon as it does or the connection to it breaks."""
+        """Return whether the worker answers. Waits until it does, or until the connection breaks."""
         answered: asyncio.Future[bool] = self._loop.create_future()
 
         def settle(reached: bool) -> None:
@@ -239,13 +239,13 @@ class WorkerClient:
         return await answered
 
     def unshare(self, value: SharedValue) -> None:
-        """Let the worker drop a shared value once the calls that were sent have it."""
+        """Let the worker drop a shared value after the calls that were sent before."""
         if value.number in self._placed:
             self._placed.discard(value.number)
             self._put_late(("unshare", value.number))
 
     def fail(self, request: Call | Batch, error: Exception) -> None:
-        """Raise an error at the caller of a request."""
+        """Raise an error at the callers of a request."""
         for number, question in list(self._questions.items()):
             if question.request.call_id == request.call_id:
                 del self._questions[number]
@@ -291,14 +291,14 @@ class WorkerClient:
         return future
 
     def _lent(self, call: Call) -> Sequence[TensorFiles | None]:
-        """See that the worker will have the values that a call shares with others."""
+        """Send the values that a call shares with others, unless the worker has them."""
         arguments = call.arguments
         if not isinstance(arguments, Parcel) or not arguments.apart:
             return ()
         return [self._share(value) for value in shared_values(arguments)]
 
     def _share(self, value: SharedValue) -> TensorFiles | None:
-        """See that the worker will have a value; returns the files in which it looks, to be kept until the answer."""
+        """Send a value unless the worker has it. Returns the files that it opens, in use until the answer."""
         value.num_unsent = max(value.num_unsent - 1, 0)
         if value.number in self._placed:
             return None
@@ -318,7 +318,7 @@ class WorkerClient:
 
     def _share_item(self, share: _Share) -> tuple[Any, ...]:
         value = share.value
-        if share.num_calls is not None and value.num_unsent:  # by calls that wait for their turn
+        if share.num_calls is not None and value.num_unsent:  # calls that wait for their turn need it too
             share.num_calls = None
             self._placed.add(value.number)
         if share.lent is not None:
@@ -327,7 +327,7 @@ class WorkerClient:
 
     def _put(self, item: tuple[Any, ...] | _Share, num_bytes: int = 0) -> None:
         self._outgoing.append((num_bytes, item))
-        if len(self._outgoing) >= _MAX_ITEMS and not self._shares:  # of which the tick may have more calls
+        if len(self._outgoing) >= _MAX_ITEMS and not self._shares:  # more calls of this tick may have these values
             self._flush()
         elif not self._will_flush:
             self._will_flush = True
@@ -340,7 +340,7 @@ class WorkerClient:
             self._late = self._loop.call_later(_LATE_S, self._flush)
 
     def _flush(self) -> None:
-        """Send what there is, in requests of some items each; what follows a large item need not wait for it."""
+        """Send all items, in requests of at most 64. A large item begins a new request."""
         self._will_flush = False
         outgoing, self._outgoing = self._outgoing, []
         self._shares.clear()
@@ -357,7 +357,7 @@ class WorkerClient:
             self._request(items)
 
     def _keep_open(self) -> None:
-        """See that the worker can answer; what is about to be said anyway opens a request by itself."""
+        """Send empty requests, if needed, so that the worker can answer. Items that wait will open one anyway."""
         if self._is_open and not self._will_flush:
             if self._num_open < min(len(self._questions), _MAX_OPEN):
                 self._flush()
@@ -377,7 +377,7 @@ class WorkerClient:
         return True
 
     def _ping(self) -> Any:
-        """Send a request without content, which carries what is acknowledged; None where it cannot be sent."""
+        """Send a request without items, which carries acknowledgements. Returns None if it cannot be sent."""
         try:
             return self._send(endpoint.acknowledge, None)
         except RuntimeError:
@@ -386,16 +386,16 @@ class WorkerClient:
     def _send(self, entry: Any, alone: int | None, *args: Any, timeout_s: float = 0) -> Any:
         acknowledged, self._acknowledged = tuple(self._acknowledged), []
         self._num_kept_bytes = 0
-        # 0 means no timeout of RPC's own: deadlines are kept by the event loop, which only `rref` blocks.
+        # 0 disables RPC's own timeout. The event loop keeps deadlines; only `rref` blocks it.
         header = (self._secret, self._next_request, self._num_heard, acknowledged, alone)
         sent = torch_rpc().rpc_async(self._worker, entry, args=(header, *args), timeout=timeout_s)
-        self._next_request += 1  # not for what could not be sent: the worker would wait for it
+        self._next_request += 1  # only if it was sent: the worker waits for each number
         return sent
 
     # Answers.
 
     def _answered(self, alone: int | None, future: Any) -> None:
-        """On a thread of RPC."""
+        """Read an answer; called on a thread of RPC."""
         if not self._is_open:
             return
         try:
@@ -407,13 +407,13 @@ class WorkerClient:
             read = [(question, self._read(question, part)) for question, part in parts]
             answers = [(question, answer) for question, answer in read if answer is not None]
             rrefs = [(client_id, self._held(fork)) for client_id, fork in registered] if registered else []
-        except Exception as error:  # whatever RPC makes of a connection that broke
+        except Exception as error:  # RPC raises errors of several types for a broken connection
             call_on(self._loop, self._failed, alone, error)
             return
         self._in_order.put(number, partial(call_on, self._loop, self._deliver, alone, answers, rrefs))
 
     def _read(self, number: int | None, part: Any) -> Any:
-        """A report or an outcome; None where that is not in its worker's memory, as where the worker is gone."""
+        """Return a report or an outcome; None if its memory files cannot be opened, for example after a loss."""
         if number is None:
             return read_report(part)
         question = self._questions.get(number)
@@ -424,7 +424,7 @@ class WorkerClient:
             return None
 
     def _held(self, fork: object) -> Any:
-        """A learner's RRef; None where this process cannot have any, which `rref` tells the user who asks for it."""
+        """Return the RRef of a learner; None if this process cannot have any, for which `rref` raises an error."""
         try:
             return hold(fork, self._worker)
         except ConfigError:
@@ -459,10 +459,10 @@ class WorkerClient:
             self._traffic.num_snapshot_bytes += num_bytes
         else:
             self._traffic.num_received_bytes += num_bytes
-        if question.future.done():  # cancelled: the outcome is asked for by `cancel`, and kept until then
+        if question.future.done():  # cancelled: `cancel` requests the outcome, which the worker keeps until then
             return
         question.future.set_result(outcome)
-        if outcome.kind != "item" or question.is_cancel:  # the worker need not keep it
+        if outcome.kind != "item" or question.is_cancel:  # the worker can drop it
             self._acknowledged.append(request.call_id)
             self._num_kept_bytes += num_bytes
             if self._num_kept_bytes > _MAX_KEPT_BYTES and self._is_open:
@@ -474,7 +474,7 @@ class WorkerClient:
             self._on_error(self, [question.request], error)
 
     def _failed(self, alone: int | None, error: Exception) -> None:
-        """Report a request that was lost, or its answer: any question may be in it, unless it travelled alone."""
+        """Report a lost request or answer. It may have had any open question, unless it travelled alone."""
         if self._is_open:
             lost = self._questions if alone is None else {alone} & self._questions.keys()
             self._on_error(self, [self._questions[number].request for number in lost], error)
@@ -483,6 +483,6 @@ class WorkerClient:
 def _is_value(future: Any) -> bool:
     try:
         future.wait()
-    except Exception:  # whatever RPC makes of a connection that broke
+    except Exception:  # RPC raises errors of several types for a broken connection
         return False
     return True

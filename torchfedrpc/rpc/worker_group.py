@@ -1,4 +1,4 @@
-"""All workers of a run, as their driver sees them: watched, told what to do over their links, called in one world."""
+"""All workers of a run: their preparation, their losses, and the worlds that they form with the driver."""
 
 from __future__ import annotations
 
@@ -33,51 +33,51 @@ from torchfedrpc.wire.file import TensorFile
 
 logger = logging.getLogger(__name__)
 
-_START_S = 120.0  # a new process imports torch before its heartbeat, from a cold disk perhaps
+_START_S = 120.0  # a new process imports torch before its first heartbeat, perhaps from a cold disk
 # Of workers on other machines: on a full link of 20 Mbit/s and 80 ms that loses 2 % of its packets each way, one in
 # 1000 beats is more than 2 s late, and one in 10,000 more than 3 s.
 _LEAST_HEARTBEAT_TIMEOUT_S = 5.0
-_NOTICE_S = 1.0  # a worker whose link or RPC connection broke is usually found to be dead as soon
+_NOTICE_S = 1.0  # if a link or an RPC connection breaks, the heartbeat usually reports the loss within this time
 _CLOSE_TIMEOUT_S = 4.0
 _WORLDLESS = "the run has no world any more"
-_MAX_FAILURES = 5  # so often in succession the world cannot be formed, or one call cannot be carried
+_MAX_FAILURES = 5  # in succession, to form a world or to carry one call
 
 
 class Observer(Protocol):
-    """Whoever has the calls; told of what becomes of the workers, on the event loop."""
+    """Receives the arrival and the loss of workers, on the event loop."""
 
     @property
     def expects_workers(self) -> bool:
-        """Whether others may come where none is left."""
+        """Whether workers may come when none is left."""
 
     def worker_lost(self, member: Member, loss: Loss) -> None:
-        """A worker is gone, and what it still answers will not arrive; another may be admitted in its place."""
+        """Handle the loss of a worker. Its answers no longer arrive. Another process may be admitted in its place."""
 
     def worker_leaving(self, member: Member) -> None:
-        """A worker asks to be released."""
+        """Handle the request of a worker to be released."""
 
     def world_formed(self, generation: int, seconds: float) -> None:
-        """The workers can be called again, after so long."""
+        """Handle a new world: the workers can be called again. It took ``seconds`` to form."""
 
     def world_failed(self, error: ConfigError | WorkerLostError) -> None:
-        """No worker can be called any more; a setting of the driver is wrong, or workers are lost."""
+        """Handle the end of all worlds: a setting of the driver is wrong, or all workers are lost."""
 
 
 class WorkerGroup:
-    """The workers of a run in their world.
+    """The workers of a run, and the world that they form.
 
-    A world is never mended: when a worker is lost, or another is admitted, all others leave it and form the next
-    one. Workers keep their learners, and go on with the calls that they have.
+    A world is never repaired. When a worker is lost or admitted, the other workers leave the world and form the next
+    one. They keep their learners and continue their calls.
 
     Args:
-        members: the workers to begin with, by rank.
-        learner: what learners they make.
-        observer: is told what becomes of them.
-        report: takes what running methods report.
+        members: The workers to begin with, by rank.
+        learner: How workers make learners.
+        observer: Receives the arrival and the loss of workers.
+        report: Receives the progress that methods report.
 
     Attributes:
-        members: label -> worker, of those that are there.
-        traffic: label -> bytes, also of those that are gone.
+        members: Label -> worker, of all present workers.
+        traffic: Label -> bytes, of all present and former workers.
     """
 
     def __init__(
@@ -90,20 +90,20 @@ class WorkerGroup:
         self.members = {member.label: member for member in members}
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self._learner = learner
-        # As of opening, for workers that come later as well.
+        # As of the opening of the proxy, for later workers too.
         self._settings = OpenedSettings.of_this_process(learner.runtime.torch_threads).values
         self._observer = observer
-        self._newcomers: dict[str, Member] = {}  # label -> one that was admitted and is being prepared
+        self._newcomers: dict[str, Member] = {}  # label -> worker that was admitted and is being prepared
         self._preparing: set[asyncio.Task[None]] = set()
         self._place = DriverPlace(learner)
         self._report = report
         self._watch: Watch
         self._generation = 0
         self._is_open = False
-        self._is_whole = True  # whether the world, or the one that is being formed, has lost nobody
+        self._is_whole = True  # whether no member of the world, or of the one that is formed, was lost
         self._mending: asyncio.Task[None] | None = None
         self._suspicions: set[asyncio.Task[None]] = set()
-        self._num_suspicions: Counter[int] = Counter()  # call id -> how often RPC has failed it
+        self._num_suspicions: Counter[int] = Counter()  # call id -> number of times that RPC failed to carry it
         self._num_useless: Counter[str] = Counter()  # name -> workers in succession that were lost before any call
         self._told: dict[str, str] = {}  # name -> how the last newcomer of that name was lost
         self._has_failed = False
@@ -112,8 +112,8 @@ class WorkerGroup:
         """Let all workers import the learner, then form the first world with them.
 
         Raises:
-            ConfigError: a worker cannot import the learner, or this process cannot listen on the interface.
-            WorkerLostError: a worker ended meanwhile, or cannot be reached.
+            ConfigError: If a worker cannot import the learner, or this process cannot listen on the interface.
+            WorkerLostError: If a worker ended meanwhile, or cannot be reached.
         """
         self._watch = Watch(self._learner.runtime.heartbeat_timeout_s, self._lose, self._leaves)
         for member in self.members.values():
@@ -125,7 +125,7 @@ class WorkerGroup:
         self._is_open = True
 
     def admit(self, member: Member) -> None:
-        """Prepare a worker, however long that takes it, and take it into a world that is formed for it then."""
+        """Prepare a worker while the others work, then form a world with it."""
         if self._has_failed:
             member.dismiss(_WORLDLESS)
             return
@@ -135,19 +135,19 @@ class WorkerGroup:
         task.add_done_callback(self._preparing.discard)
 
     def release(self, label: str) -> None:
-        """Let a worker go that has no learner any more; the world goes on without it."""
+        """Release a worker that has no learners. The world continues without it."""
         member = self.members.pop(label)
         if member.client is None and self._mending is not None and not self._mending.done():
-            self._is_whole = False  # it may be in the world that is being formed
+            self._is_whole = False  # it may be a member of the world that is being formed
         self._watch.remove(label)
         member.lose(Loss("it has left", ()))
         member.dismiss("")
 
     async def close(self, reason: str) -> None:
-        """End the run; the workers that are still there stay at hand for another.
+        """End the run. The present workers stay available for another run.
 
         Args:
-            reason: why it ends early, for workers that are still being prepared; empty if it does not.
+            reason: Why the run ends early, for workers that are still being prepared; empty if it ends well.
         """
         self._is_open = False
         tasks = [task for task in (self._mending, *self._suspicions, *self._preparing) if task is not None]
@@ -158,7 +158,7 @@ class WorkerGroup:
         for member in self.members.values():
             member.lose(Loss("the proxy is closed", ()))
         self._send_newcomers_away(reason)
-        # One that is gone, or frozen, does not answer; the world ends without it.
+        # A lost or frozen worker does not answer; the world ends without it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 closing = [member.tell({"do": "close"}) for member in self.members.values()]
@@ -170,17 +170,17 @@ class WorkerGroup:
         self._watch.close()
 
     async def arm(self, label: str, faults: Sequence[Fault]) -> None:
-        """Let faults strike a worker, for a test.
+        """Inject faults into a worker, for a test.
 
         Raises:
-            WorkerLostError: it is gone.
+            WorkerLostError: If the worker is lost.
         """
         if label not in self.members:
             raise WorkerLostError(f"{label} is lost, so that no fault can strike it")
         await self.members[label].tell({"do": "arm", "faults": [asdict(fault) for fault in faults]})
 
     def suspect(self, client: WorkerClient, requests: Collection[Call | Batch], error: Exception) -> None:
-        """Find out which request RPC cannot carry, and let its caller know; the others are sent again."""
+        """Find the request that RPC cannot carry, and raise an error at its caller. The others are sent again."""
         if self._is_present(client):
             task = asyncio.ensure_future(self._examine(client, list(requests), error))
             self._suspicions.add(task)
@@ -191,7 +191,7 @@ class WorkerGroup:
         member = self.members.get(client.label)
         return member is not None and member.client is client
 
-    # Noticing.
+    # Losses.
 
     @property
     def is_taking_in(self) -> bool:
@@ -208,11 +208,11 @@ class WorkerGroup:
         taken = {one.local_index for one in self._everybody() if one.machine == member.machine}
         member.local_index = next(number for number in itertools.count() if number not in taken)
         among[member.label] = member
-        if member.heartbeat is not None:  # since an earlier run
+        if member.heartbeat is not None:  # opened in an earlier run
             self._watch.add(member.label, member.heartbeat)
 
     def hear_leavers(self) -> None:
-        """Tell of the workers that have asked to leave before they could be called."""
+        """Report the workers that have asked to leave, also those that asked before they could be called."""
         for member in list(self.members.values()):
             if member.wants_to_leave:
                 member.wants_to_leave = False
@@ -231,7 +231,7 @@ class WorkerGroup:
         was_reached = member.client is not None
         if not is_new:
             self._is_whole = False
-            self._place.let_go()  # whoever is joining need not wait for it
+            self._place.let_go()  # so that members that are joining do not wait for it
         if not self._is_open:
             member.lose(loss)
             member.dismiss(loss.reason)
@@ -247,7 +247,7 @@ class WorkerGroup:
         self._observer.worker_lost(member, loss)
         self._num_useless[label] += not was_reached
         if is_new and self.members:
-            return  # whatever its preparation came to, the others go on
+            return  # the other workers continue
         if self._num_useless[label] > _MAX_FAILURES:
             self._fail(WorkerLostError(f"{label} was lost {_MAX_FAILURES + 1} times in succession: {reason}"))
         elif self._learner.runtime.on_worker_lost == "recover" and not is_new:
@@ -269,14 +269,14 @@ class WorkerGroup:
                 undeliverable = UndeliverableError(f"torch RPC cannot carry the call or its answer: {error}")
                 undeliverable.__cause__ = error
                 client.fail(request, undeliverable)
-        # In this world the worker might wait for the request that it could not read, before it takes the next.
+        # In this world the worker might wait for the request that it could not read before it serves the next one.
         logger.info("a request to %s failed: %s", client.label, error)
         self._break()
 
     # Forming worlds.
 
     def _break(self) -> None:
-        """The world is not what it should be: form the next."""
+        """Form the next world, unless that is under way."""
         self._is_whole = False
         if not self._has_failed and (self._mending is None or self._mending.done()):
             self._mending = asyncio.ensure_future(self._mend())
@@ -289,7 +289,7 @@ class WorkerGroup:
                 await self._form()
             except Exception as error:
                 logger.info("the world could not be re-formed: %s", error)
-                num_failures += self._is_whole  # that somebody is lost or comes meanwhile is no fault of the others'
+                num_failures += self._is_whole  # a loss or an arrival meanwhile is not a failure
                 self._is_whole = False
                 if num_failures > _MAX_FAILURES:
                     self._fail(error)
@@ -302,13 +302,13 @@ class WorkerGroup:
             self._fail(WorkerLostError("no worker is left"))
 
     async def _take_in(self, member: Member) -> None:
-        """Prepare one who was admitted, while the others go on in their world."""
+        """Prepare a worker that was admitted, while the others work in their world."""
         label = member.label
         if not (self.members or self._generation):
             try:
                 self._check_heartbeat_timeout(member)
                 self._place.check_interface([member])
-            except ConfigError as error:  # of the driver's own settings, so that the next worker would not do either
+            except ConfigError as error:  # in the driver's own settings, so that no other worker could serve either
                 self._give_up(member, str(error))
                 self._fail(error)
                 return
@@ -336,10 +336,10 @@ class WorkerGroup:
         self._observer.world_failed(error if isinstance(error, ConfigError) else _no_world(error))
 
     async def _form(self) -> None:
-        """Leave the world, if there is one, and form one of all members.
+        """Leave the present world, if any, and form the next one of all members.
 
         Raises:
-            WorkerLostError: a member was lost meanwhile, or could not join.
+            WorkerLostError: If a member was lost meanwhile, or could not join.
         """
         self._leave_world()
         members = list(self.members.values())
@@ -378,7 +378,7 @@ class WorkerGroup:
             member.leave_world()
 
     async def _prepare(self, member: Member) -> None:
-        """Watch a worker's heartbeat, and let the worker import the learner."""
+        """Begin to watch a worker's heartbeat, and let the worker import the learner."""
         learner = self._learner
         self._check_heartbeat_timeout(member)
         if member.heartbeat is None:
@@ -448,7 +448,7 @@ class WorkerGroup:
             raise
 
     def _give_up(self, member: Member, reason: str) -> None:
-        """Count a worker as lost, unless the watch did already."""
+        """Handle a worker as lost, unless the watch has done so."""
         if member in self._everybody():
             self._watch.remove(member.label)
             self._lose(member.label, Loss(reason, None))

@@ -77,7 +77,7 @@ class WorldPlan:
     device_maps: list[tuple[str, str] | None]
 
     def name(self, rank: int) -> str:
-        """The RPC name of a member. Unlike a label it has only letters and digits.
+        """Return the RPC name of a member, which has only letters and digits.
 
         A rank has the same name in all worlds, since a process's RRef context keeps the names of its first world.
         """
@@ -89,7 +89,7 @@ class WorldPlan:
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> WorldPlan:
-        """The plan that `to_message` has converted."""
+        """Return the plan that `to_message` has converted."""
         maps = [tuple(pair) if pair else None for pair in message["device_maps"]]
         return cls(**{**message, "device_maps": maps})
 
@@ -97,8 +97,8 @@ class WorldPlan:
 def choose_transport(runtime: RuntimeConfig) -> tuple[str, list[str]]:
     """Choose TensorPipe's transport, and its channels for tensors in host memory.
 
-    The default costs a whole round least. ``shm`` has shorter empty calls, but a thread of each process spins on a
-    core. ``mpt_uv`` adds half a millisecond to each message with tensors, however small.
+    With the defaults a whole round is fastest. ``shm`` has shorter empty calls, but a thread of each process spins on
+    a core. ``mpt_uv`` adds half a millisecond to each message with tensors of any size.
 
     Raises:
         ConfigError: If this build of torch lacks the configured ones.
@@ -113,7 +113,7 @@ def choose_transport(runtime: RuntimeConfig) -> tuple[str, list[str]]:
 
 
 def _has(**options: list[str]) -> bool:
-    """Whether torch's TensorPipe has these transports or channels; on macOS it lacks ``shm`` and ``cma``."""
+    """Return whether torch's TensorPipe has these transports or channels; macOS lacks ``shm`` and ``cma``."""
     try:
         torch_rpc().TensorPipeRpcBackendOptions(**options)
     except RuntimeError:
@@ -159,7 +159,7 @@ def check_interface(interface: str) -> None:
 
 
 def join(plan: WorldPlan, rank: int, interface: str) -> None:
-    """Join a world; returns when all its members have. It fails early if the world's store is closed.
+    """Join a world. Returns when all members have joined, and fails early if the world's store is closed.
 
     This does the same as ``init_rpc``, without its process group. The group collects the device maps, which the plan
     has, and lets members wait for each other, which the driver does by the control links. A member that froze in the
@@ -214,7 +214,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
 
 
 def leave() -> None:
-    """Leave the world of this process, without waiting for others: the graceful way can hang on a dead member."""
+    """Leave the world without waiting for others, since a graceful shutdown can hang on a dead member."""
     rpc = torch_rpc()
     # RPC's own shutdown first reads the RRefs of others without a lock, while its threads may delete them.
     rpc.api._get_current_rpc_agent().shutdown()
@@ -231,7 +231,7 @@ class DriverPlace:
 
     def __init__(self, learner: LearnerSpec) -> None:
         self._learner = learner
-        # A thread for this alone: the user's code may have filled the event loop's.
+        # A separate thread, since user code may have filled the threads of the event loop.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchfedrpc-world")
         self._store: Any = None
         self._joining: asyncio.Future[None] | None = None  # the driver's own joining of its present world
@@ -241,7 +241,7 @@ class DriverPlace:
         """Check that the driver can listen in a world of these members.
 
         Raises:
-            ConfigError: If the interface does not exist, or as of the function `check_interface`.
+            ConfigError: If the interface does not exist, or as for the function `check_interface`.
         """
         check_interface(interface_of(self.address(members)))
 
@@ -314,14 +314,14 @@ class DriverPlace:
         self._thread.shutdown(wait=False)
 
     def address(self, members: Sequence[Member]) -> str:
-        """The driver's address in a world of these members."""
+        """Return the driver's address in a world of these members."""
         if (name := self._learner.runtime.interface) is not None:
             return address_of(name)
         elsewhere = [member.link for member in members if member.elsewhere]
         return elsewhere[0].local_address() if elsewhere else address_of(LOOPBACK)
 
     def interface(self, member: Member, address: str) -> str | None:
-        """The interface on which a worker listens; None for the one of its control link."""
+        """Return the interface on which a worker listens; None for that of its control link."""
         name = self._learner.runtime.interface
         return name if name is not None or member.elsewhere else interface_of(address)
 
@@ -341,7 +341,7 @@ class DriverPlace:
 
 
 async def all_of(*coroutines: Coroutine[Any, Any, Any]) -> None:
-    """Run all; if one fails, cancel the others and raise its error alone.
+    """Run all coroutines. If one fails, cancel the others and raise its error.
 
     The error is in no reference cycle, so that the objects of the failed coroutine are freed with it.
     """
@@ -360,7 +360,7 @@ async def all_of(*coroutines: Coroutine[Any, Any, Any]) -> None:
 
 
 def _device_pair(learner: LearnerSpec, device: torch.device) -> tuple[str, str] | None:
-    """The driver's device and a worker's, between which tensors go directly."""
+    """Return the devices of the driver and of a worker between which tensors go directly; None for none."""
     if device.type != "cuda" or not torch.cuda.is_available() or learner.runtime.device_map == "none":
         return None
     return str(choose_device(torch.cuda.current_device())), str(device)
@@ -399,7 +399,7 @@ class _LettingStore(_distributed.Store):  # type: ignore[misc]
 
 
 def _absent(plan: WorldPlan, num_names: int) -> dict[str, bytes]:
-    """Keys of ranks that only later worlds may have: torch looks for an RRef's owner in the driver's first agent."""
+    """Return keys of ranks of later worlds, since torch looks for an RRef's owner in the driver's first agent."""
     ranks = range(len(plan.labels), num_names)
     names = {f"names/{rank}": plan.name(rank).encode() for rank in ranks}
     return names | {f"addrs/{plan.name(rank)}": b"" for rank in ranks}
@@ -413,7 +413,7 @@ def _clean_up() -> None:
 
 
 def _devices(plan: WorldPlan, rank: int) -> tuple[Any, Any, list[torch.device]]:
-    """A member's device maps, the inverse of the others' maps to it, and its devices.
+    """Return a member's device maps, the inverse of the others' maps to it, and its devices.
 
     Only the driver has maps; answers travel by their inverse.
     """
@@ -434,7 +434,7 @@ def _channels(plan: WorldPlan) -> list[str]:
 
 
 def _start_autograd(rank: int) -> None:
-    """Start torch's distributed autograd, which RPC needs for each message, though nothing here uses it.
+    """Start torch's distributed autograd, which RPC needs for each message although it is not used here.
 
     It takes the rank of the first world for the life of the process.
     """
@@ -454,7 +454,7 @@ def _start_rrefs() -> None:
 
 @functools.cache
 def _leave_at_exit() -> None:
-    """Leave the world when a script ends without closing its proxy, where torch would abort the process."""
+    """Leave the world at exit if a script has not closed its proxy, since torch would abort the process."""
 
     def leave_if_joined() -> None:
         if torch_rpc().api._is_current_rpc_agent_set():
