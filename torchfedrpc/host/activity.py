@@ -1,8 +1,8 @@
 """The running calls of a process, in memory that outlives it.
 
-If a worker is killed, this page shows which calls it was running, and `max_recoveries` counts against these. The
-driver cannot know it: outcomes that were not sent are lost with the worker, so the first call without an outcome may
-have ended long before the one that killed the worker began.
+If a worker is killed, this page shows which calls it was running; `max_recoveries` counts losses of these. The driver
+cannot infer them: outcomes that were not sent are lost with the worker, so the first call without an outcome may have
+ended long before the call that killed the worker began.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _NUM_BYTES = 4096
 class Activity:
     """A page of call ids (int64, 0 for none) that another process can read at any time.
 
-    The last number is not a call's: it is 1 once this process asks to leave its run.
+    The last number is no call id: it is 1 after this process has asked to leave its run.
 
     Attributes:
-        descriptor: the memory's file descriptor, for the other process.
+        descriptor: File descriptor of the memory, for the other process.
     """
 
     def __init__(self) -> None:
@@ -42,17 +42,17 @@ class Activity:
         return bool(self._ids[-1])
 
     def ask_to_leave(self) -> None:
-        """Ask to leave the run as soon as the driver can do without this process."""
+        """Ask the driver to move the learners of this process and to release it."""
         self._ids[-1] = 1
 
     def enter(self, call_id: int) -> int | None:
         """Show a call as running.
 
         Args:
-            call_id: not 0.
+            call_id: The call; not 0.
 
         Returns:
-            The argument of `leave`; None if the page is full, and the call is not shown.
+            The slot for `leave`; None if the page is full, so that the call is not shown.
         """
         try:
             slot = self._free.pop()
@@ -62,7 +62,7 @@ class Activity:
         return slot
 
     def leave(self, slot: int | None) -> None:
-        """Show the call in a slot no longer."""
+        """Remove the call in a slot."""
         if slot is not None:
             self._ids[slot] = 0
             self._free.append(slot)

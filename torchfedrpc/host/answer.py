@@ -1,4 +1,4 @@
-"""From a callback on some thread to an awaited outcome."""
+"""From a callback on any thread to an awaited outcome."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torchfedrpc.host.mailbox import Reply
 
 
 def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: Any) -> None:
-    """Call a function on an event loop, from any thread; not at all once the loop is closed and nobody waits."""
+    """Call a function on an event loop, from any thread. Ignored if the loop is closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args)
 
 
 async def answer(send: Callable[[Reply], None], cancel: Callable[[], None]) -> Outcome:
-    """Send something that takes a reply callback, and await the reply.
+    """Send a request with a reply callback, and await the reply.
 
     Args:
-        send: called at once, with the callback; the callback may come on any thread.
-        cancel: called if the awaiting task is cancelled meanwhile.
+        send: Called at once, with the callback, which may be called on any thread.
+        cancel: Called if the awaiting task is cancelled meanwhile.
     """
     loop, thread = asyncio.get_running_loop(), threading.get_ident()
     future: asyncio.Future[Outcome] = loop.create_future()

@@ -1,4 +1,4 @@
-"""A learner's attributes as state: all of them, except those in ``not_state`` and shared objects."""
+"""Attributes of a learner as state: all except shared objects and attributes in ``not_state``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MORE_THAN_ATTRIBUTES = (
 
 
 def not_state_of(cls: Any) -> tuple[str, ...]:
-    """The attributes that a learner's class names in ``not_state``.
+    """Return the attributes that a learner's class names in ``not_state``.
 
     Raises:
         ConfigError: If ``not_state`` is no collection of names.
@@ -47,15 +47,15 @@ def not_state_of(cls: Any) -> tuple[str, ...]:
 
 
 def attributes_of(learner: Any, shared: SharedObjects | None) -> dict[str, Any]:
-    """All attributes of a learner except those in ``not_state``, for `set_attributes`.
+    """Return all attributes of a learner except those in ``not_state``, for `set_attributes`.
 
     Args:
-        learner: the learner.
-        shared: the shared objects of this process; an attribute that is one is kept as its key.
+        learner: The learner.
+        shared: Shared objects of this process. An attribute that is one of them is kept as its key.
 
     Returns:
-        ``values`` (name -> attribute, in order, None for one that is left out), ``slots``, ``not_state`` (the names
-        that are left out), ``shared`` (name -> key).
+        ``values`` (name -> attribute, in order; None for an excluded one), ``slots``, ``not_state`` (excluded names),
+        ``shared`` (name -> key).
 
     Raises:
         ConfigError: If ``not_state`` is no collection of names.
@@ -80,7 +80,7 @@ def attributes_of(learner: Any, shared: SharedObjects | None) -> dict[str, Any]:
             values[registry] = copy.copy(values[registry])
             values[registry][name] = None
         elif not hasattr(cls, name) and (near := difflib.get_close_matches(name, [*values, *slots], 1)):
-            # One that is not near any other may be made later, as a cache is.
+            # A name without a near match may be an attribute that is made later, such as a cache.
             what = f"{cls.__qualname__}.not_state names {name!r}, which is no attribute"
             raise _refusal(name, f"{what}: did you mean {near[0]!r}?")
     keys = {}
@@ -100,11 +100,11 @@ def attributes_of(learner: Any, shared: SharedObjects | None) -> dict[str, Any]:
 
 
 def set_attributes(learner: Any, state: Any, shared: SharedObjects | None) -> None:
-    """Give a newly made learner exactly the attributes that `attributes_of` took, beside those in ``not_state``.
+    """Give a newly made learner exactly the attributes that `attributes_of` took, and keep those in ``not_state``.
 
     Raises:
         SnapshotError: If a shared object has not been made in this process.
-        Exception: If the state is not as `attributes_of` gives it.
+        Exception: If the state does not come from `attributes_of`.
     """
     cls = type(learner)
     parts = [state[name] for name in ("values", "slots", "shared")]
@@ -127,9 +127,9 @@ def set_attributes(learner: Any, state: Any, shared: SharedObjects | None) -> No
         vars(learner).clear()
         setstate: Any = getattr(cls, "__setstate__", nn.Module.__setstate__)
         if setstate is nn.Module.__setstate__:
-            vars(learner).update(values)  # also past a __setattr__ that refuses it
+            vars(learner).update(values)  # bypasses a __setattr__ that refuses it
         else:
-            learner.__setstate__(values)  # torch's, which adds what its __getstate__ has left out
+            learner.__setstate__(values)  # torch's, which adds attributes that its __getstate__ leaves out
     for member in slots_of(cls):
         if member.__name__ in slots:
             member.__set__(learner, slots[member.__name__])
@@ -138,7 +138,7 @@ def set_attributes(learner: Any, state: Any, shared: SharedObjects | None) -> No
 
 
 def made_anew(learner: Any, shared: SharedObjects | None) -> list[Apart]:
-    """The objects of which a learner's state must have no part: attributes in ``not_state``, and shared objects."""
+    """Return the objects that must not be part of a learner's state: those in ``not_state``, and shared objects."""
     own: dict[str, Any] = {}
     attributes = getattr(learner, "__dict__", {})
     for name in not_state_of(type(learner)):
@@ -162,7 +162,7 @@ def _refusal(name: str, text: str) -> SnapshotError:
 
 
 def _plain_attributes(learner: Any) -> Mapping[str, Any]:
-    """The attributes in a learner's ``__dict__``, except those that a class of torch makes again by itself."""
+    """Return the attributes in a learner's ``__dict__``, except those that torch's own classes recreate."""
     getstate: Any = type(learner).__getstate__
     if getstate in (object.__getstate__, nn.Module.__getstate__):
         return getattr(learner, "__dict__", {})

@@ -1,4 +1,4 @@
-"""A call and what becomes of it: what a host is handed and what it answers."""
+"""Calls and batches as a host receives them, and the outcomes that it answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CallKind = Literal["call", "stream", "snapshot", "restore"]
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What a host needs to make a client's learner.
+    """The data from which a host makes a client's learner.
 
     Attributes:
         client_id: The client.
@@ -88,7 +88,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a call, of one step of a stream, or of a batch.
+    """Outcome of a call, of one step of a stream, or of a batch.
 
     Attributes:
         kind: ``value`` (it returned), ``item`` (the stream yielded, or calls of a watched batch have ended), ``end``
@@ -118,7 +118,7 @@ class Outcome:
         return self.kind != "item"
 
     def result(self, call: Call, allow: AllowList, worker: str) -> Any:
-        """Return what the caller gets: the result or the item; None at the end of a stream.
+        """Return the result or the item for the caller; None at the end of a stream.
 
         Args:
             call: The call.
@@ -126,7 +126,7 @@ class Outcome:
             worker: Name of the worker, for messages.
 
         Raises:
-            Exception: `error`, or what the method raised, with a note that names client, method and worker.
+            Exception: `error`, or the exception of the method, with a note that names client, method and worker.
             SerializationError: If the result cannot be read here.
             WorkerLostError: If the worker gave the call up because it is closing.
         """

@@ -1,4 +1,4 @@
-"""What a call has for itself while its code runs: context variables, torch's modes and settings, random streams."""
+"""Scope of a call: context variables, torch modes and settings, and random streams while its code runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torchfedrpc.host.context import CallContext, running_call
 from torchfedrpc.host.randomness import RandomStreams, StreamState
 from torchfedrpc.host.torch_settings import OpenedSettings, Settings, glance, put_back, read_settings
 
-# Of a thread: whether gradients are enabled, inference mode, open blocks with a function mode (such as torch.device),
-# open blocks of autocast; autocast for the CPU and for CUDA, and their dtypes.
+# Modes of a thread: gradients enabled, inference mode, number of open function modes (such as torch.device), number
+# of open autocast blocks, autocast for the CPU and for CUDA, and their dtypes.
 _Modes = tuple[bool, bool, int, int, bool, bool, torch.dtype, torch.dtype]
 
 _BEGIN: _Modes = (True, False, 0, 0, False, False, torch.bfloat16, torch.float16)
@@ -22,27 +22,27 @@ _torch_c: Any = torch._C
 
 
 class CallScope:
-    """A context manager around each step of a call: gives it what its last step left, and the process its own back.
+    """Context manager around each step of a call. Restores the state of the last step, and that of the process after.
 
     A call begins with gradients enabled, without inference mode, autocast and function modes, with the settings as
-    they were when the proxy was opened, and with random streams that its seed alone decides. Blocks that are open as
-    its step ends (``with torch.device(...)``) are set aside until its next step. The tasks and callbacks that an
-    async method starts have the scope of its call, also where they outlive the call.
+    of the opening of the proxy, and with random streams that depend on its seed alone. Blocks that are open at the
+    end of a step (``with torch.device(...)``) are set aside until the next step. Tasks and callbacks that an async
+    method starts have the scope of its call, also if they outlive the call.
 
-    After a step of a method only the settings that `glance` reads are compared, since reading all takes 20
+    After a step of a method, only the settings that `glance` reads are compared, since reading all of them takes 20
     microseconds.
 
     Args:
-        call: what `current_call` gives.
-        opened: the settings with which calls begin; None where calls run side by side, which have the process's
-            settings and random streams in common.
-        streams: the generators to be seeded; None likewise.
-        seed: for them, from `call_seed`.
-        is_thorough: whether to compare all settings after a step, as after a constructor.
-        is_nested: whether it is entered within a step of another call, which has the generators.
+        call: The call that `current_call` returns.
+        opened: Settings with which calls begin; None if calls run concurrently and share the settings and random
+            streams of the process.
+        streams: Generators to seed; None likewise.
+        seed: Seed of the streams, from `call_seed`.
+        is_thorough: Whether to compare all settings after a step, as after a constructor.
+        is_nested: Whether the scope is entered within a step of another call, which uses the generators.
 
     Attributes:
-        is_resumable: whether there will be another step, which goes on with the random streams of this one.
+        is_resumable: Whether another step follows, which continues the random streams of this one.
     """
 
     __slots__ = (
@@ -82,7 +82,7 @@ class CallScope:
         self._is_thorough = is_thorough
         self._is_nested = is_nested
         self._modes = _BEGIN
-        self._functions: list[Any] = []  # modes of blocks that are open between steps, the innermost first
+        self._functions: list[Any] = []  # function modes of blocks that are open between steps, the innermost first
         self._own_settings: Settings | None = None
         self._outer_settings: Settings | None = None
         self._own_streams: StreamState | None = None
@@ -97,7 +97,7 @@ class CallScope:
     def __enter__(self) -> None:
         self._outer_modes = outer = _read_modes()
         own = self._modes
-        self._guard = _torch_c._InferenceMode(own[1])  # sets grad mode too, and its end sets what was before
+        self._guard = _torch_c._InferenceMode(own[1])  # sets grad mode too; leaving it restores both
         self._guard.__enter__()
         _torch_c._set_grad_enabled(own[0])
         try:
@@ -135,7 +135,7 @@ class CallScope:
         self._leave()
 
     def _leave(self) -> None:
-        """Keep the call's settings and modes for its next step, and put those of the process and thread in place."""
+        """Keep the settings and modes of the call for its next step, and restore those of process and thread."""
         try:
             if (opened := self._opened) is not None:
                 outer, self._outer_settings = self._outer_settings, None
@@ -183,15 +183,15 @@ def _set_autocast(present: _Modes, wanted: _Modes) -> None:
         torch.autocast_increment_nesting()
     for _ in range(present[3] - wanted[3]):
         torch.autocast_decrement_nesting()
-    torch.clear_autocast_cache()  # of weights that another call has cast, and may have changed since
+    torch.clear_autocast_cache()  # with casts of weights that may have changed since
 
 
 scope_here: contextvars.ContextVar[CallScope | None] = contextvars.ContextVar("torchfedrpc_scope")
-"""The scope of the code that runs; None in code of the host's own, unset in contexts that users have made."""
+"""The scope of the running code; None in code of the host, unset in contexts that users have made."""
 
 
 def outside() -> contextvars.Context:
-    """A context for code of the host's own."""
+    """Return a context for code of the host."""
     context = contextvars.Context()
     context.run(scope_here.set, None)
     return context

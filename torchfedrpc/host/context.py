@@ -1,4 +1,4 @@
-"""What a running method can ask of its host: `current_call`."""
+"""`current_call`: the services of a host for a running method."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class SharedObjects:
-    """Objects that all learners of a process have in common, each made once.
+    """Objects that all learners of a process share, each made once.
 
     Args:
-        make: calls the factory of a key in a scope apart from the running call, since placement decides which call
-            is the first to need the object.
+        make: Calls the factory of a key in a scope apart from the running call, since placement decides which call
+            needs the object first.
     """
 
     def __init__(self, make: Callable[[Hashable, Callable[[], Any]], Any]) -> None:
@@ -28,15 +28,15 @@ class SharedObjects:
         self._objects: dict[Hashable, Any] = {}
         self._keys: dict[int, Hashable] = {}  # address of an object -> its key
         self._constructors_keys: set[Hashable] = set()
-        self._lock = threading.RLock()  # a factory may ask for another shared object
+        self._lock = threading.RLock()  # reentrant: a factory may need another shared object
 
     def get(self, key: Hashable, factory: Callable[[], T], *, in_constructor: bool = False) -> T:
-        """The object of that key, made by ``factory()`` where there is none yet.
+        """Return the object of a key, made by ``factory()`` if needed.
 
         Args:
-            key: the key.
-            factory: makes it.
-            in_constructor: whether a learner's constructor calls this, so that each of its processes makes it.
+            key: The key.
+            factory: Makes the object.
+            in_constructor: Whether a learner's constructor calls this, so that each process of the learner makes it.
         """
         with self._lock:
             if in_constructor:
@@ -48,12 +48,12 @@ class SharedObjects:
             return made
 
     def objects(self) -> dict[str, Any]:
-        """All of them, by what to call them in a message."""
+        """Return all objects by their names in messages."""
         with self._lock:
             return {repr(key): value for key, value in self._objects.items()}
 
     def key_of(self, value: Any) -> tuple[Hashable, bool] | None:
-        """The key of an object, and whether a learner's constructor asked for it; None if it is not shared."""
+        """Return the key of an object, and whether a constructor asked for it; None if it is not shared."""
         with self._lock:
             if id(value) not in self._keys:
                 return None
@@ -61,7 +61,7 @@ class SharedObjects:
             return key, key in self._constructors_keys
 
     def find(self, key: Hashable) -> Any:
-        """The object of a key.
+        """Return the object of a key.
 
         Raises:
             SnapshotError: If this process has not made it.
@@ -80,11 +80,11 @@ class CallContext:
     """The call that is running, as `current_call` gives it.
 
     Attributes:
-        client_id: the client of the learner.
-        method: the method's name; ``__init__`` while the learner is made.
-        call_id: unique in a run.
-        device: where this process's learners should put their tensors.
-        trusted_modules: the packages that the run trusts, the learner's own among them.
+        client_id: The client of the learner.
+        method: The method's name; ``__init__`` while the learner is made.
+        call_id: Unique in a run.
+        device: Device for the tensors of this process's learners.
+        trusted_modules: The packages that the run trusts, the learner's own among them.
     """
 
     client_id: str
@@ -108,13 +108,13 @@ class CallContext:
 
     @property
     def generator(self) -> torch.Generator:
-        """A generator on `device`, seeded for this call alone; made at first use."""
+        """A generator on `device`, seeded for this call; made at first use."""
         if self._generator is None:
             self._generator = torch.Generator(self.device).manual_seed(self._seed)
         return self._generator
 
     def report(self, progress: Any) -> None:
-        """Send progress of this call to the driver's subscribers, who get it before the call's result.
+        """Send progress of this call to the driver's subscribers. It arrives before the call's result.
 
         Raises:
             SerializationError: If ``progress`` cannot be sent.
@@ -122,9 +122,9 @@ class CallContext:
         self._report(progress)
 
     def shared(self, key: Hashable, factory: Callable[[], T]) -> T:
-        """One object per process, such as a dataset: made by ``factory()`` at the first call with that key.
+        """Return an object that learners of a process share, such as a dataset, made by ``factory()`` if needed.
 
-        Its random draws depend on (run seed, ``repr(key)``) alone, so use strings, numbers or tuples of them.
+        Its random draws depend only on (run seed, ``repr(key)``), so use strings, numbers or tuples of them as keys.
         """
         return self._shared.get(key, factory, in_constructor=self.method == "__init__")
 
@@ -134,11 +134,11 @@ running_call: contextvars.ContextVar[CallContext] = contextvars.ContextVar("torc
 
 
 def current_call() -> CallContext:
-    """The call in which this code runs.
+    """Return the call in which this code runs.
 
     Raises:
-        RuntimeError: If this code does not run in a learner's constructor or method (or runs in a thread that one
-            started without its context).
+        RuntimeError: If this code does not run in a learner's constructor or method, or runs in a thread that was
+            started without the context of the call.
     """
     try:
         return running_call.get()

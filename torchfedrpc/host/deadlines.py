@@ -10,10 +10,10 @@ from collections.abc import Callable, Hashable
 
 
 class Deadlines:
-    """Calls back once a running call has had its time.
+    """Calls back when the time of a running call is over.
 
     Args:
-        expire: called with the key of what ran out of time, on the thread of this object.
+        expire: Called with the key whose time is over, on the thread of this object.
     """
 
     def __init__(self, expire: Callable[[Hashable], None]) -> None:
@@ -39,7 +39,7 @@ class Deadlines:
         """Stop the clock of ``key``.
 
         Returns:
-            The seconds that it has left; None where no clock is running for it (any more).
+            Remaining seconds; None if no clock runs for the key.
         """
         with self._changed:
             due = self._due.pop(key, None)
@@ -71,7 +71,7 @@ class Deadlines:
 
 
 def debugger_attached() -> bool:
-    """Whether somebody is stepping through this process: a thread stands in pdb, or an IDE's debugger is in."""
+    """Return whether a debugger is active: a thread is in pdb, or the debugger of an IDE is attached."""
     debugpy, pydevd = sys.modules.get("debugpy"), sys.modules.get("pydevd")
     if debugpy is not None and debugpy.is_client_connected():
         return True

@@ -23,8 +23,8 @@ class Fault:
 
     Attributes:
         kind: ``kill`` the process, ``freeze`` it, ``sever`` its heartbeat, or ``slow`` it down.
-        at_call: the number of the call, from 1, at whose begin it strikes.
-        seconds: of ``freeze``, how long, 0 for ever; of ``slow``, the delay of that call and of each one after it.
+        at_call: Number of the call, from 1; the fault strikes when that call begins.
+        seconds: Duration of ``freeze``, 0 for ever; delay of ``slow`` for that call and each later one.
 
     Raises:
         ConfigError: If the fields contradict each other.
@@ -43,7 +43,7 @@ class Fault:
 
 
 def is_count(value: object) -> bool:
-    """Whether this is a whole number, and no bool."""
+    """Return whether a value is an integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -62,11 +62,11 @@ def check_seconds(kind: FaultKind, seconds: float) -> None:
 
 
 class Saboteur:
-    """Lets faults strike this process as its calls begin. Thread-safe.
+    """Injects faults into this process when its calls begin. Thread-safe.
 
     Args:
-        faults: the faults.
-        sever: stops this process's heartbeat.
+        faults: The faults.
+        sever: Stops the heartbeat of this process.
     """
 
     def __init__(self, faults: Sequence[Fault], sever: Callable[[], None]) -> None:
@@ -76,7 +76,7 @@ class Saboteur:
         self._lock = threading.Lock()
 
     def begin(self, call_id: int) -> None:
-        """Count a call that is about to run on this thread, and strike if it is due; a repeated call counts once."""
+        """Count a call that is about to run on this thread, once if it is repeated, and strike if a fault is due."""
         with self._lock:
             if call_id in self._begun:
                 return
@@ -105,14 +105,14 @@ def kill() -> None:
 def freeze(seconds: float) -> None:
     """Stop this process (SIGSTOP), and continue it after some seconds; 0 for never."""
     if not seconds:
-        # To the thread itself: the others stop with it, but it would run on while one of them took the signal.
+        # Sent to this thread: all threads stop with it. If another one took the signal, this one would run on first.
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         return
-    # The shell stops us too, so that it cannot let us go on before we are stopped.
+    # The shell stops this process, so that it cannot continue it before it is stopped.
     script = 'kill -STOP "$1"; sleep "$0"; kill -CONT "$1"'
     subprocess.run(
         ["/bin/sh", "-c", script, f"{seconds:f}", str(os.getpid())],
         check=True,
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C that ended it would leave us stopped for ever
+        start_new_session=True,  # a Ctrl-C would end it and leave this process stopped for ever
     )

@@ -1,4 +1,4 @@
-"""The gate between sync methods, which may run side by side, and the steps of async ones, which run alone."""
+"""Lock between sync methods, which may run concurrently, and steps of async methods, which run alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from types import TracebackType
 
 
 class Gate:
-    """A fair lock with shared and exclusive holders, served strictly in the order of their arrival.
+    """A fair lock with shared and exclusive holders, granted in the order of the requests.
 
     Attributes:
-        shared: ``with gate.shared:`` holds it beside other shared holders.
-        exclusive: ``with gate.exclusive:`` holds it alone.
+        shared: ``with gate.shared:`` holds the lock together with other shared holders.
+        exclusive: ``with gate.exclusive:`` holds the lock alone.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Gate:
         self.exclusive = _Side(self, exclusive=True)
 
     def enter(self, *, exclusive: bool) -> None:
-        """Wait for one's turn, and hold it."""
+        """Wait for the lock."""
         with self._changed:
             ticket = self._next_ticket
             self._next_ticket += 1
@@ -38,7 +38,7 @@ class Gate:
                 self._changed.notify_all()
 
     def leave(self, *, exclusive: bool) -> None:
-        """Hold it no more."""
+        """Release the lock."""
         with self._changed:
             if exclusive:
                 self._exclusive = False
@@ -48,7 +48,7 @@ class Gate:
 
 
 class _Side:
-    """One way to hold a gate; of use to any number of threads at once."""
+    """One way to hold a gate, as a context manager for any number of threads."""
 
     __slots__ = ("_exclusive", "_gate")
 

@@ -1,4 +1,4 @@
-"""The event loop of a host's async methods: whatever a call starts on it runs in the scope of that call."""
+"""Event loop of a host's async methods. Tasks and callbacks that a call starts run in the scope of the call."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torchfedrpc.host.call_scope import CallScope, outside, scope_here
 Around = Callable[[CallScope, Callable[[], object]], None]
 
 _UNKNOWN: Any = object()
-_NO_USER_CODE = {getattr(futures, "_set_result_unless_cancelled", None)}  # of which a timer of asyncio.sleep is one
+_NO_USER_CODE = {getattr(futures, "_set_result_unless_cancelled", None)}  # such as the timer of asyncio.sleep
 
 
 class HostLoop(asyncio.SelectorEventLoop):
-    """Runs each callback that code of a call schedules in the scope of that call: steps of tasks, timers, readers.
+    """Runs each callback that a call schedules in the scope of the call: steps of tasks, timers, readers.
 
-    A task's steps are callbacks of the loop too, in the task's context. So this holds for tasks of ``gather``,
-    ``wait_for``, ``TaskGroup`` and eager ones alike, however deep they are nested.
+    Steps of a task are callbacks of the loop too, in the task's context. So this holds for tasks of ``gather``,
+    ``wait_for``, ``TaskGroup`` and for eager ones, at any depth of nesting.
 
     Args:
-        around: calls a function as a step of a scope.
+        around: Calls a function as a step of a scope.
     """
 
-    _present: CallScope | None = None  # whose step runs
+    _present: CallScope | None = None  # the scope of the running step
 
     def __init__(self, around: Around) -> None:
         self._around = around
@@ -39,25 +39,25 @@ class HostLoop(asyncio.SelectorEventLoop):
     def call_soon(  # type: ignore[override]
         self, callback: Any, *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        """Call back at the loop's next turn."""
+        """Schedule a callback for the next iteration of the loop."""
         callback, args = self._in_scope(callback, args, context, self._present)
         return super().call_soon(callback, *args, context=context)
 
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Any, *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        """The same, from any thread."""
+        """Schedule a callback for the next iteration of the loop, from any thread."""
         callback, args = self._in_scope(callback, args, context, None)
         return super().call_soon_threadsafe(callback, *args, context=context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
-        """Call back at that time of the loop's clock."""
+        """Schedule a callback for a time of the loop's clock."""
         callback, args = self._in_scope(callback, args, context, self._present)
         return super().call_at(when, callback, *args, context=context)
 
-    # What asyncio's transports, and its public add_reader and add_writer, come down to.
+    # Transports of asyncio, and its public add_reader and add_writer, use these methods.
 
     def _add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> Any:
         callback, args = self._in_scope(callback, args, None, self._present)
@@ -75,10 +75,10 @@ class HostLoop(asyncio.SelectorEventLoop):
         present: CallScope | None,
     ) -> tuple[Callable[..., object], tuple[Any, ...]]:
         scope = scope_here.get(_UNKNOWN) if context is None else context.get(scope_here, _UNKNOWN)
-        if scope is _UNKNOWN:  # a context of the user's own making: it is of the call that uses it first
+        if scope is _UNKNOWN:  # a context that the user made: it belongs to the call that uses it first
             scope = present
             if scope is not None and context is not None:
-                with contextlib.suppress(RuntimeError):  # it is entered: this callback alone is in the scope
+                with contextlib.suppress(RuntimeError):  # the context is entered: only this callback is in the scope
                     scope.bind(context)
         if scope is None or any(callback is known for known in _NO_USER_CODE):
             return callback, args
@@ -91,8 +91,8 @@ class HostLoop(asyncio.SelectorEventLoop):
         finally:
             self._present = None
 
-    # An async generator that is dropped before its end is closed in the scope of the call that began it, whichever
-    # call runs as the garbage collector finds it.
+    # An async generator that is dropped before its end is closed in the scope of the call that began it, also if the
+    # garbage collector finds it during another call.
 
     def _asyncgen_firstiter_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
         super()._asyncgen_firstiter_hook(agen)  # type: ignore[misc]
@@ -105,7 +105,7 @@ class HostLoop(asyncio.SelectorEventLoop):
             self.call_soon_threadsafe(self._forget_generator, key, reference, context=outside())
 
     def _forget_generator(self, key: int, reference: weakref.ref[Any]) -> None:
-        """Not at once: its finalizer, which comes next, asks for its scope; another may have its id by now."""
+        """Forget a generator after its finalizer, which needs its scope, unless another one has its id by now."""
         if self._scope_of_generator.get(key, (None, None))[1] is reference:
             del self._scope_of_generator[key]
 

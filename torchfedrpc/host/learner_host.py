@@ -1,4 +1,4 @@
-"""The object in a process that owns learners and the calls that wait for them."""
+"""Host of a process: owns the learners and the queues of their calls."""
 
 from __future__ import annotations
 
@@ -29,31 +29,30 @@ from torchfedrpc.wire.shared import SharedValue
 
 
 class ConstructorArguments(Protocol):
-    """Gives the keyword arguments of a client's learner."""
+    """Returns the keyword arguments of a learner's constructor."""
 
     def __call__(self, client_id: str, *, by_value: bool) -> Packed:
-        """Those of this client, copied or not."""
+        """Return the arguments of a client, copied if ``by_value``."""
 
 
 class LearnerHost:
-    """Owns the learners of one process: in the driver itself (local mode) as on every worker.
+    """Owns the learners of one process, on workers and in the driver (local mode).
 
-    Thread-safe, and no method here but `close` waits for anything: calls are put into mailboxes, run on the
-    host's own threads, and answered through callbacks on those threads.
+    Thread-safe. No method except `close` blocks: calls are put into mailboxes, run on the host's threads, and are
+    answered by callbacks on these threads.
 
-    Whoever asks from another process may have to ask again, after the connection broke: a call whose id the host
-    knows is not run a second time but joined, or answered with its first outcome, which is kept until
-    `acknowledge`.
+    A driver may have to repeat a request after a connection broke. A call with a known id does not run a second time:
+    the request joins the running call, or is answered with the first outcome, which is kept until `acknowledge`.
 
     Args:
-        spec: what learners to make, with which limits.
-        worker: this process's name in messages.
-        device: what `current_call` names as device.
-        report: takes what a method reports of its progress, on the method's thread.
-        activity: is told which calls are running.
-        constructor_arguments: gives those of a client's learner, where the host is in the driver's own process
-            and need not be told of each client by `register`. Then ``isolation=none`` passes references, run-time
-            limits are not applied while a debugger is attached, and no outcome is kept.
+        spec: How to make learners, and the limits of the run.
+        worker: Name of this process in messages.
+        device: Device that `current_call` returns.
+        report: Receives the progress that methods report, on their threads.
+        activity: Shows which calls are running, to another process.
+        constructor_arguments: Returns the arguments of a client's learner, for a host in the driver's process, whose
+            learners need not be registered. Then ``isolation=none`` passes references, run-time limits do not apply
+            while a debugger is attached, and outcomes are not kept.
     """
 
     def __init__(
@@ -86,12 +85,12 @@ class LearnerHost:
             release=self._release,
             done=self._done,
         )
-        self._lock = threading.Lock()  # guards the mailboxes' queues, the jobs and their states, and the outcomes
+        self._lock = threading.Lock()  # guards queues of mailboxes, jobs and their states, and outcomes
         self._mailboxes: dict[str, Mailbox] = {}
         self._jobs: dict[int, Job] = {}
-        self._outcomes: dict[int, Outcome] = {}  # final ones, which may be asked for again
+        self._outcomes: dict[int, Outcome] = {}  # final ones, for repeated requests
         self._batches: dict[int, BatchJob] = {}  # by call id, until their final outcomes
-        self._shared: dict[int, _Shelved] = {}  # number -> a value that calls refer to; set in the order of requests
+        self._shared: dict[int, _Shelved] = {}  # number -> shared value; set in the order of requests
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no executor numbered
 
     @property
@@ -118,21 +117,21 @@ class LearnerHost:
         return self._mailboxes[client_id]
 
     def forget(self, client_id: str) -> None:
-        """Let go of a learner that has moved elsewhere; no call of it is here."""
+        """Drop a learner that has moved. No call of it may be here."""
         with self._lock:
             self._mailboxes.pop(client_id, None)
         self._residents.forget(client_id)
 
     def share(self, value: SharedValue) -> None:
-        """Keep a value that calls refer to by its number: for as many as will open it, else until `unshare`."""
+        """Keep a shared value: for a known number of calls, or until `unshare`."""
         self._shared[value.number] = _Shelved(value, value.num_openings)
 
     def unshare(self, number: int) -> None:
-        """No call that is to come refers to that value."""
+        """Drop a shared value; no later call refers to it."""
         self._shared.pop(number, None)
 
     def unshare_all(self) -> None:
-        """The same of all values: whoever has shared them is about to begin anew."""
+        """Drop all shared values: the driver sends them again in the next world."""
         self._shared.clear()
 
     def submit(self, call: Call, reply: Reply, numbers: Iterable[int] = ()) -> None:
@@ -160,7 +159,7 @@ class LearnerHost:
         Args:
             batch: The calls and the reducer.
             reply: Receives the outcome.
-            numbers: For each call, as of `submit`.
+            numbers: For each call, see `submit`.
         """
         calls = [
             (place, self._prepared(call, own))
@@ -212,12 +211,12 @@ class LearnerHost:
     def cancel(self, call_id: int, reply: Reply | None = None) -> None:
         """Cancel a call, or the calls of a batch that have not ended.
 
-        A queued call never starts; an async method is cancelled; a sync one sees ``current_call().cancelled``, and
-        its learner is free again when it ends; a stream is closed.
+        A queued call never starts. An async method is cancelled. A sync method sees ``current_call().cancelled``, and
+        its learner is free when it ends. A stream is closed.
 
         Args:
-            call_id: The call, or the batch, which ends with the partial results of the other calls.
-            reply: Receives what became of the call; of a batch, not at all.
+            call_id: The call or the batch. A batch ends with the partial results of its other calls.
+            reply: Receives the outcome of the call; not used for a batch.
         """
         if (batch_job := self._batches.get(call_id)) is not None:
             for _, call in batch_job.batch.calls:
@@ -230,7 +229,7 @@ class LearnerHost:
             reply(outcome or Outcome("cancelled", never_ran=True))
 
     def acknowledge(self, call_ids: Iterable[int]) -> None:
-        """Forget the outcomes of these calls, which have arrived at the driver."""
+        """Drop the outcomes of calls, which have arrived at the driver."""
         with self._lock:
             acknowledged = [self._outcomes.pop(call_id, None) for call_id in call_ids]
         for outcome in acknowledged:
@@ -238,7 +237,7 @@ class LearnerHost:
                 outcome.parcel.files.acknowledged()
 
     def keep_only(self, call_ids: Iterable[int]) -> None:
-        """Forget the outcomes of all calls but these, where acknowledgements may have got lost."""
+        """Drop all outcomes except those of these calls, since acknowledgements may be lost with a world."""
         with self._lock:
             self._outcomes = {call_id: self._outcomes[call_id] for call_id in call_ids if call_id in self._outcomes}
 
@@ -246,7 +245,7 @@ class LearnerHost:
         """Run a method of a registered learner and await its result, on any event loop.
 
         Raises:
-            Exception: whatever the method raised, as its own type where that may travel.
+            Exception: The exception of the method, as its own type if that may travel.
         """
         call_id = next(self._own_call_ids)
         arguments = self.take_value((args, kwargs))
@@ -256,28 +255,28 @@ class LearnerHost:
         return outcome.result(call, self.allow, self.worker)
 
     def take_value(self, obj: Any) -> Packed:
-        """An object as it is now, on its way to a learner or a caller.
+        """Pack an object as it is now, for a learner or a caller.
 
         Raises:
-            SerializationError: it cannot be sent.
+            SerializationError: If it cannot be sent.
         """
         return self._runner.take_value(obj)
 
     def show_files(self, are_seen: bool) -> None:
-        """Whoever takes the outcomes of calls from now on finds the files of this process, or does not."""
+        """Set whether the driver can open memory files of this process, which large results then use."""
         self._runner.shows_files = are_seen
 
     def arm(self, faults: Sequence[Fault], sever: Callable[[], None]) -> None:
-        """Let faults strike this process at calls to come, in place of those armed before.
+        """Inject faults into this process at later calls. They replace earlier ones.
 
         Args:
-            faults: what strikes when; none at all disarms.
-            sever: cuts this process off from the driver's watch.
+            faults: The faults; an empty sequence removes them.
+            sever: Cuts this process off from the driver's watch.
         """
         self._runner.saboteur = Saboteur(faults, sever) if faults else None
 
     def stats(self) -> dict[str, int]:
-        """How many learners are made here, and how many calls run or wait."""
+        """Return the number of learners that are made, and of calls that run or wait."""
         with self._lock:
             made = sum(mailbox.made and not mailbox.is_stored for mailbox in self._mailboxes.values())
             return {"learners": made, "pending_calls": len(self._jobs)}
@@ -286,20 +285,20 @@ class LearnerHost:
         """Cancel what runs and end the host's threads.
 
         Returns:
-            Whether all ended in time; a sync method that goes on regardless keeps its (daemon) thread.
+            Whether all ended in time. A sync method that does not end keeps its (daemon) thread.
         """
         for call_id in list(self._jobs):
             self.cancel(call_id)
         ended = self._runner.close(timeout_s)
         self._deadlines.close()
         self._residents.close()
-        if ended:  # nothing waits for the next garbage collection, for which this host's own circles do
+        if ended:  # free their memory now: this host is in reference cycles
             for kept in (self._mailboxes, self._outcomes, self._shared):
                 kept.clear()
         return ended
 
     def _prepared(self, call: Call, numbers: Iterable[int]) -> Call:
-        """Return a call with its shared arguments. In the driver's own process its learner is registered."""
+        """Return a call with its shared arguments. In the driver's process, register its learner too."""
         if numbers:
             assert isinstance(call.arguments, Parcel)
             values = tuple(self._take_shared(number) for number in numbers)
@@ -331,7 +330,7 @@ class LearnerHost:
         self._runner.collect(batch_job, self._batch_done)
 
     def _tell(self, batch_job: BatchJob) -> None:
-        """Answer a request that waits for the end of calls of a batch."""
+        """Answer an open request for the ended calls of a batch, if there are new ones."""
         with self._lock:
             due = batch_job.next_reply()
         if due is not None:
@@ -361,7 +360,7 @@ class LearnerHost:
         return shelved.value
 
     def _known(self, call_id: int, step: int, reply: Reply) -> Outcome | None:
-        """What is known of a step that is asked for: its outcome, None where it is joined, or `_UNKNOWN`."""
+        """Return the outcome of a requested step; None if the request joins a running one; `_UNKNOWN` otherwise."""
         if (outcome := self._outcomes.get(call_id)) is not None:
             return outcome
         job = self._jobs.get(call_id)
@@ -377,7 +376,7 @@ class LearnerHost:
         return _UNKNOWN
 
     def _done(self, job: Job, outcome: Outcome) -> None:
-        """Answer a job, and begin the learner's next one, or close a stream that was cancelled meanwhile."""
+        """Answer a job, and begin the learner's next one. Close a stream that was cancelled meanwhile."""
         following, unread = None, False
         with self._lock:
             reply, job.reply = job.reply, None
@@ -398,7 +397,7 @@ class LearnerHost:
             self._runner.close_stream(job)
 
     def _claim(self, mailbox: Mailbox) -> bool:
-        """Keep an idle learner's calls waiting; whether it is idle."""
+        """Reserve an idle learner, so that its calls wait. Returns whether it was idle."""
         with self._lock:
             if mailbox.current is not None:
                 return False
@@ -435,7 +434,7 @@ class LearnerHost:
         self._abandon(call_id, self._runner.failed(error))
 
     def _abandon(self, call_id: int, outcome: Outcome) -> Outcome | None:
-        """Answer a call before its end; what it is answered, None where it is answered already."""
+        """Answer a call before its end. Returns the outcome; None if the call was answered before."""
         with self._lock:
             job = self._jobs.get(call_id)
             if job is None or job.cancelled:
@@ -449,7 +448,7 @@ class LearnerHost:
                 assert job.mailbox.queue is not None
                 job.mailbox.queue.remove(job)
                 del self._jobs[call_id]
-            seconds = time.perf_counter() - job.began if job.began else 0.0  # it may wait for a thread
+            seconds = time.perf_counter() - job.began if job.began else 0.0  # its method may not have begun
             outcome = replace(outcome, never_ran=queued, cut_off=not queued and not idle_stream, seconds=seconds)
             self._keep(job, outcome)
         if reply is not None:
@@ -461,7 +460,7 @@ class LearnerHost:
         return outcome
 
     def _keep(self, job: Job, outcome: Outcome) -> None:
-        """Keep a final outcome for a repeated request; that of a batch's call is kept with the batch's."""
+        """Keep a final outcome for a repeated request. A batch keeps the outcomes of its calls itself."""
         if self._is_remote and job.batch is None:
             self._outcomes[job.call.call_id] = outcome
 
@@ -469,8 +468,8 @@ class LearnerHost:
 @dataclass
 class _Shelved:
     value: SharedValue
-    num_calls: int | None  # that are still to refer to it
+    num_calls: int | None  # calls that will still refer to it; None for any number
 
 
 _UNKNOWN = Outcome("cancelled")
-_CLAIM = Call(0, "", "", Reference(None))  # of no call's: its job stands where a learner's present one does
+_CLAIM = Call(0, "", "", Reference(None))  # of the job that reserves an idle learner

@@ -1,4 +1,4 @@
-"""A learner's mailbox: the calls that wait for it, one at a time, in the order in which they came."""
+"""Mailbox of a learner: its calls, one at a time, in the order of arrival."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from torchfedrpc.wire.packing import Packed
 
 Reply = Callable[[Outcome], None]
 
-_NEVER: Counter[str] = Counter()  # of all learners that were not called yet, or are on disk; nobody adds to it
+_NEVER: Counter[str] = Counter()  # shared by all learners that were not called yet or are on disk; never changed
 
 
 @dataclass(eq=False, slots=True)
 class Mailbox:
-    """One learner and the calls that wait for it.
+    """One learner and the queue of its calls.
 
     Attributes:
-        client_id: whose learner.
-        kwargs: arguments for the learner's constructor; None where it is made and will not be made again.
-        build: which one of this client's learners it is.
-        learner: the learner, once its first call has made it.
-        made: whether it is made.
-        is_stored: whether it is made and its snapshot is on disk, in place of `learner` and `counts`.
-        current: the job that has the learner now; an open stream keeps it between its steps.
-        queue: the jobs behind it; there is none before the first has to wait.
-        counts: how often each method has been called; they seed the calls.
+        client_id: The client.
+        kwargs: Arguments of the learner's constructor; None if the learner is made and will not be made again.
+        build: Number of this learner among those of its client.
+        learner: The learner; None before its first call, and while it is on disk.
+        made: Whether the learner was made.
+        is_stored: Whether its snapshot is on disk, in place of `learner` and `counts`.
+        current: The job that has the learner. An open stream keeps it between its steps.
+        queue: The jobs that wait for it; None if none waits.
+        counts: Number of calls of each method; they seed the calls.
     """
 
     client_id: str
@@ -47,32 +47,32 @@ class Mailbox:
     counts: Counter[str] = field(default_factory=lambda: _NEVER)
 
     def next_job(self) -> Job | None:
-        """Let the learner go to the first job that waits for it, which is given, if any does."""
+        """Hand the learner to the first job that waits. Returns that job; None if none waits."""
         if self.queue:
             self.current = self.queue.popleft()
-        else:  # few of many learners have anything to do
+        else:  # save the memory of an empty queue: most learners are idle
             self.current = self.queue = None
         return self.current
 
     def put(self, job: Job) -> None:
-        """Let a job wait."""
+        """Append a job to the queue."""
         if self.queue is None:
             self.queue = deque()
         self.queue.append(job)
 
     def count(self, method: str) -> int:
-        """How often a method was called before, this time not counted."""
+        """Count a call of a method. Returns the number of earlier ones."""
         if self.counts is _NEVER:
             self.counts = Counter()
         self.counts[method] += 1
         return self.counts[method] - 1
 
     def let_go(self) -> None:
-        """Keep nothing of the learner, which is on disk now."""
+        """Drop the learner, which is on disk now."""
         self.learner, self.is_stored, self.counts = None, True, _NEVER
 
     def __reduce__(self) -> str:
-        """Refuse to travel: ``rref.to_here()`` asks for that.
+        """Refuse to travel, for example by ``rref.to_here()``.
 
         Raises:
             TypeError: Always.
@@ -88,22 +88,22 @@ class Job:
     """A call in its host.
 
     Attributes:
-        call: what is asked.
-        mailbox: whose.
-        reply: who waits for the next outcome; None where nobody does (any more, or between a stream's steps).
-        cancelled: whether nobody waits any more.
-        scope: what the method has for itself, once it begins.
-        context: its context variables, likewise.
-        task: what runs an async method or step.
-        iterator: what a stream's method returned.
-        stepping: whether the call is running or due to; False where a stream is open and idle.
-        num_items: items that the stream has given.
-        last_item: the last of them, until the next is asked for.
-        began: when its method began, by `time.perf_counter`.
-        batch: the batch that the call belongs to, if any, to which its result is added.
-        place: the client's place in the batch's reduction.
-        num_reports: what it has reported of its progress.
-        reporting: held while it reports: its threads may do so at once.
+        call: The call.
+        mailbox: The mailbox of its learner.
+        reply: Receives the next outcome; None after the call was answered, and between the steps of a stream.
+        cancelled: Whether the call was cancelled or has overrun its time.
+        scope: Modes, settings and random streams of the call; None before it begins.
+        context: Its context variables; None before it begins.
+        task: The task of an async method or step.
+        iterator: The iterator of a stream.
+        stepping: Whether the call runs or waits to run; False if a stream is open and idle.
+        num_items: Number of items of the stream so far.
+        last_item: The last item, until the next is requested.
+        began: When its method began, by `time.perf_counter`.
+        batch: The batch to which its result is added, if any.
+        place: The client's place in the batch's reduction.
+        num_reports: Number of its reports of progress.
+        reporting: Lock for its reports, which may come from several threads.
     """
 
     call: Call

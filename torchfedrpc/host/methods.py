@@ -1,4 +1,4 @@
-"""Which methods of a learner may be called: the public callables."""
+"""Methods of a learner that may be called: the public callables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchfedrpc.errors import MethodNotFoundError, suggest
 
 
 def find_method(learner: Any, name: str, client_id: str) -> Callable[..., Any]:
-    """A learner's public method.
+    """Return a public method of a learner.
 
     Raises:
         MethodNotFoundError: If there is no such name, or it is private or not callable; near matches are named.
@@ -37,21 +37,21 @@ def find_method(learner: Any, name: str, client_id: str) -> Callable[..., Any]:
 
 
 def public_methods(learner: Any) -> list[str]:
-    """The names of an object's, or a class's, public methods; properties are not evaluated."""
+    """Return the names of the public methods of an object or class, without evaluating properties."""
     entries = {name: inspect.getattr_static(learner, name, None) for name in dir(learner) if not name.startswith("_")}
-    kinds = (classmethod, functools.partialmethod)  # become callable when they are looked up
+    kinds = (classmethod, functools.partialmethod)  # callable once they are looked up
     return [name for name, entry in entries.items() if callable(entry) or isinstance(entry, kinds)]
 
 
 def hidden_methods(learner: type, taken_names: Mapping[str, Collection[str]]) -> str | None:
-    """Which public methods of a learner cannot be called as attributes of a proxy's objects, and how they can be.
+    """Describe public methods of a learner that cannot be called as attributes of handles or groups.
 
     Args:
-        learner: its class.
-        taken_names: the name of such an object, as a user knows it -> its own public names.
+        learner: The learner's class.
+        taken_names: Expression of a handle or group, for messages -> public names of its class.
 
     Returns:
-        The text of a warning; None if every method can be called as an attribute.
+        A warning that says how to call them; None if every method can be called as an attribute.
     """
     methods = public_methods(learner)
     hidden = {owner: sorted({*methods} & {*names}) for owner, names in taken_names.items()}

@@ -1,4 +1,4 @@
-"""What a Python object consists of, by its type: what is compared of it, and what it refers to."""
+"""Parts of a Python object by its type, for comparison, and the objects that it refers to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torchfedrpc.wire.encodings import is_scheduled
 ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...)))
 CONSTANTS = ATOMS | {type, types.FunctionType, types.BuiltinFunctionType, torch.dtype}
 UNSET: Any = object()
-"""Stands for an attribute that is not there."""
+"""Value of an attribute that does not exist."""
 
 _GLOBALS: tuple[Any, ...] = (
     enum.Enum, type, type(NotImplemented), types.FunctionType, types.ModuleType, types.GenericAlias, np.ufunc,
@@ -35,28 +35,28 @@ _GENERATORS = (torch.Generator, random.Random, np.random.RandomState)
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque, bytearray, int, float, complex, str, bytes)
 _FOUNDATIONS = sys.stdlib_module_names | {"builtins", "torch", "numpy"}
 _PROTOCOL = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__", "__getnewargs__")
-# Their ``__getstate__`` leaves out only what they make again by themselves, with the same value.
+# Their ``__getstate__`` leaves out only attributes that they recreate with the same value.
 _FAITHFUL = (torch.amp.GradScaler,)
-# Attributes of optimisers that decide whether a warning is due. No number depends on them.
+# Attributes of optimisers that decide whether a warning is due. No result depends on them.
 _OPTIMISER_WARNS_BY = ("_opt_called", "_warned_capturable_if_run_uncaptured")
 _EXCEPTION_FIELDS_APART = frozenset(("__dict__", "__traceback__", "__weakref__"))
 
 Group = tuple[Literal["attributes", "items", "elements", "set", "parts"], Any]
-"""Some parts of an object: ``attributes`` are a dict in any order, its keys names or the descriptors of slots;
-``items`` the pairs of a dict, in order; ``elements`` a list; ``set`` a set; ``parts`` a list of (path, part). Objects
-that are made to be compared are among ``parts``."""
+"""Parts of an object. ``attributes``: a dict in any order, its keys are names or descriptors of slots; ``items``: the
+pairs of a dict, in order; ``elements``: a list; ``set``: a set; ``parts``: a list of (path, part), where parts may be
+made for the comparison."""
 
 
 class Kind(NamedTuple):
     """How objects of a type are compared.
 
     Attributes:
-        identity: ``object`` where what was one object must be one again; ``value`` where that does not matter, and
-            a pair that was compared need not be compared again; None where comparing is as quick.
-        read: gives the parts of an object.
-        difference: says what is different of two objects, their parts apart; None if nothing is.
-        refusal: says why an object cannot be part of a state; None if it can.
-        has_memory: whether it is a tensor or array, which may share its memory with others.
+        identity: ``object`` if references to one object must refer to one object again. ``value`` if identity does
+            not matter, and pairs that were compared are remembered. None if comparing is as fast as remembering.
+        read: Returns the parts of an object.
+        difference: Returns a difference between two objects that is not in their parts; None if there is none.
+        refusal: Returns why an object cannot be part of a state; None if it can.
+        has_memory: Whether objects are tensors or arrays, which may share memory.
     """
 
     identity: Literal["object", "value"] | None
@@ -67,7 +67,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(obj: Any) -> Kind:
-    """How objects of this one's type are compared."""
+    """Return how objects of this type are compared."""
     cls = type(obj)
     for family, kind in _FAMILIES:
         if issubclass(cls, family):
@@ -77,7 +77,7 @@ def kind_of(obj: Any) -> Kind:
     methods = [(base, vars(base)[name]) for base in cls.__mro__ for name in _PROTOCOL if name in vars(base)]
     methods = [(base, method) for base, method in methods if base is not object]
     own = {method.__name__ for base, method in methods if not is_foundation(base) and hasattr(method, "__name__")}
-    # With __getstate__ alone nothing makes anew what that leaves out, so the attributes themselves are compared.
+    # With __getstate__ alone, attributes that it leaves out are not recreated, so the attributes are compared.
     if cls in copyreg.dispatch_table or own - {"__getstate__"} or issubclass(cls, _FAITHFUL):
         return Kind("value" if is_foundation(cls) and has_value(cls) else "object", _reduction)
     if issubclass(cls, _CONTAINERS):
@@ -97,11 +97,11 @@ def kind_of(obj: Any) -> Kind:
     )
 
 
-# What objects give as their parts.
+# Parts of objects.
 
 
 def _with_slots(kind: Kind, cls: type) -> Kind:
-    """A kind for a class of the user's that adds slots."""
+    """Return a kind for a user's class that adds slots."""
     read, attributes = kind.read or (lambda obj: []), _attributes_of(cls)
     return kind._replace(read=lambda obj: [*read(obj), *attributes(obj)])
 
@@ -122,8 +122,8 @@ def _optimizer(optimizer: Any) -> list[Group]:
     [(_, every)] = _attributes_of(type(optimizer))(optimizer)
     attributes = {name: value for name, value in every.items() if name not in _OPTIMISER_WARNS_BY}
     if is_scheduled(attributes.get("step")):
-        del attributes["step"]  # the wrapper of a scheduler, which only notes that it was called
-    # Optimizer.__setstate__ adds it to those whose step() does not ask for it, such as LBFGS.
+        del attributes["step"]  # the wrapper of a scheduler, which only notes calls
+    # Optimizer.__setstate__ adds it to optimisers that lack it, such as LBFGS.
     defaults = {"differentiable": False, **attributes.pop("defaults", {})}
     return [("parts", [(".defaults", defaults)]), ("attributes", attributes)]
 
@@ -141,8 +141,8 @@ def _exception(error: BaseException) -> list[Group]:
 
 
 def _content(obj: Any) -> list[Group]:
-    """What an instance of a builtin type, or of a subclass, has beside attributes."""
-    if isinstance(obj, collections.OrderedDict):  # its order is not that of the dict below, after move_to_end
+    """Return the content of an instance of a builtin type or of a subclass, without attributes."""
+    if isinstance(obj, collections.OrderedDict):  # after move_to_end, the order of the underlying dict differs
         return [("items", [(key, dict.__getitem__(obj, key)) for key in collections.OrderedDict.__iter__(obj)])]
     if isinstance(obj, collections.defaultdict):
         return [("parts", [(".default_factory", obj.default_factory)]), ("items", list(dict.items(obj)))]
@@ -190,7 +190,7 @@ def _self_of(method: Any) -> list[Group]:
     return [("parts", [(".__self__", method.__self__)])]
 
 
-# What is different of two objects, their parts apart.
+# Differences between two objects that are not in their parts.
 
 
 def _other_atom(one: Any, other: Any) -> str | None:
@@ -233,7 +233,7 @@ def _of_process(generator: Any) -> str | None:
     return "is the process's own generator, which each call seeds: keep a generator of the learner's own"
 
 
-# The table: the first family that a type belongs to counts.
+# The first family that a type belongs to is used.
 
 _FAMILIES: tuple[tuple[Any, Kind], ...] = (
     (_GLOBALS, Kind(None, difference=_other_global)),
@@ -259,11 +259,11 @@ _PLAIN: dict[type, Kind] = {
 }
 
 
-# What else there is to know of objects and classes.
+# Properties of objects and classes.
 
 
 def reduced(obj: Any) -> tuple[Any, ...]:
-    """What an object gives to pickle, its iterators as lists."""
+    """Return the reduction of an object for pickle, its iterators as lists."""
     reduce = copyreg.dispatch_table.get(type(obj))
     parts: Any = reduce(obj) if reduce is not None else obj.__reduce_ex__(5)
     if isinstance(parts, str):
@@ -272,7 +272,7 @@ def reduced(obj: Any) -> tuple[Any, ...]:
 
 
 def reachable(root: Any, *, without: Any = None) -> Iterable[Any]:
-    """All objects that a root refers to, but for classes, modules, globals of functions, and one object."""
+    """Return all objects reachable from a root, except classes, modules, globals of functions, and ``without``."""
     seen = {id(root), id(without)}
     todo = [root]
     while todo:
@@ -282,7 +282,7 @@ def reachable(root: Any, *, without: Any = None) -> Iterable[Any]:
             continue
         yield part
         if kind is types.FunctionType:
-            following = list(part.__closure__ or ())  # cells, whose referents are their contents
+            following = list(part.__closure__ or ())  # cells, which refer to their contents
         elif isinstance(part, Tensor):
             following = [part.__dict__, part.grad] if part.is_leaf else [part.__dict__]
         else:
@@ -294,14 +294,14 @@ def reachable(root: Any, *, without: Any = None) -> Iterable[Any]:
 
 
 def has_stable_hash(obj: Any) -> bool:
-    """Whether an object's hash is the same in every process, so that sets of such objects have an order."""
+    """Return whether an object's hash is the same in every process, so that sets of such objects have an order."""
     if type(obj) in (tuple, frozenset):
         return all(map(has_stable_hash, obj))
     return type(obj) in (bool, int, float, complex)
 
 
 def is_found_by_value(obj: Any) -> bool:
-    """Whether a set or dict finds an object by its value, and not by its address."""
+    """Return whether a set or dict finds an object by its value and not by its address."""
     if type(obj) in CONSTANTS or isinstance(obj, _GLOBALS):
         return True
     if isinstance(obj, tuple | frozenset):
@@ -310,13 +310,13 @@ def is_found_by_value(obj: Any) -> bool:
 
 
 def has_value(kind: type) -> bool:
-    """Whether instances are hashed by their value, so that it does not matter which object one is."""
+    """Return whether instances are hashed by their value, so that their identity does not matter."""
     own_hash: Any = kind.__hash__
     return own_hash is not None and own_hash is not object.__hash__ and not issubclass(kind, Tensor)
 
 
 def slots_of(kind: type) -> list[Any]:
-    """The descriptors of a class's slots."""
+    """Return the descriptors of a class's slots."""
     return [
         member
         for base in kind.__mro__
@@ -327,7 +327,7 @@ def slots_of(kind: type) -> list[Any]:
 
 
 def get(descriptor: Any, obj: Any) -> Any:
-    """The value of a slot or field; `UNSET` where it has none."""
+    """Return the value of a slot or field; `UNSET` if it has none."""
     try:
         return descriptor.__get__(obj, type(obj))
     except AttributeError:
@@ -335,32 +335,32 @@ def get(descriptor: Any, obj: Any) -> Any:
 
 
 def root_of(cls: type) -> str:
-    """The top-level package that defines a class."""
+    """Return the top-level package that defines a class."""
     return str(cls.__module__).partition(".")[0]
 
 
 def is_foundation(cls: type) -> bool:
-    """Whether a class is Python's, torch's or numpy's."""
+    """Return whether a class belongs to Python, torch or numpy."""
     return root_of(cls) in _FOUNDATIONS and cls.__module__ != "__main__"
 
 
 def name_of(obj: Any) -> str:
-    """What to call a function or class in a message."""
+    """Return the name of a function or class in a message."""
     name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
     return f"{getattr(obj, '__module__', '')}.{name}" if name else reprlib.repr(obj)
 
 
 def _has_plain_state(obj: Any) -> bool:
-    """Whether an object without methods for pickle has no state but its attributes and slots."""
+    """Return whether an object without methods for pickle has no state except attributes and slots."""
     try:
         object.__reduce_ex__(obj, 5)
-    except TypeError:  # a C type, which has more
+    except TypeError:  # a C type, which has other state
         return False
     return True
 
 
 def _bits_of(value: Any) -> Any:
-    """A number as what is equal for equal bits alone; anything else as it is."""
+    """Return an object that is equal for numbers with equal bits only; other values as they are."""
     if type(value) is float:
         return struct.pack("<d", value)
     if type(value) is complex:

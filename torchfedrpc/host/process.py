@@ -16,13 +16,13 @@ from torchfedrpc.config import RuntimeConfig
 def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
     """Set torch's threads and determinism as configured, and restore them at the end.
 
-    The driver needs the settings of the workers: an aggregate or a test score that it computes itself would have
-    other last bits with another number of threads.
+    The driver needs the settings of the workers: with another number of threads, aggregates and scores that it
+    computes itself would differ in their last bits.
     """
     num_threads = torch.get_num_threads()
     makes_deterministic = runtime.deterministic and not torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(runtime.torch_threads)
-    if makes_deterministic:  # even setting what is set imports torch's compiler, which takes seconds
+    if makes_deterministic:  # setting it imports torch's compiler, which takes seconds, also if it is set already
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
         torch.use_deterministic_algorithms(True)
     try:
@@ -37,8 +37,8 @@ def process_settings(runtime: RuntimeConfig) -> Iterator[None]:
 def frozen_modules() -> Iterator[None]:
     """Exclude the objects of imported modules from garbage collection, in a worker.
 
-    A full collection looks through all objects of torch, which takes as long as many calls. In the user's process
-    this would keep existing garbage from being freed.
+    A full collection visits all objects of torch, which takes as long as many calls. The user's process is left
+    alone, since existing garbage there would never be freed.
     """
     gc.collect()  # else cyclic garbage would be frozen as well
     gc.freeze()
@@ -49,12 +49,12 @@ def frozen_modules() -> Iterator[None]:
 
 
 def visible_gpus() -> str | None:
-    """The GPUs that CUDA shows this process (``CUDA_VISIBLE_DEVICES``); None for all."""
+    """Return the GPUs that this process can use (``CUDA_VISIBLE_DEVICES``); None for all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def choose_device(local_index: int) -> torch.device:
-    """The device of a worker, by its number on its machine: GPUs in turn, the CPU without a GPU."""
+    """Return the device of a worker by its number on its machine: GPUs in turn, or the CPU without a GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_index % torch.cuda.device_count())

@@ -1,4 +1,4 @@
-"""The global random generators of a process: seeded for each call, and set aside where the process has its own."""
+"""Global random generators of a process: seeded for each call, with the process's own state set aside."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_numpy: Any = np.random  # the type stubs leave out what swaps the global bit generator
+_numpy: Any = np.random  # the type stubs lack set_bit_generator
 _NUM_WORDS = 624  # of the state of a Mersenne Twister
 
 
 def call_seed(seed: int, *names: object) -> int:
-    """A 63-bit seed from the run's seed and the names of what is seeded (client, method, number of the call).
+    """Return a 63-bit seed from the run's seed and names (client, method, number of the call).
 
-    `random`, numpy and torch's CUDA generators use all of its bits, torch's CPU generator the low 32 alone: of 77,000
-    calls, two have the same torch stream with even odds, and different streams of numpy and `random`.
+    `random`, numpy and torch's CUDA generators use all bits. torch's CPU generator uses the low 32 bits: of 77,000
+    calls, two have the same torch stream with a probability of one half, and different streams of numpy and `random`.
     """
     text = "\0".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 class StreamState(NamedTuple):
-    """Where the global generators are in their streams.
+    """State of the global generators.
 
     Attributes:
-        python: of `random`.
-        torch_cpu: of torch's CPU generator.
-        torch_device: of the GPU's generator; None without a GPU.
-        numpy_generator: the bit generator under `numpy.random`.
-        numpy_gauss: a normal variate that `numpy.random` has drawn ahead; None if there is none.
+        python: State of `random`.
+        torch_cpu: State of torch's CPU generator.
+        torch_device: State of the GPU's generator; None without a GPU.
+        numpy_generator: The bit generator of `numpy.random`.
+        numpy_gauss: A normal variate that `numpy.random` has drawn in advance, if any.
     """
 
     python: Any
@@ -46,15 +46,15 @@ class StreamState(NamedTuple):
 class RandomStreams:
     """The global generators of torch (CPU and one device), numpy and `random`.
 
-    Calls that follow each other at once leave the process's own streams aside together, since to capture them takes
-    longer than to seed a call.
+    The process's own state is captured once for calls that follow each other directly, since this takes longer than
+    seeding a call.
 
     Args:
-        device: whose CUDA generator belongs to them.
+        device: The device, with its generator if it is a GPU.
 
     Attributes:
-        aside: the process's own streams, while calls have the generators; else None.
-        spare: what `seed` has returned for calls that have ended; later calls use it again.
+        aside: The process's own state while calls use the generators; else None.
+        spare: Bit generators of calls that have ended, for later calls.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,13 +65,13 @@ class RandomStreams:
         self.spare: list[Twister] = []  # making one takes 250 us
 
     def seed(self, seed: int) -> Twister:
-        """Begin all streams anew.
+        """Seed all generators.
 
         Args:
-            seed: from `call_seed`.
+            seed: From `call_seed`.
 
         Returns:
-            What numpy draws from.
+            The bit generator of numpy.
         """
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
@@ -83,11 +83,11 @@ class RandomStreams:
         self._words.state = self._words_seed
         twister.words[:] = self._words.random_raw(_NUM_WORDS // 2)
         twister.position[0] = _NUM_WORDS
-        _numpy.set_bit_generator(twister.generator)  # forgets a variate drawn ahead
+        _numpy.set_bit_generator(twister.generator)  # drops a variate drawn in advance
         return twister
 
     def capture(self) -> StreamState:
-        """Where the generators are."""
+        """Return the state of the generators."""
         return StreamState(
             python=random.getstate(),
             torch_cpu=torch.default_generator.get_state(),
@@ -97,7 +97,7 @@ class RandomStreams:
         )
 
     def restore(self, state: StreamState) -> None:
-        """Go on from where the generators were."""
+        """Restore the state of the generators."""
         random.setstate(state.python)
         torch.default_generator.set_state(state.torch_cpu)
         if self._of_device is not None and state.torch_device is not None:
@@ -108,17 +108,17 @@ class RandomStreams:
             _numpy.set_state({**whole, "has_gauss": 1, "gauss": state.numpy_gauss})
 
     def give_back(self) -> None:
-        """Put the process's own streams in place again, if they are aside."""
+        """Restore the process's own state, if it is set aside."""
         if self.aside is not None:
             self.restore(self.aside)
             self.aside = None
 
 
 class Twister:
-    """A bit generator as numpy's global one has to be, with the words of its state as it lies in memory.
+    """A bit generator for numpy's global one, with a view of the words of its state in memory.
 
     Raises:
-        RuntimeError: If this build of numpy lays it out in another way.
+        RuntimeError: If this build of numpy has another memory layout.
     """
 
     __slots__ = ("generator", "position", "words")
@@ -137,7 +137,7 @@ class Twister:
 
 
 class _WithoutWords:
-    """Stands for numpy's bit generator while only what `numpy.random` keeps beside it is read."""
+    """Replaces numpy's bit generator while the state that `numpy.random` keeps beside it is read."""
 
     def __init__(self, generator: Any) -> None:
         self.generator = generator
@@ -148,7 +148,7 @@ class _WithoutWords:
 
 
 def _numpy_gauss() -> float | None:
-    """A normal variate that numpy has drawn ahead. Its get_state() would take 50 us for the 624 words beside it."""
+    """Return a normal variate that numpy has drawn in advance. get_state() would copy 624 words too, in 50 us."""
     owner: Any = _numpy.mtrand._rand
     generator = owner._bit_generator
     owner._bit_generator = _WithoutWords(generator)

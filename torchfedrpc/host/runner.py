@@ -1,4 +1,4 @@
-"""How the code of one call is run: on which thread, with which random streams, and what comes of it."""
+"""Runs jobs: the thread, learner, arguments and scope of each call, and its outcome."""
 
 from __future__ import annotations
 
@@ -41,29 +41,29 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Report = Callable[[Call, int, Packed], None]  # a call, which of its reports this is, from 0, and its value
+Report = Callable[[Call, int, Packed], None]  # a call, the number of the report among its reports, and the value
 Done = Callable[[Job, Outcome], None]
 
 
 class Runner:
-    """Runs jobs on its own threads: `begin`, then for a stream `step` and `close_stream`.
+    """Runs jobs on threads of the host: `begin`, then for a stream `step` and `close_stream`.
 
     Args:
-        spec: what learners to make, with which limits.
-        device: what `current_call` names as device.
-        by_value: whether results and reports are copied.
-        in_driver: whether this is the driver's own process, whose random streams must be in place between calls.
-        report: takes what a method reports of its progress.
-        activity: is told which calls are running; None where nobody asks.
-        deadlines: told when a method, or a step of a stream, begins and ends.
-        residents: the learners in memory.
-        claim: takes an idle mailbox, whose calls wait until it is given to ``release``; whether it could.
-        release: see ``claim``.
-        done: takes each outcome, on the thread where it came about. After ``item`` the stream is open.
+        spec: How to make learners, and the limits of the run.
+        device: Device that `current_call` returns.
+        by_value: Whether results and reports are copied.
+        in_driver: Whether this is the driver's process, whose random streams are restored between calls.
+        report: Receives the progress that methods report.
+        activity: Shows the running calls to another process; None in the driver.
+        deadlines: Clocks of methods and of steps of streams.
+        residents: The learners in memory.
+        claim: Reserves an idle mailbox until ``release``. Returns whether it was idle.
+        release: See ``claim``.
+        done: Receives each outcome, on the thread that ran the call. After an ``item`` the stream is open.
 
     Attributes:
-        saboteur: lets faults strike, in a test.
-        shows_files: whether those who are given results find the files of this process, which large ones go into.
+        saboteur: Injects faults, in a test; else None.
+        shows_files: Whether the driver can open memory files of this process, which large results then use.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Runner:
     ) -> None:
         self.allow = spec.allow_list()
         self._factory = spec.load()
-        self._kinds: set[type] = set()  # of the learners that were made here
+        self._kinds: set[type] = set()  # of learners that were made here
         self._spec = spec
         self._device = device
         self._by_value = by_value
@@ -100,7 +100,7 @@ class Runner:
         self._settings = OpenedSettings.of_this_process(spec.runtime.torch_threads)
         self._in_driver = in_driver
         self._shared = SharedObjects(self._make_shared)
-        torch.empty(0, device=device)  # a device that cannot be used fails here, not on the threads below
+        torch.empty(0, device=device)  # a device that cannot be used fails here, and not on the threads below
         self._streams = RandomStreams(device)
         self._gate = Gate()
         self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._prepare_thread)
@@ -110,11 +110,11 @@ class Runner:
         self._making = threading.Lock()
 
     def begin(self, job: Job) -> None:
-        """Run a job up to its result or its first item; its learner is made before, where there is none."""
+        """Run a job up to its result or its first item. Its learner is made before, if needed."""
         self._sync.put(partial(self._in_turn, self._begin, job))
 
     def collect(self, job: BatchJob, done: Callable[[BatchJob, Outcome], None]) -> None:
-        """Hand the partial results of a batch to ``done``. A user's reducer runs on a thread of its own."""
+        """Hand the partial results of a batch to ``done``. A user's reducer runs on a separate thread."""
         if job.is_quick:
             self._collect(job, done)
             return
@@ -131,31 +131,31 @@ class Runner:
             self._sync.put(partial(self._in_turn, self._step, job))
 
     def close_stream(self, job: Job) -> None:
-        """Close an idle stream's iterator, which ends its job."""
+        """Close the iterator of an idle stream, which ends its job."""
         if isinstance(job.iterator, AsyncIterator):
             self._start(job, self._async_close(job))
         else:
             self._sync.put(partial(self._in_turn, self._close, job))
 
     def cancel_task(self, job: Job) -> None:
-        """Cancel the job's async method, if it is at one."""
+        """Cancel the async method of a job, if one runs."""
         if (task := job.task) is not None:
             self._async.call(task.cancel)
 
     def take_value(self, obj: Any) -> Packed:
-        """An object as it is now.
+        """Pack an object as it is now.
 
         Raises:
-            SerializationError: it cannot be sent.
+            SerializationError: If it cannot be sent.
         """
         return pack(obj) if self._by_value else Reference(obj)
 
     def failed(self, error: BaseException, *, never_ran: bool = False) -> Outcome:
-        """The outcome of a call that raised."""
+        """Return the outcome of a call that raised an exception."""
         return Outcome("failed", failure=Failure.capture(error, skip_modules="torchfedrpc.host"), never_ran=never_ran)
 
     def close(self, timeout_s: float) -> bool:
-        """End the threads; whether all ended in time."""
+        """End the threads. Returns whether all ended in time."""
         have_ended = self._sync.close(timeout_s) & self._async.close(timeout_s)
         self._file_pool.close()
         if self._merging is not None:
@@ -164,12 +164,12 @@ class Runner:
             self._streams.give_back()
         return have_ended
 
-    # On the sync lane, the gate held shared.
+    # On the threads of sync methods, with the gate held shared.
 
     def _in_turn(self, function: Callable[[Job], None], job: Job) -> None:
         with self._gate.shared, _Shown(self._activity, job.call.call_id):
             function(job)
-            self._make_room(job, 0)  # of those that were in use as it began
+            self._make_room(job, 0)  # learners that were in use when the job began can be evicted now
             self._give_streams_back()
 
     def _begin(self, job: Job) -> None:
@@ -208,7 +208,7 @@ class Runner:
             self._start(job, self._await(job, box.pop()))
 
     def _invoke(self, job: Job, method: Callable[..., Any], box: list[Any]) -> Outcome | None:
-        """Call a method with the arguments in a box; None where it goes on: then the box has what it returned."""
+        """Call a method with the arguments in a box. Of async methods and streams, return None and box the value."""
         kwargs, args = box.pop(), box.pop()
         job.began = time.perf_counter()
         box.append(method(*args, **kwargs))
@@ -220,13 +220,13 @@ class Runner:
         return self._gave(job, "value", box)
 
     def _make_present(self, job: Job) -> None:
-        """See that the job's learner is in memory, where there may be none yet, or on disk alone."""
+        """Make the job's learner, or read it from disk, unless it is in memory."""
         mailbox = job.mailbox
         if mailbox.learner is None or not mailbox.made:
             self._make_room(job, 1)
         if mailbox.is_stored:
             self._restore(job, memoryview(self._residents.stored(mailbox.client_id)), None)
-        if not mailbox.made:  # also one that was on disk as it was before its first call
+        if not mailbox.made:  # also one that was stored before its first call
             assert mailbox.kwargs is not None
             mailbox.learner = self._make_learner(job, mailbox.kwargs)
             mailbox.made = True
@@ -235,7 +235,7 @@ class Runner:
         self._residents.used(mailbox)
 
     def _make_room(self, job: Job, num_coming: int) -> None:
-        """Store learners that nobody uses, where there are too many once others have come."""
+        """Evict idle learners, if too many are in memory once ``num_coming`` more are."""
         for mailbox in self._residents.surplus(num_coming):
             if not self._residents.is_surplus(num_coming):
                 break
@@ -290,7 +290,7 @@ class Runner:
     def _snapshot(
         self, job: Job, mailbox: Mailbox, *, in_files: bool = False, limit_bytes: int | None = None
     ) -> Parcel:
-        """A snapshot of a learner that no call has, on behalf of a job; as of `taken`."""
+        """Return a snapshot of a learner without a running call, on behalf of a job. See `taken`."""
         if mailbox.is_stored:
             data = bytearray(self._residents.stored(mailbox.client_id))
             if limit_bytes is not None and len(data) > limit_bytes:
@@ -370,13 +370,13 @@ class Runner:
             logger.exception("%s.%s failed while its stream was closed", job.call.client_id, job.call.method)
         self._end(job, Outcome("cancelled"))
 
-    # On the async lane, each step in the scope of the job, the gate held alone.
+    # On the thread of async methods, each step in the scope of the job, with the gate held exclusively.
 
     def _start(self, job: Job, coroutine: Coroutine[Any, Any, Outcome]) -> None:
         assert job.context is not None
         self._async.start(coroutine, job.context, partial(self._end, job))
 
-    # A task becomes its job's own once it runs: one that is cancelled before would leave what it awaits open.
+    # A job gets its task when the task runs: one that was cancelled earlier would leave its coroutine unawaited.
 
     async def _await(self, job: Job, awaitable: Awaitable[Any]) -> Outcome:
         job.task = asyncio.current_task()
@@ -418,7 +418,7 @@ class Runner:
             return Outcome("cancelled")
         return self.failed(error)
 
-    # What surrounds a learner's code.
+    # Around the code of learners.
 
     def _start_deadline(self, job: Job) -> None:
         if job.call.run_timeout_s is not None:
@@ -427,7 +427,7 @@ class Runner:
     def _end(self, job: Job, outcome: Outcome) -> None:
         job.task = None
         if outcome.is_final:
-            # They refer to the job: what both hold would stay until the next garbage collection.
+            # They refer to the job; break the cycle, so that memory is freed before the next garbage collection.
             job.scope = job.context = None
         self._deadlines.stop(job.call.call_id)
         self._done(job, outcome)
@@ -440,7 +440,7 @@ class Runner:
     def _call_context(self, job: Job, method: str, seed: int, client_id: str | None = None) -> CallContext:
         def report(progress: Any) -> None:
             value = self.take_value(progress)
-            value.copy().open(self.allow)  # a type that may not travel is the method's error, not the driver's
+            value.copy().open(self.allow)  # a type that may not travel raises in the method, not in the driver
             with job.reporting:
                 self._report(job.call, job.num_reports, value)
                 job.num_reports += 1
@@ -458,14 +458,14 @@ class Runner:
         )
 
     def _apart(self, job: Job, method: str, function: Callable[[], T], client_id: str | None = None) -> T:
-        """Do what no call counts: the constructor, and the taking and giving back of state."""
+        """Run the constructor, or take or restore a state, in a scope that is not counted as a call."""
         client_id = client_id or job.call.client_id
         seed = call_seed(self._spec.seed, client_id, method, 0)
         scope = self._scope(self._call_context(job, method, seed, client_id), seed, is_thorough=True)
         return scope.bind(contextvars.Context()).run(self._inside, scope, function)
 
     def _make_shared(self, key: Hashable, factory: Callable[[], Any]) -> Any:
-        """Make an object that the learners of this process have in common, within a step of a call."""
+        """Make an object that learners of this process share, within a step of a call."""
         seed = call_seed(self._spec.seed, "shared", repr(key))
         scope = CallScope(current_call(), self._settings, self._streams, seed, is_thorough=True, is_nested=True)
         context = scope.bind(contextvars.Context())
@@ -491,24 +491,24 @@ class Runner:
             self._give_streams_back()
 
     def _give_streams_back(self) -> None:
-        """Put the process's own streams in place, where somebody may look; to be called with the gate held.
+        """Restore the random streams of the driver's process. The gate must be held.
 
-        In a worker nobody does. The sync methods that wait behind this one would have them set aside again.
+        Workers need not restore them. If sync methods wait, the next one would set the streams aside again.
         """
         if self._in_driver and not self._sync.num_waiting:
             self._streams.give_back()
 
     def _step_alone(self, scope: CallScope, function: Callable[[], object]) -> None:
-        """Run a step of what an async method has started: no sync method runs beside it."""
+        """Run a step of a task that an async method has started, while no sync method runs."""
         call_id = scope.call.call_id
-        remaining_s = self._deadlines.stop(call_id)  # waiting for the gate is no running
+        remaining_s = self._deadlines.stop(call_id)  # waiting for the gate does not count
         with self._gate.exclusive, _Shown(self._activity, call_id):
             if remaining_s is not None:
                 self._deadlines.start(call_id, remaining_s)
             self._inside(scope, function)
 
     def _gave(self, job: Job, kind: Literal["value", "item"], box: list[Any]) -> Outcome:
-        """What came of the only object in a box, to which nothing of ours refers; the box is empty then."""
+        """Return the outcome with the object in a box, and empty the box, so that no other reference remains."""
         seconds = time.perf_counter() - job.began
         try:
             if job.batch is not None and not job.cancelled:
@@ -532,7 +532,7 @@ class Runner:
 
 
 class _Shown:
-    """Lets the activity of this process, if it tells any, show a call."""
+    """Shows a call in the activity of this process, if it has one."""
 
     __slots__ = ("_activity", "_call_id", "_slot")
 

@@ -1,4 +1,4 @@
-"""Snapshots: the state of a learner as bytes, from which another process can go on."""
+"""Snapshots: the state of a learner as bytes, from which another process can continue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.serializer import chunks_of, read
 
-# Layout: magic, version of the format, a checksum of all that follows; then the fields, by ParameterSerializer.
+# Layout: magic, version of the format, checksum of the rest; then the fields, in the format of ParameterSerializer.
 _MAGIC = b"TFRSNAP\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<8sII")
@@ -40,10 +40,10 @@ class Snapshot:
     """A client's learner between two calls.
 
     Attributes:
-        client_id: the learner's client.
-        learner: ``module.qualname`` of the run's learner, as its `LearnerSpec` names it.
-        counts: how often each method was called; they seed the calls that follow.
-        state: from `capture`; None if the learner has not been made yet.
+        client_id: The learner's client.
+        learner: ``module.qualname`` of the run's learner, as in its `LearnerSpec`.
+        counts: Number of calls of each method; they seed later calls.
+        state: From `capture`; None if the learner was not made.
     """
 
     client_id: str
@@ -58,16 +58,16 @@ class Snapshot:
 
 
 def capture(learner: Any, client_id: str = "a client", shared: SharedObjects | None = None) -> Any:
-    """A learner's state, for `taken`. It may alias the learner's objects, so take the snapshot before the next call.
+    """Return a learner's state, for `taken`. It may alias the learner's objects: use it before the next call.
 
-    It is ``state_dict()`` if the learner's class has that and ``load_state_dict``, else what ``__getstate__()``
-    gives if the class defines that or ``__setstate__``, else all attributes but those in ``not_state``. Methods
-    inherited from `torch.nn.Module` do not count, since they leave plain attributes out.
+    It is ``state_dict()`` if the learner's class has that and ``load_state_dict``, else ``__getstate__()`` if the
+    class defines that or ``__setstate__``, else all attributes except those in ``not_state``. Methods inherited from
+    `torch.nn.Module` are not used, since they leave plain attributes out.
 
     Args:
-        learner: the learner, which must not run meanwhile.
-        client_id: its client, for messages.
-        shared: the shared objects of this process.
+        learner: The learner, which must not run meanwhile.
+        client_id: Its client, for messages.
+        shared: Shared objects of this process.
 
     Raises:
         ConfigError: If ``not_state`` is no collection of names.
@@ -80,7 +80,7 @@ def capture(learner: Any, client_id: str = "a client", shared: SharedObjects | N
             return kind, attributes_of(learner, shared)
         except SnapshotError:
             raise
-        except RuntimeError as error:  # torch's, of modules that are parametrized themselves
+        except RuntimeError as error:  # raised by torch for modules that are parametrized themselves
             raise SnapshotError(
                 f"{name} cannot be captured: {error}; define state_dict() and load_state_dict()"
             ) from error
@@ -105,17 +105,17 @@ def capture(learner: Any, client_id: str = "a client", shared: SharedObjects | N
 def reinstate(learner: Any, state: Any, client_id: str = "a client", shared: SharedObjects | None = None) -> None:
     """Give a newly made learner the state that `capture` took.
 
-    Attributes become exactly those that were captured. Attributes in ``not_state`` stay as the constructor made them,
-    as do those that the learner's ``__getstate__`` leaves out, unless its ``__setstate__`` decides otherwise.
+    Attributes become exactly the captured ones. Attributes in ``not_state``, and attributes that the learner's
+    ``__getstate__`` leaves out, stay as the constructor made them, unless ``__setstate__`` changes them.
 
     Args:
-        learner: the learner.
-        state: from `capture`; it belongs to the learner afterwards.
-        client_id: its client, for messages.
-        shared: the shared objects of this process.
+        learner: The learner.
+        state: From `capture`; it belongs to the learner afterwards.
+        client_id: Its client, for messages.
+        shared: Shared objects of this process.
 
     Raises:
-        SnapshotError: If the learner does not take it; what it raised is the cause.
+        SnapshotError: If the learner does not accept the state; its exception is the cause.
     """
     try:
         kind, content = state
@@ -128,7 +128,7 @@ def reinstate(learner: Any, state: Any, client_id: str = "a client", shared: Sha
         else:
             attributes, slots = _split(content)
             for name, value in (attributes | slots).items():
-                object.__setattr__(learner, name, value)  # also past a __setattr__ that refuses it
+                object.__setattr__(learner, name, value)  # bypasses a __setattr__ that refuses it
     except SnapshotError:
         raise
     except Exception as error:
@@ -149,25 +149,27 @@ def taken(
     in_files: bool = False,
     limit_bytes: int | None = None,
 ) -> Parcel:
-    """A snapshot as bytes but for its header, which `seal` adds; they share no memory with the learner.
+    """Return a snapshot as bytes without header, which `seal` adds. They share no memory with the learner.
 
-    The state is read again, and compared with the live one: types, values, attributes, and what is one object. So a
-    state that could not be restored exactly is an error now, and not once its worker is lost.
+    The state is read back and compared with the live one: types, values, attributes, and which references share an
+    object. So a state that could not be restored exactly raises an error now, and not after the loss of its worker.
 
     Args:
-        snapshot: its state is as `capture` gave it.
-        allow: the types that `load` will allow.
-        learner: the learner of the state; None for a state of no learner.
-        shared: the shared objects of this process.
-        device: where the learners of this process have tensors beside the CPU; in another process they go to its own.
-        in_files: whether a large snapshot goes into files that other processes may map.
-        limit_bytes: of a larger snapshot only the size is returned; None for no limit.
+        snapshot: The snapshot, with a state from `capture`.
+        allow: The types that `load` will allow.
+        learner: The learner of the state; None for a state without learner.
+        shared: Shared objects of this process.
+        device: Device of this process's learners, besides the CPU. In another process its tensors go to the device of
+            that one.
+        in_files: Whether a large snapshot is written to memory files, which other processes may map.
+        limit_bytes: Size above which only the size is returned; None for no limit.
 
     Returns:
         A uint8 tensor [num_bytes], or the size as an int.
 
     Raises:
-        SnapshotError: If the state cannot be pickled, cannot be read again, or is not equal then; it names where.
+        SnapshotError: If the state cannot be pickled, cannot be read back, or is not equal. The error names the
+            attribute.
     """
     try:
         parcel = pack(dict(vars(snapshot)), copy=False)
@@ -176,7 +178,7 @@ def taken(
         chunks: list[bytes | memoryview] = [bytes(_HEADER.size), *chunks_of(parcel)]
         is_in_place = all(slot.is_cpu or slot.device == device for slot in parcel.slots)
         files, data = _joined(chunks, in_files=in_files and parcel.is_large)
-        # From the bytes, and not from the learner's own memory: a __setstate__ may write to that.
+        # Read from the bytes and not from the learner's memory, to which a __setstate__ might write.
         rebuilt, mapped = _rebuilt(files, data, allow, device)
     except SerializationError as error:
         part, reason = _culprit(snapshot.state, allow, learner) or ("its whole", error)
@@ -193,9 +195,9 @@ def taken(
 
 
 def _joined(chunks: list[bytes | memoryview], *, in_files: bool) -> tuple[TensorFiles | None, Tensor]:
-    """Pieces of a snapshot as one tensor, in files if there is memory for them."""
+    """Return the chunks of a snapshot as one tensor, in memory files if there is room for them."""
     if in_files:
-        with contextlib.suppress(OSError):  # there is no room for it; it can be sent as well
+        with contextlib.suppress(OSError):  # there is no room: it is sent instead
             files = TensorFiles.of_bytes(chunks)
             return files, files.tensors()[0]
     return None, torch.frombuffer(bytearray().join(chunks), dtype=torch.uint8)
@@ -204,23 +206,23 @@ def _joined(chunks: list[bytes | memoryview], *, in_files: bool) -> tuple[Tensor
 def _rebuilt(
     files: TensorFiles | None, data: Tensor, allow: AllowList, device: torch.device | None
 ) -> tuple[Any, range]:
-    """The state that a snapshot gives, and the addresses where its tensors may lie in place of memory of their own.
+    """Return the state that a snapshot restores, and the addresses of the snapshot in which its tensors may lie.
 
-    A file is mapped once more for it: a page is copied only where a method like ``__setstate__`` writes to it.
+    A file is mapped once more for this. A page is copied only if a method like ``__setstate__`` writes to it.
     """
     if files is not None:
         again = files.tensors()[0]
-        with contextlib.suppress(SerializationError):  # such as of a method that resizes a tensor
+        with contextlib.suppress(SerializationError):  # for example if a method resizes a tensor
             parcel = read(again.numpy().data[_HEADER.size :], gpu=_gpu(device), in_place=True)
             return parcel.open(allow)["state"], range(again.data_ptr(), again.data_ptr() + again.nbytes)
     return read(data.numpy().data[_HEADER.size :], gpu=_gpu(device)).open(allow)["state"], range(0)
 
 
 def seal(data: Tensor) -> memoryview:
-    """Write the header of a snapshot from `taken`, with the checksum; returns the bytes, in the same memory.
+    """Write the header of a snapshot from `taken`, with the checksum. Returns the bytes, in the same memory.
 
-    The checksum takes as long as two copies, so it is made when the snapshot leaves memory, not while its learner
-    waits.
+    The checksum takes as long as two copies, so it is computed when the snapshot leaves memory, and not while the
+    learner waits.
     """
     view = data.numpy().data
     _HEADER.pack_into(view, 0, _MAGIC, _VERSION, zlib.crc32(view[_HEADER.size :]))
@@ -228,7 +230,7 @@ def seal(data: Tensor) -> memoryview:
 
 
 def dump(snapshot: Snapshot, allow: AllowList, learner: Any = None) -> bytearray:
-    """A snapshot as bytes: `taken` and `seal` in one step."""
+    """Return a snapshot as bytes: `taken` and `seal` in one step."""
     return bytearray(seal(taken(snapshot, allow, learner).open(allow)))
 
 
@@ -236,14 +238,14 @@ def load(data: bytes | bytearray | memoryview, allow: AllowList, device: torch.d
     """Read a snapshot; it shares no memory with the bytes.
 
     Args:
-        data: the bytes, from `seal`.
-        allow: the types that may be among them.
-        device: where tensors go that were on a GPU; the CPU unless given.
+        data: The bytes, from `seal`.
+        allow: The types that they may contain.
+        device: Device for tensors that were on a GPU; None for the CPU.
 
     Raises:
-        UntrustedTypeError: If a type is outside the allow-list. It is no `SnapshotError`, since nothing is wrong with
-            the bytes: the reader's ``runtime.trusted_modules`` decides.
-        SnapshotError: If the bytes are damaged, of something else, or of another version of the format.
+        UntrustedTypeError: If a type is outside the allow-list. This is no `SnapshotError`, since the bytes are
+            intact and the reader's ``runtime.trusted_modules`` decides.
+        SnapshotError: If the bytes are damaged, are no snapshot, or have another version of the format.
     """
     try:
         view = memoryview(data).cast("B")
@@ -276,15 +278,15 @@ def load(data: bytes | bytearray | memoryview, allow: AllowList, device: torch.d
 
 
 def check_belongs(snapshot: Snapshot, client_id: str, learner: str) -> None:
-    """Check that a snapshot is of a client and of a learner class.
+    """Check that a snapshot belongs to a client and a learner class.
 
     Args:
-        snapshot: the snapshot to restore.
-        client_id: the client to restore.
+        snapshot: The snapshot to restore.
+        client_id: The client to restore.
         learner: ``module.qualname`` of the run's learner.
 
     Raises:
-        SnapshotError: If it is of another client or class.
+        SnapshotError: If it belongs to another client or class.
     """
     if snapshot.client_id != client_id:
         raise SnapshotError(
@@ -298,7 +300,7 @@ def check_belongs(snapshot: Snapshot, client_id: str, learner: str) -> None:
 
 
 def _kind_of_state(cls: type) -> str:
-    """How a learner's state is taken."""
+    """Return how the state of a learner class is captured."""
     own = getattr(cls, "state_dict", None)
     if callable(own) and own is not nn.Module.state_dict and callable(getattr(cls, "load_state_dict", None)):
         return "state_dict"
@@ -309,7 +311,7 @@ def _kind_of_state(cls: type) -> str:
 
 
 def _split(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The attributes and the slots of a plain object's state: as pickle has it, a dict, None, or a pair of these."""
+    """Return attributes and slots of a plain object's state, which pickle has as a dict, None, or a pair of these."""
     attributes, slots = content if isinstance(content, tuple) and len(content) == 2 else (content, None)
     attributes, slots = ({} if part is None else part for part in (attributes, slots))
     if not isinstance(attributes, dict) or not isinstance(slots, dict):
@@ -318,7 +320,7 @@ def _split(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _snapshot_of(fields: Any) -> Snapshot:
-    """The fields as a snapshot, checked: a forged snapshot has a right checksum too."""
+    """Check the fields and return them as a snapshot; a forged snapshot may have a valid checksum."""
     match fields:
         case {"client_id": str(), "learner": str(), "counts": dict(counts), "state": None | (_, _)} if len(
             fields
@@ -327,11 +329,11 @@ def _snapshot_of(fields: Any) -> Snapshot:
     raise SnapshotError("these bytes hold something else than a snapshot: give those that proxy.snapshots() gave")
 
 
-# Which part of a state is at fault.
+# The part of a state that cannot be captured.
 
 
 def _parts(state: Any) -> Iterator[tuple[str, Any]]:
-    """A state's attributes or keys one by one, each with its name; the state itself if it has none."""
+    """Yield the attributes or keys of a state with their names; the state itself if it has none."""
     kind, content = state
     if kind == "attributes":
         content = content["values"], content["slots"]
@@ -341,7 +343,7 @@ def _parts(state: Any) -> Iterator[tuple[str, Any]]:
         return
     for part in parts:
         for name, value in part.items():
-            if name in REGISTRIES and isinstance(value, dict):  # of a module: what it has in them is named
+            if name in REGISTRIES and isinstance(value, dict):  # of a module: its entries are named
                 yield from ((repr(own), of_module) for own, of_module in value.items())
             yield repr(name), value
 
@@ -358,7 +360,7 @@ def _difference(
 
 
 def _refusal(snapshot: Snapshot, part: str, cause: object) -> SnapshotError:
-    """Why a state cannot be captured, and what to do."""
+    """Return the error of a state that cannot be captured, with the remedy."""
     kind = snapshot.state[0] if snapshot.state is not None else "state_dict"
     untrusted = "or " if isinstance(cause, UntrustedTypeError) else ""
     error = SnapshotError(
@@ -370,7 +372,7 @@ def _refusal(snapshot: Snapshot, part: str, cause: object) -> SnapshotError:
 
 
 def _culprit(state: Any, allow: AllowList, learner: Any) -> tuple[str, object] | None:
-    """The first part of a state that cannot travel by itself, and why."""
+    """Return the first part of a state that cannot travel by itself, and the reason; None if each part can."""
     for part, value in _parts(state) if state is not None else ():
         try:
             pack(value, copy=False).open(allow)
@@ -386,7 +388,7 @@ def _gpu(device: torch.device | None) -> torch.device | None:
 
 
 def _elsewhere(state: Any, device: torch.device | None) -> str | None:
-    """The first attribute with tensors on neither CPU nor that device; a load_state_dict() decides where they go."""
+    """Return the first attribute with tensors on another GPU, unless load_state_dict() decides where they go."""
     if state[0] == "state_dict":
         return None
     for part, value in _parts(state):

@@ -1,4 +1,4 @@
-"""What a host must know of a run: how to make a learner, the seed, and the limits."""
+"""Data of a run for its hosts: how to make a learner, the seed, and the limits."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _REMEDY = "define it at the top level of a module or of the script, or register 
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """How to make learners, as plain data that can be told to another process.
+    """How to make learners, as plain data that can be sent to another process.
 
     Attributes:
-        module: the module that defines the learner's class or factory.
-        qualname: its name there.
-        seed: the run's seed.
-        runtime: the run's configuration.
-        taken_names: for `hidden_methods`, if a factory makes the learners: their class is known from the first one.
+        module: Module that defines the learner's class or factory.
+        qualname: Its name there.
+        seed: The run's seed.
+        runtime: The run's configuration.
+        taken_names: See `hidden_methods`. Used if a factory makes the learners, whose class is unknown before.
     """
 
     module: str
@@ -40,20 +40,20 @@ class LearnerSpec:
     def of(
         cls, learner: Callable[..., Any] | str, seed: int, runtime: RuntimeConfig
     ) -> tuple[LearnerSpec, dict[str, Any]]:
-        """Find out how another process can make this learner.
+        """Return how another process can make this learner.
 
         Args:
-            learner: a class, a factory function, a `functools.partial` of one with keyword arguments, or a
+            learner: A class, a factory function, a `functools.partial` of one with keyword arguments, or a
                 registered name.
-            seed: the run's seed.
-            runtime: the run's configuration.
+            seed: The run's seed.
+            runtime: The run's configuration.
 
         Returns:
             The spec, and the partial's keyword arguments.
 
         Raises:
-            ConfigError: it cannot be found by its name (a lambda, a closure), is not callable, or has a ``not_state``
-                that is no collection of names.
+            ConfigError: If it cannot be found by its name (a lambda, a closure), is not callable, or has a
+                ``not_state`` that is no collection of names.
         """
         entry: Any = get_learner(learner) if isinstance(learner, str) else learner
         kwargs: dict[str, Any] = {}
@@ -80,14 +80,14 @@ class LearnerSpec:
 
     @property
     def name(self) -> str:
-        """Where the class or factory is defined."""
+        """Full name of the class or factory."""
         return f"{self.module}.{self.qualname}"
 
     def load(self) -> Callable[..., Any]:
-        """The class or factory itself.
+        """Return the class or factory.
 
         Raises:
-            ConfigError: this process has no such module or name.
+            ConfigError: If this process has no such module or name.
         """
         try:
             found: Any = sys.modules.get(self.module) or importlib.import_module(self.module)
@@ -101,14 +101,14 @@ class LearnerSpec:
         return factory
 
     def allow_list(self) -> AllowList:
-        """The types that may travel in this run."""
+        """Return the types that may travel in this run."""
         return AllowList([self.module, *self.runtime.trusted_modules])
 
     def to_message(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Convert to plain data, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> LearnerSpec:
-        """What `to_message` described."""
+        """Return the spec that `to_message` has converted."""
         return cls(**{**message, "runtime": RuntimeConfig(**message["runtime"])})

@@ -1,11 +1,10 @@
-"""Comparison of a rebuilt state with the live one: types, values, attributes, and what is one object.
+"""Comparison of a rebuilt state with the live one: types, values, attributes, and identity of objects.
 
-Both object graphs are walked side by side; `object_parts` says what an object of each type consists of. Numbers,
-strings and the like are equal by value (floats by bits), functions and classes by identity. Every other object of the
-live graph belongs to exactly one of the rebuilt graph: what was one object is one again. Instances are compared
-attribute by attribute, also where torch's own ``__getstate__`` leaves some out. Where a user's class defines
-``__reduce__`` or ``__setstate__``, what these or ``__getstate__`` give for both is compared. C types are compared by
-what they give to pickle.
+Both object graphs are walked together; `object_parts` returns the parts of an object by its type. Numbers, strings
+and the like are compared by value (floats by bits), functions and classes by identity. Every other object of the live
+graph corresponds to exactly one object of the rebuilt graph. Instances are compared attribute by attribute, also if
+torch's own ``__getstate__`` leaves some out. If a user's class defines ``__reduce__`` or ``__setstate__``, the
+results of these or of ``__getstate__`` are compared. C types are compared by their reduction for pickle.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from torchfedrpc.host.object_parts import (
 )
 from torchfedrpc.host.tensor_comparison import Memory
 
-Path = tuple[Any, str, Any] | None  # the path before; "attribute", "key", "of keys" or "part"; its name
-Pair = tuple[Any, Any, Path]  # a live object, what was rebuilt of it, and where they are
+Path = tuple[Any, str, Any] | None  # the path of the owner; "attribute", "key", "of keys" or "part"; the name
+Pair = tuple[Any, Any, Path]  # a live object, its rebuilt counterpart, and their path
 
 _NOTHING: list[Any] = [("attributes", {})]
 
@@ -46,9 +45,9 @@ class Difference(NamedTuple):
     """The first place where a rebuilt state is not equal to the live one.
 
     Attributes:
-        path: the way there, such as ``.model.layers[0].weight.grad``.
-        attribute: the first part of the path.
-        reason: what would be different, as the rest of a sentence that begins with the path.
+        path: The path, such as ``.model.layers[0].weight.grad``.
+        attribute: The first part of the path.
+        reason: The difference, as the rest of a sentence that begins with the path.
     """
 
     path: str
@@ -60,12 +59,12 @@ class Difference(NamedTuple):
 
 
 class Apart(NamedTuple):
-    """Objects that belong to a learner and are made anew by its constructor, or found again by their key.
+    """Objects of a learner that its constructor makes again, or that are found by their key.
 
     Attributes:
-        whose: what to call them in a message.
-        roots: attribute or key -> the object.
-        remedy: what to do where the state refers to a part of one.
+        whose: Their name in messages.
+        roots: Attribute or key -> the object.
+        remedy: Advice for a state that refers to a part of one.
     """
 
     whose: str
@@ -82,18 +81,18 @@ def first_difference(
     are_attributes: bool = False,
     mapped: range = range(0),
 ) -> Difference | None:
-    """The first place where a rebuilt object graph is not equal to the live one; None if they are equal.
+    """Return the first place where a rebuilt object graph differs from the live one; None if they are equal.
 
     Tracebacks of exceptions and the alignment of memory are not compared. Parts that have the same memory on both
     sides count as equal in value.
 
     Args:
-        live: any object. It must not change meanwhile.
-        rebuilt: what was rebuilt of it.
-        owner: the learner, to which nothing in its state may refer.
-        apart: objects that are no part of the graphs, so that nothing in the graphs may be part of them.
-        are_attributes: whether the two are dicts of all attributes of the owner, whose class then counts as well.
-        mapped: addresses of the snapshot, where rebuilt tensors may lie; a restored learner has copies of them.
+        live: Any object. It must not change meanwhile.
+        rebuilt: Its rebuilt counterpart.
+        owner: The learner, to which its state must not refer.
+        apart: Objects outside of the graphs; the graphs must not share objects with them.
+        are_attributes: Whether both are dicts of all attributes of the owner; then its class is considered too.
+        mapped: Addresses of the snapshot in which rebuilt tensors may lie; a restored learner has copies of them.
     """
     walk = _Walk(owner, mapped)
     try:
@@ -120,21 +119,21 @@ class _Walk:
     """One comparison. Its methods raise `_Found` at the first difference.
 
     Args:
-        owner: the learner, if the graphs are its state.
-        mapped: as of `first_difference`.
+        owner: The learner, if the graphs are its state.
+        mapped: See `first_difference`.
     """
 
     def __init__(self, owner: Any, mapped: range) -> None:
         self.memory = Memory(mapped)
         self._owner = owner
         self._todo: list[Pair] = []
-        self._sets: list[Pair] = []  # of objects without a value: compared once all else is known
+        self._sets: list[Pair] = []  # of objects without a value; compared last
         self._kinds: dict[type, Kind] = {}
         self._rebuilt_of: dict[int, int] = {}
         self._live_of: dict[int, int] = {}
         self._paths: dict[int, Path] = {}
         self._pairs: set[tuple[int, int]] = set()
-        self._kept: list[Any] = []  # what was made for the comparison: its addresses must not be used again
+        self._kept: list[Any] = []  # objects made for the comparison, whose addresses must not be reused
         self._users_classes: set[type] = set()
         self._singletons: dict[int, tuple[Any, Path]] = {}  # instances that may be a global of their module
 
@@ -186,7 +185,7 @@ class _Walk:
         found.reverse()
         self._todo += found
         if groups == _NOTHING:
-            self._singletons[id(one)] = one, path  # it has nothing but its identity
+            self._singletons[id(one)] = one, path  # it has no state except its identity
 
     # Groups of parts.
 
@@ -224,7 +223,7 @@ class _Walk:
             raise _Found(path, f"would have {len(other)} elements instead of {len(one)}")
         kinds = set(map(type, one))
         if kinds <= ATOMS and kinds == set(map(type, other)) and marshal.dumps(one, 2) == marshal.dumps(other, 2):
-            return  # by their bits, at the speed of C
+            return  # compared by bits, in C
         for index, (value, its) in enumerate(zip(one, other, strict=True)):
             if not _is_settled(value, its):
                 found.append((value, its, (path, "key", index)))
@@ -251,7 +250,7 @@ class _Walk:
             found.append((element, its, (path, "key", element)))
 
     def _match_set(self, one: Any, other: Any, path: Path) -> None:
-        """A set whose elements are found by their addresses, so that its order says nothing about which is which."""
+        """Match the elements of sets that are ordered by addresses, so that their order does not pair them."""
         others = {id(element): element for element in other}
         unknown = []
         for element in one:
@@ -271,10 +270,10 @@ class _Walk:
                 raise _Found(path, f"would have no {type(element).__qualname__}")
             self._todo.append((element, its, (path, "part", f"{{{type(element).__qualname__}}}")))
 
-    # What is one object.
+    # Identity of objects.
 
     def _is_known(self, one: Any, other: Any, path: Path) -> bool:
-        """Whether this pair of objects needs no comparison; it is noted that they belong together."""
+        """Return whether a pair of objects was compared before, and note that they correspond."""
         if one is self._owner:
             raise _Found(path, f"refers to the {type(one).__qualname__} itself, and would refer to a copy")
         known = self._rebuilt_of.get(id(one))
@@ -292,14 +291,14 @@ class _Walk:
         return one is other
 
     def _is_seen(self, one: Any, other: Any) -> bool:
-        """Whether this pair of values needs no comparison; which object a value is does not matter."""
+        """Return whether a pair of values was compared before; the identity of values does not matter."""
         pair = id(one), id(other)
         if one is other or pair in self._pairs:
             return True
         self._pairs.add(pair)
         return False
 
-    # What is outside of the two graphs.
+    # Objects outside of the two graphs.
 
     def refuse_globals(self) -> None:
         """Refuse objects that are globals of a module or class, since code may know them by identity."""
@@ -316,7 +315,7 @@ class _Walk:
                     self._refuse_global(value, f"{module}.{name}")
 
     def refuse_parts_of(self, apart: Apart) -> None:
-        """Refuse a state that has objects or memory in common with what is made anew beside it."""
+        """Refuse a state that shares objects or memory with objects that are made again beside it."""
         for name, root in apart.roots.items():
             for part in reachable(root, without=self._owner):
                 if self._rebuilt_of.get(id(part), id(part)) != id(part) and not has_value(type(part)):
@@ -351,7 +350,7 @@ class _Walk:
 
 
 def _is_settled(value: Any, its: Any) -> bool:
-    """Whether two values are equal for sure, found out without a turn for the pair."""
+    """Return whether two values are certainly equal, by a fast check."""
     cls = type(value)
     if value is its:
         return cls in CONSTANTS

@@ -30,7 +30,7 @@ _QUANTISED_BY_CHANNEL = (
 
 
 def tensor_parts(tensor: Tensor) -> list[tuple[str, Any]]:
-    """What a tensor consists of beside its values and attributes: path -> part."""
+    """Return the parts of a tensor besides its values and attributes, as (path, part)."""
     parts: list[tuple[str, Any]] = [(".grad", tensor.grad)]
     hooks: Any = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     if any(hooks):
@@ -44,19 +44,19 @@ def tensor_parts(tensor: Tensor) -> list[tuple[str, Any]]:
 
 
 class Memory:
-    """The stretches of memory that tensors and arrays of two object graphs occupy, pair by pair.
+    """Memory ranges of the tensors and arrays of two object graphs, pair by pair.
 
     Args:
-        mapped: addresses of the snapshot, where rebuilt tensors may lie, so that their memory cannot be resized.
+        mapped: Addresses of the snapshot in which rebuilt tensors may lie, so that their memory cannot be resized.
     """
 
     def __init__(self, mapped: range = range(0)) -> None:
         self._mapped = mapped
-        # By device; each is start in the live graph, start in the rebuilt one, num_bytes, path.
+        # Device -> ranges: start in the live graph, start in the rebuilt one, num_bytes, path.
         self._stretches: dict[str, list[tuple[int, int, int, Any]]] = {}
 
     def add(self, live: Any, rebuilt: Any, path: Any) -> str | None:
-        """Note a tensor or array and what was rebuilt of it; say what is different of the memory itself."""
+        """Add a tensor or array and its rebuilt counterpart. Returns a difference between their memory, if any."""
         if (found := _extent(live)) is not None:
             device, before, num_bytes = found
             stretch = _address(live) + before, _address(rebuilt) + before, num_bytes, path
@@ -67,15 +67,15 @@ class Memory:
         return None
 
     def difference(self, describe: Describe) -> tuple[Any, str] | None:
-        """Where memory that was shared is not, or the other way round: the path, and what is the matter.
+        """Return the path and the reason of memory that is shared in one graph only; None if there is none.
 
         Args:
-            describe: shows a path.
+            describe: Formats a path.
         """
         for stretches in self._stretches.values():
             for side, reason in ((0, "shares memory with {}, and would not"), (1, "would share memory with {}")):
                 ordered = sorted(stretches, key=lambda stretch: stretch[side])
-                # Overlapping stretches form a block, in which each lies where it lay in the other graph's block.
+                # Overlapping ranges form a block. In both graphs, each range must have the same offset in its block.
                 stop, shift, first = -1, 0, None
                 for stretch in ordered:
                     start, own_shift = stretch[side], stretch[1] - stretch[0]
@@ -88,7 +88,7 @@ class Memory:
         return None
 
     def occupant(self, part: Any, default: Any) -> Any:
-        """The path of a live tensor or array in whose memory another lies; ``default`` if there is none."""
+        """Return the path of a live tensor or array that shares memory with a part; ``default`` if none does."""
         if (found := _extent(part)) is not None:
             device, before, num_bytes = found
             start = _address(part) + before
@@ -99,7 +99,7 @@ class Memory:
 
 
 def _extent(part: Any) -> tuple[str, int, int] | None:
-    """Of memory that a tensor or array occupies: device, bytes before its first element, bytes in all."""
+    """Return the memory range of a tensor or array: device, bytes before its first element, bytes in all."""
     if isinstance(part, Tensor):
         if part.layout != torch.strided or not part.numel() or part.is_meta:
             return None
@@ -119,12 +119,12 @@ def _address(part: Any) -> int:
 
 
 def tensor_difference(live: Tensor, rebuilt: Tensor) -> str | None:
-    """What is different of two tensors of one type, but for their attributes and what `tensor_parts` gives."""
+    """Return a difference between tensors of one type that is not in their attributes or `tensor_parts`; or None."""
     if live.grad_fn is not None or not live.is_leaf:
         return "holds an autograd graph: keep tensor.detach(), or call backward() in the same call"
-    if live.is_inference():  # also where both have one memory, and so are of one kind
+    if live.is_inference():  # also if both share memory, and so are both of this kind
         return "is an inference tensor, and would be a plain one: clone() it outside of inference_mode()"
-    # By their bits: those of torch 2.6 are equal to themselves alone.
+    # By raw bits: in torch 2.6, a set of dispatch keys is equal to itself only.
     if torch._C._dispatch_keys(live).raw_repr() != torch._C._dispatch_keys(rebuilt).raw_repr():
         return f"would be another kind of tensor ({_kind_of(rebuilt)} instead of {_kind_of(live)})"
     hooks, later_hooks = live._backward_hooks, live._post_accumulate_grad_hooks
@@ -148,7 +148,7 @@ def tensor_difference(live: Tensor, rebuilt: Tensor) -> str | None:
 
 
 def array_difference(live: np.ndarray[Any, Any], rebuilt: np.ndarray[Any, Any]) -> str | None:
-    """What is different of two arrays of one type, attributes and elements that are objects apart."""
+    """Return a difference between arrays of one type that is not in attributes or object elements; or None."""
     if (reason := dtype_difference(live.dtype, rebuilt.dtype)) is not None:
         return reason
     if live.shape != rebuilt.shape:
@@ -163,7 +163,7 @@ def array_difference(live: np.ndarray[Any, Any], rebuilt: np.ndarray[Any, Any]) 
 
 
 def dtype_difference(live: np.dtype[Any], rebuilt: np.dtype[Any]) -> str | None:
-    """What is different of two dtypes of numpy."""
+    """Return a difference between two numpy dtypes; None if there is none."""
     if type(live) is not type(rebuilt) or live != rebuilt or live.isalignedstruct != rebuilt.isalignedstruct:
         return f"would have the dtype {rebuilt} instead of {live}"
     if live.metadata is not None and live.metadata != rebuilt.metadata:

@@ -1,4 +1,4 @@
-"""The threads of a host: some that run sync methods, and one with an event loop for async ones."""
+"""Threads of a host: some that run sync methods, and one with an event loop for async methods."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 class SyncLane:
     """Threads that run functions in the order in which they are put.
 
-    They are daemons: a method that never ends must not keep the process from ending.
+    They are daemons, so that a method that never ends does not keep the process alive.
 
     Args:
-        num_threads: functions that run at once.
-        prepare: called first on each thread.
+        num_threads: Number of functions that run concurrently.
+        prepare: Called first on each thread.
     """
 
     def __init__(self, num_threads: int, prepare: Callable[[], None]) -> None:
@@ -40,15 +40,15 @@ class SyncLane:
 
     @property
     def num_waiting(self) -> int:
-        """How many wait for their turn."""
+        """Number of functions that wait."""
         return self._jobs.qsize()
 
     def put(self, job: Callable[[], None]) -> None:
-        """Run ``job()`` when its turn comes."""
+        """Append a function to the queue."""
         self._jobs.put(job)
 
     def close(self, timeout_s: float) -> bool:
-        """End the threads after what they have; whether all ended in time."""
+        """End the threads after the queued functions. Returns whether all ended in time."""
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
@@ -60,7 +60,7 @@ class SyncLane:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except Exception:  # jobs answer for a learner's errors themselves
+            except Exception:  # jobs handle errors of learners themselves
                 logger.exception("a job of a learner host failed")
             job = None  # do not keep its arguments while waiting
 
@@ -69,8 +69,8 @@ class AsyncLane:
     """A thread with an event loop, started when the first coroutine needs it.
 
     Args:
-        prepare: called first on the thread.
-        around: calls a function as a step of a call's scope.
+        prepare: Called first on the thread.
+        around: Calls a function as a step of a call's scope.
     """
 
     def __init__(self, prepare: Callable[[], None], around: Around) -> None:
@@ -86,12 +86,12 @@ class AsyncLane:
     def start(
         self, coroutine: Coroutine[Any, Any, Outcome], context: contextvars.Context, ended: Callable[[Outcome], None]
     ) -> None:
-        """Run a coroutine as a task on the loop's thread; once the lane is closed, not at all.
+        """Run a coroutine as a task on the loop's thread. Ignored if the thread was closed.
 
         Args:
-            coroutine: what to run.
-            context: of the call's scope.
-            ended: takes what came of it, out of that scope.
+            coroutine: The coroutine.
+            context: Context of the call's scope.
+            ended: Receives the outcome, outside of that scope.
         """
         if self._closed:
             coroutine.close()
@@ -108,7 +108,7 @@ class AsyncLane:
             self._loop.call_soon_threadsafe(function, context=outside())
 
     def close(self, timeout_s: float) -> bool:
-        """Wait for the tasks, cancel what remains, and end the thread; whether it ended in time."""
+        """Wait for the tasks, cancel the remaining ones, and end the thread. Returns whether it ended in time."""
         self._closed = True
         if self._loop is None or self._thread is None:
             return True
@@ -134,7 +134,7 @@ class AsyncLane:
     async def _finish(self, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
         try:
-            if self._tasks:  # they are cancelled, and may have something to clean up
+            if self._tasks:  # cancelled tasks may clean up
                 await asyncio.wait(self._tasks, timeout=timeout_s)
             others = asyncio.all_tasks() - {asyncio.current_task()}  # that learners have started
             for task in others:

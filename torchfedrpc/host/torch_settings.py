@@ -1,4 +1,4 @@
-"""Global settings of torch and Python: read as a proxy is opened, set in workers, put back after each call."""
+"""Global settings of torch and Python: read when a proxy opens, set in workers, restored after each call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _invariants: Any = torch.sparse.check_sparse_tensor_invariants
 _opt_einsum: Any = importlib.import_module("torch.backends.opt_einsum")  # torch 2.6 imports it when it is used
 _device_context = _torch._GLOBAL_DEVICE_CONTEXT
 _TINY = sys.float_info.min
-_HALF = 0.5  # a name, since the compiler would fold a product of two numbers
+_HALF = 0.5  # a name, since the compiler would fold a product of two literals
 _COMPILER = "torch._inductor.config"
 _DEFAULT_DEVICE = "torch.set_default_device"
 _NUM_THREADS = "torch.set_num_threads"
@@ -34,10 +34,10 @@ class _Setting(NamedTuple):
     """One setting.
 
     Attributes:
-        name: as torch's documentation has it.
-        get: gives its value; raises RuntimeError where torch cannot say.
-        set: sets it; raises where it cannot be set. A value that is a tuple is passed as several arguments.
-        is_of_thread: whether each thread has its own.
+        name: Its name in torch's documentation.
+        get: Returns its value; raises RuntimeError if torch cannot tell.
+        set: Sets it; raises if it cannot be set. A tuple is passed as several arguments.
+        is_of_thread: Whether each thread has a separate value.
     """
 
     name: str
@@ -47,19 +47,19 @@ class _Setting(NamedTuple):
 
 
 def read_settings() -> dict[str, Any]:
-    """All settings of this process and of the calling thread; None if torch cannot say."""
+    """Return all settings of this process and of the calling thread; None for those that torch cannot tell."""
     return {setting.name: _plain(_read(setting)) for setting in _SETTINGS}
 
 
 def adopt_settings(settings: Settings, *, of_thread_only: bool = False) -> list[str]:
-    """Set what differs here.
+    """Set the settings that differ here.
 
     Args:
-        settings: from `read_settings`, of this process or another; those that this torch does not know are left out.
-        of_thread_only: whether to set only what each thread has for itself.
+        settings: From `read_settings`, of this process or another. Those that this torch does not know are skipped.
+        of_thread_only: Whether to set only settings of the thread.
 
     Returns:
-        What could not be set here, and why: another build of torch may not have it.
+        The settings that could not be set, and why; another build of torch may lack them.
     """
     problems = []
     for setting in _SETTINGS:
@@ -80,17 +80,17 @@ def adopt_settings(settings: Settings, *, of_thread_only: bool = False) -> list[
 
 
 def put_back(settings: Settings) -> None:
-    """Set what differs here.
+    """Restore the settings that differ here.
 
     Raises:
-        RuntimeError: If something cannot be set; later calls would have it.
+        RuntimeError: If a setting cannot be restored, which would affect later calls.
     """
     if problems := adopt_settings(settings):
         raise RuntimeError(f"a call has changed a setting for good: {problems[0]}")
 
 
 def warn_of_default_device() -> None:
-    """Warn that torch's default device is of this thread, and reaches no learner in any mode."""
+    """Warn that torch's default device belongs to this thread, and reaches learners in no mode."""
     if (device := _default_device()) is not None:
         logger.warning(
             "torch.set_default_device(%r) holds for this thread alone, not for learners: put their tensors on "
@@ -104,8 +104,8 @@ class OpenedSettings:
     """The settings with which calls begin.
 
     Attributes:
-        values: as of `read_settings`.
-        glance: as of `glance`.
+        values: From `read_settings`.
+        glance: From `glance`.
     """
 
     values: Settings
@@ -113,13 +113,13 @@ class OpenedSettings:
 
     @classmethod
     def of_this_process(cls, num_threads: int) -> OpenedSettings:
-        """Those of this process, for threads without a default device that use so many threads of torch."""
+        """Return the settings of this process, for threads with ``num_threads`` and without a default device."""
         values = read_settings() | {_DEFAULT_DEVICE: None, _NUM_THREADS: num_threads}
         return cls(values, (*glance()[:-2], num_threads, None))
 
 
 def glance() -> tuple[Any, ...]:
-    """The settings that methods change more than others, in a microsecond; of those of the thread, all."""
+    """Return the settings that methods change most often, and all settings of the thread, in a microsecond."""
     return (
         _get_default_dtype(),
         _get_deterministic(),
@@ -136,7 +136,7 @@ def glance() -> tuple[Any, ...]:
     )
 
 
-# "high" and "medium" set that of the legacy API as well as the one of each backend.
+# "high" and "medium" set the value of the legacy API and those of the backends.
 _MATMUL = (
     ("cuda" if torch.cuda.is_available() else "mkldnn", "matmul") if hasattr(_C, "_get_fp32_precision_getter") else ()
 )
@@ -151,7 +151,7 @@ _is_anomaly_enabled = torch.is_anomaly_enabled
 _get_num_threads = torch.get_num_threads
 
 
-# Values as JSON has them, and as torch has them.
+# Values in JSON and in torch.
 
 
 def _read(setting: _Setting) -> Any:
@@ -170,7 +170,7 @@ def _plain(value: Any) -> Any:
 
 
 def _unplain(plain: Any, present: Any) -> Any:
-    """A value as torch has it, such as the present one."""
+    """Convert a plain value to the type of the present one."""
     if isinstance(plain, list) and not isinstance(present, list):
         return tuple(plain)
     if isinstance(present, torch.dtype):
@@ -178,7 +178,7 @@ def _unplain(plain: Any, present: Any) -> Any:
     return getattr(type(present), plain) if hasattr(present, "name") else plain
 
 
-# Settings that are more than one function of torch.
+# Settings that take several functions of torch.
 
 
 def _refuse_optimize(value: int) -> None:
@@ -191,20 +191,20 @@ def _default_device() -> str | None:
 
 
 def _deterministic() -> tuple[bool, bool, bool]:
-    """Whether algorithms are deterministic, whether others only warn, and torch's compiler has the same setting."""
+    """Return whether algorithms are deterministic, whether others only warn, and the setting of torch's compiler."""
     compiler = sys.modules.get(_COMPILER)
     return _get_deterministic(), _get_warn_only(), bool(getattr(compiler, "deterministic", False))
 
 
 def _set_deterministic(mode: bool, warn_only: bool, in_compiler: bool) -> None:
-    """As ``torch.use_deterministic_algorithms``, which imports the compiler for seconds, where that is needed."""
+    """Do as ``torch.use_deterministic_algorithms``, but import the compiler, which takes seconds, only if needed."""
     compiler: Any = importlib.import_module(_COMPILER) if in_compiler else sys.modules.get(_COMPILER)
     if hasattr(compiler, "deterministic"):
         compiler.deterministic = in_compiler
     _C._set_deterministic_algorithms(mode, warn_only=warn_only)
 
 
-# Backend and operator of torch's ``fp32_precision``; the general ones come first, since the others inherit theirs.
+# Backend and operator of torch's ``fp32_precision``. General ones come first, since the others inherit from them.
 _PRECISIONS = [("generic", "all"), ("cuda", "all"), ("mkldnn", "all")]
 _PRECISIONS += [(backend, operator) for backend in ("cuda", "mkldnn") for operator in ("matmul", "conv", "rnn")]
 
@@ -219,9 +219,9 @@ def _set_precisions(*values: str) -> None:
             _C._set_fp32_precision_setter(*which, value)
 
 
-# The table, in the order in which settings are set.
+# All settings, in the order in which they are set.
 
-# Of these torch._C has a getter and a setter: NAME stands for _get_NAME and _set_NAME.
+# torch._C has a getter _get_NAME and a setter _set_NAME for each of these.
 _PAIRS = {
     "torch.backends.cudnn.enabled": "cudnn_enabled",
     "torch.backends.cudnn.benchmark": "cudnn_benchmark",
@@ -251,7 +251,7 @@ _PAIRS = {
     "torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp": "math_sdp_allow_fp16_bf16_reduction",
     "torch.utils.deterministic.fill_uninitialized_memory": "deterministic_fill_uninitialized_memory",
     "torch.set_warn_always": "warnAlways",
-    # Legacy switches: torch cannot say what they are where the new ``fp32_precision``, which they set, was set too.
+    # Legacy switches. torch cannot tell their values if the new ``fp32_precision``, which they set, was set too.
     "torch.set_float32_matmul_precision": "float32_matmul_precision",
     "torch.backends.cuda.matmul.allow_tf32": "cublas_allow_tf32",
     "torch.backends.cudnn.allow_tf32": "cudnn_allow_tf32",
@@ -301,7 +301,7 @@ def _all_settings() -> Iterator[_Setting]:
         getter, setter = pair.split() if " " in pair else (f"_get_{pair}", f"_set_{pair}")
         if hasattr(_C, setter):  # not in every version and build of torch
             yield _Setting(name, getattr(_C, getter), getattr(_C, setter))
-    if hasattr(_C, "_get_fp32_precision_getter"):  # it reads what the legacy switches set
+    if hasattr(_C, "_get_fp32_precision_getter"):  # it reads values that the legacy switches set
         yield _Setting("torch.backends fp32_precision", _precisions, _set_precisions)
 
 
