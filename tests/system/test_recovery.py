@@ -353,6 +353,25 @@ async def test_a_stream_that_is_left_early_is_left_there_again(
     assert dict(happened) == {before: [0, 1, "closed", "x"], before_async: [0, 1, "closed", "x"], after: []}
 
 
+async def test_a_step_that_is_cancelled_behind_its_item_is_part_of_the_state(
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str]
+) -> None:
+    client = next(on_1)
+    items = proxy.stream(client, "count", 9)
+    assert await anext(items) == 0
+    step = asyncio.ensure_future(anext(items))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    time.sleep(0.2)  # the worker has made the item, and the loop has not delivered it
+    step.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await step
+    happened = await proxy.custom_method(client, "what_happened")
+    assert happened == [0, 1, "closed"]
+    kill(proxy, "worker1")
+    assert await proxy.custom_method(client, "what_happened") == happened
+
+
 async def test_progress_that_was_reported_is_not_reported_again(
     proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], latch: Latch
 ) -> None:

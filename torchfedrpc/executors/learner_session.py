@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -609,6 +610,8 @@ class SessionStream:
             return
         except UndeliverableError:
             outcome = Outcome("cancelled", cut_off=True)
+        if was_stepping and not outcome.never_ran:  # the worker may have made an item that has not arrived
+            outcome = replace(outcome, cut_off=True)
         self._settle(outcome)
 
     def _settle(self, outcome: Outcome) -> None:
