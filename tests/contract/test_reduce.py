@@ -170,6 +170,16 @@ async def test_calls_behind_a_reduction_run_behind_it(
     assert (await proxy.clients(ids).reduce("append", tfr.Sum(), "c")).value == 3 * 4
 
 
+async def test_a_reduction_runs_behind_a_call_with_a_large_argument_of_the_same_tick(
+    proxy: tfr.LearnerProxy, fresh: Fresh
+) -> None:
+    one, other = fresh.together(2)
+    call = asyncio.ensure_future(proxy.custom_method(one, "append", bytes(20_000)))
+    reduction = asyncio.ensure_future(proxy.clients([one, other]).reduce("append", tfr.Sum(), "x"))
+    assert await call == 1
+    assert (await reduction).value == 2 + 1
+
+
 # Errors.
 
 

@@ -285,3 +285,15 @@ async def test_a_stream_behind_other_calls_waits_for_its_turn(
     await behind
     log = await proxy.custom_method(one, "what_happened")
     assert log == ["hold begins", "hold released", 0, "closed", "behind"]
+
+
+async def test_a_stream_runs_behind_a_call_with_a_large_argument_of_the_same_tick(
+    proxy: tfr.LearnerProxy, one: str
+) -> None:
+    call = asyncio.ensure_future(proxy.custom_method(one, "append", bytes(20_000)))
+    async with aclosing(proxy.stream(one, "count", 3)) as items:
+        step = asyncio.ensure_future(anext(items))
+        async with asyncio.timeout(20):
+            assert await call == 1
+            assert await step == 0
+    assert await proxy.custom_method(one, "what_happened") == [bytes(20_000), 0, "closed"]

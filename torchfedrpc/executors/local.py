@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ class LocalLearners:
 
     def stream(self, call: Call) -> LocalStream:
         """Return the steps of a stream, which opens with its first one."""
-        return LocalStream(self._host, call)
+        return LocalStream(self._host, call, self._submit_tick)
 
     async def capture(self, call: Call) -> Outcome | None:
         """Take a snapshot for a consistent cut."""
@@ -117,6 +117,7 @@ class LocalLearners:
 
     async def run_batch(self, batch: Batch) -> Outcome:
         """Run a batch in the host. Returns its (first) outcome."""
+        self._submit_tick()  # calls of this tick come before the batch
         return await answer(partial(self._host.run_batch, batch), lambda: None)
 
     async def advance(self, batch: Batch, num_known: int, /) -> Outcome:
@@ -210,11 +211,13 @@ class LocalStream:
     Args:
         host: The host.
         call: The call.
+        submit_tick: Submits the calls that were made before in this tick.
     """
 
-    def __init__(self, host: LearnerHost, call: Call) -> None:
+    def __init__(self, host: LearnerHost, call: Call, submit_tick: Callable[[], None]) -> None:
         self._host = host
         self._call = call
+        self._submit_tick = submit_tick
         self._num_items = 0
 
     async def next(self) -> Outcome:
@@ -224,6 +227,7 @@ class LocalStream:
         if step:
             ask = partial(self._host.advance, call.call_id, step)
         else:
+            self._submit_tick()
             ask, self._call = partial(self._host.submit, call), call.taken()
         return await answer(ask, self.close)
 

@@ -132,7 +132,11 @@ async def test_call_of_a_busy_learner_is_a_batch_of_its_own_behind_the_call_befo
         await settled()
         assert worker.log == ["call 9", "batch 1 3"]
         after = asyncio.ensure_future(reducing.run.session("b").call(call(10, "b")))
+        worker.holds = {"call 2"}
         worker.release("call 9")
+        await until(lambda: worker.log[-1] == "batch 2" and worker.waiting)
+        assert reducing.run.session("b").is_next_report(call(2), 0)
+        worker.end_call(2)
         await within(asyncio.gather(task, before, after))
         assert worker.log == ["call 9", "batch 1 3", "batch 2", "call 10"]
         assert await reducing.value() == "((a+b)+c)"
@@ -284,13 +288,35 @@ async def test_call_whose_learner_is_given_up_has_failed_and_the_others_are_redu
         first.holds = {"batch"}
         task = reducing.begin("abc")
         await until(lambda: first.waiting)
+        second.holds = {"batch"}
         reducing.run.place(second)
         first.end(2)
+        await until(lambda: second.waiting)
+        assert "given up" in str((await within(reducing.run.session("b").call(call(9, "b")))).error)
+        second.release(second.waiting[0])
         await within(task)
         assert sorted(reducing.ends) == [(1, "value"), (2, "failed"), (3, "value")]
         assert "given up" in str(reducing.errors[2])
         assert isinstance(reducing.errors[2], WorkerLostError)
         assert await reducing.value() == "(a+c)"
+
+
+async def test_worker_losses_by_a_call_of_a_batch_count_behind_a_rebuild() -> None:
+    async with opened(4, max_recoveries=1) as reducing:
+        await called(reducing, 7, "a")
+        first, second, third, fourth = reducing.workers
+        second.holds = third.holds = {"batch"}
+        reducing.run.place(second)
+        first.end()
+        task = reducing.begin("a")
+        for worker, following in ((second, third), (third, fourth)):
+            await until(lambda: worker.waiting)  # noqa: B023 - called at once
+            reducing.run.place(following)
+            worker.end(1)
+        await within(task)
+        assert reducing.ends == [(1, "failed")]
+        assert "a call of this learner was running (times in succession: 2)" in str(reducing.errors[1])
+        assert fourth.log == []
 
 
 async def test_worker_loss_fails_the_calls_with_on_worker_lost_fail() -> None:
@@ -450,17 +476,19 @@ async def test_stop_leaves_calls_that_wait_for_their_turn_out() -> None:
     async with opened() as reducing:
         (worker,) = reducing.workers
         worker.holds = {"call 9"}
-        before = asyncio.ensure_future(reducing.run.session("b").call(call(9, "b")))
+        others = [asyncio.ensure_future(reducing.run.session("b").call(call(number, "b"))) for number in (9, 8)]
         await settled()
         task = reducing.begin("ab")
         await until(lambda: reducing.ends)
         reducing.progress.stop()
         await within(task)
         assert reducing.ends == [(1, "value")]
-        after = asyncio.ensure_future(reducing.run.session("b").call(call(10, "b")))
+        others.append(asyncio.ensure_future(reducing.run.session("b").call(call(10, "b"))))
+        await settled()
+        assert worker.log == ["call 9", "batch 1"]
         worker.release("call 9")
-        await within(asyncio.gather(before, after))
-        assert worker.log == ["call 9", "batch 1", "call 10"]
+        await within(asyncio.gather(*others))
+        assert worker.log == ["call 9", "batch 1", "call 8", "call 10"]
 
 
 async def test_stop_as_a_turn_comes_passes_it_on() -> None:

@@ -279,10 +279,11 @@ def test_snapshots_in_memory_share_a_quarter_of_the_bound(journals: Journals) ->
     first, second = Journal("first", journals), Journal("second", journals)
     for number in range(3):  # each in the place of the one before
         add(first, number)
-        take_snapshot(first, number, MAX_BYTES // 8)
+        take_snapshot(first, number, 3 * MAX_BYTES // 16)
+    assert not list(journals._store)
     add(second, 1)
-    assert not second.keep(second.number, state(num_bytes=MAX_BYTES // 8 + 1))
-    assert second.keep(second.number, state(num_bytes=MAX_BYTES // 8))
+    assert not second.keep(second.number, state(num_bytes=MAX_BYTES // 16 + 1))
+    assert second.keep(second.number, state(num_bytes=MAX_BYTES // 16))
 
 
 def test_snapshots_of_a_learner_that_was_given_up_make_room(journals: Journals) -> None:

@@ -1000,18 +1000,24 @@ async def test_cancelled_step_closes_the_stream_and_a_snapshot_follows() -> None
         assert worker.log == ["stream 1", "advance 1 1", "cancel 1", "snapshot", "call 2"]
 
 
-async def test_worker_loss_as_a_stream_is_closed_frees_the_learner() -> None:
+async def test_worker_loss_as_a_stream_is_closed_frees_the_learner_once() -> None:
     async with opened() as (run, first):
         first.holds = {"cancel 1"}
         steps = stream(run, 1)
         await kinds(steps, 1)
         steps.close()
         await until(lambda: first.waiting)
+        tasks = [submitted(run, call_id) for call_id in (2, 3)]
         second = FakeWorker("worker2")
+        second.holds = {"call 2"}
         run.place(second)
         first.end()
-        await called(run, 2)
-        assert second.learners["a"] == ["new 2", "2"]
+        await until(lambda: second.waiting)
+        await settled()
+        assert second.log == ["call 2"]
+        second.release("call 2")
+        await within(asyncio.gather(*tasks))
+        assert second.learners["a"] == ["new 2", "2", "3"]
 
 
 async def test_stream_step_that_rpc_cannot_carry_ends_the_stream_and_a_snapshot_follows() -> None:
