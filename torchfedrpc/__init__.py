@@ -1,10 +1,10 @@
 """torchfedrpc: federated learning in PyTorch.
 
-A trainer awaits methods of learners, one for each client, as if they were local:
+A trainer awaits methods of learners, one per client, as if they were local:
 
     result = await learner_proxy.train_epoch(client_id="client_1", local_epochs=5)
 
-The same code runs its learners in this process, in worker processes, or on the ranks of a torchrun launch.
+The same code runs learners in this process, in worker processes, or on the ranks of a torchrun launch.
 """
 
 import importlib
@@ -133,7 +133,7 @@ __all__ = [
     "trainer",
 ]
 
-# What needs torch's RPC is imported when it is asked for: local runs do without.
+# Imported on first access, since these modules import torch's RPC, which local runs do not need.
 _LATER = {
     "DistributedExecutor": "torchfedrpc.executors.distributed",
     "PseudoExecutor": "torchfedrpc.executors.pseudo",

@@ -1,4 +1,4 @@
-"""``python -m torchfedrpc``: the same as the ``torchfedrpc`` command."""
+"""``python -m torchfedrpc``: the ``torchfedrpc`` command."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ _LEAST = {
 _MIB = 1024 * 1024
 
 
-# Hydra finds a member by its name, a mapping by its value: they are the same. Each equals its name as a string.
+# Hydra finds a member by its name, a mapping by its value. Name and value are the same string for both to work.
 
 
 class ExecutionMode(StrEnum):
-    """The modes that ``execution_mode`` has beside those registered with ``@tfr.executor``."""
+    """Built-in values of ``execution_mode``; ``@tfr.executor`` registers further modes."""
 
     auto = "auto"
     local = "local"
@@ -42,21 +42,21 @@ class ExecutionMode(StrEnum):
 
 
 class OnWorkerLost(StrEnum):
-    """What becomes of the learners of a lost worker."""
+    """Policy for the learners of a lost worker."""
 
     recover = "recover"
     fail = "fail"
 
 
 class Isolation(StrEnum):
-    """How arguments and results pass between driver and learners in local mode."""
+    """Policy for passing arguments and results between driver and learners in local mode."""
 
     value = "value"
     none = "none"
 
 
 class DeviceMap(StrEnum):
-    """How CUDA tensors travel between driver and workers."""
+    """Policy for sending CUDA tensors between driver and workers."""
 
     auto = "auto"
     none = "none"
@@ -72,91 +72,92 @@ class Transport(StrEnum):
 
 @dataclass
 class RuntimeConfig:
-    """Where learners run and under which limits; the same keys everywhere, flat.
+    """Placement of learners and limits of a run. The keys are flat and the same in every front end.
 
-    A configuration keeps the values that were checked as it was made: to set one later raises ConfigError, and
-    ``dataclasses.replace(config, call_timeout_s=60)`` makes another one. A proxy has a copy of its own. Keys with
-    choices hold members of an Enum, which equal their names; a name as a string is accepted as well.
+    A configuration is immutable after its checks: setting an attribute raises ConfigError, and
+    ``dataclasses.replace(config, call_timeout_s=60)`` returns a changed copy. A proxy keeps a copy. Keys with choices
+    hold members of an Enum, which equal their names; a name as a string is accepted as well.
 
     Attributes:
-        execution_mode: an `ExecutionMode` (``auto``, ``local``, ``pseudo``, ``distributed``), or a name registered
-            with ``@tfr.executor``. ``auto`` takes distributed where a launcher's WORLD_SIZE is above 1 or
-            ``client_endpoints`` are given, pseudo where ``use_multiprocessing`` or ``num_processes`` > 0,
-            distributed where ``join_at`` is given, else local.
-        num_clients: how many clients a proxy makes (``client_1 .. client_N``) when it is given no ids. Without
-            it, the keys of ``client_endpoints``, else one client for each of ``num_processes``.
-        num_processes: worker processes of pseudo mode; ignored in the others. Default: one for each core, and
-            no more than clients.
-        use_multiprocessing: makes ``auto`` choose pseudo mode.
-        client_endpoints: client id -> ``worker1``, ``rank:2``, ``host:NAME`` (any worker on that machine),
-            ``local`` (the driver's own process), or the address of a worker that listens
-            (``torchfedrpc-worker --listen``): ``HOST:PORT`` or ``tcp://HOST:PORT``, and ``http://HOST:PORT`` too,
-            though no HTTP is spoken. Clients not named here are spread over the workers that no address names, or
-            over all where there are no others. Local mode has no workers and takes no notice of it.
-        call_timeout_s: seconds a method may run, its time in queues not counted; None for no limit. In local
-            mode it is not applied while a debugger is attached.
-        heartbeat_timeout_s: seconds without a heartbeat after which a frozen or unreachable worker counts as lost, at
-            least 1, and at least 5 where workers are on other machines, since a link that loses packets is silent for
-            seconds at times. A killed one is noticed sooner, and a busy one is never lost. The default outlasts a
-            machine's usual stalls; less notices sooner, and takes a stall of swapping or of a virtual machine for a
-            loss.
-        on_worker_lost: ``recover`` rebuilds the learners of a lost worker elsewhere and goes on, to the same bits;
-            ``fail`` raises WorkerLostError for their calls.
-        max_recoveries: how often in succession a learner is rebuilt of which a call was running as its worker was
-            lost; then it is given up with WorkerLostError. A few, since a learner that kills its worker each time
-            would go on for ever; at 0 the first loss is final. With ``max_concurrent_calls`` above 1 that counts for
-            all learners with a call that was running.
-        journal_max_calls: calls kept for each learner since its last snapshot, at least 1; beyond that a snapshot is
-            taken. It bounds what a recovery has to run again; the default makes snapshots rare beside the calls. Each
-            call takes about 200 bytes there, beside its arguments.
-        journal_max_bytes: Bytes of those calls' arguments that the driver keeps in memory, of all learners together.
-            Above that, snapshots are taken that free four times their own size; if these are too few, others of any
-            size. What is above the bound counts in ``max_inflight_bytes``, so that new calls wait. A value that many
-            calls share counts once. The default holds a 40 MB model twelve times. Snapshots in memory take up to a
-            quarter as much; others are on disk.
-        max_pending_calls: calls that may wait for their results at once, in the whole run; one more raises
-            CapacityError. None for no limit: waiting calls cost little beside their arguments, which
-            ``max_inflight_bytes`` bounds.
-        max_inflight_bytes: bytes of arguments that the driver has in its hands at once; whoever submits more waits.
-            The value of their arguments is taken when it is their turn. A single call that is larger goes alone. The
-            default keeps the links busy and the driver small.
-        max_resident_learners: learners that each process keeps in memory, beside those that are running; the least
-            recently used of the others wait on disk, as snapshots in `tempfile`'s folder, until they are called
-            again. None keeps all.
-        isolation: ``value`` copies arguments and results also in local mode, ``none`` passes references there.
-        interface: network interface that workers of several machines use, such as ``wg0``. Default: loopback
-            where all are on one machine, else the interface that routes to the driver. Every port of the driver is
-            there too, that of the handshake with the ranks of a launch included, but for that of ``join_at``.
-        token_file: file with the shared token of the driver and the workers that listen or join, which nobody else
-            may read. Default: the one that the environment variable TORCHFEDRPC_TOKEN_FILE names. The other ranks
-            of a launch take it from that variable alone; without it the launch's token is in the launcher's store.
-        join_at: ``HOST:PORT`` where the driver takes workers in that join a running job
-            (``torchfedrpc-worker --join HOST:PORT``); port 0 lets the system choose, ``proxy.join_address`` tells.
-            Default: nobody can join.
-        rejoin_timeout_s: seconds that calls wait for a worker where theirs is lost and no other may take its clients:
-            for one that listens to be started again, or for one to join. Then they raise WorkerLostError, until one
-            is there. The default is enough to start a process on a busy machine.
-        deterministic: use torch's deterministic algorithms in every process that runs learners (CUDA).
-        torch_threads: intra-op threads of each process; 1 gives the same bits on every machine size.
-        max_concurrent_calls: sync methods that run at once in one process.
-        device_map: ``auto`` sends CUDA tensors device to device between driver and workers, ``none`` stages
-            them through host memory.
-        trusted_modules: top-level packages, beside the learner's own, whose classes may travel, and whose classes and
-            functions recipes (``_target_``) may name.
-        transport: TensorPipe's transport. ``auto`` is ``uv``: torch's own choice, ``shm``, has less latency but
-            keeps one core busy in every process.
-        channels: TensorPipe's channels for tensors in host memory, the preferred one first: ``cma`` (between
-            processes of a machine that may read each other's memory, and not used between others), ``mpt_uv`` (many
-            connections, for large tensors over a fast network), ``basic``, which has to be among them. Default:
-            ``cma`` and ``basic``. Those for CUDA tensors come before them where there are any.
+        execution_mode: An `ExecutionMode` (``auto``, ``local``, ``pseudo``, ``distributed``), or a name registered
+            with ``@tfr.executor``. ``auto`` selects, in this order: distributed if the launcher's WORLD_SIZE is above
+            1 or ``client_endpoints`` is set; pseudo if ``use_multiprocessing`` is true or ``num_processes`` > 0;
+            distributed if ``join_at`` is set; else local.
+        num_clients: Number of clients (``client_1 .. client_N``) of a proxy without client ids. Default: the keys of
+            ``client_endpoints``, else one client per process of ``num_processes``.
+        num_processes: Number of worker processes in pseudo mode; the other modes ignore it. Default: one per core,
+            and no more than clients.
+        use_multiprocessing: Lets ``auto`` select pseudo mode.
+        client_endpoints: Client id -> endpoint: ``worker1``, ``rank:2``, ``host:NAME`` (any worker on that machine),
+            ``local`` (the driver's process), or the address of a listening worker (``torchfedrpc-worker --listen``):
+            ``HOST:PORT``, ``tcp://HOST:PORT`` or ``http://HOST:PORT``; the last one does not speak HTTP either.
+            Clients without an endpoint are spread over the workers without an address here, or over all workers if
+            every worker has one. Local mode ignores this key.
+        call_timeout_s: Seconds a method may run, time in queues excluded. None: No limit. Local mode does not apply
+            it while a debugger is attached.
+        heartbeat_timeout_s: Seconds without a heartbeat after which a frozen or unreachable worker counts as lost. At
+            least 1, and at least 5 for workers on other machines, since a link with packet loss can be silent for
+            seconds. A killed worker is detected sooner; a busy worker is never lost. The default outlasts usual
+            stalls of a machine. A lower value detects losses sooner, but takes a stall from swapping or of a virtual
+            machine for a loss.
+        on_worker_lost: ``recover`` rebuilds the learners of a lost worker on other workers and continues with the
+            same bits; ``fail`` raises WorkerLostError for their calls.
+        max_recoveries: Number of consecutive rebuilds of a learner with a running call when its worker was lost; then
+            its calls raise WorkerLostError. The limit ends the loop of a learner that kills its worker each time. At
+            0 the first loss is final. With ``max_concurrent_calls`` above 1, the loss counts for every learner with a
+            running call.
+        journal_max_calls: Number of calls in a learner's journal before a snapshot is taken; at least 1. It bounds
+            the replay of a recovery. With the default, snapshots are rare beside calls. A journal entry takes about
+            200 bytes beside its arguments.
+        journal_max_bytes: Bytes of arguments that the driver keeps in memory for the journals of all learners. Above
+            this bound, snapshots are taken that free four times their size; if these free too little, snapshots of
+            any size. New calls wait while the bound is exceeded. A value shared by calls counts once. The default
+            holds a 40 MB model twelve times. Snapshots in memory take up to a quarter of the bound; others are
+            stored on disk.
+        max_pending_calls: Number of calls that may be pending in the whole run; a further call raises CapacityError.
+            None: No limit, since a pending call costs little beside its arguments, which ``max_inflight_bytes``
+            bounds.
+        max_inflight_bytes: Bytes of arguments that the driver holds for calls in flight. Further calls wait in FIFO
+            order; the values of their arguments are captured at admission. A larger single call is admitted alone.
+            The default keeps the links busy and the driver's memory small.
+        max_resident_learners: Number of learners that each process keeps in memory, beside the running ones. The
+            least recently used learners are evicted to disk, as snapshots in `tempfile`'s folder, until their next
+            call. None: No eviction.
+        isolation: ``value`` copies arguments and results in local mode too; ``none`` passes references there.
+        interface: Network interface for workers of several machines, such as ``wg0``. Default: loopback if all
+            workers are on one machine, else the interface that routes to the driver. Every port of the driver is on
+            it, including the handshake port for the ranks of a launch; ``join_at`` has its own address.
+        token_file: File with the token shared by the driver and the workers that listen or join. Only its owner may
+            be able to read it. Default: the file that the environment variable TORCHFEDRPC_TOKEN_FILE names. The
+            other ranks of a launch read that variable only; without it the launch's token is in the launcher's store.
+        join_at: ``HOST:PORT`` at which the driver accepts workers that join a running job
+            (``torchfedrpc-worker --join HOST:PORT``). With port 0 the system chooses one; see ``proxy.join_address``.
+            Default: No worker can join.
+        rejoin_timeout_s: Seconds that calls wait for a worker if theirs is lost and no other worker may take its
+            clients: for a listening worker to restart, or for a worker to join. Then they raise WorkerLostError until
+            a worker is available. The default is enough to start a process on a busy machine.
+        deterministic: Use torch's deterministic algorithms in every process that runs learners (CUDA).
+        torch_threads: Number of intra-op threads of each process. The default 1 gives the same bits on machines of
+            any size.
+        max_concurrent_calls: Number of sync methods that run at the same time in one process.
+        device_map: ``auto`` sends CUDA tensors device to device between driver and workers; ``none`` stages them
+            through host memory.
+        trusted_modules: Top-level packages for the allow-list, beside the learner's package. Their classes may be
+            sent, and recipes (``_target_``) may name their classes and functions.
+        transport: TensorPipe's transport. ``auto`` is ``uv``: torch's default, ``shm``, has lower latency but keeps
+            one core busy in every process.
+        channels: TensorPipe's channels for tensors in host memory, in order of preference: ``cma`` (between processes
+            of a machine that may read each other's memory, and skipped for others), ``mpt_uv`` (multiple connections,
+            for large tensors over a fast network), ``basic`` (required). Default: ``cma`` and ``basic``. Channels for
+            CUDA tensors, if any, come before them.
 
     Raises:
-        ConfigError: a value has the wrong type or is out of range.
+        ConfigError: If a value has the wrong type or is out of range.
     """
 
-    _is_checked: ClassVar[bool] = False  # hydra's overrides need a class that is not frozen, so instances are
+    _is_checked: ClassVar[bool] = False  # freezes instances: hydra's overrides fail on a frozen dataclass
 
-    execution_mode: str = ExecutionMode.auto  # any name: modes can be registered
+    execution_mode: str = ExecutionMode.auto  # str, since modes can be registered
     num_clients: int | None = None
     num_processes: int | None = None
     use_multiprocessing: bool = False
@@ -192,7 +193,7 @@ class RuntimeConfig:
             elif not _fits(value, hint):
                 raise ConfigError(f"runtime.{item.name} must be {item.type}, not {value!r} ({type(value).__name__})")
             elif (container := typing.get_origin(hint)) in (list, dict):
-                setattr(self, item.name, container(value))  # later changes of the caller's own do not reach it
+                setattr(self, item.name, container(value))  # a copy: the caller may change its container later
         self.execution_mode = ExecutionMode.__members__.get(self.execution_mode, self.execution_mode)
         for module in self.trusted_modules:
             root = module.partition(".")[0]
@@ -242,14 +243,15 @@ class RuntimeConfig:
 
     @classmethod
     def of(cls, runtime: RuntimeConfig | Mapping[str, Any] | str | None) -> RuntimeConfig:
-        """Make a configuration of whatever a user hands over; of a `RuntimeConfig` a copy, which is checked again.
+        """Return a configuration made from any accepted form; a `RuntimeConfig` is copied and checked again.
 
         Args:
-            runtime: a `RuntimeConfig`, a mapping of its keys, an OmegaConf node, a mode's name, or None for the
+            runtime: A `RuntimeConfig`, a mapping of its keys, an OmegaConf node, the name of a mode, or None for the
                 defaults.
 
         Raises:
-            ConfigError: an unknown key (the nearest is named), a wrong type, or a value out of range.
+            ConfigError: If a key is unknown (the message names the nearest), or a value has the wrong type or is out
+                of range.
         """
         if runtime is None:
             return cls()
@@ -257,7 +259,7 @@ class RuntimeConfig:
             return dataclasses.replace(runtime)
         if isinstance(runtime, str):
             return cls(execution_mode=runtime)
-        omegaconf = sys.modules.get("omegaconf")  # a node exists only where omegaconf is imported
+        omegaconf = sys.modules.get("omegaconf")  # not imported here: a node exists only if it is imported already
         if omegaconf is not None and omegaconf.OmegaConf.is_config(runtime):
             return cls.of(omegaconf.OmegaConf.to_object(runtime))
         if not isinstance(runtime, Mapping):
@@ -272,10 +274,10 @@ class RuntimeConfig:
         return cls(**runtime)
 
     def default_client_ids(self) -> list[str]:
-        """The ids of a proxy that is given none.
+        """Return the client ids of a proxy without explicit ones.
 
         Raises:
-            ConfigError: nothing tells how many clients there are.
+            ConfigError: If no key gives the number of clients.
         """
         if self.num_clients is None and self.client_endpoints:
             return list(self.client_endpoints)
@@ -286,10 +288,10 @@ class RuntimeConfig:
 
 
 def _chosen(key: str, value: object, choices: type[StrEnum]) -> StrEnum:
-    """The member of an Enum that a value of a key names.
+    """Return the member of an Enum that a key's value names.
 
     Raises:
-        ConfigError: The value is no string, or names no member.
+        ConfigError: If the value is not a string, or names no member.
     """
     names = ", ".join(choices)
     if not isinstance(value, str):
@@ -301,7 +303,7 @@ def _chosen(key: str, value: object, choices: type[StrEnum]) -> StrEnum:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a value is of the annotated type; an int passes for a float, a bool for neither."""
+    """Return whether a value has the annotated type. An int passes for a float; a bool passes for neither."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, option) for option in arguments)

@@ -1,4 +1,4 @@
-"""How calls leave the driver: deadlines, events, and the streams that are open."""
+"""Dispatch of calls on the driver: checks, deadlines, events, and open streams."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from torchfedrpc.reduce.reducers import Reducer, is_builtin
 
 T = TypeVar("T")
 
-# The streams that this task reads; tasks that it starts inherit it, since waiting for them is waiting all the same.
+# Numbers of the streams that this task reads. Child tasks inherit them: awaiting a child blocks the reader as well.
 _reading: ContextVar[frozenset[int]] = ContextVar("torchfedrpc_reading", default=frozenset())
-_stream_numbers = itertools.count()  # in this process
+_stream_numbers = itertools.count()  # unique in this process
 
 
 @dataclass(eq=False)
 class _Session:
-    """What one opening of the proxy has counted, until the proxy is opened again.
+    """Counters of one session: from one opening of the proxy to the next.
 
     Attributes:
-        call_ids: of its calls.
-        num_changes: client -> calls and restores that have begun or ended.
-        open_streams: number of each stream that is being read -> its client.
-        num_calls: calls that have begun.
-        num_failed: calls that have failed.
-        num_pending: calls that have not ended.
+        call_ids: Generates the ids of calls.
+        num_changes: Client -> number of calls and restores that have begun, plus those that have ended.
+        open_streams: Number of each stream being read -> its client.
+        num_calls: Number of calls that have begun.
+        num_failed: Number of calls that have failed.
+        num_pending: Number of calls that have not ended.
     """
 
     call_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -61,25 +61,25 @@ class _Session:
 
 
 class Dispatcher:
-    """Sends the calls of a run, for the proxy and its handles and groups.
+    """Sender of a run's calls, used by the proxy, its handles and its groups.
 
     Args:
-        router: the executors.
-        client_ids: all clients, in order.
-        events: whom to tell.
+        router: Returns the executor of a client.
+        client_ids: All clients, in order.
+        events: Receives the events of calls.
     """
 
     def __init__(self, router: ExecutorRouter, client_ids: tuple[str, ...], events: EventBus) -> None:
         self.client_ids = client_ids
         self.events = events
-        self._loop: asyncio.AbstractEventLoop | None = None  # in which the proxy is open
+        self._loop: asyncio.AbstractEventLoop | None = None  # the loop in which the proxy was opened
         self._places = {client_id: place for place, client_id in enumerate(client_ids)}
         self._router = router
         self.session = _Session()
 
     @property
     def is_open(self) -> bool:
-        """Whether calls can be sent."""
+        """Whether the proxy is open."""
         return self._loop is not None
 
     @property
@@ -88,9 +88,10 @@ class Dispatcher:
         return self._loop is not None and self._loop.is_closed()
 
     def begin(self) -> Callable[[Event], None]:
-        """Begin a session, with nothing of the one before; returns what publishes its events, until the next begins.
+        """Begin a session with new counters and return the function that publishes its events.
 
-        A call of the session before may end, and a method that was left behind may report, when this one is open.
+        The function publishes nothing after the next session begins. A call of the previous session may end, and an
+        abandoned method may report progress, while this session is open.
         """
         session = self.session = _Session()
 
@@ -101,18 +102,18 @@ class Dispatcher:
         return publish
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take calls, from that event loop."""
+        """Accept calls from this event loop."""
         self._loop = loop
 
     def close(self) -> None:
-        """Take no more calls."""
+        """Accept no further calls."""
         self._loop = None
 
     def check_open(self) -> None:
-        """Check that the proxy is open, in the event loop that runs here.
+        """Check that the proxy is open in the running event loop.
 
         Raises:
-            ConfigError: The proxy is closed, or it was opened in another event loop.
+            ConfigError: If the proxy is closed, or was opened in another event loop.
         """
         if self._loop is None:
             raise ConfigError("the proxy is not open: use it inside async with LearnerProxy(...) as proxy:")
@@ -120,10 +121,10 @@ class Dispatcher:
             self.check_loop()
 
     def check_loop(self) -> None:
-        """Check that the event loop that runs here, if any does, is the one in which the proxy was opened.
+        """Check that the running event loop, if any, is the loop in which the proxy was opened.
 
         Raises:
-            ConfigError: It is another one.
+            ConfigError: If it is another loop.
         """
         present, own = asyncio._get_running_loop(), self._loop
         if present is own or present is None or own is None:
@@ -139,19 +140,19 @@ class Dispatcher:
         )
 
     def check_client(self, client_id: str) -> None:
-        """Refuse an id that is no client's.
+        """Check that a client of this id exists.
 
         Raises:
-            UnknownClientError: The id is no client's.
+            UnknownClientError: If there is no such client.
         """
         if not isinstance(client_id, str) or client_id not in self._places:
             raise UnknownClientError(f"no client {client_id!r:.200}{suggest(str(client_id)[:200], self.client_ids)}")
 
     def check_not_reading(self, client_id: str, method: str) -> None:
-        """Refuse a call to a learner that is held by a stream which this task, or the one that started it, reads.
+        """Check that no stream read by this task, or by the task that started it, holds the learner.
 
         Raises:
-            LearnerBusyError: The learner is held by such a stream.
+            LearnerBusyError: If such a stream holds the learner.
         """
         open_streams = self.session.open_streams
         if open_streams and any(open_streams.get(stream) == client_id for stream in _reading.get()):
@@ -161,10 +162,10 @@ class Dispatcher:
             )
 
     def check_capacity(self, client_id: str, method: str) -> None:
-        """Refuse a call, or a step of a stream, beyond those that may wait for a result at once.
+        """Check that one more call, or step of a stream, may be pending.
 
         Raises:
-            CapacityError: ``runtime.max_pending_calls`` are pending.
+            CapacityError: If ``runtime.max_pending_calls`` calls are pending.
         """
         limit, num_pending = self._router.config.max_pending_calls, self.session.num_pending
         if limit is not None and num_pending >= limit:
@@ -181,14 +182,14 @@ class Dispatcher:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run a method of a client's learner.
+        """Run a method of a client's learner and return its result.
 
         Raises:
-            UnknownClientError: no such client.
-            LearnerBusyError: this very task reads a stream of that learner, or the one that started it does.
-            CapacityError: ``runtime.max_pending_calls`` are pending.
-            CallTimeoutError: ``options.timeout_s`` passed.
-            Exception: what the method raised.
+            UnknownClientError: If there is no such client.
+            LearnerBusyError: If this task, or the task that started it, reads a stream of that learner.
+            CapacityError: If ``runtime.max_pending_calls`` calls are pending.
+            CallTimeoutError: If ``options.timeout_s`` passed.
+            Exception: If the method raised; the type is the same.
         """
         invocation = self._invocation(options, client_id, method, args, kwargs)
         if self.session.open_streams:
@@ -200,32 +201,32 @@ class Dispatcher:
     def stream(
         self, options: CallOptions, client_id: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> LearnerStream:
-        """Open a stream over what a generator method yields; its arguments are taken now."""
+        """Open a stream over the items of a generator method. The arguments are captured by this call."""
         invocation = self._invocation(options, client_id, method, args, kwargs)
         return LearnerStream(self, options, invocation, self._router.get_executor(client_id).stream(invocation))
 
     async def snapshot(self, options: CallOptions, client_id: str) -> bytes:
-        """The state of a client's learner, between two calls."""
+        """Return the snapshot of a client's learner, taken between two calls."""
         snapshot = self._router.get_executor(client_id).snapshot(client_id)
         return await self._apart(options, client_id, "snapshot", snapshot)
 
     async def restore(self, options: CallOptions, client_id: str, data: bytes) -> None:
-        """Make a client's learner anew, with the state of a snapshot."""
+        """Construct a client's learner again, with the state of a snapshot."""
         restore = self._router.get_executor(client_id).restore(client_id, data)
         with self._changes(client_id):
             await self._apart(options, client_id, "restore", restore)
 
     def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
-        """The clients of a group's call in the order in which to submit it; as of `AbstractExecutor.plan`."""
+        """Return the clients of a group's call in the order of submission; see `AbstractExecutor.plan`."""
         return self._router.plan(sorted(client_ids, key=self._places.__getitem__), method, is_awaited=is_awaited)
 
     def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
-        """Return the common arguments of a group's calls, with a shared value in place of each large one."""
+        """Return the common arguments of a group's calls, with large values replaced by shared ones."""
         self.check_open()
         return self._router.lift(args, kwargs, num_calls)
 
     def reduction(self, prototype: Reducer, client_ids: Iterable[str]) -> Reduction:
-        """Return a reduction over these clients, whose results are merged in the order of `client_ids`.
+        """Return a reduction that merges the results of clients in the order of `client_ids`.
 
         Raises:
             SerializationError: If the reducer cannot be sent.
@@ -233,7 +234,7 @@ class Dispatcher:
         self.check_open()
         reduction = Reduction(prototype, sorted(client_ids, key=self._places.__getitem__))
         if not is_builtin(prototype):
-            reduction.prototype.copy().open(self._router.allow)  # the workers would refuse it late
+            reduction.prototype.copy().open(self._router.allow)  # else only the workers refuse it, after the calls
         return reduction
 
     async def reduce(
@@ -244,20 +245,20 @@ class Dispatcher:
         args: tuple[Any, ...],
         kwargs: Mapping[str, dict[str, Any]],
     ) -> tuple[ReduceProgress, dict[str, Exception]]:
-        """Run a method of many learners and reduce the results where they are.
+        """Run a method of many learners and reduce the results on their workers.
 
         Args:
-            options: Of the calls.
+            options: Options of the calls.
             reduction: The clients and the reducer.
             method: The method's name.
             args: Positional arguments.
             kwargs: Client -> keyword arguments.
 
         Returns:
-            The partial results, and the errors of clients that failed, or did not end by ``options.timeout_s``.
+            The partial results, and the errors of clients that failed or did not end by ``options.timeout_s``.
 
         Raises:
-            MergeError: If two results cannot be merged; all calls have ended.
+            MergeError: If two results cannot be merged. All calls have ended by then.
             CallTimeoutError: If the results were not merged in time.
         """
         is_awaited = options.timeout_s is not None or options.min_results is not None
@@ -276,7 +277,7 @@ class Dispatcher:
             invocations.append(invocation)
 
         async def run() -> None:
-            """Count the calls in the step of the event loop in which they are submitted."""
+            """Count the calls in the step of the event loop that submits them."""
             observed.update((one.client_id, self._begin(one)) for one in invocations)
             await self._router.reduce(reduction, invocations, progress)
 
@@ -285,7 +286,7 @@ class Dispatcher:
             failures |= await self._watched(options, method, progress, running, observed)
             return progress, failures
         finally:
-            for one in observed.values():  # those that a deadline, a quorum or the caller has cancelled
+            for one in observed.values():  # still pending after a deadline, a quorum or a cancellation
                 self._end(one, asyncio.CancelledError())
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -301,7 +302,7 @@ class Dispatcher:
         """Follow a reduction, stop it at its deadline or quorum, and wait for its partial results.
 
         Returns:
-            The errors of clients that failed, or did not end in time.
+            The errors of clients that failed or did not end in time.
         """
         failures: dict[str, Exception] = {}
         loop, timeout_s = asyncio.get_running_loop(), options.timeout_s
@@ -348,16 +349,16 @@ class Dispatcher:
         return {one: error for one, error in failures.items() if one not in progress.succeeded}
 
     def share(self, obj: Any) -> SharedRef:
-        """An object as it is now, for the arguments of calls to come."""
+        """Return a shared reference to the present value of an object, for arguments of calls."""
         self.check_open()
         return self._router.share(obj)
 
     def rref(self, client_id: str) -> Any:
-        """The RRef of a client's learner; None in local mode.
+        """Return the RRef of a client's learner; None in local mode.
 
         Raises:
-            ConfigError: The proxy is closed, or no event loop runs here.
-            WorkerLostError: The learner's worker is lost.
+            ConfigError: If the proxy is closed, or no event loop runs in this thread.
+            WorkerLostError: If the learner's worker is lost.
         """
         self.check_open()
         if asyncio._get_running_loop() is None:
@@ -365,12 +366,12 @@ class Dispatcher:
         return self._router.get_executor(client_id).rref(client_id)
 
     def changes(self) -> dict[str, int]:
-        """For each client a number, which is another after each call or restore, and in the middle of one."""
+        """Return a version number per client. It changes at the start and at the end of each call or restore."""
         return dict(self.session.num_changes)
 
     @contextmanager
     def _changes(self, client_id: str) -> Iterator[None]:
-        """Around what may change a client's learner, at some time between the beginning and the end."""
+        """Increase the version number of a client on entry and on exit; the learner may change in between."""
         num_changes = self.session.num_changes
         num_changes[client_id] += 1
         try:
@@ -379,10 +380,10 @@ class Dispatcher:
             num_changes[client_id] += 1
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
-        """The states of these clients' learners as of now, one by one, while calls go on.
+        """Return a consistent snapshot of these clients' learners, as of this call; later calls go on.
 
         Raises:
-            LearnerBusyError: a stream is open, so that a learner is in the middle of something.
+            LearnerBusyError: If a stream is open: its learner is in the middle of a call.
         """
         if open_streams := self.session.open_streams:
             client_id = next(iter(open_streams.values()))
@@ -392,7 +393,7 @@ class Dispatcher:
         return self._router.cut(client_ids)
 
     async def _apart(self, options: CallOptions, client_id: str, what: str, answer: Coroutine[Any, Any, T]) -> T:
-        """Await what is no call of a method, under the options' deadline."""
+        """Await a request other than a method call, such as a snapshot, under the options' deadline."""
         try:
             self.check_open()
             self.check_client(client_id)
@@ -414,7 +415,7 @@ class Dispatcher:
         )
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of the session so far."""
+        """Return the counters of the session."""
         return {
             "mode": self._router.mode,
             "calls": self.session.num_calls,
@@ -436,7 +437,7 @@ class Dispatcher:
         if not isinstance(method, str):
             raise MethodNotFoundError(f"{client_id}: a method is called by its name, not by {method!r}")
         run_timeout_s = self._router.config.call_timeout_s if options.timeout_s is None else None
-        # Plain strings: numpy's, which are strings too, would not get past the guard of RPC.
+        # Plain strings: the guard of RPC refuses numpy's subclasses of str.
         return Invocation(
             next(self.session.call_ids),
             str(client_id),
@@ -448,7 +449,7 @@ class Dispatcher:
         )
 
     async def observed(self, options: CallOptions, invocation: Invocation, answer: Any) -> Any:
-        """Await an answer under the options' deadline, and publish its start and end."""
+        """Await the result of a call under the options' deadline, and publish its start and end."""
         observed, failure = self._begin(invocation), None
         try:
             if options.timeout_s is None:
@@ -465,10 +466,10 @@ class Dispatcher:
             raise
         finally:
             self._end(observed, failure)
-            failure = None  # its traceback refers to this frame and the arguments: a cycle that would keep them
+            failure = None  # breaks a reference cycle: traceback -> this frame -> arguments
 
     def _begin(self, invocation: Invocation) -> _Observed:
-        """Count a call, and publish its start."""
+        """Count a call and publish its start."""
         session = self.session
         if self.events.subscribers:
             self.events.publish(CallStarted(invocation.call_id, invocation.client_id, invocation.method))
@@ -478,7 +479,7 @@ class Dispatcher:
         return _Observed(session, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter())
 
     def _end(self, observed: _Observed, failure: BaseException | None) -> None:
-        """Count the end of a call, and publish it; once."""
+        """Count the end of a call and publish it; a second call does nothing."""
         session = observed.session
         if observed.has_ended:
             return
@@ -493,15 +494,15 @@ class Dispatcher:
 
 @dataclass(eq=False, slots=True)
 class _Observed:
-    """A call that was counted.
+    """Call that was counted.
 
     Attributes:
-        session: The opening of the proxy that it belongs to.
-        call_id: Its id.
+        session: The session of the call.
+        call_id: The id of the call.
         client_id: The client.
         method: The method's name.
-        began: When it began, by `time.perf_counter`.
-        has_ended: Whether its end was counted.
+        began: Start of the call, by `time.perf_counter`, in seconds.
+        has_ended: Whether the end was counted.
     """
 
     session: _Session
@@ -513,10 +514,10 @@ class _Observed:
 
 
 class LearnerStream(AsyncIterator[Any]):
-    """Iterates over what a learner's generator method yields; `Dispatcher.stream` makes it.
+    """Async iterator over the items of a learner's generator method; `Dispatcher.stream` creates it.
 
-    Leaving the loop closes the generator on its host, as soon as nothing refers to this object; hold it in a
-    variable and you close it yourself (`aclose`, or ``contextlib.aclosing``).
+    Leaving the loop drops the last reference and thereby closes the generator on its host. If a variable holds the
+    stream, close it explicitly (`aclose`, or ``contextlib.aclosing``).
     """
 
     def __init__(
@@ -529,7 +530,7 @@ class LearnerStream(AsyncIterator[Any]):
         self._session = dispatcher.session
         self._number = next(_stream_numbers)
         self._is_stepping = False
-        self._loop: asyncio.AbstractEventLoop | None = None  # on which it is read
+        self._loop: asyncio.AbstractEventLoop | None = None  # the loop of the reader
 
     async def __anext__(self) -> Any:
         invocation = self._invocation
@@ -545,7 +546,7 @@ class LearnerStream(AsyncIterator[Any]):
                 f"the stream of {invocation.client_id}.{invocation.method} is already waiting for an item: one loop "
                 f"reads a stream; open another for a second reader"
             )
-        self._dispatcher.check_capacity(invocation.client_id, invocation.method)  # the stream may go on later
+        self._dispatcher.check_capacity(invocation.client_id, invocation.method)  # a refused stream can go on later
         open_streams = self._session.open_streams
         if self._number not in open_streams:
             self._dispatcher.check_not_reading(invocation.client_id, invocation.method)
@@ -562,7 +563,7 @@ class LearnerStream(AsyncIterator[Any]):
             self._is_stepping = False
 
     async def aclose(self) -> None:
-        """Close the generator on its host; the learner's next call runs after that."""
+        """Close the generator on its host. The learner's next call runs after that."""
         self._close()
 
     def _close(self) -> None:
@@ -572,5 +573,5 @@ class LearnerStream(AsyncIterator[Any]):
     def __del__(self) -> None:
         self._session.open_streams.pop(self._number, None)
         if self._loop is not None:
-            # Not at once: a garbage collection may come where this thread holds the very lock that closing takes.
+            # Deferred: garbage collection may run while this thread holds the lock that closing takes.
             call_on(self._loop, self._stream.close)

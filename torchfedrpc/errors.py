@@ -1,21 +1,22 @@
-"""Every error this library raises itself.
+"""Errors that this library raises.
 
     TorchFedRpcError
-    +-- ConfigError (ValueError)               a setting, an endpoint, or the way a script is started
+    +-- ConfigError (ValueError)               invalid setting or endpoint, or a wrong way to start a script
     +-- UnknownClientError (KeyError)          no such client
     +-- MethodNotFoundError (AttributeError)   no such public method on the learner
-    +-- LearnerBusyError (RuntimeError)        a call that would wait for its own caller
+    +-- LearnerBusyError (RuntimeError)        deadlock: a call waits for a stream of its caller
     +-- CallTimeoutError (TimeoutError)        a deadline passed
-    +-- WorkerLostError (ConnectionError)      the worker of a call is gone
-    +-- SerializationError (TypeError)         a value that cannot travel
-    |   +-- UntrustedTypeError                 a type that the receiver does not allow
+    +-- WorkerLostError (ConnectionError)      the worker of a call is lost
+    +-- SerializationError (TypeError)         a value cannot be serialized or deserialized
+    |   +-- UntrustedTypeError                 a type outside the receiver's allow-list
     +-- SnapshotError (RuntimeError)           a learner's state cannot be captured or restored
-    +-- CapacityError (RuntimeError)           too many calls are pending
-    +-- QuorumError (RuntimeError)             fewer results than asked for
+    +-- CapacityError (RuntimeError)           too many pending calls
+    +-- QuorumError (RuntimeError)             fewer results than ``min_results``
     +-- GroupCallError (ExceptionGroup)        calls of a group failed
-    +-- RemoteError (RuntimeError)             a learner's exception whose own type cannot travel
+    +-- RemoteError (RuntimeError)             a learner's exception of a type that cannot be sent
 
-Each is also the builtin that people catch. An exception of a learner is none of these: it arrives as its own type.
+Each is also a subclass of the builtin in brackets. A learner's exception arrives as its original type instead, unless
+that type cannot be sent.
 """
 
 from __future__ import annotations
@@ -26,64 +27,65 @@ from typing import Any
 
 
 class TorchFedRpcError(Exception):
-    """Root of the errors that this library raises itself."""
+    """Root of the errors that this library raises."""
 
 
 class ConfigError(TorchFedRpcError, ValueError):
-    """A setting is unknown, mistyped or cannot be met, or a script was started in a way that cannot work."""
+    """Invalid, unknown or unsatisfiable setting, or a wrong way to start a script."""
 
 
 class UnknownClientError(TorchFedRpcError, KeyError):
-    """The proxy has no client of that id."""
+    """Call of a client that the proxy does not have."""
 
-    def __str__(self) -> str:  # KeyError would show the repr of the message
+    def __str__(self) -> str:  # KeyError shows the repr of the message
         return str(self.args[0]) if self.args else ""
 
 
 class MethodNotFoundError(TorchFedRpcError, AttributeError):
-    """The learner has no public method of that name, or not of that kind."""
+    """Call of a method that the learner does not have, does not make public, or has as another kind."""
 
 
 class LearnerBusyError(TorchFedRpcError, RuntimeError):
-    """The call would wait for ever: the task that makes it holds the learner by a stream it is reading."""
+    """Call that would deadlock: its task reads a stream that holds the learner."""
 
 
 class CallTimeoutError(TorchFedRpcError, TimeoutError):
-    """A call's deadline passed before its result arrived."""
+    """Deadline of a call that passed before the result arrived."""
 
 
 class WorkerLostError(TorchFedRpcError, ConnectionError):
-    """The worker that owns the learner was killed, crashed or cut off."""
+    """Loss of the worker that owns the learner: killed, crashed, or unreachable."""
 
 
 class SerializationError(TorchFedRpcError, TypeError):
-    """A value cannot be sent, or what arrived cannot be read."""
+    """Value that cannot be serialized, or received bytes that cannot be deserialized."""
 
 
 class UntrustedTypeError(SerializationError):
-    """What arrived names a type outside the receiver's allow-list."""
+    """Received type outside the receiver's allow-list."""
 
 
 class SnapshotError(TorchFedRpcError, RuntimeError):
-    """A learner's state cannot be captured or restored.
+    """Learner state that cannot be captured or restored.
 
     Attributes:
-        attribute: what of the state cannot be captured, as the message names it; None where it is no one attribute.
+        attribute: The part of the state that cannot be captured, as the message names it. None if it is not one
+            attribute.
     """
 
     attribute: str | None = None
 
 
 class CapacityError(TorchFedRpcError, RuntimeError):
-    """More calls are pending than the configuration allows."""
+    """Call beyond the limit ``runtime.max_pending_calls``."""
 
 
 class QuorumError(TorchFedRpcError, RuntimeError):
-    """Fewer clients succeeded than ``min_results`` asks for.
+    """Group call with fewer successful clients than ``min_results``.
 
     Attributes:
-        results: client id -> result, of those that arrived.
-        failures: client id -> exception, of those that failed.
+        results: Client id -> result, of the clients that succeeded.
+        failures: Client id -> exception, of the clients that failed.
     """
 
     def __init__(
@@ -98,11 +100,11 @@ class QuorumError(TorchFedRpcError, RuntimeError):
 
 
 class GroupCallError(TorchFedRpcError, ExceptionGroup[Exception]):
-    """One or more calls of a group failed; ``exceptions`` holds them in the group's order.
+    """Group call with one or more failures; ``exceptions`` holds them in the group's order.
 
     Attributes:
-        results: client id -> result, of the clients that succeeded.
-        failures: client id -> exception.
+        results: Client id -> result, of the clients that succeeded.
+        failures: Client id -> exception, of the clients that failed.
     """
 
     results: dict[str, Any]
@@ -117,9 +119,9 @@ class GroupCallError(TorchFedRpcError, ExceptionGroup[Exception]):
         return error
 
     def derive(self, excs: Any, /) -> GroupCallError:  # type: ignore[override]
-        """The subgroup of these exceptions (for ``except*`` and ``split``)."""
+        """Return the subgroup of these exceptions (for ``except*`` and ``split``)."""
         failures, unmatched = {}, dict(self.failures)
-        for error in excs:  # a failure that is a group itself comes here as a subgroup of it
+        for error in excs:  # a failure that is an exception group arrives here as a subgroup of it
             leaves = _leaves(error)
             client_id = next(client for client, failure in unmatched.items() if leaves & _leaves(failure))
             failures[client_id] = error
@@ -134,12 +136,12 @@ def _leaves(error: BaseException) -> set[int]:
 
 
 class RemoteError(TorchFedRpcError, RuntimeError):
-    """A learner raised an exception whose own type cannot travel, or would break the caller's event loop.
+    """Learner's exception of a type that cannot be sent or would break the caller's event loop.
 
     Attributes:
-        type_name: the qualified name of the exception's type, as the learner's process has it.
-        message: its text.
-        remote_traceback: its traceback, as text.
+        type_name: Qualified name of the exception's type in the learner's process.
+        message: Text of the exception.
+        remote_traceback: Traceback of the exception, as text.
     """
 
     def __init__(self, type_name: str, message: str, remote_traceback: str = "") -> None:
@@ -153,10 +155,10 @@ class RemoteError(TorchFedRpcError, RuntimeError):
 
 
 def suggest(name: str, known: Iterable[str], *, limit: int = 8) -> str:
-    """Say which of the known names come near, for the end of an error message.
+    """Return a hint that names the nearest known names, for the end of an error message.
 
     Returns:
-        `` (did you mean 'a' or 'b'?)`` where something comes near, else `` (known: 'a', 'b', ...)``.
+        `` (did you mean 'a' or 'b'?)`` if there is a near match, else `` (known: 'a', 'b', ...)``.
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)

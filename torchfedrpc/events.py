@@ -1,4 +1,4 @@
-"""Events: what happens in a run, told to whoever subscribes. Imports nothing of this library."""
+"""Events of a run and the bus that publishes them. Imports no other module of this library."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Event:
-    """Anything a subscriber is told."""
+    """Base class of all events."""
 
 
 @dataclass(frozen=True)
 class CallStarted(Event):
-    """A call was submitted (it may still wait in its learner's queue)."""
+    """Submission of a call. The call may still wait in its learner's queue."""
 
     call_id: int
     client_id: str
@@ -26,7 +26,7 @@ class CallStarted(Event):
 
 @dataclass(frozen=True)
 class CallEnded(Event):
-    """A call ended after ``seconds``; ``error`` is None where it gave a result."""
+    """End of a call after ``seconds``; ``error`` is None if it returned a result."""
 
     call_id: int
     client_id: str
@@ -37,7 +37,7 @@ class CallEnded(Event):
 
 @dataclass(frozen=True)
 class ProgressReported(Event):
-    """A running method called ``current_call().report(progress)``; it comes before the call's `CallEnded`."""
+    """Progress that a running method reported by ``current_call().report(progress)``; precedes its `CallEnded`."""
 
     call_id: int
     client_id: str
@@ -47,9 +47,9 @@ class ProgressReported(Event):
 
 @dataclass(frozen=True)
 class WorkerLost(Event):
-    """The worker of that name is gone, ``reason`` says how.
+    """Loss of the worker ``worker``, with its ``reason``.
 
-    Its learners are rebuilt as they are called, unless ``on_worker_lost=fail``.
+    Its learners are rebuilt at their next call, unless ``on_worker_lost=fail``.
     """
 
     worker: str
@@ -58,21 +58,21 @@ class WorkerLost(Event):
 
 @dataclass(frozen=True)
 class WorkerJoined(Event):
-    """The worker of that name can be called: it has joined the run, or come in the place of one that was gone."""
+    """Arrival of the worker ``worker``: it joined the run or replaced a lost one, and accepts calls."""
 
     worker: str
 
 
 @dataclass(frozen=True)
 class WorkerLeft(Event):
-    """The worker of that name has left in order; its learners were moved, or wait until it comes again."""
+    """Orderly departure of the worker ``worker``. Its learners were moved, or wait until it returns."""
 
     worker: str
 
 
 @dataclass(frozen=True)
 class WorldFormed(Event):
-    """After a loss or a joining the workers can be called again, ``seconds`` later, as the world ``generation``."""
+    """New world, number ``generation``, after a loss or a join; forming it took ``seconds``."""
 
     generation: int
     seconds: float
@@ -80,7 +80,7 @@ class WorldFormed(Event):
 
 @dataclass(frozen=True)
 class RoundStarted(Event):
-    """A trainer begins round ``round_num`` (from 0) of ``num_rounds``."""
+    """Start of round ``round_num`` (from 0) of ``num_rounds``."""
 
     round_num: int
     num_rounds: int
@@ -88,7 +88,7 @@ class RoundStarted(Event):
 
 @dataclass(frozen=True)
 class RoundEnded(Event):
-    """A trainer has finished a round; ``metrics`` are its numbers by name."""
+    """End of round ``round_num`` (from 0) of ``num_rounds``; ``metrics`` maps names to values."""
 
     round_num: int
     num_rounds: int
@@ -97,10 +97,10 @@ class RoundEnded(Event):
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
-    """The run can go on from the end of round ``round_num``.
+    """Checkpoint from which the run can resume after round ``round_num``.
 
-    Of ``num_learners`` the state had changed and was written, ``num_bytes`` in all; it took ``seconds``, beside the
-    rounds that followed.
+    The states of ``num_learners`` learners had changed and were written, ``num_bytes`` bytes in all. Writing took
+    ``seconds``, in parallel with the following rounds.
     """
 
     round_num: int
@@ -113,7 +113,7 @@ Subscriber = Callable[[Event], object]
 
 
 class EventBus:
-    """Hands each event to every subscriber, in the order of subscription, on the thread that publishes it.
+    """Publisher that calls every subscriber in the order of subscription, on the publishing thread.
 
     Attributes:
         subscribers: The subscribers, in order.
@@ -126,7 +126,7 @@ class EventBus:
         """Call ``callback(event)`` for each event from now on.
 
         Returns:
-            A function that ends the subscription.
+            The function that ends the subscription.
         """
         self.subscribers.append(callback)
 
@@ -137,7 +137,7 @@ class EventBus:
         return unsubscribe
 
     def publish(self, event: Event) -> None:
-        """Call all subscribers. The error of one is logged, and the others are called all the same."""
+        """Call all subscribers. An exception of a subscriber is logged; the others are still called."""
         for callback in tuple(self.subscribers):
             try:
                 callback(event)

@@ -1,4 +1,4 @@
-"""Optional packages: whether they are installed, and which extra brings them."""
+"""Optional packages: checks whether they are installed, and the extra that installs them."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ INSTALL_COMMAND = "pip install 'torchfedrpc[experiments]'"
 
 
 def available(module: str) -> bool:
-    """Whether a top-level module can be imported, found out without importing it."""
+    """Return whether a top-level module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # sys.modules holds None in its place, or a module without a spec
+    except ValueError:  # sys.modules maps the name to None, or to a module without a spec
         return False
 
 
 def require(module: str, purpose: str) -> None:
-    """Insist on an optional module.
+    """Check that an optional module is installed.
 
     Args:
-        module: its top-level name.
-        purpose: what needs it, as the start of the error's sentence.
+        module: Top-level name of the module.
+        purpose: The feature that needs the module, as the start of the error message.
 
     Raises:
-        ConfigError: it is not installed; the message gives the command that installs it.
+        ConfigError: If the module is not installed; the message gives the install command.
     """
     if not available(module):
         raise ConfigError(f"{purpose} needs {module}, which is not installed: {INSTALL_COMMAND}")
 
 
 def missing_line(features: Iterable[tuple[str, str]]) -> str | None:
-    """One line on what a run goes without, or None where nothing is missing.
+    """Return one line that names the missing features of a run; None if no feature is missing.
 
     Args:
-        features: pairs of a feature and the module that it needs.
+        features: Pairs of a feature and the module that it needs.
     """
     absent = [feature for feature, module in features if not available(module)]
     return f"without {' and '.join(absent)}: {INSTALL_COMMAND} brings them" if absent else None

@@ -1,4 +1,4 @@
-"""Calls of many clients at once: results as a mapping, as they complete, or a quorum of them."""
+"""Calls of many clients at once: gathered, in order of completion, with a quorum, or reduced."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torchfedrpc.reduce.tree import MergeError, Node, prototype_of
 
 
 class GroupResult(Mapping[str, Any]):
-    """What the clients of a group call returned, in the group's order.
+    """Mapping of client id to result of a group call, in the group's order.
 
     Attributes:
-        failures: client id -> exception, of the clients that failed (with ``on_error="collect"`` or
+        failures: Client id -> exception of the clients that failed (with ``on_error="collect"`` or
             ``min_results``).
     """
 
@@ -44,12 +44,12 @@ class GroupResult(Mapping[str, Any]):
 
 @dataclass(frozen=True, eq=False)
 class ReduceResult:
-    """What the results of a group come to.
+    """Result of `LearnerGroup.reduce`.
 
     Attributes:
-        value: what the reducer's ``finish`` gave.
-        count: the number of clients whose results are in it.
-        failures: client id -> exception, of the clients that failed (with ``on_error="collect"`` or
+        value: The result of the reducer's ``finish``.
+        count: Number of clients with a result in ``value``.
+        failures: Client id -> exception of the clients that failed (with ``on_error="collect"`` or
             ``min_results``).
     """
 
@@ -59,15 +59,15 @@ class ReduceResult:
 
 
 class LearnerGroup:
-    """Some clients of a proxy, called together. Any public method of the learners is a method of the group.
+    """Clients of a proxy that are called together. Every public method of the learners is a method of the group.
 
-    ``len(group)`` is the number of clients, and iteration gives their ids, in the group's order.
+    ``len(group)`` is the number of clients. Iteration yields their ids, in the group's order.
 
     Args:
-        dispatcher: sends the calls.
-        clients: client id -> keyword arguments of that client's own, merged over the call's.
-        options: what holds for the calls.
-        learner: has the class whose methods an editor completes.
+        dispatcher: Sends the calls.
+        clients: Client id -> keyword arguments for that client, which override those of the call.
+        options: Options of the calls.
+        learner: Provides the learner's class, for tab completion.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class LearnerGroup:
 
     @property
     def client_ids(self) -> tuple[str, ...]:
-        """The group's clients, in order."""
+        """The ids of the group's clients, in order."""
         return tuple(self._clients)
 
     def options(
@@ -110,20 +110,21 @@ class LearnerGroup:
         min_results: int | Unchanged | None = UNCHANGED,
         **unknown: Never,
     ) -> LearnerGroup:
-        """The same group with other options; those that are not given stay as they are.
+        """Return a group of the same clients with changed options. Omitted options keep their value.
 
         Args:
-            timeout_s: seconds for queue, transfer and run of each call together, above 0. None: no such deadline, and
-                ``runtime.call_timeout_s`` holds for the run.
-            retries: how often a call is sent again whose method was not begun, because its constructor failed, for
-                example; at least 0.
-            on_error: ``raise`` a GroupCallError where clients fail, or ``collect`` their exceptions in ``failures``.
-            min_results: return once that many clients have succeeded, at least 1, and cancel the other calls. None:
-                wait for all clients.
-            **unknown: refused, with the nearest option.
+            timeout_s: seconds for queue, transfer and run of each call together, above 0. None: No such deadline;
+                ``runtime.call_timeout_s`` limits the run.
+            retries: Number of times a call is sent again if its method has not begun, for example because the
+                learner's constructor failed. At least 0.
+            on_error: ``raise`` raises a GroupCallError if clients fail; ``collect`` stores their exceptions in
+                ``failures``.
+            min_results: Return after this number of clients has succeeded, at least 1, and cancel the other calls.
+                None: Wait for all clients.
+            **unknown: Refused; the error names the nearest option.
 
         Raises:
-            ConfigError: no such option, or a value has the wrong type or is out of range.
+            ConfigError: If an option is unknown, or a value has the wrong type or is out of range.
         """
         changes = {"timeout_s": timeout_s, "retries": retries, "on_error": on_error, "min_results": min_results}
         return LearnerGroup(
@@ -142,39 +143,39 @@ class LearnerGroup:
     async def call(self, method: str, /, *args: Any, **kwargs: Any) -> GroupResult:
         """Call a method of every client's learner and gather the results.
 
-        All calls run to their end, also where some fail; with ``min_results=k`` the first k results are enough and
-        the calls still under way are cancelled.
+        All calls run to their end, even if some fail. With ``min_results=k`` the group call returns after k results
+        and cancels the pending calls.
 
         Raises:
-            GroupCallError: some clients failed, and neither ``on_error="collect"`` nor ``min_results`` is set.
-            QuorumError: fewer than ``min_results`` succeeded, or did within ``timeout_s``.
+            GroupCallError: If clients failed, and neither ``on_error="collect"`` nor ``min_results`` is set.
+            QuorumError: If fewer than ``min_results`` clients succeeded, within ``timeout_s`` if that is set.
         """
         return GroupResult(*await self._gathered(method, args, kwargs))
 
     async def reduce(self, method: str, reducer: Any, /, *args: Any, **kwargs: Any) -> ReduceResult:
-        """Call a method of every client's learner and add the results up where they are.
+        """Call a method of every client's learner and reduce the results on the workers.
 
-        Partial results are formed on the workers, so what comes to the driver grows with their number and not with
-        that of the clients. Results are added up by a fixed binary tree over the clients in the order of
-        ``proxy.client_ids``: the value has the same bits in every mode, with any number of workers.
+        The workers compute partial results, so the bytes that the driver receives grow with the number of workers,
+        not of clients. Results are merged in a fixed binary tree over the clients in the order of
+        ``proxy.client_ids``: the value has the same bits in every mode and with any number of workers.
 
-        All calls run to their end, as of `call`, also where their results do not go together.
+        All calls run to their end, as in `call`, even if their results cannot be merged.
 
         Args:
-            method: the method's name.
-            reducer: `WeightedMean`, `Mean`, `Sum`, or an object (or a class) with ``add(result)``, ``merge(other)``
-                and ``finish()``, which pickles. A learner's result is given to ``add`` by value.
-            *args: for the method.
-            **kwargs: for the method.
+            method: The method's name.
+            reducer: `WeightedMean`, `Mean`, `Sum`, or a picklable object (or a class) with ``add(result)``,
+                ``merge(other)`` and ``finish()``. ``add`` receives a learner's result by value.
+            *args: Positional arguments for the method.
+            **kwargs: Keyword arguments for the method.
 
         Raises:
-            TypeError: the reducer lacks a method.
-            ValueError: the results of two clients do not go together.
-            ConfigError: the group has no clients.
-            UntrustedTypeError: the reducer's type may not travel.
-            GroupCallError: as of `call`, and where all clients failed; its results have no values.
-            QuorumError: the same.
-            CallTimeoutError: the results of the calls could not be added up in time.
+            TypeError: If the reducer lacks a method.
+            ValueError: If the results of two clients cannot be merged.
+            ConfigError: If the group has no clients.
+            UntrustedTypeError: If the allow-list does not cover the reducer's type.
+            GroupCallError: As in `call`, and if all clients failed. Its results are None.
+            QuorumError: As in `call`.
+            CallTimeoutError: If the results were not merged in time.
         """
         reduction = self._dispatcher.reduction(prototype_of(reducer), self._clients)
         args, kwargs = self._dispatcher.lift(args, kwargs, len(self._clients))
@@ -203,7 +204,7 @@ class LearnerGroup:
         return ReduceResult(value, len(counted), failures)
 
     async def _merged(self, method: str, reduction: Reduction, nodes: Sequence[Node]) -> Any:
-        """Return the value of partial results. It has another ``timeout_s`` for that."""
+        """Merge the partial results and return the value, within another ``timeout_s``."""
         timeout_s = self._options.timeout_s
         try:
             async with asyncio.timeout(timeout_s) as deadline:
@@ -221,7 +222,7 @@ class LearnerGroup:
     async def _gathered(
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Exception]]:
-        """Return results and failures of a group call; as of `call`."""
+        """Return the results and failures of a group call, as in `call`."""
         results: dict[str, Any] = {}
         failures: dict[str, Exception] = {}
         needed = self._options.min_results
@@ -245,7 +246,7 @@ class LearnerGroup:
         """Check that the quorum is no larger than the group.
 
         Raises:
-            QuorumError: If it is.
+            QuorumError: If ``min_results`` exceeds the number of clients.
         """
         needed = self._options.min_results
         if needed is not None and needed > len(self._clients):
@@ -277,14 +278,14 @@ class LearnerGroup:
         )
 
     async def as_completed(self, method: str, /, *args: Any, **kwargs: Any) -> AsyncIterator[tuple[str, Any]]:
-        """Call a method of every client's learner and yield ``(client_id, result)`` as each completes.
+        """Call a method of every client's learner and yield ``(client_id, result)`` in order of completion.
 
-        An error is raised at its turn and cancels the calls still under way, as leaving the loop does: which of these
-        have run by then depends on the mode. With ``on_error="collect"`` the exception is yielded as the result, and
-        `call` lets all run to their end.
+        The first failure is raised when its call completes, and cancels the pending calls. Leaving the loop cancels
+        them as well. The execution mode decides which of them have run by then. With ``on_error="collect"`` the
+        exception is yielded as the result; `call` runs all calls to their end.
 
         Raises:
-            ConfigError: ``min_results`` is set, which is for `call`: leave the loop when you have enough.
+            ConfigError: If ``min_results`` is set, an option of `call`. Leave the loop after enough results instead.
         """
         if self._options.min_results is not None:
             raise ConfigError("min_results is for group.call(...); leave the loop when enough results have come")
@@ -300,7 +301,7 @@ class LearnerGroup:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> AsyncGenerator[tuple[str, Any, Exception | None], None]:
-        """Yield (client, result, error) in the order of completion; leaving it cancels the other calls."""
+        """Yield (client, result, error) in order of completion. Closing the generator cancels the pending calls."""
         tasks: dict[asyncio.Future[Any], str] = {}
         args, kwargs = self._dispatcher.lift(args, kwargs, len(self._clients))
         are_awaited = self._options.timeout_s is not None or self._options.min_results is not None
@@ -318,7 +319,7 @@ class LearnerGroup:
                 if error is not None and not isinstance(error, Exception):
                     raise error
                 result = None if error else task.result()
-                del task  # it would keep the result
+                del task  # a finished task refers to its result
                 yield client_id, result, error
                 del result, error
         finally:

@@ -1,4 +1,4 @@
-"""The place of this process in a launch by torchrun or the like, read from the launcher's environment variables."""
+"""Position of this process in a launch by torchrun or a similar launcher, read from environment variables."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torchfedrpc.errors import ConfigError
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place in a launch of several.
+    """Position of this process in a launch of several processes.
 
     Attributes:
-        rank: 0 for the driver, 1 .. world_size - 1 for the workers.
-        world_size: processes in the launch.
-        local_rank: this process's number on its machine.
-        num_nodes: machines in the launch; None if the launcher does not tell (torchrun does).
-        master_address: the machine of rank 0, as the launcher names it.
-        master_port: the port of the launch's store there.
-        agent_store: whether the launcher itself serves that store (torchrun does; else rank 0 has to).
-        is_last_attempt: whether the launcher does not start this process again if it fails.
+        rank: Rank of this process: 0 for the driver, 1 .. world_size - 1 for the workers.
+        world_size: Number of processes in the launch.
+        local_rank: Rank of this process on its machine.
+        num_nodes: Number of machines in the launch; None if the launcher does not set it (torchrun does).
+        master_address: Address of rank 0's machine, as the launcher names it.
+        master_port: Port of the launch's store at that address.
+        agent_store: Whether the launcher serves that store (torchrun does); otherwise rank 0 has to.
+        is_last_attempt: Whether the launcher will not restart this process after a failure.
     """
 
     rank: int
@@ -34,10 +34,10 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch | None:
-        """Read the launch of this process; None if there is none, or it has a single rank.
+        """Return the launch of this process; None without a launch, or in a launch of one rank.
 
         Raises:
-            ConfigError: If some of the launcher's variables are missing or no numbers.
+            ConfigError: If some of the launcher's variables are missing or not numbers.
         """
         environment = os.environ
         if "WORLD_SIZE" not in environment and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
@@ -76,9 +76,9 @@ _RANK_PID = "TORCHFEDRPC_RANK_PID"
 
 
 def is_process_of_rank() -> bool:
-    """Whether this process is a rank other than 0 of a launch, and not a child process of such a rank.
+    """Return whether this process is a rank other than 0 of a launch, and not a child process of such a rank.
 
-    Children inherit the launcher's variables. The first process that calls this is the rank.
+    Children inherit the launcher's variables, so the first process that calls this counts as the rank.
     """
     if os.environ.get("RANK", "0") == "0":
         return False
@@ -89,7 +89,7 @@ _is_worker = False
 
 
 def become_worker() -> None:
-    """Note that this process serves learners."""
+    """Mark this process as a worker, which serves learners."""
     global _is_worker
     _is_worker = True
 
@@ -98,10 +98,10 @@ def check_is_driver() -> Launch | None:
     """Check that this process may drive a run.
 
     Returns:
-        The launch that this process drives, if any.
+        The launch that this process drives; None without a launch.
 
     Raises:
-        ConfigError: If this process is a worker.
+        ConfigError: If this process is a worker, or a rank other than 0.
     """
     if _is_worker:
         raise ConfigError(

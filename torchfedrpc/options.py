@@ -1,4 +1,4 @@
-"""Options of calls: what holds for them beside their arguments."""
+"""Options of calls, beside their arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OnError = Literal["raise", "collect"]
 
 
 class Unchanged(Enum):
-    """The default of each keyword of ``options(...)``: the option stays as it is, since None has a meaning."""
+    """Sentinel default of each keyword of ``options(...)``: the option keeps its value. None has a meaning."""
 
     UNCHANGED = "unchanged"
 
@@ -30,16 +30,19 @@ UNCHANGED: Final = Unchanged.UNCHANGED
 
 @dataclass(frozen=True)
 class CallOptions:
-    """What holds for calls beside their arguments.
+    """Options of calls, beside their arguments.
 
     Attributes:
-        timeout_s: seconds for queue, wire and run together; None leaves ``runtime.call_timeout_s``, for the run.
-        retries: how often a call is sent again where its method was not begun (its constructor failed, say).
-        on_error: of groups: ``raise`` a GroupCallError, or ``collect`` the failures beside the results.
-        min_results: of groups: be content with so many results, and cancel the other calls.
+        timeout_s: Seconds for queue, transfer and run of a call together. None: No such deadline;
+            ``runtime.call_timeout_s`` limits the run.
+        retries: Number of times a call is sent again if its method has not begun, for example because the learner's
+            constructor failed.
+        on_error: For groups: ``raise`` raises a GroupCallError, ``collect`` returns the failures beside the results.
+        min_results: For groups: Return after this number of results and cancel the other calls. None: Wait for all
+            clients.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: If a value has the wrong type or is out of range.
     """
 
     timeout_s: float | None = None
@@ -62,14 +65,14 @@ class CallOptions:
                 raise ConfigError(f"options({name}=...) must be {expected}, not {getattr(self, name)!r}")
 
     def updated(self, changes: Mapping[str, Any], known: tuple[str, ...] = GROUP_OPTIONS) -> CallOptions:
-        """These options with some changed.
+        """Return these options with some changed.
 
         Args:
-            changes: option -> value; one that is `UNCHANGED` stays as it is.
-            known: the options that have a meaning where this is asked.
+            changes: Option -> value. An option with the value `UNCHANGED` keeps its value.
+            known: The options that the caller supports.
 
         Raises:
-            ConfigError: no such option there.
+            ConfigError: If an option is not among ``known``, or a value has the wrong type or is out of range.
         """
         for name in changes:
             if name not in known:

@@ -1,4 +1,4 @@
-"""Private files and folders: accessible to their user alone, and written without following links."""
+"""Private files and folders: accessible only to their user, and written without following links."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torchfedrpc.errors import ConfigError
 
 _PRIVATE_FOLDER = 0o700
 _PRIVATE_FILE = 0o600
-# Windows has only the last of these flags.
+# Windows has only the last one of these flags.
 _PRIVATE_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
-_HAS_OWNERS = hasattr(os, "geteuid")  # Windows has access lists instead, which a folder inherits
+_HAS_OWNERS = hasattr(os, "geteuid")  # Windows has inherited access lists instead
 
 
 def make_private(path: Path) -> None:
-    """Make a folder with mode 0700, or check that no other user can change an existing one.
+    """Create a folder with mode 0700, or check that no other user can change an existing one.
 
-    The folder itself may be a symbolic link.
+    The folder may be a symbolic link.
 
     Raises:
         ConfigError: If the folder belongs to another user, or others may write into it.
-        OSError: If the folder cannot be made.
+        OSError: If the folder cannot be created.
     """
     path.mkdir(mode=_PRIVATE_FOLDER, parents=True, exist_ok=True)
     if not _HAS_OWNERS:
@@ -44,7 +44,7 @@ def make_private(path: Path) -> None:
 
 
 def close_to_others(path: Path) -> None:
-    """Set mode 0700 on a folder that another library has made, unless it contains the working directory."""
+    """Set mode 0700 on a folder that another library created, unless it contains the working directory."""
     if not _HAS_OWNERS:
         return
     status = path.stat()
@@ -53,11 +53,11 @@ def close_to_others(path: Path) -> None:
 
 
 def open_private(path: Path, flags: int) -> int:
-    """Open a file with mode 0600 for writing; links and pipes are refused.
+    """Open a file with mode 0600 for writing and return its descriptor; links and pipes are refused.
 
     Args:
         path: The file.
-        flags: As for `os.open`.
+        flags: Flags for `os.open`.
 
     Raises:
         OSError: If the file cannot be opened, or is a link or a pipe.
@@ -71,7 +71,7 @@ def open_private(path: Path, flags: int) -> int:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
-    """Write a temporary file, then rename it over the path, also over a link.
+    """Write a temporary file, then rename it over the path; a link at the path is replaced.
 
     Raises:
         OSError: If the file cannot be written; the path keeps its content.

@@ -1,4 +1,4 @@
-"""What a trainer holds: a proxy for the learners of all clients."""
+"""`LearnerProxy`: calls the learners of all clients from the driver."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _SETTINGS_OF_BITS = ("deterministic", "max_concurrent_calls", "torch_threads")
 
 
 class LearnerHandle:
-    """One client's learner: every public method of it is an async method here.
+    """Handle of one client's learner. Every public method of the learner is an async method of the handle.
 
     Args:
-        dispatcher: sends the calls.
-        client_id: whose learner.
-        options: what holds for the calls.
-        learner: has the class whose methods an editor completes.
+        dispatcher: Sends the calls.
+        client_id: The client's id.
+        options: Options of the calls.
+        learner: Provides the learner's class, for tab completion.
     """
 
     def __init__(self, dispatcher: Dispatcher, client_id: str, options: CallOptions, learner: LearnerSpec) -> None:
@@ -54,7 +54,7 @@ class LearnerHandle:
 
     @property
     def client_id(self) -> str:
-        """Whose learner it is."""
+        """The client's id."""
         return self._client_id
 
     def options(
@@ -64,37 +64,37 @@ class LearnerHandle:
         retries: int | Unchanged = UNCHANGED,
         **unknown: Never,
     ) -> LearnerHandle:
-        """The same handle with other options; those that are not given stay as they are.
+        """Return a handle of the same learner with changed options. Omitted options keep their value.
 
         Args:
-            timeout_s: seconds for queue, transfer and run of a call together, above 0. None: no such deadline, and
-                ``runtime.call_timeout_s`` holds for the run.
-            retries: how often a call is sent again whose method was not begun, because its constructor failed, for
-                example; at least 0.
-            **unknown: refused, with the nearest option.
+            timeout_s: seconds for queue, transfer and run of a call together, above 0. None: No such deadline;
+                ``runtime.call_timeout_s`` limits the run.
+            retries: Number of times a call is sent again if its method has not begun, for example because the
+                learner's constructor failed. At least 0.
+            **unknown: Refused; the error names the nearest option.
 
         Raises:
-            ConfigError: no such option, or a value has the wrong type or is out of range.
+            ConfigError: If an option is unknown, or a value has the wrong type or is out of range.
         """
         options = self._options.updated({"timeout_s": timeout_s, "retries": retries, **unknown}, CALL_OPTIONS)
         return LearnerHandle(self._dispatcher, self.client_id, options, self._learner)
 
     @property
     def rref(self) -> Any:
-        """The learner's ``torch.distributed.rpc`` RRef, which its worker owns; None in local mode.
+        """The ``torch.distributed.rpc`` RRef of the learner, owned by the learner's worker; None in local mode.
 
-        It is of the present world: after the loss of a worker, once another has joined, or in another session, ask
-        for it again; an old one may name another learner. A learner that has not been called yet is registered for
-        it, and is made by its first call. That blocks the event loop until its worker has answered, about a
-        millisecond, or longer behind large arguments that are on their way (2 s at most): await a call first where
-        that matters. ``rref.owner()`` is where its calls go. The learner itself stays on its worker:
-        ``rref.to_here()`` raises.
+        The RRef belongs to the current world. Read the property again after the loss of a worker, after a worker has
+        joined, and in another session: an old RRef may name another learner. The first access registers the learner;
+        the learner's first call constructs it. The access blocks the event loop until the worker has answered: about
+        1 ms, or longer behind large arguments in transfer (2 s at most). Await a call of the learner first if that
+        matters. ``rref.owner()`` is the worker that runs the learner's calls. ``rref.to_here()`` raises, since the
+        learner stays on its worker.
 
         Raises:
-            ConfigError: The proxy is closed or runs in another thread, or this process has called ``init_rpc`` before
-                it opened the proxy.
-            WorkerLostError: The learner's worker is lost or does not answer, or the world is being formed anew. Await
-                a call of the client, then ask again.
+            ConfigError: If the proxy is closed or runs in another thread, or if this process called ``init_rpc``
+                before it opened the proxy.
+            WorkerLostError: If the learner's worker is lost or does not answer, or if the world is being formed
+                again. Await a call of the client, then read the property again.
         """
         return self._dispatcher.rref(self.client_id)
 
@@ -115,28 +115,29 @@ class LearnerHandle:
 
 
 class LearnerProxy:
-    """Calls methods of learners, wherever they live, as plain async functions.
+    """Proxy that calls methods of learners in any process as async functions.
 
-    Use it as an async context manager; one proxy can be open in a process at a time, on rank 0 alone. It can be
-    opened again once it was closed, or could not be opened: then with new learners and nothing of the session before;
-    what subscribes to its events stays. Arguments and results are passed by value in every mode, and a learner's
-    calls run one at a time in the order submitted.
+    Use it as an async context manager. A process can have one open proxy at a time, on rank 0 only. A proxy can be
+    opened again after it was closed or failed to open. The new session has new learners and no state of the previous
+    session; event subscriptions are kept. Arguments and results are passed by value in every mode. A learner's calls
+    run one at a time, in the order of submission.
 
     Args:
-        learner: a class, a factory function, or a name registered with ``@tfr.learner``. Called as
-            ``learner(client_id, **kwargs)`` in the process that owns the client, at the client's first call.
-        clients: the clients' ids, or a mapping id -> keyword arguments for its constructor. None makes
-            ``client_1 .. client_N`` from ``runtime.num_clients``.
-        runtime: a `RuntimeConfig`, a mapping of its keys, an OmegaConf node, a mode's name, or None.
-        seed: seeds every call, with the client's id, the method's name and the number of the call.
+        learner: A class, a factory function, or a name registered with ``@tfr.learner``. The process that owns the
+            client calls ``learner(client_id, **kwargs)`` at the client's first call.
+        clients: The client ids, or a mapping of client id to keyword arguments for its constructor. None: The ids
+            ``client_1 .. client_N`` with N from ``runtime.num_clients``.
+        runtime: A `RuntimeConfig`, a mapping of its keys, an OmegaConf node, the name of a mode, or None for the
+            defaults.
+        seed: Seeds every call, together with the client id, the method name and the number of the call.
 
     Raises:
-        ConfigError: an argument or a setting cannot be met; the message says what to do.
+        ConfigError: If an argument or a setting is invalid; the message says what to do.
 
     Warns:
-        UserWarning: a method of the learner has a name that handles or groups have themselves, such as ``options``.
+        UserWarning: If a method of the learner has the name of a method of handles or groups, such as ``options``.
             `execute_remote_method` and ``group.call`` can call it. If a factory makes the learners, the process that
-            makes the first one logs this as a warning.
+            makes the first learner logs the warning.
     """
 
     _open_in_process: ClassVar[LearnerProxy | None] = None
@@ -156,7 +157,7 @@ class LearnerProxy:
             raise ConfigError(f"the seed must be a whole number, not {seed!r}") from None
         spec, common_kwargs = LearnerSpec.of(learner, seed, config)
         if not isinstance(factory := spec.load(), type):
-            spec = dataclasses.replace(spec, taken_names=_taken_names())  # of no known class before it is called
+            spec = dataclasses.replace(spec, taken_names=_taken_names())  # the factory's class is known at its call
         elif hidden := hidden_methods(factory, _taken_names()):
             warnings.warn(hidden, stacklevel=2)
         kwargs_by_client = _clients(clients, config, common_kwargs)
@@ -202,7 +203,7 @@ class LearnerProxy:
         try:
             self._dispatcher.check_loop()
         except ConfigError:
-            if self._dispatcher.is_stranded:  # nothing can close it in order; its workers end all the same
+            if self._dispatcher.is_stranded:  # the event loop is closed: no orderly close, but workers still end
                 with contextlib.suppress(Exception):
                     await _to_its_end(self._exit.__aexit__(kind, error, traceback))
                 self._before_close.clear()
@@ -227,17 +228,17 @@ class LearnerProxy:
 
     @property
     def client_ids(self) -> list[str]:
-        """All clients, in the order in which they were given."""
+        """All client ids, in the order given."""
         return list(self._dispatcher.client_ids)
 
     @property
     def mode(self) -> str:
-        """Where learners run: ``local``, ``pseudo``, ``distributed``, or a mode of the user's own."""
+        """The execution mode: ``local``, ``pseudo``, ``distributed``, or a registered mode."""
         return self._router.mode
 
     @property
     def join_address(self) -> str | None:
-        """Where workers can join this run, ``HOST:PORT``; None where ``runtime.join_at`` is not set."""
+        """The address ``HOST:PORT`` at which workers can join this run; None if ``runtime.join_at`` is not set."""
         return self._router.join_address
 
     def options(
@@ -249,23 +250,23 @@ class LearnerProxy:
         min_results: int | Unchanged | None = UNCHANGED,
         **unknown: Never,
     ) -> LearnerProxy:
-        """A view of this proxy with other options; those that are not given stay as they are.
+        """Return a view of this proxy with changed options. Omitted options keep their value.
 
-        The view is the same open proxy; it need not be closed.
+        The view shares the session of this proxy and needs no closing.
 
         Args:
-            timeout_s: seconds for queue, transfer and run of a call together, above 0; of a stream, for each step.
-                None: no such deadline, and ``runtime.call_timeout_s`` holds for the run.
-            retries: how often a call is sent again whose method was not begun, because its constructor failed, for
-                example; at least 0.
-            on_error: of groups: ``raise`` a GroupCallError where clients fail, or ``collect`` their exceptions in
-                ``failures``.
-            min_results: of groups: return once that many clients have succeeded, at least 1, and cancel the other
-                calls. None: wait for all clients.
-            **unknown: refused, with the nearest option.
+            timeout_s: seconds for queue, transfer and run of a call together, above 0; for a stream, of each step.
+                None: No such deadline; ``runtime.call_timeout_s`` limits the run.
+            retries: Number of times a call is sent again if its method has not begun, for example because the
+                learner's constructor failed. At least 0.
+            on_error: For groups: ``raise`` raises a GroupCallError if clients fail; ``collect`` stores their
+                exceptions in ``failures``.
+            min_results: For groups: Return after this number of clients has succeeded, at least 1, and cancel the
+                other calls. None: Wait for all clients.
+            **unknown: Refused; the error names the nearest option.
 
         Raises:
-            ConfigError: no such option, or a value has the wrong type or is out of range.
+            ConfigError: If an option is unknown, or a value has the wrong type or is out of range.
         """
         changes = {"timeout_s": timeout_s, "retries": retries, "on_error": on_error, "min_results": min_results}
         view = copy.copy(self)
@@ -274,19 +275,19 @@ class LearnerProxy:
         return view
 
     async def execute_remote_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Call any public method of a client's learner.
+        """Call a public method of a client's learner and return its result.
 
         Raises:
-            UnknownClientError: no such client.
-            MethodNotFoundError: no such public method; near matches are named.
-            SerializationError: an argument or the result cannot be sent.
-            CallTimeoutError: a deadline passed.
-            Exception: what the method raised, as the same type, its ``__cause__`` the remote traceback.
+            UnknownClientError: If there is no such client.
+            MethodNotFoundError: If the learner has no such public method; the message names near matches.
+            SerializationError: If an argument or the result cannot be sent.
+            CallTimeoutError: If a deadline passed.
+            Exception: If the method raised. The type is the same, and ``__cause__`` has the remote traceback.
         """
         return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
 
     async def custom_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
-        """The same as `execute_remote_method`."""
+        """Call a public method of a client's learner; the same as `execute_remote_method`."""
         return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
 
     async def train_epoch(self, /, client_id: str, **kwargs: Any) -> Any:
@@ -306,23 +307,23 @@ class LearnerProxy:
         return await self._dispatcher.call(self._options, client_id, "set_model_weights", (weights,), {})
 
     def client(self, client_id: str) -> LearnerHandle:
-        """A handle whose methods are the learner's: ``await proxy.client("client_1").train_epoch()``.
+        """Return the handle of a client's learner, as in ``await proxy.client("client_1").train_epoch()``.
 
         Raises:
-            UnknownClientError: no such client.
+            UnknownClientError: If there is no such client.
         """
         return LearnerHandle(self._dispatcher, client_id, self._options, self._spec.learner)
 
     def clients(self, ids: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None) -> LearnerGroup:
-        """A group of clients to call together; all of them, unless ids are given.
+        """Return a group of clients, which are called together.
 
         Args:
-            ids: client ids, or a mapping id -> keyword arguments of that client's own.
+            ids: Client ids, or a mapping of client id to keyword arguments for that client. None: All clients.
 
         Raises:
-            UnknownClientError: an id is no client's.
-            ConfigError: an id is given twice, or a group is given, whose own keyword arguments and options would be
-                left out.
+            UnknownClientError: If there is no client of an id.
+            ConfigError: If an id is given twice, or if a group is given: its keyword arguments and options would be
+                lost.
         """
         if ids is None:
             ids = self._dispatcher.client_ids
@@ -331,61 +332,65 @@ class LearnerProxy:
         return LearnerGroup(self._dispatcher, _kwargs_by_id(ids), self._options, self._spec.learner)
 
     def stream(self, client_id: str, method: str, /, *args: Any, **kwargs: Any) -> LearnerStream:
-        """Iterate over what a generator method yields: ``async for item in proxy.stream(...)``.
+        """Iterate over the items of a generator method: ``async for item in proxy.stream(...)``.
 
-        The generator, sync or async, makes one step for each item asked for, and no step ahead. It holds its
-        learner until it ends; leaving the loop closes it. ``options(timeout_s=...)`` holds for each step.
+        The generator, sync or async, makes one step per requested item, without prefetching. It holds its learner
+        until it ends. Leaving the loop closes it. ``options(timeout_s=...)`` limits each step.
 
         Raises:
-            UnknownClientError: no such client.
-            SerializationError: an argument cannot be sent.
+            UnknownClientError: If there is no such client.
+            SerializationError: If an argument cannot be sent.
         """
         return self._dispatcher.stream(self._options, client_id, method, args, kwargs)
 
     async def share(self, obj: Any) -> SharedRef:
-        """Place an object once for all workers: given as an argument of calls, the reference arrives as the object.
+        """Return a reference to an object that each worker receives once.
 
-        The value is taken now; it travels to a worker with the first call there that has it. Each call has an object
-        of its own, which costs memory only where it is written. It is freed when the reference is dropped, or by
-        ``await ref.release()``.
+        In the arguments of calls, the reference arrives as the object. The value is captured by this call. It is sent
+        to a worker with the first call there that uses it. Each call gets a separate object; memory is copied on
+        write. The value is freed when the reference is dropped, or by ``await ref.release()``.
 
         Raises:
-            SerializationError: it cannot be sent.
-            ConfigError: the mode has no such references.
+            SerializationError: If the object cannot be sent.
+            ConfigError: If the mode does not support shared references.
         """
         return self._dispatcher.share(obj)
 
     async def snapshots(self, ids: Iterable[str] | None = None) -> AsyncIterator[tuple[str, bytes]]:
-        """The learners' states as bytes, one client at a time: ``async for client_id, data in proxy.snapshots()``.
+        """Yield snapshots of learners, one client at a time: ``async for client_id, data in proxy.snapshots()``.
 
-        A snapshot comes behind the calls that were submitted before it. It holds what ``state_dict()`` gives where
-        the learner has that and ``load_state_dict``, else ``__getstate__()`` or its attributes, and the counts that
-        seed its next calls. `tfr.testing.check_snapshot` proves that this is complete.
+        A snapshot is queued behind the calls submitted before it. It contains ``state_dict()`` if the learner has
+        ``state_dict`` and ``load_state_dict``, else ``__getstate__()`` or the learner's attributes, and the counters
+        that seed the learner's next calls. `tfr.testing.check_snapshot` checks that a snapshot is complete.
 
         Args:
-            ids: of which clients; all, unless given.
+            ids: The clients. None: All clients.
+
+        Yields:
+            The client id and the snapshot as bytes.
 
         Raises:
-            UnknownClientError: an id is no client's.
-            SnapshotError: a state cannot be captured; the message names the attribute and the remedy.
+            UnknownClientError: If there is no client of an id.
+            SnapshotError: If a state cannot be captured; the message names the attribute and the remedy.
         """
         for client_id in self._dispatcher.client_ids if ids is None else list(_kwargs_by_id(ids)):
             yield client_id, await self._dispatcher.snapshot(self._options, client_id)
 
     async def restore(self, snapshots: Mapping[str, bytes]) -> None:
-        """Give learners the states of snapshots; each is made anew for that, and its next call goes on from there.
+        """Restore learners from snapshots. Each learner is constructed again, and its next call continues from there.
 
         Args:
-            snapshots: client id -> what `snapshots` gave, in this run or another, in whatever mode.
+            snapshots: Client id -> snapshot from `snapshots`, of this or another run, in any mode.
 
         Raises:
-            UnknownClientError: an id is no client's; nothing is restored then.
-            ConfigError: the snapshots are no mapping.
-            GroupCallError: some learners could not be restored, and the others were; its ``failures`` has the error
-                of each client, one of those that follow.
-            SnapshotError: the bytes are damaged, of another client or learner; that learner stays as it was.
-            WorkerLostError: the learner was given up.
-            UntrustedTypeError: they hold a type that ``runtime.trusted_modules`` does not cover.
+            UnknownClientError: If there is no client of an id; no learner is restored then.
+            ConfigError: If the snapshots are not a mapping.
+            GroupCallError: If some learners could not be restored; the others were. Its ``failures`` has one of the
+                following errors per failed client.
+            SnapshotError: If the bytes are damaged, or belong to another client or learner; that learner keeps its
+                state.
+            WorkerLostError: If the learner was given up.
+            UntrustedTypeError: If the bytes contain a type that ``runtime.trusted_modules`` does not cover.
         """
         self._dispatcher.check_open()
         if not isinstance(snapshots, Mapping):
@@ -410,11 +415,11 @@ class LearnerProxy:
 
     @property
     def trusted_modules(self) -> frozenset[str]:
-        """The packages whose classes may travel."""
+        """The top-level packages that the allow-list for received classes covers."""
         return self._spec.learner.allow_list().trusted
 
     def identity(self) -> dict[str, Any]:
-        """What two runs must have in common for the state of one's learners to be of use to the other's."""
+        """Return the run fingerprint. A checkpoint can be restored only into a run with the same fingerprint."""
         ids, arguments = hashlib.sha256(), hashlib.sha256()
         for client_id, kwargs in self._spec.clients.items():
             ids.update(f"{client_id!r},".encode())
@@ -429,52 +434,52 @@ class LearnerProxy:
         }
 
     def changes(self) -> dict[str, int]:
-        """For each client whose learner may have changed a number; where it is the same later, it has not since."""
+        """Return a version number per client. Equal versions mean the learner's state has not changed in between."""
         return self._dispatcher.changes()
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
-        """The states of learners as of now, all at one moment, which `Checkpoints` saves while calls go on.
+        """Return a consistent snapshot of learners, as of this call. `Checkpoints` stores it while calls go on.
 
         Raises:
-            LearnerBusyError: a stream is open.
+            LearnerBusyError: If a stream is open.
         """
         return self._dispatcher.cut(client_ids)
 
     def before_close(self, callback: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Await ``callback()`` as the proxy closes, while learners can still be called."""
+        """Register a coroutine function to await when the proxy closes, while learners can still be called."""
         self._before_close.append(callback)
 
     def subscribe(self, callback: Subscriber) -> Callable[[], None]:
-        """Call ``callback(event)`` on the event loop for each event of the run; returns what ends that."""
+        """Call ``callback(event)`` on the event loop for each event of the run; return the unsubscribe function."""
         return self._events.subscribe(callback)
 
     def publish(self, event: Event) -> None:
-        """Tell subscribers an event of the trainer's own."""
+        """Publish an event of the trainer to all subscribers."""
         self._events.publish(event)
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of the run, with the same keys in every mode.
+        """Return the counters of the run, with the same keys in every mode.
 
         Returns:
-            A dict of its own, with
+            A new dict with the keys
 
-            - ``mode``: as `mode`.
-            - ``calls``: calls of methods so far; each step of a stream counts.
-            - ``failed_calls``: those of them that raised, for example because they were cancelled.
-            - ``pending_calls``: calls that wait for their results now.
-            - ``bytes_sent``: bytes of calls' arguments sent to workers; 0 in local mode.
-            - ``bytes_received``: bytes of calls' results received from workers; 0 in local mode.
-            - ``snapshot_bytes``: bytes of snapshots to and from workers; 0 in local mode.
-            - ``journal_bytes``: bytes of arguments that the driver keeps now, to make lost calls again.
-            - ``workers_lost``: workers lost so far.
-            - ``workers``: name of a process that has learners -> ``{"learners": how many}``; in local mode the only
-              one is ``local``. Empty once the proxy is closed.
+            - ``mode``: The execution mode, as `mode`.
+            - ``calls``: Number of calls of methods so far; each step of a stream counts.
+            - ``failed_calls``: Number of those calls that raised; cancelled calls count.
+            - ``pending_calls``: Number of calls that wait for their results now.
+            - ``bytes_sent``: Bytes of calls' arguments sent to workers; 0 in local mode.
+            - ``bytes_received``: Bytes of calls' results received from workers; 0 in local mode.
+            - ``snapshot_bytes``: Bytes of snapshots sent to and received from workers; 0 in local mode.
+            - ``journal_bytes``: Bytes of arguments that the journal holds now, for the replay of lost calls.
+            - ``workers_lost``: Number of workers lost so far.
+            - ``workers``: Name of a process with learners -> ``{"learners": number}``. In local mode the only name
+              is ``local``. Empty after the proxy is closed.
         """
         return self._dispatcher.stats()
 
 
 def _why_early(error: BaseException | None) -> str:
-    """Why a run that ends with this error ends early, for its workers; empty where it ends well."""
+    """Return the reason that workers get for the early end of the run; empty if the run ended well."""
     if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
         return ""
     if isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
@@ -483,7 +488,7 @@ def _why_early(error: BaseException | None) -> str:
 
 
 async def _to_its_end(closing: Coroutine[Any, Any, object]) -> None:
-    """Await a clean-up whole, though the task be cancelled meanwhile: half of it would spoil the next proxy."""
+    """Await a clean-up to its end despite cancellation: a partial clean-up would break the next proxy."""
     task = asyncio.ensure_future(closing)
     cancelled = False
     while not task.done():
@@ -497,7 +502,7 @@ async def _to_its_end(closing: Coroutine[Any, Any, object]) -> None:
 
 
 def _taken_names() -> dict[str, list[str]]:
-    """The public names that handles and groups have themselves, so that they call no learner's method."""
+    """Return the public names of handles and groups, which hide methods of the same name of a learner."""
     owners = {"proxy.client(...)": LearnerHandle, "proxy.clients(...)": LearnerGroup}
     return {
         name: [one for one in (*dir(owner), *inspect.get_annotations(owner)) if not one.startswith("_")]
@@ -510,7 +515,7 @@ def _clients(
     config: RuntimeConfig,
     common_kwargs: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Client id -> keyword arguments of its constructor."""
+    """Return client id -> keyword arguments of its constructor."""
     if clients is None:
         clients = config.default_client_ids()
     given = _kwargs_by_id(clients)

@@ -1,4 +1,4 @@
-"""Names for trainers, learners and execution modes."""
+"""Registries of trainers, learners and execution modes by name."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 class Registry(Generic[T]):
-    """One kind of thing by name.
+    """Registry of one kind of class or function by name.
 
     Args:
-        kind: what error messages call it.
+        kind: Name of the kind in error messages.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
-        self._modules: dict[str, str] = {}  # name -> the module that registers it, not imported yet
+        self._modules: dict[str, str] = {}  # name -> module that registers it on import
 
     def provide(self, name: str, module: str) -> None:
-        """Have a module imported once somebody asks for the name, which it registers."""
+        """Name the module that registers a name; it is imported at the first lookup of the name."""
         self._modules[name] = module
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorate a class or function to give it a name.
+        """Decorate a class or function to register it under a name.
 
         Raises:
-            ConfigError: another class or function has that name. The same one may be registered again, as where its
-                module is reloaded, or is the script and is imported as well; the later one is kept.
+            ConfigError: If another class or function has that name. The same definition may be registered again, for
+                example when its module is reloaded, or when the script is imported as well; the later one is kept.
         """
 
         def decorate(entry: T) -> T:
@@ -51,10 +51,10 @@ class Registry(Generic[T]):
         return decorate
 
     def get(self, name: str) -> T:
-        """Look a name up.
+        """Return the class or function of a name.
 
         Raises:
-            ConfigError: no such name; the known ones are listed.
+            ConfigError: If there is no such name; the message lists the known ones.
         """
         self._import(name)
         try:
@@ -63,18 +63,18 @@ class Registry(Generic[T]):
             raise ConfigError(f"no {self.kind} named {name!r}{suggest(name, self.names())}") from None
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         return sorted({*self._entries, *self._modules})
 
     def _import(self, name: str) -> None:
         if (module := self._modules.get(name)) is not None:
-            importlib.import_module(module)  # where another thread does so, too, Python has one wait for the other
+            importlib.import_module(module)  # thread-safe: Python's import lock blocks a second thread
 
 
 def _is_defined_as(known: Any, entry: Any) -> bool:
-    """Whether two entries come from one definition: one name in one module, or in one file that two modules are.
+    """Return whether two entries come from one definition: one name in one module, or in two modules of one file.
 
-    Such a file is the script, which workers import as ``__mp_main__``.
+    Workers import the script as ``__mp_main__``, which is a second module of the script's file.
     """
     given = {known.__module__, entry.__module__}
     modules = {"__main__" if module == "__mp_main__" else module for module in given}

@@ -1,4 +1,4 @@
-"""The entry: runs a coroutine on the driver, and lets every other rank of a launch serve learners."""
+"""Entry point of scripts: runs a coroutine on the driver and serves learners on the other ranks of a launch."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ T = TypeVar("T")
 def run(main: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T | None:
     """Run a federation's main coroutine.
 
-    A script that ends with ``tfr.run(main)`` runs under ``python script.py`` and under ``torchrun script.py``
-    alike. On rank 0, or without a launcher, ``main(*args, **kwargs)`` runs and its result is returned. The other
-    ranks of a launch serve learners until rank 0 ends, then return None; where ``main`` fails they end, with a
-    non-zero exit status, when rank 0 does.
+    A script that ends with ``tfr.run(main)`` runs under ``python script.py`` and under ``torchrun script.py``. On
+    rank 0, or without a launcher, this runs ``main(*args, **kwargs)`` and returns its result. The other ranks of a
+    launch serve learners until rank 0 ends, then return None. If ``main`` fails, they end with a non-zero exit status
+    when rank 0 ends.
 
-    On Ctrl-C (SIGINT) and SIGTERM ``main`` is cancelled, everything is closed, and the process is gone within 5 s;
-    a second signal of the same kind ends it at once. Handlers of the script's own are left in place.
+    Ctrl-C (SIGINT) and SIGTERM cancel ``main``, close everything, and end the process within 5 s. A second signal of
+    the same kind ends it at once. Signal handlers that the script has installed are left in place.
 
     Raises:
-        ConfigError: ``main`` is no coroutine function, an event loop is running already, or a worker process calls
-            this as it imports the script.
-        KeyboardInterrupt: on rank 0, SIGINT came.
-        SystemExit: on rank 0, SIGTERM came; the exit status is 143.
-        Exception: on rank 0, whatever ``main`` raised.
+        ConfigError: If ``main`` is not a coroutine function, an event loop is already running, or a worker process
+            calls this while it imports the script.
+        KeyboardInterrupt: If SIGINT arrived; on rank 0.
+        SystemExit: If SIGTERM arrived; on rank 0. The exit status is 143.
+        Exception: If ``main`` raised it; on rank 0.
     """
     if not inspect.iscoroutinefunction(main):
         raise ConfigError(f"tfr.run needs a coroutine function: async def main(): ..., not {main!r}")
@@ -51,16 +51,16 @@ def run(main: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kw
 
 
 def drive(job: Callable[[], T]) -> T | None:
-    """What `run` does, for a plain function that starts its own event loops."""
+    """Run a plain function that starts event loops itself, in the way of `run`."""
     launch = Launch.from_environment()
     if launch is None:
         check_is_driver()
         return job()
-    from torchfedrpc.rpc import launch as ranks  # noqa: PLC0415, local runs do without what takes long to import
+    from torchfedrpc.rpc import launch as ranks  # noqa: PLC0415, slow to import, and local runs do not need it
     from torchfedrpc.rpc import worker  # noqa: PLC0415
 
     if launch.rank != 0:
-        leave_no_word()  # what fails from now on is told by other ways
+        leave_no_word()  # from here on failures reach the driver over the control link
         with _ended_by_ctrl_c():
             link = ranks.dial_driver(launch)
         if not worker.serve_launch(link, launch.local_rank).is_clean:
@@ -71,20 +71,20 @@ def drive(job: Callable[[], T]) -> T | None:
         return job()
 
 
-_is_word_due = True  # of this rank to the driver, where its script ends
+_is_word_due = True  # whether this rank reports the end of its script to the driver
 
 
 def leave_no_word() -> None:
-    """Let the script of this rank end without a word to the driver."""
+    """Cancel the report of this rank to the driver at the end of its script."""
     global _is_word_due
     _is_word_due = False
 
 
 def tell_of_ending_script() -> None:
-    """Let a rank whose script ends before it comes to `run` say so to the driver; for the import of the library.
+    """Install hooks that report a rank's script to the driver if it ends before `run`; called at import.
 
-    The driver would wait for that rank in vain: torchrun does not tell the machines of a launch when one fails.
-    Rank 0, a process of no launch, and the processes that a rank starts are left as they are.
+    Without the report the driver would wait for that rank in vain: torchrun does not notify the machines of a launch
+    when one fails. Rank 0, processes outside a launch, and child processes of a rank get no hooks.
     """
     if not is_process_of_rank():
         return
@@ -94,15 +94,15 @@ def tell_of_ending_script() -> None:
         before(kind, error, where)
         if isinstance(error, Exception):
             _tell_driver(error)
-        else:  # Ctrl-C, which the launcher passes on to the driver too
+        else:  # Ctrl-C: the launcher forwards it to the driver as well
             leave_no_word()
 
     sys.excepthook = hook
-    atexit.register(_tell_driver, None)  # sys.exit does not come to the hook
+    atexit.register(_tell_driver, None)  # sys.exit does not reach the hook
 
 
 def _tell_driver(error: Exception | None) -> None:
-    if not (_is_word_due and is_process_of_rank()):  # this may be a child that the rank has forked
+    if not (_is_word_due and is_process_of_rank()):  # a forked child of the rank inherits the hooks
         return
     leave_no_word()
     try:
@@ -111,13 +111,13 @@ def _tell_driver(error: Exception | None) -> None:
             from torchfedrpc.rpc.launch import tell_script_ended  # noqa: PLC0415
 
             tell_script_ended(launch, error)
-    except (ConfigError, RuntimeError) as problem:  # no store, for one
+    except (ConfigError, RuntimeError) as problem:  # for example if there is no store
         print(f"the driver could not be told that the script of this rank has ended: {problem}", file=sys.stderr)
 
 
 @contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
-    """Let SIGINT end this process where it stands: a wait for the launcher's store would not come back for Python."""
+    """Let SIGINT end this process without Python's handler: a wait for the launcher's store blocks Python."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -129,7 +129,7 @@ def _ended_by_ctrl_c() -> Iterator[None]:
 
 
 def _leave_behind() -> None:
-    """End at once: a learner's method goes on regardless, and its thread would break the interpreter's end."""
+    """End the process at once: a running learner method would break the shutdown of the interpreter."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

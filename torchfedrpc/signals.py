@@ -1,4 +1,4 @@
-"""How a signal ends a run: its main coroutine is cancelled, and what has not ended by then is ended."""
+"""Shutdown of a run by a signal: the main coroutine is cancelled, and the process ends within a time limit."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from torchfedrpc.host.deadlines import debugger_attached
 
 T = TypeVar("T")
 
-_BLOCKED_S = 0.5  # a main thread that does not come back to its event loop for so long is interrupted where it stands
-_FINISH_S = 1.5  # what is nearly done, such as a round, may end within so long
-_LIMIT_S = 3.0  # the process ends so long after the signal, unless the run has; the interpreter takes a while as well
+_BLOCKED_S = 0.5  # a main thread that does not return to its event loop within this time is interrupted
+_FINISH_S = 1.5  # extra time for work that is nearly done, such as a round
+_LIMIT_S = 3.0  # the process ends at this time after the signal; the interpreter's shutdown takes up to 2 s more
 _THREADS_S = 0.5
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 def run_interruptible(main: Callable[[], Coroutine[Any, Any, T]], *, notice: str = "") -> T:
-    """`asyncio.run` for a run that Ctrl-C and SIGTERM end in order, and within 5 seconds.
+    """Run a main coroutine as `asyncio.run` does; Ctrl-C and SIGTERM end it in order, and within 5 seconds.
 
-    The first signal cancels the main coroutine, which is its chance to clean up, at once or when what asked for time
-    (`Finishing`) has had it; a second one of the same kind ends the process at once. In other threads than the main
-    one, and for a signal that has a handler already, nothing is changed.
+    The first signal cancels the main coroutine, so that it can clean up: at once, or after the extra time that
+    `Finishing` requests. A second signal of the same kind ends the process at once. Outside the main thread, and for
+    a signal that already has a handler, nothing changes.
 
     Args:
-        main: makes the main coroutine.
-        notice: a line for stderr where a signal ends the run.
+        main: Returns the main coroutine.
+        notice: A line written to stderr if a signal ends the run.
 
     Raises:
-        KeyboardInterrupt: SIGINT came, whatever the main coroutine made of its cancellation.
-        SystemExit: SIGTERM came; the exit status is 143.
-        Exception: whatever the main coroutine raised.
+        KeyboardInterrupt: If SIGINT arrived, even if the main coroutine suppressed its cancellation.
+        SystemExit: If SIGTERM arrived; the exit status is 143.
+        Exception: If the main coroutine raised it.
     """
     if threading.current_thread() is not threading.main_thread():
         return asyncio.run(main())
@@ -49,10 +49,10 @@ def run_interruptible(main: Callable[[], Coroutine[Any, Any, T]], *, notice: str
 
 
 class _Interrupts:
-    """The signals that come in the course of one run.
+    """Handler of the signals that arrive during one run.
 
     Args:
-        notice: what `run_interruptible` was given.
+        notice: The line for stderr, as in `run_interruptible`.
     """
 
     def __init__(self, notice: str) -> None:
@@ -73,7 +73,7 @@ class _Interrupts:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle signals inside, and at the end raise what stands for the one that came."""
+        """Handle signals inside the block; at its end raise the exception of the signal that arrived, if any."""
         cause: BaseException | None = None
         with self._watched():
             try:
@@ -93,7 +93,7 @@ class _Interrupts:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         global _current
-        signals, wakeup = socket.socketpair()  # Windows wants a socket
+        signals, wakeup = socket.socketpair()  # Windows accepts only a socket
         wakeup.setblocking(False)
         watcher = threading.Thread(target=self._watch, args=(signals,), name="torchfedrpc-interrupts", daemon=True)
         watcher.start()
@@ -114,7 +114,7 @@ class _Interrupts:
             signals.close()
 
     def restore(self, wakeup_fd: int = -1) -> None:
-        """Put the handlers from before back, but for those that the run itself has replaced."""
+        """Restore the previous handlers, except those that the run has replaced."""
         signal.set_wakeup_fd(wakeup_fd)
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._handle:
@@ -127,7 +127,7 @@ class _Interrupts:
         if number in self._came:
             self._leave(number)
         self._came.append(number)
-        if len(self._came) > 1:  # a launcher follows up a Ctrl-C with SIGTERM
+        if len(self._came) > 1:  # a launcher sends SIGTERM after Ctrl-C
             return
         if self._task is None:
             raise self._exception()
@@ -137,7 +137,7 @@ class _Interrupts:
             one.is_requested = True
         if not self.finishing:
             self.cancel()
-        self._task.get_loop().call_soon_threadsafe(self._turned)  # also wakes a loop that waits
+        self._task.get_loop().call_soon_threadsafe(self._turned)  # also wakes an idle loop
 
     def _turned(self) -> None:
         self._loop_turns = True
@@ -147,7 +147,7 @@ class _Interrupts:
             self.cancel()
 
     def cancel(self) -> None:
-        """Cancel the main coroutine, if it runs; once only, since it may be cleaning up."""
+        """Cancel the main coroutine if it runs; only once, since it may be cleaning up."""
         self._is_cancelled = True
         if self._timer is not None:
             self._timer.cancel()
@@ -155,7 +155,7 @@ class _Interrupts:
             self._task.cancel()
 
     def _watch(self, signals: socket.socket) -> None:
-        """On a thread of its own, which hears of signals also while the main thread is in a long call of C."""
+        """Receive signals on a separate thread, which runs even while the main thread is in a long C call."""
         while byte := signals.recv(1):
             number = byte[0]
             if number in self._before:
@@ -163,7 +163,7 @@ class _Interrupts:
                 return
 
     def _enforce(self, number: int) -> None:
-        """Interrupt a main thread that blocks, then end the process."""
+        """Interrupt a blocked main thread, then end the process."""
         blocked_s = _FINISH_S if self.finishing else _BLOCKED_S
         if self._over.wait(blocked_s):
             return
@@ -183,7 +183,7 @@ class _Interrupts:
     def _tell(self) -> None:
         notice, self._notice = self._notice, ""
         if notice:
-            os.write(2, f"{notice}\n".encode())  # sys.stderr may be locked by what was interrupted
+            os.write(2, f"{notice}\n".encode())  # the interrupted code may hold the lock of sys.stderr
 
     def _exception(self) -> BaseException:
         return KeyboardInterrupt() if self._came[0] == signal.SIGINT else SystemExit(128 + self._came[0])
@@ -193,10 +193,10 @@ _current: _Interrupts | None = None
 
 
 class Finishing:
-    """Asks for a little time when a signal comes: for the end of a round, and a checkpoint of it.
+    """Request for extra time when a signal arrives: for the end of a round and its checkpoint.
 
-    From `__init__` to `close` the first signal does not cancel the run at once but sets ``is_requested``, and cancels
-    it after 1.5 s, or as soon as `done` says so. Where no run can be interrupted it is never requested.
+    Between `__init__` and `close` the first signal sets ``is_requested`` instead of cancelling the run at once. It
+    cancels the run after 1.5 s, or at the call of `done`. Outside `run_interruptible` ``is_requested`` stays False.
     """
 
     def __init__(self) -> None:
@@ -206,19 +206,19 @@ class Finishing:
             _current.finishing.add(self)
 
     def done(self) -> None:
-        """Cancel the run now, after a signal."""
+        """Cancel the run now, if a signal has arrived."""
         if self._interrupts is not None and self.is_requested:
             self._interrupts.cancel()
 
     def close(self) -> None:
-        """Ask for no time any more."""
+        """Withdraw the request for extra time."""
         if self._interrupts is not None:
             self._interrupts.finishing.discard(self)
 
 
 @functools.cache
 def _leave_forks_alone() -> None:
-    """Have forked processes, those of a DataLoader for one, end by signals as they did before."""
+    """Restore default signal handling in forked processes, such as those of a DataLoader."""
 
     def restore() -> None:
         if _current is not None:
@@ -229,7 +229,7 @@ def _leave_forks_alone() -> None:
 
 
 def _end_learner_threads() -> None:
-    """Stop methods that go on regardless: a thread that is in torch would break the end of the interpreter."""
+    """Stop running learner methods: a thread inside torch would break the shutdown of the interpreter."""
     deadline = time.monotonic() + _THREADS_S
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("torchfedrpc-learners")]
     for thread in threads:

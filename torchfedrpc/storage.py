@@ -1,4 +1,4 @@
-"""A store of blobs in one SQLite file, and a file lock: what checkpoints and evicted learners are kept in."""
+"""Store of blobs in one SQLite file, and a file lock; used for checkpoints and evicted learners."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _APPLICATION_ID = 0x54465243  # "TFRC"
 _FORMAT = 1
 _CHUNK_BYTES = 1 << 20  # SQLite limits a value to 1 GB, and copies it as a whole
 _PAGE_BYTES = 1 << 14  # 1,000 blobs of 200 kB: 0.33 s to write and 0.14 s to read; with 4 KiB pages 0.46 s and 0.24 s
-_BUSY_S = 5.0  # for a user who looks into the file with a tool of SQLite's
+_BUSY_S = 5.0  # wait for a user's SQLite tool that reads the file
 _SYSTEM_ERRORS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.EIO,
@@ -37,21 +37,22 @@ _SYSTEM_ERRORS = {
 
 
 class BlobStore:
-    """Blobs by key in one SQLite database.
+    """Store of blobs by key in one SQLite database.
 
-    A blob is stored in rows of at most 1 MiB. Pages of deleted blobs are used again, so the file grows to the most
-    that was stored at one time, a replaced blob beside its successor, and no further. Methods may be called from any
-    thread; `begin` to `commit` is for one thread.
+    A blob is stored in rows of at most 1 MiB. Pages of deleted blobs are reused, so the file does not grow beyond the
+    largest amount stored at one time, counting a replaced blob beside its successor. Methods may be called from any
+    thread; a transaction from `begin` to `commit` belongs to one thread.
 
-    After SIGKILL or power loss a named file has the last committed transaction (rollback journal,
-    ``synchronous=FULL``). SQLite does not checksum content: readers of a named file compare checksums they know.
+    After SIGKILL or power loss a named file contains the last committed transaction (rollback journal,
+    ``synchronous=FULL``). SQLite does not checksum content, so readers of a named file compare checksums of their
+    own.
 
     Args:
-        path: The database file; it is made, with mode 0600, if it does not exist. None for a temporary file without
-            a name in ``TMPDIR`` (``/var/tmp`` without that), whose space is free again when the process ends.
+        path: The database file; it is created with mode 0600 if it does not exist. None: A temporary file without a
+            name in ``TMPDIR`` (default ``/var/tmp``). The system frees its space when the process ends.
 
     Raises:
-        SnapshotError: If the file is damaged, is no store, or has the format of another version.
+        SnapshotError: If the file is damaged, is not a store, or has the format of another version.
         OSError: If the file cannot be opened, or is a link.
     """
 
@@ -71,11 +72,11 @@ class BlobStore:
             raise
 
     def put(self, key: Key, pieces: Iterable[Piece]) -> None:
-        """Store a blob, which comes in pieces, in place of the key's present one.
+        """Store a blob, given in pieces, and replace the key's present blob.
 
         Raises:
-            OSError: If the disk is full or cannot be written. The present blob stays; after `begin`, `rollback` has
-                to follow.
+            OSError: If the disk is full or cannot be written. The present blob is kept; inside a transaction,
+                `rollback` has to follow.
             SnapshotError: If the file is damaged.
             ValueError: If the store is closed.
         """
@@ -92,7 +93,7 @@ class BlobStore:
                 raise
 
     def get(self, key: Key) -> bytes:
-        """Read a blob.
+        """Return a blob.
 
         Raises:
             KeyError: If there is no such blob.
@@ -108,20 +109,20 @@ class BlobStore:
         return b"".join(chunks)
 
     def __iter__(self) -> Iterator[Key]:
-        """Return the keys of all blobs."""
+        """Iterate over the keys of all blobs."""
         return iter([key for (key,) in self._execute("SELECT DISTINCT key FROM chunks")])
 
     def discard(self, key: Key) -> None:
-        """Delete a blob, if there is one; a closed store has none."""
+        """Delete a blob if it exists. On a closed store this does nothing."""
         with contextlib.suppress(ValueError):
             self._execute("DELETE FROM chunks WHERE key = ?", key)
 
     def begin(self) -> None:
-        """Begin a transaction, which `commit` or `rollback` ends."""
+        """Begin a transaction; `commit` or `rollback` ends it."""
         self._execute("BEGIN IMMEDIATE")
 
     def commit(self) -> None:
-        """Write everything since `begin` to the disk.
+        """Write all changes since `begin` to the disk.
 
         Raises:
             OSError: If the disk is full or cannot be written; `rollback` has to follow.
@@ -129,7 +130,7 @@ class BlobStore:
         self._execute("COMMIT")
 
     def rollback(self) -> None:
-        """Undo everything since `begin`. After an error SQLite may have done so already."""
+        """Undo all changes since `begin`. After an error SQLite may have done so already."""
         with self._lock, _translated_errors(self._name):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
@@ -138,7 +139,7 @@ class BlobStore:
         """Check the structure of the whole file, but not the content of blobs.
 
         Raises:
-            SnapshotError: If the file is damaged, or cannot be written, which a damaged header may cause as well.
+            SnapshotError: If the file is damaged, or cannot be written; a damaged header may cause that as well.
             OSError: If the disk cannot be read.
         """
         ((found,),) = self._execute("PRAGMA integrity_check(1)")
@@ -153,7 +154,7 @@ class BlobStore:
             self.rollback()
 
     def close(self) -> None:
-        """Close the file; a second call does nothing. In a forked child it stays open: its parent may be writing."""
+        """Close the file; a second call does nothing. A forked child does not close it: the parent may be writing."""
         with self._lock:
             if os.getpid() == self._pid:
                 self._connection.close()
@@ -163,7 +164,7 @@ class BlobStore:
         self._execute("PRAGMA secure_delete = OFF")  # some builds overwrite deleted content by default
         self._execute(f"PRAGMA journal_mode = {'MEMORY' if is_temporary else 'DELETE'}")
         self._execute(f"PRAGMA synchronous = {'OFF' if is_temporary else 'FULL'}")
-        # For files that others may have written or damaged, see sqlite.org/security.html.
+        # Hardening against files written or damaged by others, see sqlite.org/security.html.
         self._execute("PRAGMA trusted_schema = OFF")
         self._execute("PRAGMA cell_size_check = ON")
 
@@ -185,7 +186,7 @@ class BlobStore:
             )
 
     def _replace(self, key: Key, pieces: Iterable[Piece]) -> None:
-        """Insert new rows, then delete the old ones: pages that are freed and used again have to be journalled."""
+        """Insert the new rows, then delete the old ones: reused pages have to be journalled, new pages do not."""
         ((first,),) = self._execute("SELECT ifnull(max(number) + 1, 0) FROM chunks WHERE key = ?", key)
         number = first
         for piece in pieces:
@@ -203,19 +204,19 @@ class BlobStore:
 
 
 class FileLock:
-    """An exclusive lock that one live process holds: an open transaction on an empty SQLite file.
+    """Exclusive lock held by one live process: an open transaction on an empty SQLite file.
 
-    The system releases the lock when the process ends, for whatever reason; a forked child does not hold it. A file
-    with the suffix ``.owner`` names the process.
+    The system releases the lock when the process ends, for any reason. A forked child does not hold it. A file with
+    the suffix ``.owner`` names the process.
 
     Args:
         path: The lock file.
 
     Attributes:
-        is_new: Whether the lock file did not exist before.
+        is_new: Whether this call created the lock file.
 
     Raises:
-        BlockingIOError: If another process, or this one, has the lock; ``strerror`` names the process.
+        BlockingIOError: If this or another process has the lock; ``strerror`` names the process.
         OSError: If the file cannot be opened, or is a link.
     """
 
@@ -239,15 +240,15 @@ class FileLock:
             raise
 
     def release(self) -> None:
-        """Release the lock; a second call does nothing, nor does a call in a forked child."""
+        """Release the lock. A second call does nothing, nor does a call in a forked child."""
         if os.getpid() == self._pid:
             self._connection.close()
 
 
 def _make_private_file(path: Path) -> bool:
-    """Make an empty file with mode 0600 unless there is one, and return whether it was made.
+    """Create an empty file with mode 0600 unless it exists, and return whether it was created.
 
-    An existing file is not opened: closing it would release the POSIX locks that this process has on it.
+    An existing file is not opened: closing it would release the POSIX locks that this process holds on it.
     """
     try:
         is_regular = stat.S_ISREG(path.lstat().st_mode)
@@ -261,13 +262,13 @@ def _make_private_file(path: Path) -> bool:
 
 def _connect(path: Path | None, *, timeout_s: float) -> sqlite3.Connection:
     with _translated_errors(str(path)):
-        name = "" if path is None else os.path.abspath(path)  # which is never taken for a URI
+        name = "" if path is None else os.path.abspath(path)  # an absolute path is never taken for a URI
         return sqlite3.connect(name, timeout=timeout_s, isolation_level=None, check_same_thread=False)
 
 
 @contextmanager
 def _translated_errors(name: str) -> Iterator[None]:
-    """Raise `OSError`, `SnapshotError` or `ValueError` in place of SQLite's errors."""
+    """Translate SQLite's errors into `OSError`, `SnapshotError` or `ValueError`."""
     try:
         yield
     except sqlite3.ProgrammingError:

@@ -1,4 +1,4 @@
-"""What differs between Linux, macOS and Windows, in one form for all of them."""
+"""Differences between Linux, macOS and Windows behind one interface."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def num_usable_cores() -> int:
-    """The cores that this process may use; where the system does not tell, all of the machine's."""
+    """Return the number of cores that this process may use, or of the machine if the system has no such limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The ``torchfedrpc-worker`` command: a worker on another machine, which listens for drivers or joins one."""
+"""The ``torchfedrpc-worker`` command: a worker on another machine that listens for drivers or joins one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from torchfedrpc.run import leave_no_word
 
 _NAME = "torchfedrpc-worker"
 _DIAL_TIMEOUT_S = 5.0
-_RETRY_FOR_S = 10.0  # a driver may be starting as well
+_RETRY_FOR_S = 10.0  # the driver may still be starting
 _RETRY_S = 0.2
 
 _EPILOG = """\
@@ -46,12 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: the arguments after the command's name; None takes the process's.
+        arguments: The arguments after the command's name. None: Those of the process.
 
     Returns:
         The exit status: 0 if the run ended well or a signal asked the worker to leave; 1 if the driver to join is
-        unreachable, refuses, gives this worker up or ends its run early; 2 for a wrong setting; 128 plus its number
-        for a signal that interrupted work.
+        unreachable, refuses the worker, gives it up or ends its run early; 2 for a wrong setting; 128 plus the
+        signal's number if a signal interrupted work.
     """
     parser = argparse.ArgumentParser(
         prog=_NAME,
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--token-file", metavar="FILE", help=f"the token that driver and workers share (default: ${TOKEN_VARIABLE})"
     )
-    leave_no_word()  # this process is no rank, even if a launcher has set variables
+    leave_no_word()  # this process is not a rank, even if a launcher's variables are set
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format=f"{_NAME}: %(message)s")
     sys.path.insert(0, os.getcwd())
@@ -96,7 +96,7 @@ def _join(address: str, token: bytes) -> int:
     else:
         status = 0
         print(f"left {run}, as it was asked to" if ending.was_asked else f"{run} has ended well", flush=True)
-    if not ending.is_clean:  # a learner's method goes on, and its thread would break the interpreter's end
+    if not ending.is_clean:  # a running learner method would break the shutdown of the interpreter
         os._exit(status)
     return status
 
