@@ -1,4 +1,4 @@
-"""How a call reaches the host that owns its learner: one executor for each mode."""
+"""Executors: one per execution mode; each sends calls to the hosts of learners."""
 
 from torchfedrpc.registry import executors
 

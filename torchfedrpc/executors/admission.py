@@ -1,4 +1,4 @@
-"""Back-pressure: how many bytes of arguments the driver has in its hands at once."""
+"""Back-pressure: bounds the bytes of arguments that the driver holds for calls in flight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchfedrpc.wire.packing import SentApart
 from torchfedrpc.wire.tensors import take_apart
 
-_SMALL_BYTES = 16  # of a number, a dict's key, or an object of unknown size, as a pickle has it
+_SMALL_BYTES = 16  # pickled size of a number, a dict's key, or an object of unknown size
 _SCALARS = (int, float, complex, type(None))
 _SMALL = (*_SCALARS, SentApart)
 _SIZED = (str, bytes, bytearray)
@@ -24,19 +24,19 @@ _CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
 class Admission:
-    """Admits calls in the order in which they ask, as long as their arguments fit under a limit together.
+    """FIFO semaphore counted in bytes, which admits calls while their arguments fit under a limit together.
 
-    Of one event loop: everything is called on its thread.
+    Not thread-safe: all methods run on the thread of one event loop.
 
     Args:
-        limit_bytes: how much may be admitted at once; a single call that is larger goes alone.
+        limit_bytes: Bound for the admitted bytes; a larger single call is admitted alone.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._num_bytes = self._num_held_bytes = 0
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
-        self._num_waking = 0  # admitted, and not yet running again
+        self._num_waking = 0  # callers that were admitted and have not resumed yet
 
     @property
     def num_bytes(self) -> int:
@@ -44,17 +44,17 @@ class Admission:
         return self._num_bytes
 
     async def admit(self, num_bytes: int) -> bool:
-        """Wait until there is room, and take it; `release` gives it back.
+        """Wait until the bytes fit, and reserve them; `release` returns them.
 
-        Returns without a task switch where there is room and nobody waits, so that calls which are submitted at
-        once stay in their order. All others, without arguments too, wait for those before them. A caller that is
-        cancelled has taken nothing.
+        If the bytes fit and no caller waits, this returns without a task switch, so that calls submitted in one step
+        keep their order. All other callers wait in FIFO order, even those without arguments. A cancelled caller has
+        reserved nothing.
 
         Args:
-            num_bytes: size of the call's arguments.
+            num_bytes: Size of the call's arguments.
 
         Returns:
-            Whether it had to wait.
+            Whether the caller had to wait.
         """
         if not self._waiting and not self._num_waking and self._has_room(num_bytes):
             self._num_bytes += num_bytes
@@ -64,35 +64,35 @@ class Admission:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # admitted, and cancelled before it could run
+            if not turn.cancelled():  # admitted, then cancelled before it resumed
                 self._num_waking -= 1
                 self._num_bytes -= num_bytes
             self._wake()
             raise
         self._num_waking -= 1
-        self._wake()  # those who came while this one was waking
+        self._wake()  # callers that arrived while this one was waking
         return True
 
     def admit_now(self, num_bytes: int) -> bool:
-        """Reserve bytes if there is room and no call waits. Returns whether they were reserved."""
+        """Reserve bytes if they fit and no call waits, and return whether they were reserved."""
         if self._waiting or self._num_waking or not self._has_room(num_bytes):
             return False
         self._num_bytes += num_bytes
         return True
 
     def take(self, num_bytes: int) -> int:
-        """Grow an admitted reservation without waiting. Returns the bytes added."""
+        """Grow an admitted reservation without waiting, and return the bytes added."""
         self._num_bytes += max(num_bytes, 0)
         return max(num_bytes, 0)
 
     def release(self, num_bytes: int) -> None:
-        """Give back what `admit` took, and admit who waits for it."""
+        """Return reserved bytes, and admit waiting callers."""
         self._num_bytes -= num_bytes
         if self._waiting:
             self._wake()
 
     def hold(self, num_bytes: int) -> None:
-        """Count bytes that the driver keeps beside the calls; a call may still go alone, however many they are."""
+        """Set the bytes that the driver holds beside calls; a single call is admitted even above the limit."""
         self._num_held_bytes = num_bytes
         self._wake()
 
@@ -113,17 +113,17 @@ class Admission:
 
 
 def estimate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """About how many bytes the value of a call's arguments has, told without copying anything.
+    """Estimate the bytes of a call's arguments without copying.
 
-    Looks into what pickling would look into: containers, and objects that are pickled by their ``__dict__`` (a
-    module's weights). What is referred to twice counts once, and so does the memory that tensors share.
+    The estimate follows pickling: it looks into containers, and into objects that are pickled by their ``__dict__``
+    (a module's weights). An object referred to twice counts once, as does memory shared by tensors.
 
     Returns:
-        Bytes; 0 where there are no arguments.
+        Bytes; 0 without arguments.
     """
     if not args and not kwargs:
         return 0
-    with torch._C.DisableTorchFunctionSubclass():  # a tensor's size is what it is, whatever its subclass logs
+    with torch._C.DisableTorchFunctionSubclass():  # reading the size must not run code of tensor subclasses
         return _estimate([*args, *kwargs.values()])
 
 
@@ -143,7 +143,7 @@ def _estimate(todo: list[Any]) -> int:
             if obj.layout is torch.strided:
                 total += _of_tensor(obj, num_bytes_of)
             else:
-                parts = take_apart(obj) or ()  # new objects, whose ids mean nothing once they are gone
+                parts = take_apart(obj) or ()  # temporary objects, so their ids are not recorded in `seen`
                 total += sum(_of_tensor(part, num_bytes_of) for part in parts if isinstance(part, Tensor))
         elif isinstance(obj, _SIZED):
             total += len(obj)
@@ -162,7 +162,7 @@ def _estimate(todo: list[Any]) -> int:
 
 
 def _of_items(items: Collection[Any], todo: list[Any]) -> int:
-    """Bytes of a container's items where all are numbers, told at once since there may be millions; else 0."""
+    """Return the bytes of a container's items if all are numbers, without a loop over possibly millions; else 0."""
     if all(issubclass(kind, _SCALARS) for kind in set(map(type, items))):
         return _SMALL_BYTES * len(items)
     todo += items
@@ -170,11 +170,11 @@ def _of_items(items: Collection[Any], todo: list[Any]) -> int:
 
 
 def _of_tensor(tensor: Tensor, num_bytes_of: dict[int, int]) -> int:
-    """Bytes that a dense tensor adds to those on its storage."""
+    """Return the bytes that a dense tensor adds to the tensors counted on its storage."""
     try:
         storage, num_bytes = tensor.untyped_storage(), tensor.nbytes
     except Exception:
-        return _SMALL_BYTES  # one without memory, which packing refuses and says why
+        return _SMALL_BYTES  # a tensor without memory; packing refuses it with an explanation
     before = num_bytes_of.get(storage._cdata, 0)
     after = max(before, min(before + num_bytes, storage.nbytes())) if before else num_bytes
     num_bytes_of[storage._cdata] = after

@@ -1,4 +1,4 @@
-"""The contract of executors, each of which is one way for calls to reach learners."""
+"""Contract of executors. An executor is one way for calls to reach learners."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExecutorSpec:
-    """The run that an executor is opened for.
+    """Run for which an executor is opened.
 
     Attributes:
-        learner: How to make learners, and the run's configuration.
+        learner: Makes the learners; has the run's configuration.
         clients: Client id -> keyword arguments of its learner's constructor, in the run's order.
         publish: Publishes an event to the run's subscribers; called on the driver's event loop.
     """
@@ -56,7 +56,7 @@ class ExecutorSpec:
         )
 
     def reporter(self) -> Report:
-        """Return a function that publishes progress on the present event loop, to be called on any thread."""
+        """Return a thread-safe function that publishes progress on the running event loop."""
         loop = asyncio.get_running_loop()
 
         def report(call: Call, number: int, progress: Packed) -> None:
@@ -65,16 +65,16 @@ class ExecutorSpec:
         return report
 
     def publish_progress(self, call: Call, progress: Packed) -> None:
-        """Publish the progress that a method reports; called on the driver's event loop."""
+        """Publish the progress that a method reported; called on the driver's event loop."""
         try:
             value = progress.open(self.learner.allow_list())
-        except Exception:  # outcomes follow it, and must not be lost with it
+        except Exception:  # an unreadable report must not lose the outcomes behind it
             logger.exception("the progress of %s.%s cannot be read", call.client_id, call.method)
             return
         self.publish(ProgressReported(call.call_id, call.client_id, call.method, value))
 
     def constructor_arguments(self, client_id: str, *, by_value: bool = True) -> Packed:
-        """Return the keyword arguments of a learner's constructor, as they are now.
+        """Return the present keyword arguments of a learner's constructor.
 
         Raises:
             SerializationError: If they cannot be sent.
@@ -88,16 +88,16 @@ class ExecutorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """A call as the proxy hands it to an executor.
+    """Call as the proxy submits it to an executor.
 
     Attributes:
-        call_id: Unique in a run.
+        call_id: Id of the call, unique in a run.
         client_id: The client.
         method: The method's name.
-        args: Its positional arguments, the caller's own objects.
-        kwargs: Its keyword arguments, likewise.
+        args: Positional arguments: the caller's objects, not copies.
+        kwargs: Keyword arguments: the caller's objects, not copies.
         run_timeout_s: Seconds the method may run; None for no limit.
-        retries: Number of times to send the call again if the method was not begun.
+        retries: Number of times to send the call again if the method has not begun.
     """
 
     call_id: int
@@ -110,17 +110,16 @@ class Invocation:
 
 
 class AbstractExecutor(ABC):
-    """One way for calls to reach learners.
+    """Base class of executors.
 
-    A mode of your own overrides `execute_method`, `open` and `close`, and is registered with
-    ``@tfr.executor("name")``; ``execution_mode: name`` then selects it. An executor is opened once: each opening of a
-    proxy makes another one.
+    A custom mode overrides `execute_method`, `open` and `close`, and is registered with ``@tfr.executor("name")``;
+    ``execution_mode: name`` then selects it. An executor is opened once: each opening of a proxy creates a new one.
 
     Args:
         config: The run's configuration.
 
     Attributes:
-        ends_early: Reason why the run is interrupted, set before `close`; empty if it ends well.
+        ends_early: Reason for an early end of the run, set before `close`; empty if the run ends well.
     """
 
     ends_early = ""
@@ -128,18 +127,18 @@ class AbstractExecutor(ABC):
     def __init__(self, config: RuntimeConfig | None = None) -> None:
         self.config = config or RuntimeConfig()
 
-    async def open(self, spec: ExecutorSpec) -> None:  # noqa: B027 (not every mode needs it)
-        """Prepare for calls. ``spec.make_host()`` gives a host for learners in this process."""
+    async def open(self, spec: ExecutorSpec) -> None:  # noqa: B027 (optional to override)
+        """Prepare for calls. ``spec.make_host()`` returns a host for learners in this process."""
 
     async def close(self) -> None:  # noqa: B027
-        """Release everything. No call is pending."""
+        """Release all resources. No call is pending."""
 
     @abstractmethod
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Run a learner's method. Returns its result, or raises its exception."""
+        """Run a learner's method and return its result, or raise its exception."""
 
     async def execute(self, invocation: Invocation) -> Any:
-        """Run a call with all that the proxy knows of it. By default only method and arguments are used."""
+        """Run a call and return its result. By default this passes the method and its arguments only."""
         return await self.execute_method(
             invocation.client_id, invocation.method, *invocation.args, **invocation.kwargs
         )
@@ -148,7 +147,7 @@ class AbstractExecutor(ABC):
         """Open a stream over the items of a generator method.
 
         Raises:
-            ConfigError: If the mode has no streams.
+            ConfigError: If the mode does not support streams.
         """
         raise ConfigError(f"{type(self).__name__} has no streams: override its stream(), or await a list instead")
 
@@ -156,47 +155,47 @@ class AbstractExecutor(ABC):
         """Return the state of a client's learner between two calls, as bytes for `restore`.
 
         Raises:
-            ConfigError: If the mode has no snapshots.
+            ConfigError: If the mode does not support snapshots.
             SnapshotError: If the state cannot be captured.
         """
         raise ConfigError(f"{type(self).__name__} has no snapshots: override its snapshot() and restore()")
 
     async def capture(self, client_id: str) -> bytes:
-        """Return a snapshot for a consistent cut, ahead of calls that wait for it; empty if the learner is lost."""
+        """Return a learner's part of a consistent snapshot, ahead of calls that wait for it; empty if it is lost."""
         return await self.snapshot(client_id)
 
     async def restore(self, client_id: str, data: bytes) -> None:
         """Replace a client's learner by a new one with the state of a snapshot.
 
         Raises:
-            ConfigError: If the mode has no snapshots.
+            ConfigError: If the mode does not support snapshots.
             SnapshotError: If the bytes are not a snapshot of this client's learner.
         """
         raise ConfigError(f"{type(self).__name__} has no snapshots: override its snapshot() and restore()")
 
     def follow(self, cut: Cut) -> None:  # noqa: B027
-        """Let calls that are submitted from now on wait for their learners' snapshots of this cut."""
+        """Let calls submitted from now on wait for their learners' snapshots of this consistent snapshot."""
 
     def share(self, obj: Any) -> SharedRef:
-        """Return a reference to an object as it is now, for arguments of later calls.
+        """Return a shared reference to the present value of an object, for arguments of later calls.
 
         Raises:
-            ConfigError: If the mode has no such references.
+            ConfigError: If the mode does not support shared references.
         """
         raise ConfigError(f"{type(self).__name__} shares nothing: override its share(), or pass the object itself")
 
     def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
-        """Return the common arguments of several calls, with a shared value in place of each large one.
+        """Return the common arguments of several calls, with large values replaced by shared ones.
 
-        By default they stay as they are, and each call takes the value of its own.
+        By default the arguments are returned unchanged, and each call captures their values separately.
 
         Args:
             args: Positional arguments.
             kwargs: Keyword arguments.
-            num_calls: Number of calls that have them.
+            num_calls: Number of calls with these arguments.
 
         Raises:
-            SerializationError: If a reference among them was released.
+            SerializationError: If a shared reference among the arguments was released.
         """
         return args, kwargs
 
@@ -211,12 +210,12 @@ class AbstractExecutor(ABC):
         return list(client_ids)
 
     async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation], progress: ReduceProgress) -> None:
-        """Run calls and reduce their results. By default the results come here, as of `execute`.
+        """Run calls and reduce their results. By default the results come to the driver, as with `execute`.
 
         Args:
-            reduction: The reduction, which may have clients of other executors too.
+            reduction: The reduction; it may have clients of other executors as well.
             invocations: Calls of this executor's clients.
-            progress: Receives the end of each call, and partial results. Its ``stopped`` cancels the other calls.
+            progress: Receives the end of each call, and partial results. Its ``stopped`` cancels the pending calls.
 
         Raises:
             MergeError: If two results cannot be merged.
@@ -243,37 +242,37 @@ class AbstractExecutor(ABC):
         gathering.finish()
 
     def worker_of(self, client_id: str) -> str:
-        """Return the name of the process that has this client's learner, for messages."""
+        """Return the name of the process that has a client's learner, for messages."""
         return type(self).__name__
 
     def rref(self, client_id: str) -> Any:
-        """Return the learner's ``torch.distributed.rpc`` RRef in the present world; None if calls need no RPC.
+        """Return the learner's ``torch.distributed.rpc`` RRef in the current world; None if calls do not use RPC.
 
         Raises:
-            WorkerLostError: If it has none now.
+            WorkerLostError: If the learner has no RRef now.
         """
         return None
 
     @property
     def join_address(self) -> str | None:
-        """Address at which workers can join the run, ``HOST:PORT``; None if they cannot."""
+        """Address ``HOST:PORT`` at which workers can join the run; None if the mode does not accept workers."""
         return None
 
     def workers(self) -> list[str]:
-        """Return the names of the processes that run learners; none if the mode has no names for them."""
+        """Return the names of the processes that run learners; empty if the mode does not name them."""
         return []
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
-        """Inject faults into workers at later calls, for a test. They replace earlier ones.
+        """Inject faults into workers at later calls, for a test. They replace earlier faults.
 
         Args:
             faults: Name of a worker -> its faults; an empty sequence removes them.
 
         Raises:
-            ConfigError: If the mode, or a worker, cannot have such faults.
+            ConfigError: If the mode, or a worker, does not support such faults.
         """
         raise ConfigError(f"{type(self).__name__} has no workers to sabotage: override its workers() and arm()")
 
     def stats(self) -> dict[str, Any]:
-        """Return numbers of this mode, for ``proxy.stats()``: at least ``bytes_sent`` and ``bytes_received``."""
+        """Return counters of this mode, for ``proxy.stats()``: at least ``bytes_sent`` and ``bytes_received``."""
         return {"bytes_sent": 0, "bytes_received": 0}

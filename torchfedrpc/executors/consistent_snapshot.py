@@ -1,4 +1,4 @@
-"""A consistent cut: the states of many learners as of one moment, taken while the run goes on."""
+"""Consistent snapshot: the states of many learners as of one moment, taken while the run goes on."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from torchfedrpc.executors.snapshot_throttle import SnapshotBudget
 
 
 class Cut(AsyncIterator[tuple[str, bytes]]):
-    """The states of some learners as of now: ``async for client_id, data in cut``, in whichever order they come.
+    """Consistent snapshot of learners: ``async for client_id, data in cut``, in any order.
 
-    Few are taken at a time, so that they are never all in memory. A call of a learner whose state was not asked for
-    yet waits for that (`passed`), and brings it to the front. Nobody waits once the states are taken, or after
-    `close`.
+    Few snapshots are in flight at a time, so that they are never all in memory. A call of a learner waits until the
+    learner's snapshot was requested (`passed`), and moves that request to the front of the queue. Calls no longer
+    wait after all snapshots were requested, or after `close`.
 
     Args:
-        client_ids: whose.
-        take: gives a learner's state behind the calls that were submitted before; asks for it at its first step.
+        client_ids: The clients.
+        take: Returns a learner's snapshot, taken behind the calls submitted before. It sends the request in its first
+            step.
     """
 
     def __init__(self, client_ids: Iterable[str], take: Callable[[str], Coroutine[Any, Any, bytes]]) -> None:
         self._untaken = OrderedDict.fromkeys(client_ids)
         self._wanted: deque[str] = deque()
-        self._gates: dict[str, _Gate] = {}  # of learners whose calls wait, or are on their way through
+        self._gates: dict[str, _Gate] = {}  # of learners with waiting calls
         self._taking: dict[asyncio.Task[bytes], str] = {}
         self._take = take
         self._budget = SnapshotBudget()
 
     async def passed(self, client_id: str) -> None:
-        """Wait until the state of this learner was asked for; calls go on in the order in which they came here."""
+        """Wait until the snapshot of this learner was requested. Callers continue in FIFO order."""
         if client_id in self._untaken:
             self._gates.setdefault(client_id, _Gate())
             self._wanted.append(client_id)
@@ -52,7 +53,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         return client_id, data
 
     def close(self) -> None:
-        """Take no more states, and keep nobody back."""
+        """Request no further snapshots, and let waiting calls continue."""
         for task in self._taking:
             task.cancel()
             task.add_done_callback(_retrieve)
@@ -63,12 +64,12 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
     def _fill(self) -> None:
         while self._untaken and self._budget.fits(len(self._taking)):
             wanted = self._wanted.popleft() if self._wanted else next(iter(self._untaken))
-            if wanted not in self._untaken:  # it was wanted by several calls
+            if wanted not in self._untaken:  # several calls of one learner waited
                 continue
             del self._untaken[wanted]
             self._gates.setdefault(wanted, _Gate())
             self._taking[asyncio.ensure_future(self._take(wanted))] = wanted
-            # The task asks at its first step, which the loop takes before this.
+            # The task sends its request in its first step; the loop runs that step before this callback.
             asyncio.get_running_loop().call_soon(self._open, wanted)
 
     def _open(self, client_id: str) -> None:
@@ -79,13 +80,13 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
 
 
 def _retrieve(task: asyncio.Task[bytes]) -> None:
-    """Take notice of what a task that nobody awaits has come to."""
+    """Retrieve the exception of an abandoned task, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()
 
 
 class _Gate:
-    """Keeps callers back until it is opened, and lets them through in the order in which they came."""
+    """FIFO gate that blocks callers until it is opened."""
 
     def __init__(self) -> None:
         self._is_open = False
@@ -93,17 +94,17 @@ class _Gate:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is open and nobody is on the way through."""
+        """Whether the gate is open and has no waiting callers."""
         return self._is_open and not self._waiting
 
     def open(self) -> None:
-        """Let the first one through, who lets the next."""
+        """Wake the first caller; each caller wakes the next one."""
         self._is_open = True
         if self._waiting and not self._waiting[0].done():
             self._waiting[0].set_result(None)
 
     async def passed(self) -> None:
-        """Wait for one's turn."""
+        """Wait in FIFO order until the gate is open."""
         if self.is_idle:
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""Distributed mode: workers are the other ranks of this launch, those that listen, and those that join."""
+"""Distributed mode: workers are the other ranks of this launch, listening workers, and workers that join."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchfedrpc.rpc.sources import LaunchSource
 
 @executor("distributed")
 class DistributedExecutor(CallExecutor):
-    """Attaches to the ranks that ``tfr.run`` lets serve, which stay for the next proxy, and to workers elsewhere."""
+    """Executor for ranks that serve under ``tfr.run``, and for workers elsewhere. Ranks stay for the next proxy."""
 
     def _make_learners(self, spec: ExecutorSpec) -> RemoteLearners:
         sources = sources_elsewhere(self.config)

@@ -1,4 +1,4 @@
-"""Local mode: the driver's own process is the host."""
+"""Local mode: the driver's process is the host of all learners."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from torchfedrpc.wire.shared import SharedValue, shared_values
 
 @executor("local")
 class LocalExecutor(CallExecutor):
-    """Runs every learner in this process, on threads of its host."""
+    """Executor that runs every learner in this process, on threads of its host."""
 
     def _make_learners(self, spec: ExecutorSpec) -> LocalLearners:
         return LocalLearners(self.config, spec, self._durations)
 
 
 class LocalLearners:
-    """The learners of the driver's own host, which keeps their calls in order itself.
+    """Learners of the driver's host, which queues their calls in order.
 
     Args:
         config: The run's configuration.
         spec: The run.
-        durations: Notes how long cancelled calls ran.
+        durations: Records the durations of cancelled calls.
     """
 
     label = "local"
@@ -51,18 +51,18 @@ class LocalLearners:
         self._host = spec.make_host()
         self._is_open = True
         self._next_batch_id = -(1 << 40)
-        self._unsubmitted: list[tuple[Call, Reply]] = []  # of this tick, whose calls may share more values
+        self._unsubmitted: list[tuple[Call, Reply]] = []  # calls of this tick, which may yet share values
 
     async def open(self) -> None:
         """Do nothing: the host is ready."""
 
     async def close(self, reason: str) -> None:
-        """End the host. A sync method that goes on regardless is left alone after two seconds."""
+        """End the host. A sync method that ignores its cancellation is abandoned after 2 seconds."""
         self._is_open = False
         await asyncio.to_thread(self._host.close)
 
     async def call(self, call: Call) -> Outcome:
-        """Run a call, a snapshot or a restore of a learner, behind the calls that were made before."""
+        """Run a call, a snapshot or a restore of a learner, behind the calls submitted before."""
         return await answer(partial(self._submit, call), partial(self._cancel, call))
 
     def stream(self, call: Call) -> LocalStream:
@@ -76,7 +76,7 @@ class LocalLearners:
     async def reduce(
         self, reduction: Reduction, calls: Mapping[int, tuple[Call, int]], progress: ReduceProgress, ended: Ended
     ) -> None:
-        """Run calls and reduce their results in the host, again those whose methods were not begun."""
+        """Run calls and reduce their results in the host; retry calls whose methods have not begun."""
         retries = {place: num_retries for place, (_, num_retries) in calls.items()}
         noted: set[int] = set()
 
@@ -121,7 +121,7 @@ class LocalLearners:
         return await answer(partial(self._host.run_batch, batch), lambda: None)
 
     async def advance(self, batch: Batch, num_known: int, /) -> Outcome:
-        """Ask a watched batch for the calls that have ended after the first ``num_known``, or for its end."""
+        """Request the calls of a watched batch that have ended after the first ``num_known``, or the batch's end."""
         outcome = await answer(partial(self._host.advance, batch.call_id, num_known), lambda: None)
         if outcome.is_final:
             self._host.acknowledge([batch.call_id])
@@ -132,15 +132,15 @@ class LocalLearners:
         self._host.cancel(batch.call_id)
 
     def take_value(self, obj: Any) -> Packed:
-        """Pack an object as it is now, for one call."""
+        """Pack the present value of an object, for one call."""
         return self._host.take_value(obj)
 
     def take_shared(self, obj: Any) -> Packed:
-        """Pack an object as it is now, for several calls."""
+        """Pack the present value of an object, for several calls."""
         return self._host.take_value(obj)
 
     def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
-        """Pack the arguments of a call; with ``isolation=none`` they are passed as they are."""
+        """Pack the arguments of a call; with ``isolation=none`` pass them by reference."""
         if self._config.isolation != "none":
             return pack((args, kwargs), may_refer=True)
 
@@ -150,24 +150,24 @@ class LocalLearners:
         return Reference((tuple(map(opened, args)), {name: opened(arg) for name, arg in kwargs.items()}))
 
     def unshare(self, value: SharedValue) -> None:
-        """Do nothing: values are kept by the calls that have them."""
+        """Do nothing: only the calls that use a value refer to it."""
 
     def worker_of(self, client_id: str) -> str:
         """Return ``local``."""
         return self.label
 
     def rref(self, client_id: str) -> None:
-        """Return None: calls need no RPC."""
+        """Return None: calls do not use RPC."""
 
     def workers(self) -> list[str]:
-        """Return ``local`` alone."""
+        """Return the only name, ``local``."""
         return [self.label]
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
-        """Let later calls be slow, for a test.
+        """Inject delays into later calls, for a test.
 
         Raises:
-            ConfigError: If a fault would strike the driver itself.
+            ConfigError: If a fault would strike the driver's process.
         """
         for label, of_label in faults.items():
             for fault in of_label:
@@ -184,7 +184,7 @@ class LocalLearners:
         return {"workers": {self.label: {"learners": self._host.stats()["learners"]}} if self._is_open else {}}
 
     def _submit(self, call: Call, reply: Reply) -> None:
-        """Submit a call; one with a value that other calls of this tick may have too at the end of the tick."""
+        """Submit a call; at the end of the tick if it has a value that other calls of this tick may share."""
         if not self._unsubmitted and not any(value.is_for_tick for value in shared_values(call.arguments)):
             self._host.submit(call, reply)
             return
@@ -206,7 +206,7 @@ class LocalLearners:
 
 
 class LocalStream:
-    """The steps of a stream in the driver's own host.
+    """Steps of a stream in the driver's host.
 
     Args:
         host: The host.
@@ -237,7 +237,7 @@ class LocalStream:
 
 
 def _without_traces(error: Exception) -> Exception:
-    """Return an error whose tracebacks are cleared: they would refer to a frame that refers to the error."""
+    """Clear the tracebacks of an error and its context, which would form reference cycles, and return the error."""
     part: BaseException | None = error
     while part is not None:
         part = part.with_traceback(None).__context__

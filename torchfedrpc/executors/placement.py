@@ -1,4 +1,4 @@
-"""Endpoints, and which worker gets which client."""
+"""Endpoints of clients, and placement of clients on workers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HTTP = "http://"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a client is to live.
+    """Requested place of a client.
 
     Attributes:
-        kind: on a ``rank``, on any worker of a ``host``, on the worker that listens at an ``address``, or ``local``:
-            in the driver's own process.
-        rank: of a rank.
-        name: of a machine, or the address.
+        kind: ``rank``: the worker of a rank; ``host``: any worker on a machine; ``address``: the worker that listens
+            at an address; ``local``: the driver's process.
+        rank: The rank, for ``rank``.
+        name: The machine, for ``host``, or the address, for ``address``.
     """
 
     kind: Literal["rank", "host", "address", "local"]
@@ -31,10 +31,10 @@ class Endpoint:
 
     @classmethod
     def parse(cls, client_id: str, text: str) -> Endpoint:
-        """Read ``worker1``, ``rank:2``, ``host:NAME``, ``local``, or an address, which may have a scheme.
+        """Parse ``worker1``, ``rank:2``, ``host:NAME``, ``local``, or an address with an optional scheme.
 
         Raises:
-            ConfigError: it is none of these.
+            ConfigError: If the text has none of these forms.
         """
         kind, _, rest = text.partition(":")
         if text == LOCAL:
@@ -57,7 +57,7 @@ class Endpoint:
 
 
 def addresses(endpoints: Mapping[str, str]) -> list[str]:
-    """The addresses among endpoints, each once, in order."""
+    """Return the distinct addresses among endpoints, in order."""
     parsed = [Endpoint.parse(client_id, text) for client_id, text in endpoints.items()]
     return list(dict.fromkeys(endpoint.name for endpoint in parsed if endpoint.kind == "address"))
 
@@ -65,18 +65,19 @@ def addresses(endpoints: Mapping[str, str]) -> list[str]:
 def place_clients(
     client_ids: Sequence[str], endpoints: Mapping[str, str], machines: Mapping[str, str]
 ) -> dict[str, str]:
-    """Give every client that is not local a worker: the one its endpoint names, else even shares of neighbours.
+    """Place every client that is not local: on the worker of its endpoint, else in equal shares of neighbours.
 
     Args:
-        client_ids: all clients, in order.
-        endpoints: client id -> endpoint.
-        machines: label of each worker (``worker1`` is of rank 1, an address is its own) -> its machine, by rank.
+        client_ids: All clients, in order.
+        endpoints: Client id -> endpoint.
+        machines: Label of each worker -> its machine, by rank. ``worker1`` is the label of rank 1; the label of a
+            listening worker is its address.
 
     Returns:
         Client id -> label of its worker.
 
     Raises:
-        ConfigError: an endpoint is malformed, or names no worker of this run.
+        ConfigError: If an endpoint is malformed, or names no worker of this run.
     """
     places: dict[str, str] = {}
     labels = open_to_all(list(machines), endpoints)
@@ -101,7 +102,7 @@ def place_clients(
 
 
 def open_to_all(labels: Sequence[str], endpoints: Mapping[str, str]) -> list[str]:
-    """The workers for clients without an endpoint: those that no address names, where there are such."""
+    """Return the workers for clients without an endpoint: those without an address in endpoints, if any; else all."""
     named = addresses(endpoints)
     return [label for label in labels if label not in named] or list(labels)
 
@@ -109,16 +110,16 @@ def open_to_all(labels: Sequence[str], endpoints: Mapping[str, str]) -> list[str
 def place_again(
     client_ids: Sequence[str], endpoints: Mapping[str, str], machines: Mapping[str, str], places: Mapping[str, str]
 ) -> dict[str, str]:
-    """Give clients whose worker is gone another: at the machine or address that their endpoint names, else any.
+    """Place clients of a lost worker again: at the machine or address of their endpoint, else on any worker.
 
     Args:
-        client_ids: who needs a place, in order.
-        endpoints: client id -> endpoint.
-        machines: label of each worker that is left -> its machine.
-        places: where all clients were.
+        client_ids: The clients to place, in order.
+        endpoints: Client id -> endpoint.
+        machines: Label of each remaining worker -> its machine.
+        places: Client id -> label of its worker before.
 
     Returns:
-        Client id -> label; the least loaded worker each time. Clients for which none is left are left out.
+        Client id -> label of the least loaded worker. Clients without a possible worker are omitted.
     """
     loads = Counter(dict.fromkeys(machines, 0))
     loads.update(label for label in places.values() if label in machines)
@@ -144,17 +145,17 @@ def even_out(
     places: Mapping[str, str],
     is_cheap: Callable[[str], bool],
 ) -> dict[str, str]:
-    """Move as few clients as it takes for workers to have even shares, after some have come.
+    """Move as few clients as possible to give workers equal shares after some have joined.
 
     Args:
-        client_ids: all clients that have a worker, in order.
-        endpoints: client id -> endpoint; clients with one stay.
-        labels: the workers that are there.
-        places: client id -> label of its worker, which need not be there any more.
-        is_cheap: whether moving this client costs nothing, since it has no learner yet.
+        client_ids: All clients that have a worker, in order.
+        endpoints: Client id -> endpoint. Clients with an endpoint do not move.
+        labels: Labels of the present workers.
+        places: Client id -> label of its worker, which may be absent.
+        is_cheap: Returns whether a move of this client is free, since it has no learner yet.
 
     Returns:
-        Client id -> its new worker, of those that move.
+        Client id -> label of its new worker, of the clients that move.
     """
     pool = open_to_all(labels, endpoints)
     free = [client_id for client_id in client_ids if client_id not in endpoints]
@@ -162,11 +163,11 @@ def even_out(
     moving: list[str] = []
     for client_id in free:
         clients_of.get(places[client_id], moving).append(client_id)
-    # The larger shares stay where there are most clients already.
+    # Workers with most clients get the larger shares, so that fewer clients move.
     by_load = sorted(pool, key=lambda label: -len(clients_of[label]))
     shares = {label: len(free) // len(pool) + (rank < len(free) % len(pool)) for rank, label in enumerate(by_load)}
     for label in pool:
-        clients = sorted(clients_of[label], key=is_cheap)  # these last, so that they go first
+        clients = sorted(clients_of[label], key=is_cheap)  # cheap ones last: the tail of the list moves
         moving += clients[shares[label] :]
         clients_of[label] = clients[: shares[label]]
     moved = {}

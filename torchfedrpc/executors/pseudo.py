@@ -1,4 +1,4 @@
-"""Pseudo mode: workers are processes on this machine that the driver starts itself."""
+"""Pseudo mode: workers are processes on this machine that the driver starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchfedrpc.rpc.surroundings import Surroundings
 
 @executor("pseudo")
 class PseudoExecutor(CallExecutor):
-    """Starts ``num_processes`` workers on loopback, replaces those that are lost, and ends all with the run."""
+    """Executor that starts ``num_processes`` workers on loopback, replaces lost ones, and ends them with the run."""
 
     def _make_learners(self, spec: ExecutorSpec) -> RemoteLearners:
         endpoints = {client: Endpoint.parse(client, text) for client, text in self.config.client_endpoints.items()}

@@ -1,4 +1,4 @@
-"""Which executor serves which client, and which mode a configuration means."""
+"""Routing of clients to executors, and choice of the execution mode."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from torchfedrpc.registry import executors
 
 
 class ExecutorRouter:
-    """Chooses the mode of a run, and for each client the executor that reaches its learner.
+    """Router that chooses the mode of a run, and the executor of each client.
 
     Args:
-        config: a `RuntimeConfig` or anything that `RuntimeConfig.of` takes.
+        config: A `RuntimeConfig`, or any value that `RuntimeConfig.of` accepts.
 
     Raises:
-        ConfigError: the mode is unknown, or the endpoints need a launcher and there is none.
+        ConfigError: If the mode is unknown, or if the endpoints need a launcher and there is none.
     """
 
     def __init__(self, config: RuntimeConfig | Mapping[str, Any] | str | None = None) -> None:
@@ -38,11 +38,11 @@ class ExecutorRouter:
         self._make_executors()
 
     def get_executor(self, client_id: str) -> AbstractExecutor:
-        """The executor of a client."""
+        """Return the executor of a client."""
         return self._local if self.config.client_endpoints.get(client_id) == LOCAL else self._main
 
     async def open(self, spec: ExecutorSpec) -> None:
-        """Open every executor that has clients, new ones each time; `close` them also where one fails."""
+        """Open new executors for all clients. If one fails to open, `close` still closes the others."""
         if self._were_opened:
             self._make_executors()
         self._were_opened = True
@@ -52,17 +52,17 @@ class ExecutorRouter:
             await executor.open(spec)
 
     async def close(self, reason: str = "") -> None:
-        """Close all that were begun.
+        """Close all executors whose opening has begun.
 
         Args:
-            reason: why the run ends early; empty where it ends well.
+            reason: Reason for an early end of the run; empty if the run ends well.
         """
         for executor in self._executors():
             executor.ends_early = reason
         await self._begun.aclose()
 
     def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
-        """The clients of a group's call in the order in which to submit it; as of `AbstractExecutor.plan`."""
+        """Return the clients of a group's call in the order of submission; see `AbstractExecutor.plan`."""
         by_executor: dict[AbstractExecutor, list[str]] = {}
         for client_id in client_ids:
             by_executor.setdefault(self.get_executor(client_id), []).append(client_id)
@@ -70,15 +70,15 @@ class ExecutorRouter:
         return [client_id for plan in plans for client_id in plan]
 
     def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
-        """Return the common arguments of several calls, with a shared value in place of each large one."""
+        """Return the common arguments of several calls, with large values replaced by shared ones."""
         return self._main.lift(args, kwargs, num_calls)
 
     async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation], progress: ReduceProgress) -> None:
-        """Run calls and reduce their results, on the executor of each client; as of `AbstractExecutor.reduce`."""
+        """Run calls and reduce their results, on the executor of each client; see `AbstractExecutor.reduce`."""
         of_executors: dict[AbstractExecutor, list[Invocation]] = {}
         for invocation in invocations:
             of_executors.setdefault(self.get_executor(invocation.client_id), []).append(invocation)
-        if len(of_executors) == 1:  # calls are submitted in this step of the event loop
+        if len(of_executors) == 1:  # without a task, so that calls are submitted in this step of the event loop
             [(executor, own)] = of_executors.items()
             await executor.reduce(reduction, own, progress)
             return
@@ -88,18 +88,18 @@ class ExecutorRouter:
         await all_ended(tasks)
 
     def share(self, obj: Any) -> SharedRef:
-        """An object as it is now, for the arguments of calls to come, whichever executor sends them."""
+        """Return a shared reference to the present value of an object, for later calls on any executor."""
         return self._main.share(obj)
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
-        """The states of learners as of now, one by one, while calls go on; one cut at a time."""
+        """Return a consistent snapshot of learners, as of this call. Only one can be in progress."""
         cut = Cut(client_ids, lambda client_id: self.get_executor(client_id).capture(client_id))
         for executor in self._executors():
             executor.follow(cut)
         return cut
 
     def stats(self) -> dict[str, Any]:
-        """The numbers of all executors together."""
+        """Return the sums of all executors' counters."""
         names = ("bytes_sent", "bytes_received", "journal_bytes", "workers_lost", "snapshot_bytes")
         each = [executor.stats() for executor in self._executors()]
         workers = {label: own for numbers in each for label, own in numbers.get("workers", {}).items()}
@@ -107,27 +107,27 @@ class ExecutorRouter:
 
     @property
     def join_address(self) -> str | None:
-        """Where workers can join, ``HOST:PORT``; None where they cannot."""
+        """Address ``HOST:PORT`` at which workers can join; None if the run does not accept workers."""
         return self._main.join_address
 
     def workers(self) -> list[str]:
-        """The names of the processes that run learners."""
+        """Return the names of the processes that run learners."""
         return [label for executor in self._executors() for label in executor.workers()]
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
-        """Let faults strike workers at calls to come, in place of those armed before, for a test.
+        """Inject faults into workers at later calls, for a test. They replace earlier faults.
 
         Args:
-            faults: the name of a worker -> what strikes when; none at all disarms it.
+            faults: Name of a worker -> its faults; an empty sequence removes them.
 
         Raises:
-            ConfigError: there is no such worker, or it cannot have such faults.
+            ConfigError: If there is no such worker, or it does not support such faults.
         """
         known = self.workers()
         for label in faults:
             if label not in known:
                 raise ConfigError(f"this run has no worker {label!r}: it has {', '.join(known) or 'none by name'}")
-        for executor in reversed(self._executors()):  # local first, which refuses more
+        for executor in reversed(self._executors()):  # local first, since it refuses more faults
             if own := {label: faults[label] for label in executor.workers() if label in faults}:
                 await executor.arm(own)
 
@@ -142,14 +142,14 @@ class ExecutorRouter:
 
 
 def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
-    """The mode that a configuration means in this process.
+    """Return the execution mode that a configuration selects in this process.
 
     Args:
-        config: the configuration.
-        launch: the launch that this process belongs to, if any.
+        config: The configuration.
+        launch: The launch of this process; None without a launch.
 
     Raises:
-        ConfigError: an endpoint is malformed, or pseudo or distributed mode is asked for and cannot be had.
+        ConfigError: If an endpoint is malformed, or if pseudo or distributed mode is requested but not possible.
     """
     endpoints = {client: Endpoint.parse(client, text) for client, text in config.client_endpoints.items()}
     mode = str(config.execution_mode)
@@ -170,7 +170,7 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
     if mode != "local" and any(text.startswith(HTTP) for text in config.client_endpoints.values()):
         warnings.warn(
             "client_endpoints has addresses with http://: they are dialled, and no HTTP is spoken; write HOST:PORT",
-            stacklevel=4,  # the line that makes the proxy
+            stacklevel=4,  # the line that creates the proxy
         )
     if mode != "distributed":
         return mode
@@ -188,11 +188,11 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
         )
     if comes_by_itself:
         return mode
-    if config.execution_mode == "auto":  # it was local endpoints alone that spoke for distributed mode
+    if config.execution_mode == "auto":  # all endpoints are local, so no worker is needed
         return "local"
     warnings.warn(
         "execution_mode=distributed without a launcher, and no endpoint that needs one: running in local mode. For "
         "workers, start with torchrun --nproc-per-node=3 script.py",
-        stacklevel=4,  # the line that makes the proxy
+        stacklevel=4,  # the line that creates the proxy
     )
     return "local"

@@ -1,4 +1,4 @@
-"""What calls have in common: placed on purpose by `LearnerProxy.share`, or recognised in the calls of one tick."""
+"""Arguments shared by calls: placed by `LearnerProxy.share`, or recognised in calls of one event-loop tick."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, SentApart, pack
 from torchfedrpc.wire.shared import SharedValue
 
-MIN_SHARED_BYTES = 16 << 10  # a smaller argument goes along with its call
-_MAX_PARTS = 10_000  # of an object that is looked into; where it has more, comparing the bytes takes no longer
+MIN_SHARED_BYTES = 16 << 10  # smaller arguments are sent with each call
+_MAX_PARTS = 10_000  # of an object that is examined; with more parts, comparing the bytes is no slower
 _NUMBERS = (type(None), bool, int, float, complex)
 _TEXTS = (str, bytes)
 TakeValue = Callable[[Any], Packed]
 
-_numbers = itertools.count(1)  # of values, in this process
+_numbers = itertools.count(1)  # of values; unique in this process
 
 
 class SharedRef(SentApart):
-    """An object that was placed once for all workers: as an argument of a call it arrives as the object.
+    """Reference to an object that each worker receives once. As an argument of a call it arrives as the object.
 
-    Each call has a copy of its own, which costs memory only where it is written. It is freed when this reference is
-    dropped, or by `release`, once the calls that have it are through.
+    Each call gets a separate object; memory is copied on write. The value is freed when this reference is dropped or
+    released (`release`), after the calls that use it have ended.
     """
 
     def __init__(self, value: SharedValue, sharing: Sharing) -> None:
@@ -47,10 +47,10 @@ class SharedRef(SentApart):
 
     @property
     def value(self) -> SharedValue:
-        """What was placed.
+        """The shared value.
 
         Raises:
-            SerializationError: it was released, or the proxy that placed it is closed.
+            SerializationError: If the reference was released, or its proxy is closed.
         """
         if not self._sharing.is_open:
             raise SerializationError(
@@ -63,11 +63,11 @@ class SharedRef(SentApart):
         return self._value
 
     def open(self, allow: AllowList) -> Any:
-        """The object, as one of the caller's own."""
+        """Return the object, as a copy for the caller."""
         return self.value.open(allow)
 
     async def release(self) -> None:
-        """Free the object on all workers, for whom calls that were submitted before still have it."""
+        """Free the object on all workers. Calls submitted before still receive it."""
         self._value = None
         self._release()
 
@@ -80,18 +80,18 @@ class SharedRef(SentApart):
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    obj: Any  # kept, so that its id stays its own
+    obj: Any  # a reference, so that its id stays unique
     value: SharedValue
 
 
 class Sharing:
-    """Gives each object that calls have in common a `SharedValue`; used by one event loop.
+    """Table of the shared values of calls. Not thread-safe: one event loop uses it.
 
-    Calls of one tick of the loop that have the same object share its value if the bytes are still the same: code of
-    the user's may have run between the calls, and torch does not count all changes of a tensor.
+    Calls of one tick of the loop with the same object share its value if the bytes are unchanged. The bytes are
+    compared, since user code may run between the calls and torch does not count all changes of a tensor.
 
     Args:
-        take_value: Packs an object as it is now.
+        take_value: Packs the present value of an object.
         release: Frees a value that was placed.
     """
 
@@ -99,13 +99,13 @@ class Sharing:
         self._take_value = take_value
         self._release = release
         self.is_open = True
-        self._seen: dict[int, _Seen] = {}  # in this tick, by the id of the object
+        self._seen: dict[int, _Seen] = {}  # id of an object -> its value, in this tick
 
     def place(self, obj: Any) -> SharedRef:
-        """An object as it is now, for calls to come.
+        """Return a reference to the present value of an object, for later calls.
 
         Raises:
-            SerializationError: it cannot be sent.
+            SerializationError: If the object cannot be sent.
         """
         return SharedRef(SharedValue(self._take_value(obj), next(_numbers)), self)
 
@@ -115,7 +115,7 @@ class Sharing:
         return bool(self._seen)
 
     def recognised(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a call's arguments, with the values of those that an earlier call of this tick has too."""
+        """Return a call's arguments, with those that an earlier call of this tick has replaced by its values."""
         if not any(id(arg) in self._seen for arg in (*args, *kwargs.values())):
             return args, kwargs
         values = {}
@@ -128,12 +128,12 @@ class Sharing:
     def shared(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int = 1
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a call's arguments with a shared value in place of each large one, for later calls of this tick too.
+        """Return a call's arguments with large ones replaced by shared values, which later calls of this tick reuse.
 
         Args:
             args: Positional arguments.
             kwargs: Keyword arguments.
-            num_calls: Number of calls that have these arguments.
+            num_calls: Number of calls with these arguments.
         """
         values = {}
         untied = _untied(args, kwargs)
@@ -142,7 +142,7 @@ class Sharing:
                 continue
             try:
                 value = SharedValue(self._take_value(arg), next(_numbers), 0)
-            except SerializationError:  # a `SharedRef` is in it; other errors come again as the call is packed
+            except SerializationError:  # it contains a `SharedRef`; other errors are raised again by packing the call
                 continue
             if not self._seen:
                 asyncio.get_running_loop().call_soon(self._end_tick)
@@ -151,13 +151,13 @@ class Sharing:
         return _replaced(values, args, kwargs, num_calls)
 
     def close(self) -> None:
-        """Refuse references from now on, and drop the executor that sends calls."""
+        """Refuse references from now on, and drop the references to the executor."""
         self.is_open = False
         self._take_value, self._release = pack, lambda value: None
 
     def released(self, value: SharedValue) -> None:
-        """Note that the reference to a value was dropped or released."""
-        value.is_for_tick = True  # calls that still have it, or are made again, do not let a worker keep it
+        """Free the value of a reference that was dropped or released."""
+        value.is_for_tick = True  # workers do not cache it for pending or replayed calls
         self._release(value)
 
     def _end_tick(self) -> None:
@@ -172,10 +172,10 @@ def _is_unchanged(seen: _Seen) -> bool:
 
 
 def held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a call's arguments with the values of its references, which may be released meanwhile.
+    """Return a call's arguments with references replaced by their values, which a later release does not affect.
 
     Raises:
-        SerializationError: If one was released before.
+        SerializationError: If a reference was released already.
     """
     for arg in (*args, *kwargs.values()):
         if isinstance(arg, SharedRef):
@@ -189,7 +189,7 @@ def held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...]
 
 
 def _untied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments that may have values of their own: those that share no memory with another argument."""
+    """Return the arguments that can be shared separately: they share no memory with another argument."""
     several = [arg for arg in {id(arg): arg for arg in (*args, *kwargs.values())}.values() if not _goes_along(arg)]
     if len(several) < 2:
         return several
@@ -222,7 +222,7 @@ def _replaced(
 
 
 def _ties(obj: Any) -> set[int] | None:
-    """Return the memory and containers of an object, which other arguments may have too; None if that is unknown."""
+    """Return ids of an object's memory and containers, to detect overlap with other arguments; None if unknown."""
     ties: set[int] = set()
     num_parts, todo = 0, [obj]
     while todo:

@@ -1,4 +1,4 @@
-"""Limits how many snapshots are on their way at once, so that they are never all in memory."""
+"""Limit on snapshots in flight, so that they are never all in memory."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 BUDGET_BYTES = 32 << 20
-"""Bytes of all snapshots on their way, unless a single one is larger."""
+"""Bound for the bytes of all snapshots in flight; a single larger snapshot is admitted alone."""
 
 _FIRST_GUESS_BYTES = 8 << 20
 _MAX_AT_ONCE = 64
 
 
 class SnapshotBudget:
-    """Number of snapshots that fit a budget if all are as large as the largest so far; at least one."""
+    """Number of snapshots that fit a budget, at least one, if all are as large as the largest seen so far."""
 
     def __init__(self) -> None:
         self._largest_bytes = 0
 
     def saw(self, num_bytes: int) -> None:
-        """Note the size of a snapshot."""
+        """Record the size of a snapshot."""
         self._largest_bytes = max(self._largest_bytes, num_bytes)
 
     def fits(self, num_taken: int) -> bool:
-        """Return whether another snapshot fits beside so many."""
+        """Return whether another snapshot fits beside this number of snapshots."""
         expected_bytes = (num_taken + 1) * (self._largest_bytes or _FIRST_GUESS_BYTES)
         return not num_taken or (num_taken < _MAX_AT_ONCE and expected_bytes <= BUDGET_BYTES)
 
 
 class SnapshotThrottle:
-    """Admits the snapshots to and from one worker, in the order in which they ask.
+    """Semaphore for snapshots to and from one worker, in FIFO order.
 
     Args:
-        budget: Bounds their number; all workers of a run share it.
+        budget: Bounds their number; shared by all workers of a run.
     """
 
     def __init__(self, budget: SnapshotBudget) -> None:
@@ -44,13 +44,13 @@ class SnapshotThrottle:
 
     @asynccontextmanager
     async def passing(self, num_bytes: int = 0) -> AsyncIterator[SnapshotBudget]:
-        """Wait until a snapshot may be on its way; it is, until the block ends.
+        """Wait for admission of a snapshot; the block holds it.
 
         Args:
-            num_bytes: Its size; 0 if unknown.
+            num_bytes: Size of the snapshot; 0 if unknown.
 
-        Returns:
-            The budget, which is to be told the size once it is known.
+        Yields:
+            The budget. Report the size to it as soon as it is known.
         """
         self._budget.saw(num_bytes)
         if self._waiting or not self._budget.fits(self._num_passing):

@@ -1,4 +1,4 @@
-"""The driver's end of a stream: one step for each item that is asked for."""
+"""Driver side of a stream: one step per requested item."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchfedrpc.host.call import Outcome
 
 
 class Steps(Protocol):
-    """The steps of a generator method in its host."""
+    """Steps of a generator method in its host."""
 
     async def next(self) -> Outcome:
         """Run the method up to its next item."""
@@ -19,7 +19,7 @@ class Steps(Protocol):
 
 
 class CallStream:
-    """An open stream over the items of a learner's generator method.
+    """Open stream over the items of a learner's generator method.
 
     Args:
         steps: The steps of the method.
@@ -37,8 +37,8 @@ class CallStream:
         """Return the next item.
 
         Raises:
-            StopAsyncIteration: If there is none.
-            Exception: What the method raised; the stream is over then.
+            StopAsyncIteration: If there is no further item.
+            Exception: If the method raised it. The stream has ended then.
         """
         if self._ended or self._closed:
             raise StopAsyncIteration
@@ -58,7 +58,7 @@ class CallStream:
         return self._result(outcome)
 
     def close(self) -> None:
-        """Close the generator on its host, if it is open. The learner is free when the generator has ended."""
+        """Close the generator on its host, if it is open. The learner is free after the generator has ended."""
         if self._is_begun and not self._ended and not self._closed:
             self._steps.close()
         self._closed = True

@@ -1,4 +1,4 @@
-"""Table of a run's workers: the state of each, and who waits for it."""
+"""Table of a run's workers, with the state of each; calls wait here for a lost worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sources import Source
 
-_REPLACED_WITHIN_S = 120.0  # by a process that the run starts itself
+_REPLACED_WITHIN_S = 120.0  # by a process that the run starts
 
 
 class WorkerState(Enum):
@@ -26,37 +26,37 @@ class WorkerState(Enum):
                      v   |
                     GAVE_UP
 
-    A worker that is lost or was given up serves again when another process has taken its name and a world was formed
-    with it.
+    A worker in LOST or GAVE_UP serves again after another process took its name and a world was formed with it.
     """
 
     STARTING = "starting"
-    """It was admitted, and takes part in the next world that is formed."""
+    """The worker was admitted and takes part in the next world."""
 
     SERVING = "serving"
-    """It takes calls, which wait while a world is re-formed."""
+    """The worker accepts calls, which wait while a world is formed again."""
 
     LEAVING = "leaving"
-    """It has asked to leave: its learners move to other workers."""
+    """The worker has asked to leave; its learners move to other workers."""
 
     LOST = "lost"
-    """It was lost or has left, and another process is waited for."""
+    """The worker was lost or has left; the run waits for another process in its place."""
 
     GAVE_UP = "gave up"
-    """No other process has come in its place in time, or none is expected."""
+    """No other process has taken its place in time, or none is expected."""
 
 
 @dataclass(eq=False)
 class Worker:
-    """A worker by its name, which several processes may have one after another.
+    """Worker of a run, identified by its name. Several processes may have the name one after another.
 
     Attributes:
         label: The name.
-        source: Where its processes come from.
+        source: The source of its processes.
         machine: The machine of its process; None if its clients are placed on other workers.
         state: Its state.
-        member: Its process; None if there is none.
-        reason: If it is lost or was given up: how that came.
+        member: Its process; None without a process.
+        reason: Reason why it is lost or was given up; empty otherwise.
+        deadline: Timer after which it is given up; None if no process is waited for.
     """
 
     label: str
@@ -68,22 +68,22 @@ class Worker:
     deadline: asyncio.TimerHandle | None = None
 
     def stop_waiting(self) -> None:
-        """Wait for no other process."""
+        """Stop waiting for another process."""
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None
 
 
 class Workers:
-    """The workers of a run by name. Callers wait here for a worker that is lost.
+    """Table of a run's workers by name. Calls wait here for a lost worker.
 
     Attributes:
-        present: Name -> process of each worker that takes calls now.
+        present: Name -> process of each worker that accepts calls now.
     """
 
     def __init__(self) -> None:
         self._table: dict[str, Worker] = {}
-        self._former: set[str] = set()  # names that are not given again
+        self._former: set[str] = set()  # names in use now or before, which are not assigned again
         self.present: dict[str, Member] = {}
         self._failure: ConfigError | WorkerLostError | None = None
         self._changed = asyncio.Event()
@@ -103,11 +103,11 @@ class Workers:
 
     @property
     def failure(self) -> ConfigError | WorkerLostError | None:
-        """Why no worker can be called any more; None if that is not so."""
+        """Reason why no worker can be called for the rest of the run; None otherwise."""
         return self._failure
 
     def admit(self, source: Source, member: Member) -> None:
-        """Add a process, with a name if it has none."""
+        """Add a process, and name it if it has no name."""
         if not member.label:
             numbers = (f"worker{number}" for number in itertools.count(1))
             member.label = next(label for label in numbers if label not in self._former)
@@ -118,7 +118,7 @@ class Workers:
         worker.source, worker.machine = source, member.machine
 
     def serve(self, member: Member) -> bool:
-        """Note that a process takes calls. Returns whether it is new."""
+        """Record that a process accepts calls, and return whether it is new."""
         worker = self._table[member.label]
         is_new = worker.member is not member
         worker.member = member
@@ -129,20 +129,20 @@ class Workers:
         return is_new
 
     def leave(self, label: str) -> None:
-        """Note that a worker has asked to leave."""
+        """Record that a worker has asked to leave."""
         self._table[label].state = WorkerState.LEAVING
         self.present.pop(label, None)
         self.changed()
 
     def lose(self, label: str, reason: str) -> None:
-        """Note that the process of a worker is gone."""
+        """Record that the process of a worker is lost."""
         worker = self._table[label]
         worker.state, worker.member, worker.reason = WorkerState.LOST, None, reason
         self.present.pop(label, None)
         self.changed()
 
     def expect(self, label: str, timeout_s: float) -> None:
-        """Wait for another process in the place of a lost one, and give it up if none comes in time."""
+        """Wait for another process in the place of a lost one, and give the worker up after a timeout."""
         worker = self._table[label]
         if worker.deadline is None:
             if worker.source.replaces:
@@ -160,18 +160,18 @@ class Workers:
         self.changed()
 
     def remove(self, label: str) -> None:
-        """Forget a worker that no client is placed on."""
+        """Remove a worker without clients."""
         self._table.pop(label).stop_waiting()
         self.changed()
 
     def fail(self, error: ConfigError | WorkerLostError) -> None:
-        """Fail all calls, now and later."""
+        """Fail all present and later calls."""
         self._failure = error
         self.present.clear()
         self.changed()
 
     def changed(self) -> None:
-        """Let callers that wait look again."""
+        """Wake waiting callers, so that they check the table again."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -180,20 +180,20 @@ class Workers:
         await self._changed.wait()
 
     def why_given_up(self, label: str) -> str | None:
-        """Return why a worker cannot be called, now or soon; None if it can."""
+        """Return the reason why a worker cannot be called, now or soon; None if it can."""
         if self._failure is not None:
             return str(self._failure)
         worker = self._table.get(label)
         return worker.reason if worker is not None and worker.state is WorkerState.GAVE_UP else None
 
     async def wait_for(self, place: Callable[[], str]) -> Member:
-        """Wait for the process of a worker that takes calls.
+        """Wait until a worker accepts calls, and return its process.
 
         Args:
-            place: Returns the worker's name, which may change meanwhile.
+            place: Returns the worker's name, which may change during the wait.
 
         Raises:
-            WorkerLostError: If there is none, and none is expected.
+            WorkerLostError: If the worker has no process and none is expected.
         """
         while True:
             if (reason := self.why_given_up(place())) is not None:
@@ -203,7 +203,7 @@ class Workers:
             await self.next_change()
 
     def close(self) -> None:
-        """Wait for no process."""
+        """Stop waiting for processes."""
         for worker in self._table.values():
             worker.stop_waiting()
 
