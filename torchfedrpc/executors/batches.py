@@ -1,4 +1,4 @@
-"""Batches of a reduction on workers: one request to each worker, and another one after a loss."""
+"""Batches of a reduction on workers: one request per worker, and another one after a loss."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from torchfedrpc.rpc.worker_client import UndeliverableError
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """One call of a reduction, which holds the turn of its learner until it ends.
+    """Call of a reduction. It holds the lock of its learner until it ends.
 
     Attributes:
         place: The client's place.
         call: The call.
         session: The learner's session.
-        num_retries: Number of times to make the call again if its method was not begun.
-        has_turn: Whether it holds the turn.
+        num_retries: Number of retries if its method has not begun.
+        has_turn: Whether it holds the lock.
     """
 
     place: int
@@ -37,27 +37,27 @@ class Part:
     has_turn: bool = False
 
     def begin(self) -> None:
-        """Note that the turn was taken."""
+        """Record that the lock was acquired."""
         self.has_turn = True
         self.session.begin(self.call)
 
     def settle(self, outcome: Outcome) -> None:
-        """Record the call, and pass the turn on."""
+        """Record the outcome of the call, and release the lock."""
         self.has_turn = False
         self.session.settle(self.call, outcome)
 
     def give_turn(self) -> None:
-        """Pass the turn on, if it is still held."""
+        """Release the lock, if it is still held."""
         if self.has_turn:
             self.has_turn = False
             self.session.turns.give()
 
 
 class Batches:
-    """Makes the calls of a reduction, each in its learner's turn, as one batch for each worker.
+    """Calls of a reduction, sent as one batch per worker under the locks of their learners.
 
-    A call of a learner that takes part waits until the partial results of the learner's worker have come. If a worker
-    is lost, its calls are made again where their learners are rebuilt.
+    Later calls of these learners wait until the partial results of the learner's worker have arrived. If a worker is
+    lost, its calls are repeated where their learners are rebuilt.
 
     Args:
         run: The run.
@@ -75,15 +75,15 @@ class Batches:
         self._progress = progress
         self._ended = ended
         self._timeout_s = timeout_s
-        self._num_losses = 0  # of workers in succession that ran none of the calls
+        self._num_losses = 0  # consecutive losses of workers that ran none of the calls
 
     async def run(self, parts: Sequence[Part]) -> None:
-        """Make calls. Those of learners that are busy are batches of their own.
+        """Make the calls. Calls of busy learners are separate batches.
 
         Raises:
             MergeError: If two results cannot be merged.
             CallTimeoutError: If a worker could not merge its results in time.
-            WorkerLostError: If workers are lost again and again as they merge results.
+            WorkerLostError: If workers are lost more than ``max_recoveries`` times while they merge results.
         """
         free = [part for part in parts if part.session.turns.take_now()]
         for part in free:
@@ -113,7 +113,7 @@ class Batches:
             await self._make([part])
 
     async def _make(self, parts: list[Part]) -> None:
-        """Make calls whose turns are held, again after losses, and pass the turns on."""
+        """Make calls under held locks, repeat them after losses, and release the locks."""
         try:
             await self._make_all(parts)
         finally:
@@ -135,7 +135,7 @@ class Batches:
                     raise answer
 
     async def _placed(self, parts: list[Part]) -> list[tuple[Part, Member]]:
-        """Return the calls whose learners have a worker, moved or rebuilt first if need be; note the others' end."""
+        """Move or rebuild learners as needed; return calls with their workers, and fail calls of lost learners."""
         placed: list[tuple[Part, Member]] = []
         waiting: list[Part] = []
         for part in parts:
@@ -159,7 +159,7 @@ class Batches:
         return placed
 
     async def _ask(self, worker: Member, parts: list[Part]) -> list[Part]:
-        """Run one batch. Returns the calls that are to be made again, whose turns are still held."""
+        """Run one batch, and return the calls to repeat, with their locks held."""
         batch = Batch(
             self._run.next_call_id(),
             self._reduction.prototype,
@@ -220,10 +220,10 @@ class Batches:
         return part.num_retries > 0 and not self._progress.stopped.is_set() and may_succeed_later(outcome)
 
     def _lost(self, worker: Member, parts: list[Part], gone: WorkerGone) -> list[Part]:
-        """Return the calls that a lost worker takes along and that are to be made again.
+        """Record the loss of a worker, and return the calls to repeat.
 
         Raises:
-            WorkerLostError: If workers were lost more than ``max_recoveries`` times as they ran none of the calls.
+            WorkerLostError: If workers that ran none of the calls were lost more than ``max_recoveries`` times.
         """
         for part in parts:
             part.session.lose(worker, gone)
@@ -238,5 +238,5 @@ class Batches:
         return [part for part in parts if self._is_wanted(part)]
 
     def _is_wanted(self, part: Part) -> bool:
-        """Return whether a call is still to be made; of a stopped reduction only if its result has counted."""
+        """Return whether a call is still needed; in a stopped reduction only if its result was counted."""
         return not self._progress.stopped.is_set() or part.call.client_id in self._progress.succeeded

@@ -1,4 +1,4 @@
-"""Executor of the modes that run learners in hosts: packs arguments, sends calls, opens outcomes."""
+"""Executor of the modes that run learners in hosts: packs arguments, sends calls, unpacks outcomes."""
 
 from __future__ import annotations
 
@@ -31,52 +31,52 @@ Ended = Callable[[Call, Outcome], None]
 
 
 class Learners(Protocol):
-    """The learners of an executor's clients, in this process or on workers."""
+    """Learners of an executor's clients, in this process or on workers."""
 
     async def open(self) -> None:
         """Prepare for calls."""
 
     async def close(self, reason: str) -> None:
-        """Fail the calls that are open, and release everything. The reason is empty if the run ends well."""
+        """Fail the pending calls, and release all resources. The reason is empty if the run ends well."""
 
     async def call(self, call: Call) -> Outcome:
-        """Run a call, a snapshot or a restore of a learner, behind the calls that were made before."""
+        """Run a call, a snapshot or a restore of a learner, behind the calls submitted before."""
 
     def stream(self, call: Call) -> Steps:
-        """Return the steps of a stream, which opens with its first one."""
+        """Return the steps of a stream. The first step opens it."""
 
     async def capture(self, call: Call) -> Outcome | None:
-        """Take a snapshot for a consistent cut; None if the learner was given up."""
+        """Take a learner's part of a consistent snapshot; None if the learner was given up."""
 
     async def reduce(
         self, reduction: Reduction, calls: Mapping[int, tuple[Call, int]], progress: ReduceProgress, ended: Ended
     ) -> None:
-        """Run calls and reduce their results where they are.
+        """Run calls and reduce their results on the workers.
 
         Args:
             reduction: The reduction.
-            calls: Place -> call, and number of times to send it again if its method was not begun.
+            calls: Place -> call, and number of retries if its method has not begun.
             progress: Receives the partial results.
             ended: Receives the outcome of each call, without its value.
         """
 
     def take_value(self, obj: Any) -> Packed:
-        """Pack an object as it is now, for one call."""
+        """Pack the present value of an object, for one call."""
 
     def take_shared(self, obj: Any) -> Packed:
-        """Pack an object as it is now, for several calls."""
+        """Pack the present value of an object, for several calls."""
 
     def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         """Pack the arguments of a call, which may contain shared values."""
 
     def unshare(self, value: SharedValue) -> None:
-        """Free a shared value wherever it is kept for later calls."""
+        """Free a shared value in all caches."""
 
     def worker_of(self, client_id: str) -> str:
         """Return the name of the process that has a client's learner."""
 
     def rref(self, client_id: str) -> Any:
-        """Return a learner's RRef; None if calls need no RPC."""
+        """Return a learner's RRef; None if calls do not use RPC."""
 
     def workers(self) -> list[str]:
         """Return the names of the processes that run learners."""
@@ -85,15 +85,15 @@ class Learners(Protocol):
         """Inject faults into workers at later calls."""
 
     def stats(self) -> dict[str, Any]:
-        """Return numbers for ``proxy.stats()``."""
+        """Return counters for ``proxy.stats()``."""
 
     @property
     def join_address(self) -> str | None:
-        """Address at which workers can join the run, ``HOST:PORT``; None if they cannot."""
+        """Address ``HOST:PORT`` at which workers can join the run; None if the run does not accept workers."""
 
 
 class NotOpened:
-    """The learners of an executor that was not opened.
+    """Placeholder for the learners of an executor that was not opened.
 
     Raises:
         ConfigError: At each use.
@@ -104,12 +104,12 @@ class NotOpened:
 
 
 class CallExecutor(AbstractExecutor):
-    """Executor whose learners live in hosts. A subclass opens the `Learners` of its mode."""
+    """Executor with learners in hosts. A subclass provides the `Learners` of its mode."""
 
     def __init__(self, config: RuntimeConfig | None = None) -> None:
         super().__init__(config)
         self._was_opened = False
-        self._own_call_ids = itertools.count(-1, -1)  # of calls that have no number from a proxy
+        self._own_call_ids = itertools.count(-1, -1)  # of calls without an id from a proxy
         self._admission = Admission(self.config.max_inflight_bytes)
         self._cut: Cut | None = None
         self._durations = Durations()
@@ -119,13 +119,13 @@ class CallExecutor(AbstractExecutor):
 
     @abstractmethod
     def _make_learners(self, spec: ExecutorSpec) -> Learners:
-        """Return the learners of this mode, which are to be opened."""
+        """Return the learners of this mode, not opened yet."""
 
     async def open(self, spec: ExecutorSpec) -> None:
         """Open the learners.
 
         Raises:
-            ConfigError: If it was opened before.
+            ConfigError: If the executor was opened before.
         """
         if self._was_opened:
             raise ConfigError(
@@ -145,20 +145,20 @@ class CallExecutor(AbstractExecutor):
             await self._learners.close(self.ends_early)
 
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Run a learner's method with the configuration's ``call_timeout_s``."""
+        """Run a learner's method with the configuration's ``call_timeout_s``, and return its result."""
         call_id, timeout_s = next(self._own_call_ids), self.config.call_timeout_s
         return await self.execute(Invocation(call_id, client_id, method_name, args, kwargs, timeout_s))
 
     async def execute(self, invocation: Invocation) -> Any:
-        """Run a call. It is sent again if it failed before the method began and the invocation has retries left.
+        """Run a call and return its result. A call that fails before its method begins is retried, if it has retries.
 
-        The value of its arguments is taken when ``max_inflight_bytes`` has room for it.
+        The values of its arguments are captured at admission by ``max_inflight_bytes``.
         """
         args, kwargs = given = _held(invocation)
         if self._sharing.has_seen:
             args, kwargs = self._sharing.recognised(*given)
         num_bytes = self._estimate(args, kwargs)
-        if await self._admission.admit(num_bytes):  # the values that calls share may be others after the wait
+        if await self._admission.admit(num_bytes):  # shared values may have changed during the wait
             args, kwargs = self._sharing.recognised(*given)
             num_bytes += self._admission.take(self._estimate(args, kwargs) - num_bytes)
         values: tuple[SharedValue, ...] = ()
@@ -176,7 +176,7 @@ class CallExecutor(AbstractExecutor):
             self._durations.note(call, outcome)
             if (error := outcome.error) is not None:
                 try:
-                    del outcome  # its error would refer to this frame, and so to itself: a cycle that keeps the call
+                    del outcome  # breaks a reference cycle: error -> this frame -> outcome -> error
                     raise error
                 finally:
                     del error
@@ -187,9 +187,9 @@ class CallExecutor(AbstractExecutor):
             self._admission.release(num_bytes)
 
     async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation], progress: ReduceProgress) -> None:
-        """Run calls and reduce their results where they are, in one batch that ``max_inflight_bytes`` admits.
+        """Run calls and reduce their results on the workers, in one batch per admission by ``max_inflight_bytes``.
 
-        Each call that has to wait for admission is a batch of its own.
+        Each call that has to wait for admission is a separate batch.
         """
         tasks: list[asyncio.Task[None]] = []
         prompt: dict[int, tuple[Call, int]] = {}
@@ -239,7 +239,7 @@ class CallExecutor(AbstractExecutor):
             self._admission.release(num_bytes + self._release(values))
 
     def _ended(self, progress: ReduceProgress, call: Call, outcome: Outcome) -> None:
-        """Note the end of a call of a reduction."""
+        """Record the end of a call of a reduction."""
         self._durations.note(call, outcome)
         error: Exception | None = None
         try:
@@ -247,10 +247,10 @@ class CallExecutor(AbstractExecutor):
         except Exception as caught:
             error = caught
         progress.note(call.client_id, error)
-        del error  # its traceback refers to this frame
+        del error  # breaks a reference cycle: its traceback refers to this frame
 
     def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
-        """Return the common arguments of several calls, with a shared value in place of each large one."""
+        """Return the common arguments of several calls, with large values replaced by shared ones."""
         args, kwargs = held(args, kwargs)
         if num_calls < 2:
             return args, kwargs
@@ -259,7 +259,7 @@ class CallExecutor(AbstractExecutor):
         return self._sharing.shared(args, kwargs, num_calls)
 
     def _estimate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Return about how many bytes a call's arguments have, without shared values that other calls have."""
+        """Estimate the bytes of a call's arguments, without shared values that other calls have."""
         num_bytes = estimate(args, kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, SharedValue) and value.is_for_tick and value not in self._holders:
@@ -267,7 +267,7 @@ class CallExecutor(AbstractExecutor):
         return num_bytes
 
     def plan(self, client_ids: Sequence[str], method: str, *, is_awaited: bool) -> list[str]:
-        """Order clients by the times of earlier calls: the longest first, with a deadline or a quorum the fastest."""
+        """Order clients by the durations of earlier calls: longest first, or fastest first if awaited."""
         expected = self._durations.expected(client_ids, method)
         return fastest_first(expected) if is_awaited else longest_first(expected)
 
@@ -279,7 +279,7 @@ class CallExecutor(AbstractExecutor):
         return await self._sealed(await self._learners.call(call), call)
 
     async def capture(self, client_id: str) -> bytes:
-        """Return a snapshot for a consistent cut."""
+        """Return a learner's part of a consistent snapshot; empty if the learner was given up."""
         call = self._snapshot_call(client_id)
         outcome = await self._learners.capture(call)
         return await self._sealed(outcome, call) if outcome is not None else b""
@@ -301,7 +301,7 @@ class CallExecutor(AbstractExecutor):
             self._admission.release(len(data))
 
     def stream(self, invocation: Invocation) -> CallStream:
-        """Open a stream. Nothing is sent before its first item is asked for."""
+        """Open a stream. The first step sends the call."""
         call = self._call(invocation, invocation.args, invocation.kwargs, kind="stream")
 
         async def passed() -> None:
@@ -311,19 +311,19 @@ class CallExecutor(AbstractExecutor):
         return CallStream(self._learners.stream(call), passed, partial(self._result, call=call))
 
     def follow(self, cut: Cut) -> None:
-        """Let calls that are submitted from now on wait for their learners' snapshots of this cut."""
+        """Let calls submitted from now on wait for their learners' snapshots of this consistent snapshot."""
         self._cut = cut
 
     def share(self, obj: Any) -> SharedRef:
-        """Return a reference to an object as it is now, for arguments of later calls."""
+        """Return a shared reference to the present value of an object, for arguments of later calls."""
         return self._sharing.place(obj)
 
     def worker_of(self, client_id: str) -> str:
-        """Return the name of the process that has this client's learner."""
+        """Return the name of the process that has a client's learner."""
         return self._learners.worker_of(client_id)
 
     def rref(self, client_id: str) -> Any:
-        """Return the learner's RRef in the present world; None if calls need no RPC."""
+        """Return the learner's RRef in the current world; None if calls do not use RPC."""
         return self._learners.rref(client_id)
 
     def workers(self) -> list[str]:
@@ -332,7 +332,7 @@ class CallExecutor(AbstractExecutor):
 
     @property
     def join_address(self) -> str | None:
-        """Address at which workers can join the run, ``HOST:PORT``; None if they cannot."""
+        """Address ``HOST:PORT`` at which workers can join the run; None if the run does not accept workers."""
         return None if isinstance(self._learners, NotOpened) else self._learners.join_address
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
@@ -345,7 +345,7 @@ class CallExecutor(AbstractExecutor):
         return {**super().stats(), **own}
 
     def _hold(self, values: Iterable[SharedValue], num_bytes: int) -> int:
-        """Note that one more call has these values. Returns the bytes admitted for those that no other call has."""
+        """Add a call to the holders of these values; return the bytes admitted for values without other holders."""
         num_own = 0
         for value in values:
             holders = self._holders.get(value)
@@ -357,7 +357,7 @@ class CallExecutor(AbstractExecutor):
         return num_own
 
     def _release(self, values: Iterable[SharedValue]) -> int:
-        """Note that a call with these values has ended. Returns the bytes admitted for those that no call has now."""
+        """Remove a call from the holders of these values; return the bytes admitted for values without holders."""
         num_bytes = 0
         for value in values:
             self._holders[value][0] -= 1
@@ -398,23 +398,23 @@ class CallExecutor(AbstractExecutor):
         return await asyncio.to_thread(lambda: bytes(seal(data)))
 
     def _result(self, outcome: Outcome, call: Call) -> Any:
-        """Return the result of a call or the item of a stream; as of `Outcome.result`."""
+        """Return the result of a call or the item of a stream; see `Outcome.result`."""
         return outcome.result(call, self.allow, self._learners.worker_of(call.client_id))
 
 
 def may_succeed_later(outcome: Outcome) -> bool:
-    """Return whether to send a call again: its method was not begun, and the call itself is not what failed."""
+    """Return whether to retry a call: its method has not begun, and the cause is not an error of this library."""
     failure = outcome.failure
     return failure is not None and outcome.never_ran and not failure.type_name.startswith(errors.__name__)
 
 
 def _shared_in_tick(call: Call) -> tuple[SharedValue, ...]:
-    """Return the shared values of a call's arguments that only calls of its tick have."""
+    """Return the shared values of a call's arguments that only calls of its tick use."""
     return tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
 
 
 def _held(invocation: Invocation) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call with the shared values that its references stand for.
+    """Return the arguments of a call, with references replaced by their shared values.
 
     Raises:
         SerializationError: If a reference was released.

@@ -1,4 +1,4 @@
-"""Journals: the calls of each learner since its last snapshot, and that snapshot, to rebuild a lost learner."""
+"""Journals: per learner, its last snapshot and the calls since then, from which a lost learner is rebuilt."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torchfedrpc.storage import BlobStore
 from torchfedrpc.wire.packing import Packed, Parcel, pack
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
-_MAX_PAUSE = 64  # calls between two attempts to capture a learner
-_WORTH = 4  # a snapshot is worth taking if it frees so many times its own size
-_STATES_SHARE = 4  # snapshots may have 1 / 4 of the arguments' bound in memory: 128 MiB, three of a 40 MB model
+_MAX_PAUSE = 64  # largest number of calls between two attempts to capture a learner
+_WORTH = 4  # minimum ratio of the bytes that a snapshot frees to its size
+_STATES_SHARE = 4  # snapshots in memory may take 1/4 of the bound for arguments: 128 MiB, three of a 40 MB model
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Entry:
-    """A call that has changed its learner.
+    """Journal entry: a call that has changed its learner.
 
     Attributes:
-        number: Number of the change among all of this learner.
+        number: Sequence number of the change, per learner.
         call: The call.
-        num_items: Number of items that a stream gave.
+        num_items: Number of items that a stream yielded.
         was_closed: Whether a stream was closed before its end.
     """
 
@@ -39,7 +39,7 @@ class Entry:
 
 
 class Journal:
-    """What rebuilds one learner: its last snapshot and the calls after it.
+    """Journal of one learner: its last snapshot and the calls after it.
 
     Args:
         client_id: The client.
@@ -49,8 +49,8 @@ class Journal:
         client_id: The client.
         entries: The calls after the last snapshot.
         unrecoverable: Reason why the learner could not be rebuilt; None if it could.
-        num_refusals: Number of times in succession that its state could not be captured.
-        state_bytes: Size of its last snapshot, or of one that was too large; 0 if unknown.
+        num_refusals: Number of consecutive failures to capture its state.
+        state_bytes: Size in bytes of its last snapshot, or of one beyond the limit; 0 if unknown.
         num_bytes: Bytes of the entries' arguments, without shared values.
     """
 
@@ -63,50 +63,50 @@ class Journal:
         self.num_bytes = 0
         self._journals = journals
         self._number = 0  # of the last change
-        self._cut_off_number = 0  # of the last call that was cut off, and cannot be repeated
+        self._cut_off_number = 0  # of the last interrupted call, which cannot be replayed
         self._snapshot_number = 0  # of the last change that the snapshot contains
         self._has_snapshot = False
-        self._first_number = 0  # older snapshots, which may still come, are of no use
-        self._num_under_way = 0  # snapshots
+        self._first_number = 0  # snapshots with a lower number are obsolete, even if they arrive later
+        self._num_under_way = 0  # snapshots in flight
         self._num_since_refusal = 0
 
     @property
     def number(self) -> int:
-        """Number of the last change of the learner; a snapshot that is taken now contains it."""
+        """Number of the learner's last change. A snapshot taken now contains it."""
         return self._number
 
     @property
     def has_state(self) -> bool:
-        """Whether the learner has a snapshot or has been called since."""
+        """Whether the learner has a snapshot or journal entries."""
         return self._has_snapshot or bool(self.entries)
 
     @property
     def awaits_snapshot(self) -> bool:
-        """Whether a snapshot was requested and has not come."""
+        """Whether a requested snapshot has not arrived."""
         return self._num_under_way > 0
 
     @property
     def is_complete(self) -> bool:
-        """Whether snapshot and entries together contain all that the learner has done."""
+        """Whether snapshot and entries together contain all changes of the learner."""
         return self._journals.are_kept and self.unrecoverable is None and not self._misses_call
 
     @property
     def is_settled(self) -> bool:
-        """Whether the snapshot contains all that the learner has done."""
+        """Whether the snapshot contains all changes of the learner."""
         return self.is_complete and self._has_snapshot and not self.entries
 
     @property
     def needs_snapshot(self) -> bool:
-        """Whether the next call must wait for a snapshot, since the last one was cut off."""
+        """Whether the next call must wait for a snapshot, since the last call was interrupted."""
         return self._journals.are_kept and self._misses_call and self.unrecoverable is None
 
     @property
     def is_due(self) -> bool:
-        """Whether a snapshot is to be taken: to replace the entries, because the last call was cut off, or to try
-        whether an uncapturable learner can be captured.
+        """Whether a snapshot is due: because there are too many entries, the last call was interrupted, or it is time
+        to try again to capture a learner that could not be captured.
         """
         if len(self.entries) <= self._journals.max_calls and not self._cut_off_number and self.unrecoverable is None:
-            return False  # the usual case
+            return False  # fast path
         if not self._journals.are_kept:
             return False
         if self.needs_snapshot:
@@ -139,25 +139,25 @@ class Journal:
             self._append(Entry(self._number, call.repeated(), num_items, outcome.kind == "cancelled"))
 
     def request_snapshot(self) -> None:
-        """Note that a snapshot is about to be taken, which ends with `kept`, `refused` or `not_taken`."""
+        """Record the request of a snapshot, which ends with `kept`, `refused` or `not_taken`."""
         self._num_under_way += 1
 
     def snapshot_arguments(self, limit: int | None) -> Packed:
         """Return the arguments of a snapshot call.
 
         Args:
-            limit: Largest size that is worth taking, in bytes; it is left out if a snapshot is required.
+            limit: Largest acceptable size in bytes; ignored if a snapshot is required.
         """
         is_required = not self.is_complete or len(self.entries) > self._journals.max_calls
         return pack(None if is_required else limit)
 
     def keep(self, number: int, state: Tensor) -> bool:
-        """Keep a snapshot in memory. Returns False if there is no room."""
+        """Keep a snapshot in memory, and return whether it fits."""
         replaced = self._snapshot_number if self._has_snapshot else None
         return self._journals.keep(self.client_id, number, state, replaced)
 
     def store(self, number: int, state: Tensor) -> None:
-        """Write a snapshot to disk, on any thread.
+        """Write a snapshot to disk. Thread-safe.
 
         Raises:
             OSError: If the disk is full or cannot be written.
@@ -165,7 +165,7 @@ class Journal:
         self._journals.store(self.client_id, number, state)
 
     def kept(self, number: int, num_bytes: int) -> None:
-        """Drop the entries and the snapshot that a snapshot replaces, which is kept or stored."""
+        """Drop the entries and the snapshot that are replaced by a snapshot in memory or on disk."""
         self._num_under_way -= 1
         self.state_bytes = num_bytes
         if number < self._first_number:
@@ -181,12 +181,12 @@ class Journal:
         self._keep_only([entry for entry in self.entries if entry.number > number])
 
     def not_taken(self, num_bytes: int = 0) -> None:
-        """Note that a snapshot was not taken: it was larger than its limit, or its worker was lost."""
+        """Record that a snapshot was not taken: it exceeded its limit, or its worker was lost."""
         self._num_under_way -= 1
         self.state_bytes = num_bytes or self.state_bytes
 
     def refused(self, reason: str) -> None:
-        """Drop the entries: they are too many or incomplete, and the learner's state cannot be captured."""
+        """Drop the entries, since they are too many or incomplete and the learner's state cannot be captured."""
         self._num_under_way -= 1
         self.unrecoverable = reason
         self.num_refusals += 1
@@ -202,7 +202,7 @@ class Journal:
         return self._journals.get(self.client_id, self._snapshot_number) if self._has_snapshot else None
 
     def forget(self) -> None:
-        """Drop everything: the learner was given up, or restored from another snapshot."""
+        """Drop everything, since the learner was given up or restored from another snapshot."""
         self._first_number = self._number + 1
         self._keep_only([])
         if self._has_snapshot:
@@ -229,11 +229,11 @@ class Journal:
 
 
 class Journals:
-    """The journals of all learners, with one bound for the arguments in memory, and snapshots.
+    """Journals of all learners, with one bound for arguments and snapshots in memory.
 
     Args:
-        runtime: Has the bounds.
-        admission: Counts the arguments beyond the bound, so that calls wait while snapshots are on their way.
+        runtime: Provides the bounds.
+        admission: Counts the arguments beyond the bound, so that calls wait while snapshots are in flight.
     """
 
     def __init__(self, runtime: RuntimeConfig, admission: Admission) -> None:
@@ -246,14 +246,14 @@ class Journals:
         self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory
         self._num_state_bytes = 0
         self._stored: set[tuple[str, int]] = set()  # snapshots on disk
-        self._journals: dict[str, Journal] = {}  # that have entries
-        self._num_uses: Counter[SharedValue] = Counter()  # of each shared value, by entries of all journals
+        self._journals: dict[str, Journal] = {}  # journals with entries
+        self._num_uses: Counter[SharedValue] = Counter()  # number of entries with each shared value, in all journals
 
     def relief(self) -> list[tuple[Journal, int | None]]:
-        """Return the journals whose snapshots bring the arguments under their bound, each with its limit in bytes.
+        """Choose snapshots that bring the arguments under their bound: journals with size limits in bytes.
 
-        A snapshot that frees several times its own size comes first, and is limited to that size. If these are too
-        few, others are taken whatever their size.
+        Snapshots that free four times their size come first, with that size as limit. If they free too little,
+        others follow without a limit.
         """
         excess = float(self.num_bytes - self._max_bytes)
         if excess <= 0:
@@ -276,11 +276,11 @@ class Journals:
 
     @property
     def is_beyond_bound(self) -> bool:
-        """Whether the arguments of all journals take more than their bound."""
+        """Whether the arguments of all journals exceed their bound."""
         return self.num_bytes > self._max_bytes
 
     def count_entry(self, journal: Journal, entry: Entry, *, sign: int = 1) -> None:
-        """Count the arguments of an entry that a journal has now, or has no longer."""
+        """Count the arguments of an entry that was added to a journal (``sign=1``) or dropped (``sign=-1``)."""
         arguments = entry.call.arguments
         num_bytes = arguments.num_bytes
         journal.num_bytes += sign * num_bytes
@@ -301,7 +301,7 @@ class Journals:
             self._admission.hold(max(self.num_bytes - self._max_bytes, 0))
 
     def keep(self, client_id: str, number: int, state: Tensor, replaced: int | None) -> bool:
-        """Keep a snapshot in memory, in place of another one. Returns False if there is no room."""
+        """Keep a snapshot in memory, in place of another one, and return whether it fits."""
         other = self._states.get((client_id, replaced)) if replaced is not None else None
         others = self._num_state_bytes - (other.nbytes if other is not None else 0)
         if others + state.nbytes > self._max_bytes // _STATES_SHARE:
@@ -339,20 +339,20 @@ class Journals:
             self._store.discard(_key(client_id, number))
 
     def close(self) -> None:
-        """Release memory and disk."""
+        """Release memory and disk space."""
         for kept in (self._journals, self._num_uses, self._states):
             kept.clear()
         self.num_bytes = 0
         self._store.close()
 
     def _share(self, journal: Journal) -> float:
-        """Return the bytes that a journal keeps; a value that several entries share is divided among them."""
+        """Return the bytes that a journal holds; a shared value is divided among the entries that use it."""
         shared = (value for entry in journal.entries for value in shared_values(entry.call.arguments))
         return journal.num_bytes + sum(value.num_bytes / self._num_uses[value] for value in shared)
 
 
 def restore_arguments(snapshot: bytes) -> Packed:
-    """Return the arguments of the call that restores a learner from its snapshot."""
+    """Return the arguments of a call that restores a learner from its snapshot."""
     return pack((torch.frombuffer(bytearray(snapshot), dtype=torch.uint8), None))
 
 

@@ -1,4 +1,4 @@
-"""Session of one learner: its calls in order, and whatever it takes to make them elsewhere after a loss or a move."""
+"""Session of one learner: queues its calls, and rebuilds or moves the learner after a loss or a new placement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run(Protocol):
-    """What sessions need to know of their run."""
+    """Interface of a run for its sessions."""
 
     allow: AllowList
     max_recoveries: int
@@ -38,39 +38,39 @@ class Run(Protocol):
         """Whether the proxy is closed."""
 
     def present_worker(self, client_id: str) -> Member | None:
-        """Return the worker that is to have a client's learner if it can be called now, else None."""
+        """Return the worker that a client is placed on if it can be called now, else None."""
 
     async def worker(self, client_id: str) -> Member:
-        """Wait for the worker that is to have a client's learner.
+        """Wait for the worker that a client is placed on, and return it.
 
         Raises:
-            WorkerLostError: If there is none, and none is expected.
+            WorkerLostError: If the worker is lost and no other process is expected.
         """
 
     def stays(self, client_id: str, worker: Member) -> bool:
-        """Leave a learner that cannot be captured where it is. Returns False if its worker is about to leave."""
+        """Keep a learner that cannot be captured on its worker; return False if that worker is about to leave."""
 
     def label_of(self, client_id: str) -> str:
-        """Return the name of the worker that has a client's learner, or is to have it."""
+        """Return the name of the worker that has a client's learner, or that the client is placed on."""
 
     def throttle(self, worker: Member) -> SnapshotThrottle:
-        """Return the limit for snapshots on their way to and from a worker."""
+        """Return the throttle for snapshots to and from a worker."""
 
     def next_call_id(self) -> int:
-        """Return an id for a call of the session's own."""
+        """Return an id for a call that the session makes itself."""
 
     def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine as a task until the run ends."""
 
     def relieve_journals(self) -> None:
-        """Start snapshots if the journals of all learners have outgrown their bound."""
+        """Start snapshots that bring the journals of all learners under their bound."""
 
     def warn_of_refusal(self, client_id: str, error: Exception, *, is_first: bool) -> None:
-        """Tell the user that a learner cannot be rebuilt, once for each cause."""
+        """Warn that a learner cannot be rebuilt, once per cause."""
 
 
 class Turns:
-    """A lock whose holders follow each other in the order of their requests."""
+    """FIFO lock."""
 
     __slots__ = ("_is_held", "_waiting")
 
@@ -80,21 +80,21 @@ class Turns:
 
     @property
     def is_held(self) -> bool:
-        """Whether a caller has the lock."""
+        """Whether a caller holds the lock."""
         return self._is_held
 
     def take_now(self) -> bool:
-        """Take the lock if it is free. Returns whether it was."""
+        """Acquire the lock if it is free, and return whether it was."""
         if self._is_held:
             return False
         self._is_held = True
         return True
 
     def request(self, *, first: bool = False) -> asyncio.Future[None]:
-        """Return a future that is settled when the caller has the lock.
+        """Return a future that is done when the caller holds the lock.
 
         Args:
-            first: Whether the caller comes before all who wait.
+            first: Whether to queue the caller ahead of all waiting callers.
         """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self.take_now():
@@ -106,11 +106,11 @@ class Turns:
         return turn
 
     async def take(self, *, first: bool = False) -> None:
-        """Wait for the lock. A caller that is cancelled does not have it."""
+        """Acquire the lock. A cancelled caller does not hold it."""
         await self.wait(self.request(first=first))
 
     async def wait(self, turn: asyncio.Future[None]) -> None:
-        """Wait for a requested lock. A caller that is cancelled does not have it."""
+        """Wait for a requested lock. A cancelled caller does not hold it."""
         try:
             await turn
         except asyncio.CancelledError:
@@ -118,14 +118,14 @@ class Turns:
             raise
 
     def withdraw(self, turn: asyncio.Future[None]) -> None:
-        """Give up a request, or the lock if it was granted."""
+        """Withdraw a request, or release the lock if the request was granted."""
         if turn.done() and not turn.cancelled():
             self.give()
         else:
             turn.cancel()
 
     def give(self) -> None:
-        """Hand the lock to the first who waits."""
+        """Release the lock to the first waiting caller."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -135,16 +135,16 @@ class Turns:
 
 
 class LearnerSession:
-    """Makes the calls of one learner, one at a time, in the order in which they were submitted.
+    """Session of one learner, which makes its calls one at a time, in the order of submission.
 
-    Its learner is made at the first call. If the worker is lost, the next call rebuilds the learner on another one:
-    constructor, last snapshot, calls after that. If the client is placed on another worker, the next call moves it
-    there, by a snapshot.
+    The first call creates the learner. After the loss of its worker, the next call rebuilds the learner on another
+    one: constructor, last snapshot, replay of the journal. If the client is placed on another worker, the next call
+    moves the learner there, by a snapshot.
 
     Args:
         client_id: The client.
         constructor: Keyword arguments of the learner's constructor.
-        journal: Records what rebuilds the learner.
+        journal: The learner's journal, from which it is rebuilt.
         run: The run.
     """
 
@@ -154,29 +154,29 @@ class LearnerSession:
         self._constructor = constructor
         self._journal = journal
         self._run = run
-        self._worker: Member | None = None  # that has the learner
+        self._worker: Member | None = None  # the worker that has the learner
         self._num_builds = 0
-        self._num_losses = 0  # of workers in succession that ran a call of this learner
+        self._num_losses = 0  # consecutive losses of a worker with a running call of this learner
         self._given_up: str | None = None
         self._preparing: asyncio.Task[Member] | None = None
-        self._call_id = 0  # of the user's call that is made
-        self._sent_id = 0  # of the call that was sent last, which may be one of the journal
-        self._num_reports = 0  # of its progress that were published
+        self._call_id = 0  # of the user's current call
+        self._sent_id = 0  # of the call sent last, which may be a replayed one
+        self._num_reports = 0  # published progress reports of the current call
 
     @property
     def worker(self) -> Member | None:
-        """The worker that has the learner; None if no worker has it."""
+        """The worker that has the learner; None if there is none."""
         return self._worker if self._worker is not None and not self._worker.is_gone else None
 
     @property
     def given_up(self) -> str | None:
-        """Reason why the learner is lost for good; None if it is not."""
+        """Reason why the learner was given up; None if it was not."""
         return self._given_up
 
     # Calls.
 
     async def call(self, call: Call) -> Outcome:
-        """Make a call behind those that were submitted before, again on another worker if its worker is lost."""
+        """Make a call behind the calls submitted before; if its worker is lost, repeat the call on another worker."""
         if not self.turns.take_now():
             await self.turns.take()
         self.begin(call)
@@ -208,16 +208,16 @@ class LearnerSession:
         return outcome
 
     def begin(self, call: Call) -> None:
-        """Note which call is made, for the progress that it reports."""
+        """Record the current call, for its progress reports."""
         self._call_id = self._sent_id = call.call_id
         self._num_reports = 0
 
     def send(self, call: Call) -> None:
-        """Note which call is sent, for the loss of a worker that runs it."""
+        """Record the call sent last, to find out whether a lost worker ran it."""
         self._sent_id = call.call_id
 
     def settle(self, call: Call, outcome: Outcome, num_items: int = 0) -> None:
-        """Record a call that has ended, and pass the turn on, behind a snapshot if the call cannot be repeated."""
+        """Record a call that has ended and release the lock; first take a snapshot if the call cannot be replayed."""
         self._num_losses = 0
         journal = self._journal
         journal.add(call, outcome, num_items)
@@ -230,14 +230,14 @@ class LearnerSession:
             self._run.relieve_journals()
 
     def is_next_report(self, call: Call, number: int) -> bool:
-        """Return whether a report of progress is new: a call that is made again after a loss repeats its reports."""
+        """Return whether a progress report is new; a call repeated after a loss repeats its reports."""
         if call.call_id != self._call_id or number < self._num_reports:
             return False
         self._num_reports = number + 1
         return True
 
     def lost(self, call: Call, reason: str) -> WorkerLostError:
-        """Return the error of a call whose learner is lost."""
+        """Return the error of a call that fails because its learner is lost."""
         worker = self._run.label_of(self.client_id)
         return WorkerLostError(f"{call.client_id}.{call.method} on {worker}: {reason}")
 
@@ -246,12 +246,12 @@ class LearnerSession:
         self._run.in_background(coroutine)
 
     async def settled(self) -> None:
-        """Wait for a move or a rebuild that is under way."""
+        """Wait for the end of a move or rebuild in progress."""
         if self._preparing is not None:
             await asyncio.wait([self._preparing])
 
     async def _cancel(self, call: Call, worker: Member | None) -> None:
-        """Cancel a call whose caller waits no longer, and pass the turn on when the learner is free."""
+        """Cancel a call on its worker, and release the lock when the learner is free."""
         if worker is None:  # the call was not sent
             await self.settled()
             self.turns.give()
@@ -267,12 +267,12 @@ class LearnerSession:
         self._run.durations.note(call, outcome)
         self.settle(call, outcome)
 
-    # The learner's place.
+    # Placement of the learner.
 
     def ready(self) -> Member | None:
-        """Return the learner's worker if it is where it should be, or can be made there at once; else None.
+        """Return the learner's worker if no move or rebuild is needed; else None. A new learner is registered there.
 
-        The caller has the turn.
+        The caller holds the lock.
         """
         target = self._run.present_worker(self.client_id)
         if target is None or self._given_up is not None:
@@ -285,10 +285,10 @@ class LearnerSession:
         return None
 
     async def prepared(self) -> Member:
-        """Return the learner's worker after the learner was moved or rebuilt there. The caller has the turn.
+        """Move or rebuild the learner as needed, and return its worker. The caller holds the lock.
 
         Raises:
-            WorkerLostError: If the learner was given up, or its worker is lost and none is expected.
+            WorkerLostError: If the learner was given up, or its worker is lost and no other process is expected.
         """
         if self._preparing is None:
             self._preparing = asyncio.ensure_future(self._prepare())
@@ -298,7 +298,7 @@ class LearnerSession:
     def _end_preparing(self, task: asyncio.Task[Member]) -> None:
         self._preparing = None
         if not task.cancelled():
-            task.exception()  # its caller may have been cancelled
+            task.exception()  # retrieved here, since the caller may have been cancelled
 
     async def _prepare(self) -> Member:
         while True:
@@ -322,14 +322,14 @@ class LearnerSession:
         self._worker = worker
 
     async def _build(self, worker: Member) -> None:
-        """Rebuild the learner: constructor, last snapshot, and the calls after it.
+        """Rebuild the learner: constructor, last snapshot, and replay of the journal.
 
         Raises:
             WorkerGone: If the worker is lost.
             WorkerLostError: If the learner cannot be rebuilt.
         """
         self._register(worker)
-        entries = list(self._journal.entries)  # a snapshot that is stored meanwhile drops those that it contains
+        entries = list(self._journal.entries)  # a copy: a snapshot stored meanwhile drops entries from the journal
         try:
             if (snapshot := self._journal.snapshot()) is not None:
                 async with self._run.throttle(worker).passing(len(snapshot)):
@@ -344,7 +344,7 @@ class LearnerSession:
             raise self.give_up(f"it could not be rebuilt on {worker.label}: {error}") from error
 
     async def _repeat(self, worker: Member, entry: Entry) -> Outcome:
-        """Make a call of the journal again; of a stream, as many steps as it had."""
+        """Replay a call of the journal; of a stream, as many steps as it had."""
         call = entry.call
         outcome = await worker.submit(call)
         if call.kind != "stream":
@@ -356,21 +356,21 @@ class LearnerSession:
         return await worker.cancel(call) if outcome.kind == "item" else outcome
 
     def _check_rebuilt(self, worker: Member, outcome: Outcome, *, is_failed: bool) -> None:
-        """Give the learner up if a step of its rebuilding has failed.
+        """Give the learner up if a step of its rebuild has failed.
 
         Raises:
-            WorkerLostError: If so.
+            WorkerLostError: If the step has failed.
         """
         if is_failed:
             message = outcome.failure.message if outcome.failure is not None else str(outcome.error)
             raise self.give_up(f"it could not be rebuilt on {worker.label}: {message}")
 
     async def _leave(self, worker: Member) -> None:
-        """Take the learner from a worker, with a snapshot if its calls need one.
+        """Remove the learner from a worker, after a snapshot if it was called since the last one.
 
         Raises:
             WorkerGone: If the worker is lost.
-            WorkerLostError: If the learner cannot be captured, its calls cannot be repeated, and its worker leaves.
+            WorkerLostError: If the learner cannot be captured, its journal is incomplete, and its worker leaves.
         """
         journal = self._journal
         if journal.entries or not journal.is_complete:
@@ -387,7 +387,7 @@ class LearnerSession:
         self._worker = None
 
     async def move(self) -> None:
-        """Take the learner from its worker if its client is placed on another one, before the calls that wait."""
+        """Remove the learner from its worker if its client is placed on another one, ahead of waiting calls."""
         await self.turns.take(first=True)
         try:
             worker = self.worker
@@ -397,7 +397,7 @@ class LearnerSession:
                 and self._run.present_worker(self.client_id) is not worker
             ):
                 await self._leave(worker)
-        except (WorkerGone, WorkerLostError) as error:  # the next call finds it
+        except (WorkerGone, WorkerLostError) as error:  # the next call meets the same error
             logger.info("%s was not moved: %s", self.client_id, error)
         finally:
             self.turns.give()
@@ -405,7 +405,7 @@ class LearnerSession:
     # Losses.
 
     def lose(self, worker: Member, gone: WorkerGone) -> None:
-        """Note that the learner's worker was lost. The next call rebuilds the learner, unless it is given up here."""
+        """Record the loss of the learner's worker. The next call rebuilds the learner, unless it is given up here."""
         had_learner, self._worker = self._worker is worker, None
         where = f"{worker.label} was lost ({gone.reason})"
         if self._sent_id in gone.running:
@@ -422,7 +422,7 @@ class LearnerSession:
             )
 
     def give_up(self, reason: str) -> WorkerLostError:
-        """Answer all later calls by this reason. Returns the error."""
+        """Fail all later calls for this reason, and return their error."""
         self._given_up = reason
         self._journal.forget()
         return WorkerLostError(reason)
@@ -431,7 +431,7 @@ class LearnerSession:
         """Check that the learner was not given up.
 
         Raises:
-            WorkerLostError: If it was.
+            WorkerLostError: If the learner was given up.
         """
         if self._given_up is not None:
             raise WorkerLostError(self._given_up)
@@ -439,10 +439,10 @@ class LearnerSession:
     # Snapshots.
 
     def request_snapshot(self, limit: int | None) -> None:
-        """Replace the journal by a snapshot, behind the calls that were submitted before.
+        """Replace the journal by a snapshot, taken behind the calls submitted before.
 
         Args:
-            limit: Largest size that is worth taking, in bytes; None for any.
+            limit: Largest acceptable size in bytes; None for any.
         """
         self._journal.request_snapshot()
         self._run.in_background(self._snapshot_later(limit))
@@ -452,10 +452,10 @@ class LearnerSession:
         await self._snapshot_in_turn(limit)
 
     async def _snapshot_in_turn(self, limit: int | None) -> None:
-        """Take a snapshot that was requested, and pass the turn on.
+        """Take a requested snapshot, and release the lock.
 
-        The next call need not wait until the snapshot is stored, unless the last one was cut off: what it did would
-        be missing if the learner were rebuilt now.
+        The lock is released before the snapshot is stored, unless the last call was interrupted: a rebuild without
+        the snapshot would miss that call's changes.
         """
         worker, is_cut_off, has_turn = self.worker, self._journal.needs_snapshot, True
 
@@ -484,16 +484,16 @@ class LearnerSession:
         *,
         is_required: bool = True,
     ) -> Exception | None:
-        """Take a snapshot that was requested, and keep it. The caller has the turn.
+        """Take a requested snapshot, and store it. The caller holds the lock.
 
         Args:
             worker: The learner's worker.
-            limit: Largest size that is worth taking, in bytes; None for any.
-            captured: Called when the worker has answered, before the snapshot is kept.
-            is_required: Whether the journal is of no use without the snapshot.
+            limit: Largest acceptable size in bytes; None for any.
+            captured: Called when the worker has answered, before the snapshot is stored.
+            is_required: Whether the journal is useless without the snapshot.
 
         Returns:
-            Why the learner cannot be captured; None if it can.
+            The reason why the learner cannot be captured; None if it can.
 
         Raises:
             WorkerGone: If the worker is lost.
@@ -529,9 +529,9 @@ class LearnerSession:
 
 
 class SessionStream:
-    """The steps of a stream on the worker of its learner, which it holds from the first step to the last.
+    """Steps of a stream on its learner's worker. The stream holds the learner's lock from first to last step.
 
-    If the worker is lost, the stream ends with a WorkerLostError, and the learner is rebuilt as it was before.
+    If the worker is lost, the stream ends with a WorkerLostError, and the learner is rebuilt in its last state.
 
     Args:
         session: The learner's session.
@@ -573,7 +573,7 @@ class SessionStream:
         return outcome
 
     def close(self) -> None:
-        """Close the generator. A step that is under way ends by that."""
+        """Close the generator. This ends a step in progress."""
         self._is_closed = True
         if self._has_turn and self._worker is not None:
             self._cancel()
@@ -597,7 +597,7 @@ class SessionStream:
             self._session.in_background(self._cancelled(self._is_stepping))
 
     async def _cancelled(self, was_stepping: bool) -> None:
-        """Close the generator on its worker, and pass the turn on when it has ended."""
+        """Close the generator on its worker, and release the lock when it has ended."""
         worker = self._worker
         if worker is None:
             await self._session.settled()
@@ -619,7 +619,7 @@ class SessionStream:
             self._session.settle(self._call, outcome, self._num_items)
 
     def _worker_lost(self, lost: asyncio.Future[Any]) -> None:
-        """Free the learner of an idle stream for its next call."""
+        """Release the lock of an idle stream when its worker is lost."""
         if self._worker is not None and not self._is_stepping:
             self._lose(self._worker.gone())
 
@@ -634,7 +634,7 @@ class SessionStream:
             self._session.turns.give()
 
     def _ends(self) -> bool:
-        """End the hold on the learner. Returns whether it was held."""
+        """End the hold on the lock, and return whether it was held."""
         had_turn, self._has_turn = self._has_turn, False
         if self._worker is not None:
             self._worker.lost.remove_done_callback(self._worker_lost)

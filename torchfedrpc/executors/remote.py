@@ -1,4 +1,4 @@
-"""Learners on workers: where each one lives, as workers come and go."""
+"""Learners on workers, and their placement as workers come and go."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from torchfedrpc.wire.shared import SharedValue
 
 logger = logging.getLogger(__name__)
 
-_FIRST_TIMEOUT_S = 120.0  # until a worker joins a run that has no others
+_FIRST_TIMEOUT_S = 120.0  # until the first worker joins a run without other workers
 _MAX_PLAIN_ARGUMENTS = 64
 
 
 def sources_elsewhere(config: RuntimeConfig) -> list[Source]:
-    """Return the sources of workers that listen at an address, or that join the run.
+    """Return the sources of workers that listen at an address or join the run.
 
     Raises:
         ConfigError: If the token cannot be read, or this process cannot listen.
@@ -61,14 +61,14 @@ def sources_elsewhere(config: RuntimeConfig) -> list[Source]:
 
 
 class RemoteLearners:
-    """Places clients on workers, in a world of torch RPC, and places them again as workers come and go.
+    """Learners of a run on workers in a world of torch RPC; clients are placed again as workers come and go.
 
     Args:
         config: The run's configuration.
         spec: The run.
-        sources: Where workers come from.
+        sources: The sources of workers.
         admission: Counts the journals' arguments beyond their bound.
-        durations: Notes how long cancelled calls ran.
+        durations: Records the durations of cancelled calls.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class RemoteLearners:
         self._sources = sources
         self._joined = next((source for source in sources if isinstance(source, JoinedSource)), None)
         self._workers = Workers()
-        self._places: dict[str, str] = {}  # client -> name of the worker that is to have its learner
-        self._sessions: dict[str, LearnerSession] = {}  # of clients that were called
+        self._places: dict[str, str] = {}  # client -> name of the worker that it is placed on
+        self._sessions: dict[str, LearnerSession] = {}  # of clients with at least one call
         self.journals = Journals(config, admission)
         self._group: WorkerGroup | None = None
         self._is_open = self._is_closed = False
@@ -97,9 +97,9 @@ class RemoteLearners:
         self._throttles: dict[str, SnapshotThrottle] = {}
         self._file_pool = FilePool()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._own_call_ids = itertools.count(-(1 << 40), -1)  # apart from those of a proxy and of an executor
-        self._plain_arguments: dict[bytes, Packed] = {}  # arguments without tensors, by their pickles
-        self._warned_of: set[str | None] = set()  # attributes that cannot be captured, of which a warning told
+        self._own_call_ids = itertools.count(-(1 << 40), -1)  # disjoint from the ids of a proxy and an executor
+        self._plain_arguments: dict[bytes, Packed] = {}  # cache: pickle -> arguments without tensors
+        self._warned_of: set[str | None] = set()  # attributes that cannot be captured and have had a warning
         self._num_lost = 0
         self._last_loss = ""
         self._stats_at_close: dict[str, Any] = {}
@@ -108,7 +108,7 @@ class RemoteLearners:
         """Gather the workers, form a world with them and place the clients.
 
         Raises:
-            ConfigError: If no worker can serve, or an endpoint names a worker that is not there.
+            ConfigError: If no worker can serve, or an endpoint names a worker that does not exist.
             WorkerLostError: If a worker ended meanwhile, or cannot be reached.
         """
         torch_rpc()  # fails before any process is started
@@ -128,7 +128,7 @@ class RemoteLearners:
         self._group.hear_leavers()
 
     async def close(self, reason: str) -> None:
-        """Fail the calls that are open, end the world, and let the workers go."""
+        """Fail the pending calls, end the world, and release the workers."""
         if not self._is_open:
             for source in self._sources:
                 source.abandon()
@@ -150,16 +150,16 @@ class RemoteLearners:
     # Calls.
 
     def call(self, call: Call) -> Coroutine[Any, Any, Outcome]:
-        """Run a call, a snapshot or a restore of a learner, behind the calls that were made before."""
+        """Run a call, a snapshot or a restore of a learner, behind the calls submitted before."""
         session = self._sessions.get(call.client_id) or self._session(call.client_id)
         return session.call(call)
 
     def stream(self, call: Call) -> SessionStream:
-        """Return the steps of a stream, which opens with its first one."""
+        """Return the steps of a stream. The first step opens it."""
         return SessionStream(self._session(call.client_id), call)
 
     async def capture(self, call: Call) -> Outcome | None:
-        """Take a snapshot for a consistent cut; None if the learner was given up."""
+        """Take a learner's part of a consistent snapshot; None if the learner was given up."""
         session = self._session(call.client_id)
         return None if session.given_up is not None else await self.call(call)
 
@@ -174,16 +174,16 @@ class RemoteLearners:
         await Batches(self, reduction, progress, ended, self._config.call_timeout_s).run(parts)
 
     def take_value(self, obj: Any) -> Packed:
-        """Pack an object as it is now, for one call."""
+        """Pack the present value of an object, for one call."""
         return pack(obj)
 
     def take_shared(self, obj: Any) -> Packed:
-        """Pack an object as it is now, for several calls: in files, if any worker can map these."""
+        """Pack the present value of an object, for several calls; in shared memory files if a worker can map them."""
         members = self._opened().members.values()
         return pack(obj, in_files=any(one.sees_files for one in members), pool=self._file_pool)
 
     def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
-        """Pack the arguments of a call. Journals keep them, and calls of a round often have the same few numbers."""
+        """Pack the arguments of a call. Equal arguments without tensors are cached, since journals keep them."""
         parcel = pack((args, kwargs), may_refer=True)
         if parcel.slots or parcel.apart:
             return parcel
@@ -192,17 +192,17 @@ class RemoteLearners:
         return self._plain_arguments.setdefault(parcel.head, parcel)
 
     def unshare(self, value: SharedValue) -> None:
-        """Free a shared value on all workers that keep it."""
+        """Free a shared value on all workers."""
         if self._group is not None:
             for member in self._group.members.values():
                 if member.client is not None:
                     member.client.unshare(value)
 
     def rref(self, client_id: str) -> Any:
-        """Return a learner's RRef. A learner that was not called yet is registered for that.
+        """Return a learner's RRef. A learner without calls is registered for that.
 
         Raises:
-            WorkerLostError: If it has none now.
+            WorkerLostError: If the learner has no RRef now.
         """
         session = self._session(client_id)
         worker = session.worker
@@ -224,12 +224,12 @@ class RemoteLearners:
         raise WorkerLostError(f"{client_id} on {label}: {reason}")
 
     def workers(self) -> list[str]:
-        """Return the names of the workers: ``worker1`` and so on, and the addresses of those that listen."""
+        """Return the names of the workers: ``worker1`` and so on, and the addresses of listening workers."""
         return [worker.label for worker in self._workers if worker.machine is not None]
 
     @property
     def join_address(self) -> str | None:
-        """Address at which workers can join the run, ``HOST:PORT``; None if they cannot."""
+        """Address ``HOST:PORT`` at which workers can join the run; None if the run does not accept workers."""
         return self._joined.address if self._joined is not None else None
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
@@ -250,17 +250,17 @@ class RemoteLearners:
             "workers": {member.label: {"learners": len(member.registrations)} for member in members},
         }
 
-    # The sessions' run.
+    # Interface for sessions.
 
     def present_worker(self, client_id: str) -> Member | None:
-        """Return the worker that is to have a client's learner if it can be called now, else None."""
+        """Return the worker that a client is placed on if it can be called now, else None."""
         return self._workers.present.get(self._places[client_id])
 
     async def worker(self, client_id: str) -> Member:
-        """Wait for the worker that is to have a client's learner.
+        """Wait for the worker that a client is placed on, and return it.
 
         Raises:
-            WorkerLostError: If there is none, and none is expected.
+            WorkerLostError: If the worker is lost and no other process is expected.
         """
         return await self._workers.wait_for(lambda: self._places[client_id])
 
@@ -273,7 +273,7 @@ class RemoteLearners:
         return True
 
     def label_of(self, client_id: str) -> str:
-        """Return the name of the worker that has a client's learner, or is to have it."""
+        """Return the name of the worker that has a client's learner, or that the client is placed on."""
         session = self._sessions.get(client_id)
         worker = session.worker if session is not None else None
         return worker.label if worker is not None else self._places[client_id]
@@ -281,11 +281,11 @@ class RemoteLearners:
     worker_of = label_of
 
     def throttle(self, worker: Member) -> SnapshotThrottle:
-        """Return the limit for snapshots on their way to and from a worker."""
+        """Return the throttle for snapshots to and from a worker."""
         return self._throttles.setdefault(worker.label, SnapshotThrottle(self._budget))
 
     def next_call_id(self) -> int:
-        """Return an id for a call of the run's own."""
+        """Return an id for a call that the run makes itself."""
         return next(self._own_call_ids)
 
     def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -300,12 +300,12 @@ class RemoteLearners:
             logger.error("a task of the run failed", exc_info=error)
 
     def relieve_journals(self) -> None:
-        """Start snapshots: the journals of all learners have outgrown their bound."""
+        """Start snapshots that bring the journals of all learners under their bound."""
         for journal, limit in self.journals.relief():
             self._sessions[journal.client_id].request_snapshot(limit)
 
     def warn_of_refusal(self, client_id: str, error: Exception, *, is_first: bool) -> None:
-        """Tell the user that a learner cannot be rebuilt, once for each attribute that cannot be captured."""
+        """Warn that a learner cannot be rebuilt, once per attribute that cannot be captured."""
         message = f"{client_id} could not be rebuilt if its worker were lost: {error}"
         attribute = getattr(error, "attribute", None)
         if attribute in self._warned_of:
@@ -314,10 +314,10 @@ class RemoteLearners:
         self._warned_of.add(attribute)
         try:
             warnings.warn(f"{message} (this is said once, of the first such client)", stacklevel=2)
-        except Exception:  # warnings are errors, which no caller is here to catch
+        except Exception:  # warnings are errors here, and no caller can handle them
             logger.warning(message)
 
-    # Workers come and go; the group calls these.
+    # Interface for the worker group.
 
     @property
     def is_closed(self) -> bool:
@@ -326,18 +326,18 @@ class RemoteLearners:
 
     @property
     def expects_workers(self) -> bool:
-        """Whether others may come when none is left."""
+        """Whether further workers may come if none is left."""
         return any(source.expects_workers for source in self._sources)
 
     def worker_leaving(self, member: Member) -> None:
-        """Move the learners of a worker that asks to leave, then let it go."""
+        """Move the learners of a worker that asks to leave, then release it."""
         logger.info("%s leaves: its learners are moved", member.label)
         self._workers.leave(member.label)
         self._place_again(self._clients_of(member.label))
         self.in_background(self._drain(member))
 
     def worker_lost(self, member: Member, loss: Loss) -> None:
-        """Note that a worker is gone. Its learners are rebuilt by their next calls."""
+        """Record the loss of a worker. The next calls of its learners rebuild them."""
         self._num_lost += 1
         self._spec.publish(WorkerLost(member.label, loss.reason))
         where = self._last_loss = f"{member.label} was lost ({loss.reason})"
@@ -347,11 +347,11 @@ class RemoteLearners:
         self._workers.lose(member.label, where)
         reason = f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it"
         self._workers.give_up(member.label, reason)
-        for client_id in self._clients_of(member.label):  # those whose move it ends stay where they are
+        for client_id in self._clients_of(member.label):  # an interrupted move leaves the learner where it was
             self._places[client_id] = self.label_of(client_id)
 
     def world_formed(self, generation: int, seconds: float) -> None:
-        """Note that the workers can be called again, and give those that are new their share of the clients."""
+        """Record that the workers can be called again, and place clients on new workers."""
         self._spec.publish(WorldFormed(generation, seconds))
         newcomers = [member.label for member in self._opened().members.values() if self._workers.serve(member)]
         for label in newcomers:
@@ -361,7 +361,7 @@ class RemoteLearners:
         self._workers.changed()
 
     def world_failed(self, error: ConfigError | WorkerLostError) -> None:
-        """Fail all calls: no worker can be called any more."""
+        """Fail all calls, since no worker can be called for the rest of the run."""
         self._workers.fail(error)
 
     def _reported(self, call: Call, number: int, progress: Packed) -> None:
@@ -375,7 +375,7 @@ class RemoteLearners:
             self._opened().admit(member)
 
     async def _gather(self) -> list[Member]:
-        """Return the workers of all sources, by rank."""
+        """Return the workers of all sources, in the order of their ranks."""
         gathering = [asyncio.ensure_future(source.gather()) for source in self._sources]
         try:
             gathered = await asyncio.gather(*gathering)
@@ -389,11 +389,11 @@ class RemoteLearners:
         return [member for members in gathered for member in members]
 
     async def _first_to_join(self) -> None:
-        """Wait until a run that has no other workers can call one that has joined.
+        """Wait until a worker has joined and can be called, in a run without other workers.
 
         Raises:
-            ConfigError: If none that can serve joined within 120 s, or a setting of this process is wrong for any.
-            WorkerLostError: If no world could be formed with those that joined.
+            ConfigError: If no suitable worker joined within 120 s, or a setting of this process suits no worker.
+            WorkerLostError: If no world could be formed with the workers that joined.
         """
         assert self._joined is not None
         print(f"waiting for a worker: {self._joined.command}", file=sys.stderr, flush=True)
@@ -402,7 +402,7 @@ class RemoteLearners:
                 async with asyncio.timeout(_FIRST_TIMEOUT_S):
                     await self._workers.next_change()
             except TimeoutError:
-                if self._opened().is_taking_in:  # for no longer than that takes at most
+                if self._opened().is_taking_in:  # bounded by the timeout of forming a world
                     continue
                 why = f" ({self._last_loss})" if self._last_loss else ""
                 raise ConfigError(
@@ -413,7 +413,7 @@ class RemoteLearners:
             raise self._workers.failure
 
     async def _drain(self, member: Member) -> None:
-        """Take all learners from a worker, and let it go."""
+        """Move all learners off a worker, and release it."""
         moving = [session for session in self._sessions.values() if session.worker is member]
         await asyncio.gather(*(session.move() for session in moving))
         worker = self._workers.get(member.label)
@@ -425,7 +425,7 @@ class RemoteLearners:
         self._do_without(member, f"{member.label} has left")
 
     def _do_without(self, member: Member, where: str) -> None:
-        """Let the clients of a worker that is gone wait for the next one of its name, or place them on others."""
+        """Let the clients of a lost worker wait for its replacement, or place them on other workers."""
         label = member.label
         worker = self._workers[label]
         keeps_place = worker.source.lost(member)
@@ -447,12 +447,12 @@ class RemoteLearners:
         self._places = place_clients(list(self._spec.clients), self._config.client_endpoints, machines)
 
     def _place_again(self, clients: Sequence[str]) -> None:
-        """Place clients on the workers that are there, if their endpoints admit any."""
+        """Place clients on present workers, as far as their endpoints allow."""
         self._places |= place_again(clients, self._config.client_endpoints, self._present(), self._places)
         self._workers.changed()
 
     def _balance(self) -> None:
-        """Give workers that have come their share of the clients, whose learners move between two calls."""
+        """Give new workers an equal share of the clients. Their learners move between two calls."""
         endpoints = self._config.client_endpoints
         self._place_again(
             [
@@ -462,7 +462,7 @@ class RemoteLearners:
                 and (place not in self._workers or self._workers[place].member is None)
             ]
         )
-        # Workers that are about to be replaced keep their share.
+        # Workers with a replacement on its way keep their share.
         present = self._present()
         labels = [
             worker.label
@@ -480,7 +480,7 @@ class RemoteLearners:
                 worker.stop_waiting()
 
     def _present(self) -> dict[str, str]:
-        """Return the workers that clients can be placed on: name -> machine."""
+        """Return name -> machine of the workers that clients can be placed on."""
         return {
             worker.label: worker.member.machine
             for worker in self._workers
