@@ -1,1 +1,1 @@
-"""Sums and means of results, formed on the workers."""
+"""Sums and means of results, computed on the workers."""

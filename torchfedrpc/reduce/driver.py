@@ -1,4 +1,4 @@
-"""A reduction on the driver: its clients, its calls' ends as they come, and its value."""
+"""Reduction on the driver: its clients, the ends of its calls, and its value."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torchfedrpc.wire.packing import Packed, pack
 
 
 class Reduction:
-    """The clients of a reduction, whose results are merged in this order, and the reducer.
+    """Clients of a reduction, in the order in which their results are merged, and its reducer.
 
     Args:
-        prototype: The reducer without any result.
+        prototype: An empty reducer.
         client_ids: The clients, by place.
 
     Attributes:
-        prototype: The reducer, packed, to be copied for each use.
+        prototype: The packed reducer, copied for each use.
         client_ids: The clients, by place.
 
     Raises:
@@ -46,18 +46,18 @@ class Reduction:
         return Forest(self._reducer, range(len(self.client_ids)))
 
     async def finish(self, nodes: Sequence[Node]) -> Any:
-        """Return the value of partial results that count one client at least.
+        """Merge partial results of at least one client, and return the value.
 
         Raises:
             MergeError: If two of them cannot be merged.
-            Exception: What the reducer's ``finish`` raised.
+            Exception: If the reducer's ``finish`` raised it.
         """
         if are_small(reducer for _, _, reducer, _ in nodes):
             return self._finish(nodes, torch.get_num_threads())
         return await asyncio.to_thread(self._finish, nodes, torch.get_num_threads())
 
     def _finish(self, nodes: Iterable[Node], num_threads: int) -> Any:
-        """Set this thread's number of threads first: a reducer's own sums have other bits with another number."""
+        """Set this thread's number of threads first, since it affects the bits of a user-defined reducer's sums."""
         before = torch.get_num_threads()
         torch.set_num_threads(num_threads)
         try:
@@ -68,40 +68,40 @@ class Reduction:
                 forest.skip(place)
             value, _ = forest.finish()
             return value
-        except StopIteration as error:  # a future cannot raise it, and its awaiter would wait for ever
+        except StopIteration as error:  # a future cannot raise it, so its awaiter would hang
             raise RuntimeError(f"the reducer raised StopIteration: {error}") from error
         finally:
             torch.set_num_threads(before)
 
 
 class BatchWorker(Protocol):
-    """A process that runs batches."""
+    """Process that runs batches."""
 
     label: str
 
     async def run_batch(self, batch: Batch) -> Outcome:
-        """Run a batch, or join it. Returns its (first) outcome."""
+        """Run a batch, or attach to a running one, and return its first outcome."""
 
     async def advance(self, batch: Batch, num_known: int, /) -> Outcome:
-        """Ask a watched batch for the calls that have ended after the first ``num_known``, or for its end."""
+        """Request the calls of a watched batch that have ended after the first ``num_known``, or the batch's end."""
 
     def cancel_batch(self, batch: Batch) -> None:
         """Cancel the calls of a batch that have not ended."""
 
 
 class ReduceProgress:
-    """What a reduction has come to so far: ends of calls and partial results, noted by the executors that run it.
+    """Progress of a reduction: ends of calls and partial results, reported by the executors that run it.
 
     Args:
-        is_watched: Whether the end of each call is needed as soon as it comes, for a deadline or a quorum.
+        is_watched: Whether the end of each call is reported at once, for a deadline or a quorum.
 
     Attributes:
-        is_watched: Whether the end of each call is needed as soon as it comes.
-        ended: Clients whose calls have ended, each with its error, None for success; the reader removes them.
+        is_watched: Whether the end of each call is reported at once.
+        ended: Queue of clients with ended calls, each with its error or None; the reader removes them.
         has_ended: Set when a call ends.
-        succeeded: Clients whose last end was a success.
+        succeeded: Clients with a success as their last end.
         nodes: Partial results.
-        stopped: Set when the calls that have not ended are cancelled.
+        stopped: Set when the pending calls are cancelled.
     """
 
     def __init__(self, *, is_watched: bool = False) -> None:
@@ -114,7 +114,7 @@ class ReduceProgress:
         self._open: dict[tuple[str, int], tuple[BatchWorker, Batch]] = {}
 
     def note(self, client_id: str, error: Exception | None) -> None:
-        """Note the end of a client's call. A call that is made again after a loss may end twice."""
+        """Record the end of a client's call. A call repeated after a loss may end twice."""
         if error is None:
             self.succeeded.add(client_id)
         else:
@@ -124,11 +124,11 @@ class ReduceProgress:
 
     @property
     def waited_for(self) -> list[str]:
-        """The workers whose partial results have not come, for messages."""
+        """Workers with outstanding partial results, for messages."""
         return list(dict.fromkeys(worker.label for worker, _ in self._open.values()))
 
     def stop(self) -> None:
-        """Cancel the calls that have not ended."""
+        """Cancel the pending calls."""
         self.stopped.set()
         for worker, batch in self._open.values():
             worker.cancel_batch(batch)
@@ -142,7 +142,7 @@ class ReduceProgress:
             note: Receives place and outcome of each call that ends before the batch, if the batch is watched.
 
         Returns:
-            The final outcome, with those of all calls.
+            The final outcome, which contains the outcomes of all calls.
         """
         self._open[worker.label, batch.call_id] = worker, batch
         try:
@@ -158,7 +158,7 @@ class ReduceProgress:
 
 
 class Gathering:
-    """Partial results of an executor that reduces nothing on its workers: its calls return their results here.
+    """Partial results of an executor that does not reduce on its workers: results are merged on the driver.
 
     Args:
         reduction: The reduction.
@@ -171,7 +171,7 @@ class Gathering:
         self._forest = reduction.forest()
 
     def add(self, client_id: str, method: str, result: Any) -> None:
-        """Add a client's result; an error of the reducer is the error of this client's call."""
+        """Add a client's result. An error of the reducer counts as the error of this client's call."""
         try:
             self._forest.add(self._reduction.place_of(client_id), result)
         except Exception as error:
@@ -181,7 +181,7 @@ class Gathering:
             self._progress.note(client_id, None)
 
     def finish(self) -> None:
-        """Hand the partial results over.
+        """Report the partial results.
 
         Raises:
             MergeError: If two results cannot be merged.
@@ -190,7 +190,7 @@ class Gathering:
 
 
 async def all_ended(tasks: Sequence[asyncio.Future[None]]) -> None:
-    """Wait for all tasks, then raise the error of the first that failed. They are cancelled with the caller."""
+    """Wait for all tasks, then raise the error of the first failed one. Cancelling the caller cancels the tasks."""
     try:
         answers = await asyncio.gather(*tasks, return_exceptions=True)
     finally:

@@ -1,25 +1,26 @@
-"""Sums and means of tensors: the dtype in which each is kept, and what becomes of it at the end.
+"""Numerics of sums and means of tensors: dtypes of intermediate sums, rounding, and error bounds.
 
-| values | kept in | their mean | their sum |
+| values | dtype of the sum | result of a mean | result of a sum |
 | --- | --- | --- | --- |
 | floats of at most 32 bits | float32, then float64 | in their dtype | in their dtype |
 | float64 | float64 | float64 | float64 |
-| complex | as of their parts | in their dtype | in their dtype |
-| integers | float64, for a sum int64 | the nearest integer, halves to even, in their dtype | exact, in their dtype |
-| bool | float64, for a sum bool | true where more than half of the weight is | true where any is, as of ``+`` |
+| complex | by their real and imaginary parts | in their dtype | in their dtype |
+| integers | float64, for a sum int64 | nearest integer, halves to even, in their dtype | exact, in their dtype |
+| bool | float64, for a sum bool | true for more than half of the weight | true if any is, as with ``+`` |
 
-Every operation here works number by number, so its bits depend on its operands alone: not on strides, threads or
-the place in a vector register. A mean of integers is exact before it is rounded as long as the weights are integers
-and the weighted sum stays below 2**53.
+Every operation here is elementwise, so its bits depend only on its operands: not on strides, threads or the position
+in a vector register. A mean of integers is exact before it is rounded if the weights are integers and the weighted
+sum stays below 2**53.
 
-How exact: let u be half an ulp, 2**-24 in float32. A client's value ``w * x`` is rounded where the weight is no
-float32 (integers up to 2**24 are), in the product, in each of at most `NUM_FLOAT32_SUMS` sums on the way to the root,
-and in the quotient; above, sums are kept in float64, whose roundings are nothing beside these. So whatever the
-values and however many, a mean is within ``(1 + 1 + 5 + 1) u``, which is 4 ulp, of the exact one, relative to the
-mean of the magnitudes ``|x|``; a sum is within 3 ulp. (Pairwise summation: Higham, Accuracy and Stability of
-Numerical Algorithms, section 4.2.) Without float64 the bound would grow with log2 of the number of clients, and be
-met where one client's values dominate. A result of fewer bits is rounded once more, by half an ulp of its dtype. Of
-values in float64 the bound is ``(d + 3) u``, where d is the number of sums on the longest way and u is 2**-53.
+Error bound: let u be half an ulp, 2**-24 in float32. A client's value ``w * x`` is rounded if the weight is not
+representable in float32 (integers up to 2**24 are), in the product, in each of at most `NUM_FLOAT32_SUMS` sums on the
+way to the root, and in the quotient. Further sums are kept in float64; their rounding errors are negligible. So for
+any values and any number of clients, a mean is within ``(1 + 1 + 5 + 1) u``, which is 4 ulp, of the exact one,
+relative to the mean of the magnitudes ``|x|``; a sum is within 3 ulp. (Pairwise summation: Higham, Accuracy and
+Stability of Numerical Algorithms, section 4.2.) Without float64 the bound would grow with log2 of the number of
+clients, and would be reached if one client's values dominate. A result with fewer bits is rounded once more, by half
+an ulp of its dtype. For float64 values the bound is ``(d + 3) u``, with d the number of sums on the longest path and
+u = 2**-53.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ import torch
 from torch import Tensor
 
 NUM_FLOAT32_SUMS = 5
-"""So many sums in a row are kept in float32: those of 32 clients, in a balanced tree."""
+"""Number of consecutive sums in float32: those of 32 clients, in a balanced tree."""
 
 _WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 def weighted(tensor: Tensor, weight: float = 1, *, exact: bool = False, out: Tensor | None = None) -> Tensor:
-    """A tensor times a weight, to add others to; one that is held in memory of its own.
+    """Return a tensor times a weight, in separate memory, as a term of a sum.
 
     Args:
-        tensor: dense or in COO layout, of any shape, dtype and device.
-        weight: finite; 1 gives a copy.
-        exact: for a sum rather than a mean: integers are kept as int64 and booleans as they are.
-        out: what `weighted` returned for another tensor of this shape and device, to be overwritten where it can be.
+        tensor: Dense or in COO layout, of any shape, dtype and device.
+        weight: Finite; 1 returns a copy.
+        exact: Whether for a sum rather than a mean: integers are kept as int64 and booleans as bool.
+        out: A result of `weighted` for another tensor of this shape and device; overwritten if possible.
     """
     plain, dtype = tensor.detach(), _kept_dtype(tensor.dtype, exact=exact)
     if type(plain) is not Tensor:
@@ -54,12 +55,12 @@ def weighted(tensor: Tensor, weight: float = 1, *, exact: bool = False, out: Ten
 
 
 def added(total: Tensor, other: Tensor, num_sums: int) -> Tensor:
-    """The sum of two that were kept for tensors of one shape and kind, on the first one's device.
+    """Return the sum of two results for tensors of one shape and kind, on the first one's device.
 
     Args:
-        total: is used up, as a rule by being the sum.
-        other: what to add.
-        num_sums: how many sums are on the longest way from a client to this one, this one included.
+        total: The first term; consumed, usually overwritten with the sum.
+        other: The second term.
+        num_sums: Number of sums on the longest path from a client to this one, inclusive.
     """
     if num_sums > NUM_FLOAT32_SUMS:
         total = total.to(_WIDER.get(total.dtype, total.dtype))
@@ -69,32 +70,32 @@ def added(total: Tensor, other: Tensor, num_sums: int) -> Tensor:
 
 
 def mean_from(total: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
-    """The mean, of the weighted sum and the sum of the weights; ``total`` is used up.
+    """Return the mean, from the weighted sum and the sum of the weights; ``total`` is consumed.
 
     Args:
-        total: a sum of what `weighted` returned.
-        weight: above 0.
-        dtype: that of the values.
+        total: A sum of results of `weighted`.
+        weight: The sum of the weights; above 0.
+        dtype: The dtype of the values, and of the result.
     """
     divisor = torch.full((), float(weight), dtype=_parts(total).dtype)
     if divisor.item() != weight:
         total = total.to(_WIDER.get(total.dtype, total.dtype))
         divisor = torch.full((), float(weight), dtype=torch.float64)
-    _parts(total).div_(divisor.to(total.device))  # by what lies beside it: CUDA multiplies by a number's reciprocal
+    _parts(total).div_(divisor.to(total.device))  # by a tensor: CUDA multiplies by the reciprocal of a number
     if dtype == torch.bool:
         return total > 0.5
     return total.to(dtype) if _is_inexact(dtype) else total.round_().to(dtype)
 
 
 def sum_from(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum in the dtype of the values; it may be ``total`` itself.
+    """Return the sum in the dtype of the values; it may be ``total`` itself.
 
     Args:
-        total: a sum of what `weighted` returned with ``exact=True``. Sums of 64-bit integers wrap, as theirs do.
-        dtype: that of the values.
+        total: A sum of results of `weighted` with ``exact=True``. Sums of 64-bit integers wrap, as in torch.
+        dtype: The dtype of the values, and of the result.
 
     Raises:
-        ValueError: it does not fit into an integer of fewer bits.
+        ValueError: If the sum does not fit into an integer dtype of fewer bits.
     """
     if total.dtype == torch.int64 and dtype.itemsize < torch.int64.itemsize and total.numel():
         bounds, least, most = torch.iinfo(dtype), int(total.min()), int(total.max())
@@ -104,7 +105,7 @@ def sum_from(total: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    """What has to agree between the values of a sum; their numbers of bits need not."""
+    """Return the kind of a dtype. The values of a sum must agree in kind, but may differ in number of bits."""
     if dtype.is_complex:
         return "complex"
     if dtype.is_floating_point:
@@ -132,5 +133,5 @@ def _scaled(total: Tensor, weight: float) -> Tensor:
 
 
 def _parts(tensor: Tensor) -> Tensor:
-    """Real and imaginary parts, to be scaled by a real number as such: complex arithmetic would round more often."""
+    """Return a view of real and imaginary parts, to scale them separately: complex arithmetic rounds more often."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,10 +1,10 @@
-"""Reducers: what a group's results come to, formed where the learners are.
+"""Reducers: sums and means of a group's results, computed on the workers.
 
-A reducer begins empty. `add` takes a client's result, `merge` takes what another reducer has taken, `finish` gives
-the value. Copies of one are sent to the workers, and come back with what they have taken.
+A reducer starts empty. `add` takes a client's result, `merge` takes the state of another reducer, `finish` returns
+the value. Copies of a reducer are sent to the workers and return with partial results.
 
-How exact, and what becomes of integers and booleans: `torchfedrpc.reduce.numerics`. A mean is within 4 ulp of the
-exact one relative to the mean of the magnitudes, however many clients there are.
+`torchfedrpc.reduce.numerics` describes precision, and the treatment of integers and booleans. A mean is within 4 ulp
+of the exact one relative to the mean of the magnitudes, for any number of clients.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ Keys = Key | Sequence[Key]
 
 
 class Reducer(Protocol):
-    """What a reducer has to have; it and what it has taken must pickle."""
+    """Interface of a reducer. The reducer and its state must be picklable."""
 
     def add(self, result: Any, /) -> Any:
-        """Take a client's result."""
+        """Add a client's result."""
 
     def merge(self, other: Any, /) -> Any:
-        """Take what another reducer of this class has taken: of clients that come after one's own, in order.
+        """Add the state of another reducer of this class, with results of clients that come later in order.
 
-        The other one is not used again, so its memory may be kept.
+        The other reducer is not used again, so its memory may be reused.
         """
 
     def finish(self) -> Any:
-        """The value; nothing is asked of the reducer afterwards."""
+        """Return the value. The reducer is not used again."""
 
 
 @dataclass(slots=True)
 class Entry:
-    """What has been added up for one tensor, array or number of the value.
+    """Sum for one tensor, array or number of the value.
 
     Attributes:
-        total: in the dtype that `torchfedrpc.reduce.numerics` gives; of numbers in Python's own.
-        dtype: that of the tensors or arrays; None for numbers.
-        is_array: whether it becomes a numpy array.
+        total: The sum, in the dtype that `torchfedrpc.reduce.numerics` specifies; for numbers a Python number.
+        dtype: Dtype of the tensors or arrays; None for numbers.
+        is_array: Whether the result is a numpy array.
     """
 
     total: Any
@@ -66,7 +66,7 @@ class Entry:
         return f"{form} of {name} {list(self.total.shape)}"
 
     def matches(self, other: Entry) -> bool:
-        """Whether the two can be added: numbers, or tensors of one shape and of dtypes of one kind."""
+        """Return whether two entries can be added: numbers, or tensors of one shape and of dtypes of one kind."""
         if self.dtype is None or other.dtype is None:
             return self.dtype is other.dtype
         same_form = self.is_array == other.is_array and self.total.layout is other.total.layout
@@ -74,11 +74,11 @@ class Entry:
         return same_form and same_shape and kind_of(self.dtype) == kind_of(other.dtype)
 
     def take(self, other: Entry, num_sums: int) -> None:
-        """Add the other one's total, which that has no more then: one by one they need no memory together.
+        """Add the other entry's total and drop it there; entry by entry this bounds the memory in use.
 
         Args:
-            other: one that matches.
-            num_sums: how many sums are on the longest way to here, this one included.
+            other: An entry that matches.
+            num_sums: Number of sums on the longest path to this one, inclusive.
         """
         total, mine = other.total, self.total
         other.total = self.total = None
@@ -86,28 +86,26 @@ class Entry:
 
 
 class BuiltinReducer:
-    """The base of the reducers of this library.
+    """Base class of the reducers of this library.
 
-    The value of a client is a tensor, a numpy array, a number, or dicts, lists and tuples of those, nested as one
-    likes: a state dict, a dict of metrics. All clients have the same keys, lengths and shapes, and the same kinds
-    of dtype (bool, integer, float, complex); the result has the structure and the dtypes of the client that comes
-    first in order, with plain dicts, lists and tuples, plain tensors without gradient, and arrays. numpy's scalars
-    count as numbers.
+    The value of a client is a tensor, a numpy array, a number, or a nested structure of dicts, lists and tuples of
+    those, such as a state dict or a dict of metrics. All clients must have the same keys, lengths, shapes and kinds
+    of dtype (bool, integer, float, complex). The result has the structure and dtypes of the first client in order,
+    with plain dicts, lists and tuples, plain tensors without gradient, and arrays. numpy's scalars count as numbers.
 
-    `add` copies what it keeps and does not own, so learners may go on changing what they returned.
+    `add` copies the tensors that it keeps, so learners may modify returned values afterwards.
 
     Args:
-        value: what to take of a result: a key where it is a mapping, an attribute of another object, or an index of
-            a tuple or list. Several of these, as a tuple or list, make a dict of what they name. None takes the
-            result as a whole.
+        value: The part of a result to reduce: a key of a mapping, an attribute of another object, or an index of a
+            tuple or list. A tuple or list of these selects a dict of several parts. None: The whole result.
     """
 
     _exact: ClassVar[bool] = False
 
     def __init__(self, value: Keys | None = None) -> None:
         self.value = value
-        # The value's structure with an Entry for each tensor, array and number; the sum of the weights; and how many
-        # sums are on the longest way from a client's value to the entries.
+        # The value's structure with an Entry for each tensor, array and number; the sum of the weights; and the
+        # number of sums on the longest path from a client's value to the entries.
         self._entries: Any = None
         self._weight: float = 0
         self._num_sums = 0
@@ -116,15 +114,15 @@ class BuiltinReducer:
         return f"{type(self).__name__}(value={self.value!r})"
 
     def add(self, result: Any, /) -> None:
-        """Take a client's result.
+        """Add a client's result.
 
         Args:
-            result: of one client.
+            result: The result of one client.
 
         Raises:
-            ValueError: it lacks a key or has an unusable weight, or does not match what was added before; then
-                nothing was taken.
-            TypeError: it holds something that cannot be added up.
+            ValueError: If the result lacks a key, has an invalid weight, or does not match earlier results; nothing
+                is added then.
+            TypeError: If the result contains a value that cannot be summed.
         """
         weight = self._weigh(result)
         if weight == 0:
@@ -134,20 +132,20 @@ class BuiltinReducer:
             self._take(entries, weight, num_sums=0)
 
     def merge(self, other: Self, /) -> None:
-        """Take what the other one has taken, and leave it empty.
+        """Add the state of another reducer, and empty that one.
 
         Raises:
-            ValueError: the values do not match; then nothing was taken.
+            ValueError: If the values do not match; nothing is added then.
         """
         with PlainTensors():
             self._take(other._entries, other._weight, other._num_sums)
         other._clear()
 
     def finish(self) -> Any:
-        """The value, and leave the reducer empty.
+        """Return the value, and empty the reducer.
 
         Raises:
-            ValueError: nothing was added, or a sum of integers does not fit into their dtype.
+            ValueError: If no result was added, or a sum of integers does not fit into their dtype.
         """
         entries, weight = self._entries, self._weight
         if entries is None:
@@ -193,18 +191,19 @@ class BuiltinReducer:
 
 
 class WeightedMean(BuiltinReducer):
-    """The mean of the clients' values by their weights, as in FedAvg (McMahan et al. 2017).
+    """Mean of the clients' values by their weights, as in FedAvg (McMahan et al. 2017).
 
-    ``sum(weight * value) / sum(weight)``, in the dtypes of the values. Of tensors and arrays of integers it is the
-    nearest integer, halves to even (BatchNorm's counters stay what they are), and of booleans true where more than
-    half of the weight says so. Of numbers, ints too, it is a float (or complex), since they are metrics rather than
-    counters. The sum may overflow where the mean would not, as sums in float32 do from 3.4e38 on.
+    ``sum(weight * value) / sum(weight)``, in the dtypes of the values. For tensors and arrays of integers the result
+    is the nearest integer, halves to even (so that BatchNorm's counters stay integers); for booleans it is true if
+    values with more than half of the weight are. For numbers, ints included, the result is a float (or complex),
+    since numbers are metrics rather than counters. The sum may overflow even if the mean would not, as sums in
+    float32 do from 3.4e38 on.
 
     Args:
-        value: what to average; see `BuiltinReducer`.
-        weight: where the result has its weight: a number, or a tensor or array of one, finite and not negative, such
-            as the count of samples. Ints stay exact. A client of weight 0 does not count, and nothing else of its
-            result is looked at.
+        value: The values to average; see `BuiltinReducer`.
+        weight: Key of the weight in the result: a number, or a tensor or array of one number, finite and not
+            negative, such as the count of samples. Ints stay exact. A client of weight 0 is not counted, and the
+            rest of its result is ignored.
     """
 
     def __init__(self, value: Keys | None = "model_weights", weight: Key = "num_samples") -> None:
@@ -222,23 +221,23 @@ class WeightedMean(BuiltinReducer):
 
 
 class Mean(BuiltinReducer):
-    """The mean of the clients' values, all counting alike; integers and booleans as `WeightedMean` has them.
+    """Mean of the clients' values with equal weights; integers and booleans are treated as in `WeightedMean`.
 
     Args:
-        value: what to average; see `BuiltinReducer`. None: the result as a whole, as of a method that returns a loss
+        value: The values to average; see `BuiltinReducer`. None: The whole result, for a method that returns a loss
             or a dict of metrics.
     """
 
 
 class Sum(BuiltinReducer):
-    """The sum of the clients' values, in their dtypes.
+    """Sum of the clients' values, in their dtypes.
 
-    Of tensors and arrays of integers it is exact, and an error where it does not fit into their dtype (those of 64
-    bits wrap); of booleans it is true where any is, as ``+`` has it for tensors and arrays. Of numbers it is as exact
-    as Python's: ints of any size, True counting 1.
+    For tensors and arrays of integers the sum is exact, and an error if it does not fit into their dtype (sums of 64
+    bits wrap). For booleans it is true if any value is, as with ``+`` of tensors and arrays. For numbers it is as
+    exact as Python's: ints of any size; True counts as 1.
 
     Args:
-        value: what to add up; see `BuiltinReducer`. None: the result as a whole.
+        value: The values to sum; see `BuiltinReducer`. None: The whole result.
     """
 
     _exact = True
@@ -248,12 +247,12 @@ class Sum(BuiltinReducer):
 
 
 def is_builtin(reducer: Reducer) -> bool:
-    """Whether it is known to copy what it adds and does not own, and to run no code of the user's."""
+    """Return whether a reducer is known to copy the results that it keeps, and to run no user code."""
     return type(reducer) in (WeightedMean, Mean, Sum)
 
 
 def are_small(reducers: Iterable[Reducer]) -> bool:
-    """Whether to merge and finish them takes less than to have a thread do it; a user's class may take any time."""
+    """Return whether merging and finishing is cheaper than a thread switch; never for a user-defined class."""
     num_bytes = 0
     for reducer in reducers:
         if not is_builtin(reducer):
@@ -272,10 +271,10 @@ def _num_bytes(entries: Any) -> int:
 
 
 def pick(result: Any, key: Key) -> Any:
-    """What a result has under a key, as an attribute of that name, or at that index.
+    """Return the item of a result under a key, its attribute of that name, or its item at that index.
 
     Raises:
-        ValueError: it has nothing of that name.
+        ValueError: If there is no such key, attribute or index.
     """
     if isinstance(result, Mapping):
         if key in result:
@@ -295,11 +294,11 @@ def pick(result: Any, key: Key) -> Any:
 
 
 def checked_weight(weight: Any, name: str) -> float:
-    """A weight as a Python number, ints as they are.
+    """Return a weight as a Python number; ints stay ints.
 
     Raises:
-        ValueError: it is infinite, NaN, negative, or more than one number.
-        TypeError: it is no real number.
+        ValueError: If the weight is infinite, NaN, negative, or more than one number.
+        TypeError: If the weight is not a real number.
     """
     if isinstance(weight, Tensor | np.ndarray | np.generic):
         size = weight.numel() if isinstance(weight, Tensor) else weight.size
@@ -317,16 +316,16 @@ def checked_weight(weight: Any, name: str) -> float:
     return weight
 
 
-# Of structures. A path is the value's name and the keys that lead on.
+# Structures. A path is the name of the value, followed by keys.
 
 Path = tuple[Any, ...]
 
 
 def begin(value: Any, weight: float, path: Path, *, exact: bool) -> Any:
-    """A client's value times its weight: its structure, with an `Entry` for each tensor, array and number.
+    """Return a client's value times its weight: its structure, with an `Entry` per tensor, array and number.
 
     Raises:
-        TypeError: something is neither these nor a dict, list or tuple.
+        TypeError: If a part is neither of these nor a dict, list or tuple.
     """
     if isinstance(value, Tensor):
         if type(value) not in (Tensor, Parameter):
@@ -354,10 +353,10 @@ def begin(value: Any, weight: float, path: Path, *, exact: bool) -> Any:
 
 
 def pairs(mine: Any, other: Any, path: Path) -> Iterator[tuple[Entry, Entry]]:
-    """The entries of two structures that belong together.
+    """Yield the pairs of corresponding entries of two structures.
 
     Raises:
-        ValueError: the structures do not match; the message names the key.
+        ValueError: If the structures do not match; the message names the key.
     """
     if isinstance(mine, Entry) and isinstance(other, Entry):
         if not mine.matches(other):
@@ -379,10 +378,10 @@ def pairs(mine: Any, other: Any, path: Path) -> Iterator[tuple[Entry, Entry]]:
 
 
 def settle(entries: Any, end: Callable[[Entry], Any], path: Path) -> Any:
-    """The structure with each entry's value in its place; its entries are used up.
+    """Return the structure with each entry replaced by its value; the entries are consumed.
 
     Raises:
-        ValueError: an entry has none; the message names the key.
+        ValueError: If an entry has no value; the message names the key.
     """
     if isinstance(entries, dict):
         return {key: settle(item, end, (*path, key)) for key, item in entries.items()}
@@ -398,7 +397,7 @@ def settle(entries: Any, end: Callable[[Entry], Any], path: Path) -> Any:
 
 
 def named(path: Path) -> str:
-    """A path as code has it, for messages."""
+    """Return a path in Python syntax, for messages."""
     root, *keys = path
     return f"{root}{''.join(f'[{key!r}]' for key in keys)}"
 
@@ -408,7 +407,7 @@ def _form(structure: Any) -> str:
 
 
 def _from_array(array: np.ndarray, path: Path) -> Tensor:
-    """The array as a tensor, which may alias it."""
+    """Return the array as a tensor, which may share its memory."""
     try:
         return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "A", "W", "E"]))
     except TypeError:

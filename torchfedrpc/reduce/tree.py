@@ -1,9 +1,9 @@
-"""The fixed tree by which the results of a group are added up, whichever workers have them.
+"""Fixed binary tree in which the results of a group are merged, independent of their placement on workers.
 
-Clients have places, 0 to n - 1. Node ``(level, index)`` covers the places from ``index * 2**level`` to before
-``(index + 1) * 2**level``, and its value depends on the values of its two children alone. So the bits of the root do
-not depend on who formed which node, nor in which order: a client that takes no part, or fails, leaves its node empty,
-and where one child is empty the other one's value passes up as it is.
+Clients have places, 0 to n - 1. Node ``(level, index)`` covers the places from ``index * 2**level`` to
+``(index + 1) * 2**level - 1``, and its value depends only on the values of its two children. So the bits of the root
+depend neither on the process that computes a node nor on the order of computation. A client that takes no part, or
+fails, leaves its node empty. If one child is empty, the node takes the value of the other child.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from torchfedrpc.reduce.reducers import Reducer
 
 Node = tuple[int, int, Reducer, tuple[int, ...]]
-"""Level, index, the reducer that has taken the results of this node's clients, and the places of those clients."""
+"""Level, index, the reducer with the results of this node's clients, and the places of those clients."""
 
 T = TypeVar("T")
 
@@ -26,13 +26,13 @@ _PUT_DOWN = object()
 
 
 class MergeError(Exception):
-    """Two partial results do not go together; the reason is the ``__cause__``.
+    """Two partial results that cannot be merged; the reason is the ``__cause__``.
 
-    All clients within either went together, so what holds for one client of each holds for the two parts.
+    The results within each part were merged, so a statement about one client of each part holds for both parts.
 
     Attributes:
-        places: the first client's place on the left and on the right side.
-        reason: the error of ``merge``.
+        places: The first client's place on the left and on the right side.
+        reason: The error of ``merge``.
     """
 
     def __init__(self, places: tuple[int, int], reason: BaseException) -> None:
@@ -47,21 +47,21 @@ class MergeError(Exception):
 
 
 class Forest:
-    """The nodes of one tree that are in this process: on a worker those of its clients, on the driver all in the end.
+    """Nodes of one tree in this process: on a worker those of its clients, on the driver finally all.
 
-    A node is formed as soon as its two children are complete: each of their clients was added or skipped. A forest
-    whose clients are neighbours and complete in order so holds no more than about log2 of their number of reducers.
+    A node is computed when its two children are complete: each of their clients was added or skipped. So a forest
+    of neighbouring clients that complete in order holds at most about log2 of their number of reducers.
 
-    Thread-safe. The lock guards only which nodes are here: a reducer belongs to one thread while something is added
-    to it, so reducers are filled and merged outside of the lock, and those of different nodes at once.
+    Thread-safe. The lock guards only the table of nodes. A reducer belongs to one thread while it is modified, so
+    reducers are filled and merged outside the lock, those of different nodes in parallel.
 
     Args:
-        prototype: an empty reducer, of which every client's is a deep copy.
-        places: those of all clients of the run that take part, ascending. Any numbers will do, as long as all forests
-            of a run have the same.
+        prototype: An empty reducer; each client's reducer is a deep copy.
+        places: Places of all participating clients of the run, ascending. The numbers are arbitrary, but must be the
+            same in all forests of a run.
 
     Raises:
-        ValueError: the places are not ascending, or below 0.
+        ValueError: If the places are not ascending, or below 0.
     """
 
     def __init__(self, prototype: Reducer, places: Iterable[int]) -> None:
@@ -71,32 +71,32 @@ class Forest:
             raise ValueError("places must be ascending numbers from 0 on")
         self._height = self._places[-1].bit_length() if self._places else 0
         self._states = bytearray(len(self._places))  # by rank among the places
-        self._nodes: dict[tuple[int, int], Reducer | None] = {}  # complete ones; None has no client that counts
-        self._num_climbing = 0  # threads that have a node in their hands
+        self._nodes: dict[tuple[int, int], Reducer | None] = {}  # complete nodes; None has no counted client
+        self._num_climbing = 0  # number of threads that are merging a node
         self._error: MergeError | None = None
-        self._changed = threading.Condition()  # its lock guards the four above
+        self._changed = threading.Condition()  # its lock guards the four attributes above
 
     def __len__(self) -> int:
-        """How many reducers it holds."""
+        """Return the number of reducers that the forest holds."""
         with self._changed:
             return sum(reducer is not None for reducer in self._nodes.values())
 
     def waiting(self) -> list[int]:
-        """The places that were neither added, skipped nor put here."""
+        """Return the places that were neither added, skipped nor put here."""
         with self._changed:
             return self._with_state(0, len(self._places), _WAITING)
 
     def add(self, place: int, result: Any) -> None:
-        """Take a client's result, and merge what it completes.
+        """Add a client's result, and merge the nodes that it completes.
 
         Args:
-            place: the client's.
-            result: of its call.
+            place: The client's place.
+            result: The result of its call.
 
         Raises:
-            MergeError: two parts do not go together; the forest is of no use any more, and says so at each step.
-            ValueError: the place takes no part, or is added or skipped already.
-            Exception: what the reducer's ``add`` raised; the place goes on waiting.
+            MergeError: If two parts cannot be merged. The forest is unusable then, and every later step raises it.
+            ValueError: If the place takes no part, or was added or skipped before.
+            Exception: If the reducer's ``add`` raised it; the place stays in the state of waiting.
         """
         rank = self._rank(place)
         with self._changed:
@@ -112,11 +112,11 @@ class Forest:
         self._climb(0, place, leaf)
 
     def skip(self, place: int) -> None:
-        """Note that a client counts for nothing, where it is not known yet; what that completes is merged.
+        """Skip a client, if it was not skipped before, and merge the nodes that this completes.
 
         Raises:
-            MergeError: as of `add`.
-            ValueError: the place takes no part, or is counted.
+            MergeError: As in `add`.
+            ValueError: If the place takes no part, or was added before.
         """
         rank = self._rank(place)
         with self._changed:
@@ -129,14 +129,13 @@ class Forest:
         self._climb(0, place, None)
 
     def take(self) -> list[Node]:
-        """The largest complete nodes that count a client, from left to right; then the forest is empty and waits
-        anew for all places but those that were skipped.
+        """Return the largest complete nodes with a counted client, from left to right, and empty the forest.
 
-        Threads that are merging are waited for. A client whose `add` has not returned may be part of it or of the
-        next.
+        The forest then waits again for all places except the skipped ones. This waits for threads that are merging.
+        The result of a concurrent `add` is in these nodes or in the next ones.
 
         Raises:
-            MergeError: as of `add`.
+            MergeError: As in `add`.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._num_climbing == 0)
@@ -149,18 +148,19 @@ class Forest:
             skipped = self._with_state(0, len(self._places), _SKIPPED)
             self._nodes.clear()
             self._states = bytearray(len(self._places))
-            for place in skipped:  # a result that comes late must not come with the next nodes
+            for place in skipped:  # a late result must not enter the next nodes
                 self.skip(place)
         return sorted(nodes, key=lambda node: node[3])
 
     def put(self, level: int, index: int, reducer: Reducer, places: Sequence[int]) -> None:
-        """Take a node that another forest of the same places gave, and merge what it completes.
+        """Put a node from another forest of the same places, and merge the nodes that it completes.
 
-        Those of the node's clients that are not among ``places`` are skipped.
+        Clients of the node that are not among ``places`` are skipped.
 
         Raises:
-            MergeError: as of `add`.
-            ValueError: it is no node of this tree, counts a client that is skipped or counted here, or counts none.
+            MergeError: As in `add`.
+            ValueError: If it is not a node of this tree, counts a client that was skipped or counted here, or counts
+                none.
         """
         if not 0 <= level <= self._height:
             raise ValueError(f"the tree has levels 0 to {self._height}, and none {level}")
@@ -180,12 +180,12 @@ class Forest:
         self._climb(level, index, reducer)
 
     def finish(self) -> tuple[Any, int]:
-        """The value of the whole tree, and how many clients count; the forest is empty then.
+        """Return the value of the whole tree and the number of counted clients, and empty the forest.
 
         Raises:
-            MergeError: as of `add`.
-            ValueError: a place is still waiting, or no client counts.
-            Exception: what the reducer's ``finish`` raised.
+            MergeError: As in `add`.
+            ValueError: If a place is still waiting, or no client is counted.
+            Exception: If the reducer's ``finish`` raised it.
         """
         if waiting := self.waiting():
             raise ValueError(f"{len(waiting)} clients are neither added nor skipped, such as that at {waiting[0]}")
@@ -196,7 +196,7 @@ class Forest:
         return reducer.finish(), len(places)
 
     def _climb(self, level: int, index: int, reducer: Reducer | None) -> None:
-        """Merge a node that is complete with its sibling, that with its own, and so on; then put it down."""
+        """Merge a complete node with its sibling, and so on up the tree, then store the last node."""
         try:
             while (sibling := self._put_down_or_pick_up(level, index, reducer)) is not _PUT_DOWN:
                 left, right = (sibling, reducer) if index & 1 else (reducer, sibling)
@@ -208,7 +208,7 @@ class Forest:
                 self._changed.notify_all()
 
     def _put_down_or_pick_up(self, level: int, index: int, reducer: Reducer | None) -> Any:
-        """The sibling's reducer where the sibling is complete, else `_PUT_DOWN`, and the node is among the nodes."""
+        """Return the sibling's reducer if the sibling is complete; else store this node and return `_PUT_DOWN`."""
         sibling = level, index ^ 1
         with self._changed:
             if level < self._height:
@@ -221,7 +221,7 @@ class Forest:
             return _PUT_DOWN
 
     def _merged(self, level: int, index: int, left: Reducer | None, right: Reducer | None) -> Reducer | None:
-        """A node of its children."""
+        """Return the value of a node from its children."""
         if left is None or right is None:
             return right if left is None else left
         try:
@@ -238,7 +238,7 @@ class Forest:
             raise
         return left
 
-    # The lock is held for what reads states.
+    # Callers of the following methods hold the lock.
 
     def _check_usable(self) -> None:
         if self._error is not None:
@@ -259,22 +259,22 @@ class Forest:
         return rank
 
     def _ranks(self, level: int, index: int) -> tuple[int, int]:
-        """The ranks of the places that a node covers: from the first to before the second."""
+        """Return the range of ranks that a node covers: the first, and the one after the last."""
         first = bisect_left(self._places, index << level)
         return first, bisect_left(self._places, (index + 1) << level, lo=first)
 
 
 def fold(parts: Iterable[T | None], merge: Callable[[T, T], T]) -> T | None:
-    """The value of the same tree over what is at hand, each part asked for when it is due.
+    """Return the value of the same tree over an iterable; each part is requested when it is due.
 
-    About log2 of their number are held at once.
+    At most about log2 of the number of parts are held at a time.
 
     Args:
-        parts: what is at place 0, 1 and so on; None counts for nothing.
-        merge: gives a node's value from those of its left and its right child, which it may use up.
+        parts: Values of place 0, 1 and so on; None is skipped.
+        merge: Returns a node's value from its left and right child; it may consume both.
 
     Returns:
-        The root's value; None where nothing counts.
+        The root's value; None if all parts are None.
     """
 
     def merged(left: T | None, right: T | None) -> T | None:
@@ -295,10 +295,10 @@ def fold(parts: Iterable[T | None], merge: Callable[[T, T], T]) -> T | None:
 
 
 def prototype_of(reducer: Any) -> Reducer:
-    """The reducer itself, or one made without arguments where it is a class.
+    """Return the reducer, or an instance created without arguments if a class is given.
 
     Raises:
-        TypeError: it lacks one of the methods.
+        TypeError: If the reducer lacks a method.
     """
     prototype = reducer() if isinstance(reducer, type) else reducer
     missing = [name for name in ("add", "merge", "finish") if not callable(getattr(prototype, name, None))]

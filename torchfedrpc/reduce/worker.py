@@ -1,4 +1,4 @@
-"""A batch in its host: calls whose results are reduced there, and the partial results that answer it."""
+"""Reduction of a batch on its host: results of calls are reduced there, and partial results are returned."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from torchfedrpc.wire.packing import Packed
 
 
 class BatchJob:
-    """The state of a batch from its request to its final outcome.
+    """State of a batch from its request to its final outcome.
 
-    `add` and `partial_results` may be called on any thread. The host's lock guards everything else.
+    `add` and `partial_results` are thread-safe. The host's lock guards everything else.
 
     Args:
         batch: The calls and the reducer.
         reply: Receives the next outcome.
-        take_value: Packs an object as it is now.
-        allow: The types that may travel.
+        take_value: Packs the present value of an object.
+        allow: The allow-list of types.
 
     Attributes:
         batch: The batch.
-        reply: Receives the next outcome; None while no request waits for it.
-        outcomes: Places of the calls that have ended and their outcomes, without values.
+        reply: Receives the next outcome; None if no request is pending.
+        outcomes: Places and outcomes of the calls that have ended, without values.
     """
 
     def __init__(
@@ -43,19 +43,19 @@ class BatchJob:
         self.batch = batch
         self.reply: Callable[[Outcome], None] | None = reply
         self.outcomes: list[tuple[int, Outcome]] = []
-        self._num_known = 0  # outcomes that the driver has
+        self._num_known = 0  # number of outcomes that the driver has received
         self._take_value = take_value
         self._allow = allow
         self._opening = threading.Lock()
         self._opened: tuple[Reducer, Forest] | None = None
 
     def add(self, place: int, result: Any) -> None:
-        """Add the result of a client's call, on the thread of its method. A user's reducer gets it by value.
+        """Add the result of a client's call, on the thread of its method. A user-defined reducer gets it by value.
 
         Raises:
             MergeError: If it cannot be merged with the result of another client.
-            SerializationError: If the reducer cannot be opened here.
-            Exception: What the reducer's ``add`` raised.
+            SerializationError: If the reducer cannot be deserialized here.
+            Exception: If the reducer's ``add`` raised it.
         """
         reducer, forest = self._open()
         if not is_builtin(reducer):
@@ -64,16 +64,16 @@ class BatchJob:
             forest.add(place, result)
 
     def ended(self, place: int, outcome: Outcome) -> bool:
-        """Note the outcome of a call. Returns whether all calls of the batch have ended."""
+        """Record the outcome of a call, and return whether all calls of the batch have ended."""
         self.outcomes.append((place, replace(outcome, parcel=None)))
         return len(self.outcomes) == len(self.batch.calls)
 
     def watch(self, num_known: int, reply: Callable[[Outcome], None]) -> None:
-        """Answer a request for the outcomes after the first ``num_known``."""
+        """Register a request for the outcomes after the first ``num_known``."""
         self._num_known, self.reply = num_known, reply
 
     def next_reply(self) -> tuple[Callable[[Outcome], None], Outcome] | None:
-        """Return the request that waits and the outcomes that it does not have yet; None if there is no such."""
+        """Return the pending request and its new outcomes; None if there is no request or no outcome."""
         new = tuple(self.outcomes[self._num_known :])
         if not (self.batch.is_watched and self.reply is not None and new):
             return None
@@ -82,16 +82,16 @@ class BatchJob:
 
     @property
     def is_quick(self) -> bool:
-        """Whether collecting and packing the partial results runs no code of the user's."""
+        """Whether collecting and packing the partial results runs no user code."""
         return self._opened is None or is_builtin(self._opened[0])
 
     def partial_results(self) -> tuple[list[Node], bool]:
-        """Return the largest complete nodes, and whether their memory belongs to them alone.
+        """Return the largest complete nodes, and whether no other object refers to their memory.
 
         Raises:
             MergeError: If two results cannot be merged.
         """
-        if self._opened is None:  # no call has given a result
+        if self._opened is None:  # no call has returned a result
             return [], True
         reducer, forest = self._opened
         with self._merge_errors():
@@ -106,7 +106,7 @@ class BatchJob:
 
     @contextmanager
     def _merge_errors(self) -> Iterator[None]:
-        """Give a MergeError a reason of a type that may travel."""
+        """Convert the reason of a MergeError to a type that the allow-list covers."""
         try:
             yield
         except MergeError as error:
