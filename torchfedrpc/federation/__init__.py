@@ -1,1 +1,1 @@
-"""Trainers and learners: the federated algorithms, and what they are made of."""
+"""Federated algorithms: trainers, learners, aggregation and checkpoints."""

@@ -1,4 +1,4 @@
-"""Means of models."""
+"""Weighted means of models."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torchfedrpc.reduce.tree import fold
 from torchfedrpc.wire.tensors import PlainTensors
 
 StateDict = Mapping[str, Tensor]
-"""A model's parameters and buffers by name, as ``Module.state_dict()`` gives them."""
+"""A model's parameters and buffers by name, as returned by ``Module.state_dict()``."""
 
-_Part = tuple[Tensor, int]  # a weighted sum, and how many sums are on the longest way to it
+_Part = tuple[Tensor, int]  # a weighted sum, and the number of sums on the longest path to it
 
 
 def weighted_mean(states: Sequence[StateDict], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """Average state dicts entry by entry, as FedAvg does (McMahan et al. 2017).
+    """Return the weighted mean of state dicts entry by entry, as in FedAvg (McMahan et al. 2017).
 
-    Additions follow the tree over the places in ``states`` that `torchfedrpc.reduce.tree` describes, so equal
-    arguments give equal bits, and those that a group's ``reduce`` with `WeightedMean` gives for clients that have
-    these places. `torchfedrpc.reduce.numerics` says in which dtypes they are done. Beside the means there are at most
-    about log2 of the number of states temporaries of an entry's size.
+    Additions follow the tree of `torchfedrpc.reduce.tree` over the places in ``states``. So equal arguments give
+    equal bits, and the same bits as a group's ``reduce`` with `WeightedMean` for clients at these places.
+    `torchfedrpc.reduce.numerics` specifies the dtypes of the sums. Beside the means, memory holds at most about log2
+    of the number of states temporaries of an entry's size.
 
     Args:
-        states: at least one state dict; all have the same names and shapes, and the same kinds of dtype (bool,
+        states: At least one state dict; all have the same names and shapes, and the same kinds of dtype (bool,
             integer, float, complex).
-        weights: one number >= 0 for each, such as its count of samples. Default: all count alike. Where it is 0 the
-            state dict does not count, whatever its values.
+        weights: One number >= 0 per state dict, such as its count of samples. Default: Equal weights. A state dict
+            of weight 0 is ignored, whatever its values.
 
     Returns:
-        The mean, on the device and in the dtype of the first state dict. Integers are rounded to the
-        nearest, halves to even; a boolean is true where more than half of the weight says so.
+        The mean, on the device and in the dtype of the first state dict. Integers are rounded to the nearest, halves
+        to even; a boolean is true if true values have more than half of the weight.
 
     Raises:
-        ValueError: there is nothing to average, the state dicts do not match, or the weights are unusable.
-        TypeError: an entry is no tensor.
+        ValueError: If there are no state dicts, they do not match, or the weights are invalid.
+        TypeError: If an entry is not a tensor.
     """
     factors = _checked_weights(len(states), weights)
     for place, state in enumerate(states):
@@ -50,7 +50,7 @@ def weighted_mean(states: Sequence[StateDict], weights: Sequence[float] | None =
 
 def _mean(tensors: list[Tensor], factors: list[float], total_weight: float) -> Tensor:
     first = tensors[0]
-    spare: list[Tensor] = []  # to be written over: fresh memory costs more than the sums
+    spare: list[Tensor] = []  # buffers to reuse: allocating fresh memory costs more than the sums
 
     def parts() -> Iterator[_Part | None]:
         for tensor, factor in zip(tensors, factors, strict=True):

@@ -1,13 +1,13 @@
-"""The checkpoints of a run in one SQLite file: what a checkpoint holds, and what is read after a crash or damage.
+"""Store of a run's checkpoints in one SQLite file, and their verification after a crash or damage.
 
-Snapshots of learners and states of trainers are blobs under their SHA-256, so checkpoints share the snapshots of
-learners that have not changed. A checkpoint is a head, a blob that lists client ids and digests and begins with the
-SHA-256 of the rest.
+Snapshots of learners and states of trainers are blobs with their SHA-256 as key, so checkpoints share the snapshots
+of unchanged learners. A checkpoint is a head: a blob that lists client ids and digests and begins with the SHA-256 of
+the rest.
 
-SQLite makes each save atomic, but has no checksums: a damaged page can cost several checkpoints, up to all of them.
-`CheckpointStore.load` checks the structure of the file and every byte of the checkpoint it returns, which is an older
-one, or an error, if the file is damaged. A damaged file is not written again: the next save writes a new file with
-all learners, and renames it over the damaged one.
+SQLite makes each save atomic, but has no checksums: a damaged page can affect several checkpoints, or all of them.
+`CheckpointStore.load` checks the structure of the file and every byte of the checkpoint that it returns. If the file
+is damaged, it returns an older checkpoint, or raises. A damaged file is not modified: the next save writes a new file
+with all learners, and renames it over the damaged one.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A complete checkpoint.
+    """Complete checkpoint.
 
     Attributes:
-        store: Where it is stored.
+        store: The store that contains it.
         round_num: Number of rounds done, which is also the number of the next round.
-        config: Settings by dotted key that a run has to share to resume from it.
-        digests: SHA-256 of each learner's snapshot, by client id.
+        config: Settings by dotted key that must be equal in a run that resumes.
+        digests: Client id -> SHA-256 of the learner's snapshot.
         state: SHA-256 of the trainer's state.
         is_in_damaged_file: Whether other parts of the file are damaged.
     """
@@ -58,10 +58,10 @@ class Checkpoint:
     is_in_damaged_file: bool = False
 
     def read_state(self, trusted_modules: Iterable[str] = ()) -> Any:
-        """Read the state that was given to `Save.commit`.
+        """Read the state that `Save.commit` stored.
 
         Args:
-            trusted_modules: Top-level packages whose classes may be in it, beside plain data.
+            trusted_modules: Top-level packages with classes allowed in the state, beside plain data.
 
         Raises:
             UntrustedTypeError: If the state has a type outside the allow-list.
@@ -73,7 +73,7 @@ class Checkpoint:
         return ParameterSerializer.deserialize(data, trusted_modules=trusted_modules)
 
     def snapshots(self) -> Iterator[tuple[str, bytes]]:
-        """Read client ids and snapshots one by one.
+        """Yield client ids and snapshots one by one.
 
         Raises:
             SnapshotError: If the file has been damaged since it was verified.
@@ -84,11 +84,11 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """A folder with the checkpoints of one run; one thread uses it at a time.
+    """Folder with the checkpoints of one run. Not thread-safe: one thread uses it at a time.
 
     Args:
         folder: The folder.
-        num_kept: Number of newest checkpoints that are kept.
+        num_kept: Number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, *, num_kept: int = 3) -> None:
@@ -112,10 +112,10 @@ class CheckpointStore:
         return self._lock is not None and not self._lock.is_new
 
     def lock(self) -> None:
-        """Make the folder, lock it for this process, and remove an unfinished file.
+        """Create the folder, lock it for this process, and remove an incomplete file.
 
         Raises:
-            ConfigError: If another run has the folder, or the folder cannot be made or written.
+            ConfigError: If another run uses the folder, or the folder cannot be created or written.
         """
         try:
             make_private(self.folder)
@@ -131,7 +131,7 @@ class CheckpointStore:
             raise ConfigError(f"{self.folder} cannot hold checkpoints: {error}; name another folder") from error
 
     def unlock(self) -> None:
-        """Close the file and release the folder; a second call does nothing."""
+        """Close the file and release the folder. A second call does nothing."""
         if self._blobs is not None:
             self._blobs.close()
         if self._lock is not None:
@@ -139,14 +139,14 @@ class CheckpointStore:
         self._blobs = self._lock = None
 
     def load(self) -> Checkpoint | None:
-        """Open the file and verify the newest checkpoint, or the one before if that is damaged, and so on.
+        """Open the file, verify checkpoints from the newest to the oldest, and return the first intact one.
 
         Returns:
-            The newest checkpoint that is whole, with a warning if the file is damaged; None if there is no file.
+            The newest intact checkpoint, with a warning if the file is damaged; None if there is no file.
 
         Raises:
-            SnapshotError: If no checkpoint is whole, or the file has the format of another version.
-            UntrustedTypeError: If a head has a type that heads never have.
+            SnapshotError: If no checkpoint is intact, or the file has the format of another version.
+            UntrustedTypeError: If a head has a type outside the allow-list.
             OSError: If the file cannot be read, for another reason than a bad disk.
         """
         if not os.path.lexists(self.path):
@@ -176,9 +176,9 @@ class CheckpointStore:
 
         Args:
             round_num: Number of rounds done.
-            base: The last checkpoint that this run has written or loaded; it has the snapshots of learners that are
-                neither added nor left out. None if all learners are added: then the new file has this checkpoint
-                alone.
+            base: The last checkpoint that this run has written or loaded. It provides the snapshots of learners that
+                are neither added nor left out. None if all learners are added; the new file then contains only this
+                checkpoint.
 
         Raises:
             OSError: If the file cannot be written.
@@ -190,7 +190,7 @@ class CheckpointStore:
         return Save(self, BlobStore(self._new_path), round_num, base, makes_file=True)
 
     def set_aside(self) -> Path | None:
-        """Move the file into a new folder, for a run that begins anew.
+        """Move the file into a new folder, for a run that starts at its first round.
 
         Returns:
             The new folder; None if there is no file.
@@ -201,7 +201,7 @@ class CheckpointStore:
         if not os.path.lexists(self.path):
             return None
         with contextlib.suppress(SnapshotError, OSError):
-            BlobStore(self.path).close()  # undoes what a crash left half-written; the journal is not moved
+            BlobStore(self.path).close()  # rolls back an incomplete transaction, since the journal is not moved
         folders = (self.folder / f"earlier_{number}" for number in itertools.count(1))
         aside = next(folder for folder in folders if not folder.exists())
         aside.mkdir(mode=0o700)
@@ -209,7 +209,7 @@ class CheckpointStore:
         return aside
 
     def read(self, digest: bytes, what: str) -> bytes:
-        """Read a blob and compare its checksum; ``what`` names it in errors."""
+        """Return a blob after comparing its checksum; ``what`` names it in errors."""
         with contextlib.suppress(KeyError):
             data = self.blobs.get(digest)
             if hashlib.sha256(data).digest() == digest:
@@ -224,7 +224,7 @@ class CheckpointStore:
         data = self.blobs.get(f"{_HEAD}{round_num}")
         if hashlib.sha256(data[_DIGEST_BYTES:]).digest() != data[:_DIGEST_BYTES]:
             raise SnapshotError(f"the head of round {round_num} is damaged")
-        # A checksum shows damage; what follows is for files that another program has written.
+        # The checksum detects damage; the following checks detect files written by another program.
         match ParameterSerializer.deserialize(data[_DIGEST_BYTES:]):
             case {"round_num": int(found), "config": dict(config), "digests": dict(digests), "state": bytes(state)}:
                 is_valid = all(type(key) is str and type(value) is bytes for key, value in digests.items())
@@ -233,9 +233,9 @@ class CheckpointStore:
         raise SnapshotError(f"the head of round {round_num} holds something else")
 
     def _prune(self, newest: Checkpoint, base: Checkpoint) -> None:
-        """Delete what is not needed by the newest checkpoint and those kept before it, from the base backwards.
+        """Delete blobs that neither the newest checkpoint nor the kept ones before it need, from the base backwards.
 
-        Checkpoints after the base are of a run that this one does not continue.
+        Checkpoints after the base belong to a run that this one does not continue.
         """
         older = sorted((number for number in self._rounds() if number <= base.round_num), reverse=True)
         kept: set[str | bytes] = set()
@@ -251,18 +251,18 @@ class CheckpointStore:
             raise
 
     def _take_new_file(self) -> None:
-        """Rename the new file, which is complete and closed, over the present one."""
+        """Rename the new file, complete and closed, over the present one."""
         if self._blobs is not None:
             self._blobs.close()
         try:
-            self.path.with_name(f"{_FILE}-journal").unlink(missing_ok=True)  # it would be applied to the new file
+            self.path.with_name(f"{_FILE}-journal").unlink(missing_ok=True)  # SQLite would apply it to the new file
             os.replace(self._new_path, self.path)
         finally:
             self._blobs = BlobStore(self.path) if os.path.lexists(self.path) else None
 
 
 class Save:
-    """A checkpoint that is being written, in one transaction that ends with `commit` or `abort`."""
+    """Checkpoint being written, in one transaction that ends with `commit` or `abort`."""
 
     def __init__(
         self,
@@ -280,14 +280,14 @@ class Save:
         self._makes_file = makes_file
         self._digests = dict(base.digests) if base is not None else {}
         self._written = set() if makes_file else set(self._digests.values())
-        blobs.rollback()  # of a save that was cancelled as it began
+        blobs.rollback()  # of a save cancelled at its beginning
         blobs.begin()
 
     def add(self, client_id: str, data: bytes) -> None:
         """Write the snapshot of a learner that has changed since the base.
 
         Raises:
-            OSError: If it cannot be written; `abort` has to follow.
+            OSError: If the snapshot cannot be written; `abort` has to follow.
             SnapshotError: If the file is damaged.
         """
         self._digests[client_id] = self._put([data])
@@ -297,24 +297,24 @@ class Save:
         self._digests.pop(client_id, None)
 
     def commit(self, config: Mapping[str, Any], state: Parcel) -> Checkpoint:
-        """Complete the checkpoint, and delete those that are no longer kept.
+        """Complete the checkpoint, and delete checkpoints that are no longer kept.
 
         Args:
             config: Plain values by dotted key.
-            state: What the run needs to go on, from `pack`.
+            state: The trainer's state, from `pack`.
 
         Returns:
             The checkpoint, which is the base of the next one.
 
         Raises:
             SnapshotError: If the file is damaged, or the file of the base.
-            SerializationError: If the configuration holds anything but plain values.
+            SerializationError: If the configuration contains other than plain values.
             OSError: If the file cannot be written; `abort` has to follow.
         """
         found = Checkpoint(self._store, self._round_num, dict(config), self._digests, self._put(chunks_of(state)))
         names = ("round_num", "config", "digests", "state")
         body = ParameterSerializer.serialize({name: getattr(found, name) for name in names})
-        ParameterSerializer.deserialize(body)  # what could not be read later is refused now
+        ParameterSerializer.deserialize(body)  # refuses now what could not be read later
         for client_id, digest in self._digests.items():
             if digest not in self._written:
                 assert self._base is not None
@@ -335,7 +335,7 @@ class Save:
         return found
 
     def abort(self) -> None:
-        """Undo what was written unless it was committed; a second call does nothing."""
+        """Undo all writes unless they were committed. A second call does nothing."""
         if self._makes_file:
             self._blobs.close()
             _remove(self._store._new_path)
@@ -369,6 +369,6 @@ def _noted(damage: list[str]) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    """Delete a database that was not completed."""
+    """Delete an incomplete database."""
     for name in (path.name, f"{path.name}-journal"):
         path.with_name(name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Settings of a run's checkpoints, and the choice of the checkpoint that a run resumes from."""
+"""Settings of a run's checkpoints, and choice of the checkpoint from which a run resumes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from torchfedrpc.wire.fingerprint import fingerprint
 logger = logging.getLogger(__name__)
 
 SUBFOLDER = "checkpoints"
-"""The folder for checkpoints in an output folder."""
+"""Name of the folder for checkpoints inside an output folder."""
 
-_PROXY = "proxy."  # prefix of the settings that the proxy has
+_PROXY = "proxy."  # prefix of the proxy's settings
 _MAY_DIFFER = ("num_rounds", "trainer.num_rounds")  # a later run may have more rounds
 _MISSING = object()
 
 
 class Stateful(Protocol):
-    """An object whose state can be saved and restored."""
+    """Object with a state that can be saved and restored."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""
@@ -37,7 +37,7 @@ class Stateful(Protocol):
 
 
 class Resumable(Stateful, Protocol):
-    """A trainer whose run can be saved and resumed."""
+    """Trainer with a run that can be saved and resumed."""
 
     config: Any
     learner_proxy: LearnerProxy
@@ -48,36 +48,37 @@ class Resumable(Stateful, Protocol):
 
     @property
     def trusted_modules(self) -> list[str]:
-        """Packages whose classes may be part of its state."""
+        """Packages with classes allowed in its state."""
 
 
 class Checkpoints:
-    """Settings of a run's checkpoints: where they are, how often one is saved, and which one the run resumes from.
+    """Settings of a run's checkpoints: their folder and frequency, and the checkpoint from which the run resumes.
 
     Set them on a trainer that loops over ``self.rounds()``, before it trains:
 
         trainer.checkpoints = tfr.Checkpoints("runs/digits", every=5, resume="auto")
 
-    A checkpoint has the trainer's ``state_dict()``, the state of every learner that was called, and the driver's
-    global random streams, all as of the end of a round. It is written beside the next round, with only the learners
-    that were called since the checkpoint before. The folder belongs to one run at a time.
+    A checkpoint contains the trainer's ``state_dict()``, the state of every learner that was called, and the driver's
+    global random streams, all as of the end of a round. It is written in parallel with the next round; only learners
+    called since the previous checkpoint are written. One run uses the folder at a time.
 
     Args:
         folder: The folder for checkpoints.
-        every: Rounds between checkpoints, at least 1; the last round is saved as well. None to save none.
-        num_kept: Number of checkpoints that are kept; an older one is used if the newest is damaged.
-        resume: ``never`` begins anew and moves an earlier run's checkpoints into a folder ``earlier_N``. ``auto``
-            resumes from the newest checkpoint in the folder, if there is one. Any other value is a second folder (of
-            checkpoints, or with a subfolder ``checkpoints``) to resume from if the first has none.
-        config: Settings that have to be equal in a run that resumes, except for ``num_rounds``, which may grow.
-            Default: the trainer's config. The proxy's learners, clients and seed always have to be equal.
+        every: Rounds between checkpoints, at least 1; the last round is saved as well. None: Save nothing.
+        num_kept: Number of newest checkpoints to keep. The default keeps older ones in case the newest is damaged.
+        resume: ``never`` starts at the first round and moves an earlier run's checkpoints into a folder
+            ``earlier_N``. ``auto`` resumes from the newest checkpoint in the folder, if there is one. Any other value
+            is a second folder (of checkpoints, or with a subfolder ``checkpoints``) to resume from if the first has
+            none.
+        config: Settings that must be equal in a run that resumes, except for ``num_rounds``, which may grow.
+            Default: The trainer's config. The proxy's learners, clients and seed must always be equal.
 
     Attributes:
-        parts: Further objects by name whose state is saved and restored with the trainer's.
+        parts: Further objects by name; their state is saved and restored with the trainer's.
         store: The checkpoints in the folder.
 
     Raises:
-        ConfigError: If ``every`` or ``num_kept`` is no whole number of at least 1.
+        ConfigError: If ``every`` or ``num_kept`` is not a whole number of at least 1.
     """
 
     def __init__(
@@ -102,13 +103,13 @@ class Checkpoints:
         self._found: Checkpoint | None = None
 
     def open(self) -> Checkpoint | None:
-        """Lock the folder and load the checkpoint that the run resumes from; a second call returns it again.
+        """Lock the folder and load the checkpoint from which the run resumes. A second call returns it again.
 
         Returns:
-            The checkpoint; None if the run begins at its first round.
+            The checkpoint; None if the run starts at its first round.
 
         Raises:
-            ConfigError: If another run has the folder, the folder named by ``resume`` has no checkpoint, or the
+            ConfigError: If another run uses the folder, the folder named by ``resume`` has no checkpoint, or the
                 configuration differs.
             SnapshotError: If the folder has checkpoints and all of them are damaged.
         """
@@ -126,7 +127,7 @@ class Checkpoints:
         return self._found
 
     def close(self) -> None:
-        """Release the folder to other runs; a second call does nothing."""
+        """Release the folder for other runs. A second call does nothing."""
         self.is_open, self._found = False, None
         self.store.unlock()
         if self._other is not None:
@@ -140,7 +141,7 @@ class Checkpoints:
         self.close()
 
     def config_of(self, trainer: Resumable) -> dict[str, Any]:
-        """Return the settings by dotted key that a run has to share to resume from this trainer's checkpoints."""
+        """Return dotted key -> setting, for all settings that must be equal in a run that resumes this trainer's."""
         config = plain(trainer.config if self._config is None else self._config)
         return config | {f"{_PROXY}{name}": value for name, value in trainer.learner_proxy.identity().items()}
 
@@ -170,7 +171,7 @@ class Checkpoints:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Return settings by dotted key as plain values; of any other value its type and a hash."""
+    """Return dotted key -> plain value of all settings; other values are represented by their type and a hash."""
     return dict(_flattened("", _items(config) or getattr(config, "__dict__", {})))
 
 
@@ -180,10 +181,10 @@ def check_equal(found: Checkpoint, config: Mapping[str, Any], *, with_proxy: boo
     Args:
         found: The checkpoint.
         config: The run's settings by dotted key.
-        with_proxy: Whether these include the proxy's.
+        with_proxy: Whether to compare the proxy's settings as well.
 
     Raises:
-        ConfigError: If they differ; the message names the keys.
+        ConfigError: If the configurations differ; the message names the keys.
     """
     differing = [
         f"{key} was {_shown(found.config, key)} and is {_shown(config, key)}"
@@ -235,5 +236,5 @@ def _plain(value: Any) -> Any:
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     try:
         return f"{name} {hashlib.sha256(fingerprint(value)).hexdigest()[:16]}"
-    except Exception:  # a value that cannot be pickled is compared by its type alone
+    except Exception:  # a value that cannot be pickled is compared only by its type
         return name

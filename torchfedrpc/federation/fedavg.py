@@ -16,29 +16,29 @@ from torchfedrpc.registry import trainer
 
 
 class RoundLog(Protocol):
-    """Where a trainer leaves its finished rounds; a list will do."""
+    """Log of finished rounds, such as a list."""
 
     def append(self, ended: RoundEnded, /) -> object:
-        """Take the next round."""
+        """Append a finished round."""
 
 
 @trainer("fedavg")
 class FedAvgTrainer(AbstractFederationTrainer):
-    """Train a cohort from the global weights, average, begin again (McMahan et al. 2017).
+    """Federated averaging: each round trains a cohort from the global weights and averages (McMahan et al. 2017).
 
-    Updates are averaged on the workers; a subclass that overrides `aggregate_weights` is given them all.
+    Updates are averaged on the workers. A subclass that overrides `aggregate_weights` receives all updates on the
+    driver.
 
     Args:
         config: ``num_rounds``, ``local_epochs`` (default: 1), ``clients_per_round`` and ``seed``.
-        learner_proxy: learners with the `train_epoch` that `Learner` describes.
-        initial_weights: the global weights to begin with, a state dict. By default each learner begins with
-            its own.
-        score: from global weights to metrics by name, taken at the end of each round.
-        history: takes each round's end, with its metrics.
+        learner_proxy: Learners with the `train_epoch` that `Learner` describes.
+        initial_weights: Initial global weights, a state dict. Default: Each learner starts with its initial weights.
+        score: Returns metrics by name for global weights; called at the end of each round.
+        history: Receives the end of each round, with its metrics. Default: A new list.
 
     Attributes:
-        weights: the global weights; None before the first round where none were given.
-        history: as given, else a list.
+        weights: The global weights, a state dict; None before the first round without ``initial_weights``.
+        history: The log of rounds.
     """
 
     not_state: ClassVar[frozenset[str]] = AbstractFederationTrainer.not_state | {"_score"}
@@ -74,7 +74,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
         """Run one round and replace ``weights``.
 
         Returns:
-            ``train_loss`` (mean over the cohort's samples), ``num_clients``, and what ``score`` gives.
+            ``train_loss`` (mean over the cohort's samples), ``num_clients``, and the metrics of ``score``.
         """
         cohort = self.learner_proxy.clients(self.select_clients(round_num))
         arguments = {"model_weights": self.weights, "round_num": round_num, **self.local_settings()}
@@ -94,10 +94,10 @@ class FedAvgTrainer(AbstractFederationTrainer):
         }
 
     def local_settings(self) -> dict[str, Any]:
-        """What every client's ``train_epoch`` is told beside weights and round."""
+        """Return the keyword arguments of ``train_epoch`` beside weights and round, the same for every client."""
         return {"local_epochs": self._count("local_epochs", default=1, least=1)}
 
 
 def _averages(kind: type[FedAvgTrainer]) -> bool:
-    """Whether updates are aggregated as the base class does it: then nobody need see each."""
+    """Return whether the class aggregates updates as the base class does, so that workers can average them."""
     return kind.aggregate_weights is AbstractFederationTrainer.aggregate_weights

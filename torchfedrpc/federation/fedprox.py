@@ -1,4 +1,4 @@
-"""FedAvg with a proximal term, which keeps clients near the global weights."""
+"""FedAvg with a proximal term, which keeps clients' weights near the global weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torchfedrpc.registry import trainer
 
 @trainer("fedprox")
 class FedProxTrainer(FedAvgTrainer):
-    """FedAvg whose clients minimise their loss plus ``mu / 2 * ||w - w_global||^2`` (Li et al. 2020).
+    """FedAvg with clients that minimise their loss plus ``mu / 2 * ||w - w_global||^2`` (Li et al. 2020).
 
-    The config has ``mu`` (>= 0) beside FedAvg's settings; learners get it as ``proximal_mu``.
+    The config has ``mu`` (>= 0) beside FedAvg's settings; learners receive it as ``proximal_mu``.
     """
 
     def local_settings(self) -> dict[str, Any]:
-        """FedAvg's, and ``proximal_mu``.
+        """Return FedAvg's arguments and ``proximal_mu``.
 
         Raises:
-            ConfigError: the config has no usable ``mu``.
+            ConfigError: If the config has no valid ``mu``.
         """
         mu = getattr(self.config, "mu", None)
         if not isinstance(mu, int | float) or not mu >= 0:

@@ -1,4 +1,4 @@
-"""Which clients take part in a round."""
+"""Sampling of the cohort of a round."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 
 _STREAM = 0x5E1EC7
-"""Keeps these draws apart from others made from the same seed."""
+"""Separates these draws from others with the same seed."""
 
 
 def sample_clients(client_ids: Sequence[str], num_selected: int, *, seed: int, round_num: int) -> list[str]:
-    """Draw a cohort, uniformly and without replacement, from the seed and the round alone.
+    """Draw a cohort uniformly and without replacement, as a function of seed and round only.
 
-    No draw depends on an earlier one, so a run that resumes at round 7 selects what the first run selected
-    then.
+    No draw depends on an earlier one, so a run that resumes at round 7 selects the same cohort as the first run did.
 
     Args:
-        client_ids: all clients.
-        num_selected: how many to draw, at most all.
-        seed: the run's seed, not negative.
-        round_num: the round, from 0.
+        client_ids: All clients.
+        num_selected: Size of the cohort, at most the number of clients.
+        seed: The run's seed, not negative.
+        round_num: The round, from 0.
 
     Returns:
         The cohort, in the order of ``client_ids``.

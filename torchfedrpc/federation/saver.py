@@ -1,4 +1,4 @@
-"""Saves a run between two rounds, beside the next one, and restores it from a checkpoint."""
+"""Saving of a run between two rounds, in parallel with the next one, and restoring from a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_POSTPONE_S = 1.0  # a save is put off if the one before takes this much longer than the round
-_CLOSE_S = 30.0  # for a save that waits for a learner in a cancelled call
+_POSTPONE_S = 1.0  # a save is postponed if the previous one outlasts the round by more than this
+_CLOSE_S = 30.0  # timeout for a save that waits for a learner in a cancelled call
 
 
 class Saver:
-    """Saves and restores one run of a trainer, from `begin` to `close`.
+    """Saver of one run of a trainer, from `begin` to `close`.
 
     Attributes:
-        num_done: Number of rounds that the newest checkpoint has.
+        num_done: Number of rounds in the newest checkpoint.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Saver:
         self._owns_folder = owns_folder
         self._base: Checkpoint | None = None
         self._saved: dict[str, int] = {}  # version of each learner's state in the base
-        self._given_up: set[str] = set()  # learners that a warning was logged for
+        self._given_up: set[str] = set()  # learners that were given up and have had a warning
         self._saving: asyncio.Task[None] | None = None
         self._is_due = False
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="torchfedrpc-checkpoints")
@@ -59,10 +59,10 @@ class Saver:
 
     @classmethod
     async def begin(cls, checkpoints: Checkpoints, trainer: Resumable) -> Saver:
-        """Open the checkpoints, and restore trainer and learners if there is one to resume from.
+        """Open the checkpoints, and restore trainer and learners if there is a checkpoint to resume from.
 
         Raises:
-            ConfigError: If another run has the folder, or the checkpoint is of another configuration.
+            ConfigError: If another run uses the folder, or the checkpoint has another configuration.
             SnapshotError: If all checkpoints are damaged.
             GroupCallError: If learners cannot be restored.
         """
@@ -76,10 +76,10 @@ class Saver:
         return saver
 
     async def round_done(self, num_done: int) -> None:
-        """Save a round that has ended, before the next begins, if a checkpoint is due.
+        """Save a round that has ended, before the next one begins, if a checkpoint is due.
 
-        The disk is awaited after the last round, and after a signal, which then cancels the run. A save that is still
-        writing one second after the next round's end delays the next checkpoint by a round.
+        This waits for the disk after the last round, and after a signal, which then cancels the run. A save that is
+        still writing one second after the end of the next round delays the next checkpoint by a round.
         """
         is_interrupted = self._finishing.is_requested
         is_last = is_interrupted or num_done >= self._trainer.num_rounds
@@ -96,7 +96,7 @@ class Saver:
             await asyncio.get_running_loop().create_future()  # until the run is cancelled
 
     async def close(self) -> None:
-        """Finish a save that is being written, for at most 30 s; a second call does nothing."""
+        """Finish a save in progress, for at most 30 s. A second call does nothing."""
         try:
             if self._saving is not None and not await self._has_settled(_CLOSE_S):
                 self._saving.cancel()
@@ -116,7 +116,7 @@ class Saver:
             await asyncio.shield(self._saving)
 
     def _start(self, num_done: int) -> None:
-        """Take the trainer's state as it is now, and begin to take and write those of learners."""
+        """Capture the trainer's present state, and start to capture and write those of learners."""
         if self._proxy.stats()["pending_calls"]:
             logger.warning(
                 "calls are running as round %d ends: its checkpoint has what they do to learners, not their results",
@@ -144,7 +144,7 @@ class Saver:
                 await self._on_disk(save.abort)
                 raise
         except Exception as error:
-            if isinstance(error, SnapshotError):  # the file may be damaged: the next save is of all learners
+            if isinstance(error, SnapshotError):  # the file may be damaged, so the next save contains all learners
                 self._saved, self._base = {}, None
             self._log_failure(num_done, error)
             return
@@ -171,7 +171,7 @@ class Saver:
         return num_bytes
 
     def _log_failure(self, num_done: int, error: Exception) -> None:
-        """Log that there is no checkpoint of a round; the run continues."""
+        """Log that a round has no checkpoint; the run continues."""
         last = f"the last one is of round {self.num_done}" if self.num_done else "there is none yet"
         logger.error(
             "no checkpoint of round %d in %s: %s: %s; the run goes on, and %s",
@@ -207,7 +207,7 @@ class Saver:
 
 
 def _next_batch(snapshots: Iterator[tuple[str, bytes]]) -> dict[str, bytes]:
-    """Read snapshots of 32 MiB together, or one that is larger."""
+    """Return the next snapshots of 32 MiB together, or a single larger one."""
     batch: dict[str, bytes] = {}
     num_bytes = 0
     while num_bytes < BUDGET_BYTES and (following := next(snapshots, None)) is not None:
@@ -217,7 +217,7 @@ def _next_batch(snapshots: Iterator[tuple[str, bytes]]) -> dict[str, bytes]:
 
 
 def _random_streams() -> dict[str, Any]:
-    """Return the state of the process's own random streams, which a trainer may draw from between rounds."""
+    """Return the state of the process's global random streams, from which a trainer may draw between rounds."""
     return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
 
 

@@ -1,4 +1,4 @@
-"""A trainer's settings, readable as attributes whatever they were given as."""
+"""Settings of a trainer with attribute access, for any type of configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchfedrpc.errors import suggest
 
 
 class Settings(dict[str, Any]):
-    """A mapping whose keys are attributes too; mappings inside it, and inside its lists, are made alike."""
+    """Mapping with attribute access to its keys. Nested mappings, also in lists, are converted as well."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__({key: _attributes(value) for key, value in values.items()})
@@ -22,7 +22,7 @@ class Settings(dict[str, Any]):
 
 
 def as_settings(config: Any) -> Any:
-    """Give a mapping attributes; anything else has them already and is returned as it is."""
+    """Return a mapping as `Settings`, and any other object unchanged."""
     return _attributes(config)
 
 

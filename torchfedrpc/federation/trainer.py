@@ -1,4 +1,4 @@
-"""The base of every trainer: its settings, its cohorts, its rounds."""
+"""Base class of trainers: settings, cohorts, and rounds."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ logger = logging.getLogger(__name__)
 
 
 class AbstractFederationTrainer(ABC):
-    """A federated algorithm: it decides who trains when, on which weights, and what becomes of the results.
+    """Base class of federated algorithms: they choose cohorts and weights, and aggregate the results.
 
-    Subclasses write `train`. The same trainer runs in every execution mode. One that loops over `rounds`, and keeps
-    in attributes of its own what later rounds depend on, can be saved and resumed: see `Checkpoints`.
+    Subclasses implement `train`. The same trainer runs in every execution mode. A trainer that loops over `rounds`,
+    and keeps the state of later rounds in attributes, can be saved and resumed: see `Checkpoints`.
 
     Args:
-        config: a mapping or an object. The base reads ``num_rounds`` (for `rounds`), ``clients_per_round``
-            (default: all) and ``seed`` (default: 0) of it; everything else is the subclass's own.
-        learner_proxy: an open proxy, through which learners are called.
+        config: A mapping or an object. The base class reads ``num_rounds`` (for `rounds`), ``clients_per_round``
+            (default: all clients) and ``seed`` (default: 0). Subclasses read further settings.
+        learner_proxy: An open proxy, which calls the learners.
 
     Attributes:
-        config: the settings; keys of a mapping, and of mappings within, are attributes too.
-        learner_proxy: as given.
-        checkpoints: where the run is saved; None, unless it is set before `train`.
-        not_state: names of attributes that are no part of the trainer's state; a subclass may have more.
+        config: The settings; keys of a mapping, also of nested ones, are attributes too.
+        learner_proxy: The proxy.
+        checkpoints: Where and how often the run is saved; None (default) to save nothing. Set it before `train`.
+        not_state: Names of attributes that do not belong to the trainer's state; a subclass may add more.
 
     Raises:
-        ConfigError: one of the settings above cannot be met.
+        ConfigError: If one of these settings is invalid.
     """
 
     not_state: ClassVar[frozenset[str]] = frozenset(
@@ -52,7 +52,7 @@ class AbstractFederationTrainer(ABC):
 
     def __init__(self, config: Any, learner_proxy: LearnerProxy) -> None:
         self.checkpoints: Checkpoints | None = None
-        self._not_saved: set[str] = set()  # attributes that were warned of
+        self._not_saved: set[str] = set()  # attributes that cannot be saved and have had a warning
         self.config = as_settings(config)
         self.learner_proxy = learner_proxy
         num_clients = len(learner_proxy.client_ids)
@@ -61,10 +61,10 @@ class AbstractFederationTrainer(ABC):
 
     @abstractmethod
     async def train(self) -> Any:
-        """Run the algorithm from beginning to end."""
+        """Run the whole algorithm."""
 
     def select_clients(self, round_num: int) -> list[str]:
-        """Draw the cohort of a round, from the seed and ``round_num`` alone.
+        """Draw the cohort of a round, as a function of the seed and ``round_num`` only.
 
         Returns:
             ``clients_per_round`` different ids, in the order of ``learner_proxy.client_ids``.
@@ -74,28 +74,29 @@ class AbstractFederationTrainer(ABC):
     async def aggregate_weights(
         self, weights_list: Sequence[Mapping[str, Tensor]], num_samples: Sequence[float] | None = None
     ) -> dict[str, Tensor]:
-        """Average models.
+        """Return the weighted mean of models, a state dict.
 
         Args:
-            weights_list: a state dict of each client, all with the same names and shapes.
-            num_samples: the weight of each; by default all count alike.
+            weights_list: A state dict per client, all with the same names and shapes.
+            num_samples: The weight of each state dict. Default: Equal weights.
 
         Raises:
-            ValueError: the list is empty, the state dicts do not match, or the weights are unusable.
+            ValueError: If the list is empty, the state dicts do not match, or the weights are invalid.
         """
-        # On a thread, because a large mean takes longer than heartbeats and deadlines can wait.
+        # On a thread, since a large mean would block the event loop for longer than heartbeats and deadlines allow.
         return await asyncio.to_thread(weighted_mean, weights_list, num_samples)
 
     async def rounds(self) -> AsyncIterator[int]:
-        """Count the rounds, from 0 to ``num_rounds - 1``, and tell subscribers when one begins.
+        """Yield the numbers of the rounds, 0 to ``num_rounds - 1``, and publish the start of each.
 
-        With ``checkpoints`` the run is saved between two rounds, and goes on from a checkpoint: trainer and learners
-        get their state back before the first round that is left. What `train` has done before its loop is then done
-        again, so the loop must depend on attributes of the trainer and on learners alone, not on local variables.
+        With ``checkpoints`` the run is saved between two rounds and resumes from a checkpoint: the states of trainer
+        and learners are restored before the first remaining round. The code of `train` before its loop runs again
+        after a resume. So the loop must depend on attributes of the trainer and on learners only, not on local
+        variables.
 
         Raises:
-            ConfigError: the config has no usable ``num_rounds``, or the checkpoint does not fit this run.
-            SnapshotError: the checkpoint cannot be read.
+            ConfigError: If the config has no valid ``num_rounds``, or the checkpoint does not fit this run.
+            SnapshotError: If the checkpoint cannot be read.
         """
         num_rounds = self.num_rounds
         saver = await Saver.begin(self.checkpoints, self) if self.checkpoints is not None else None
@@ -108,14 +109,15 @@ class AbstractFederationTrainer(ABC):
             await saver.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What later rounds depend on, for a checkpoint; a subclass may say it better.
+        """Return the state of later rounds, for a checkpoint; subclasses may override it.
 
-        It has every attribute but those in ``not_state``: the ``state_dict()`` of those that have one which can be
-        loaded (a module, an optimiser), else the value itself. Parts of such a module stay its parts, also as other
-        attributes and in dicts and lists of the trainer. One that cannot be saved is warned of once.
+        The state contains every attribute except those in ``not_state``: the ``state_dict()`` of attributes with
+        ``state_dict`` and ``load_state_dict`` (a module, an optimiser), else the value. References to parts of such a
+        module are kept, also in other attributes and in dicts and lists of the trainer. An attribute that cannot be
+        saved is skipped, with one warning.
 
         Raises:
-            SnapshotError: a value would not come back equal, or untied from another.
+            SnapshotError: If a value would not be restored equal, or would lose its identity with another value.
         """
         saved = {
             name: value
@@ -125,12 +127,12 @@ class AbstractFederationTrainer(ABC):
         return state_of(saved, AllowList(self.trusted_modules), self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore a state that `state_dict` returned."""
         give_state(self, state)
 
     @property
     def trusted_modules(self) -> list[str]:
-        """Packages whose classes may be part of its state: its own, the learner's and ``runtime.trusted_modules``."""
+        """Packages of classes allowed in its state: the trainer's, the learner's and ``runtime.trusted_modules``."""
         return [type(self).__module__, *self.learner_proxy.trusted_modules]
 
     def _is_data(self, name: str, value: Any) -> bool:
@@ -151,15 +153,15 @@ class AbstractFederationTrainer(ABC):
 
     @property
     def num_rounds(self) -> int:
-        """The rounds of a whole run.
+        """The number of rounds of a whole run.
 
         Raises:
-            ConfigError: the config has none, or no count.
+            ConfigError: If the config has no such setting, or it is not a whole number of at least 0.
         """
         return self._count("num_rounds", default=None, least=0)
 
     def _count(self, name: str, *, default: int | None, least: int, most: int | None = None) -> int:
-        """Read a whole number from the config; a missing one, and None, stand for the default."""
+        """Return a whole number from the config; the default if it is missing or None."""
         given = getattr(self.config, name, None)
         value = default if given is None else given
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= (most or value):

@@ -1,4 +1,4 @@
-"""A trainer's attributes as state: modules and optimisers as state dicts, other data by value, aliases kept."""
+"""State of a trainer's attributes: modules and optimisers as state dicts, other data by value; aliases are kept."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def state_of(attributes: Mapping[str, Any], allow: AllowList, trainer: Any) -> d
 
     Args:
         attributes: The attributes to save, by name.
-        allow: The types that may be read again.
-        trainer: The trainer, which error messages name.
+        allow: The allow-list for reading the state again.
+        trainer: The trainer, for error messages.
 
     Returns:
-        ``states`` (state dicts by name), ``values`` (data by name) and ``links``: the places in the values, or the
-        attributes, that are parts of an attribute with a state dict.
+        ``states`` (state dicts by name), ``values`` (data by name) and ``links``: places in the values, or
+        attributes, that refer to parts of an attribute with a state dict.
 
     Raises:
-        SnapshotError: If the values would not come back equal, or would no longer be parts of a module.
+        SnapshotError: If the values would not be restored equal, or would no longer refer to parts of a module.
     """
     stateful = {name: value for name, value in attributes.items() if has_state_dict(value)}
     parts = _parts_of(stateful)
@@ -73,7 +73,7 @@ def give_state(trainer: Any, state: Mapping[str, Any]) -> None:
 
 
 def _parts_of(stateful: Mapping[str, Any]) -> dict[int, Part]:
-    """Return by object id the part that an object is, of the largest module that has it."""
+    """Return object id -> part, for the parts of all modules; of nested modules the largest one counts."""
     parts: dict[int, Part] = {}
     modules = {name: value for name, value in stateful.items() if isinstance(value, nn.Module)}
     for name in sorted(modules, key=lambda name: -sum(1 for _ in modules[name].modules())):
@@ -95,7 +95,7 @@ def _part(attributes: Mapping[str, Any], part: Part) -> Any:
 
 
 def _without_parts(values: dict[str, Any], parts: Mapping[int, Part], links: list[tuple[Place, Part]]) -> Any:
-    """Replace parts in dicts and lists by None; containers that have parts are copied, others are kept."""
+    """Replace parts in dicts and lists by None; containers with parts are copied, others are kept."""
     copies: dict[int, Any] = {}
 
     def visit(value: Any, place: Place) -> Any:
@@ -104,7 +104,7 @@ def _without_parts(values: dict[str, Any], parts: Mapping[int, Part], links: lis
             return None
         if type(value) not in (dict, list) or id(value) in copies:
             return copies.get(id(value), value)
-        copies[id(value)] = value  # it may contain itself
+        copies[id(value)] = value  # set before its items, since it may contain itself
         items = value.items() if type(value) is dict else enumerate(value)
         found = {key: inner for key, item in items if (inner := visit(item, (*place, key))) is not item}
         if found:
