@@ -1,4 +1,4 @@
-"""Fault injection and snapshot checks for the tests of users."""
+"""Fault injection and snapshot checks for users' tests."""
 
 from torchfedrpc.testing.faults import Faults
 from torchfedrpc.testing.snapshots import check_snapshot

@@ -18,12 +18,12 @@ DRIVER = "driver"
 
 @dataclass(frozen=True)
 class DriverFault:
-    """A fault of the driver as a round starts.
+    """Fault of the driver at the start of a round.
 
     Attributes:
         kind: ``kill``, ``freeze`` or ``slow``.
-        at_round: the number of the round, from 0.
-        seconds: how long it is frozen, or its event loop blocked.
+        at_round: The number of the round, from 0.
+        seconds: Seconds for which the process is frozen, or its event loop blocked.
     """
 
     kind: FaultKind
@@ -48,57 +48,57 @@ class Faults:
         async with LearnerProxy(...) as proxy, faults.injected(proxy):
             ...
 
-    A worker is named as messages name it: ``worker1``, ``worker2``, ..., and ``local`` where the driver has learners
-    itself. Its ``at_call`` counts, from 1, the calls that begin on it while the faults are injected; a process that
-    takes a lost worker's place has no faults. The driver is named ``driver``, and its ``at_round`` is the
-    ``round_num`` of `RoundStarted`, from 0, which the trainer's ``rounds()`` publishes: a trainer with a loop of
-    its own has to publish it too.
+    Workers have the names of error messages: ``worker1``, ``worker2``, ..., and ``local`` for learners in the
+    driver's process. ``at_call`` counts, from 1, the calls that begin on a worker while the faults are injected; a
+    process that replaces a lost worker has no faults. The driver is named ``driver``. ``at_round`` is the
+    ``round_num`` of `RoundStarted`, from 0. The trainer's ``rounds()`` publishes this event; a trainer with another
+    loop has to publish it too.
 
-    All methods raise `ConfigError` if the fault makes no sense.
+    All methods raise `ConfigError` if the fault is invalid.
     """
 
     of_workers: tuple[tuple[str, Fault], ...] = ()
     of_driver: tuple[DriverFault, ...] = ()
 
     def kill(self, target: str, *, at_call: int | None = None, at_round: int | None = None) -> Faults:
-        """Kill a worker (SIGKILL) as its call number ``at_call`` begins, or the driver at a round."""
+        """Kill a worker (SIGKILL) at the start of its call number ``at_call``, or the driver at a round."""
         return self._with("kill", target, at_call, at_round)
 
     def freeze(
         self, target: str, *, at_call: int | None = None, at_round: int | None = None, seconds: float = 0.0
     ) -> Faults:
-        """Stop a worker (SIGSTOP) as its call number ``at_call`` begins, or the driver at a round.
+        """Stop a worker (SIGSTOP) at the start of its call number ``at_call``, or the driver at a round.
 
         Args:
-            target: a worker, or ``driver``.
-            at_call: of a worker, which call, from 1.
-            at_round: of the driver, which round, from 0.
-            seconds: how long; 0 for ever, which is refused for the driver, since the test would never end.
+            target: Name of a worker, or ``driver``.
+            at_call: For a worker: Number of the call, from 1.
+            at_round: For the driver: Number of the round, from 0.
+            seconds: Duration of the stop; 0 stops forever. 0 is refused for the driver, since the test would hang.
         """
         return self._with("freeze", target, at_call, at_round, seconds)
 
     def sever(self, target: str, *, at_call: int) -> Faults:
-        """Stop the heartbeat of a worker as its call number ``at_call`` begins; the worker runs on."""
+        """Stop the heartbeat of a worker at the start of its call number ``at_call``; the worker runs on."""
         return self._with("sever", target, at_call, None)
 
     def slow(self, target: str, *, at_call: int | None = None, at_round: int | None = None, seconds: float) -> Faults:
         """Delay each call of a worker, or block the driver's event loop at a round.
 
         Args:
-            target: a worker, ``local`` included, or ``driver``.
-            at_call: of a worker, from which call on, from 1.
-            at_round: of the driver, at which round, from 0.
-            seconds: how much longer each of the calls takes, or how long the loop is blocked.
+            target: Name of a worker, including ``local``, or ``driver``.
+            at_call: For a worker: Number of the first delayed call, from 1.
+            at_round: For the driver: Number of the round, from 0.
+            seconds: Delay of each call, or duration for which the event loop is blocked.
         """
         return self._with("slow", target, at_call, at_round, seconds)
 
     @contextlib.asynccontextmanager
     async def injected(self, proxy: LearnerProxy) -> AsyncIterator[None]:
-        """Inject these faults into an open proxy's run, in place of all earlier ones, until the block ends.
+        """Inject these faults into an open proxy's run until the block ends; they replace all earlier ones.
 
         Raises:
-            ConfigError: If the run has no such worker, or its mode no such fault.
-            AssertionError: If a worker that was to be killed has run fewer calls by the end of the block.
+            ConfigError: If the run has no such worker, or its mode does not support such a fault.
+            AssertionError: If a ``kill`` has not struck by the end of the block, since the worker ran fewer calls.
         """
         proxy._dispatcher.check_open()
         router, of_worker = proxy._router, defaultdict[str, list[Fault]](list)
@@ -120,8 +120,8 @@ class Faults:
                     raise AssertionError(f"{worker} was to be killed at its call {fault.at_call}, which never came")
         finally:
             unsubscribe()
-            for worker in of_worker.keys() & set(router.workers()):  # the others are lost for good
-                with contextlib.suppress(WorkerLostError):  # a fault has struck
+            for worker in of_worker.keys() & set(router.workers()):  # the others were lost and not replaced
+                with contextlib.suppress(WorkerLostError):  # the injected fault
                     await router.arm({worker: []})
 
     def _strike_driver(self, event: Event) -> None:

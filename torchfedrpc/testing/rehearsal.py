@@ -1,4 +1,4 @@
-"""One learner on a host in this process, called synchronously: what `check_snapshot` replays calls on."""
+"""Learner on a host in this process with synchronous calls, for the replays of `check_snapshot`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _WORKER = "a rehearsal"
 
 @dataclass(frozen=True)
 class Step:
-    """A call.
+    """Call to make.
 
     Attributes:
-        method: the method's name.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+        method: The method's name.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
     """
 
     method: str
@@ -40,10 +40,10 @@ class Step:
 
     @classmethod
     def of(cls, entry: str | Sequence[Any]) -> Step:
-        """Read a method's name, ``(method, args)``, ``(method, kwargs)`` or ``(method, args, kwargs)``.
+        """Parse a method's name, ``(method, args)``, ``(method, kwargs)`` or ``(method, args, kwargs)``.
 
         Raises:
-            ConfigError: If it is none of these.
+            ConfigError: If the entry has none of these forms.
         """
         match entry:
             case str(method) | [str(method)]:
@@ -62,12 +62,12 @@ class Step:
 
 @contextlib.contextmanager
 def rehearsal(spec: LearnerSpec, client_id: str, kwargs: Packed) -> Iterator[Rehearsal]:
-    """A learner in a host, which is closed at the end.
+    """Provide a learner on a new host, and close the host at the end.
 
     Args:
-        spec: how to make the learner.
-        client_id: the learner's client.
-        kwargs: keyword arguments for its constructor.
+        spec: Makes the learner.
+        client_id: The learner's client.
+        kwargs: Keyword arguments for its constructor.
     """
     host = LearnerHost(spec, worker=_WORKER)
     try:
@@ -77,7 +77,7 @@ def rehearsal(spec: LearnerSpec, client_id: str, kwargs: Packed) -> Iterator[Reh
 
 
 class Rehearsal:
-    """One learner, made at its first call or by `restore`."""
+    """One learner, created by its first call or by `restore`."""
 
     def __init__(self, host: LearnerHost, client_id: str, kwargs: Packed) -> None:
         self._host = host
@@ -87,14 +87,14 @@ class Rehearsal:
 
     @property
     def learner(self) -> Any:
-        """The learner itself; None before it is made."""
+        """The learner; None before it is created."""
         return self._mailbox.learner
 
     def call(self, step: Step) -> Any:
-        """The result of a method, or the list of the items of a generator method.
+        """Return the result of a method, or the list of the items of a generator method.
 
         Raises:
-            Exception: If the constructor or the method raises.
+            Exception: If the constructor or the method raised it.
         """
         self._make()
         method = getattr(self.learner, step.method, None)
@@ -103,7 +103,7 @@ class Rehearsal:
         return self._ask("call", step.method, (tuple(step.args), dict(step.kwargs)))
 
     def snapshot(self) -> bytes:
-        """The learner's snapshot.
+        """Return the learner's snapshot.
 
         Raises:
             SnapshotError: If its state cannot be captured.
@@ -111,15 +111,15 @@ class Rehearsal:
         return bytes(seal(self._ask("snapshot", "snapshot", None)))
 
     def restore(self, snapshot: bytes) -> None:
-        """Make the learner of a snapshot.
+        """Create the learner from a snapshot.
 
         Raises:
-            SnapshotError: If the learner does not take the state.
+            SnapshotError: If the learner cannot restore the state.
         """
         self._ask("restore", "restore", (torch.frombuffer(bytearray(snapshot), dtype=torch.uint8), None))
 
     def _make(self) -> None:
-        # Only the learner shows whether a method is a generator. Any call makes the learner, a refused one too.
+        # Only the learner shows whether a method is a generator. Any call creates the learner, even a refused one.
         if not self._mailbox.made:
             with contextlib.suppress(MethodNotFoundError):
                 self._ask("call", "_", ((), {}))

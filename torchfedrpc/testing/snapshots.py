@@ -1,4 +1,4 @@
-"""`check_snapshot`: proof by replay that a learner's snapshots are complete."""
+"""`check_snapshot`: checks by replay that a learner's snapshots are complete."""
 
 from __future__ import annotations
 
@@ -28,35 +28,36 @@ def check_snapshot(
     ignore: Collection[str] = (),
     repeat: int = 2,
 ) -> None:
-    """Prove by replay that a learner goes on from its snapshot as if nothing had happened.
+    """Check by replay that a learner restored from a snapshot behaves like an undisturbed one.
 
-    The calls run undisturbed; then, for each of them, a new learner is restored from the snapshot taken after it,
-    and the rest of the calls run there. Every result, and the state in the end, must be equal bit for bit. Give
-    it the calls that a trainer makes in a round, in their order: what no call shows is not proven.
+    The calls run undisturbed first. Then, for each call, a new learner is restored from the snapshot taken after it,
+    and the remaining calls run there. All results and the final state must be equal bit for bit. Pass the calls that
+    a trainer makes in a round, in their order: state that no call depends on is not checked.
 
-    All of it happens in this process, on threads, as in local mode; the calling thread, or its event loop, waits.
-    So what is outside the learner (a variable of its module, a class attribute, a cache) is found only where it
-    changes in the course of the calls; what is set once and lost with the process looks as if it were kept.
+    Everything runs in this process, on threads, as in local mode; the calling thread, or its event loop, blocks. So
+    state outside the learner (a variable of its module, a class attribute, a cache) is detected only if the calls
+    change it. State that is set once and lost with the process appears to be kept.
 
     Example:
         ``check_snapshot(MyLearner, ["train_epoch", ("evaluate", {"split": "test"})])``
 
     Args:
-        learner: a class, a factory, or a registered name, as for `LearnerProxy`.
-        calls: method names, ``(method, args)``, ``(method, kwargs)`` or ``(method, args, kwargs)``. Of a generator
-            method all items are taken.
-        client_id: the learner's first argument.
-        kwargs: keyword arguments for its constructor.
-        seed: the run's seed.
-        trusted_modules: as ``runtime.trusted_modules``.
-        ignore: keys of a result, and attributes or keys of the state, that may differ, such as a duration.
-        repeat: how often the calls are made. Twice, since what a call has left behind shows at the next of its kind.
+        learner: A class, a factory, or a registered name, as for `LearnerProxy`.
+        calls: Method names, ``(method, args)``, ``(method, kwargs)`` or ``(method, args, kwargs)``. All items of a
+            generator method are requested.
+        client_id: The learner's first argument.
+        kwargs: Keyword arguments for its constructor.
+        seed: The run's seed.
+        trusted_modules: As ``runtime.trusted_modules``.
+        ignore: Keys of a result, and attributes or keys of the state, that may differ, such as a duration.
+        repeat: Number of times the calls are made. The default is 2, since state that a call leaves behind affects
+            the next call of its kind.
 
     Raises:
-        SnapshotError: If the state cannot be captured or restored, or a replay differs; it names the first call that
-            does, the snapshot before it, and the attributes that were lost.
-        ConfigError: If there is no call, or an entry of ``calls`` is none.
-        Exception: If the constructor or a call raises in the undisturbed run.
+        SnapshotError: If the state cannot be captured or restored, or a replay differs; the message names the first
+            differing call, the snapshot before it, and the attributes that were lost.
+        ConfigError: If there are no calls, or an entry of ``calls`` is invalid.
+        Exception: If the constructor or a call raised it in the undisturbed run.
     """
     runtime = RuntimeConfig(call_timeout_s=None, trusted_modules=list(trusted_modules))
     spec, defaults = LearnerSpec.of(learner, seed, runtime)
@@ -69,7 +70,7 @@ def check_snapshot(
 
 
 class _Differs(Exception):
-    """The first difference of a replay; the cause is what the replay raised."""
+    """First difference of a replay; the ``__cause__`` is the exception that the replay raised, if any."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class _Check:
             results = [undisturbed.call(step) for step in self.steps]
             final = undisturbed.snapshot()
         snapshots = self._observe(results, final)
-        # From the last to the first: each replay finds what is outside the learner as all the calls have left it.
+        # From last to first: each replay finds the state outside the learner as all calls have left it.
         for split in range(len(self.steps), 0, -1):
             with self._opened() as restored:
                 restored.restore(snapshots[split - 1])
@@ -98,7 +99,7 @@ class _Check:
                     ) from reason.__cause__
 
     def _observe(self, results: list[Any], final: bytes) -> list[bytes]:
-        """The snapshot after each call of a second run, which must be like the first."""
+        """Return the snapshot after each call of a second run, and check that this run equals the first."""
         snapshots: list[bytes] = []
         try:
             with self._opened() as observed:
@@ -131,7 +132,7 @@ class _Check:
         first: int,
         after_each: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make the calls from number ``first`` on, and notice the first difference."""
+        """Make the calls from number ``first`` on, and raise at the first difference."""
         for number in range(first, len(self.steps)):
             try:
                 result = run.call(self.steps[number])
@@ -144,7 +145,7 @@ class _Check:
             raise _Differs(f"every result is the same, but in the end the state{path} is another")
 
     def _lost(self, split: int, snapshot: bytes) -> str:
-        """Which attributes of a learner that is restored are not as they were."""
+        """Return a sentence that names the attributes that a restored learner lacks or has with another value."""
         with self._opened() as original, self._opened() as restored:
             for step in self.steps[:split]:
                 original.call(step)
@@ -185,5 +186,5 @@ def _is_lost(name: str, now: dict[str, Any], before: dict[str, Any], *, with_gra
         return True
     try:
         return difference(now[name], before[name], with_gradients=with_gradients) is not None
-    except Exception:  # what cannot be pickled, such as a lock, is made anew where the state leaves it out
+    except Exception:  # for example a lock, which cannot be pickled and is created again by the constructor
         return type(now[name]) is not type(before[name])
