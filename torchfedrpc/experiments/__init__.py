@@ -1,1 +1,1 @@
-"""The bundled application: federated learning experiments from the command line."""
+"""Bundled application: federated learning experiments from the command line."""

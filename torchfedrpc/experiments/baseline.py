@@ -1,4 +1,4 @@
-"""The centralised baseline: what one model reaches that has everybody's data."""
+"""Centralised baseline: one model trained on the data of all clients."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ def train_centrally(
     trusted_modules: Iterable[str] = (),
     **optimisation: Any,
 ) -> list[Score]:
-    """Train one model on the whole training set, from the weights that the federated run began with.
+    """Train one model on the whole training set, from the initial weights of the federated run.
 
     Args:
-        model: recipe of the model.
-        data: what to train on, and what to score on.
-        seed: draws the initial weights and the order of samples; the process's own random stream is left
-            alone.
-        num_rounds: how often to score.
-        local_epochs: passes over the training set before each score, as many as a client makes in a round.
-        trusted_modules: packages that the recipe may name, as `build` has it.
-        optimisation: the fields of `Optimisation`.
+        model: Recipe of the model.
+        data: Training set, and test set for the scores.
+        seed: Seed of the initial weights and the order of samples; the global random stream is preserved.
+        num_rounds: Number of scores.
+        local_epochs: Number of passes over the training set before each score, as many as a client makes in a round.
+        trusted_modules: Packages that the recipe may name, as in `build`.
+        optimisation: Fields of `Optimisation`.
 
     Returns:
-        The test score after each round's worth of training.
+        The test score after each round's amount of training.
     """
     network = build_model(model, seed, trusted_modules)
     indices = torch.arange(len(data.train))

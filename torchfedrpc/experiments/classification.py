@@ -1,4 +1,4 @@
-"""A learner that classifies."""
+"""Learner for classification."""
 
 from __future__ import annotations
 
@@ -26,22 +26,21 @@ Recipe = Mapping[str, Any]
 
 @learner("classification")
 class ClassificationLearner(Learner):
-    """Trains a classifier on the client's share of a dataset, by SGD.
+    """Learner that trains a classifier on the client's share of a dataset, by SGD.
 
-    Dataset and model arrive as recipes and are made where the learner lives: the dataset once in a process,
-    the model once for each call that runs at the same time. They may name what
-    `build` allows. What a learner keeps of its own is its weights.
+    Dataset and model are given as recipes and built on the learner's worker: the dataset once per process, the model
+    once per concurrent call. `build` defines what recipes may name. A learner's only state is its weights.
 
     Args:
-        client_id: the client that this learner is.
-        dataset: recipe of a `TrainTest`.
+        client_id: The client of this learner.
+        dataset: Recipe of a `TrainTest`.
         indices: [num_samples], int64; the client's share of the training set.
-        model: recipe of a module that maps inputs to logits.
-        seed: draws the initial weights, the same for all clients that have the same seed.
-        batch_size: samples in a step of SGD.
-        learning_rate: of SGD.
-        momentum: of SGD.
-        weight_decay: of SGD.
+        model: Recipe of a module that maps inputs to logits.
+        seed: Seed of the initial weights, which are equal for all clients with the same seed.
+        batch_size: Number of samples in a step of SGD.
+        learning_rate: Learning rate of SGD.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
     """
 
     def __init__(
@@ -73,21 +72,20 @@ class ClassificationLearner(Learner):
         learning_rate: float | None = None,
         proximal_mu: float = 0.0,
     ) -> dict[str, Any]:
-        """Train for some epochs, and keep the outcome as the learner's own weights.
+        """Train for some epochs, and keep the result as the learner's weights.
 
         Args:
-            model_weights: a state dict to begin with. Default: the learner's own weights.
-            round_num: the trainer's round; training does not depend on it.
-            local_epochs: passes over the client's samples.
-            learning_rate: in place of the learner's own.
-            proximal_mu: FedProx's pull towards the weights that training begins with.
+            model_weights: Initial weights, a state dict. Default: The learner's weights.
+            round_num: The trainer's round; training does not depend on it.
+            local_epochs: Number of passes over the client's samples.
+            learning_rate: Learning rate of SGD. Default: The learner's learning rate.
+            proximal_mu: Coefficient of FedProx's proximal term, relative to the initial weights.
 
         Returns:
             ``model_weights`` (a state dict), ``num_samples``, and ``train_loss`` (mean cross-entropy).
 
         Raises:
-            CancelledError: the caller no longer wants the result; the learner's own weights stay as they
-                were.
+            CancelledError: If the call was cancelled; the learner's weights are unchanged.
         """
         call = current_call()
         optimisation = dataclasses.replace(self._optimisation, proximal_mu=proximal_mu)
@@ -110,10 +108,10 @@ class ClassificationLearner(Learner):
         }
 
     def evaluate(self, model_weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """Score a model on the client's own samples.
+        """Score a model on the client's samples.
 
         Args:
-            model_weights: a state dict. Default: the learner's own weights.
+            model_weights: A state dict. Default: The learner's weights.
 
         Returns:
             ``accuracy`` (0 to 1), ``loss`` (mean cross-entropy) and ``num_samples``.
@@ -122,21 +120,21 @@ class ClassificationLearner(Learner):
             return dataclasses.asdict(score(model, self._train_set().take(self._indices)))
 
     def get_model_weights(self) -> Mapping[str, Tensor]:
-        """The learner's own weights, a state dict: as last trained or set, at first the initial ones."""
+        """Return the learner's weights, a state dict: as last trained or set, else the initial weights."""
         if self._weights is None:
             return self._shared_initial_weights()
         return self._weights
 
     def set_model_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take ``weights``, a state dict, as the learner's own."""
+        """Set the learner's weights to ``weights``, a state dict."""
         self._weights = weights
 
     def state_dict(self) -> dict[str, Any]:
-        """What training changes, for snapshots: the learner's own weights; all else the constructor makes anew."""
+        """Return the state for snapshots: the learner's weights. The constructor creates everything else."""
         return {"weights": self._weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore a state that `state_dict` returned."""
         self._weights = state["weights"]
 
     def _train_set(self) -> Samples:
@@ -155,10 +153,10 @@ class ClassificationLearner(Learner):
 
     @contextmanager
     def _borrowed_model(self, weights: Mapping[str, Tensor] | None) -> Iterator[nn.Module]:
-        """Lend a module that holds ``weights`` (default: the learner's own), on the call's device.
+        """Lend a module with ``weights`` (default: the learner's weights), on the call's device.
 
-        Building a module costs more than a step of training, and a thousand clients need no thousand
-        modules: idle ones lie in a list, from which each call takes its own.
+        Idle modules are kept in a list for later calls: building a module costs more than a step of training, and a
+        thousand clients do not need a thousand modules.
         """
         call = current_call()
         idle: list[nn.Module] = call.shared(("idle_models", _key(self._model_recipe), str(call.device)), list)

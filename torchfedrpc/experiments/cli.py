@@ -1,4 +1,4 @@
-"""The ``torchfedrpc`` command: one experiment, or a sweep of them, configured by hydra; ``torchfedrpc info``."""
+"""The ``torchfedrpc`` command: runs an experiment or a sweep configured by hydra, or ``torchfedrpc info``."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from torchfedrpc.run import drive, leave_no_word
 from torchfedrpc.signals import run_interruptible
 
 _INFO = "Print the versions, the machine and the transport between processes; torchfedrpc --help is of experiments."
-_BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in its own process
+_BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in the driver's process
 
 ConfigStore.instance().store(group="runtime", name="schema", node=RuntimeConfig)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://torchfedrpc.conf", config_name="config")
 def _task(config: DictConfig) -> float:
-    """Run one job; sweepers optimise what it returns, the final test accuracy."""
+    """Run one job and return the final test accuracy, which sweepers optimise."""
     _check_launcher()
     try:
         return _run(config, Path(HydraConfig.get().runtime.output_dir))
     except (ConfigError, GroupCallError, SnapshotError, WorkerLostError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN or "HYDRA_FULL_ERROR" in os.environ:
-            raise  # the other jobs go on
+            raise  # hydra continues with the other jobs
         sys.exit("\n".join([f"torchfedrpc: {error}", *getattr(error, "__notes__", [])]))
 
 
 def _check_launcher() -> None:
-    """Check that a job of a sweep runs in the driver of the launch, if there is one.
+    """Check that the jobs of a sweep run in the driver of the launch, if there is a launch.
 
     Raises:
-        ConfigError: Hydra's launcher starts the jobs in processes of its own, which the ranks do not serve.
+        ConfigError: If hydra's launcher starts the jobs in other processes, which the ranks do not serve.
     """
     config = HydraConfig.get()
     target = str(config.launcher._target_)
@@ -61,7 +61,7 @@ def _check_launcher() -> None:
 
 def _run(config: DictConfig, output_dir: Path) -> float:
     experiment = ExperimentConfig.of(plain(config))
-    close_to_others(output_dir)  # hydra has made it, and written the whole configuration into it
+    close_to_others(output_dir)  # hydra has created it, and written the whole configuration into it
     make_private(output_dir)
     with experiment.checkpoints(output_dir) as checkpoints:
         with replaced(output_dir / "config.yaml") as file:
@@ -77,7 +77,7 @@ def _run(config: DictConfig, output_dir: Path) -> float:
 def main() -> None:
     """Run the command line; on the other ranks of a launch, serve learners until rank 0 ends."""
     if sys.argv[1:2] == ["info"]:
-        leave_no_word()  # it may precede the script of a rank
+        leave_no_word()  # this process does not run a rank's script, even if a launcher's variables are set
         argparse.ArgumentParser("torchfedrpc info", description=_INFO).parse_args(sys.argv[2:])
         print(describe())
         return
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def plain(config: DictConfig) -> dict[str, object]:
-    """The resolved configuration as dicts and lists, which can travel to workers."""
+    """Return the resolved configuration as dicts and lists, which can be sent to workers."""
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

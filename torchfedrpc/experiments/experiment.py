@@ -1,4 +1,4 @@
-"""An experiment: data, learners and a trainer put together from a configuration, and run."""
+"""Experiment: data, learners and a trainer built from a configuration, and run."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ Recipe = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """What the configuration's groups resolve to.
+    """Resolved configuration of an experiment.
 
     Attributes:
-        seed: draws everything that is drawn.
-        runtime: where learners run.
-        dataset: recipe of a `TrainTest`. It, ``partition`` and ``model`` may call what `build` allows.
-        partition: recipe of a function of ``labels`` and ``num_clients``, as in
+        seed: Seed of all random draws.
+        runtime: Where learners run.
+        dataset: Recipe of a `TrainTest`. `build` defines what it, ``partition`` and ``model`` may call.
+        partition: Recipe of a function of ``labels`` and ``num_clients``, as in
             `torchfedrpc.experiments.data.partition`.
-        model: recipe of a module.
-        learner: the class of the learners as ``_target_``, and settings for its constructor, which gets
-            ``dataset``, ``indices``, ``model`` and ``seed`` beside them.
-        trainer: the class of the trainer as ``_target_``, and its settings. It is made as ``FedAvgTrainer``
-            is, and its ``train`` returns the final weights.
-        baseline: settings of `train_centrally`; None for no baseline.
-        checkpoint_every: rounds from one checkpoint to the next; None for none.
-        resume: ``never``, ``auto`` or an output folder, as `Checkpoints` has it.
+        model: Recipe of a module.
+        learner: Class of the learners as ``_target_``, and settings for its constructor, which receives ``dataset``,
+            ``indices``, ``model`` and ``seed`` as well.
+        trainer: Class of the trainer as ``_target_``, and its settings. It is constructed like ``FedAvgTrainer``, and
+            its ``train`` returns the final weights.
+        baseline: Settings of `train_centrally`; None for no baseline.
+        checkpoint_every: Number of rounds between checkpoints; None for no checkpoints.
+        resume: ``never``, ``auto`` or an output folder, as in `Checkpoints`.
     """
 
     seed: int
@@ -64,10 +64,10 @@ class ExperimentConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ExperimentConfig:
-        """Take a mapping with these keys; ``runtime`` may be anything that `RuntimeConfig.of` takes.
+        """Return a configuration from a mapping; ``runtime`` may be any value that `RuntimeConfig.of` accepts.
 
         Raises:
-            ConfigError: a key is missing or unknown, or the runtime's settings cannot be met.
+            ConfigError: If a key is missing or unknown, or a setting of the runtime is invalid.
         """
         known = [item.name for item in dataclasses.fields(cls)]
         for key in values:
@@ -83,14 +83,14 @@ class ExperimentConfig:
 
     @property
     def trusted_modules(self) -> list[str]:
-        """The packages that recipes may name, as workers have them: the learner's own, and ``runtime``'s."""
+        """Packages that recipes may name, as on workers: the learner's package, and ``runtime.trusted_modules``."""
         return [locate(self.learner).__module__, *self.runtime.trusted_modules]
 
     def checkpoints(self, output_dir: Path) -> Checkpoints:
-        """The checkpoints of a run with these outputs; it goes on with equal seed, data, model, learner and trainer.
+        """Return the checkpoints of a run. Seed, data, model, learner and trainer must be equal to resume from them.
 
         Raises:
-            ConfigError: ``checkpoint_every`` or ``resume`` cannot be met.
+            ConfigError: If ``checkpoint_every`` or ``resume`` is invalid.
         """
         names = ("seed", "dataset", "partition", "model", "learner", "trainer")
         config = {name: getattr(self, name) for name in names}
@@ -104,22 +104,22 @@ async def run_experiment(
     checkpoints: Checkpoints | None = None,
     stream: TextIO | None = None,
 ) -> float:
-    """Run an experiment from beginning to end, or from a checkpoint.
+    """Run an experiment from its first round, or from a checkpoint.
 
-    Writes ``history.jsonl`` (round by round), ``model.pt`` (the final weights) and, where matplotlib is
+    It writes ``history.jsonl`` (one line per round), ``model.pt`` (the final weights) and, if matplotlib is
     installed, ``metrics.png``.
 
     Args:
-        config: what to run.
-        output_dir: a folder for these files; made where it is not there, for its user alone.
-        checkpoints: what ``config.checkpoints(output_dir)`` gives, where it is open already.
-        stream: where progress and the final table are shown. Default: stdout.
+        config: The experiment.
+        output_dir: Folder for these files; created with access for its user only if it does not exist.
+        checkpoints: The result of ``config.checkpoints(output_dir)``, if it is open already.
+        stream: Stream for progress and the final table. Default: stdout.
 
     Returns:
         The final test accuracy, 0 to 1.
 
     Raises:
-        ConfigError: a setting cannot be met.
+        ConfigError: If a setting is invalid.
     """
     if checkpoints is None:
         with config.checkpoints(output_dir) as opened:
@@ -152,7 +152,7 @@ async def _train(
     checkpoints: Checkpoints,
     stream: TextIO,
 ) -> tuple[dict[str, Tensor], list[RoundRecord]]:
-    """Let the trainer train; gives the final weights and the rounds."""
+    """Run the trainer, and return the final weights and the rounds."""
     clients = _divide(config, data.train)
     async with LearnerProxy(locate(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
@@ -183,11 +183,11 @@ def _is_required(item: dataclasses.Field[Any]) -> bool:
 
 
 class _Scorer:
-    """Scores weights on the held-out samples.
+    """Scorer of weights on the held-out samples.
 
     Args:
-        model: a module to load the weights into.
-        test_set: the samples.
+        model: A module into which the weights are loaded.
+        test_set: The samples.
     """
 
     def __init__(self, model: nn.Module, test_set: Samples) -> None:
@@ -204,7 +204,7 @@ class _Scorer:
 
 
 def _divide(config: ExperimentConfig, train_set: Samples) -> dict[str, dict[str, Any]]:
-    """The clients: id -> what its learner's constructor gets."""
+    """Return client id -> arguments of its learner's constructor."""
     client_ids = config.runtime.default_client_ids()
     parts = build(
         config.partition, config.trusted_modules, labels=train_set.labels.numpy(), num_clients=len(client_ids)

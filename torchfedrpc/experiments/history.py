@@ -1,4 +1,4 @@
-"""The history of a run: a line of JSON for each round."""
+"""History of a run: one line of JSON per round."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torchfedrpc.private_files import open_private, replaced
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One round; the fields are the keys of a line, in their order. None is what the trainer did not measure.
+    """Record of one round. The fields are the keys of a line, in order; None if the trainer did not measure it.
 
     Attributes:
-        round: its number, from 0.
-        test_accuracy: of the global model after the round, on held-out samples; 0 to 1.
-        test_loss: the same model's mean loss on them.
-        train_loss: mean loss of the cohort's local training.
-        num_clients: the clients whose results count.
-        seconds: wall-clock time since the round before ended, scoring included.
-        bytes_sent: from the driver to workers in that time.
-        bytes_received: by the driver from workers in that time.
+        round: Number of the round, from 0.
+        test_accuracy: Accuracy of the global model after the round on held-out samples; 0 to 1.
+        test_loss: Mean loss of the global model on the same samples.
+        train_loss: Mean loss of the cohort's local training.
+        num_clients: Number of clients with a result in the aggregate.
+        seconds: Wall-clock time since the end of the previous round, scoring included, in seconds.
+        bytes_sent: Bytes from the driver to workers in that time.
+        bytes_received: Bytes from workers to the driver in that time.
     """
 
     round: int
@@ -41,16 +41,16 @@ class RoundRecord:
 
 
 class History:
-    """Keeps the rounds of a run, in memory and in a file to which each is written as it ends.
+    """Log of the rounds of a run, in memory and in a file to which each round is appended at its end.
 
     Args:
-        path: the file; what it holds is replaced, at once or by `load_state_dict`.
-        traffic: gives ``bytes_sent`` and ``bytes_received`` so far, as ``proxy.stats`` does.
-        clock: seconds from some fixed point.
-        goes_on: whether `load_state_dict` follows, so that the file is left as it is until then.
+        path: The file. Its content is replaced at once, or by `load_state_dict`.
+        traffic: Returns ``bytes_sent`` and ``bytes_received`` so far, as ``proxy.stats`` does.
+        clock: Returns seconds since a fixed time.
+        goes_on: Whether `load_state_dict` follows; the file is left unchanged until then.
 
     Attributes:
-        records: the rounds so far.
+        records: The rounds so far.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class History:
                 pass
 
     def append(self, ended: RoundEnded) -> None:
-        """Record a round that ends now."""
+        """Record a round at its end."""
         now, traffic = self._clock(), dict(self._traffic())
         metrics = {name: _finite(value) for name, value in ended.metrics.items()}
         num_clients = metrics.get("num_clients")
@@ -93,11 +93,11 @@ class History:
             file.write(_line(record))
 
     def state_dict(self) -> dict[str, Any]:
-        """The rounds so far, as plain data."""
+        """Return the rounds so far, as plain data."""
         return {"records": [asdict(record) for record in self.records]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from these rounds, in the file as well: it is replaced as a whole."""
+        """Restore the rounds of a state, and replace the whole file by them."""
         self.records[:] = [RoundRecord(**record) for record in state["records"]]
         with replaced(self._path) as file:
             file.write("".join(map(_line, self.records)).encode())
@@ -109,5 +109,5 @@ def _line(record: RoundRecord) -> str:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity: a diverged loss is written as null."""
+    """Return None for NaN and infinity, which JSON lacks: a diverged loss is written as null."""
     return value if math.isfinite(value) else None

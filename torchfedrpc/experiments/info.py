@@ -1,4 +1,4 @@
-"""What ``torchfedrpc info`` tells: versions, the machine, and the road that calls take between processes."""
+"""Report of ``torchfedrpc info``: versions, the machine, and the transport of calls between processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchfedrpc.version import __version__
 
 
 def describe() -> str:
-    """A line for each thing that a report of a bug, or of a measurement, should name."""
+    """Return one line per fact that a bug report or a measurement should state."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     facts = {
         "torchfedrpc": __version__,

@@ -1,4 +1,4 @@
-"""The picture of a run, drawn by matplotlib."""
+"""Plot of a run's metrics, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def draw_metrics(
     baseline_accuracy: Sequence[float] = (),
     baseline_loss: Sequence[float] = (),
 ) -> None:
-    """Draw accuracy and loss per round into a PNG file.
+    """Plot accuracy and loss per round into a PNG file.
 
     Args:
-        records: the history of the run.
-        path: the file to write.
-        baseline_accuracy: of centralised training, on the same test set after each round's worth of it.
-        baseline_loss: the same.
+        records: The history of the run.
+        path: The output file.
+        baseline_accuracy: Accuracy of centralised training on the same test set, per round's amount of training.
+        baseline_loss: Loss of centralised training, likewise.
     """
-    # Without pyplot, which keeps global state and has a backend to set.
+    # Not pyplot, which keeps global state and needs a backend.
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     num_done = [record.round + 1 for record in records]
@@ -49,7 +49,7 @@ def draw_metrics(
 
 
 def _draw(axes: Axes, num_done: Sequence[int], values: Sequence[float | None], label: str, *, style: str) -> None:
-    """Draw what was measured; rounds and values end with the shorter of the two."""
+    """Plot the measured values; the longer of rounds and values is truncated."""
     points = [(number, value) for number, value in zip(num_done, values, strict=False) if value is not None]
     if points:
         axes.plot(*zip(*points, strict=True), style, label=label, marker="." if len(points) < 3 else None)

@@ -1,4 +1,4 @@
-"""Models from recipes: the same initial weights for the same seed, wherever they are built."""
+"""Models from recipes. Equal seeds give equal initial weights in every process."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torchfedrpc.experiments.recipe import build
 
 
 def build_model(recipe: Mapping[str, Any], seed: int, trusted_modules: Iterable[str] = ()) -> nn.Module:
-    """Build a model whose initial weights follow from ``seed``; the caller's random stream is left as it was.
+    """Build a model with initial weights drawn from ``seed``; the global random stream is preserved.
 
     Args:
-        recipe: of the model.
-        seed: draws the weights.
-        trusted_modules: packages that the recipe may name, as `build` has it.
+        recipe: Recipe of the model.
+        seed: Seed of the weights.
+        trusted_modules: Packages that the recipe may name, as in `build`.
 
     Raises:
-        ConfigError: the recipe cannot be used, or does not make a module.
+        ConfigError: If the recipe is invalid, or does not create a module.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -32,14 +32,14 @@ def build_model(recipe: Mapping[str, Any], seed: int, trusted_modules: Iterable[
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict as values of its own, which later training leaves alone."""
+    """Return a copy of the model's state dict, which later training does not change."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def initial_weights(recipe: Mapping[str, Any], seed: int, trusted_modules: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The weights that `build_model`, with these arguments, begins with.
+    """Return the initial weights of a model that `build_model` builds with these arguments.
 
     Raises:
-        ConfigError: as there.
+        ConfigError: As in `build_model`.
     """
     return copy_weights(build_model(recipe, seed, trusted_modules))

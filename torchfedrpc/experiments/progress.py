@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a live bar on a terminal, else a line for each round."""
+"""Progress display of a run: a live bar on a terminal, else one line per round."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torchfedrpc.events import Event, RoundEnded, Subscriber
 
 
 def live_progress(stream: TextIO) -> AbstractContextManager[Subscriber]:
-    """The display that suits a stream: a bar where it is a terminal and rich is installed, else lines.
+    """Return a progress display for a stream: a bar if it is a terminal and rich is installed, else lines.
 
     Returns:
-        A context manager that gives a callback for ``proxy.subscribe``.
+        A context manager that provides a callback for ``proxy.subscribe``.
     """
     if stream.isatty() and extras.available("rich"):
         from torchfedrpc.experiments.progress_bar import BarProgress  # noqa: PLC0415 - rich is optional
@@ -26,11 +26,11 @@ def live_progress(stream: TextIO) -> AbstractContextManager[Subscriber]:
 
 
 class LineProgress:
-    """Writes a line at the end of each round.
+    """Progress display that writes a line at the end of each round.
 
     Args:
-        stream: where to.
-        clock: seconds from some fixed point.
+        stream: The output stream.
+        clock: Returns seconds since a fixed time.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,7 +45,7 @@ class LineProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing is open."""
+        """Do nothing: no resource is open."""
 
     def _show(self, event: Event) -> None:
         if not isinstance(event, RoundEnded):
@@ -59,13 +59,13 @@ class LineProgress:
         print("  ".join(parts), file=self._stream, flush=True)
 
     def _round_s(self) -> float:
-        """Mean seconds of a round, the first left out where there are more: it loads data and libraries."""
+        """Return the mean seconds of a round. The first of several is omitted, since it loads data and libraries."""
         ends = self._round_ends if len(self._round_ends) == 2 else self._round_ends[1:]
         return (ends[-1] - ends[0]) / (len(ends) - 1)
 
 
 def describe_metrics(ended: RoundEnded) -> list[str]:
-    """The numbers of a round that are worth a glance, each as a short text."""
+    """Return the main metrics of a round, each as a short text."""
     formats = {
         "test_accuracy": "accuracy {:.3f}",
         "test_loss": "loss {:.3f}",

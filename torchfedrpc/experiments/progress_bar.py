@@ -1,4 +1,4 @@
-"""A live progress bar, drawn by rich."""
+"""Live progress bar, drawn by rich."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torchfedrpc.events import CallEnded, CallStarted, Event, RoundEnded, RoundS
 
 
 class BarProgress:
-    """Shows rounds, clients in flight, accuracy and the time left; stays on screen when the run has ended.
+    """Progress bar with rounds, calls in flight, accuracy and remaining time; it stays visible after the run.
 
     Args:
-        stream: a terminal.
-        clock: seconds from some fixed point.
+        stream: A terminal.
+        clock: Returns seconds since a fixed time.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,8 +1,8 @@
-"""Recipes: plain mappings with a ``_target_`` that say how to make an object, wherever it is needed.
+"""Recipes: plain mappings with a ``_target_`` from which any process can build an object.
 
-A learner gets its recipes from the driver, over the network. So a recipe may call only what is meant for that: data
-sets and models of this library, ``torch.nn``, and classes and functions that the learner's own package or one in
-``runtime.trusted_modules`` defines. The rule is the same in every mode, and for the driver's own recipes.
+A learner receives recipes from the driver, over the network. So a recipe may call only safe targets: datasets and
+models of this library, ``torch.nn``, and classes and functions defined by the learner's package or by packages in
+``runtime.trusted_modules``. The rule is the same in every mode, and for the driver's recipes.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from torchfedrpc.wire.allowlist import AllowList, canonical
 _OWN_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")  # hydra's
 _OURS = ("torchfedrpc.experiments.data.", "torchfedrpc.experiments.models.")
 _TORCH = "torch.nn."
-# Its other functions set hooks for all modules of a process, or are no part of a model.
+# Its other functions set hooks for all modules of a process, or do not belong in a model.
 _TORCH_FUNCTIONS = ("torch.nn.functional", "torch.nn.init", "torch.nn.utils")
 _INSTALL = "install the package, or put the folder that it is in on PYTHONPATH, for the driver and its workers"
-_NEVER_WHOLE = ("torch", "torchfedrpc")  # both have functions that run any command or script
+_NEVER_WHOLE = ("torch", "torchfedrpc")  # both contain functions that run arbitrary commands or scripts
 
 
 def build(recipe: Mapping[str, Any], trusted_modules: Iterable[str] = (), /, **extra: Any) -> Any:
-    """Call a recipe's target; what that raises is raised as it is.
+    """Call a recipe's target and return its result; exceptions of the target are propagated.
 
     Args:
-        recipe: ``_target_`` is the dotted name of a class or function, ``_args_`` its positional arguments, the other
-            keys are its keyword arguments. Recipes among them are called first, unless ``_recursive_`` is false. With
-            ``_partial_`` the call is left to be made later.
-        trusted_modules: packages whose classes and functions it may name, beside those that are always allowed.
-        extra: further arguments, taken as they are.
+        recipe: ``_target_`` is the dotted name of a class or function, ``_args_`` its positional arguments; the other
+            keys are keyword arguments. Nested recipes are built first, unless ``_recursive_`` is false. With
+            ``_partial_`` the result is a `functools.partial` of the call.
+        trusted_modules: Packages with classes and functions that the recipe may name, beside those always allowed.
+        extra: Further keyword arguments, passed unchanged.
 
     Raises:
-        ConfigError: the recipe has no target, or one that cannot be found or may not be used.
+        ConfigError: If the recipe has no target, or its target cannot be found or is not allowed.
     """
     _check_has_target(recipe)
     trusted = AllowList(trusted_modules).trusted
-    for target in _targets(recipe):  # all of them before the first is called
+    for target in _targets(recipe):  # check all targets before the first call
         _find_trusted(target, trusted)
     return _made(recipe, extra)
 
 
 def locate(recipe: Mapping[str, Any], /) -> Any:
-    """The class or function that a recipe names, whatever its package: for the driver's own configuration alone.
+    """Return the class or function that a recipe names, of any package; only for the driver's configuration.
 
     Raises:
-        ConfigError: the recipe has no target, or one that cannot be found.
+        ConfigError: If the recipe has no target, or its target cannot be found.
     """
     _check_has_target(recipe)
     *_, found = _entries(recipe["_target_"])
@@ -92,7 +92,7 @@ def _find_trusted(target: Any, trusted: frozenset[str]) -> None:
     """Check that a recipe may call a target.
 
     Raises:
-        ConfigError: it cannot be found, or it is outside of the packages that recipes may name.
+        ConfigError: If the target cannot be found, or is outside the packages that recipes may name.
     """
     parts = target.split(".") if isinstance(target, str) else []
     if len(parts) < 2 or not all(map(str.isidentifier, parts)):
@@ -114,18 +114,18 @@ def _find_trusted(target: Any, trusted: frozenset[str]) -> None:
 
 
 def _is_for_all(entry: Any) -> bool:
-    """Whether a recipe may call it though no package is trusted: it makes data, a model, or a part of one."""
+    """Return whether recipes may call an object without trusted packages: it creates data, a model, or a layer."""
     home = _home(entry)
     if home.startswith(_OURS):
         return True
     if isinstance(entry, type):
         return home.startswith(_TORCH) and issubclass(entry, nn.Module)
-    is_unset = getattr(entry, "__name__", "") == "skip_init"  # it gives memory that nobody has written
+    is_unset = getattr(entry, "__name__", "") == "skip_init"  # it returns uninitialised memory
     return home in _TORCH_FUNCTIONS or (home.startswith("torch.nn.utils.") and not is_unset)
 
 
 def _home(entry: Any) -> str:
-    """The module that defines a class or a function; empty for anything else."""
+    """Return the module that defines a class or a function; empty for other objects."""
     if isinstance(entry, types.ModuleType) or not callable(entry) or not hasattr(entry, "__qualname__"):
         return ""
     home = getattr(entry, "__module__", None)
@@ -133,17 +133,17 @@ def _home(entry: Any) -> str:
 
 
 def _entries(target: str) -> Iterator[Any]:
-    """What the names behind the module's in a dotted name stand for, one after another.
+    """Yield the objects named by a dotted name after its module, one after another.
 
     Raises:
-        ConfigError: one of them is not there.
+        ConfigError: If an object does not exist.
     """
     parts = target.split(".")
     owner: Any = None
     for count in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:count])
         if "__main__" in parts[1:count]:
-            continue  # to import it would run it
+            continue  # importing it would run it
         try:
             owner = importlib.import_module(canonical(name))
             break
@@ -163,7 +163,7 @@ def _entries(target: str) -> Iterator[Any]:
 
 
 def _names(owner: Any) -> set[str]:
-    """The public names in a module, those of its submodules included, or in a class."""
+    """Return the public names in a module, submodules included, or in a class."""
     modules = {module.name for module in pkgutil.iter_modules(getattr(owner, "__path__", ()))}
     return {name for name in modules | {*dir(owner)} if not name.startswith("_")}
 
@@ -175,7 +175,7 @@ def _untrusted(target: str, home: str) -> ConfigError:
         remedy = f"{advice} runtime.trusted_modules"
     else:
         remedy = f"if you trust its package, add that to the others in runtime.trusted_modules=[{root}]"
-        if root not in sys.modules and PathFinder.find_spec(root) is None:  # which imports nothing
+        if root not in sys.modules and PathFinder.find_spec(root) is None:  # find_spec imports nothing
             remedy += f", and {_INSTALL}"
     return ConfigError(
         f"a recipe may not call {target}: recipes may name the data sets and models of torchfedrpc, torch.nn, and "

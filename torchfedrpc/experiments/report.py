@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""Table of the rounds, printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _TRAFFIC_HEADERS = ("MB sent", "MB received")
 
 
 def print_table(records: Sequence[RoundRecord], stream: TextIO, *, title: str = "") -> None:
-    """Write a table of the rounds, about ten of them, with times and traffic summed up to each.
+    """Write a table of about ten rounds, with cumulative times and traffic.
 
-    rich draws it where it is installed. Traffic is left out where there was none.
+    rich formats it if it is installed. Traffic is omitted if there was none.
 
     Args:
-        records: the history of the run; the last of it is always shown.
-        stream: where to.
-        title: a line above the table.
+        records: The history of the run; the last record is always shown.
+        stream: The output stream.
+        title: A line above the table.
     """
     has_traffic = any(record.bytes_sent or record.bytes_received for record in records)
     headers = _HEADERS + (_TRAFFIC_HEADERS if has_traffic else ())

@@ -1,4 +1,4 @@
-"""A table drawn by rich."""
+"""Table formatted by rich."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 def print_rich_table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO, *, title: str = ""
 ) -> None:
-    """Write a table of right-aligned cells; its title, where there is one, stands above."""
+    """Write a table of right-aligned cells, with the title above if it is not empty."""
     table = Table(title=title or None)
     for header in headers:
         table.add_column(header, justify="right")

@@ -1,4 +1,4 @@
-"""Local training and scoring of a classifier: plain functions of a model and its samples."""
+"""Local training and scoring of a classifier, as functions of a model and its samples."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torchfedrpc.experiments.data.samples import Samples
 
 _SCORE_BATCH_SIZE = 1024
-"""Bounds the memory that activations take while a model is scored."""
+"""Bounds the memory for activations during scoring."""
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How a model is trained: by SGD on mini-batches.
+    """Settings of SGD on mini-batches.
 
     Attributes:
-        batch_size: samples in a step; the last step of an epoch may have fewer.
-        learning_rate: the length of a step.
-        momentum: what remains of the last step. Clients have no state between calls, so it begins at zero in each.
-        weight_decay: strength of the pull towards zero.
-        proximal_mu: strength of the pull towards the weights that training began with (FedProx, Li et al. 2020).
+        batch_size: Number of samples in a step; the last step of an epoch may have fewer.
+        learning_rate: Learning rate.
+        momentum: Momentum. It starts at zero in each call, since clients keep no optimiser state between calls.
+        weight_decay: Coefficient of L2 regularisation.
+        proximal_mu: Coefficient of the proximal term, relative to the initial weights (FedProx, Li et al. 2020).
     """
 
     batch_size: int = 32
@@ -44,21 +44,21 @@ def fit(
     optimisation: Optimisation,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> float:
-    """Train a classifier in place, in an order drawn from torch's global random stream.
+    """Train a classifier in place, with the order of samples drawn from torch's global random stream.
 
     Args:
-        model: maps inputs to logits [batch, num_classes].
-        samples: on the model's device.
-        indices: which of the samples to train on, int64, on the CPU or on that device.
-        num_epochs: passes over them.
-        optimisation: how.
-        is_cancelled: asked before each step.
+        model: Maps inputs to logits [batch, num_classes].
+        samples: The samples, on the model's device.
+        indices: Indices of the samples to train on, int64, on the CPU or on that device.
+        num_epochs: Number of passes over them.
+        optimisation: Settings of SGD.
+        is_cancelled: Called before each step; a true result cancels the training.
 
     Returns:
-        The mean cross-entropy over all samples of all epochs, each taken before its step.
+        The mean cross-entropy over all samples of all epochs, each computed before its step.
 
     Raises:
-        CancelledError: ``is_cancelled`` said so.
+        CancelledError: If ``is_cancelled`` returned true.
     """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -71,7 +71,7 @@ def fit(
     )
     total_loss = torch.zeros((), device=samples.labels.device)
     for _ in range(num_epochs):
-        # One gather an epoch in place of one a step; drawn on the CPU, so that all devices see the same order.
+        # One gather per epoch instead of one per step; drawn on the CPU, so that all devices use the same order.
         epoch = samples.take(indices[torch.randperm(len(indices)).to(indices.device)])
         for inputs, labels in epoch.batches(optimisation.batch_size):
             if is_cancelled():
@@ -86,19 +86,19 @@ def fit(
 
 
 def _proximal_term(parameters: Sequence[Tensor], anchors: Sequence[Tensor], mu: float) -> Tensor | float:
-    """FedProx's ``mu / 2 * ||w - w_global||^2``; 0 where there are no anchors."""
+    """Return FedProx's ``mu / 2 * ||w - w_global||^2``; 0 without anchors."""
     squares = [(now - anchor).square().sum() for now, anchor in zip(parameters, anchors, strict=bool(anchors))]
     return mu / 2 * torch.stack(squares).sum() if squares else 0.0
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well a classifier does on some samples.
+    """Score of a classifier on some samples.
 
     Attributes:
-        accuracy: the share of them that it gets right, 0 to 1.
-        loss: their mean cross-entropy.
-        num_samples: how many they are.
+        accuracy: Fraction of correctly classified samples, 0 to 1.
+        loss: Mean cross-entropy.
+        num_samples: Number of samples.
     """
 
     accuracy: float
@@ -108,7 +108,7 @@ class Score:
 
 @torch.inference_mode()
 def score(model: nn.Module, samples: Samples) -> Score:
-    """Score a classifier in evaluation mode; the samples are on its device."""
+    """Score a classifier in evaluation mode; the samples must be on its device."""
     model.eval()
     num_correct = num_seen = 0
     loss = 0.0

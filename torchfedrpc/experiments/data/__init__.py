@@ -1,1 +1,1 @@
-"""Datasets of the bundled experiments, and the ways to divide one among clients."""
+"""Datasets of the bundled experiments, and partitions among clients."""

@@ -1,4 +1,4 @@
-"""Handwritten digits: 1,797 real images of 8x8 pixels in 10 classes, which come with scikit-learn."""
+"""Handwritten digits: 1,797 real images of 8x8 pixels in 10 classes, included in scikit-learn."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import torch
 from torchfedrpc import extras
 from torchfedrpc.experiments.data.samples import Samples, TrainTest, stratified_split
 
-_HALF_RANGE = 8.0  # pixels count from 0 to 16
+_HALF_RANGE = 8.0  # pixels range from 0 to 16
 
 
 def digits(*, test_fraction: float = 0.2, seed: int = 0) -> TrainTest:
-    """Load the digits; inputs are [num_samples, 1, 8, 8] between -1 and 1.
+    """Load the digits; inputs are [num_samples, 1, 8, 8], float32, between -1 and 1.
 
     The images are the test part of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
 
     Args:
-        test_fraction: the share of every class that is held out.
-        seed: draws which.
+        test_fraction: Fraction of every class in the test set.
+        seed: Seed of the split.
 
     Raises:
-        ConfigError: scikit-learn is not installed.
+        ConfigError: If scikit-learn is not installed.
     """
     extras.require("sklearn", "the digits dataset (dataset=synthetic does without)")
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - optional, and a second to import
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - optional, and takes a second to import
 
     bunch = load_digits()
     samples = Samples(

@@ -1,7 +1,7 @@
-"""Partitions: which samples of a dataset each client has.
+"""Partitions of a dataset's samples among clients.
 
-Each function takes the labels ([num_samples], int64) and returns one sorted int64 array of indices for each
-client. Together the arrays name every sample exactly once.
+Each function takes the labels ([num_samples], int64) and returns one sorted int64 array of indices per client.
+Together the arrays contain every sample exactly once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Indices = npt.NDArray[np.int64]
 
 
 def iid(labels: Indices, num_clients: int, *, seed: int = 0) -> list[Indices]:
-    """Deal the samples out at random; clients differ by at most one sample in number.
+    """Distribute the samples at random; numbers of samples differ by at most one.
 
     Raises:
-        ConfigError: there are fewer samples than clients.
+        ConfigError: If there are fewer samples than clients.
     """
     _check_enough(labels, num_clients, min_samples=1)
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -30,21 +30,21 @@ def iid(labels: Indices, num_clients: int, *, seed: int = 0) -> list[Indices]:
 def dirichlet(
     labels: Indices, num_clients: int, *, alpha: float = 0.5, min_samples: int = 10, seed: int = 0
 ) -> list[Indices]:
-    """Give the clients different mixtures of classes, and different numbers of samples.
+    """Distribute the samples in different mixtures of classes, and in different numbers.
 
-    Every class is divided among the clients in proportions drawn from a symmetric Dirichlet distribution
-    (Hsu et al. 2019, in the form of Yurochkin et al. 2019, which has clients of different sizes). A client
-    that comes out with less than ``min_samples`` is topped up by whoever has the most.
+    Every class is divided among the clients in proportions drawn from a symmetric Dirichlet distribution (Hsu et al.
+    2019, in the form of Yurochkin et al. 2019, which gives clients different sizes). A client with less than
+    ``min_samples`` receives samples of the largest client.
 
     Args:
-        labels: the class of each sample.
-        num_clients: how many arrays to return.
-        alpha: concentration. Near 0 a client sees one class or two; at 100 all have nearly the same mixture.
-        min_samples: the least a client has.
-        seed: draws proportions and samples.
+        labels: The class of each sample.
+        num_clients: Number of arrays.
+        alpha: Concentration. Near 0 a client has one or two classes; at 100 all have nearly the same mixture.
+        min_samples: Minimum number of samples of a client.
+        seed: Seed of proportions and samples.
 
     Raises:
-        ConfigError: ``alpha`` is not above 0, or there are too few samples for ``min_samples`` each.
+        ConfigError: If ``alpha`` is not above 0, or there are too few samples for ``min_samples`` per client.
     """
     if not alpha > 0:
         raise ConfigError(f"partition.alpha must be above 0, it is {alpha}")
@@ -63,16 +63,16 @@ def dirichlet(
 
 
 def shards(labels: Indices, num_clients: int, *, shards_per_client: int = 2, seed: int = 0) -> list[Indices]:
-    """Sort by class, cut into equal shards, deal each client a few: it sees about that many classes.
+    """Sort by class, cut into equal shards, and give each client a few: it has about as many classes.
 
-    The "pathological" non-IID division of McMahan et al. 2017.
+    This is the "pathological" non-IID division of McMahan et al. 2017.
 
     Raises:
-        ConfigError: there are fewer samples than shards.
+        ConfigError: If there are fewer samples than shards.
     """
     _check_enough(labels, num_clients, min_samples=shards_per_client)
     generator = np.random.default_rng(seed)
-    shuffled = generator.permutation(len(labels))  # which samples of a class come first is drawn too
+    shuffled = generator.permutation(len(labels))  # so that the order within a class is random too
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     pieces = np.array_split(by_class, num_clients * shards_per_client)
     dealt = generator.permutation(len(pieces)).reshape(num_clients, shards_per_client)
@@ -90,7 +90,7 @@ def _check_enough(labels: Indices, num_clients: int, min_samples: int) -> None:
 
 
 def _top_up(parts: list[Indices], min_samples: int) -> None:
-    """Bring every part to ``min_samples``, in place, from the end of the largest; each is in random order."""
+    """Fill every part up to ``min_samples``, in place, from the end of the largest; parts are in random order."""
     for short, part in enumerate(parts):
         while (missing := min_samples - len(part)) > 0:
             largest = max(range(len(parts)), key=lambda number: len(parts[number]))

@@ -1,4 +1,4 @@
-"""Labelled samples as two tensors, and their split into a training and a test set."""
+"""Labelled samples as two tensors, and their split into training and test set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Samples:
 
     Attributes:
         inputs: [num_samples, ...], float32.
-        labels: [num_samples], int64, the classes counted from 0.
+        labels: [num_samples], int64; classes are numbered from 0.
     """
 
     inputs: Tensor
@@ -28,31 +28,31 @@ class Samples:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> Samples:
-        """Those of the indices (int64), in their order, as a copy."""
+        """Return a copy of the samples at these indices (int64), in their order."""
         return Samples(self.inputs[indices], self.labels[indices])
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and labels in pieces of ``batch_size``, the last one maybe smaller; views, in order."""
+        """Return batches of inputs and labels, as views, in order; the last batch may be smaller."""
         return zip(torch.split(self.inputs, batch_size), torch.split(self.labels, batch_size), strict=True)
 
     def to(self, device: torch.device) -> Samples:
-        """These samples on a device; no copy where they are there already."""
+        """Return these samples on a device, without a copy if they are already there."""
         return Samples(self.inputs.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class TrainTest:
-    """A dataset as the experiments use it: what clients train on, and what is held out to score the model."""
+    """Dataset of an experiment: the clients' training set, and the held-out test set."""
 
     train: Samples
     test: Samples
 
 
 def stratified_split(samples: Samples, *, test_fraction: float, seed: int) -> TrainTest:
-    """Hold a share of every class out, drawn from ``seed``.
+    """Split off a fraction of every class as test set, drawn from ``seed``.
 
     Raises:
-        ConfigError: a class would be left without a sample on either side.
+        ConfigError: If a class would have no sample in one of the sets.
     """
     if not 0 < test_fraction < 1:
         raise ConfigError(f"dataset.test_fraction must be between 0 and 1, it is {test_fraction}")

@@ -1,4 +1,4 @@
-"""Synthetic images: noisy copies of one random pattern for each class. Needs nothing beyond torch."""
+"""Synthetic images: noisy copies of one random pattern per class. Needs only torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def synthetic(
     test_fraction: float = 0.2,
     seed: int = 0,
 ) -> TrainTest:
-    """Make images [num_samples, 1, image_size, image_size] that a small model can learn.
+    """Generate images [num_samples, 1, image_size, image_size], float32, that a small model can learn.
 
     Args:
-        num_samples: of all classes together; the classes are equally large, to one sample.
-        num_classes: how many patterns there are.
-        image_size: height and width in pixels. 8, as in the digits, so that the same models fit.
-        noise: standard deviation of the noise on each pixel; that of the patterns is 1.
-        test_fraction: the share of every class that is held out.
-        seed: draws the patterns, the noise and the held-out share.
+        num_samples: Number of samples of all classes; class sizes differ by at most one.
+        num_classes: Number of classes, each with one pattern.
+        image_size: Height and width in pixels. The default equals that of the digits, so that the same models fit.
+        noise: Standard deviation of the noise per pixel; the patterns have a standard deviation of 1.
+        test_fraction: Fraction of every class in the test set.
+        seed: Seed of the patterns, the noise and the split.
     """
     generator = torch.Generator().manual_seed(seed)
     patterns = torch.randn(num_classes, 1, image_size, image_size, generator=generator)

@@ -1,1 +1,1 @@
-"""Small models for small images; any ``torch.nn.Module`` will do in their place."""
+"""Small models for small images. Any other ``torch.nn.Module`` can be used instead."""

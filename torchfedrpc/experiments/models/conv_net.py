@@ -1,4 +1,4 @@
-"""A small convolutional network."""
+"""Small convolutional network."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from torch import Tensor, nn
 class ConvNet(nn.Module):
     """Two convolutions of 3x3, each with ReLU and a max pool of 2x2, and one linear layer.
 
-    It has no batch normalisation: running statistics of skewed clients do not average well (Hsieh et al.
-    2020).
+    It has no batch normalisation, since running statistics of skewed clients do not average well (Hsieh et al. 2020).
 
     Args:
-        image_size: height and width of the inputs, a multiple of 4.
-        in_channels: channels of the inputs.
-        channels: of the first and of the second convolution.
-        num_classes: logits to return.
+        image_size: Height and width of the inputs in pixels, a multiple of 4.
+        in_channels: Number of channels of the inputs.
+        channels: Numbers of channels of the first and the second convolution.
+        num_classes: Number of logits.
     """
 
     def __init__(
@@ -39,6 +38,6 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(second * (image_size // 4) ** 2, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """From images [batch, in_channels, image_size, image_size] to logits [batch, num_classes]."""
+        """Map images [batch, in_channels, image_size, image_size] to logits [batch, num_classes]."""
         logits: Tensor = self.head(self.features(images).flatten(1))
         return logits

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class LogisticRegression(nn.Module):
-    """One linear layer that starts at zero, as is usual where the problem is convex.
+    """Linear layer initialised to zero, as is usual for convex problems.
 
     Args:
-        num_inputs: features of a flattened sample.
-        num_classes: logits to return.
+        num_inputs: Number of features of a flattened sample.
+        num_classes: Number of logits.
     """
 
     def __init__(self, *, num_inputs: int = 64, num_classes: int = 10) -> None:
@@ -20,6 +20,6 @@ class LogisticRegression(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """From samples [batch, ...] of num_inputs features each to logits [batch, num_classes]."""
+        """Map samples [batch, ...] of num_inputs features each to logits [batch, num_classes]."""
         logits: Tensor = self.linear(inputs.flatten(1))
         return logits

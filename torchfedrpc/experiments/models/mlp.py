@@ -1,4 +1,4 @@
-"""A multilayer perceptron."""
+"""Multilayer perceptron."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class MLP(nn.Module):
     """Linear layers with ReLU between them.
 
     Args:
-        num_inputs: features of a flattened sample.
-        hidden: widths of the hidden layers.
-        num_classes: logits to return.
+        num_inputs: Number of features of a flattened sample.
+        hidden: Widths of the hidden layers.
+        num_classes: Number of logits.
     """
 
     def __init__(self, *, num_inputs: int = 64, hidden: Sequence[int] = (64,), num_classes: int = 10) -> None:
@@ -25,6 +25,6 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """From samples [batch, ...] of num_inputs features each to logits [batch, num_classes]."""
+        """Map samples [batch, ...] of num_inputs features each to logits [batch, num_classes]."""
         logits: Tensor = self.layers(inputs.flatten(1))
         return logits
