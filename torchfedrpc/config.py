@@ -1,4 +1,4 @@
-"""The runtime configuration: where learners run and under which limits."""
+"""Configuration of a run: placement of learners, timeouts and limits."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class RuntimeConfig:
         use_multiprocessing: Lets ``auto`` select pseudo mode.
         client_endpoints: Client id -> endpoint: ``worker1``, ``rank:2``, ``host:NAME`` (any worker on that machine),
             ``local`` (the driver's process), or the address of a listening worker (``torchfedrpc-worker --listen``):
-            ``HOST:PORT``, ``tcp://HOST:PORT`` or ``http://HOST:PORT``; the last one does not speak HTTP either.
+            ``HOST:PORT`` or ``tcp://HOST:PORT``. ``http://HOST:PORT`` is accepted too, though no HTTP is spoken.
             Clients without an endpoint are spread over the workers without an address here, or over all workers if
             every worker has one. Local mode ignores this key.
         call_timeout_s: Seconds a method may run, time in queues excluded. None: No limit. Local mode does not apply
@@ -111,9 +111,9 @@ class RuntimeConfig:
             200 bytes beside its arguments.
         journal_max_bytes: Bytes of arguments that the driver keeps in memory for the journals of all learners. Above
             this bound, snapshots are taken that free four times their size; if these free too little, snapshots of
-            any size. New calls wait while the bound is exceeded. A value shared by calls counts once. The default
-            holds a 40 MB model twelve times. Snapshots in memory take up to a quarter of the bound; others are
-            stored on disk.
+            any size. Bytes above the bound count towards ``max_inflight_bytes``, so new calls wait for them. A value
+            shared by calls counts once. The default holds a 40 MB model twelve times. Snapshots in memory take up to
+            a quarter of the bound; others are stored on disk.
         max_pending_calls: Number of calls that may be pending in the whole run; a further call raises CapacityError.
             None: No limit, since a pending call costs little beside its arguments, which ``max_inflight_bytes``
             bounds.

@@ -173,7 +173,7 @@ class LearnerGroup:
             ValueError: If the results of two clients cannot be merged.
             ConfigError: If the group has no clients.
             UntrustedTypeError: If the allow-list does not cover the reducer's type.
-            GroupCallError: As in `call`, and if all clients failed. Its results are None.
+            GroupCallError: As in `call`, and if all clients failed. Its ``results`` map clients to None.
             QuorumError: As in `call`.
             CallTimeoutError: If the results were not merged in time.
         """

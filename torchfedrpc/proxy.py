@@ -157,7 +157,7 @@ class LearnerProxy:
             raise ConfigError(f"the seed must be a whole number, not {seed!r}") from None
         spec, common_kwargs = LearnerSpec.of(learner, seed, config)
         if not isinstance(factory := spec.load(), type):
-            spec = dataclasses.replace(spec, taken_names=_taken_names())  # the factory's class is known at its call
+            spec = dataclasses.replace(spec, taken_names=_taken_names())  # its class is unknown before the call
         elif hidden := hidden_methods(factory, _taken_names()):
             warnings.warn(hidden, stacklevel=2)
         kwargs_by_client = _clients(clients, config, common_kwargs)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 _BLOCKED_S = 0.5  # a main thread that does not return to its event loop within this time is interrupted
 _FINISH_S = 1.5  # extra time for work that is nearly done, such as a round
-_LIMIT_S = 3.0  # the process ends at this time after the signal; the interpreter's shutdown takes up to 2 s more
+_LIMIT_S = 3.0  # after the signal the process ends by then; the interpreter's shutdown takes extra time
 _THREADS_S = 0.5
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 

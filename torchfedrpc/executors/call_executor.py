@@ -51,7 +51,7 @@ class Learners(Protocol):
     async def reduce(
         self, reduction: Reduction, calls: Mapping[int, tuple[Call, int]], progress: ReduceProgress, ended: Ended
     ) -> None:
-        """Run calls and reduce their results on the workers.
+        """Run calls and reduce their results in their hosts.
 
         Args:
             reduction: The reduction.
@@ -187,9 +187,9 @@ class CallExecutor(AbstractExecutor):
             self._admission.release(num_bytes)
 
     async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation], progress: ReduceProgress) -> None:
-        """Run calls and reduce their results on the workers, in one batch per admission by ``max_inflight_bytes``.
+        """Run calls and reduce their results in their hosts. The calls that are admitted at once are one batch.
 
-        Each call that has to wait for admission is a separate batch.
+        Each call that has to wait for admission by ``max_inflight_bytes`` is a separate batch.
         """
         tasks: list[asyncio.Task[None]] = []
         prompt: dict[int, tuple[Call, int]] = {}

@@ -53,7 +53,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         return client_id, data
 
     def close(self) -> None:
-        """Request no further snapshots, and let waiting calls continue."""
+        """Request no further snapshots, cancel those in flight, and let waiting calls continue."""
         for task in self._taking:
             task.cancel()
             task.add_done_callback(_retrieve)

@@ -102,8 +102,10 @@ class Journal:
 
     @property
     def is_due(self) -> bool:
-        """Whether a snapshot is due: because there are too many entries, the last call was interrupted, or it is time
-        to try again to capture a learner that could not be captured.
+        """Whether a snapshot is due.
+
+        It is due if there are too many entries, if the last call was interrupted, or to retry the capture of a
+        learner that could not be captured.
         """
         if len(self.entries) <= self._journals.max_calls and not self._cut_off_number and self.unrecoverable is None:
             return False  # fast path
@@ -250,10 +252,10 @@ class Journals:
         self._num_uses: Counter[SharedValue] = Counter()  # number of entries with each shared value, in all journals
 
     def relief(self) -> list[tuple[Journal, int | None]]:
-        """Choose snapshots that bring the arguments under their bound: journals with size limits in bytes.
+        """Return the journals to replace by snapshots, each with a size limit in bytes, to meet the bound.
 
-        Snapshots that free four times their size come first, with that size as limit. If they free too little,
-        others follow without a limit.
+        Snapshots that free at least four times their size come first; their limit is a quarter of the bytes that they
+        free. If they free too little, others follow without a limit (None).
         """
         excess = float(self.num_bytes - self._max_bytes)
         if excess <= 0:

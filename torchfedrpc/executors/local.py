@@ -70,7 +70,7 @@ class LocalLearners:
         return LocalStream(self._host, call, self._submit_tick)
 
     async def capture(self, call: Call) -> Outcome | None:
-        """Take a snapshot for a consistent cut."""
+        """Take a learner's part of a consistent snapshot."""
         return await self.call(call)
 
     async def reduce(

@@ -102,7 +102,7 @@ def place_clients(
 
 
 def open_to_all(labels: Sequence[str], endpoints: Mapping[str, str]) -> list[str]:
-    """Return the workers for clients without an endpoint: those without an address in endpoints, if any; else all."""
+    """Return the workers for clients without an endpoint: those that no endpoint names by address, else all."""
     named = addresses(endpoints)
     return [label for label in labels if label not in named] or list(labels)
 

@@ -183,7 +183,10 @@ class RemoteLearners:
         return pack(obj, in_files=any(one.sees_files for one in members), pool=self._file_pool)
 
     def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
-        """Pack the arguments of a call. Equal arguments without tensors are cached, since journals keep them."""
+        """Pack the arguments of a call.
+
+        Arguments without tensors are cached: journals keep them, and the calls of a round often have equal ones.
+        """
         parcel = pack((args, kwargs), may_refer=True)
         if parcel.slots or parcel.apart:
             return parcel

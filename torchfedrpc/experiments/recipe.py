@@ -1,8 +1,8 @@
 """Recipes: plain mappings with a ``_target_`` from which any process can build an object.
 
-A learner receives recipes from the driver, over the network. So a recipe may call only safe targets: datasets and
-models of this library, ``torch.nn``, and classes and functions defined by the learner's package or by packages in
-``runtime.trusted_modules``. The rule is the same in every mode, and for the driver's recipes.
+A learner receives recipes from the driver, over the network. So a recipe may call only targets meant for that:
+datasets and models of this library, ``torch.nn``, and classes and functions defined by the learner's package or by
+packages in ``runtime.trusted_modules``. The rule is the same in every mode, and for the driver's recipes.
 """
 
 from __future__ import annotations

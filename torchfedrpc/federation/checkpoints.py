@@ -65,7 +65,7 @@ class Checkpoints:
     Args:
         folder: The folder for checkpoints.
         every: Rounds between checkpoints, at least 1; the last round is saved as well. None: Save nothing.
-        num_kept: Number of newest checkpoints to keep. The default keeps older ones in case the newest is damaged.
+        num_kept: Number of newest checkpoints to keep. An older one is used if the newest is damaged.
         resume: ``never`` starts at the first round and moves an earlier run's checkpoints into a folder
             ``earlier_N``. ``auto`` resumes from the newest checkpoint in the folder, if there is one. Any other value
             is a second folder (of checkpoints, or with a subfolder ``checkpoints``) to resume from if the first has

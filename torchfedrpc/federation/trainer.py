@@ -117,7 +117,7 @@ class AbstractFederationTrainer(ABC):
         saved is skipped, with one warning.
 
         Raises:
-            SnapshotError: If a value would not be restored equal, or would lose its identity with another value.
+            SnapshotError: If a value would not be restored equal, or two values would no longer share an object.
         """
         saved = {
             name: value
