@@ -40,7 +40,7 @@ _stream_numbers = itertools.count()  # unique in this process
 
 
 @dataclass(eq=False)
-class _Session:
+class _Opening:
     """Counters of one session: from one opening of the proxy to the next.
 
     Attributes:
@@ -75,7 +75,7 @@ class Dispatcher:
         self._loop: asyncio.AbstractEventLoop | None = None  # the loop in which the proxy was opened
         self._places = {client_id: place for place, client_id in enumerate(client_ids)}
         self._router = router
-        self.session = _Session()
+        self.session = _Opening()
 
     @property
     def is_open(self) -> bool:
@@ -93,7 +93,7 @@ class Dispatcher:
         The function publishes nothing after the next session begins. A call of the previous session may end, and an
         abandoned method may report progress, while this session is open.
         """
-        session = self.session = _Session()
+        session = self.session = _Opening()
 
         def publish(event: Event) -> None:
             if self.session is session:
@@ -505,7 +505,7 @@ class _Observed:
         has_ended: Whether the end was counted.
     """
 
-    session: _Session
+    session: _Opening
     call_id: int
     client_id: str
     method: str

@@ -291,7 +291,7 @@ async def test_a_stream_runs_behind_a_call_with_a_large_argument_of_the_same_tic
     proxy: tfr.LearnerProxy, one: str
 ) -> None:
     call = asyncio.ensure_future(proxy.custom_method(one, "append", bytes(20_000)))
-    async with aclosing(proxy.stream(one, "count", 3)) as items:
+    async with contextlib.aclosing(proxy.stream(one, "count", 3)) as items:
         step = asyncio.ensure_future(anext(items))
         async with asyncio.timeout(20):
             assert await call == 1

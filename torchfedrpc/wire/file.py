@@ -213,7 +213,7 @@ class TensorFile:
             raise _gone()
         # A file that shrinks under a mapping kills the process that reads there. Only its owner keeps its bytes from
         # changing: it is a process of this user, which a file without a pool forbids to write.
-        if not memory_file.is_sealed(descriptor):
+        if not memory_file.has_fixed_size(descriptor):
             raise _gone()
         if status.st_size != num_bytes:
             raise SerializationError("a file has another size than it is said to have")
@@ -274,7 +274,7 @@ def _sealed_file(chunks: Iterable[bytes | memoryview], num_bytes: int) -> int:
     descriptor = memory_file.create(num_bytes)
     try:
         memory_file.write(descriptor, chunks)
-        memory_file.seal(descriptor)
+        memory_file.forbid_writing(descriptor)
     except BaseException:
         os.close(descriptor)
         raise

@@ -60,12 +60,12 @@ def write(descriptor: int, chunks: Iterable[bytes | memoryview]) -> None:
             rest, start = rest[written:], start + written
 
 
-def seal(descriptor: int) -> None:
+def forbid_writing(descriptor: int) -> None:
     """Forbid every process to write to the file from now on."""
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
 
 
-def is_sealed(descriptor: int) -> bool:
+def has_fixed_size(descriptor: int) -> bool:
     """Return whether the file's size can never change."""
     return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _size_seals() == _size_seals()
 
