@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import pack
 
 ALLOW = AllowList(["summing"])
-TIMEOUT_S = 20.0
+TIMEOUT_S = 10.0
 CUT_OFF = Outcome("cancelled", cut_off=True)
 
 
@@ -40,6 +40,13 @@ async def within(awaitable: Any) -> Any:
     """Await something that must not take long."""
     async with asyncio.timeout(TIMEOUT_S):
         return await awaitable
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Let the loop run until a condition is met."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not condition():
+            await asyncio.sleep(0)
 
 
 def call(call_id: int, client_id: str = "a", kind: CallKind = "call", num_floats: int = 0) -> Call:

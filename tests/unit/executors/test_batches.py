@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from fake_workers import CUT_OFF, FakeRun, FakeWorker, call, settled, within
+from fake_workers import CUT_OFF, FakeRun, FakeWorker, call, settled, until, within
 from summing import Brackets
 
 from torchfedrpc.errors import SerializationError, WorkerLostError
@@ -79,12 +79,6 @@ async def opened(num_workers: int = 1, **options: Any) -> AsyncIterator[Reducing
     yield reducing
     await settled()
     await reducing.run.close()
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 async def called(reducing: Reducing, call_id: int, client_id: str) -> None:

@@ -280,7 +280,7 @@ def test_snapshots_in_memory_share_a_quarter_of_the_bound(journals: Journals) ->
     for number in range(3):  # each in the place of the one before
         add(first, number)
         take_snapshot(first, number, 3 * MAX_BYTES // 16)
-    assert not list(journals._store)
+        assert not list(journals._store)
     add(second, 1)
     assert not second.keep(second.number, state(num_bytes=MAX_BYTES // 16 + 1))
     assert second.keep(second.number, state(num_bytes=MAX_BYTES // 16))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from fake_workers import CUT_OFF, UNCAPTURABLE, FakeRun, FakeWorker, call, settled, tensor_of, within
+from fake_workers import CUT_OFF, UNCAPTURABLE, FakeRun, FakeWorker, call, settled, tensor_of, until, within
 
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.executors.learner_session import SessionStream, Turns
@@ -44,12 +44,6 @@ async def cancelled(task: asyncio.Task[Any]) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await within(task)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 def lost(outcome: Outcome, pattern: str) -> None:

@@ -228,7 +228,7 @@ def test_value_stays_in_memory_while_the_kernel_moves_its_pages(monkeypatch: pyt
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(memory_file, "seal", refuse)
+    monkeypatch.setattr(memory_file, "forbid_writing", refuse)
     parcel = pack(torch.ones(1 << 20), in_files=True)
     assert parcel.files is None
     assert parcel.slots[0].sum() == 1 << 20
