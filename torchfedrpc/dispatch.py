@@ -305,6 +305,7 @@ class Dispatcher:
             The errors of clients that failed or did not end in time.
         """
         failures: dict[str, Exception] = {}
+        fatal: BaseException | None = None  # raised by a method, and no Exception
         loop, timeout_s = asyncio.get_running_loop(), options.timeout_s
         deadline = loop.time() + timeout_s if timeout_s is not None else None
         while progress.ended or not running.done():
@@ -314,8 +315,10 @@ class Dispatcher:
                     continue
                 self._end(observed[client_id], error)
                 failures.pop(client_id, None)
-                if error is not None:
+                if isinstance(error, Exception):
                     failures[client_id] = error
+                elif error is not None:
+                    fatal = fatal or error
             needed = options.min_results
             is_settled = needed is not None and (
                 len(progress.succeeded) >= needed or (observed and len(observed) - len(failures) < needed)
@@ -345,7 +348,12 @@ class Dispatcher:
                     self._end(one, failures[client_id])
             progress.stop()
             deadline = loop.time() + timeout_s if timeout_s is not None else None
-        running.result()
+        try:
+            running.result()
+            if fatal is not None:
+                raise fatal
+        finally:
+            del fatal  # its traceback refers to this frame
         return {one: error for one, error in failures.items() if one not in progress.succeeded}
 
     def share(self, obj: Any) -> SharedRef:

@@ -50,6 +50,13 @@ class Adder(Mortal):
             raise ValueError(f"{self.client_id} fails")
         return self.text()
 
+    def draw_text_or_fatal(self, fails: bool = False) -> str:
+        """Draw as `draw_text` does, then raise what is no Exception, if asked for."""
+        text = self.draw_text()
+        if fails:
+            raise BaseException(f"{self.client_id} fails")
+        return text
+
     def draw_text(self) -> str:
         """What shows whether all calls before it have run, each once."""
         return "/".join(map(str, self.step()))

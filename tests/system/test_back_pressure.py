@@ -41,6 +41,14 @@ class Keeper:
     def had(self) -> list[int]:
         return self.numbers
 
+    def count(self, number: int, *ballast: torch.Tensor) -> int:
+        self.numbers.append(number)
+        return 1
+
+    def stream(self, number: int) -> Iterator[int]:
+        self.numbers.append(number)
+        yield number
+
     def total(self, weights: torch.Tensor) -> float:
         return float(weights.sum())
 
@@ -69,6 +77,36 @@ async def test_calls_that_wait_for_room_stay_in_their_order(proxy: tfr.LearnerPr
     for place, client in enumerate(ids):
         expected = [number for number in range(60) if number // 2 % 3 == place]
         assert await proxy.custom_method(client, "had") == expected
+
+
+async def test_streams_snapshots_and_reductions_stay_behind_calls_that_wait_for_room(
+    proxy: tfr.LearnerProxy, clients: Iterator[str], latch: Latch, seen: Seen
+) -> None:
+    one, other = next(clients), next(clients)
+    holding = asyncio.ensure_future(proxy.custom_method(other, "hold", latch.path, LARGE))
+    await seen.reported(other)
+
+    async def read() -> list[int]:
+        return [item async for item in proxy.stream(one, "stream", 2)]
+
+    async def snapshot() -> dict[str, bytes]:
+        return {client: data async for client, data in proxy.snapshots([one])}
+
+    reduction = proxy.clients([one]).reduce("count", tfr.Sum(), 3, LARGE)
+    waiting = [
+        *await submitted(proxy, proxy.custom_method(one, "take", 1, LARGE)),
+        *await submitted(proxy, read()),
+        *await submitted(proxy, reduction),
+        *await submitted(proxy, proxy.custom_method(one, "take", 4, LARGE)),
+    ]
+    taking = asyncio.ensure_future(snapshot())
+    await asyncio.sleep(0)
+    last = asyncio.ensure_future(proxy.custom_method(one, "take", 5))
+    latch.open()
+    await asyncio.gather(holding, last, *waiting)
+    assert await proxy.custom_method(one, "had") == [1, 2, 3, 4, 5]
+    await proxy.restore(await taking)
+    assert await proxy.custom_method(one, "had") == [1, 2, 3, 4]
 
 
 async def test_call_that_waits_for_room_has_the_value_of_its_admission(

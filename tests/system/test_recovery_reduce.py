@@ -175,6 +175,23 @@ async def test_learners_can_be_captured_while_their_results_lie_at_the_workers(
     assert dict(await proxy.clients(clients).call("draw_text")) == {one: drawn[one][2] for one in clients}
 
 
+async def test_calls_beside_one_that_raises_no_exception_are_part_of_the_state(
+    proxy: tfr.LearnerProxy,
+    drawn: dict[str, list[str]],
+    seen: Losses,
+    on_1: Iterator[str],
+) -> None:
+    clients = list(islice(on_1, 3))
+    arguments = {one: {"fails": one == clients[1]} for one in clients}
+    with pytest.raises(BaseException, match="fails") as caught:
+        await proxy.clients(arguments).reduce("draw_text_or_fatal", Brackets())
+    assert type(caught.value) is BaseException
+    before = await proxy.clients(clients).call("get_model_weights")
+    kill(proxy, "worker1")
+    after = await proxy.clients(clients).call("get_model_weights")
+    assert [after[one].tolist() for one in clients] == [before[one].tolist() for one in clients]
+
+
 async def test_a_result_behind_a_call_that_was_cut_off_is_made_again_on_the_right_state(
     proxy: tfr.LearnerProxy,
     drawn: dict[str, list[str]],

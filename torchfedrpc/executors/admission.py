@@ -59,19 +59,35 @@ class Admission:
         if not self._waiting and not self._num_waking and self._has_room(num_bytes):
             self._num_bytes += num_bytes
             return False
+        await self.wait(self.request(num_bytes), num_bytes)
+        return True
+
+    def request(self, num_bytes: int) -> asyncio.Future[None]:
+        """Enter the queue, and return a future for `wait`, or for `withdraw`."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((turn, num_bytes))
+        if not self._num_waking:  # else the caller that wakes admits the next
+            self._wake()
+        return turn
+
+    async def wait(self, turn: asyncio.Future[None], num_bytes: int) -> None:
+        """Wait until a request is admitted. A cancelled caller has reserved nothing."""
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # admitted, then cancelled before it resumed
-                self._num_waking -= 1
-                self._num_bytes -= num_bytes
-            self._wake()
+            self.withdraw(turn, num_bytes)
             raise
         self._num_waking -= 1
         self._wake()  # callers that arrived while this one was waking
-        return True
+
+    def withdraw(self, turn: asyncio.Future[None], num_bytes: int) -> None:
+        """Leave the queue, or return the bytes of a request that was admitted."""
+        if turn.done() and not turn.cancelled():
+            self._num_waking -= 1
+            self._num_bytes -= num_bytes
+        else:
+            turn.cancel()
+        self._wake()
 
     def admit_now(self, num_bytes: int) -> bool:
         """Reserve bytes if they fit and no call waits, and return whether they were reserved."""

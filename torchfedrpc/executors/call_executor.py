@@ -192,12 +192,16 @@ class CallExecutor(AbstractExecutor):
         Each call that has to wait for admission by ``max_inflight_bytes`` is a separate batch.
         """
         tasks: list[asyncio.Task[None]] = []
+        requests: dict[asyncio.Future[None], int] = {}  # places in the queue that no task has taken over
         prompt: dict[int, tuple[Call, int]] = {}
         admitted: list[tuple[int, tuple[SharedValue, ...]]] = []
         for invocation in invocations:
             num_bytes = self._estimate(invocation.args, invocation.kwargs)
             if self._cut is not None or not self._admission.admit_now(num_bytes):
-                tasks.append(asyncio.ensure_future(self._reduce_late(reduction, invocation, progress)))
+                turn = self._admission.request(num_bytes)
+                requests[turn] = num_bytes
+                late = self._reduce_late(reduction, invocation, progress, turn, requests)
+                tasks.append(asyncio.ensure_future(late))
                 continue
             try:
                 call = self._call(invocation, *_held(invocation), num_bytes)
@@ -215,11 +219,22 @@ class CallExecutor(AbstractExecutor):
         finally:
             for task in tasks:
                 task.cancel()
+            for turn, num_bytes in requests.items():  # of tasks that were cancelled before they began
+                self._admission.withdraw(turn, num_bytes)
+            requests.clear()
             self._admission.release(sum(num_bytes + self._release(values) for num_bytes, values in admitted))
 
-    async def _reduce_late(self, reduction: Reduction, invocation: Invocation, progress: ReduceProgress) -> None:
-        num_bytes = self._estimate(invocation.args, invocation.kwargs)
-        await self._admission.admit(num_bytes)
+    async def _reduce_late(
+        self,
+        reduction: Reduction,
+        invocation: Invocation,
+        progress: ReduceProgress,
+        turn: asyncio.Future[None],
+        requests: dict[asyncio.Future[None], int],
+    ) -> None:
+        """Run one call of a reduction once its request for admission is granted."""
+        num_bytes = requests.pop(turn)
+        await self._admission.wait(turn, num_bytes)
         values: tuple[SharedValue, ...] = ()
         try:
             if progress.stopped.is_set():
@@ -239,15 +254,15 @@ class CallExecutor(AbstractExecutor):
             self._admission.release(num_bytes + self._release(values))
 
     def _ended(self, progress: ReduceProgress, call: Call, outcome: Outcome) -> None:
-        """Record the end of a call of a reduction."""
+        """Note the end of a call of a reduction."""
         self._durations.note(call, outcome)
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             self._result(outcome, call)
-        except Exception as caught:
+        except BaseException as caught:
             error = caught
         progress.note(call.client_id, error)
-        del error  # breaks a reference cycle: its traceback refers to this frame
+        del error  # its traceback refers to this frame
 
     def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
         """Return the common arguments of several calls, with large values replaced by shared ones."""
@@ -273,6 +288,7 @@ class CallExecutor(AbstractExecutor):
 
     async def snapshot(self, client_id: str) -> bytes:
         """Return a learner's state between two calls."""
+        await self._admission.admit(0)  # behind calls that wait for admission
         if self._cut is not None:
             await self._cut.passed(client_id)
         call = self._snapshot_call(client_id)
@@ -305,6 +321,7 @@ class CallExecutor(AbstractExecutor):
         call = self._call(invocation, invocation.args, invocation.kwargs, kind="stream")
 
         async def passed() -> None:
+            await self._admission.admit(0)  # behind calls that wait for admission
             if self._cut is not None:
                 await self._cut.passed(call.client_id)
 

@@ -106,14 +106,14 @@ class ReduceProgress:
 
     def __init__(self, *, is_watched: bool = False) -> None:
         self.is_watched = is_watched
-        self.ended: deque[tuple[str, Exception | None]] = deque()
+        self.ended: deque[tuple[str, BaseException | None]] = deque()
         self.has_ended = asyncio.Event()
         self.succeeded: set[str] = set()
         self.nodes: list[Node] = []
         self.stopped = asyncio.Event()
         self._open: dict[tuple[str, int], tuple[BatchWorker, Batch]] = {}
 
-    def note(self, client_id: str, error: Exception | None) -> None:
+    def note(self, client_id: str, error: BaseException | None) -> None:
         """Record the end of a client's call. A call repeated after a loss may end twice."""
         if error is None:
             self.succeeded.add(client_id)
