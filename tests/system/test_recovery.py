@@ -372,6 +372,23 @@ async def test_a_step_that_is_cancelled_behind_its_item_is_part_of_the_state(
     assert await proxy.custom_method(client, "what_happened") == happened
 
 
+async def test_a_call_that_is_late_as_its_result_comes_is_part_of_the_state(
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str]
+) -> None:
+    client = next(on_1)
+    await proxy.custom_method(client, "append", "before")
+    late = asyncio.ensure_future(proxy.options(timeout_s=0.2).custom_method(client, "append", "late"))
+    for _ in range(6):
+        await asyncio.sleep(0)
+    time.sleep(0.4)  # the result comes while the event loop is busy, past the deadline
+    with pytest.raises(tfr.CallTimeoutError):
+        await late
+    happened = await proxy.custom_method(client, "what_happened")
+    assert happened == ["before", "late"]
+    kill(proxy, "worker1")
+    assert await proxy.custom_method(client, "what_happened") == happened
+
+
 async def test_progress_that_was_reported_is_not_reported_again(
     proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], latch: Latch
 ) -> None:

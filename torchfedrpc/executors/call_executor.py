@@ -158,11 +158,12 @@ class CallExecutor(AbstractExecutor):
         if self._sharing.has_seen:
             args, kwargs = self._sharing.recognised(*given)
         num_bytes = self._estimate(args, kwargs)
-        if await self._admission.admit(num_bytes):  # shared values may have changed during the wait
-            args, kwargs = self._sharing.recognised(*given)
-            num_bytes += self._admission.take(self._estimate(args, kwargs) - num_bytes)
+        has_waited = await self._admission.admit(num_bytes)
         values: tuple[SharedValue, ...] = ()
         try:
+            if has_waited:  # the values that calls share may be others after the wait
+                args, kwargs = self._sharing.recognised(*given)
+                num_bytes += self._admission.take(self._estimate(args, kwargs) - num_bytes)
             call = self._call(invocation, args, kwargs, num_bytes)
             if isinstance(call.arguments, Parcel) and call.arguments.apart:
                 values = _shared_in_tick(call)

@@ -445,10 +445,10 @@ class LearnerSession:
             limit: Largest acceptable size in bytes; None for any.
         """
         self._journal.request_snapshot()
-        self._run.in_background(self._snapshot_later(limit))
+        self._run.in_background(self._snapshot_later(self.turns.request(), limit))
 
-    async def _snapshot_later(self, limit: int | None) -> None:
-        await self.turns.take()
+    async def _snapshot_later(self, turn: asyncio.Future[None], limit: int | None) -> None:
+        await self.turns.wait(turn)
         await self._snapshot_in_turn(limit)
 
     async def _snapshot_in_turn(self, limit: int | None) -> None:

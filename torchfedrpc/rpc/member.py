@@ -87,13 +87,14 @@ class Member:
     sent: dict[int, None] = field(default_factory=dict)
     lost: asyncio.Future[Loss] = field(init=False)
     _cancelled: set[int] = field(default_factory=set)  # ids of batches
+    _unread: dict[int, Outcome] = field(default_factory=dict)  # of calls that were cancelled as their outcomes came
     _changed: asyncio.Event = field(init=False)
     _turn: asyncio.Lock = field(init=False)
 
     def begin(self) -> None:
         """Begin a run on the running event loop."""
         self.registrations, self.confirmed, self.sent, self.client = {}, set(), {}, None
-        self._cancelled = set()
+        self._cancelled, self._unread = set(), {}
         self.has_served = self.wants_to_leave = False
         self.lost = asyncio.get_running_loop().create_future()
         self._changed = asyncio.Event()
@@ -152,32 +153,29 @@ class Member:
         self.sent[call.call_id] = None
         while True:
             client = self.client or await self._next_client()
+            client.register(self.registrations[call.client_id])
+            answer = client.submit(call)
             try:
-                client.register(self.registrations[call.client_id])
-                return self._heard(call, await client.submit(call))
+                outcome = await answer
             except WorldOver:
                 continue
-            except UndeliverableError:
-                self.sent.pop(call.call_id, None)
+            except BaseException as error:
+                self._fail(call, answer, error)
                 raise
+            if outcome.kind != "item":
+                self.sent.pop(call.call_id, None)
+            return outcome
 
     async def run_batch(self, batch: Batch) -> Outcome:
-        """Run a batch, or join it. See `submit`."""
+        """Run a batch, or join it; as of `submit`."""
         self.sent[batch.call_id] = None
-        while True:
-            client = self.client or await self._next_client()
-            try:
-                for _, call in batch.calls:
-                    client.register(self.registrations[call.client_id])
-                answer = client.run_batch(batch)
-                if batch.call_id in self._cancelled:
-                    client.cancel_batch(batch)
-                return self._heard(batch, await answer)
-            except WorldOver:
-                continue
-            except UndeliverableError:
-                self.sent.pop(batch.call_id, None)
-                raise
+
+        def send(client: WorkerClient) -> asyncio.Future[Outcome]:
+            for _, call in batch.calls:
+                client.register(self.registrations[call.client_id])
+            return client.run_batch(batch)
+
+        return await self._ask(batch, send)
 
     async def advance(self, request: Call | Batch, step: int) -> Outcome:
         """Ask an open stream for its item number ``step``, or a watched batch for the calls ended since then.
@@ -186,18 +184,7 @@ class Member:
             WorkerGone: If the worker is lost.
             UndeliverableError: If RPC cannot carry the answer.
         """
-        while True:
-            client = self.client or await self._next_client()
-            try:
-                answer = client.advance(request, step)
-                if request.call_id in self._cancelled and isinstance(request, Batch):
-                    client.cancel_batch(request)
-                return self._heard(request, await answer)
-            except WorldOver:
-                continue
-            except UndeliverableError:
-                self.sent.pop(request.call_id, None)
-                raise
+        return await self._ask(request, lambda client: client.advance(request, step))
 
     def cancel_batch(self, batch: Batch) -> None:
         """Cancel the calls of a batch that have not ended; its final outcome has the results of the others."""
@@ -207,23 +194,44 @@ class Member:
 
     async def cancel(self, call: Call) -> Outcome:
         """Cancel a call. Returns its outcome. Errors are those of `advance`."""
+        if (outcome := self._unread.pop(call.call_id, None)) is None:
+            outcome = await self._ask(call, lambda client: client.cancel(call))
+        self.sent.pop(call.call_id, None)
+        return outcome
+
+    async def _ask(self, request: Call | Batch, send: Callable[[WorkerClient], asyncio.Future[Outcome]]) -> Outcome:
+        """Send a request in the present world, and in each later one until an answer comes."""
         while True:
             client = self.client or await self._next_client()
+            answer = send(client)
+            if isinstance(request, Batch) and request.call_id in self._cancelled:
+                client.cancel_batch(request)
             try:
-                outcome = await client.cancel(call)
+                return self._heard(request, await answer)
             except WorldOver:
                 continue
-            except UndeliverableError:
-                self.sent.pop(call.call_id, None)
+            except BaseException as error:
+                self._fail(request, answer, error)
                 raise
-            self.sent.pop(call.call_id, None)
-            return outcome
 
     def _heard(self, request: Call | Batch, outcome: Outcome) -> Outcome:
         if outcome.kind != "item":
             self.sent.pop(request.call_id, None)
             self._cancelled.discard(request.call_id)
         return outcome
+
+    def _fail(self, request: Call | Batch, answer: asyncio.Future[Outcome], error: BaseException) -> None:
+        """Note that the caller of a request gets an error.
+
+        If the caller was cancelled in the very tick in which the outcome came, the worker may have forgotten it
+        already: `cancel` returns it.
+        """
+        if isinstance(error, UndeliverableError):
+            self.sent.pop(request.call_id, None)
+        elif answer.done() and not answer.cancelled() and answer.exception() is None:
+            outcome = answer.result()
+            if outcome.is_final:
+                self._unread[request.call_id] = outcome
 
     async def _next_client(self) -> WorkerClient:
         """Wait for the next world of this worker.

@@ -92,11 +92,6 @@ def unmap(address: int, num_bytes: int) -> None:
     _libc().munmap(address, num_bytes)
 
 
-def are_equal(one: int, other: int, num_bytes: int) -> bool:
-    """Return whether the bytes from two addresses on are equal: 3.1 ms for 40 MB, where numpy takes 5.4 ms."""
-    return not _libc().memcmp(one, other, num_bytes)
-
-
 def has_reader(descriptor: int) -> bool:
     """Return whether a process, this one included, has opened the file since `create` and has it open or mapped.
 
@@ -150,6 +145,5 @@ def _libc() -> Any:
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     return libc

@@ -386,3 +386,17 @@ async def test_lost_worker_was_running_the_first_call_unless_more_is_known(
     worker.sent = {5: None, 6: None}
     worker.lose(Loss("it was killed", running))
     assert worker.gone().running == expected
+
+
+async def test_outcome_that_comes_as_its_caller_is_cancelled_is_returned_by_cancel() -> None:
+    """The worker may have forgotten it, since it is acknowledged when it comes."""
+    member, client = serving("a")
+    task = asyncio.ensure_future(member.submit(call(1)))
+    await settled()
+    client.open["submit 1"].set_result(VALUE)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await within(member.cancel(call(1))) is VALUE
+    assert "cancel 1" not in client.log
+    assert member.sent == {}
