@@ -22,7 +22,7 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.file import TensorFiles, are_large, mapped_copies
 from torchfedrpc.wire.file_pool import FilePool
-from torchfedrpc.wire.scan import BUILD, REDUCE, check_depth, with_requests
+from torchfedrpc.wire.scan import BUILD, REDUCE, check_depth, is_plain_data, with_requests
 from torchfedrpc.wire.tensors import (
     PlainTensors,
     View,
@@ -37,7 +37,6 @@ from torchfedrpc.wire.tensors import (
 
 _NONE = pickle.dumps(None, protocol=5)  # the result of most methods
 _NOTHING = pickle.dumps(((), {}), protocol=5)  # the arguments of a call without arguments
-_PLAIN: dict[bytes, Callable[[], Any]] = {_NONE: lambda: None, _NOTHING: lambda: ((), {})}
 _INLINE_BYTES = 4096  # the bytes of smaller numpy arrays stay in the pickle: a tensor costs more than the copy
 
 
@@ -104,11 +103,11 @@ class Parcel:
             UntrustedTypeError: If the pickle names a type outside the allow-list.
             SerializationError: If the parcel cannot be read.
         """
-        if self.head in _PLAIN:  # the most frequent case
-            return _PLAIN[self.head]()
         if self.ready is not None:
             self.ready()
         try:
+            if not self.slots and not self.apart and is_plain_data(self.head):  # the most frequent case
+                return pickle.loads(self.head)
             if self.slots and not all(isinstance(slot, Tensor) for slot in self.slots):
                 raise SerializationError("a parcel has slots that are no tensors")
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
@@ -187,28 +186,30 @@ def pack(
     """
     if obj is None:
         return Parcel(_NONE, [], [])
-    file, table = io.BytesIO(), _Table()
+    file = io.BytesIO()
+    pickler = _Pickler(file, protocol=5)
+    pickler.tensors, pickler.apart = [], []
     try:
-        _Pickler(file, table).dump(obj)
+        pickler.dump(obj)
         views: list[View] = []
         slots: list[Tensor] = []
-        if table.tensors:
+        if pickler.tensors:
             with PlainTensors():
                 views, slots = gather_slots(
-                    table.tensors, copy=copy and not in_files, join=copy if join is None else join
+                    pickler.tensors, copy=copy and not in_files, join=copy if join is None else join
                 )
     except (SerializationError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise SerializationError(f"{type(error).__name__}: {error}") from error
-    if table.apart and not may_refer:
+    if pickler.apart and not may_refer:
         raise SerializationError("a SharedRef is for the arguments of a call, where it stands for its object")
     files = None
     if in_files and slots:
         with PlainTensors():
             files, mapped = mapped_copies(slots, pool)
             slots = mapped if files is not None else _copies(views, slots)
-    return Parcel(file.getvalue(), views, slots, fence(slots) if slots else None, tuple(table.apart), files)
+    return Parcel(file.getvalue(), views, slots, fence(slots) if slots else None, tuple(pickler.apart), files)
 
 
 _PACKED_NOTHING = Parcel(_NOTHING, [], [])
@@ -228,36 +229,29 @@ def restore(kind: str, *parts: Any) -> Any:
     raise SerializationError(f"this pickle is the head of a parcel ({kind}): open it with Parcel.open")
 
 
-class _Table:
-    """The tensors and values that a pickle leaves out, in the order in which it names them."""
+class _Pickler(pickle.Pickler):
+    """Pickler that leaves out tensors and values sent apart, and lists them in the order of their numbers."""
 
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self.apart: list[SentApart] = []
+    tensors: list[Tensor]
+    apart: list[SentApart]
 
-    def add_apart(self, value: SentApart) -> int:
+    def _add_tensor(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def _add_apart(self, value: SentApart) -> int:
         if value not in self.apart:
             self.apart.append(value)
         return self.apart.index(value)
 
-    def add_tensor(self, tensor: Tensor) -> int:
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
-
-
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, table: _Table) -> None:
-        super().__init__(file, protocol=5)
-        self._table = table
-
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is Tensor and not (obj.requires_grad or obj.__dict__ or obj.grad is not None) and is_plain(obj):
-            return restore, ("plain", self._table.add_tensor(obj))
+            return restore, ("plain", self._add_tensor(obj))
         if isinstance(obj, Tensor):
             with PlainTensors(), torch._C.DisableTorchFunctionSubclass():
                 return restore, self._tensor(obj)
         if isinstance(obj, SentApart):
-            return restore, ("apart", self._table.add_apart(obj.value))
+            return restore, ("apart", self._add_apart(obj.value))
         if _is_of_numpy(obj):
             return self._numpy(obj)
         if isinstance(obj, torch.optim.Optimizer):
@@ -278,7 +272,7 @@ class _Pickler(pickle.Pickler):
         if kind == "array":
             memory = parts[-1]
             is_small = memory.nbytes < _INLINE_BYTES
-            parts[-1] = memory.tobytes() if is_small else self._table.add_tensor(_tensor_on(memory))
+            parts[-1] = memory.tobytes() if is_small else self._add_tensor(_tensor_on(memory))
         state = (arrays.items_of(obj),) if kind == "objects" else ()  # apart: the array may be among its own items
         return restore, (kind, *parts), *state
 
@@ -299,7 +293,7 @@ class _Pickler(pickle.Pickler):
             plain, lazily = torch._neg_view(plain), f"{lazily}neg"
         if plain._is_zerotensor():  # has no memory
             plain = plain.clone()
-        number = self._table.add_tensor(plain)
+        number = self._add_tensor(plain)
         if kind is None and state is None and grad is None and not tensor.requires_grad and not lazily:
             return "plain", number
         return "dense", tensor.requires_grad, kind, state, grad, number, lazily

@@ -79,6 +79,15 @@ def check_opcodes(head: bytes) -> None:
     _parts(head, _opcodes_of_sequences())
 
 
+def is_plain_data(head: bytes) -> bool:
+    """Return whether a short pickle holds only numbers, texts, tuples, lists and dicts, and none of them twice.
+
+    Such a pickle can be loaded as it is: it calls nothing, and its few keys are hashed in no time, since without
+    references to earlier objects no tuple has more parts than the pickle has bytes.
+    """
+    return len(head) <= _SHALLOW_BYTES and _plain_data().fullmatch(head) is not None
+
+
 def with_requests(head: bytes) -> bytes:
     """Return a pickle in which each opcode that calls, makes or changes an object is a request.
 
@@ -212,6 +221,14 @@ def _kept_opcodes() -> re.Pattern[bytes]:
 def _up_to_a_request() -> re.Pattern[bytes]:
     """A run of opcodes that stay as they are, and the opcode behind it, which is replaced."""
     return re.compile(b"(" + _kept() + b")([" + re.escape(b"".join(_REQUESTS)) + b"]|\\Z)", re.DOTALL)
+
+
+@functools.cache
+def _plain_data() -> re.Pattern[bytes]:
+    one_byte = re.escape(b"(N\x88\x89)]}t\x85\x86\x87aesu\x94")
+    numbers = [re.escape(bytes((op,))) + b".{%d}" % _FIXED[op] for op in (_BININT1, _BININT2, _BININT, _BINFLOAT)]
+    opcode = b"|".join((b"[" + one_byte + b"]++", *numbers, *map(_counted, _COUNTED_BY_1)))
+    return re.compile(rb"(?s:\x80[\x04\x05](?:\x95.{8})?(?:" + opcode + rb")*+\.)")
 
 
 @functools.cache

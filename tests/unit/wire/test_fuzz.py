@@ -27,7 +27,7 @@ from torchfedrpc.rpc.guard import GuardedUnpickler
 from torchfedrpc.wire import rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Parcel, pack
-from torchfedrpc.wire.scan import MAX_DEPTH, check_opcodes, with_requests
+from torchfedrpc.wire.scan import MAX_DEPTH, check_opcodes, is_plain_data, with_requests
 from torchfedrpc.wire.serializer import ParameterSerializer
 
 ALLOW = AllowList([hostile.HERE])
@@ -266,6 +266,54 @@ nested = st.recursive(
 def test_what_the_pickler_writes_is_opened_by_requests(obj: Any, protocol: int) -> None:
     data = pickle.dumps(obj, protocol)
     assert repr(_Opened(data).load()) == repr(obj)
+
+
+@pytest.mark.parametrize(
+    "obj",
+    [None, True, 2**70, -1.5, "text", b"bytes", ((1, "a"), {"rate": 0.1}), {"loss": [1, 2.5], "of": {"a": (3,)}}],
+)
+def test_numbers_texts_and_containers_of_them_are_plain_data(obj: Any) -> None:
+    assert is_plain_data(pack(obj).head)
+    assert pack(obj).open(ALLOW) == obj
+
+
+_TWICE: list[int] = [1]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pack([_TWICE, _TWICE]).head,  # references could make a key of 2**40 parts
+        pack({1}).head,
+        pack(frozenset({1})).head,
+        pack(bytearray(b"a")).head,
+        pack(ValueError("a")).head,
+        pack(len).head,
+        pack("a" * 5000).head,
+        pickle.dumps([1], 2).replace(b"]q\x00", b"]2"),
+        pickle.dumps([1], 5)[:-1],
+        pickle.dumps([1], 5) + b"N",
+        b"\x80\x05cos\nsystem\n.",
+        b"\x80\x05\x8c\x02os\x8c\x06system\x93.",
+        b"\x80\x05K\x01Q.",
+        b"\x80\x05K\x01\x82\x01.",
+    ],
+)
+def test_other_pickles_are_no_plain_data(head: bytes) -> None:
+    assert not is_plain_data(head)
+
+
+@bounded
+@given(
+    operations=st.lists(st.sampled_from([bytes((op,)) for op in b"(N\x88\x89)]}t\x85\x86\x87aesu\x94"]), max_size=40)
+)
+def test_plain_data_in_any_order_is_an_object_or_an_error_of_ours(operations: list[bytes]) -> None:
+    head = b"\x80\x05" + b"".join(operations) + b"."
+    assert is_plain_data(head)
+    try:
+        look_at(Parcel(head, [], []).open(ALLOW))
+    except SerializationError:
+        pass
 
 
 @bounded
