@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,8 +29,6 @@ from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.options import CallOptions
-from torchfedrpc.reduce.driver import ReduceProgress, Reduction
-from torchfedrpc.reduce.reducers import Reducer, is_builtin
 
 T = TypeVar("T")
 
@@ -74,7 +72,7 @@ class Dispatcher:
         self.events = events
         self._loop: asyncio.AbstractEventLoop | None = None  # the loop in which the proxy was opened
         self._places = {client_id: place for place, client_id in enumerate(client_ids)}
-        self._router = router
+        self.router = router
         self.session = _Opening()
 
     @property
@@ -167,7 +165,7 @@ class Dispatcher:
         Raises:
             CapacityError: If ``runtime.max_pending_calls`` calls are pending.
         """
-        limit, num_pending = self._router.config.max_pending_calls, self.session.num_pending
+        limit, num_pending = self.router.config.max_pending_calls, self.session.num_pending
         if limit is not None and num_pending >= limit:
             raise CapacityError(
                 f"{client_id}.{method} was not sent: {num_pending} calls are pending, and "
@@ -191,175 +189,48 @@ class Dispatcher:
             CallTimeoutError: If ``options.timeout_s`` passed.
             Exception: If the method raised; the type is the same.
         """
-        invocation = self._invocation(options, client_id, method, args, kwargs)
+        invocation = self.invocation(options, client_id, method, args, kwargs)
         if self.session.open_streams:
             self.check_not_reading(client_id, method)
         self.check_capacity(client_id, method)
-        executor = self._router.get_executor(client_id)
+        executor = self.router.get_executor(client_id)
         return await self.observed(options, invocation, executor.execute(invocation))
 
     def stream(
         self, options: CallOptions, client_id: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> LearnerStream:
         """Open a stream over the items of a generator method. The arguments are captured by this call."""
-        invocation = self._invocation(options, client_id, method, args, kwargs)
-        return LearnerStream(self, options, invocation, self._router.get_executor(client_id).stream(invocation))
+        invocation = self.invocation(options, client_id, method, args, kwargs)
+        return LearnerStream(self, options, invocation, self.router.get_executor(client_id).stream(invocation))
 
     async def snapshot(self, options: CallOptions, client_id: str) -> bytes:
         """Return the snapshot of a client's learner, taken between two calls."""
-        snapshot = self._router.get_executor(client_id).snapshot(client_id)
+        snapshot = self.router.get_executor(client_id).snapshot(client_id)
         return await self._apart(options, client_id, "snapshot", snapshot)
 
     async def restore(self, options: CallOptions, client_id: str, data: bytes) -> None:
         """Construct a client's learner again, with the state of a snapshot."""
-        restore = self._router.get_executor(client_id).restore(client_id, data)
+        restore = self.router.get_executor(client_id).restore(client_id, data)
         with self._changes(client_id):
             await self._apart(options, client_id, "restore", restore)
 
+    def in_order(self, client_ids: Iterable[str]) -> list[str]:
+        """Return these clients in the order of `client_ids`."""
+        return sorted(client_ids, key=self._places.__getitem__)
+
     def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
         """Return the clients of a group's call in the order of submission; see `AbstractExecutor.plan`."""
-        return self._router.plan(sorted(client_ids, key=self._places.__getitem__), method, is_awaited=is_awaited)
+        return self.router.plan(self.in_order(client_ids), method, is_awaited=is_awaited)
 
     def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
         """Return the common arguments of a group's calls, with large values replaced by shared ones."""
         self.check_open()
-        return self._router.lift(args, kwargs, num_calls)
-
-    def reduction(self, prototype: Reducer, client_ids: Iterable[str]) -> Reduction:
-        """Return a reduction that merges the results of clients in the order of `client_ids`.
-
-        Raises:
-            SerializationError: If the reducer cannot be sent.
-        """
-        self.check_open()
-        reduction = Reduction(prototype, sorted(client_ids, key=self._places.__getitem__))
-        if not is_builtin(prototype):
-            reduction.prototype.copy().open(self._router.allow)  # else only the workers refuse it, after the calls
-        return reduction
-
-    async def reduce(
-        self,
-        options: CallOptions,
-        reduction: Reduction,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, dict[str, Any]],
-    ) -> tuple[ReduceProgress, dict[str, Exception]]:
-        """Run a method of many learners and reduce the results on their workers.
-
-        Args:
-            options: Options of the calls.
-            reduction: The clients and the reducer.
-            method: The method's name.
-            args: Positional arguments.
-            kwargs: Client -> keyword arguments.
-
-        Returns:
-            The partial results, and the errors of clients that failed or did not end by ``options.timeout_s``.
-
-        Raises:
-            MergeError: If two results cannot be merged. All calls have ended by then.
-            CallTimeoutError: If the results were not merged in time.
-        """
-        is_awaited = options.timeout_s is not None or options.min_results is not None
-        progress = ReduceProgress(is_watched=is_awaited or bool(self.events.subscribers))
-        failures: dict[str, Exception] = {}
-        observed: dict[str, _Observed] = {}
-        invocations = []
-        for client_id in self.plan(reduction.client_ids, method, is_awaited=is_awaited):
-            invocation = self._invocation(options, client_id, method, args, kwargs[client_id])
-            try:
-                self.check_not_reading(client_id, method)
-                self.check_capacity(client_id, method)
-            except (LearnerBusyError, CapacityError) as error:
-                failures[client_id] = error
-                continue
-            invocations.append(invocation)
-
-        async def run() -> None:
-            """Count the calls in the step of the event loop that submits them."""
-            observed.update((one.client_id, self._begin(one)) for one in invocations)
-            await self._router.reduce(reduction, invocations, progress)
-
-        running = asyncio.ensure_future(run())
-        try:
-            failures |= await self._watched(options, method, progress, running, observed)
-            return progress, failures
-        finally:
-            for one in observed.values():  # still pending after a deadline, a quorum or a cancellation
-                self._end(one, asyncio.CancelledError())
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-
-    async def _watched(
-        self,
-        options: CallOptions,
-        method: str,
-        progress: ReduceProgress,
-        running: asyncio.Future[None],
-        observed: Mapping[str, _Observed],
-    ) -> dict[str, Exception]:
-        """Follow a reduction, stop it at its deadline or quorum, and wait for its partial results.
-
-        Returns:
-            The errors of clients that failed or did not end in time.
-        """
-        failures: dict[str, Exception] = {}
-        fatal: BaseException | None = None  # raised by a method, and no Exception
-        loop, timeout_s = asyncio.get_running_loop(), options.timeout_s
-        deadline = loop.time() + timeout_s if timeout_s is not None else None
-        while progress.ended or not running.done():
-            while progress.ended:
-                client_id, error = progress.ended.popleft()
-                if progress.stopped.is_set() and error is not None:
-                    continue
-                self._end(observed[client_id], error)
-                failures.pop(client_id, None)
-                if isinstance(error, Exception):
-                    failures[client_id] = error
-                elif error is not None:
-                    fatal = fatal or error
-            needed = options.min_results
-            is_settled = needed is not None and (
-                len(progress.succeeded) >= needed or (observed and len(observed) - len(failures) < needed)
-            )
-            if is_settled and not progress.stopped.is_set():
-                progress.stop()
-                deadline = loop.time() + timeout_s if timeout_s is not None else None
-            progress.has_ended.clear()
-            has_ended = asyncio.ensure_future(progress.has_ended.wait())
-            waiting: set[asyncio.Future[Any]] = {running, has_ended}
-            remaining_s = None if deadline is None else max(deadline - loop.time(), 0.0)
-            try:
-                done, _ = await asyncio.wait(waiting, timeout=remaining_s, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                has_ended.cancel()
-            if done:
-                continue
-            if progress.stopped.is_set():
-                where = ", ".join(progress.waited_for) or "the driver"
-                raise CallTimeoutError(
-                    f"{method}: the results of {len(observed)} clients were not added up on {where} within "
-                    f"timeout_s={timeout_s} of the last call's end: raise it, or see what the reducer does"
-                )
-            for client_id, one in observed.items():
-                if client_id not in progress.succeeded and client_id not in failures:
-                    failures[client_id] = self._late(options, client_id, method)
-                    self._end(one, failures[client_id])
-            progress.stop()
-            deadline = loop.time() + timeout_s if timeout_s is not None else None
-        try:
-            running.result()
-            if fatal is not None:
-                raise fatal
-        finally:
-            del fatal  # its traceback refers to this frame
-        return {one: error for one, error in failures.items() if one not in progress.succeeded}
+        return self.router.lift(args, kwargs, num_calls)
 
     def share(self, obj: Any) -> SharedRef:
         """Return a shared reference to the present value of an object, for arguments of calls."""
         self.check_open()
-        return self._router.share(obj)
+        return self.router.share(obj)
 
     def rref(self, client_id: str) -> Any:
         """Return the RRef of a client's learner; None in local mode.
@@ -371,7 +242,7 @@ class Dispatcher:
         self.check_open()
         if asyncio._get_running_loop() is None:
             raise ConfigError(f"the RRef of {client_id} is read in the event loop of the proxy, and not in a thread")
-        return self._router.get_executor(client_id).rref(client_id)
+        return self.router.get_executor(client_id).rref(client_id)
 
     def changes(self) -> dict[str, int]:
         """Return a version number per client. It changes at the start and at the end of each call or restore."""
@@ -398,7 +269,7 @@ class Dispatcher:
             raise LearnerBusyError(
                 f"a stream of {client_id} is open: close it before the state of its learner is taken"
             )
-        return self._router.cut(client_ids)
+        return self.router.cut(client_ids)
 
     async def _apart(self, options: CallOptions, client_id: str, what: str, answer: Coroutine[Any, Any, T]) -> T:
         """Await a request other than a method call, such as a snapshot, under the options' deadline."""
@@ -411,12 +282,13 @@ class Dispatcher:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            raise self._late(options, client_id, what) from None
+            raise self.late(options, client_id, what) from None
         finally:
             answer.close()
 
-    def _late(self, options: CallOptions, client_id: str, method: str) -> CallTimeoutError:
-        worker = self._router.get_executor(client_id).worker_of(client_id)
+    def late(self, options: CallOptions, client_id: str, method: str) -> CallTimeoutError:
+        """Return the error of a call that gave no result by its deadline."""
+        worker = self.router.get_executor(client_id).worker_of(client_id)
         return CallTimeoutError(
             f"{client_id}.{method} on {worker} gave no result within timeout_s={options.timeout_s}: raise it, or see "
             f"what the learner does, and the calls before it"
@@ -425,14 +297,14 @@ class Dispatcher:
     def stats(self) -> dict[str, Any]:
         """Return the counters of the session."""
         return {
-            "mode": self._router.mode,
+            "mode": self.router.mode,
             "calls": self.session.num_calls,
             "failed_calls": self.session.num_failed,
             "pending_calls": self.session.num_pending,
-            **self._router.stats(),
+            **self.router.stats(),
         }
 
-    def _invocation(
+    def invocation(
         self,
         options: CallOptions,
         client_id: str,
@@ -440,11 +312,18 @@ class Dispatcher:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Invocation:
+        """Return a call with the next id.
+
+        Raises:
+            ConfigError: If the proxy is closed, or was opened in another event loop.
+            UnknownClientError: If there is no such client.
+            MethodNotFoundError: If the method's name is no string.
+        """
         self.check_open()
         self.check_client(client_id)
         if not isinstance(method, str):
             raise MethodNotFoundError(f"{client_id}: a method is called by its name, not by {method!r}")
-        run_timeout_s = self._router.config.call_timeout_s if options.timeout_s is None else None
+        run_timeout_s = self.router.config.call_timeout_s if options.timeout_s is None else None
         # Plain strings: the guard of RPC refuses numpy's subclasses of str.
         return Invocation(
             next(self.session.call_ids),
@@ -458,7 +337,7 @@ class Dispatcher:
 
     async def observed(self, options: CallOptions, invocation: Invocation, answer: Any) -> Any:
         """Await the result of a call under the options' deadline, and publish its start and end."""
-        observed, failure = self._begin(invocation), None
+        observed, failure = self.begin_call(invocation), None
         try:
             if options.timeout_s is None:
                 return await answer
@@ -469,14 +348,14 @@ class Dispatcher:
         except BaseException as error:
             failure = error
             if isinstance(error, TimeoutError) and options.timeout_s is not None and deadline.expired():
-                failure = self._late(options, invocation.client_id, invocation.method)
+                failure = self.late(options, invocation.client_id, invocation.method)
                 raise failure from None
             raise
         finally:
-            self._end(observed, failure)
+            self.end_call(observed, failure)
             failure = None  # breaks a reference cycle: traceback -> this frame -> arguments
 
-    def _begin(self, invocation: Invocation) -> _Observed:
+    def begin_call(self, invocation: Invocation) -> ObservedCall:
         """Count a call and publish its start."""
         session = self.session
         if self.events.subscribers:
@@ -484,9 +363,9 @@ class Dispatcher:
         session.num_calls += 1
         session.num_pending += 1
         session.num_changes[invocation.client_id] += 1
-        return _Observed(session, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter())
+        return ObservedCall(session, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter())
 
-    def _end(self, observed: _Observed, failure: BaseException | None) -> None:
+    def end_call(self, observed: ObservedCall, failure: BaseException | None) -> None:
         """Count the end of a call and publish it; a second call does nothing."""
         session = observed.session
         if observed.has_ended:
@@ -501,7 +380,7 @@ class Dispatcher:
 
 
 @dataclass(eq=False, slots=True)
-class _Observed:
+class ObservedCall:
     """Call that was counted.
 
     Attributes:

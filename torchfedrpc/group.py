@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Never
 
+from torchfedrpc import group_reduce
 from torchfedrpc.dispatch import Dispatcher
 from torchfedrpc.errors import CallTimeoutError, ConfigError, GroupCallError, QuorumError
 from torchfedrpc.host.methods import public_methods
@@ -177,12 +178,14 @@ class LearnerGroup:
             QuorumError: As in `call`.
             CallTimeoutError: If the results were not merged in time.
         """
-        reduction = self._dispatcher.reduction(prototype_of(reducer), self._clients)
+        reduction = group_reduce.reduction_of(self._dispatcher, prototype_of(reducer), self._clients)
         args, kwargs = self._dispatcher.lift(args, kwargs, len(self._clients))
         own = {client_id: {**kwargs, **of_client} for client_id, of_client in self._clients.items()}
         self._check_min_results()
         try:
-            progress, failures = await self._dispatcher.reduce(self._options, reduction, method, args, own)
+            progress, failures = await group_reduce.reduce(
+                self._dispatcher, self._options, reduction, method, args, own
+            )
             counted = sorted(place for *_, places in progress.nodes for place in places)
             value = await self._merged(method, reduction, progress.nodes) if counted else None
         except MergeError as error:

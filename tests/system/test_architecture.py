@@ -26,6 +26,7 @@ FLOORS = [
     {"executors"},
     {"options"},
     {"dispatch"},
+    {"group_reduce"},
     {"group"},
     {"proxy"},
     {"federation", "testing"},
