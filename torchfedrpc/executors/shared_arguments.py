@@ -121,8 +121,12 @@ class Sharing:
         values = {}
         for arg in _untied(args, kwargs):
             seen = self._seen.get(id(arg))
-            if seen is not None and _is_unchanged(seen):
+            if seen is None or not seen.value.join():  # before the comparison: a call may open it meanwhile
+                continue
+            if _is_unchanged(seen):
                 values[id(arg)] = seen.value
+            else:
+                seen.value.leave()
         return _replaced(values, args, kwargs)
 
     def shared(
@@ -141,14 +145,14 @@ class Sharing:
             if len(untied) > 1 and estimate((arg,), {}) < MIN_SHARED_BYTES:
                 continue
             try:
-                value = SharedValue(self._take_value(arg), next(_numbers), 0)
+                value = SharedValue(self._take_value(arg), next(_numbers), num_calls)
             except SerializationError:  # it contains a `SharedRef`; other errors are raised again by packing the call
                 continue
             if not self._seen:
                 asyncio.get_running_loop().call_soon(self._end_tick)
             self._seen[id(arg)] = _Seen(arg, value)
             values[id(arg)] = value
-        return _replaced(values, args, kwargs, num_calls)
+        return _replaced(values, args, kwargs)
 
     def close(self) -> None:
         """Refuse references from now on, and drop the references to the executor."""
@@ -207,12 +211,8 @@ def _goes_along(arg: Any) -> bool:
 
 
 def _replaced(
-    values: Mapping[int, SharedValue], args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int = 1
+    values: Mapping[int, SharedValue], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    for value in values.values():
-        if value.num_openings is not None:
-            value.num_openings += num_calls
-            value.num_unsent += num_calls
     if not values:
         return args, kwargs
     return (

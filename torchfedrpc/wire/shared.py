@@ -24,7 +24,7 @@ class SharedValue(SentApart):
     Args:
         parcel: The packed object, which belongs to this value from now on.
         number: Its number, given by the driver, unique in a run.
-        num_openings: How often it will be opened at most; None if that is unknown.
+        num_openings: How often it will be opened, as far as is known; None if that is unknown.
 
     Attributes:
         num_bytes: Bytes of the pickle and the tensors together.
@@ -37,9 +37,10 @@ class SharedValue(SentApart):
         self.number = number
         self.num_openings = num_openings
         self.is_for_tick = num_openings is not None
-        self.num_unsent = 0
+        self.num_unsent = num_openings or 0
         self.num_bytes = parcel.num_bytes
         self._parcel = parcel
+        self._is_gone = False  # the last opening took the parcel's memory
         self._lock = threading.Lock()
 
     @property
@@ -62,6 +63,22 @@ class SharedValue(SentApart):
             files = self._files()
         return (files, files.addresses()) if files is not None else None
 
+    def join(self) -> bool:
+        """Announce an opening by one more call. Returns False if the last opening has taken the memory."""
+        with self._lock:
+            if self._is_gone or self.num_openings is None:
+                return False
+            self.num_openings += 1
+            self.num_unsent += 1
+            return True
+
+    def leave(self) -> None:
+        """Take back an announcement."""
+        with self._lock:
+            assert self.num_openings is not None
+            self.num_openings -= 1
+            self.num_unsent -= 1
+
     def open(self, allow: AllowList) -> Any:
         """Return a new object of this value.
 
@@ -73,8 +90,8 @@ class SharedValue(SentApart):
         with self._lock:
             if self.num_openings is not None:
                 self.num_openings -= 1
-            is_last = self._files() is None and self.num_openings == 0
-            parcel = self._parcel if is_last else self._copy()
+            self._is_gone = self._files() is None and self.num_openings == 0
+            parcel = self._parcel if self._is_gone else self._copy()
         return parcel.open(allow)
 
     def equals(self, obj: Any) -> bool:

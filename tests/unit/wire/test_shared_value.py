@@ -290,6 +290,24 @@ def test_the_first_of_two_openings_takes_a_copy(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [10, 600_000])
+def test_a_call_that_joins_keeps_the_memory_for_its_own_opening(size: int) -> None:
+    value = shared(torch.zeros(size), 1)
+    assert value.join()
+    value.open(ALLOW).fill_(1)
+    assert value.open(ALLOW).sum() == 0
+    assert value.join() == (size == 600_000)  # the files of a large one are there for further openings
+
+
+def test_after_a_call_has_left_the_last_opening_takes_the_memory_itself() -> None:
+    value = shared(torch.ones(600_000), 1)
+    address = value.parcel.slots[0].data_ptr()  # type: ignore[union-attr]
+    assert value.join()
+    value.leave()
+    assert value.open(ALLOW).data_ptr() == address
+    assert not value.join()
+
+
+@pytest.mark.parametrize("size", [10, 600_000])
 def test_more_openings_than_were_announced_find_it_too(size: int) -> None:
     """A call whose arguments could not be opened for want of memory is asked again, and opens them again."""
     value = shared(torch.zeros(size), 2)
