@@ -295,7 +295,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a call's timeout is not kept",
-        "dispatch.py",
+        "calls.py",
         "(options.timeout_s) as deadline:\n                return await answer\n        except StopAsyncIteration",
         "(None) as deadline:\n                return await answer\n        except StopAsyncIteration",
         "tests/contract/test_deadlines.py -k local",
@@ -309,7 +309,7 @@ MUTATIONS = [
     ),
     Mutation(
         "any number of calls may wait",
-        "dispatch.py",
+        "calls.py",
         "if limit is not None and num_pending >= limit:",
         "if limit is not None and num_pending > limit:",
         "tests/system/test_capacity.py",
@@ -532,8 +532,8 @@ MUTATIONS = [
     Mutation(
         "a call has an argument as it was at an earlier call of its tick",
         "executors/shared_arguments.py",
-        "if seen is not None and _is_unchanged(seen):",
-        "if seen is not None:",
+        "if _is_unchanged(seen):",
+        "if True:",
         "tests/contract/test_sharing.py -k 'local and change'",
     ),
     Mutation(
@@ -618,8 +618,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a proxy is called after it was closed",
-        "dispatch.py",
-        '        if self._loop is None:\n            raise ConfigError("the proxy is not open',
+        "calls.py",
+        '        if self.opening.loop is None:\n            raise ConfigError("the proxy is not open',
         '        if False:\n            raise ConfigError("the proxy is not open',
         "tests/contract/test_closing.py -k local",
     ),

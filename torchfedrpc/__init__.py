@@ -11,7 +11,6 @@ import importlib
 import typing
 
 from torchfedrpc.config import DeviceMap, ExecutionMode, Isolation, OnWorkerLost, RuntimeConfig, Transport
-from torchfedrpc.dispatch import LearnerStream
 from torchfedrpc.errors import (
     CallTimeoutError,
     CapacityError,
@@ -59,6 +58,7 @@ from torchfedrpc.reduce.reducers import Mean, Sum, WeightedMean
 from torchfedrpc.registry import executor, get_learner, get_trainer, learner, trainer
 from torchfedrpc.run import run
 from torchfedrpc.run import tell_of_ending_script as _tell_of_ending_script
+from torchfedrpc.stream import LearnerStream
 from torchfedrpc.version import __version__
 from torchfedrpc.wire.serializer import ParameterSerializer
 

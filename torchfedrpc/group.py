@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Never
 
 from torchfedrpc import group_reduce
-from torchfedrpc.dispatch import Dispatcher
+from torchfedrpc.calls import Calls
 from torchfedrpc.errors import CallTimeoutError, ConfigError, GroupCallError, QuorumError
 from torchfedrpc.host.methods import public_methods
 from torchfedrpc.host.spec import LearnerSpec
@@ -65,7 +65,7 @@ class LearnerGroup:
     ``len(group)`` is the number of clients. Iteration yields their ids, in the group's order.
 
     Args:
-        dispatcher: Sends the calls.
+        calls: The proxy's calls.
         clients: Client id -> keyword arguments for that client, which override those of the call.
         options: Options of the calls.
         learner: Provides the learner's class, for tab completion.
@@ -73,14 +73,14 @@ class LearnerGroup:
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
+        calls: Calls,
         clients: Mapping[str, Mapping[str, Any]],
         options: CallOptions,
         learner: LearnerSpec,
     ) -> None:
         for client_id in clients:
-            dispatcher.check_client(client_id)
-        self._dispatcher = dispatcher
+            calls.check_client(client_id)
+        self._calls = calls
         self._clients = dict(clients)
         self._options = options
         self._learner = learner
@@ -128,9 +128,7 @@ class LearnerGroup:
             ConfigError: If an option is unknown, or a value has the wrong type or is out of range.
         """
         changes = {"timeout_s": timeout_s, "retries": retries, "on_error": on_error, "min_results": min_results}
-        return LearnerGroup(
-            self._dispatcher, self._clients, self._options.updated({**changes, **unknown}), self._learner
-        )
+        return LearnerGroup(self._calls, self._clients, self._options.updated({**changes, **unknown}), self._learner)
 
     def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, GroupResult]]:
         if method.startswith("_"):
@@ -178,14 +176,12 @@ class LearnerGroup:
             QuorumError: As in `call`.
             CallTimeoutError: If the results were not merged in time.
         """
-        reduction = group_reduce.reduction_of(self._dispatcher, prototype_of(reducer), self._clients)
-        args, kwargs = self._dispatcher.lift(args, kwargs, len(self._clients))
+        reduction = group_reduce.reduction_of(self._calls, prototype_of(reducer), self._clients)
+        args, kwargs = self._calls.lift(args, kwargs, len(self._clients))
         own = {client_id: {**kwargs, **of_client} for client_id, of_client in self._clients.items()}
         self._check_min_results()
         try:
-            progress, failures = await group_reduce.reduce(
-                self._dispatcher, self._options, reduction, method, args, own
-            )
+            progress, failures = await group_reduce.reduce(self._calls, self._options, reduction, method, args, own)
             counted = sorted(place for *_, places in progress.nodes for place in places)
             value = await self._merged(method, reduction, progress.nodes) if counted else None
         except MergeError as error:
@@ -306,11 +302,11 @@ class LearnerGroup:
     ) -> AsyncGenerator[tuple[str, Any, Exception | None], None]:
         """Yield (client, result, error) in order of completion. Closing the generator cancels the pending calls."""
         tasks: dict[asyncio.Future[Any], str] = {}
-        args, kwargs = self._dispatcher.lift(args, kwargs, len(self._clients))
+        args, kwargs = self._calls.lift(args, kwargs, len(self._clients))
         are_awaited = self._options.timeout_s is not None or self._options.min_results is not None
-        for client_id in self._dispatcher.plan(self._clients, method, is_awaited=are_awaited):
+        for client_id in self._calls.plan(self._clients, method, is_awaited=are_awaited):
             own = self._clients[client_id]
-            call = self._dispatcher.call(self._options, client_id, method, args, {**kwargs, **own})
+            call = self._calls.call(self._options, client_id, method, args, {**kwargs, **own})
             tasks[asyncio.ensure_future(call)] = client_id
         ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
         for task in tasks:

@@ -6,28 +6,28 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torchfedrpc.dispatch import Dispatcher, ObservedCall
+from torchfedrpc.calls import Calls, ObservedCall
 from torchfedrpc.errors import CallTimeoutError, CapacityError, LearnerBusyError
 from torchfedrpc.options import CallOptions
 from torchfedrpc.reduce.driver import ReduceProgress, Reduction
 from torchfedrpc.reduce.reducers import Reducer, is_builtin
 
 
-def reduction_of(dispatcher: Dispatcher, prototype: Reducer, client_ids: Iterable[str]) -> Reduction:
+def reduction_of(calls: Calls, prototype: Reducer, client_ids: Iterable[str]) -> Reduction:
     """Return a reduction that merges the results of clients in the order of the proxy's clients.
 
     Raises:
         SerializationError: If the reducer cannot be sent.
     """
-    dispatcher.check_open()
-    reduction = Reduction(prototype, dispatcher.in_order(client_ids))
+    calls.check_open()
+    reduction = Reduction(prototype, calls.in_order(client_ids))
     if not is_builtin(prototype):
-        reduction.prototype.copy().open(dispatcher.router.allow)  # else only the workers refuse it, after the calls
+        reduction.prototype.copy().open(calls.router.allow)  # else only the workers refuse it, after the calls
     return reduction
 
 
 async def reduce(
-    dispatcher: Dispatcher,
+    calls: Calls,
     options: CallOptions,
     reduction: Reduction,
     method: str,
@@ -37,7 +37,7 @@ async def reduce(
     """Run a method of many learners and reduce the results on their workers.
 
     Args:
-        dispatcher: Counts the calls.
+        calls: The proxy's calls.
         options: Options of the calls.
         reduction: The clients and the reducer.
         method: The method's name.
@@ -52,15 +52,15 @@ async def reduce(
         CallTimeoutError: If the results were not merged in time.
     """
     is_awaited = options.timeout_s is not None or options.min_results is not None
-    progress = ReduceProgress(is_watched=is_awaited or bool(dispatcher.events.subscribers))
+    progress = ReduceProgress(is_watched=is_awaited or bool(calls.events.subscribers))
     failures: dict[str, Exception] = {}
     observed: dict[str, ObservedCall] = {}
     invocations = []
-    for client_id in dispatcher.plan(reduction.client_ids, method, is_awaited=is_awaited):
-        invocation = dispatcher.invocation(options, client_id, method, args, kwargs[client_id])
+    for client_id in calls.plan(reduction.client_ids, method, is_awaited=is_awaited):
+        invocation = calls.invocation(options, client_id, method, args, kwargs[client_id])
         try:
-            dispatcher.check_not_reading(client_id, method)
-            dispatcher.check_capacity(client_id, method)
+            calls.check_not_reading(client_id, method)
+            calls.check_capacity(client_id, method)
         except (LearnerBusyError, CapacityError) as error:
             failures[client_id] = error
             continue
@@ -68,22 +68,22 @@ async def reduce(
 
     async def run() -> None:
         """Count the calls in the step of the event loop that submits them."""
-        observed.update((one.client_id, dispatcher.begin_call(one)) for one in invocations)
-        await dispatcher.router.reduce(reduction, invocations, progress)
+        observed.update((one.client_id, calls.begin_call(one)) for one in invocations)
+        await calls.router.reduce(reduction, invocations, progress)
 
     running = asyncio.ensure_future(run())
     try:
-        failures |= await _watched(dispatcher, options, method, progress, running, observed)
+        failures |= await _watched(calls, options, method, progress, running, observed)
         return progress, failures
     finally:
         for one in observed.values():  # still pending after a deadline, a quorum or a cancellation
-            dispatcher.end_call(one, asyncio.CancelledError())
+            calls.end_call(one, asyncio.CancelledError())
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
 
 async def _watched(
-    dispatcher: Dispatcher,
+    calls: Calls,
     options: CallOptions,
     method: str,
     progress: ReduceProgress,
@@ -104,7 +104,7 @@ async def _watched(
             client_id, error = progress.ended.popleft()
             if progress.stopped.is_set() and error is not None:
                 continue
-            dispatcher.end_call(observed[client_id], error)
+            calls.end_call(observed[client_id], error)
             failures.pop(client_id, None)
             if isinstance(error, Exception):
                 failures[client_id] = error
@@ -135,8 +135,8 @@ async def _watched(
             )
         for client_id, one in observed.items():
             if client_id not in progress.succeeded and client_id not in failures:
-                failures[client_id] = dispatcher.late(options, client_id, method)
-                dispatcher.end_call(one, failures[client_id])
+                failures[client_id] = calls.late(options, client_id, method)
+                calls.end_call(one, failures[client_id])
         progress.stop()
         deadline = loop.time() + timeout_s if timeout_s is not None else None
     try:

@@ -15,9 +15,9 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, ClassVar, Never
 
+from torchfedrpc.calls import Calls
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.dispatch import Dispatcher, LearnerStream
-from torchfedrpc.errors import ConfigError, GroupCallError
+from torchfedrpc.errors import ConfigError, GroupCallError, LearnerBusyError
 from torchfedrpc.events import Event, EventBus, Subscriber
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.consistent_snapshot import Cut
@@ -30,6 +30,7 @@ from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import warn_of_default_device
 from torchfedrpc.launcher import check_is_driver
 from torchfedrpc.options import CALL_OPTIONS, UNCHANGED, CallOptions, OnError, Unchanged
+from torchfedrpc.stream import LearnerStream
 from torchfedrpc.wire.fingerprint import fingerprint
 
 _SETTINGS_OF_BITS = ("deterministic", "max_concurrent_calls", "torch_threads")
@@ -39,15 +40,15 @@ class LearnerHandle:
     """Handle of one client's learner. Every public method of the learner is an async method of the handle.
 
     Args:
-        dispatcher: Sends the calls.
+        calls: The proxy's calls.
         client_id: The client's id.
         options: Options of the calls.
         learner: Provides the learner's class, for tab completion.
     """
 
-    def __init__(self, dispatcher: Dispatcher, client_id: str, options: CallOptions, learner: LearnerSpec) -> None:
-        dispatcher.check_client(client_id)
-        self._dispatcher = dispatcher
+    def __init__(self, calls: Calls, client_id: str, options: CallOptions, learner: LearnerSpec) -> None:
+        calls.check_client(client_id)
+        self._calls = calls
         self._options = options
         self._learner = learner
         self._client_id = client_id
@@ -77,7 +78,7 @@ class LearnerHandle:
             ConfigError: If an option is unknown, or a value has the wrong type or is out of range.
         """
         options = self._options.updated({"timeout_s": timeout_s, "retries": retries, **unknown}, CALL_OPTIONS)
-        return LearnerHandle(self._dispatcher, self.client_id, options, self._learner)
+        return LearnerHandle(self._calls, self.client_id, options, self._learner)
 
     @property
     def rref(self) -> Any:
@@ -96,14 +97,19 @@ class LearnerHandle:
             WorkerLostError: If the learner's worker is lost or does not answer, or if the world is being formed
                 again. Await a call of the client, then read the property again.
         """
-        return self._dispatcher.rref(self.client_id)
+        self._calls.check_open()
+        if asyncio._get_running_loop() is None:
+            raise ConfigError(
+                f"the RRef of {self.client_id} is read in the event loop of the proxy, and not in a thread"
+            )
+        return self._calls.router.get_executor(self.client_id).rref(self.client_id)
 
     def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         if method.startswith("_"):
             raise AttributeError(method)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            return await self._dispatcher.call(self._options, self.client_id, method, args, kwargs)
+            return await self._calls.call(self._options, self.client_id, method, args, kwargs)
 
         return call
 
@@ -166,7 +172,7 @@ class LearnerProxy:
                 raise ConfigError(f"client_endpoints names {client_id!r}, which is no client of this proxy")
         self._router = ExecutorRouter(config)
         self._events = EventBus()
-        self._dispatcher = Dispatcher(self._router, tuple(kwargs_by_client), self._events)
+        self._calls = Calls(self._router, tuple(kwargs_by_client), self._events)
         self._spec = ExecutorSpec(spec, kwargs_by_client, self._events.publish)
         self._options = CallOptions()
         self._exit = AsyncExitStack()
@@ -182,7 +188,7 @@ class LearnerProxy:
                 "its async with block), or give the clients of both to one proxy"
             )
         stack = AsyncExitStack()
-        spec = dataclasses.replace(self._spec, publish=self._dispatcher.begin())
+        spec = dataclasses.replace(self._spec, publish=self._calls.begin())
         try:
             LearnerProxy._open_in_process = self
             stack.callback(self._closed)
@@ -193,7 +199,7 @@ class LearnerProxy:
         except BaseException as error:
             await _to_its_end(stack.__aexit__(type(error), error, error.__traceback__))
             raise
-        self._dispatcher.open(asyncio.get_running_loop())
+        self._calls.open(asyncio.get_running_loop())
         self._exit = stack
         return self
 
@@ -201,9 +207,9 @@ class LearnerProxy:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._dispatcher.check_loop()
+            self._calls.check_loop()
         except ConfigError:
-            if self._dispatcher.is_stranded:  # the event loop is closed: no orderly close, but workers still end
+            if self._calls.is_stranded:  # the event loop is closed: no orderly close, but workers still end
                 with contextlib.suppress(Exception):
                     await _to_its_end(self._exit.__aexit__(kind, error, traceback))
                 self._before_close.clear()
@@ -218,7 +224,7 @@ class LearnerProxy:
         await self._router.close(_why_early(error))
 
     def _take_no_calls(self) -> None:
-        self._dispatcher.close()
+        self._calls.close()
 
     def _closed(self) -> None:
         LearnerProxy._open_in_process = None
@@ -229,7 +235,7 @@ class LearnerProxy:
     @property
     def client_ids(self) -> list[str]:
         """All client ids, in the order given."""
-        return list(self._dispatcher.client_ids)
+        return list(self._calls.client_ids)
 
     @property
     def mode(self) -> str:
@@ -284,27 +290,27 @@ class LearnerProxy:
             CallTimeoutError: If a deadline passed.
             Exception: If the method raised. The type is the same, and ``__cause__`` has the remote traceback.
         """
-        return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
+        return await self._calls.call(self._options, client_id, method_name, args, kwargs)
 
     async def custom_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call a public method of a client's learner; the same as `execute_remote_method`."""
-        return await self._dispatcher.call(self._options, client_id, method_name, args, kwargs)
+        return await self._calls.call(self._options, client_id, method_name, args, kwargs)
 
     async def train_epoch(self, /, client_id: str, **kwargs: Any) -> Any:
         """Call the learner's ``train_epoch(**kwargs)``."""
-        return await self._dispatcher.call(self._options, client_id, "train_epoch", (), kwargs)
+        return await self._calls.call(self._options, client_id, "train_epoch", (), kwargs)
 
     async def evaluate(self, /, client_id: str, **kwargs: Any) -> Any:
         """Call the learner's ``evaluate(**kwargs)``."""
-        return await self._dispatcher.call(self._options, client_id, "evaluate", (), kwargs)
+        return await self._calls.call(self._options, client_id, "evaluate", (), kwargs)
 
     async def get_model_weights(self, client_id: str) -> Any:
         """Call the learner's ``get_model_weights()``."""
-        return await self._dispatcher.call(self._options, client_id, "get_model_weights", (), {})
+        return await self._calls.call(self._options, client_id, "get_model_weights", (), {})
 
     async def set_model_weights(self, client_id: str, weights: Any) -> Any:
         """Call the learner's ``set_model_weights(weights)``."""
-        return await self._dispatcher.call(self._options, client_id, "set_model_weights", (weights,), {})
+        return await self._calls.call(self._options, client_id, "set_model_weights", (weights,), {})
 
     def client(self, client_id: str) -> LearnerHandle:
         """Return the handle of a client's learner, as in ``await proxy.client("client_1").train_epoch()``.
@@ -312,7 +318,7 @@ class LearnerProxy:
         Raises:
             UnknownClientError: If there is no such client.
         """
-        return LearnerHandle(self._dispatcher, client_id, self._options, self._spec.learner)
+        return LearnerHandle(self._calls, client_id, self._options, self._spec.learner)
 
     def clients(self, ids: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None) -> LearnerGroup:
         """Return a group of clients, which are called together.
@@ -326,10 +332,10 @@ class LearnerProxy:
                 lost.
         """
         if ids is None:
-            ids = self._dispatcher.client_ids
+            ids = self._calls.client_ids
         elif isinstance(ids, LearnerGroup):
             raise ConfigError("clients() takes ids and no group: call the group itself, or give list(group)")
-        return LearnerGroup(self._dispatcher, _kwargs_by_id(ids), self._options, self._spec.learner)
+        return LearnerGroup(self._calls, _kwargs_by_id(ids), self._options, self._spec.learner)
 
     def stream(self, client_id: str, method: str, /, *args: Any, **kwargs: Any) -> LearnerStream:
         """Iterate over the items of a generator method: ``async for item in proxy.stream(...)``.
@@ -341,7 +347,9 @@ class LearnerProxy:
             UnknownClientError: If there is no such client.
             SerializationError: If an argument cannot be sent.
         """
-        return self._dispatcher.stream(self._options, client_id, method, args, kwargs)
+        invocation = self._calls.invocation(self._options, client_id, method, args, kwargs)
+        steps = self._router.get_executor(client_id).stream(invocation)
+        return LearnerStream(self._calls, self._options, invocation, steps)
 
     async def share(self, obj: Any) -> SharedRef:
         """Return a reference to an object that each worker receives once.
@@ -354,7 +362,8 @@ class LearnerProxy:
             SerializationError: If the object cannot be sent.
             ConfigError: If the mode does not support shared references.
         """
-        return self._dispatcher.share(obj)
+        self._calls.check_open()
+        return self._router.share(obj)
 
     async def snapshots(self, ids: Iterable[str] | None = None) -> AsyncIterator[tuple[str, bytes]]:
         """Yield snapshots of learners, one client at a time: ``async for client_id, data in proxy.snapshots()``.
@@ -373,8 +382,9 @@ class LearnerProxy:
             UnknownClientError: If there is no client of an id.
             SnapshotError: If a state cannot be captured; the message names the attribute and the remedy.
         """
-        for client_id in self._dispatcher.client_ids if ids is None else list(_kwargs_by_id(ids)):
-            yield client_id, await self._dispatcher.snapshot(self._options, client_id)
+        for client_id in self._calls.client_ids if ids is None else list(_kwargs_by_id(ids)):
+            snapshot = self._router.get_executor(client_id).snapshot(client_id)
+            yield client_id, await self._calls.apart(self._options, client_id, "snapshot", snapshot)
 
     async def restore(self, snapshots: Mapping[str, bytes]) -> None:
         """Restore learners from snapshots. Each learner is constructed again, and its next call continues from there.
@@ -392,12 +402,12 @@ class LearnerProxy:
             WorkerLostError: If the learner was given up.
             UntrustedTypeError: If the bytes contain a type that ``runtime.trusted_modules`` does not cover.
         """
-        self._dispatcher.check_open()
+        self._calls.check_open()
         if not isinstance(snapshots, Mapping):
             raise ConfigError(f"restore() takes a mapping of client id -> bytes, not a {type(snapshots).__name__}")
         for client_id in snapshots:
-            self._dispatcher.check_client(client_id)
-        restoring = [self._dispatcher.restore(self._options, *item) for item in snapshots.items()]
+            self._calls.check_client(client_id)
+        restoring = [self._restore(*item) for item in snapshots.items()]
         outcomes = dict(zip(snapshots, await asyncio.gather(*restoring, return_exceptions=True), strict=True))
         failures = {client_id: error for client_id, error in outcomes.items() if isinstance(error, Exception)}
         for error in outcomes.values():
@@ -412,6 +422,16 @@ class LearnerProxy:
                 failures,
                 {client_id: None for client_id in outcomes if client_id not in failures},
             )
+
+    async def _restore(self, client_id: str, snapshot: bytes) -> None:
+        """Restore one learner, which counts as a change at its start and at its end."""
+        num_changes = self._calls.opening.num_changes
+        num_changes[client_id] += 1
+        try:
+            restored = self._router.get_executor(client_id).restore(client_id, snapshot)
+            await self._calls.apart(self._options, client_id, "restore", restored)
+        finally:
+            num_changes[client_id] += 1
 
     @property
     def trusted_modules(self) -> frozenset[str]:
@@ -434,8 +454,11 @@ class LearnerProxy:
         }
 
     def changes(self) -> dict[str, int]:
-        """Return a version number per client. Equal versions mean the learner's state has not changed in between."""
-        return self._dispatcher.changes()
+        """Return a version number per client. Equal versions mean the learner's state has not changed in between.
+
+        The number changes at the start and at the end of each call or restore.
+        """
+        return dict(self._calls.opening.num_changes)
 
     def cut(self, client_ids: Iterable[str]) -> Cut:
         """Return a consistent snapshot of learners, as of this call. `Checkpoints` stores it while calls go on.
@@ -443,7 +466,11 @@ class LearnerProxy:
         Raises:
             LearnerBusyError: If a stream is open.
         """
-        return self._dispatcher.cut(client_ids)
+        for client_id in self._calls.opening.open_streams.values():
+            raise LearnerBusyError(
+                f"a stream of {client_id} is open: close it before the state of its learner is taken"
+            )
+        return self._router.cut(client_ids)
 
     def before_close(self, callback: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Register a coroutine function to await when the proxy closes, while learners can still be called."""
@@ -475,7 +502,7 @@ class LearnerProxy:
             - ``workers``: Name of a process with learners -> ``{"learners": number}``. In local mode the only name
               is ``local``. Empty after the proxy is closed.
         """
-        return self._dispatcher.stats()
+        return self._calls.stats()
 
 
 def _why_early(error: BaseException | None) -> str:

@@ -100,7 +100,7 @@ class Faults:
             ConfigError: If the run has no such worker, or its mode does not support such a fault.
             AssertionError: If a ``kill`` has not struck by the end of the block, since the worker ran fewer calls.
         """
-        proxy._dispatcher.check_open()
+        proxy._calls.check_open()
         router, of_worker = proxy._router, defaultdict[str, list[Fault]](list)
         for worker, fault in self.of_workers:
             of_worker[worker].append(fault)

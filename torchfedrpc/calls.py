@@ -1,4 +1,4 @@
-"""Dispatch of calls on the driver: checks, deadlines, events, and open streams."""
+"""Calls of a proxy: checks, deadlines, counts and events."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -23,25 +22,21 @@ from torchfedrpc.errors import (
 )
 from torchfedrpc.events import CallEnded, CallStarted, Event, EventBus
 from torchfedrpc.executors.base import Invocation
-from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.router import ExecutorRouter
-from torchfedrpc.executors.shared_arguments import SharedRef
-from torchfedrpc.executors.stream import CallStream
-from torchfedrpc.host.answer import call_on
 from torchfedrpc.options import CallOptions
 
 T = TypeVar("T")
 
-# Numbers of the streams that this task reads. Child tasks inherit them: awaiting a child blocks the reader as well.
-_reading: ContextVar[frozenset[int]] = ContextVar("torchfedrpc_reading", default=frozenset())
-_stream_numbers = itertools.count()  # unique in this process
+reading: ContextVar[frozenset[int]] = ContextVar("torchfedrpc_reading", default=frozenset())
+"""Numbers of the streams that this task reads. Child tasks inherit them, since awaiting a child blocks the reader."""
 
 
 @dataclass(eq=False)
-class _Opening:
-    """Counters of one session: from one opening of the proxy to the next.
+class Opening:
+    """Counters from one opening of the proxy to the next.
 
     Attributes:
+        loop: The event loop in which the proxy was opened; None before that, and after it was closed.
         call_ids: Generates the ids of calls.
         num_changes: Client -> number of calls and restores that have begun, plus those that have ended.
         open_streams: Number of each stream being read -> its client.
@@ -50,6 +45,7 @@ class _Opening:
         num_pending: Number of calls that have not ended.
     """
 
+    loop: asyncio.AbstractEventLoop | None = None
     call_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     num_changes: Counter[str] = field(default_factory=Counter)
     open_streams: dict[int, str] = field(default_factory=dict)
@@ -58,54 +54,51 @@ class _Opening:
     num_pending: int = 0
 
 
-class Dispatcher:
-    """Sender of a run's calls, used by the proxy, its handles and its groups.
+class Calls:
+    """Calls of a proxy, which the proxy shares with its views, handles, groups and streams.
 
     Args:
         router: Returns the executor of a client.
         client_ids: All clients, in order.
         events: Receives the events of calls.
+
+    Attributes:
+        opening: The counters since the proxy was last opened.
     """
 
     def __init__(self, router: ExecutorRouter, client_ids: tuple[str, ...], events: EventBus) -> None:
         self.client_ids = client_ids
         self.events = events
-        self._loop: asyncio.AbstractEventLoop | None = None  # the loop in which the proxy was opened
-        self._places = {client_id: place for place, client_id in enumerate(client_ids)}
         self.router = router
-        self.session = _Opening()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the proxy is open."""
-        return self._loop is not None
+        self.opening = Opening()
+        self._places = {client_id: place for place, client_id in enumerate(client_ids)}
 
     @property
     def is_stranded(self) -> bool:
         """Whether the event loop in which the proxy was opened is closed."""
-        return self._loop is not None and self._loop.is_closed()
+        return self.opening.loop is not None and self.opening.loop.is_closed()
 
     def begin(self) -> Callable[[Event], None]:
-        """Begin a session with new counters and return the function that publishes its events.
+        """Begin with new counters, and return the function that publishes the events of this opening.
 
-        The function publishes nothing after the next session begins. A call of the previous session may end, and an
-        abandoned method may report progress, while this session is open.
+        The function publishes nothing after the next opening begins. A call of the previous one may end, and an
+        abandoned method may report progress, after that.
         """
-        session = self.session = _Opening()
+        opening = self.opening = Opening()
 
         def publish(event: Event) -> None:
-            if self.session is session:
+            if self.opening is opening:
                 self.events.publish(event)
 
         return publish
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Accept calls from this event loop."""
-        self._loop = loop
+        self.opening.loop = loop
 
     def close(self) -> None:
         """Accept no further calls."""
-        self._loop = None
+        self.opening.loop = None
 
     def check_open(self) -> None:
         """Check that the proxy is open in the running event loop.
@@ -113,9 +106,9 @@ class Dispatcher:
         Raises:
             ConfigError: If the proxy is closed, or was opened in another event loop.
         """
-        if self._loop is None:
+        if self.opening.loop is None:
             raise ConfigError("the proxy is not open: use it inside async with LearnerProxy(...) as proxy:")
-        if asyncio._get_running_loop() is not self._loop:
+        if asyncio._get_running_loop() is not self.opening.loop:
             self.check_loop()
 
     def check_loop(self) -> None:
@@ -124,7 +117,7 @@ class Dispatcher:
         Raises:
             ConfigError: If it is another loop.
         """
-        present, own = asyncio._get_running_loop(), self._loop
+        present, own = asyncio._get_running_loop(), self.opening.loop
         if present is own or present is None or own is None:
             return
         if self.is_stranded:
@@ -152,8 +145,8 @@ class Dispatcher:
         Raises:
             LearnerBusyError: If such a stream holds the learner.
         """
-        open_streams = self.session.open_streams
-        if open_streams and any(open_streams.get(stream) == client_id for stream in _reading.get()):
+        open_streams = self.opening.open_streams
+        if open_streams and any(open_streams.get(stream) == client_id for stream in reading.get()):
             raise LearnerBusyError(
                 f"{client_id}.{method} would wait for ever: it is called in the loop over a stream of that client, "
                 f"which holds the learner. Call it after the loop, or close the stream first: await stream.aclose()"
@@ -165,7 +158,7 @@ class Dispatcher:
         Raises:
             CapacityError: If ``runtime.max_pending_calls`` calls are pending.
         """
-        limit, num_pending = self.router.config.max_pending_calls, self.session.num_pending
+        limit, num_pending = self.router.config.max_pending_calls, self.opening.num_pending
         if limit is not None and num_pending >= limit:
             raise CapacityError(
                 f"{client_id}.{method} was not sent: {num_pending} calls are pending, and "
@@ -190,29 +183,11 @@ class Dispatcher:
             Exception: If the method raised; the type is the same.
         """
         invocation = self.invocation(options, client_id, method, args, kwargs)
-        if self.session.open_streams:
+        if self.opening.open_streams:
             self.check_not_reading(client_id, method)
         self.check_capacity(client_id, method)
         executor = self.router.get_executor(client_id)
         return await self.observed(options, invocation, executor.execute(invocation))
-
-    def stream(
-        self, options: CallOptions, client_id: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> LearnerStream:
-        """Open a stream over the items of a generator method. The arguments are captured by this call."""
-        invocation = self.invocation(options, client_id, method, args, kwargs)
-        return LearnerStream(self, options, invocation, self.router.get_executor(client_id).stream(invocation))
-
-    async def snapshot(self, options: CallOptions, client_id: str) -> bytes:
-        """Return the snapshot of a client's learner, taken between two calls."""
-        snapshot = self.router.get_executor(client_id).snapshot(client_id)
-        return await self._apart(options, client_id, "snapshot", snapshot)
-
-    async def restore(self, options: CallOptions, client_id: str, data: bytes) -> None:
-        """Construct a client's learner again, with the state of a snapshot."""
-        restore = self.router.get_executor(client_id).restore(client_id, data)
-        with self._changes(client_id):
-            await self._apart(options, client_id, "restore", restore)
 
     def in_order(self, client_ids: Iterable[str]) -> list[str]:
         """Return these clients in the order of `client_ids`."""
@@ -227,52 +202,15 @@ class Dispatcher:
         self.check_open()
         return self.router.lift(args, kwargs, num_calls)
 
-    def share(self, obj: Any) -> SharedRef:
-        """Return a shared reference to the present value of an object, for arguments of calls."""
-        self.check_open()
-        return self.router.share(obj)
-
-    def rref(self, client_id: str) -> Any:
-        """Return the RRef of a client's learner; None in local mode.
+    async def apart(self, options: CallOptions, client_id: str, what: str, answer: Coroutine[Any, Any, T]) -> T:
+        """Await a request other than a method call, such as a snapshot, under the options' deadline.
 
         Raises:
-            ConfigError: If the proxy is closed, or no event loop runs in this thread.
-            WorkerLostError: If the learner's worker is lost.
+            ConfigError: If the proxy is closed, or was opened in another event loop.
+            UnknownClientError: If there is no such client.
+            LearnerBusyError: If this task, or the task that started it, reads a stream of that learner.
+            CallTimeoutError: If ``options.timeout_s`` passed.
         """
-        self.check_open()
-        if asyncio._get_running_loop() is None:
-            raise ConfigError(f"the RRef of {client_id} is read in the event loop of the proxy, and not in a thread")
-        return self.router.get_executor(client_id).rref(client_id)
-
-    def changes(self) -> dict[str, int]:
-        """Return a version number per client. It changes at the start and at the end of each call or restore."""
-        return dict(self.session.num_changes)
-
-    @contextmanager
-    def _changes(self, client_id: str) -> Iterator[None]:
-        """Increase the version number of a client on entry and on exit; the learner may change in between."""
-        num_changes = self.session.num_changes
-        num_changes[client_id] += 1
-        try:
-            yield
-        finally:
-            num_changes[client_id] += 1
-
-    def cut(self, client_ids: Iterable[str]) -> Cut:
-        """Return a consistent snapshot of these clients' learners, as of this call; later calls go on.
-
-        Raises:
-            LearnerBusyError: If a stream is open: its learner is in the middle of a call.
-        """
-        if open_streams := self.session.open_streams:
-            client_id = next(iter(open_streams.values()))
-            raise LearnerBusyError(
-                f"a stream of {client_id} is open: close it before the state of its learner is taken"
-            )
-        return self.router.cut(client_ids)
-
-    async def _apart(self, options: CallOptions, client_id: str, what: str, answer: Coroutine[Any, Any, T]) -> T:
-        """Await a request other than a method call, such as a snapshot, under the options' deadline."""
         try:
             self.check_open()
             self.check_client(client_id)
@@ -295,12 +233,12 @@ class Dispatcher:
         )
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters of the session."""
+        """Return the counters since the proxy was opened."""
         return {
             "mode": self.router.mode,
-            "calls": self.session.num_calls,
-            "failed_calls": self.session.num_failed,
-            "pending_calls": self.session.num_pending,
+            "calls": self.opening.num_calls,
+            "failed_calls": self.opening.num_failed,
+            "pending_calls": self.opening.num_pending,
             **self.router.stats(),
         }
 
@@ -326,7 +264,7 @@ class Dispatcher:
         run_timeout_s = self.router.config.call_timeout_s if options.timeout_s is None else None
         # Plain strings: the guard of RPC refuses numpy's subclasses of str.
         return Invocation(
-            next(self.session.call_ids),
+            next(self.opening.call_ids),
             str(client_id),
             str(method),
             args,
@@ -357,24 +295,24 @@ class Dispatcher:
 
     def begin_call(self, invocation: Invocation) -> ObservedCall:
         """Count a call and publish its start."""
-        session = self.session
+        opening = self.opening
         if self.events.subscribers:
             self.events.publish(CallStarted(invocation.call_id, invocation.client_id, invocation.method))
-        session.num_calls += 1
-        session.num_pending += 1
-        session.num_changes[invocation.client_id] += 1
-        return ObservedCall(session, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter())
+        opening.num_calls += 1
+        opening.num_pending += 1
+        opening.num_changes[invocation.client_id] += 1
+        return ObservedCall(opening, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter())
 
     def end_call(self, observed: ObservedCall, failure: BaseException | None) -> None:
         """Count the end of a call and publish it; a second call does nothing."""
-        session = observed.session
+        opening = observed.opening
         if observed.has_ended:
             return
         observed.has_ended = True
-        session.num_changes[observed.client_id] += 1
-        session.num_pending -= 1
-        session.num_failed += failure is not None
-        if self.events.subscribers and self.session is session:
+        opening.num_changes[observed.client_id] += 1
+        opening.num_pending -= 1
+        opening.num_failed += failure is not None
+        if self.events.subscribers and self.opening is opening:
             seconds = time.perf_counter() - observed.began
             self.events.publish(CallEnded(observed.call_id, observed.client_id, observed.method, seconds, failure))
 
@@ -384,7 +322,7 @@ class ObservedCall:
     """Call that was counted.
 
     Attributes:
-        session: The session of the call.
+        opening: The counters that count the call.
         call_id: The id of the call.
         client_id: The client.
         method: The method's name.
@@ -392,73 +330,9 @@ class ObservedCall:
         has_ended: Whether the end was counted.
     """
 
-    session: _Opening
+    opening: Opening
     call_id: int
     client_id: str
     method: str
     began: float
     has_ended: bool = False
-
-
-class LearnerStream(AsyncIterator[Any]):
-    """Async iterator over the items of a learner's generator method; `Dispatcher.stream` creates it.
-
-    Leaving the loop drops the last reference and thereby closes the generator on its host. If a variable holds the
-    stream, close it explicitly (`aclose`, or ``contextlib.aclosing``).
-    """
-
-    def __init__(
-        self, dispatcher: Dispatcher, options: CallOptions, invocation: Invocation, stream: CallStream
-    ) -> None:
-        self._dispatcher = dispatcher
-        self._options = options
-        self._invocation = invocation
-        self._stream = stream
-        self._session = dispatcher.session
-        self._number = next(_stream_numbers)
-        self._is_stepping = False
-        self._loop: asyncio.AbstractEventLoop | None = None  # the loop of the reader
-
-    async def __anext__(self) -> Any:
-        invocation = self._invocation
-        self._loop = asyncio.get_running_loop()
-        self._dispatcher.check_open()
-        if self._session is not self._dispatcher.session:
-            raise ConfigError(
-                f"the stream of {invocation.client_id}.{invocation.method} was opened before the proxy was closed: "
-                f"open another, proxy.stream({invocation.client_id!r}, {invocation.method!r}, ...)"
-            )
-        if self._is_stepping:
-            raise LearnerBusyError(
-                f"the stream of {invocation.client_id}.{invocation.method} is already waiting for an item: one loop "
-                f"reads a stream; open another for a second reader"
-            )
-        self._dispatcher.check_capacity(invocation.client_id, invocation.method)  # a refused stream can go on later
-        open_streams = self._session.open_streams
-        if self._number not in open_streams:
-            self._dispatcher.check_not_reading(invocation.client_id, invocation.method)
-            open_streams[self._number] = invocation.client_id
-        still_open = frozenset(stream for stream in _reading.get() if stream in open_streams)
-        _reading.set(still_open | {self._number})
-        self._is_stepping = True
-        try:
-            return await self._dispatcher.observed(self._options, invocation, self._stream.step())
-        except BaseException:
-            self._close()
-            raise
-        finally:
-            self._is_stepping = False
-
-    async def aclose(self) -> None:
-        """Close the generator on its host. The learner's next call runs after that."""
-        self._close()
-
-    def _close(self) -> None:
-        self._session.open_streams.pop(self._number, None)
-        self._stream.close()
-
-    def __del__(self) -> None:
-        self._session.open_streams.pop(self._number, None)
-        if self._loop is not None:
-            # Deferred: garbage collection may run while this thread holds the lock that closing takes.
-            call_on(self._loop, self._stream.close)
