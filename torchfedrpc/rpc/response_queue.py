@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,10 @@ Reported = tuple[Call, int, Packed]  # arguments of a `Report`
 _MAX_BYTES = 1 << 20  # in one message after its first answer, so that large outcomes do not delay the others
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Answer:
     message: Any
-    num_bytes: int = 0
-    ready: Callable[[], None] | None = None
+    parcel: Packed | None = None
     reported: Reported | None = None
     future: Any = None  # of the request to answer with this alone, if any
 
@@ -80,14 +79,11 @@ class Answers:
 
     def outcome(self, question: int, outcome: Outcome) -> None:
         """Answer a question. Ignored if the world is over: the driver asks again in the next one."""
-        parcel = outcome.parcel
-        ready = parcel.ready if isinstance(parcel, Parcel) else None
-        num_bytes = parcel.num_bytes if parcel is not None else 0
         message = (question, outcome_message(outcome, self._covered))
         with self._lock:
             if not self._is_open:
                 return
-            self._ready.append(_Answer(message, num_bytes, ready, future=self._alone.pop(question, None)))
+            self._ready.append(_Answer(message, outcome.parcel, future=self._alone.pop(question, None)))
         self._tell()
 
     def report(self, reported: Reported) -> None:
@@ -123,34 +119,33 @@ class Answers:
         return unheard
 
     def _tell(self) -> None:
-        while self._can_tell() and self._telling.acquire(blocking=False):
+        """Answer requests as long as answers are ready, unless another thread does so."""
+        while True:
+            with self._lock:
+                if not self._ready or not (self._waiting or self._ready[0].future is not None):
+                    return
+                if not self._telling.acquire(blocking=False):
+                    return
+                taken = [self._ready.popleft()]
+                future = taken[0].future
+                if future is None:
+                    future, num_bytes = self._waiting.popleft(), 0
+                    while self._ready and self._ready[0].future is None:
+                        num_bytes += parcel.num_bytes if (parcel := self._ready[0].parcel) is not None else 0
+                        if num_bytes > _MAX_BYTES:
+                            break
+                        taken.append(self._ready.popleft())
+                number, self._number = self._number, self._number + 1
+                for answer in taken:
+                    if answer.reported is not None:
+                        self._told.append((number, answer.reported))
             try:
-                self._settle_one()
+                for answer in taken:
+                    if isinstance(answer.parcel, Parcel) and answer.parcel.ready is not None:
+                        answer.parcel.ready()  # orders this thread's CUDA streams behind the method's
+                future.set_result((number, [answer.message for answer in taken], self._rrefs.untold()))
             finally:
                 self._telling.release()
-
-    def _can_tell(self) -> bool:
-        return bool(self._ready and (self._waiting or self._ready[0].future is not None))
-
-    def _settle_one(self) -> None:
-        with self._lock:
-            if not self._can_tell():
-                return
-            taken = [self._ready.popleft()]
-            future = taken[0].future
-            if future is None:
-                future, num_bytes = self._waiting.popleft(), 0
-                while self._ready and self._ready[0].future is None:
-                    num_bytes += self._ready[0].num_bytes
-                    if num_bytes > _MAX_BYTES:
-                        break
-                    taken.append(self._ready.popleft())
-            number, self._number = self._number, self._number + 1
-            self._told += [(number, answer.reported) for answer in taken if answer.reported is not None]
-        for answer in taken:
-            if answer.ready is not None:
-                answer.ready()  # orders this thread's CUDA streams behind those of the method's thread
-        future.set_result((number, [answer.message for answer in taken], self._rrefs.untold()))
 
 
 def _of_report(reported: Reported) -> _Answer:

@@ -50,6 +50,8 @@ class OwnedRRefs:
 
     def untold(self) -> list[tuple[str, Fork]]:
         """Return the RRefs that were not sent to the driver yet, as (client id, fork), and forget that."""
+        if not self._untold:
+            return []
         with self._lock:
             untold, self._untold = self._untold, {}
         return list(untold.items())
