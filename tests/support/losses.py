@@ -100,6 +100,14 @@ def kill(proxy: tfr.LearnerProxy, worker: str) -> float:
     return time.monotonic()
 
 
+def kill_started(proxy: tfr.LearnerProxy, worker: str) -> float:
+    """Kill a worker that may not be ready yet; when that was."""
+    pid = internals.started_pid_of(proxy, worker)
+    assert pid is not None, f"{worker} has no process now"
+    os.kill(pid, signal.SIGKILL)
+    return time.monotonic()
+
+
 async def kill_once_started(proxy: tfr.LearnerProxy, worker: str) -> None:
     """Kill the replacement of a lost worker as soon as there is one."""
     while worker not in group_of(proxy).members:

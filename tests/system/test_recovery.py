@@ -25,6 +25,7 @@ from losses import (
     Steps,
     kill,
     kill_once_started,
+    kill_started,
     on_1,
     on_2,
     pid_of,
@@ -267,6 +268,58 @@ async def test_a_worker_may_be_lost_while_all_join_their_next_world(
     assert struck
     assert seen.workers == ["worker2"]
     assert pid_of(proxy, "worker2") not in struck
+
+
+async def test_worker_that_joins_late_is_held_up_by_no_worker_that_is_lost(
+    proxy: tfr.LearnerProxy,
+    steps: Steps,
+    seen: Losses,
+    on_1: Iterator[str],
+    on_2: Iterator[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients, tell = [next(on_1), next(on_2)], Member.tell
+    strikes, late = {"worker1": signal.SIGSTOP, "worker2": signal.SIGKILL}, pid_of(proxy, "worker1")
+    await steps.check(*clients)
+
+    async def strike(member: Member, message: Any) -> Any:
+        """Stop worker1 until the loss of worker2 is known, so that it connects to the world's store after that."""
+        if message["do"] == "join" and member.label in strikes:
+            os.kill(pid_of(proxy, member.label), strikes.pop(member.label))
+        return await tell(member, message)
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, WorkerLost):
+            os.kill(late, signal.SIGCONT)
+
+    monkeypatch.setattr(Member, "tell", strike)
+    unsubscribe = proxy.subscribe(on_event)
+    group_of(proxy)._break()
+    async with asyncio.timeout(20):  # a worker tries to connect to a closed store for 30 s
+        await steps.check(*clients)
+    unsubscribe()
+    assert strikes == {}
+    assert seen.workers == ["worker2"]
+    assert pid_of(proxy, "worker1") == late
+
+
+async def test_replacement_that_ends_before_its_first_heartbeat_is_noticed_at_once(
+    proxy: tfr.LearnerProxy, steps: Steps, seen: Losses, on_1: Iterator[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, tell = next(on_1), Member.tell
+    await steps.check(client)
+    killed_at: list[float] = []
+
+    async def strike(member: Member, message: Any) -> Any:
+        if message["do"] == "connect" and not killed_at:
+            killed_at.append(kill_started(proxy, member.label))
+        return await tell(member, message)
+
+    monkeypatch.setattr(Member, "tell", strike)
+    kill(proxy, "worker1")
+    assert await seen.loss(2) - killed_at[0] < 0.8
+    await steps.check(client)
+    assert seen.workers == ["worker1", "worker1"]
 
 
 @pytest.mark.slow

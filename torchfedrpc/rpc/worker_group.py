@@ -436,7 +436,8 @@ class WorkerGroup:
             return await member.tell(message)
         except WorkerLostError as error:
             if not isinstance(error, RefusalError):
-                await asyncio.wait([member.lost], timeout=_NOTICE_S)
+                if member.heartbeat is not None:
+                    await asyncio.wait([member.lost], timeout=_NOTICE_S)
                 self._give_up(member, "its process ended" if member.how_it_ended() else "its control link ended")
             if member.lost.done():
                 reason = f"{member.lost.result().reason}{member.how_it_ended()}"

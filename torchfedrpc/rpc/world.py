@@ -9,7 +9,7 @@ import itertools
 import os
 import secrets
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -159,7 +159,7 @@ def check_interface(interface: str) -> None:
 
 
 def join(plan: WorldPlan, rank: int, interface: str) -> None:
-    """Join a world. Returns when all members have joined, and fails early if the world's store is closed.
+    """Join a world. Returns when all members have joined, or the driver has given the world up.
 
     This does the same as ``init_rpc``, without its process group. The group collects the device maps, which the plan
     has, and lets members wait for each other, which the driver does by the control links. A member that froze in the
@@ -171,7 +171,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
         interface: this process's network interface for it.
 
     Raises:
-        WorkerLostError: If a member is missing after 30 s, or was lost meanwhile.
+        WorkerLostError: If a member is missing after 30 s.
     """
     global _agents_store, _interface
     rpc = torch_rpc()
@@ -195,8 +195,9 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
     try:
         client = _distributed.TCPStore(plan.store_host, plan.store_port, is_master=False, timeout=timeout)
         world_size = len(plan.labels)
+        # Torch looks for the owner of any later RRef in the driver's first agent, whose world may have fewer ranks.
         num_names = max(world_size, MAX_MEMBERS) if rank == 0 and not _has_rrefs else world_size
-        _agents_store = store = _LettingStore(client, _absent(plan, num_names))
+        _agents_store = store = _LettingStore(client, _stand_ins(plan, range(world_size, num_names)))
         with _bound_to(interface):
             agent = rpc.TensorPipeAgent(store, plan.name(rank), rank, num_names, options, reverse_maps, devices)
             _interface = _interface or interface  # the agent looks it up as it starts, in the next line
@@ -233,7 +234,8 @@ class DriverPlace:
         self._learner = learner
         # A separate thread, since user code may have filled the threads of the event loop.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchfedrpc-world")
-        self._store: Any = None
+        self._store: Any = None  # of the present world; served until all of its members have left it
+        self._plan: WorldPlan | None = None
         self._joining: asyncio.Future[None] | None = None  # the driver's own joining of its present world
         self._leaving: asyncio.Future[None] | None = None
 
@@ -262,7 +264,7 @@ class DriverPlace:
         address = self.address(members)
         transport, channels = choose_transport(self._learner.runtime)
         self._store, port = serve_store(address)
-        plan = WorldPlan(
+        self._plan = plan = WorldPlan(
             generation=next(_generations),
             labels=["driver", *(member.label for member in members)],
             store_host=address,
@@ -297,8 +299,13 @@ class DriverPlace:
         return plan, keys
 
     def let_go(self) -> None:
-        """Close the store, so that members that wait at it give up."""
-        self._store = None
+        """Give the present world up: members that are joining it wait for no other, and leave it with all others.
+
+        The store is served on, since a member may connect to it only later, and looks for a closed one for 30 s.
+        """
+        if self._store is not None and self._plan is not None:
+            for key, value in _stand_ins(self._plan, range(len(self._plan.labels))).items():
+                self._store.set(key, value)
 
     async def leave(self) -> None:
         """Leave the present world, if there is one."""
@@ -374,7 +381,7 @@ class _LettingStore(_distributed.Store):  # type: ignore[misc]
 
     Args:
         store: the store of the world, whose methods release the GIL.
-        absent: keys that are answered without it.
+        absent: values of keys that are answered without it.
     """
 
     def __init__(self, store: Any, absent: Mapping[str, bytes]) -> None:
@@ -398,9 +405,8 @@ class _LettingStore(_distributed.Store):  # type: ignore[misc]
         return value
 
 
-def _absent(plan: WorldPlan, num_names: int) -> dict[str, bytes]:
-    """Return keys of ranks of later worlds, since torch looks for an RRef's owner in the driver's first agent."""
-    ranks = range(len(plan.labels), num_names)
+def _stand_ins(plan: WorldPlan, ranks: Iterable[int]) -> dict[str, bytes]:
+    """Return the keys in a store for which torch's agents wait, for ranks that do not set them."""
     names = {f"names/{rank}": plan.name(rank).encode() for rank in ranks}
     return names | {f"addrs/{plan.name(rank)}": b"" for rank in ranks}
 
