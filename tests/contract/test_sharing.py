@@ -465,8 +465,8 @@ def _bits(obj: Any) -> Any:
 
 
 async def test_ties_between_arguments_are_kept_whatever_else_is_shared(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
-    weights, names = {"w": torch.zeros(SIZE), "names": ["a"]}, ["a"]
-    weights["names"] = names
+    names = ["a"]
+    weights: dict[str, Any] = {"w": torch.zeros(SIZE), "names": names}
     ids = fresh.together(4)
     tensor = weights["w"]
     tied = await asyncio.gather(
@@ -514,12 +514,15 @@ async def test_an_object_that_contains_itself_arrives(proxy: tfr.LearnerProxy, o
 async def test_an_object_that_cannot_be_sent_any_more_fails_with_its_clients_name(
     proxy: tfr.LearnerProxy, fresh: Fresh
 ) -> None:
-    ids, obj = fresh.together(2), [torch.ones(SIZE)]
+    obj: list[Any] = [torch.ones(SIZE)]
+    ids = fresh.together(2)
 
     async def second() -> Any:
-        obj.append(lambda: 1)  # type: ignore[arg-type]
+        obj.append(lambda: 1)
         return await proxy.custom_method(ids[1], "same", obj)
 
+    first: Any
+    error: Any
     first, error = await asyncio.gather(proxy.custom_method(ids[0], "same", obj), second(), return_exceptions=True)
     assert torch.equal(first[0], torch.ones(SIZE))
     assert isinstance(error, tfr.SerializationError)

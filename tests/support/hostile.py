@@ -684,7 +684,7 @@ def snapshot_of(head: bytes) -> bytes:
     return snapshot_around(serialized(head))
 
 
-def snapshot_around(payload: bytes) -> bytes:
+def snapshot_around(payload: bytes | bytearray) -> bytes:
     """Any bytes as a snapshot, with a right checksum."""
     return snapshot._HEADER.pack(snapshot._MAGIC, snapshot._VERSION, zlib.crc32(payload)) + payload
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def drawn(runner: asyncio.Runner) -> dict[str, list[str]]:
 async def test_results_that_are_lost_are_errors_where_workers_are_not_replaced(options: dict[str, Any]) -> None:
     clients = ALL[:4]
     async with tfr.LearnerProxy(Adder, clients, runtime=pseudo(on_worker_lost="fail"), seed=SEED) as proxy:
+        failures: Mapping[str, BaseException]
         reduction = proxy.clients(clients).options(**options).reduce("text", Brackets())
         async with Faults().kill("worker1", at_call=2).injected(proxy):
             if "on_error" in options:

@@ -91,7 +91,8 @@ async def test_learners_stay_on_their_workers_however_unequal_the_clients_are() 
 async def test_bits_do_not_depend_on_the_order_in_which_a_group_starts() -> None:
     clients = {f"client_{number}": {"seconds": 0.15 if number == 2 else 0.0} for number in range(5)}
     orders, results = [], []
-    for options in ({}, {"timeout_s": 60}, {"min_results": 5}):
+    deadlines: list[dict[str, Any]] = [{}, {"timeout_s": 60}, {"min_results": 5}]
+    for options in deadlines:
         async with tfr.LearnerProxy(Sleeper, clients, runtime="local", seed=5) as proxy:
             group = proxy.clients().options(**options)
             drawn = [dict(await group.call("draw"))]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.config import OnWorkerLost, RuntimeConfig
 from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.journal import Journal, Journals, restore_arguments
 from torchfedrpc.host.call import Call, CallKind, Outcome
@@ -128,7 +128,7 @@ def test_journal_repeats_as_many_steps_of_a_stream_as_it_had(journal: Journal) -
 
 
 def test_journal_keeps_nothing_if_nothing_is_rebuilt(admission: Admission) -> None:
-    journals = Journals(RuntimeConfig(on_worker_lost="fail"), admission)
+    journals = Journals(RuntimeConfig(on_worker_lost=OnWorkerLost.fail), admission)
     journal = Journal("client_1", journals)
     add(journal, 1, num_floats=100)
     journal.add(call(2), CUT_OFF)
@@ -138,7 +138,7 @@ def test_journal_keeps_nothing_if_nothing_is_rebuilt(admission: Admission) -> No
 
 
 def test_snapshots_of_two_moves_are_apart_if_nothing_is_rebuilt(admission: Admission) -> None:
-    journals = Journals(RuntimeConfig(on_worker_lost="fail", journal_max_bytes=4000), admission)
+    journals = Journals(RuntimeConfig(on_worker_lost=OnWorkerLost.fail, journal_max_bytes=4000), admission)
     journal = Journal("client_1", journals)
     for number in range(1, 8):  # more than memory has room for
         journal.add(call(number), Outcome("value"))
@@ -222,11 +222,12 @@ def test_snapshot_that_is_on_its_way_is_awaited_until_it_has_ended(journal: Jour
     add(journal, 1)
     journal.request_snapshot()
     journal.request_snapshot()
-    assert journal.awaits_snapshot
+    awaits = [journal.awaits_snapshot]
     journal.not_taken(5000)
-    assert journal.awaits_snapshot
+    awaits.append(journal.awaits_snapshot)
     journal.not_taken()
-    assert not journal.awaits_snapshot
+    awaits.append(journal.awaits_snapshot)
+    assert awaits == [True, True, False]
     assert journal.state_bytes == 5000  # as large as it was, at the last time that was known
     assert repeated(journal) == [1]
 

@@ -185,7 +185,7 @@ def test_the_script_is_the_same_package_under_both_its_names(monkeypatch: pytest
     for trusted in ("__main__", "__mp_main__"):
         allow = AllowList([trusted])
         for module in ("__main__", "__mp_main__"):
-            assert allow.find(module, "Learner") is script.Learner  # type: ignore[attr-defined]
+            assert allow.find(module, "Learner") is script.Learner
             assert allow.find(module, "Adopted") is adopted
     with pytest.raises(UntrustedTypeError):
         AllowList().find("__main__", "Learner")

@@ -275,7 +275,7 @@ def test_the_learners_own_notes_come_before_ours() -> None:
 def test_the_cause_holds_the_remote_traceback_as_text() -> None:
     try:
         try:
-            _ = {}["missing"]
+            _ = dict[str, int]()["missing"]
         except KeyError as reason:
             raise TwoArguments(1, "there") from reason
     except TwoArguments as error:
@@ -295,7 +295,7 @@ def test_frames_of_a_library_on_the_outside_are_left_out() -> None:
     exec("def run(): inner['fail']()", outer)
     with pytest.raises(ValueError, match="x") as caught:
         outer["run"]()
-    error = caught.value.with_traceback(caught.tb.tb_next)  # type: ignore[union-attr]
+    error = caught.value.with_traceback(caught.tb.tb_next)
     assert "in run" in Failure.capture(error).traceback
     assert "in run" not in Failure.capture(error, skip_modules="torchfedrpc.host").traceback
     assert "in fail" in Failure.capture(error, skip_modules="torchfedrpc.host").traceback
@@ -385,7 +385,7 @@ def test_a_type_that_is_not_trusted_arrives_as_a_remote_error_that_says_how_to_t
     "error",
     [
         ValueError(lambda: None),
-        with_attributes(ValueError("x"), stream=(number for number in ())),
+        with_attributes(ValueError("x"), stream=(number for number in [1])),
         ValueError(torch.nn.LazyLinear(1)),
     ],
     ids=["args", "attributes", "tensor"],
@@ -425,7 +425,8 @@ def test_the_error_of_a_group_arrives_with_its_clients() -> None:
     assert list(received.failures) == ["a", "b"]
     assert received.failures["a"] is received.exceptions[0]
     assert received.results == {"c": 1}
-    assert list(received.split(KeyError)[0].failures) == ["b"]
+    part: Any = received.split(KeyError)[0]
+    assert list(part.failures) == ["b"]
 
 
 def test_a_local_class_arrives_as_a_remote_error() -> None:

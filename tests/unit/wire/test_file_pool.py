@@ -123,7 +123,7 @@ def test_file_is_written_again_after_it_was_closed(pool: FilePool) -> None:
 
 def test_all_chunks_are_written_to_a_file_that_is_used_again(pool: FilePool) -> None:
     filled(pool, 1).close()
-    chunks = [bytes([2]) * 100, b"", memoryview(bytes([3]) * (NUM_BYTES - 100))]
+    chunks: list[bytes | memoryview] = [bytes([2]) * 100, b"", memoryview(bytes([3]) * (NUM_BYTES - 100))]
     again = pool.file_of(chunks, NUM_BYTES)
     assert again.address
     assert content(again) == b"".join(chunks)

@@ -84,7 +84,7 @@ def _check(seeds: range, folder: Path) -> list[str]:
                     status = 0
                 finally:  # an error that is none of ours is printed by the hook
                     if status:
-                        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+                        sys.excepthook(*sys.exc_info())
                     os._exit(status)
             _, status = os.waitpid(child, 0)
             seed = int.from_bytes(os.pread(progress, 8, 0), "little")

@@ -73,7 +73,7 @@ OPCODES = sorted({value[0] for name, value in vars(pickle).items() if name.isupp
 
 
 @st.composite
-def damaged(draw: st.DrawFn, data: bytes, first: int = 0) -> bytes:
+def damaged(draw: st.DrawFn, data: bytes | bytearray, first: int = 0) -> bytes:
     """The bytes with a few changes: bytes set (to opcodes, often), taken out, doubled, moved, put in."""
     changed = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):

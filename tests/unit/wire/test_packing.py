@@ -86,7 +86,7 @@ class Slotted:
 class WithState:
     def __init__(self, value: Any) -> None:
         self.value = value
-        self.cache = lambda: value
+        self.cache: Callable[[], Any] | None = lambda: value
 
     def __getstate__(self) -> dict[str, Any]:
         return {"value": self.value}
@@ -652,7 +652,7 @@ def test_a_module_arrives_whole_with_its_shared_weights() -> None:
 
 
 def test_a_state_dict_keeps_order_metadata_and_ties() -> None:
-    state = Net().state_dict()
+    state: Any = Net().state_dict()
     received = sent(state)
     assert list(received) == list(state)
     assert received._metadata == state._metadata
@@ -861,7 +861,8 @@ def test_overlapping_slices_keep_their_values_and_their_tie(start: int, copy: bo
 
 def test_a_hook_that_came_keeps_its_number_beside_new_ones() -> None:
     layer = nn.Linear(1, 1)
-    layer.register_forward_hook(torch.nn.functional.relu)
+    hook: Any = torch.nn.functional.relu
+    layer.register_forward_hook(hook)
     received = sent(layer)
     received._forward_hooks = OrderedDict((10**6 + key, hook) for key, hook in received._forward_hooks.items())
     again = sent(received)

@@ -458,7 +458,8 @@ def test_tensors_of_a_gpu_go_where_the_reader_says() -> None:
     "shape", [((1,) * 100_000, 10**6), ([0], 10**9), ("a" * 1000, 10**9)], ids=["tuple", "list", "text"]
 )
 def test_a_shape_that_is_no_shape_takes_no_memory(shape: Any) -> None:
-    for views in ([(0, "float32", shape, (1, 1), 0)], [(0, shape), (0, shape)]):
+    forged: list[list[Any]] = [[(0, "float32", shape, (1, 1), 0)], [(0, shape), (0, shape)]]
+    for views in forged:
         head = pack([torch.zeros(4)]).head
         with pytest.raises(SerializationError):
             Parcel(head, views, [torch.zeros(4)]).open(AllowList())

@@ -44,6 +44,11 @@ def shared(obj: Any, num_openings: int | None = None) -> SharedValue:
     return SharedValue(pack(obj), 1, num_openings)
 
 
+def of_ones(layer: nn.Linear) -> nn.Linear:
+    nn.init.ones_(layer.weight)
+    return layer
+
+
 def raw(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
@@ -327,7 +332,7 @@ EQUAL = {
     "parameter": lambda: nn.Parameter(torch.ones(100)),
     "nan": lambda: torch.tensor([float("nan"), -0.0]),
     "empty": lambda: [torch.empty(0), torch.empty(3, 0)],
-    "module": lambda: nn.Linear(3, 2).requires_grad_(False).apply(lambda part: nn.init.ones_(part.weight)).weight,
+    "module": lambda: of_ones(nn.Linear(3, 2).requires_grad_(False)).weight,
     "special": lambda: [torch.eye(3).to_sparse(), torch.tensor([1 + 2j]).conj()],
 }
 
