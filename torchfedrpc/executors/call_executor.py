@@ -114,8 +114,8 @@ class CallExecutor(AbstractExecutor):
         self._cut: Cut | None = None
         self._durations = Durations()
         self._holders: dict[SharedValue, list[int]] = {}  # of a tick -> calls that have it, bytes admitted for it
-        self._sharing = Sharing(self._take_shared, self._unshare)
         self._learners: Learners | NotOpened = NotOpened()
+        self._sharing: Sharing | NotOpened = NotOpened()
 
     @abstractmethod
     def _make_learners(self, spec: ExecutorSpec) -> Learners:
@@ -136,12 +136,13 @@ class CallExecutor(AbstractExecutor):
         self._spec = spec
         self.allow = spec.learner.allow_list()
         self._learners = self._make_learners(spec)
+        self._sharing = Sharing(self._learners)
         await self._learners.open()
 
     async def close(self) -> None:
         """Close the learners."""
-        self._sharing.close()
         if not isinstance(self._learners, NotOpened):
+            self._sharing.close()
             await self._learners.close(self.ends_early)
 
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -334,7 +335,8 @@ class CallExecutor(AbstractExecutor):
 
     def share(self, obj: Any) -> SharedRef:
         """Return a shared reference to the present value of an object, for arguments of later calls."""
-        return self._sharing.place(obj)
+        reference: SharedRef = self._sharing.place(obj)
+        return reference
 
     def worker_of(self, client_id: str) -> str:
         """Return the name of the process that has a client's learner."""
@@ -383,12 +385,6 @@ class CallExecutor(AbstractExecutor):
                 num_bytes += self._holders.pop(value)[1]
                 self._learners.unshare(value)
         return num_bytes
-
-    def _take_shared(self, obj: Any) -> Packed:
-        return self._learners.take_shared(obj)
-
-    def _unshare(self, value: SharedValue) -> None:
-        self._learners.unshare(value)
 
     def _call(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ class LocalLearners:
 
     def stream(self, call: Call) -> LocalStream:
         """Return the steps of a stream, which opens with its first one."""
-        return LocalStream(self._host, call, self._submit_tick)
+        return LocalStream(self, self._host, call)
 
     async def capture(self, call: Call) -> Outcome | None:
         """Take a learner's part of a consistent snapshot."""
@@ -117,7 +117,7 @@ class LocalLearners:
 
     async def run_batch(self, batch: Batch) -> Outcome:
         """Run a batch in the host. Returns its (first) outcome."""
-        self._submit_tick()  # calls of this tick come before the batch
+        self.submit_tick()  # calls of this tick come before the batch
         return await answer(partial(self._host.run_batch, batch), lambda: None)
 
     async def advance(self, batch: Batch, num_known: int, /) -> Outcome:
@@ -189,10 +189,11 @@ class LocalLearners:
             self._host.submit(call, reply)
             return
         if not self._unsubmitted:
-            asyncio.get_running_loop().call_soon(self._submit_tick)
+            asyncio.get_running_loop().call_soon(self.submit_tick)
         self._unsubmitted.append((call, reply))
 
-    def _submit_tick(self) -> None:
+    def submit_tick(self) -> None:
+        """Submit the calls that were made in this tick, whose values no later call will share."""
         unsubmitted, self._unsubmitted = self._unsubmitted, []
         for call, reply in unsubmitted if self._is_open else ():
             try:
@@ -206,18 +207,12 @@ class LocalLearners:
 
 
 class LocalStream:
-    """Steps of a stream in the driver's host.
+    """Steps of a stream in the driver's host."""
 
-    Args:
-        host: The host.
-        call: The call.
-        submit_tick: Submits the calls that were made before in this tick.
-    """
-
-    def __init__(self, host: LearnerHost, call: Call, submit_tick: Callable[[], None]) -> None:
+    def __init__(self, learners: LocalLearners, host: LearnerHost, call: Call) -> None:
+        self._learners = learners
         self._host = host
         self._call = call
-        self._submit_tick = submit_tick
         self._num_items = 0
 
     async def next(self) -> Outcome:
@@ -227,7 +222,7 @@ class LocalStream:
         if step:
             ask = partial(self._host.advance, call.call_id, step)
         else:
-            self._submit_tick()
+            self._learners.submit_tick()  # calls of this tick come before the stream
             ask, self._call = partial(self._host.submit, call), call.taken()
         return await answer(ask, self.close)
 

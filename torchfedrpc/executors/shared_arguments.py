@@ -6,9 +6,9 @@ import asyncio
 import itertools
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,16 +19,25 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.executors.admission import estimate
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import Packed, SentApart, pack
+from torchfedrpc.wire.packing import Packed, SentApart
 from torchfedrpc.wire.shared import SharedValue
 
 MIN_SHARED_BYTES = 16 << 10  # smaller arguments are sent with each call
 _MAX_PARTS = 10_000  # of an object that is examined; with more parts, comparing the bytes is no slower
 _NUMBERS = (type(None), bool, int, float, complex)
 _TEXTS = (str, bytes)
-TakeValue = Callable[[Any], Packed]
 
 _numbers = itertools.count(1)  # of values; unique in this process
+
+
+class SharingLearners(Protocol):
+    """Learners whose calls share values."""
+
+    def take_shared(self, obj: Any) -> Packed:
+        """Pack the present value of an object, for several calls."""
+
+    def unshare(self, value: SharedValue) -> None:
+        """Free a shared value in all caches."""
 
 
 class SharedRef(SentApart):
@@ -91,13 +100,11 @@ class Sharing:
     compared, since user code may run between the calls and torch does not count all changes of a tensor.
 
     Args:
-        take_value: Packs the present value of an object.
-        release: Frees a value that was placed.
+        learners: Pack the present value of an object, and free a value that was placed.
     """
 
-    def __init__(self, take_value: TakeValue, release: Callable[[SharedValue], None]) -> None:
-        self._take_value = take_value
-        self._release = release
+    def __init__(self, learners: SharingLearners) -> None:
+        self._learners = learners
         self.is_open = True
         self._seen: dict[int, _Seen] = {}  # id of an object -> its value, in this tick
 
@@ -107,7 +114,7 @@ class Sharing:
         Raises:
             SerializationError: If the object cannot be sent.
         """
-        return SharedRef(SharedValue(self._take_value(obj), next(_numbers)), self)
+        return SharedRef(SharedValue(self._learners.take_shared(obj), next(_numbers)), self)
 
     @property
     def has_seen(self) -> bool:
@@ -145,7 +152,7 @@ class Sharing:
             if len(untied) > 1 and estimate((arg,), {}) < MIN_SHARED_BYTES:
                 continue
             try:
-                value = SharedValue(self._take_value(arg), next(_numbers), num_calls)
+                value = SharedValue(self._learners.take_shared(arg), next(_numbers), num_calls)
             except SerializationError:  # it contains a `SharedRef`; other errors are raised again by packing the call
                 continue
             if not self._seen:
@@ -155,14 +162,15 @@ class Sharing:
         return _replaced(values, args, kwargs)
 
     def close(self) -> None:
-        """Refuse references from now on, and drop the references to the executor."""
+        """Refuse references from now on, and drop the learners, which references outlive."""
         self.is_open = False
-        self._take_value, self._release = pack, lambda value: None
+        del self._learners
 
     def released(self, value: SharedValue) -> None:
         """Free the value of a reference that was dropped or released."""
         value.is_for_tick = True  # workers do not cache it for pending or replayed calls
-        self._release(value)
+        if self.is_open:
+            self._learners.unshare(value)
 
     def _end_tick(self) -> None:
         self._seen.clear()

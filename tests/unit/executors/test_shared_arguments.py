@@ -9,14 +9,24 @@ import torch
 
 from torchfedrpc.executors.shared_arguments import MIN_SHARED_BYTES, Sharing
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import pack
+from torchfedrpc.wire.packing import Packed, pack
 from torchfedrpc.wire.shared import SharedValue
 
 ALLOW = AllowList([])
 
 
+class Packing:
+    """Learners of the driver's host."""
+
+    def take_shared(self, obj: object) -> Packed:
+        return pack(obj)
+
+    def unshare(self, value: SharedValue) -> None:
+        """Do nothing."""
+
+
 def sharing() -> Sharing:
-    return Sharing(pack, lambda value: None)
+    return Sharing(Packing())
 
 
 def weights() -> torch.Tensor:
