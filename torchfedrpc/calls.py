@@ -71,7 +71,7 @@ class Calls:
         self.events = events
         self.router = router
         self.opening = Opening()
-        self._places = {client_id: place for place, client_id in enumerate(client_ids)}
+        self._order = {client_id: index for index, client_id in enumerate(client_ids)}
 
     @property
     def is_stranded(self) -> bool:
@@ -136,7 +136,7 @@ class Calls:
         Raises:
             UnknownClientError: If there is no such client.
         """
-        if not isinstance(client_id, str) or client_id not in self._places:
+        if not isinstance(client_id, str) or client_id not in self._order:
             raise UnknownClientError(f"no client {client_id!r:.200}{suggest(str(client_id)[:200], self.client_ids)}")
 
     def check_not_reading(self, client_id: str, method: str) -> None:
@@ -191,7 +191,7 @@ class Calls:
 
     def in_order(self, client_ids: Iterable[str]) -> list[str]:
         """Return these clients in the order of `client_ids`."""
-        return sorted(client_ids, key=self._places.__getitem__)
+        return sorted(client_ids, key=self._order.__getitem__)
 
     def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
         """Return the clients of a group's call in the order of submission; see `AbstractExecutor.plan`."""

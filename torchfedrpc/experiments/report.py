@@ -41,7 +41,7 @@ def print_table(records: Sequence[RoundRecord], stream: TextIO, *, title: str = 
 def _rows(records: Sequence[RoundRecord]) -> list[tuple[str, ...]]:
     step = -(-len(records) // _MAX_ROWS) or 1
     shown = range(len(records) - 1, -1, -step)[::-1]
-    return [_row(records[: place + 1]) for place in shown]
+    return [_row(records[: index + 1]) for index in shown]
 
 
 def _row(so_far: Sequence[RoundRecord]) -> tuple[str, ...]:

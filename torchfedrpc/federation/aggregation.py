@@ -20,8 +20,8 @@ _Part = tuple[Tensor, int]  # a weighted sum, and the number of sums on the long
 def weighted_mean(states: Sequence[StateDict], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """Return the weighted mean of state dicts entry by entry, as in FedAvg (McMahan et al. 2017).
 
-    Additions follow the tree of `torchfedrpc.reduce.tree` over the places in ``states``. So equal arguments give
-    equal bits, and the same bits as a group's ``reduce`` with `WeightedMean` for clients at these places.
+    Additions follow the tree of `torchfedrpc.reduce.tree` over the indices in ``states``. So equal arguments give
+    equal bits, and the same bits as a group's ``reduce`` with `WeightedMean` for clients at these indices.
     `torchfedrpc.reduce.numerics` specifies the dtypes of the sums. Beside the means, memory holds at most about log2
     of the number of states temporaries of an entry's size.
 
@@ -40,8 +40,8 @@ def weighted_mean(states: Sequence[StateDict], weights: Sequence[float] | None =
         TypeError: If an entry is not a tensor.
     """
     factors = _checked_weights(len(states), weights)
-    for place, state in enumerate(states):
-        _check_match(states[0], state, place)
+    for index, state in enumerate(states):
+        _check_match(states[0], state, index)
     total_weight = fold(factors, lambda left, right: left + right)
     assert total_weight is not None
     with PlainTensors():
@@ -83,20 +83,20 @@ def _checked_weights(num_states: int, weights: Sequence[float] | None) -> list[f
     return factors
 
 
-def _check_match(first: StateDict, other: StateDict, place: int) -> None:
+def _check_match(first: StateDict, other: StateDict, index: int) -> None:
     if first.keys() != other.keys():
         odd = [name for name in (*first, *other) if name not in first or name not in other]
-        raise ValueError(f"the state dicts at 0 and {place} differ in their names: only one has {', '.join(odd[:5])}")
+        raise ValueError(f"the state dicts at 0 and {index} differ in their names: only one has {', '.join(odd[:5])}")
     for name, tensor in other.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"entry {name!r} of the state dict at {place} is a {type(tensor).__name__}, not a tensor")
+            raise TypeError(f"entry {name!r} of the state dict at {index} is a {type(tensor).__name__}, not a tensor")
         if tensor.shape != first[name].shape:
             raise ValueError(
-                f"entry {name!r} has shape {list(tensor.shape)} in the state dict at {place}, "
+                f"entry {name!r} has shape {list(tensor.shape)} in the state dict at {index}, "
                 f"and {list(first[name].shape)} in the one at 0"
             )
         if kind_of(tensor.dtype) != kind_of(first[name].dtype):
             raise ValueError(
-                f"entry {name!r} is {kind_of(tensor.dtype)} in the state dict at {place}, and "
+                f"entry {name!r} is {kind_of(tensor.dtype)} in the state dict at {index}, and "
                 f"{kind_of(first[name].dtype)} in the one at 0"
             )

@@ -12,7 +12,7 @@ from torchfedrpc.host.state_comparison import Apart, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
 
-Place = tuple[Any, ...]  # name of an attribute, then keys and indices into its dicts and lists
+KeyPath = tuple[Any, ...]  # name of an attribute, then keys and indices into its dicts and lists
 Part = tuple[str, str]  # name of an attribute with a state dict, name of a module, parameter or buffer in it
 
 _REMEDY = "keep it as an attribute of the trainer, or in a dict or list that is one, or define state_dict() yourself"
@@ -32,7 +32,7 @@ def state_of(attributes: Mapping[str, Any], allow: AllowList, trainer: Any) -> d
         trainer: The trainer, for error messages.
 
     Returns:
-        ``states`` (state dicts by name), ``values`` (data by name) and ``links``: places in the values, or
+        ``states`` (state dicts by name), ``values`` (data by name) and ``links``: paths in the values, or
         attributes, that refer to parts of an attribute with a state dict.
 
     Raises:
@@ -40,11 +40,11 @@ def state_of(attributes: Mapping[str, Any], allow: AllowList, trainer: Any) -> d
     """
     stateful = {name: value for name, value in attributes.items() if has_state_dict(value)}
     parts = _parts_of(stateful)
-    links: list[tuple[Place, Part]] = []
+    links: list[tuple[KeyPath, Part]] = []
     for name, value in stateful.items():
         if (part := parts[id(value)]) != (name, ""):
             links.append(((name,), part))
-    linked = {place[0] for place, _ in links}
+    linked = {path[0] for path, _ in links}
     states = {name: value.state_dict() for name, value in stateful.items() if name not in linked}
     live = {name: value for name, value in attributes.items() if name not in stateful}
     values = _without_parts(live, parts, links)
@@ -94,19 +94,19 @@ def _part(attributes: Mapping[str, Any], part: Part) -> Any:
     return found
 
 
-def _without_parts(values: dict[str, Any], parts: Mapping[int, Part], links: list[tuple[Place, Part]]) -> Any:
+def _without_parts(values: dict[str, Any], parts: Mapping[int, Part], links: list[tuple[KeyPath, Part]]) -> Any:
     """Replace parts in dicts and lists by None; containers with parts are copied, others are kept."""
     copies: dict[int, Any] = {}
 
-    def visit(value: Any, place: Place) -> Any:
+    def visit(value: Any, path: KeyPath) -> Any:
         if id(value) in parts:
-            links.append((place, parts[id(value)]))
+            links.append((path, parts[id(value)]))
             return None
         if type(value) not in (dict, list) or id(value) in copies:
             return copies.get(id(value), value)
         copies[id(value)] = value  # set before its items, since it may contain itself
         items = value.items() if type(value) is dict else enumerate(value)
-        found = {key: inner for key, item in items if (inner := visit(item, (*place, key))) is not item}
+        found = {key: inner for key, item in items if (inner := visit(item, (*path, key))) is not item}
         if found:
             copies[id(value)] = copy = value.copy()
             for key, inner in found.items():
@@ -116,18 +116,18 @@ def _without_parts(values: dict[str, Any], parts: Mapping[int, Part], links: lis
     return visit(values, ())
 
 
-def _set_parts(values: Any, links: list[tuple[Place, Part]], attributes: Mapping[str, Any]) -> None:
-    for place, part in links:
+def _set_parts(values: Any, links: list[tuple[KeyPath, Part]], attributes: Mapping[str, Any]) -> None:
+    for path, part in links:
         container = values
-        for step in place[:-1]:
+        for step in path[:-1]:
             container = container[step]
-        container[place[-1]] = _part(attributes, part)
+        container[path[-1]] = _part(attributes, part)
 
 
 def _check(
     live: dict[str, Any],
     values: dict[str, Any],
-    links: list[tuple[Place, Part]],
+    links: list[tuple[KeyPath, Part]],
     stateful: dict[str, Any],
     allow: AllowList,
     trainer: Any,

@@ -268,7 +268,7 @@ def reduced(obj: Any) -> tuple[Any, ...]:
     parts: Any = reduce(obj) if reduce is not None else obj.__reduce_ex__(5)
     if isinstance(parts, str):
         return (parts,)
-    return tuple(list(part) if place in (3, 4) and part is not None else part for place, part in enumerate(parts))
+    return tuple(list(part) if index in (3, 4) and part is not None else part for index, part in enumerate(parts))
 
 
 def reachable(root: Any, *, without: Any = None) -> Iterable[Any]:

@@ -227,8 +227,8 @@ def fill(array: np.ndarray[Any, Any], items: Any, *, is_writeable: bool) -> None
     if type(items) is not list or len(items) != array.size:
         raise SerializationError("a numpy array of objects came with another number of items than it has elements")
     flat: Any = array.view(np.ndarray).flat
-    for place, item in enumerate(items):  # one by one: `flat[:] = items` would look into items that are sequences
-        flat[place] = item
+    for index, item in enumerate(items):  # one by one: `flat[:] = items` would look into items that are sequences
+        flat[index] = item
     if not is_writeable:
         array.flags.writeable = False
 
@@ -344,7 +344,7 @@ def _strided(shape: Any, layout: Any, dtype: np.dtype[Any], num_bytes: int) -> n
                 if not dtype.hasobject:
                     memory = np.zeros(num_memory_bytes, np.uint8)
                     return np.ndarray(shape, dtype, memory, start, strides)
-                if not any(place % dtype.itemsize for place in (start, num_memory_bytes, *strides)):
+                if not any(offset % dtype.itemsize for offset in (start, num_memory_bytes, *strides)):
                     slots = np.empty(num_memory_bytes // dtype.itemsize, object)
                     return np.lib.stride_tricks.as_strided(slots[start // dtype.itemsize :], shape, strides)
     raise _bad_layout()
@@ -420,8 +420,8 @@ def _make_bits(name: Any, seeds: Any, state: Any) -> np.random.BitGenerator:
     return bits  # type: ignore[no-any-return]
 
 
-def _is_within(place: Any, last: int) -> bool:
-    return type(place) is int and 0 <= place <= last
+def _is_within(index: Any, last: int) -> bool:
+    return type(index) is int and 0 <= index <= last
 
 
 def _make_generator(bits: Any) -> np.random.Generator:

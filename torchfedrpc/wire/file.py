@@ -23,8 +23,8 @@ _MAPPED_BYTES = 2 << 20  # smaller objects are copied or sent: to map them would
 _MAX_FILES = 16  # for the tensors of one object: a journal keeps many objects, and descriptors are few
 _FILE_BYTES = 4 << 20
 
-_Place = tuple[int, int, str, tuple[int, ...], tuple[int, ...]]
-Address = tuple[int, int, int, list[_Place]]
+_Extent = tuple[int, int, str, tuple[int, ...], tuple[int, ...]]
+Address = tuple[int, int, int, list[_Extent]]
 """Where another process finds a file: descriptor, inode, size in bytes, and for each tensor its start and size in
 bytes, dtype, shape and strides. Plain data."""
 
@@ -87,8 +87,8 @@ class TensorFiles:
             OSError: If there is no room for it.
         """
         num_bytes = sum(map(len, chunks))
-        place = (0, num_bytes, "uint8", (num_bytes,), (1,))
-        return cls([TensorFile(_sealed_file(chunks, num_bytes), num_bytes, [place])])
+        extent = (0, num_bytes, "uint8", (num_bytes,), (1,))
+        return cls([TensorFile(_sealed_file(chunks, num_bytes), num_bytes, [extent])])
 
     @classmethod
     def at(cls, addresses: Sequence[Address], pid: int) -> TensorFiles:
@@ -135,16 +135,16 @@ class TensorFile:
     Args:
         descriptor: The open file, which this object closes.
         num_bytes: Its size.
-        places: Where each tensor lies in it.
+        extents: Where each tensor lies in it.
         pooled: The same file, if it goes back to a pool instead.
     """
 
     def __init__(
-        self, descriptor: int, num_bytes: int, places: Sequence[_Place], pooled: PooledFile | None = None
+        self, descriptor: int, num_bytes: int, extents: Sequence[_Extent], pooled: PooledFile | None = None
     ) -> None:
         self._descriptor = descriptor
         self._num_bytes = num_bytes
-        self._places = places
+        self._extents = extents
         self._pooled = pooled
         self._close = weakref.finalize(
             self, pooled.give_back if pooled is not None else partial(os.close, descriptor)
@@ -161,20 +161,20 @@ class TensorFile:
         Raises:
             OSError: If there is no room for it.
         """
-        places: list[_Place] = []
+        extents: list[_Extent] = []
         chunks: list[bytes | memoryview] = []
         num_bytes = 0
         for tensor in tensors:
             dtype = name_of_dtype(tensor.dtype)
-            places.append((num_bytes, tensor.nbytes, dtype, tuple(tensor.shape), tensor.stride()))
+            extents.append((num_bytes, tensor.nbytes, dtype, tuple(tensor.shape), tensor.stride()))
             padding = -tensor.nbytes % ALIGNMENT_BYTES
             chunks += [memory_of(tensor), bytes(padding)]
             num_bytes += tensor.nbytes + padding
         num_bytes = max(num_bytes, 1)
         if pool is not None:
             pooled = pool.file_of(chunks, num_bytes)
-            return cls(pooled.descriptor, num_bytes, places, pooled)
-        return cls(_sealed_file(chunks, num_bytes), num_bytes, places)
+            return cls(pooled.descriptor, num_bytes, extents, pooled)
+        return cls(_sealed_file(chunks, num_bytes), num_bytes, extents)
 
     @classmethod
     def probe(cls) -> TensorFile | None:
@@ -201,13 +201,13 @@ class TensorFile:
             OSError: If it cannot be opened.
             SerializationError: If it is another file, or tensors reach beyond it.
         """
-        number, inode, num_bytes, places = _checked_address(address, pid)
+        number, inode, num_bytes, extents = _checked_address(address, pid)
         path = f"/proc/{pid}/fd/{number}"
         # The other process chooses the number: opening a pipe or a device could block for ever.
         if not os.readlink(path).startswith(f"/memfd:{NAME}"):
             raise _gone()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        file = cls(descriptor, num_bytes, places)
+        file = cls(descriptor, num_bytes, extents)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_ino != inode:
             raise _gone()
@@ -217,7 +217,7 @@ class TensorFile:
             raise _gone()
         if status.st_size != num_bytes:
             raise SerializationError("a file has another size than it is said to have")
-        for start, num_tensor_bytes, dtype, shape, stride in places:
+        for start, num_tensor_bytes, dtype, shape, stride in extents:
             check_extent(shape, stride, 0, dtype_named(dtype), num_tensor_bytes)
             if min(start, num_tensor_bytes) < 0 or start + num_tensor_bytes > num_bytes:
                 raise SerializationError("a tensor reaches beyond the file that it lies in")
@@ -243,7 +243,7 @@ class TensorFile:
         """
         if self._pooled is not None:
             self._pooled.num_requests += 1
-        return self._descriptor, os.fstat(self._descriptor).st_ino, self._num_bytes, list(self._places)
+        return self._descriptor, os.fstat(self._descriptor).st_ino, self._num_bytes, list(self._extents)
 
     def answered(self) -> None:
         """Note that the receiver of the address has opened the file, or will never do so."""
@@ -266,7 +266,7 @@ class TensorFile:
             mapped = torch.from_file(path, shared=False, size=self._num_bytes, dtype=torch.uint8, device="cpu")
         except RuntimeError as error:
             raise OSError(errno.ENOMEM, f"{self._num_bytes} bytes cannot be mapped: {error}") from error
-        return [_at_place(mapped.numpy(), place) for place in self._places]
+        return [_at_extent(mapped.numpy(), extent) for extent in self._extents]
 
 
 def _sealed_file(chunks: Iterable[bytes | memoryview], num_bytes: int) -> int:
@@ -292,22 +292,22 @@ def _checked_address(address: Any, pid: Any) -> Address:
         SerializationError: If it is of another form than `Address`.
     """
     match address:
-        case (int(number), int(inode), int(num_bytes), list(places) | tuple(places)) if (
-            type(number) is type(pid) is int and number >= 0 < pid and all(map(_is_place, places))
+        case (int(number), int(inode), int(num_bytes), list(extents) | tuple(extents)) if (
+            type(number) is type(pid) is int and number >= 0 < pid and all(map(_is_extent, extents))
         ):
-            return number, inode, num_bytes, [(*place[:3], tuple(place[3]), tuple(place[4])) for place in places]
+            return number, inode, num_bytes, [(*extent[:3], tuple(extent[3]), tuple(extent[4])) for extent in extents]
     raise SerializationError("what arrived is no address of a file")
 
 
-def _is_place(place: Any) -> bool:
-    match place:
+def _is_extent(extent: Any) -> bool:
+    match extent:
         case (int(), int(), str(), list(shape) | tuple(shape), list(stride) | tuple(stride)):
             return len(shape) == len(stride) and {*map(type, shape), *map(type, stride)} <= {int}
     return False
 
 
-def _at_place(memory: Any, place: _Place) -> Tensor:
-    start, num_bytes, dtype_name, shape, stride = place
+def _at_extent(memory: Any, extent: _Extent) -> Tensor:
+    start, num_bytes, dtype_name, shape, stride = extent
     dtype = dtype_named(dtype_name)
     if not num_bytes:
         return torch.empty(shape, dtype=dtype, device="cpu")

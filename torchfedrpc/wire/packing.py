@@ -307,7 +307,7 @@ def _is_of_numpy(obj: Any) -> bool:
 def _copies(views: list[View], slots: list[Tensor]) -> list[Tensor]:
     """Copy the slots, except those of joined tensors, which each opening copies anyway."""
     copied = {view[0] for view in views if is_joined(view)}
-    return [slot if place in copied else slot.clone() for place, slot in enumerate(slots)]
+    return [slot if index in copied else slot.clone() for index, slot in enumerate(slots)]
 
 
 def _tensor_on(memory: memoryview) -> Tensor:

@@ -385,7 +385,7 @@ def _is_small(tensor: Tensor) -> bool:
 @functools.lru_cache(1024)
 def _row_major(shape: torch.Size) -> tuple[int, ...]:
     """Return the strides of a tensor whose elements lie in the order of their indices."""
-    return tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 @functools.cache
