@@ -16,11 +16,10 @@ from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.executors.stream import CallStream
 from torchfedrpc.host.answer import call_on
-from torchfedrpc.host.call import Call
+from torchfedrpc.host.call import Call, Report
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.process import choose_device
-from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce.driver import Gathering, ReduceProgress, Reduction
 from torchfedrpc.wire.packing import Packed, Reference, pack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,6 +64,10 @@ class Call:
     def taken(self) -> Call:
         """Return this call without its arguments, which belong to the method by now."""
         return Call(self.call_id, self.client_id, self.method, _TAKEN, self.run_timeout_s, self.kind)
+
+
+Report = Callable[[Call, int, Packed], None]
+"""Receives progress: the call, the number of this report among those of the call, and the value."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,12 @@ import torch
 from torchfedrpc.errors import CallTimeoutError
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.answer import answer
-from torchfedrpc.host.call import Batch, Call, Outcome, Registration
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration, Report
 from torchfedrpc.host.deadlines import Deadlines, debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
 from torchfedrpc.host.learner_cache import LearnerCache
 from torchfedrpc.host.mailbox import Job, Mailbox, Reply
-from torchfedrpc.host.runner import Report, Runner
+from torchfedrpc.host.runner import Runner
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.allowlist import AllowList

@@ -18,7 +18,7 @@ import torch
 
 from torchfedrpc.errors import MethodNotFoundError, SerializationError
 from torchfedrpc.host.activity import Activity
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.host.call import Outcome, Report
 from torchfedrpc.host.call_scope import CallScope
 from torchfedrpc.host.context import CallContext, SharedObjects, current_call
 from torchfedrpc.host.deadlines import Deadlines
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Report = Callable[[Call, int, Packed], None]  # a call, the number of the report among its reports, and the value
 Done = Callable[[Job, Outcome], None]
 
 

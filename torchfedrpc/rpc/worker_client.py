@@ -13,8 +13,7 @@ import torch
 
 from torchfedrpc.errors import ConfigError, SerializationError, WorkerLostError
 from torchfedrpc.host.answer import call_on
-from torchfedrpc.host.call import Batch, Call, Outcome, Registration
-from torchfedrpc.host.runner import Report
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration, Report
 from torchfedrpc.rpc import endpoint
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.in_order import InOrder

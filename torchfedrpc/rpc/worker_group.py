@@ -17,9 +17,8 @@ from typing import Protocol
 import torch
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.host.call import Batch, Call
+from torchfedrpc.host.call import Batch, Call, Report
 from torchfedrpc.host.faults import Fault
-from torchfedrpc.host.runner import Report
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import OpenedSettings
 from torchfedrpc.rpc.control_link import Message
