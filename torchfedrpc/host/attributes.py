@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchfedrpc.errors import ConfigError, SnapshotError
-from torchfedrpc.host.context import SharedObjects
 from torchfedrpc.host.object_parts import ATOMS, UNSET, get, is_foundation, slots_of
+from torchfedrpc.host.shared_objects import SharedObjects
 from torchfedrpc.host.state_comparison import Apart
 
 REGISTRIES = ("_parameters", "_buffers", "_modules")

@@ -20,7 +20,7 @@ from torchfedrpc.errors import MethodNotFoundError, SerializationError
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.call import Outcome, Report
 from torchfedrpc.host.call_scope import CallScope
-from torchfedrpc.host.context import CallContext, SharedObjects, current_call
+from torchfedrpc.host.context import CallContext, current_call
 from torchfedrpc.host.deadlines import Deadlines
 from torchfedrpc.host.faults import Saboteur
 from torchfedrpc.host.gate import Gate
@@ -28,6 +28,7 @@ from torchfedrpc.host.learner_cache import LearnerCache
 from torchfedrpc.host.mailbox import Job, Mailbox
 from torchfedrpc.host.methods import find_method, hidden_methods
 from torchfedrpc.host.randomness import RandomStreams, call_seed
+from torchfedrpc.host.shared_objects import SharedObjects
 from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, load, reinstate, seal, taken
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.threads import AsyncLane, SyncLane

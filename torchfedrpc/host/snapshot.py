@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from torchfedrpc.errors import SerializationError, SnapshotError, UntrustedTypeError
 from torchfedrpc.host.attributes import REGISTRIES, attributes_of, made_anew, not_state_of, set_attributes
-from torchfedrpc.host.context import SharedObjects
 from torchfedrpc.host.object_parts import is_foundation, reachable
+from torchfedrpc.host.shared_objects import SharedObjects
 from torchfedrpc.host.state_comparison import Difference, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import TensorFiles
