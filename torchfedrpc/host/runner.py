@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from functools import partial
-from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -167,10 +166,16 @@ class Runner:
     # On the threads of sync methods, with the gate held shared.
 
     def _in_turn(self, function: Callable[[Job], None], job: Job) -> None:
-        with self._gate.shared, _Shown(self._activity, job.call.call_id):
+        self._gate.enter(exclusive=False)
+        slot = self._activity.enter(job.call.call_id) if self._activity is not None else None
+        try:
             function(job)
             self._make_room(job, 0)  # learners that were in use when the job began can be evicted now
             self._give_streams_back()
+        finally:
+            if self._activity is not None:
+                self._activity.leave(slot)
+            self._gate.leave(exclusive=False)
 
     def _begin(self, job: Job) -> None:
         if job.cancelled:
@@ -502,10 +507,16 @@ class Runner:
         """Run a step of a task that an async method has started, while no sync method runs."""
         call_id = scope.call.call_id
         remaining_s = self._deadlines.stop(call_id)  # waiting for the gate does not count
-        with self._gate.exclusive, _Shown(self._activity, call_id):
+        self._gate.enter(exclusive=True)
+        slot = self._activity.enter(call_id) if self._activity is not None else None
+        try:
             if remaining_s is not None:
                 self._deadlines.start(call_id, remaining_s)
             self._inside(scope, function)
+        finally:
+            if self._activity is not None:
+                self._activity.leave(slot)
+            self._gate.leave(exclusive=True)
 
     def _gave(self, job: Job, kind: Literal["value", "item"], box: list[Any]) -> Outcome:
         """Return the outcome with the object in a box, and empty the box, so that no other reference remains."""
@@ -529,24 +540,3 @@ class Runner:
             return self.failed(type(error)(f"the result of {where} cannot be sent: {error}; {remedy}"))
         finally:
             box.clear()
-
-
-class _Shown:
-    """Shows a call in the activity of this process, if it has one."""
-
-    __slots__ = ("_activity", "_call_id", "_slot")
-
-    def __init__(self, activity: Activity | None, call_id: int) -> None:
-        self._activity = activity
-        self._call_id = call_id
-        self._slot: int | None = None
-
-    def __enter__(self) -> None:
-        if self._activity is not None:
-            self._slot = self._activity.enter(self._call_id)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._activity is not None:
-            self._activity.leave(self._slot)

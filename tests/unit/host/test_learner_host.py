@@ -32,6 +32,9 @@ class Counting:
         assert opened.wait(TIMEOUT_S)
         return self.add()
 
+    async def add_on_loop(self) -> int:
+        return self.add()
+
     def fail(self) -> None:
         raise ValueError(f"call {self.add()}")
 
@@ -82,3 +85,11 @@ def test_outcome_is_forgotten_once_it_is_acknowledged(host: LearnerHost) -> None
     host.acknowledge([1])
     assert result(host, call(2)) == 2
     assert result(host, call(1)) == 3  # a new call to the host, which the driver does not send
+
+
+def test_reply_that_raises_leaves_the_host_to_other_calls(host: LearnerHost) -> None:
+    def reply(outcome: Outcome) -> None:
+        raise RuntimeError("nobody takes it")
+
+    host.submit(call(1), reply)
+    assert [result(host, call(2, "add_on_loop")), result(host, call(3))] == [2, 3]
