@@ -196,8 +196,8 @@ MUTATIONS = [
     Mutation(
         "local results are not copied",
         "host/runner.py",
-        "pack(box[0], in_files=self.shows_files, pool=self._file_pool) if self._by_value else Reference(box[0])",
-        "Reference(box[0])",
+        "            if self._process.by_value:\n                return Outcome(kind, pack",
+        "            if False:\n                return Outcome(kind, pack",
         "tests/contract/test_values.py -k local",
     ),
     Mutation(
@@ -288,8 +288,8 @@ MUTATIONS = [
     # Deadlines and limits.
     Mutation(
         "no method runs too long",
-        "host/runner.py",
-        "            self._deadlines.start(job.call.call_id, job.call.run_timeout_s)\n",
+        "host/learner_host.py",
+        "            self._process.deadlines.start(job.call.call_id, job.call.run_timeout_s, self._overran)\n",
         "            pass\n",
         "tests/contract/test_run_deadlines.py -k local",
     ),

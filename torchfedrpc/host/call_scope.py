@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from torchfedrpc.host.context import CallContext, running_call
-from torchfedrpc.host.randomness import RandomStreams, StreamState
-from torchfedrpc.host.torch_settings import OpenedSettings, Settings, glance, put_back, read_settings
+from torchfedrpc.host.mailbox import Job
+from torchfedrpc.host.process_state import ProcessState
+from torchfedrpc.host.randomness import StreamState
+from torchfedrpc.host.torch_settings import Settings, glance, put_back, read_settings
+
+T = TypeVar("T")
 
 # Modes of a thread: gradients enabled, inference mode, number of open function modes (such as torch.device), number
 # of open autocast blocks, autocast for the CPU and for CUDA, and their dtypes.
@@ -29,19 +33,20 @@ class CallScope:
     end of a step (``with torch.device(...)``) are set aside until the next step. Tasks and callbacks that an async
     method starts have the scope of its call, also if they outlive the call.
 
-    After a step of a method, only the settings that `glance` reads are compared, since reading all of them takes 20
-    microseconds.
+    The threads of a host have the modes of a new thread between steps, so only a nested scope reads them first. After
+    a step of a method, only the settings that `glance` reads are compared, since reading all of them takes 20
+    microseconds. Calls that run concurrently share the settings and random streams of the process.
 
     Args:
-        call: The call that `current_call` returns.
-        opened: Settings with which calls begin; None if calls run concurrently and share the settings and random
-            streams of the process.
-        streams: Generators to seed; None likewise.
+        process: The state that the calls of this process share.
+        job: The job whose code runs.
+        method: Name of its method.
         seed: Seed of the streams, from `call_seed`.
         is_thorough: Whether to compare all settings after a step, as after a constructor.
         is_nested: Whether the scope is entered within a step of another call, which uses the generators.
 
     Attributes:
+        call: The call that `current_call` returns, made when it is first asked for.
         is_resumable: Whether another step follows, which continues the random streams of this one.
     """
 
@@ -57,52 +62,65 @@ class CallScope:
         "_outer_streams",
         "_own_settings",
         "_own_streams",
-        "_seed",
         "_streams",
         "_twister",
         "call",
         "is_resumable",
+        "job",
+        "method",
+        "process",
+        "seed",
     )
 
     def __init__(
         self,
-        call: CallContext,
-        opened: OpenedSettings | None = None,
-        streams: RandomStreams | None = None,
-        seed: int = 0,
+        process: ProcessState,
+        job: Job,
+        method: str,
+        seed: int,
         *,
         is_thorough: bool = False,
         is_nested: bool = False,
     ) -> None:
-        self.call = call
+        self.process = process
+        self.job = job
+        self.method = method
+        self.seed = seed
+        self.call: Any = None
         self.is_resumable = False
-        self._opened = opened
-        self._streams = streams
-        self._seed = seed
+        self._opened = process.settings if process.is_alone or is_nested else None
+        self._streams = process.streams if process.is_alone or is_nested else None
         self._is_thorough = is_thorough
         self._is_nested = is_nested
-        self._modes = _BEGIN
+        self._modes = self._outer_modes = _BEGIN
         self._functions: list[Any] = []  # function modes of blocks that are open between steps, the innermost first
         self._own_settings: Settings | None = None
         self._outer_settings: Settings | None = None
         self._own_streams: StreamState | None = None
         self._outer_streams: StreamState | None = None
 
-    def bind(self, context: contextvars.Context) -> contextvars.Context:
-        """Set the variables by which code in a context finds this scope and its call."""
-        context.run(running_call.set, self.call)
+    def new_context(self) -> contextvars.Context:
+        """Return a context for code of this scope, without variables of other calls."""
+        context = contextvars.Context()
         context.run(scope_here.set, self)
         return context
 
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a step of the call."""
+        with self:
+            return function(*args)
+
     def __enter__(self) -> None:
-        self._outer_modes = outer = _read_modes()
+        if self._is_nested:
+            self._outer_modes = _read_modes()
         own = self._modes
         self._guard = _torch_c._InferenceMode(own[1])  # sets grad mode too; leaving it restores both
         self._guard.__enter__()
-        _torch_c._set_grad_enabled(own[0])
         try:
-            if own[2:] != outer[2:]:
-                _set_autocast(outer, own)
+            if own is not self._outer_modes:
+                _torch_c._set_grad_enabled(own[0])
+                if own[3:] != self._outer_modes[3:]:
+                    _set_autocast(self._outer_modes, own)
                 while self._functions:
                     _torch_c._push_on_torch_function_stack(self._functions.pop())
             opened, streams = self._opened, self._streams
@@ -115,7 +133,7 @@ class CallScope:
                 elif streams.aside is None:
                     streams.aside = streams.capture()
                 if self._own_streams is None:
-                    self._twister = streams.seed(self._seed)
+                    self._twister = streams.seed(self.seed)
                 else:
                     streams.restore(self._own_streams)
         except BaseException:
@@ -144,10 +162,10 @@ class CallScope:
                 if is_changed or outer is not None:
                     put_back(outer or opened.values)
         finally:
-            own, before = _read_modes(), self._outer_modes
+            self._modes = own = _read_modes()
+            before = self._outer_modes
             for _ in range(own[2] - before[2]):
                 self._functions.append(_torch_c._pop_torch_function_stack())
-            self._modes = own
             self._guard.__exit__(None, None, None)
             del self._guard
             if own[3:] != before[3:]:
@@ -174,8 +192,6 @@ _is_autocast, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dt
 
 
 def _set_autocast(present: _Modes, wanted: _Modes) -> None:
-    if present[3:] == wanted[3:]:
-        return
     for device, enabled, dtype in (("cpu", wanted[4], wanted[6]), ("cuda", wanted[5], wanted[7])):
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)

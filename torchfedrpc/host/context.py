@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
-from torchfedrpc.host.shared_objects import SharedObjects
+from torchfedrpc.host.call_scope import CallScope, scope_here
+from torchfedrpc.host.mailbox import Job
+from torchfedrpc.host.process_state import ProcessState
+from torchfedrpc.host.randomness import call_seed
 
 T = TypeVar("T")
 
@@ -32,9 +34,8 @@ class CallContext:
     device: torch.device
     trusted_modules: frozenset[str]
     _seed: int = field(repr=False)
-    _shared: SharedObjects = field(repr=False)
-    _is_cancelled: Callable[[], bool] = field(repr=False)
-    _report: Callable[[Any], None] = field(repr=False)
+    _job: Job = field(repr=False)
+    _process: ProcessState = field(repr=False)
     _generator: torch.Generator | None = field(default=None, repr=False)
 
     @property
@@ -43,7 +44,7 @@ class CallContext:
 
         A long sync method should check it now and then, and return.
         """
-        return self._is_cancelled()
+        return self._job.cancelled
 
     @property
     def generator(self) -> torch.Generator:
@@ -58,18 +59,27 @@ class CallContext:
         Raises:
             SerializationError: If ``progress`` cannot be sent.
         """
-        self._report(progress)
+        self._process.send_report(self._job, progress)
 
     def shared(self, key: Hashable, factory: Callable[[], T]) -> T:
         """Return an object that learners of a process share, such as a dataset, made by ``factory()`` if needed.
 
         Its random draws depend only on (run seed, ``repr(key)``), so use strings, numbers or tuples of them as keys.
         """
-        return self._shared.get(key, factory, in_constructor=self.method == "__init__")
 
+        def make() -> T:  # in a scope apart from the running call, since placement decides which call needs it first
+            scope = CallScope(
+                self._process,
+                self._job,
+                self.method,
+                call_seed(self._process.seed, "shared", repr(key)),
+                is_thorough=True,
+                is_nested=True,
+            )
+            scope.call = current_call()
+            return scope.new_context().run(scope.run, factory)
 
-running_call: contextvars.ContextVar[CallContext] = contextvars.ContextVar("torchfedrpc_current_call")
-"""The call in which code runs; `CallScope` sets it."""
+        return self._process.shared.get(key, make, in_constructor=self.method == "__init__")
 
 
 def current_call() -> CallContext:
@@ -79,9 +89,20 @@ def current_call() -> CallContext:
         RuntimeError: If this code does not run in a learner's constructor or method, or runs in a thread that was
             started without the context of the call.
     """
-    try:
-        return running_call.get()
-    except LookupError:
-        raise RuntimeError(
-            "current_call() is for code that a proxy's call runs: a learner's constructor or method"
-        ) from None
+    scope = scope_here.get(None)
+    if scope is None:
+        raise RuntimeError("current_call() is for code that a proxy's call runs: a learner's constructor or method")
+    if scope.call is None:
+        job, process = scope.job, scope.process
+        scope.call = CallContext(
+            client_id=job.call.client_id,
+            method=scope.method,
+            call_id=job.call.call_id,
+            device=process.device,
+            trusted_modules=process.allow.trusted,
+            _seed=scope.seed,
+            _job=job,
+            _process=process,
+        )
+    call: CallContext = scope.call
+    return call

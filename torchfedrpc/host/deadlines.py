@@ -7,47 +7,46 @@ import threading
 import time
 import types
 from collections.abc import Callable, Hashable
+from typing import Any
+
+Expire = Callable[[Any], object]
 
 
 class Deadlines:
-    """Calls back when the time of a running call is over.
+    """Clocks of calls. A thread calls back when the time of one is over. Thread-safe."""
 
-    Args:
-        expire: Called with the key whose time is over, on the thread of this object.
-    """
-
-    def __init__(self, expire: Callable[[Hashable], None]) -> None:
-        self._expire = expire
-        self._due: dict[Hashable, float] = {}
-        self._changed = threading.Condition()
+    def __init__(self) -> None:
+        self._due: dict[Hashable, tuple[float, Expire]] = {}
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._wakes_at = 0.0
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def start(self, key: Hashable, timeout_s: float) -> None:
-        """Let ``key`` expire in ``timeout_s`` seconds."""
+    def start(self, key: Hashable, timeout_s: float, expire: Expire) -> None:
+        """Call ``expire(key)`` in ``timeout_s`` seconds, on the thread of this object."""
         due = time.monotonic() + timeout_s
-        with self._changed:
-            self._due[key] = due
+        with self._lock:
+            self._due[key] = due, expire
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="torchfedrpc-deadlines", daemon=True)
                 self._thread.start()
             elif due < self._wakes_at:
                 self._changed.notify()
 
-    def stop(self, key: Hashable) -> float | None:
+    def stop(self, key: Hashable) -> tuple[float, Expire] | None:
         """Stop the clock of ``key``.
 
         Returns:
-            Remaining seconds; None if no clock runs for the key.
+            Remaining seconds and the callback, for `start`; None if no clock runs for the key.
         """
-        with self._changed:
-            due = self._due.pop(key, None)
-        return None if due is None else max(due - time.monotonic(), 0.0)
+        with self._lock:
+            found = self._due.pop(key, None)
+        return None if found is None else (max(found[0] - time.monotonic(), 0.0), found[1])
 
     def close(self) -> None:
         """End the thread."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify()
         if self._thread is not None:
@@ -55,19 +54,19 @@ class Deadlines:
 
     def _watch(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if self._closed:
                     return
                 now = time.monotonic()
-                late = [key for key, due in self._due.items() if due <= now]
-                for key in late:
+                late = [(key, expire) for key, (due, expire) in self._due.items() if due <= now]
+                for key, _ in late:
                     del self._due[key]
                 if not late:
-                    self._wakes_at = min(self._due.values(), default=now + 3600.0)
+                    self._wakes_at = min((due for due, _ in self._due.values()), default=now + 3600.0)
                     self._changed.wait(self._wakes_at - now)
                     self._wakes_at = 0.0
-            for key in late:
-                self._expire(key)
+            for key, expire in late:
+                expire(key)
 
 
 def debugger_attached() -> bool:

@@ -13,8 +13,6 @@ from typing import Any
 
 from torchfedrpc.host.call_scope import CallScope, outside, scope_here
 
-Around = Callable[[CallScope, Callable[[], object]], None]
-
 _UNKNOWN: Any = object()
 _NO_USER_CODE = {getattr(futures, "_set_result_unless_cancelled", None)}  # such as the timer of asyncio.sleep
 
@@ -23,16 +21,12 @@ class HostLoop(asyncio.SelectorEventLoop):
     """Runs each callback that a call schedules in the scope of the call: steps of tasks, timers, readers.
 
     Steps of a task are callbacks of the loop too, in the task's context. So this holds for tasks of ``gather``,
-    ``wait_for``, ``TaskGroup`` and for eager ones, at any depth of nesting.
-
-    Args:
-        around: Calls a function as a step of a scope.
+    ``wait_for``, ``TaskGroup`` and for eager ones, at any depth of nesting. No sync method runs beside such a step.
     """
 
     _present: CallScope | None = None  # the scope of the running step
 
-    def __init__(self, around: Around) -> None:
-        self._around = around
+    def __init__(self) -> None:
         self._scope_of_generator: dict[int, tuple[CallScope, weakref.ref[Any]]] = {}
         super().__init__()
 
@@ -79,17 +73,28 @@ class HostLoop(asyncio.SelectorEventLoop):
             scope = present
             if scope is not None and context is not None:
                 with contextlib.suppress(RuntimeError):  # the context is entered: only this callback is in the scope
-                    scope.bind(context)
+                    context.run(scope_here.set, scope)
         if scope is None or any(callback is known for known in _NO_USER_CODE):
             return callback, args
         return self._step, (scope, callback, args)
 
     def _step(self, scope: CallScope, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
+        process, call_id = scope.process, scope.job.call.call_id
+        clock = process.deadlines.stop(call_id)  # waiting for the gate does not count
+        process.gate.enter(exclusive=True)
+        slot = process.activity.enter(call_id) if process.activity is not None else None
         self._present = scope
         try:
-            self._around(scope, partial(callback, *args))
+            if clock is not None:
+                process.deadlines.start(call_id, *clock)
+            scope.run(callback, *args)
         finally:
             self._present = None
+            if process.in_driver:
+                process.streams.give_back()
+            if process.activity is not None:
+                process.activity.leave(slot)
+            process.gate.leave(exclusive=True)
 
     # An async generator that is dropped before its end is closed in the scope of the call that began it, also if the
     # garbage collector finds it during another call.
@@ -111,5 +116,5 @@ class HostLoop(asyncio.SelectorEventLoop):
 
     def _asyncgen_finalizer_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
         scope, _ = self._scope_of_generator.pop(id(agen), (None, None))
-        context = outside() if scope is None else scope.bind(contextvars.Context())
+        context = outside() if scope is None else scope.new_context()
         context.run(super()._asyncgen_finalizer_hook, agen)  # type: ignore[misc]

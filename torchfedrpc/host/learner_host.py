@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -16,12 +16,14 @@ from torchfedrpc.errors import CallTimeoutError
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.answer import answer
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration, Report
-from torchfedrpc.host.deadlines import Deadlines, debugger_attached
+from torchfedrpc.host.deadlines import debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
 from torchfedrpc.host.learner_cache import LearnerCache
 from torchfedrpc.host.mailbox import Job, Mailbox, Reply
-from torchfedrpc.host.runner import Runner
+from torchfedrpc.host.process_state import ProcessState
+from torchfedrpc.host.runner import Runner, Steps, failed
 from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.host.threads import AsyncLane, SyncLane
 from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, Parcel, Reference
@@ -69,22 +71,12 @@ class LearnerHost:
         self.call_timeout_s = spec.runtime.call_timeout_s
         self._constructor_arguments = constructor_arguments
         self._is_remote = constructor_arguments is None
-        self._by_value = self._is_remote or spec.runtime.isolation != "none"
-        self._deadlines = Deadlines(self._expire)
-        self._residents = LearnerCache(spec.runtime.max_resident_learners)
-        self._runner = Runner(
-            spec,
-            device or torch.device("cpu"),
-            by_value=self._by_value,
-            in_driver=not self._is_remote,
-            report=report or (lambda call, number, progress: None),
-            activity=activity,
-            deadlines=self._deadlines,
-            residents=self._residents,
-            claim=self._claim,
-            release=self._release,
-            done=self._done,
-        )
+        self._process = ProcessState(spec, device, in_driver=not self._is_remote, report=report, activity=activity)
+        self._learners = LearnerCache(spec, self._process)
+        self._runner = Runner(self._process, self._learners)
+        self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._process)
+        self._async = AsyncLane(self._process)
+        self._merging: SyncLane | None = None  # started by the first batch that needs it
         self._lock = threading.Lock()  # guards queues of mailboxes, jobs and their states, and outcomes
         self._mailboxes: dict[str, Mailbox] = {}
         self._jobs: dict[int, Job] = {}
@@ -96,7 +88,7 @@ class LearnerHost:
     @property
     def allow(self) -> AllowList:
         """The types that may travel in this run."""
-        return self._runner.allow
+        return self._process.allow
 
     def register(self, registration: Registration) -> Mailbox:
         """Return the mailbox of a learner, a new one for a new build. The first call makes the learner."""
@@ -104,7 +96,7 @@ class LearnerHost:
         with self._lock:
             mailbox = self._mailboxes.get(client_id)
             if mailbox is None or mailbox.build != registration.build:
-                self._residents.forget(client_id)
+                self._learners.forget(client_id)
                 mailbox = self._mailboxes[client_id] = Mailbox(client_id, registration.kwargs, registration.build)
             return mailbox
 
@@ -120,7 +112,7 @@ class LearnerHost:
         """Drop a learner that has moved. No call of it may be here."""
         with self._lock:
             self._mailboxes.pop(client_id, None)
-        self._residents.forget(client_id)
+        self._learners.forget(client_id)
 
     def share(self, value: SharedValue) -> None:
         """Keep a shared value: for a known number of calls, or until `unshare`."""
@@ -149,7 +141,7 @@ class LearnerHost:
             if known is _UNKNOWN:
                 begins = self._enqueue(Job(call, self._mailboxes[call.client_id], reply))
         if begins is not None:
-            self._runner.begin(begins)
+            self._sync.put(partial(self._turn, begins, self._begin))
         elif known is not None and known is not _UNKNOWN:
             reply(known)
 
@@ -173,7 +165,7 @@ class LearnerHost:
             if batch_job is not None:
                 batch_job.watch(0, reply)
             elif known is None:
-                batch_job = BatchJob(batch, reply, self._runner.take_value, self.allow)
+                batch_job = BatchJob(batch, reply, self.take_value, self.allow)
                 self._batches[batch.call_id] = batch_job
                 for (place, call), mailbox in zip(calls, mailboxes, strict=True):
                     ended = partial(self._call_ended, batch_job, place)
@@ -181,7 +173,7 @@ class LearnerHost:
                     if (beginning := self._enqueue(job)) is not None:
                         begins.append(beginning)
         for job in begins:
-            self._runner.begin(job)
+            self._sync.put(partial(self._turn, job, self._begin))
         if known is not None:
             reply(known)
         elif batch_job is not None:
@@ -206,7 +198,7 @@ class LearnerHost:
         elif job is None:
             reply(Outcome("cancelled", never_ran=True))
         else:
-            self._runner.step(job)
+            self._go_on(job, self._item)
 
     def cancel(self, call_id: int, reply: Reply | None = None) -> None:
         """Cancel a call, or the calls of a batch that have not ended.
@@ -260,7 +252,7 @@ class LearnerHost:
         Raises:
             SerializationError: If it cannot be sent.
         """
-        return self._runner.take_value(obj)
+        return self._process.take_value(obj)
 
     def show_files(self, are_seen: bool) -> None:
         """Set whether the driver can open memory files of this process, which large results then use."""
@@ -289,10 +281,14 @@ class LearnerHost:
         """
         for call_id in list(self._jobs):
             self.cancel(call_id)
-        ended = self._runner.close(timeout_s)
-        self._deadlines.close()
-        self._residents.close()
-        if ended:  # free their memory now: this host is in reference cycles
+        ended = self._sync.close(timeout_s) & self._async.close(timeout_s)
+        if self._merging is not None:
+            ended &= self._merging.close(timeout_s)
+        self._runner.close()
+        self._process.deadlines.close()
+        self._learners.close()
+        if ended:
+            self._process.streams.give_back()  # Free their memory now: this host is in reference cycles.
             for kept in (self._mailboxes, self._outcomes, self._shared):
                 kept.clear()
         return ended
@@ -305,7 +301,7 @@ class LearnerHost:
             call = replace(call, arguments=replace(call.arguments, apart=values))
         if not self._is_remote and call.client_id not in self._mailboxes:
             assert self._constructor_arguments is not None
-            kwargs = self._constructor_arguments(call.client_id, by_value=self._by_value)
+            kwargs = self._constructor_arguments(call.client_id, by_value=self._process.by_value)
             self.register(Registration(call.client_id, kwargs))
         return call
 
@@ -318,6 +314,94 @@ class LearnerHost:
         job.mailbox.current = job
         return job
 
+    # On the threads of sync methods.
+
+    def _turn(self, job: Job, steps_of: Callable[[Job], Outcome | Steps]) -> None:
+        """Run the next step of a job. Steps that need an event loop go on there."""
+        process, call_id = self._process, job.call.call_id
+        process.gate.enter(exclusive=False)
+        slot = process.activity.enter(call_id) if process.activity is not None else None
+        try:
+            result = steps_of(job)
+            if not isinstance(result, Outcome):
+                result = self._runner.step(job, result)
+            self._give_streams_back()
+            if isinstance(result, Outcome):
+                self._done(job, result)
+            else:
+                assert job.context is not None
+                self._async.start(result, job.context, partial(self._done, job))
+            if self._learners.is_surplus(0):  # learners that were in use when the job began can be evicted now
+                self._make_room(job, 0)
+                self._give_streams_back()
+        finally:
+            if process.activity is not None:
+                process.activity.leave(slot)
+            process.gate.leave(exclusive=False)
+
+    def _begin(self, job: Job) -> Outcome | Steps:
+        call, mailbox = job.call, job.mailbox
+        if job.cancelled:
+            return Outcome("cancelled", never_ran=True)
+        if call.kind == "snapshot":
+            return self._runner.carry(job)
+        if call.kind == "restore" or mailbox.learner is None or not mailbox.made:
+            self._make_room(job, 1)
+        if call.kind == "restore":
+            return self._runner.carry(job)
+        self._start_clock(job)
+        return self._runner.begin(job)
+
+    def _make_room(self, job: Job, num_coming: int) -> None:
+        """Evict idle learners, if too many are in memory once ``num_coming`` more are.
+
+        An eviction is a job of its learner, whose calls wait for it. It runs here, on behalf of another job.
+        """
+        if not self._learners.is_surplus(num_coming):
+            return
+        for mailbox in self._learners.surplus():
+            call = Call(job.call.call_id, mailbox.client_id, "", Reference(None), kind="evict")
+            eviction = Job(call, mailbox, None)
+            with self._lock:
+                if mailbox.current is not None:
+                    continue
+                mailbox.current = eviction
+            self._learners.evict(eviction)
+            with self._lock:
+                following = mailbox.next_job()
+            if following is not None:
+                self._sync.put(partial(self._turn, following, self._begin))
+            if not self._learners.is_surplus(num_coming):
+                break
+
+    def _give_streams_back(self) -> None:
+        """Restore the random streams of the driver's process. Workers need not restore them.
+
+        If sync methods wait, the next one would set the streams aside again.
+        """
+        if self._process.in_driver and not self._sync.num_waiting:
+            self._process.streams.give_back()
+
+    # Steps of streams, on the threads of sync methods or on that of async ones.
+
+    def _go_on(self, job: Job, steps_of: Callable[[Job], Steps]) -> None:
+        """Run the next step of an open stream."""
+        if isinstance(job.iterator, AsyncIterator):
+            assert job.context is not None
+            self._async.start(steps_of(job), job.context, partial(self._done, job))
+        else:
+            self._sync.put(partial(self._turn, job, steps_of))
+
+    async def _item(self, job: Job) -> Outcome:
+        self._start_clock(job)
+        return await self._runner.item(job)
+
+    def _start_clock(self, job: Job) -> None:
+        if job.call.run_timeout_s is not None:
+            self._process.deadlines.start(job.call.call_id, job.call.run_timeout_s, self._overran)
+
+    # On any thread.
+
     def _call_ended(self, batch_job: BatchJob, place: int, outcome: Outcome) -> None:
         """Note the end of a batch's call. The last one's thread collects the partial results."""
         with self._lock:
@@ -326,8 +410,17 @@ class LearnerHost:
         if not is_last:
             return
         if batch_job.batch.timeout_s is not None:
-            self._deadlines.start(batch_job, batch_job.batch.timeout_s)
-        self._runner.collect(batch_job, self._batch_done)
+            self._process.deadlines.start(batch_job, batch_job.batch.timeout_s, self._merging_late)
+        if batch_job.is_quick:
+            self._collect(batch_job)
+            return
+        with self._lock:  # a user's reducer runs on a separate thread
+            if self._merging is None:
+                self._merging = SyncLane(1, self._process)
+        self._merging.put(partial(self._collect, batch_job))
+
+    def _collect(self, batch_job: BatchJob) -> None:
+        self._batch_done(batch_job, self._runner.collect(batch_job))
 
     def _tell(self, batch_job: BatchJob) -> None:
         """Answer an open request for the ended calls of a batch, if there are new ones."""
@@ -339,7 +432,7 @@ class LearnerHost:
 
     def _batch_done(self, batch_job: BatchJob, outcome: Outcome) -> None:
         """Answer a batch, unless its deadline has passed."""
-        self._deadlines.stop(batch_job)
+        self._process.deadlines.stop(batch_job)
         call_id = batch_job.batch.call_id
         with self._lock:
             if self._batches.pop(call_id, None) is None:
@@ -377,10 +470,13 @@ class LearnerHost:
 
     def _done(self, job: Job, outcome: Outcome) -> None:
         """Answer a job, and begin the learner's next one. Close a stream that was cancelled meanwhile."""
+        job.task = None
+        self._process.deadlines.stop(job.call.call_id)
         following, unread = None, False
         with self._lock:
             reply, job.reply = job.reply, None
-            if outcome.is_final:
+            if outcome.kind != "item":
+                job.context = None  # breaks a reference cycle: frees memory before the next garbage collection
                 del self._jobs[job.call.call_id]
                 if not job.cancelled:
                     self._keep(job, outcome)
@@ -390,37 +486,18 @@ class LearnerHost:
                 job.num_items += 1
                 job.last_item = outcome if self._is_remote else None
         if following is not None:
-            self._runner.begin(following)
+            self._sync.put(partial(self._turn, following, self._begin))
         if reply is not None:
             reply(outcome)
         if unread:
-            self._runner.close_stream(job)
+            self._go_on(job, self._runner.close_stream)
 
-    def _claim(self, mailbox: Mailbox) -> bool:
-        """Reserve an idle learner, so that its calls wait. Returns whether it was idle."""
-        with self._lock:
-            if mailbox.current is not None:
-                return False
-            mailbox.current = Job(_CLAIM, mailbox, None)
-            return True
-
-    def _release(self, mailbox: Mailbox) -> None:
-        with self._lock:
-            following = mailbox.next_job()
-        if following is not None:
-            self._runner.begin(following)
-
-    def _expire(self, key: Any) -> None:
-        if isinstance(key, BatchJob):
-            self._batch_done(key, self._runner.failed(self._merging_late(key)))
-        else:
-            self._overran(key)
-
-    def _merging_late(self, batch_job: BatchJob) -> CallTimeoutError:
-        return CallTimeoutError(
+    def _merging_late(self, batch_job: BatchJob) -> None:
+        error = CallTimeoutError(
             f"{self.worker} did not give its partial results within {batch_job.batch.timeout_s} s: see what the "
             f"reducer does, or raise runtime.call_timeout_s"
         )
+        self._batch_done(batch_job, failed(error))
 
     def _overran(self, call_id: int) -> None:
         job = self._jobs.get(call_id)
@@ -431,7 +508,7 @@ class LearnerHost:
             f"{call.client_id}.{call.method} ran longer than {call.run_timeout_s} s on {self.worker}: raise "
             f"runtime.call_timeout_s, or give this call options(timeout_s=...)"
         )
-        self._abandon(call_id, self._runner.failed(error))
+        self._abandon(call_id, failed(error))
 
     def _abandon(self, call_id: int, outcome: Outcome) -> Outcome | None:
         """Answer a call before its end. Returns the outcome; None if the call was answered before."""
@@ -454,9 +531,9 @@ class LearnerHost:
         if reply is not None:
             reply(outcome)
         if idle_stream:
-            self._runner.close_stream(job)
-        else:
-            self._runner.cancel_task(job)
+            self._go_on(job, self._runner.close_stream)
+        elif (task := job.task) is not None:
+            self._async.call(task.cancel)
         return outcome
 
     def _keep(self, job: Job, outcome: Outcome) -> None:
@@ -472,4 +549,3 @@ class _Shelved:
 
 
 _UNKNOWN = Outcome("cancelled")
-_CLAIM = Call(0, "", "", Reference(None))  # of the job that reserves an idle learner

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torchfedrpc.host.call import Call, Outcome
-from torchfedrpc.host.call_scope import CallScope
 from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.packing import Packed
 
@@ -92,8 +90,7 @@ class Job:
         mailbox: The mailbox of its learner.
         reply: Receives the next outcome; None after the call was answered, and between the steps of a stream.
         cancelled: Whether the call was cancelled or has overrun its time.
-        scope: Modes, settings and random streams of the call; None before it begins.
-        context: Its context variables; None before it begins.
+        context: Its context variables, the scope of the call among them; None before it begins.
         task: The task of an async method or step.
         iterator: The iterator of a stream.
         stepping: Whether the call runs or waits to run; False if a stream is open and idle.
@@ -103,14 +100,12 @@ class Job:
         batch: The batch to which its result is added, if any.
         place: The client's place in the batch's reduction.
         num_reports: Number of its reports of progress.
-        reporting: Lock for its reports, which may come from several threads.
     """
 
     call: Call
     mailbox: Mailbox
     reply: Reply | None
     cancelled: bool = False
-    scope: CallScope | None = None
     context: contextvars.Context | None = None
     task: asyncio.Task[Any] | None = None
     iterator: Iterator[Any] | AsyncIterator[Any] | None = None
@@ -121,4 +116,3 @@ class Job:
     batch: BatchJob | None = None
     place: int = 0
     num_reports: int = 0
-    reporting: threading.Lock = field(default_factory=threading.Lock)

@@ -12,15 +12,9 @@ T = TypeVar("T")
 
 
 class SharedObjects:
-    """Objects that all learners of a process share, each made once.
+    """Objects that all learners of a process share, by their keys. Thread-safe."""
 
-    Args:
-        make: Calls the factory of a key in a scope apart from the running call, since placement decides which call
-            needs the object first.
-    """
-
-    def __init__(self, make: Callable[[Hashable, Callable[[], Any]], Any]) -> None:
-        self._make = make
+    def __init__(self) -> None:
         self._objects: dict[Hashable, Any] = {}
         self._keys: dict[int, Hashable] = {}  # address of an object -> its key
         self._constructors_keys: set[Hashable] = set()
@@ -38,7 +32,7 @@ class SharedObjects:
             if in_constructor:
                 self._constructors_keys.add(key)
             if key not in self._objects:
-                self._objects[key] = self._make(key, factory)
+                self._objects[key] = factory()
                 self._keys[id(self._objects[key])] = key
             made: T = self._objects[key]
             return made

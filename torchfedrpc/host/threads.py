@@ -13,7 +13,8 @@ from typing import Any
 
 from torchfedrpc.host.call import Outcome
 from torchfedrpc.host.call_scope import outside
-from torchfedrpc.host.host_loop import Around, HostLoop
+from torchfedrpc.host.host_loop import HostLoop
+from torchfedrpc.host.process_state import ProcessState
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +26,12 @@ class SyncLane:
 
     Args:
         num_threads: Number of functions that run concurrently.
-        prepare: Called first on each thread.
+        process: State of the process, from which each thread has its settings.
     """
 
-    def __init__(self, num_threads: int, prepare: Callable[[], None]) -> None:
+    def __init__(self, num_threads: int, process: ProcessState) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._prepare = prepare
+        self._process = process
         self._threads = [
             threading.Thread(target=self._run, name=f"torchfedrpc-learners-{number}", daemon=True)
             for number in range(num_threads)
@@ -56,7 +57,7 @@ class SyncLane:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
-        self._prepare()
+        self._process.prepare_thread()
         while (job := self._jobs.get()) is not None:
             try:
                 job()
@@ -69,13 +70,11 @@ class AsyncLane:
     """A thread with an event loop, started when the first coroutine needs it.
 
     Args:
-        prepare: Called first on the thread.
-        around: Calls a function as a step of a call's scope.
+        process: State of the process, from which the thread has its settings.
     """
 
-    def __init__(self, prepare: Callable[[], None], around: Around) -> None:
-        self._prepare = prepare
-        self._around = around
+    def __init__(self, process: ProcessState) -> None:
+        self._process = process
         self._loop: HostLoop | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -102,7 +101,7 @@ class AsyncLane:
         """Call a function on the loop's thread."""
         with self._lock:
             if self._loop is None:
-                self._loop = outside().run(HostLoop, self._around)
+                self._loop = outside().run(HostLoop)
                 self._thread = threading.Thread(target=self._run, name="torchfedrpc-async", daemon=True)
                 self._thread.start()
             self._loop.call_soon_threadsafe(function, context=outside())
@@ -146,7 +145,7 @@ class AsyncLane:
 
     def _run(self) -> None:
         assert self._loop is not None
-        self._prepare()
+        self._process.prepare_thread()
         while True:
             try:
                 self._loop.run_forever()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+import scopes
 import torch
+from scopes import process_state
 
-from torchfedrpc.host import torch_settings
+from torchfedrpc.host import call_scope, torch_settings
 from torchfedrpc.host.call_scope import CallScope
-from torchfedrpc.host.torch_settings import OpenedSettings, read_settings
+from torchfedrpc.host.torch_settings import read_settings
 
 
-def scope() -> CallScope:
-    """The scope of a call that has random streams and settings in common with others."""
-    call: Any = None
-    return CallScope(call)
+def scope(*, is_thorough: bool = False) -> CallScope:
+    """The scope of a call on this thread, whatever its modes are."""
+    return scopes.scope(process_state(), is_nested=True, is_thorough=is_thorough)
 
 
 def modes() -> tuple[bool, bool]:
@@ -124,6 +126,15 @@ def test_the_mode_comes_back_where_a_step_raises_and_the_step_after_finds_what_i
         assert modes() == (False, False)
 
 
+def test_thread_of_a_host_has_the_modes_with_which_calls_begin() -> None:
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(call_scope._read_modes()))
+    with torch.no_grad(), torch.autocast("cpu"), torch.device("meta"):
+        thread.start()
+        thread.join()
+    assert found == [call_scope._BEGIN]
+
+
 # Autocast.
 
 
@@ -192,13 +203,8 @@ def test_weights_that_a_call_has_cast_are_not_stale_after_its_update() -> None:
 # Settings.
 
 
-def scope_with_settings(*, is_thorough: bool = False) -> CallScope:
-    call: Any = None
-    return CallScope(call, OpenedSettings.of_this_process(torch.get_num_threads()), is_thorough=is_thorough)
-
-
 def test_default_dtype_of_a_call_does_not_outlive_its_step_and_holds_at_the_next() -> None:
-    own = scope_with_settings()
+    own = scope()
     with own:
         torch.set_default_dtype(torch.float64)
     assert torch.get_default_dtype() is torch.float32
@@ -208,7 +214,7 @@ def test_default_dtype_of_a_call_does_not_outlive_its_step_and_holds_at_the_next
 
 
 def test_setting_of_the_process_is_not_of_the_call_and_comes_back() -> None:
-    own = scope_with_settings()
+    own = scope()
     torch.set_default_dtype(torch.float64)
     try:
         with own:
@@ -220,13 +226,13 @@ def test_setting_of_the_process_is_not_of_the_call_and_comes_back() -> None:
 
 def test_thorough_scope_puts_back_settings_that_methods_rarely_change() -> None:
     before = read_settings()
-    with scope_with_settings(is_thorough=True):
+    with scope(is_thorough=True):
         torch.set_warn_always(True)
     assert read_settings() == before
 
 
 def test_scope_that_cannot_set_a_setting_leaves_modes_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = scope_with_settings()
+    own = scope()
     with own:
         torch.set_default_dtype(torch.float64)
         torch.set_grad_enabled(False)

@@ -44,73 +44,75 @@ def expired() -> Expired:
 
 
 @pytest.fixture
-def deadlines(expired: Expired) -> Iterator[Deadlines]:
-    deadlines = Deadlines(expired)
+def deadlines() -> Iterator[Deadlines]:
+    deadlines = Deadlines()
     yield deadlines
     deadlines.close()
 
 
 def test_a_call_expires_once_it_has_had_its_time_and_not_before(deadlines: Deadlines, expired: Expired) -> None:
     begin = time.monotonic()
-    deadlines.start("call", 0.05)
+    deadlines.start("call", 0.05, expired)
     key, moment = expired.next()
     assert key == "call"
     assert moment - begin >= 0.05
-    deadlines.start("next", 0.0)
+    deadlines.start("next", 0.0, expired)
     assert expired.key() == "next"  # and "call" not again
     assert expired.empty
 
 
 def test_a_call_that_ended_in_time_does_not_expire(deadlines: Deadlines, expired: Expired) -> None:
-    deadlines.start("ended", 0.02)
+    deadlines.start("ended", 0.02, expired)
     deadlines.stop("ended")
-    deadlines.start("late", 0.04)
+    deadlines.start("late", 0.04, expired)
     assert expired.key() == "late"
     assert expired.empty
 
 
 def test_a_shorter_deadline_does_not_wait_for_a_longer_one(deadlines: Deadlines, expired: Expired) -> None:
-    deadlines.start("long", NEVER_S)
-    deadlines.start("short", 0.01)
+    deadlines.start("long", NEVER_S, expired)
+    deadlines.start("short", 0.01, expired)
     assert expired.key() == "short"
     assert expired.empty
 
 
 def test_deadlines_expire_in_their_own_order(deadlines: Deadlines, expired: Expired) -> None:
     for number in (3, 1, 4, 2):
-        deadlines.start(number, 0.03 * number)
+        deadlines.start(number, 0.03 * number, expired)
     assert [expired.key() for _ in range(4)] == [1, 2, 3, 4]
 
 
 def test_a_later_step_of_a_stream_has_its_whole_time_again(deadlines: Deadlines, expired: Expired) -> None:
-    deadlines.start("stream", 0.5)
-    deadlines.start("stream", NEVER_S)
-    deadlines.start("other", 0.6)
+    deadlines.start("stream", 0.5, expired)
+    deadlines.start("stream", NEVER_S, expired)
+    deadlines.start("other", 0.6, expired)
     assert expired.key() == "other"
     assert expired.empty
 
 
 def test_a_deadline_can_be_brought_forward(deadlines: Deadlines, expired: Expired) -> None:
-    deadlines.start("call", NEVER_S)
-    deadlines.start("call", 0.01)
+    deadlines.start("call", NEVER_S, expired)
+    deadlines.start("call", 0.01, expired)
     assert expired.key() == "call"
 
 
 def test_to_stop_what_has_expired_or_never_was_is_no_error(deadlines: Deadlines, expired: Expired) -> None:
     deadlines.stop("never")
-    deadlines.start("call", 0.0)
+    deadlines.start("call", 0.0, expired)
     assert expired.key() == "call"
     deadlines.stop("call")
 
 
 def test_stopping_tells_the_time_that_is_left(deadlines: Deadlines, expired: Expired) -> None:
     begin = time.monotonic()
-    deadlines.start("call", NEVER_S)
-    left_s = deadlines.stop("call")
-    assert left_s is not None
+    deadlines.start("call", NEVER_S, expired)
+    clock = deadlines.stop("call")
+    assert clock is not None
+    left_s, expire = clock
+    assert expire is expired
     assert NEVER_S - (time.monotonic() - begin) <= left_s <= NEVER_S
     assert deadlines.stop("call") is None
-    deadlines.start("late", 0.0)
+    deadlines.start("late", 0.0, expired)
     expired.next()
     assert deadlines.stop("late") is None
 
@@ -121,8 +123,8 @@ def test_many_calls_expire_from_many_threads(deadlines: Deadlines, expired: Expi
     def begin(number: int) -> None:
         start.wait(_TIMEOUT_S)
         for turn in range(50):
-            deadlines.start((number, turn), 0.0)
-            deadlines.start((number, turn, "stopped"), NEVER_S)
+            deadlines.start((number, turn), 0.0, expired)
+            deadlines.start((number, turn, "stopped"), NEVER_S, expired)
             deadlines.stop((number, turn, "stopped"))
 
     threads = [threading.Thread(target=begin, args=(number,)) for number in range(8)]
@@ -141,13 +143,13 @@ def test_callback_may_begin_and_end_calls_itself() -> None:
     def again(key: Hashable) -> None:
         thread.stop("other")
         if key == "first":
-            thread.start("second", 0.0)
+            thread.start("second", 0.0, again)
         else:
             done.set()
 
-    thread = Deadlines(again)
-    thread.start("other", NEVER_S)
-    thread.start("first", 0.0)
+    thread = Deadlines()
+    thread.start("other", NEVER_S, again)
+    thread.start("first", 0.0, again)
     assert done.wait(_TIMEOUT_S)
     thread.close()
 
@@ -156,17 +158,17 @@ def test_thread_exists_from_the_first_deadline_until_the_end(expired: Expired) -
     def running() -> bool:
         return any(thread.name == "torchfedrpc-deadlines" for thread in threading.enumerate())
 
-    deadlines = Deadlines(expired)
+    deadlines = Deadlines()
     assert not running()
-    deadlines.start("call", NEVER_S)
+    deadlines.start("call", NEVER_S, expired)
     assert running()
     deadlines.close()
     assert not running()
     assert expired.empty
 
 
-def test_closing_unused_deadlines_is_no_error(expired: Expired) -> None:
-    Deadlines(expired).close()
+def test_closing_unused_deadlines_is_no_error() -> None:
+    Deadlines().close()
 
 
 # Debuggers.

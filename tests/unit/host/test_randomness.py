@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scopes import process_state, scope
 
 from torchfedrpc.host.call_scope import CallScope
-from torchfedrpc.host.randomness import RandomStreams, Twister, call_seed
+from torchfedrpc.host.process_state import ProcessState
+from torchfedrpc.host.randomness import Twister, call_seed
 
 numpy_random: Any = np.random  # whose stubs lack the functions for bit generators
 
-CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 DRAWS = {
     "torch": lambda: torch.rand(3).tolist(),
@@ -40,15 +41,14 @@ def _global_streams() -> Iterator[None]:
     random.setstate(before[2])
 
 
-GENERATORS = RandomStreams(CPU)
+PROCESS = process_state()
 
 
-def streams(seed: int = 5, *, resumable: bool = False, generators: RandomStreams = GENERATORS) -> CallScope:
-    """The scope of a call with that seed, in which nothing but the random streams is a call's own."""
-    call: Any = None
-    scope = CallScope(call, None, generators, seed, is_nested=True)
-    scope.is_resumable = resumable
-    return scope
+def streams(seed: int = 5, *, resumable: bool = False, process: ProcessState = PROCESS) -> CallScope:
+    """The scope of a call with that seed, which gives the generators back after each step."""
+    own = scope(process, seed, is_nested=True)
+    own.is_resumable = resumable
+    return own
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
@@ -182,12 +182,12 @@ def test_another_kind_of_bit_generator_of_the_process_comes_back() -> None:
 
 
 def test_a_call_may_swap_the_bit_generator_and_the_next_is_seeded_all_the_same() -> None:
-    generators = RandomStreams(CPU)
-    with streams(4, generators=generators):
+    process = process_state()
+    with streams(4, process=process):
         expected = np.random.rand()
-    with streams(3, generators=generators):
+    with streams(3, process=process):
         numpy_random.set_bit_generator(np.random.PCG64(1))
-    with streams(4, generators=generators):
+    with streams(4, process=process):
         assert np.random.rand() == expected
 
 
@@ -213,16 +213,15 @@ def test_seeding_of_numpy_refuses_a_build_that_lays_out_its_state_in_another_way
 
 
 def test_process_streams_are_set_aside_once_and_given_back() -> None:
-    call: Any = None
-    generators = RandomStreams(CPU)
+    process = process_state()
     random.seed(1)
     expected = random.Random(1).random()
     for seed in (5, 6):
-        with CallScope(call, None, generators, seed):
+        with scope(process, seed):
             random.random()
-    generators.give_back()
+    process.streams.give_back()
     assert random.random() == expected
-    assert generators.aside is None
+    assert process.streams.aside is None
 
 
 def test_streams_of_two_open_calls_do_not_share_a_bit_generator() -> None:
@@ -260,15 +259,15 @@ def test_the_calls_gpu_has_separate_random_streams() -> None:
     undisturbed = torch.rand(2, device=GPU).tolist()
     torch.cuda.manual_seed(1)
     drawn = torch.rand(1, device=GPU).tolist()
-    of_gpu = RandomStreams(GPU)
-    own = streams(generators=of_gpu, resumable=True)
+    of_gpu = process_state(GPU)
+    own = streams(process=of_gpu, resumable=True)
     inside = []
     for _ in range(2):
         with own:
             inside += torch.rand(1, device=GPU).tolist()
     drawn += torch.rand(1, device=GPU).tolist()
     assert drawn == undisturbed
-    again = streams(generators=of_gpu, resumable=True)
+    again = streams(process=of_gpu, resumable=True)
     repeated = []
     for _ in range(2):
         with again:

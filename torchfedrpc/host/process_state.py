@@ -1,0 +1,97 @@
+"""State of a process that its calls share: lock, random streams, settings, shared objects, deadlines."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from torchfedrpc.host.activity import Activity
+from torchfedrpc.host.call import Report
+from torchfedrpc.host.deadlines import Deadlines
+from torchfedrpc.host.gate import Gate
+from torchfedrpc.host.mailbox import Job
+from torchfedrpc.host.randomness import RandomStreams
+from torchfedrpc.host.shared_objects import SharedObjects
+from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.host.torch_settings import OpenedSettings, adopt_settings
+from torchfedrpc.wire.packing import Packed, Reference, pack
+
+
+class ProcessState:
+    """State of a process that its calls share.
+
+    Args:
+        spec: The run.
+        device: Device that `current_call` returns.
+        in_driver: Whether this is the driver's process, whose random streams are restored between calls.
+        report: Receives the progress that methods report.
+        activity: Shows the running calls to another process; None in the driver.
+
+    Attributes:
+        seed: The run's seed.
+        allow: The types that may travel in this run.
+        device: Device of this process's learners.
+        by_value: Whether results and reports are copied.
+        in_driver: Whether this is the driver's process.
+        is_alone: Whether one call runs at a time, so that it has settings and random streams to itself.
+        settings: The settings with which calls begin.
+        streams: The global random generators.
+        shared: Objects that learners share.
+        gate: Lock between sync methods and steps of async methods.
+        deadlines: Clocks of methods and of steps of streams.
+        activity: Shows the running calls to another process; None in the driver.
+    """
+
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        device: torch.device | None = None,
+        *,
+        in_driver: bool = False,
+        report: Report | None = None,
+        activity: Activity | None = None,
+    ) -> None:
+        self.seed = spec.seed
+        self.allow = spec.allow_list()
+        self.device = device or torch.device("cpu")
+        self.by_value = not in_driver or spec.runtime.isolation != "none"
+        self.in_driver = in_driver
+        self.is_alone = spec.runtime.max_concurrent_calls == 1
+        self.settings = OpenedSettings.of_this_process(spec.runtime.torch_threads)
+        torch.empty(0, device=self.device)  # a device that cannot be used fails here, and not on the host's threads
+        self.streams = RandomStreams(self.device)
+        self.shared = SharedObjects()
+        self.gate = Gate()
+        self.deadlines = Deadlines()
+        self.activity = activity
+        self._report = report
+        self._reporting = threading.Lock()  # a method may report from several threads
+
+    def take_value(self, obj: Any) -> Packed:
+        """Pack an object as it is now.
+
+        Raises:
+            SerializationError: If it cannot be sent.
+        """
+        return pack(obj) if self.by_value else Reference(obj)
+
+    def send_report(self, job: Job, progress: Any) -> None:
+        """Send progress of a job to the driver.
+
+        Raises:
+            SerializationError: If it cannot be sent.
+        """
+        value = self.take_value(progress)
+        value.copy().open(self.allow)  # a type that may not travel raises in the method, not in the driver
+        with self._reporting:
+            if self._report is not None:
+                self._report(job.call, job.num_reports, value)
+            job.num_reports += 1
+
+    def prepare_thread(self) -> None:
+        """Give the calling thread, which will run calls, the settings and the device of the process."""
+        adopt_settings(self.settings.values, of_thread_only=True)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
