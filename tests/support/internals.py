@@ -24,6 +24,24 @@ def group_of(proxy: tfr.LearnerProxy) -> Any:
     return remote_learners(proxy)._group
 
 
+def members_of(proxy: tfr.LearnerProxy) -> dict[str, Any]:
+    """The processes of the present world, or of the one that is formed, by name."""
+    members: dict[str, Any] = group_of(proxy).workers.members
+    return members
+
+
+def newcomers_of(proxy: tfr.LearnerProxy) -> dict[str, Any]:
+    """The processes that are prepared for a world, by name."""
+    newcomers: dict[str, Any] = group_of(proxy).workers.newcomers
+    return newcomers
+
+
+def asks_to_leave(proxy: tfr.LearnerProxy, worker: str) -> bool:
+    """Whether a worker has asked to leave, by its heartbeat process."""
+    asks: bool = group_of(proxy)._watch.asks_to_leave(worker)
+    return asks
+
+
 def sessions_of(proxy: tfr.LearnerProxy) -> dict[str, Any]:
     """The sessions of the learners that were called."""
     sessions: dict[str, Any] = remote_learners(proxy)._sessions
@@ -43,7 +61,7 @@ def processes_of(proxy: tfr.LearnerProxy) -> dict[Any, Any]:
 
 def is_formed(proxy: tfr.LearnerProxy) -> bool:
     """Whether the workers can be called, in a world that was formed."""
-    return any(member.client is not None for member in group_of(proxy).members.values())
+    return any(member.client is not None for member in members_of(proxy).values())
 
 
 async def check_nothing_goes_on(proxy: tfr.LearnerProxy) -> None:
@@ -79,8 +97,7 @@ def break_world(proxy: tfr.LearnerProxy) -> None:
 
 def cut_off(proxy: tfr.LearnerProxy, worker: str) -> None:
     """Give a worker up as after a missed heartbeat, though it lives."""
-    group = group_of(proxy)
-    group._give_up(group.members[worker], "it is cut off")
+    group_of(proxy)._give_up(members_of(proxy)[worker], "it is cut off")
 
 
 async def world_is_there(proxy: tfr.LearnerProxy) -> None:
@@ -99,7 +116,7 @@ class FirstWorker:
     """
 
     def __init__(self, proxy: tfr.LearnerProxy) -> None:
-        self._members = group_of(proxy).members
+        self._proxy = proxy
         self._clients = self._present()
         self._client = next(iter(self._clients.values()))
         foreign: Any = world
@@ -118,13 +135,12 @@ class FirstWorker:
         return self._present() == self._clients
 
     def _present(self) -> dict[str, Any]:
-        return {label: member.client for label, member in self._members.items()}
+        return {label: member.client for label, member in members_of(self._proxy).items()}
 
 
 def pid_of(proxy: tfr.LearnerProxy, worker: str) -> int | None:
     """The process that serves as a worker now; None if there is none, or another process started it."""
-    member = group_of(proxy).members.get(worker)
-    process = processes_of(proxy).get(member)
+    process = processes_of(proxy).get(members_of(proxy).get(worker))
     return process.pid if process is not None else None
 
 
@@ -143,7 +159,7 @@ def worker_of(proxy: tfr.LearnerProxy, client_id: str) -> str:
 def forming(proxy: tfr.LearnerProxy) -> str:
     """The step of forming a world that is under way: ``all leave``, ``all join``; empty if there is none."""
     group = group_of(proxy)
-    if is_formed(proxy) or group._mending is None or group._mending.done():
+    if is_formed(proxy) or not group._world_is_due.is_set():
         return ""
     place = group._place
     return "all join" if place._store is not None and not place._joining.done() else "all leave"
@@ -151,7 +167,7 @@ def forming(proxy: tfr.LearnerProxy) -> str:
 
 def is_in_next_world(proxy: tfr.LearnerProxy, worker: str) -> bool:
     """Whether a worker, or the process that replaces it, takes part in the world that is formed."""
-    return worker in group_of(proxy).members
+    return worker in members_of(proxy)
 
 
 def heartbeat_pid(worker_pid: int) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 import internals
 import pytest
 from conftest import Seen
-from internals import group_of
+from internals import members_of
 from learners import Mortal
 from summing import Adder, Brackets
 
@@ -110,7 +110,7 @@ def kill_started(proxy: tfr.LearnerProxy, worker: str) -> float:
 
 async def kill_once_started(proxy: tfr.LearnerProxy, worker: str) -> None:
     """Kill the replacement of a lost worker as soon as there is one."""
-    while worker not in group_of(proxy).members:
+    while worker not in members_of(proxy):
         await asyncio.sleep(0)
     kill(proxy, worker)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from conftest import Latch
 from folders import SUPPORT
-from internals import group_of
+from internals import asks_to_leave, group_of, newcomers_of
 from learners import Mortal
 from losses import SEED, Losses, Steps, undisturbed
 from processes import descendants_of, environment, serving_for, wait_for_end
@@ -462,9 +462,9 @@ async def test_nobody_waits_for_one_who_takes_long_to_get_ready(
             os.kill(await proxy.custom_method(client, "process_id"), signal.SIGKILL)
             await steps.check(*CLIENTS)
             assert seen.names(WorkerJoined) == killed
-        group = group_of(proxy)
-        assert group._newcomers["worker3"].wants_to_leave
-        group._fail(tfr.WorkerLostError("a test wants it"))
+        assert "worker3" in newcomers_of(proxy)
+        assert asks_to_leave(proxy, "worker3")
+        group_of(proxy)._fail(tfr.WorkerLostError("a test wants it"))
         message = await asyncio.to_thread(guest.receive)
         assert message == {"do": "stop", "reason": "the run has no world any more"}
         beating.cancel()

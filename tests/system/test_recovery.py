@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import Latch, opened
-from internals import group_of, is_formed, remote_learners
+from internals import group_of, is_formed, members_of, remote_learners
 from learners import Mortal
 from losses import (
     NUM_ITEMS,
@@ -193,7 +193,7 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
     monkeypatch.setattr(WorkerProcess, "start", start)
     kill(proxy, "worker1")
     await steps.check(*clients)
-    numbers = {label: member.local_index for label, member in group_of(proxy).members.items()}
+    numbers = {label: member.local_index for label, member in members_of(proxy).items()}
     assert numbers == {"worker1": 0, "worker2": 1}  # of its name, for its share of the GPUs
 
 

@@ -8,7 +8,6 @@ from torchfedrpc.executors.call_executor import CallExecutor
 from torchfedrpc.executors.remote import RemoteLearners, sources_elsewhere
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.launch import current_workers
-from torchfedrpc.rpc.sources import LaunchSource
 
 
 @executor("distributed")
@@ -18,7 +17,7 @@ class DistributedExecutor(CallExecutor):
     def _make_learners(self, spec: ExecutorSpec) -> RemoteLearners:
         sources = sources_elsewhere(self.config)
         if (workers := current_workers()) is not None:
-            sources = [LaunchSource(workers, self.config), *sources]
+            sources = [workers, *sources]
         if not sources:
             raise ConfigError(
                 "distributed mode needs the other ranks of a launch: start the script's main coroutine by "

@@ -8,12 +8,11 @@ import logging
 import sys
 import warnings
 from collections.abc import Coroutine, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.events import WorkerJoined, WorkerLeft, WorkerLost, WorldFormed
+from torchfedrpc.events import WorkerJoined, WorkerLeft, WorkerLost
 from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.batches import Batches, Part
@@ -23,16 +22,15 @@ from torchfedrpc.executors.journal import Journal, Journals
 from torchfedrpc.executors.learner_session import LearnerSession, SessionStream
 from torchfedrpc.executors.placement import LOCAL, addresses, even_out, place_again, place_clients
 from torchfedrpc.executors.snapshot_throttle import SnapshotBudget, SnapshotThrottle
-from torchfedrpc.executors.workers import Workers, WorkerState
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.reduce.driver import ReduceProgress, Reduction
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.handshake import load_token
-from torchfedrpc.rpc.heartbeat import Loss
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.sources import DialledSource, JoinedSource, Source
-from torchfedrpc.rpc.worker_group import WorkerGroup
+from torchfedrpc.rpc.sources import DialledSource, JoinedSource, Source, Tasks
+from torchfedrpc.rpc.worker_group import WorkerGroup, WorkerLeaving
+from torchfedrpc.rpc.workers import Worker, WorkerState
 from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Packed, pack
 from torchfedrpc.wire.shared import SharedValue
@@ -87,16 +85,17 @@ class RemoteLearners:
         self._spec = spec
         self._sources = sources
         self._joined = next((source for source in sources if isinstance(source, JoinedSource)), None)
-        self._workers = Workers()
+        self._group = WorkerGroup(sources, spec.learner, self._reported)
+        self._workers = self._group.workers
         self._places: dict[str, str] = {}  # client -> name of the worker that it is placed on
         self._sessions: dict[str, LearnerSession] = {}  # of clients with at least one call
         self.journals = Journals(config, admission)
-        self._group: WorkerGroup | None = None
         self._is_open = self._is_closed = False
         self._budget = SnapshotBudget()
         self._throttles: dict[str, SnapshotThrottle] = {}
         self._file_pool = FilePool()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
+        self._following: asyncio.Task[None] | None = None
         self._own_call_ids = itertools.count(-(1 << 40), -1)  # disjoint from the ids of a proxy and an executor
         self._plain_arguments: dict[bytes, Packed] = {}  # cache: pickle -> arguments without tensors
         self._warned_of: set[str | None] = set()  # attributes that cannot be captured and have had a warning
@@ -112,20 +111,16 @@ class RemoteLearners:
             WorkerLostError: If a worker ended meanwhile, or cannot be reached.
         """
         torch_rpc()  # fails before any process is started
-        members = await self._gather()
-        if members:
+        await self._group.gather()
+        is_placed = bool(self._workers.members)
+        if is_placed:
             self._place_all()
-        self._group = WorkerGroup(members, self._spec.learner, self, self._reported)
         await self._group.open()
         self._is_open = True
-        for member in members:
-            self._workers.serve(member)
-        for source in self._sources:
-            source.start(partial(self._admit, source))
-        if not members:
+        self._following = asyncio.ensure_future(self._follow())
+        if not is_placed:
             await self._first_to_join()
             self._place_all()
-        self._group.hear_leavers()
 
     async def close(self, reason: str) -> None:
         """Fail the pending calls, end the world, and release the workers."""
@@ -133,14 +128,12 @@ class RemoteLearners:
             for source in self._sources:
                 source.abandon()
         self._is_open, self._is_closed = False, True
-        self._stats_at_close = {**self.stats(), "journal_bytes": 0, "workers": {}}
-        self._workers.close()
-        self._workers.fail(WorkerLostError("the proxy is closed"))
+        self._stats_at_close = {**self._stats(), "journal_bytes": 0, "workers": {}}
+        if self._following is not None:
+            self._following.cancel()
         try:
-            group, self._group = self._group, None
-            if group is not None:
-                await group.close(reason)
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._group.close(reason)
+            await self._tasks.wait()
             self._sessions.clear()
             self.journals.close()
             self._file_pool.close()
@@ -179,7 +172,7 @@ class RemoteLearners:
 
     def take_shared(self, obj: Any) -> Packed:
         """Pack the present value of an object, for several calls; in shared memory files if a worker can map them."""
-        members = self._opened().members.values()
+        members = self._workers.members.values()
         return pack(obj, in_files=any(one.sees_files for one in members), pool=self._file_pool)
 
     def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
@@ -196,10 +189,9 @@ class RemoteLearners:
 
     def unshare(self, value: SharedValue) -> None:
         """Free a shared value on all workers."""
-        if self._group is not None:
-            for member in self._group.members.values():
-                if member.client is not None:
-                    member.client.unshare(value)
+        for member in self._workers.members.values():
+            if member.client is not None:
+                member.client.unshare(value)
 
     def rref(self, client_id: str) -> Any:
         """Return a learner's RRef. A learner without calls is registered for that.
@@ -237,20 +229,23 @@ class RemoteLearners:
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         """Inject faults into workers at later calls."""
-        await asyncio.gather(*(self._opened().arm(label, of_label) for label, of_label in faults.items()))
+        await asyncio.gather(*(self._group.arm(label, of_label) for label, of_label in faults.items()))
 
     def stats(self) -> dict[str, Any]:
         """Return bytes sent and received, workers lost, and the number of learners of each worker."""
-        if (group := self._group) is None:
-            return self._stats_at_close
-        traffic, members = list(group.traffic.values()), group.members.values()
+        return self._stats_at_close if self._is_closed else self._stats()
+
+    def _stats(self) -> dict[str, Any]:
+        traffic = list(self._group.traffic.values())
         return {
             "bytes_sent": sum(one.num_sent_bytes for one in traffic),
             "bytes_received": sum(one.num_received_bytes for one in traffic),
             "snapshot_bytes": sum(one.num_snapshot_bytes for one in traffic),
             "journal_bytes": self.journals.num_bytes,
             "workers_lost": self._num_lost,
-            "workers": {member.label: {"learners": len(member.registrations)} for member in members},
+            "workers": {
+                label: {"learners": len(member.registrations)} for label, member in self._workers.members.items()
+            },
         }
 
     # Interface for sessions.
@@ -293,14 +288,7 @@ class RemoteLearners:
 
     def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine as a task until the run ends."""
-        task = asyncio.ensure_future(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._end_task)
-
-    def _end_task(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a task of the run failed", exc_info=error)
+        self._tasks.start(coroutine)
 
     def relieve_journals(self) -> None:
         """Start snapshots that bring the journals of all learners under their bound."""
@@ -320,76 +308,35 @@ class RemoteLearners:
         except Exception:  # warnings are errors here, and no caller can handle them
             logger.warning(message)
 
-    # Interface for the worker group.
-
     @property
     def is_closed(self) -> bool:
         """Whether the proxy is closed."""
         return self._is_closed
 
-    @property
-    def expects_workers(self) -> bool:
-        """Whether further workers may come if none is left."""
-        return any(source.expects_workers for source in self._sources)
+    # Workers that come and go.
 
-    def worker_leaving(self, member: Member) -> None:
-        """Move the learners of a worker that asks to leave, then release it."""
-        logger.info("%s leaves: its learners are moved", member.label)
-        self._workers.leave(member.label)
-        self._place_again(self._clients_of(member.label))
-        self.in_background(self._drain(member))
-
-    def worker_lost(self, member: Member, loss: Loss) -> None:
-        """Record the loss of a worker. The next calls of its learners rebuild them."""
-        self._num_lost += 1
-        self._spec.publish(WorkerLost(member.label, loss.reason))
-        where = self._last_loss = f"{member.label} was lost ({loss.reason})"
-        if self.journals_are_kept:
-            self._do_without(member, where)
-            return
-        self._workers.lose(member.label, where)
-        reason = f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it"
-        self._workers.give_up(member.label, reason)
-        for client_id in self._clients_of(member.label):  # an interrupted move leaves the learner where it was
-            self._places[client_id] = self.label_of(client_id)
-
-    def world_formed(self, generation: int, seconds: float) -> None:
-        """Record that the workers can be called again, and place clients on new workers."""
-        self._spec.publish(WorldFormed(generation, seconds))
-        newcomers = [member.label for member in self._opened().members.values() if self._workers.serve(member)]
-        for label in newcomers:
-            self._spec.publish(WorkerJoined(label))
-        if newcomers:
-            self._balance()
-        self._workers.changed()
-
-    def world_failed(self, error: ConfigError | WorkerLostError) -> None:
-        """Fail all calls, since no worker can be called for the rest of the run."""
-        self._workers.fail(error)
+    async def _follow(self) -> None:
+        """Follow what becomes of the workers, event after event."""
+        while True:
+            event = await self._group.events.get()
+            if isinstance(event, WorkerLeaving):
+                self._empty(event.worker)
+                continue
+            self._spec.publish(event)
+            if isinstance(event, WorkerJoined):
+                self._balance()
+            elif isinstance(event, WorkerLost):
+                self._num_lost += 1
+                self._last_loss = self._workers[event.worker].reason
+                if self.journals_are_kept:
+                    self._do_without(event.worker)
+                else:
+                    self._give_up(event.worker)
 
     def _reported(self, call: Call, number: int, progress: Packed) -> None:
         session = self._sessions.get(call.client_id)
         if session is not None and session.is_next_report(call, number):
             self._spec.publish_progress(call, progress)
-
-    def _admit(self, source: Source, member: Member) -> None:
-        if self._is_open:
-            self._workers.admit(source, member)
-            self._opened().admit(member)
-
-    async def _gather(self) -> list[Member]:
-        """Return the workers of all sources, in the order of their ranks."""
-        gathering = [asyncio.ensure_future(source.gather()) for source in self._sources]
-        try:
-            gathered = await asyncio.gather(*gathering)
-        finally:
-            for task in gathering:
-                task.cancel()
-            await asyncio.gather(*gathering, return_exceptions=True)
-        for source, members in zip(self._sources, gathered, strict=True):
-            for member in members:
-                self._workers.admit(source, member)
-        return [member for members in gathered for member in members]
 
     async def _first_to_join(self) -> None:
         """Wait until a worker has joined and can be called, in a run without other workers.
@@ -400,12 +347,12 @@ class RemoteLearners:
         """
         assert self._joined is not None
         print(f"waiting for a worker: {self._joined.command}", file=sys.stderr, flush=True)
-        while not self._present() and self._workers.failure is None:
+        while not self._workers.present and self._workers.failure is None:
             try:
                 async with asyncio.timeout(_FIRST_TIMEOUT_S):
                     await self._workers.next_change()
             except TimeoutError:
-                if self._opened().is_taking_in:  # bounded by the timeout of forming a world
+                if self._group.is_taking_in:  # bounded by the timeout of forming a world
                     continue
                 why = f" ({self._last_loss})" if self._last_loss else ""
                 raise ConfigError(
@@ -415,34 +362,46 @@ class RemoteLearners:
         if self._workers.failure is not None:
             raise self._workers.failure
 
-    async def _drain(self, member: Member) -> None:
+    def _empty(self, label: str) -> None:
+        """Move the learners of a worker that asks to leave."""
+        worker = self._workers[label]
+        if worker.state is WorkerState.LEAVING and worker.member is not None:
+            logger.info("%s leaves: its learners are moved", label)
+            self._place_again(self._clients_of(label))
+            self.in_background(self._drain(worker, worker.member))
+
+    async def _drain(self, worker: Worker, member: Member) -> None:
         """Move all learners off a worker, and release it."""
+        await self._move_off(member)
+        if worker.member is not member or self._is_closed:
+            return  # it was lost meanwhile, or the run has ended
+        self._group.release(worker.label)
+        self._spec.publish(WorkerLeft(worker.label))
+        self._do_without(worker.label)
+
+    async def _move_off(self, member: Member) -> None:
         moving = [session for session in self._sessions.values() if session.worker is member]
         await asyncio.gather(*(session.move() for session in moving))
-        worker = self._workers.get(member.label)
-        is_leaving = worker is not None and worker.member is member and worker.state is WorkerState.LEAVING
-        if not is_leaving or self._group is None:
-            return  # it was lost meanwhile, or the run has ended
-        self._group.release(member.label)
-        self._spec.publish(WorkerLeft(member.label))
-        self._do_without(member, f"{member.label} has left")
 
-    def _do_without(self, member: Member, where: str) -> None:
+    def _give_up(self, label: str) -> None:
+        """Fail the calls of a lost worker's learners, which are not rebuilt."""
+        where = self._workers[label].reason
+        self._workers.give_up(label, f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it")
+        for client_id in self._clients_of(label):  # an interrupted move leaves the learner where it was
+            self._places[client_id] = self.label_of(client_id)
+
+    def _do_without(self, label: str) -> None:
         """Let the clients of a lost worker wait for its replacement, or place them on other workers."""
-        label = member.label
         worker = self._workers[label]
-        keeps_place = worker.source.lost(member)
-        self._workers.lose(label, where)
-        if not keeps_place:
-            worker.machine = None
+        if worker.machine is None:
             self._place_again(self._clients_of(label))
         clients = self._clients_of(label)
-        if clients and self.expects_workers:
+        if clients and self._group.expects_workers:
             self._workers.expect(label, self._config.rejoin_timeout_s)
-        elif clients and self._present():
+        elif clients and self._workers.present:
             endpoint = self._config.client_endpoints.get(clients[0])
-            self._workers.give_up(label, f"{where}, and no worker is left where {endpoint!r} wants it")
-        elif not keeps_place and not clients:
+            self._workers.give_up(label, f"{worker.reason}, and no worker is left where {endpoint!r} wants it")
+        elif worker.machine is None and not clients:
             self._workers.remove(label)
 
     def _place_all(self) -> None:
@@ -451,7 +410,7 @@ class RemoteLearners:
 
     def _place_again(self, clients: Sequence[str]) -> None:
         """Place clients on present workers, as far as their endpoints allow."""
-        self._places |= place_again(clients, self._config.client_endpoints, self._present(), self._places)
+        self._places |= place_again(clients, self._config.client_endpoints, self._workers.machines, self._places)
         self._workers.changed()
 
     def _balance(self) -> None:
@@ -466,11 +425,10 @@ class RemoteLearners:
             ]
         )
         # Workers with a replacement on its way keep their share.
-        present = self._present()
         labels = [
             worker.label
             for worker in self._workers
-            if worker.machine is not None and (worker.label in present or worker.source.replaces)
+            if worker.machine is not None and (worker.label in self._workers.present or worker.source.replaces)
         ]
         clients = [client_id for client_id in self._spec.clients if client_id in self._places]
         moved = even_out(clients, endpoints, labels, self._places, lambda client_id: client_id not in self._sessions)
@@ -482,27 +440,15 @@ class RemoteLearners:
             if worker.deadline is not None and not self._clients_of(worker.label):
                 worker.stop_waiting()
 
-    def _present(self) -> dict[str, str]:
-        """Return name -> machine of the workers that clients can be placed on."""
-        return {
-            worker.label: worker.member.machine
-            for worker in self._workers
-            if worker.state is WorkerState.SERVING and worker.member is not None
-        }
-
     def _clients_of(self, label: str) -> list[str]:
         return [client_id for client_id, place in self._places.items() if place == label]
 
     def _session(self, client_id: str) -> LearnerSession:
         session = self._sessions.get(client_id)
         if session is None:
-            self._opened()
+            if self._is_closed:
+                raise ConfigError("this executor is not open: await executor.open(spec) first")
             constructor = self._spec.constructor_arguments(client_id)
             session = LearnerSession(client_id, constructor, Journal(client_id, self.journals), self)
             self._sessions[client_id] = session
         return session
-
-    def _opened(self) -> WorkerGroup:
-        if self._group is None:
-            raise ConfigError("this executor is not open: await executor.open(spec) first")
-        return self._group

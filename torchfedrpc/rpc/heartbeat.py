@@ -188,6 +188,10 @@ class Watch:
         self._heartbeats[key] = _Heartbeat(connection)
         self._loop.add_reader(connection, self._read, key)
 
+    def asks_to_leave(self, key: Hashable) -> bool:
+        """Return whether a watched worker has asked to leave."""
+        return key in self._heartbeats and self._heartbeats[key].asks_to_leave
+
     def release(self, key: Hashable) -> socket.socket:
         """Stop watching a worker, and leave its connection open for a later `Watch`.
 
@@ -242,6 +246,7 @@ class Watch:
         except OSError as error:
             self._lose(key, f"its heartbeat connection broke: {error}")
             return
+        asked_to_leave = heartbeat.asks_to_leave
         heartbeat.take(data)
         if heartbeat.is_malformed:
             self._lose(key, "its heartbeat process sent malformed data")
@@ -249,8 +254,7 @@ class Watch:
             self._lose(key, "its process ended")
         elif not data:
             self._lose(key, "its heartbeat process ended")
-        elif heartbeat.asks_to_leave:
-            heartbeat.asks_to_leave = False
+        elif heartbeat.asks_to_leave and not asked_to_leave:
             self._on_leaving(key)
 
     def _lose(self, key: Hashable, reason: str) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch.distributed
@@ -38,6 +37,7 @@ from torchfedrpc.rpc.handshake import (
 from torchfedrpc.rpc.heartbeat_connection import EPHEMERAL_PORTS
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, network_site
 from torchfedrpc.rpc.member import Member
+from torchfedrpc.rpc.sources import Source
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,10 @@ _RETRY_S = 0.2
 _STALE_S = 10.0  # a driver replaces the address that an earlier attempt left in the store within this time
 
 
-class LaunchedWorkers:
-    """Rank 0's side: publishes the address where it listens, and holds the control links of the other ranks.
+class LaunchedWorkers(Source):
+    """The ranks of a launch, which stay for the next run. A lost rank is not replaced.
+
+    Rank 0 publishes the address where it listens, and holds the control links of the other ranks.
 
     It listens from the first run that needs workers. The configuration of that run names the interface and the token
     file. Without a token file, each attempt has a random token in the launcher's store, which may still contain keys
@@ -65,6 +67,7 @@ class LaunchedWorkers:
     """
 
     def __init__(self, launch: Launch) -> None:
+        super().__init__()
         self._launch = launch
         self._members: dict[int, Member] = {}
         self._lost: set[int] = set()
@@ -75,7 +78,7 @@ class LaunchedWorkers:
         self._address = ""  # where it listens
         self._failure: str | None = None  # why a rank cannot come
 
-    async def members(self, runtime: RuntimeConfig) -> list[Member]:
+    async def gather(self, runtime: RuntimeConfig) -> list[Member]:
         """Wait for all ranks; returns the workers that were not lost, by rank.
 
         Args:
@@ -96,7 +99,12 @@ class LaunchedWorkers:
             )
         return present
 
-    def close(self, *, failed: bool) -> None:
+    def release(self, member: Member, reason: str) -> None:
+        """Let a lost rank go. If it wakes up, it ends with status 0, so that the launcher ends no other rank."""
+        self._lost |= {rank for rank, present in self._members.items() if present is member}
+        super().release(member, reason)
+
+    def end(self, *, failed: bool) -> None:
         """End all workers: by a message after a good run, by the end of this process after a failure.
 
         After a failure a message could end a worker first, and the launcher would then end this process before it has
@@ -116,7 +124,7 @@ class LaunchedWorkers:
                 if member.heartbeat is not None:
                     member.heartbeat.detach()
             else:
-                _release(member, "")
+                super().release(member, "")
 
     async def _wait_for_ranks(self) -> None:
         complete = asyncio.wrap_future(self._complete)
@@ -161,9 +169,7 @@ class LaunchedWorkers:
         self._members[rank] = Member(
             f"worker{rank}",
             link,
-            None,
             about["machine"],
-            dismiss=partial(self._dismiss, rank),
             elsewhere=about["site"] != network_site(),
         )
         if not self._missing() and not self._complete.done():
@@ -182,17 +188,6 @@ class LaunchedWorkers:
                         self._store.delete_key(key)  # or the next attempt would read it
                         return reason
         return None
-
-    def _dismiss(self, rank: int, reason: str) -> None:
-        """Release a lost worker. If it wakes up, it ends with status 0, so that the launcher ends no other rank."""
-        self._lost.add(rank)
-        _release(self._members[rank], reason)
-
-
-def _release(member: Member, reason: str) -> None:
-    member.link.stop(reason)
-    if member.heartbeat is not None:
-        member.heartbeat.close()
 
 
 _current: LaunchedWorkers | None = None
@@ -217,7 +212,7 @@ def driving(launch: Launch) -> Iterator[None]:
         raise
     finally:
         _current = None
-        workers.close(failed=failed)
+        workers.end(failed=failed)
 
 
 def dial_driver(launch: Launch) -> Link:

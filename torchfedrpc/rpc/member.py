@@ -13,6 +13,7 @@ from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.rpc.control_link import Link, Message, in_short
 from torchfedrpc.rpc.heartbeat import Loss
+from torchfedrpc.rpc.processes import WorkerProcess
 from torchfedrpc.rpc.worker_client import UndeliverableError, WorkerClient, WorldOver
 from torchfedrpc.wire.file import TensorFile
 
@@ -45,10 +46,9 @@ class Member:
         label: Its name, such as ``worker1``, or the address at which it listens. A replacement has the name of the
             worker that it replaces.
         link: The driver's end of the control link.
-        heartbeat: The driver's end of the heartbeat connection; None until it is opened.
         machine: Name of its machine.
-        dismiss: Releases the process. Takes the reason why it is given up, empty if it is not.
-        how_it_ended: Returns how the process ended, as a clause after "it ended"; empty if that is unknown.
+        heartbeat: The driver's end of the heartbeat connection; None until it is opened.
+        process: The process, if the driver has started it.
         elsewhere: Whether it is on another machine than the driver (machine names need not differ).
         imports_main: How it imports the driver's script: by its ``path`` or by its ``name``; None if it runs the
             script itself.
@@ -58,8 +58,6 @@ class Member:
         sees_files: Whether it can open memory files of the driver.
         pid: Its process id if the driver can open its memory files, else None.
         local_index: Its number among the run's workers on its machine, from 0.
-        has_served: Whether it was in a world of this run.
-        wants_to_leave: Whether it has asked to be released, and the observer was not called yet.
         lost: Future of how it was lost; made when a run begins.
         client: Sends requests to it in the present world; None while the world is re-formed.
         confirmed: Clients whose learners it has confirmed as registered, in earlier worlds.
@@ -68,10 +66,9 @@ class Member:
 
     label: str
     link: Link
-    heartbeat: socket.socket | None
     machine: str
-    dismiss: Callable[[str], None]
-    how_it_ended: Callable[[], str] = lambda: ""
+    heartbeat: socket.socket | None = None
+    process: WorkerProcess | None = None
     elsewhere: bool = False
     imports_main: Literal["path", "name"] | None = None
     registrations: dict[str, Registration] = field(default_factory=dict)
@@ -80,8 +77,6 @@ class Member:
     sees_files: bool = False
     pid: int | None = None
     local_index: int = -1
-    has_served: bool = False
-    wants_to_leave: bool = False
     client: WorkerClient | None = None
     confirmed: set[str] = field(default_factory=set)
     sent: dict[int, None] = field(default_factory=dict)
@@ -95,7 +90,6 @@ class Member:
         """Begin a run on the running event loop."""
         self.registrations, self.confirmed, self.sent, self.client = {}, set(), {}, None
         self._cancelled, self._unread = set(), {}
-        self.has_served = self.wants_to_leave = False
         self.lost = asyncio.get_running_loop().create_future()
         self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
@@ -126,6 +120,10 @@ class Member:
         """Return the error of requests to a process that is gone."""
         loss = self.lost.result()
         return WorkerGone(loss.reason, frozenset(loss.running or ()))
+
+    def how_it_ended(self) -> str:
+        """Return how the process ended, as a clause after "it ended"; empty if that is unknown."""
+        return self.process.how_it_ended() if self.process is not None else ""
 
     @property
     def is_gone(self) -> bool:

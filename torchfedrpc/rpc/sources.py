@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,11 @@ from torchfedrpc.rpc.handshake import (
     dial,
 )
 from torchfedrpc.rpc.interfaces import network_site, parse_address
-from torchfedrpc.rpc.launch import LaunchedWorkers
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.processes import WorkerProcess
 from torchfedrpc.rpc.surroundings import Surroundings
 
 logger = logging.getLogger(__name__)
-
-Admit = Callable[[Member], None]
 
 _FIRST_PAUSE_S = 0.25
 _MAX_PAUSE_S = 2.0
@@ -50,13 +47,17 @@ class Source:
     Attributes:
         expects_workers: whether workers may come later.
         replaces: whether this source itself starts another worker of the same name in the place of a lost one.
+        arrivals: workers that have come since the run began, in order.
     """
 
     expects_workers = False
     replaces = False
 
-    async def gather(self) -> Sequence[Member]:
-        """Return the workers to begin with. The run names those without a label.
+    def __init__(self) -> None:
+        self.arrivals: asyncio.Queue[Member] = asyncio.Queue()
+
+    async def gather(self, runtime: RuntimeConfig) -> Sequence[Member]:
+        """Return the workers to begin a run with. The run names those without a label.
 
         Raises:
             ConfigError: If a setting is wrong for some of them.
@@ -64,14 +65,22 @@ class Source:
         """
         return []
 
-    def start(self, admit: Admit) -> None:
-        """Call ``admit`` with each worker that comes from now on."""
+    def release(self, member: Member, reason: str) -> None:
+        """Let a worker go.
 
-    def lost(self, member: Member) -> bool:
-        """Note that a worker of this source was lost or released.
+        Args:
+            member: the worker.
+            reason: why it is given up; empty if it has left.
+        """
+        member.link.stop(reason)
+        if member.heartbeat is not None:
+            member.heartbeat.close()
+
+    def lost(self, member: Member, *, has_served: bool) -> bool:
+        """Note that a worker was lost or has left, after `release`.
 
         Returns:
-            Whether its name is kept for a replacement, which is admitted later.
+            Whether its name is kept for a replacement, which arrives later.
         """
         return False
 
@@ -92,34 +101,40 @@ class _Backoff:
     def __init__(self) -> None:
         self._pause_s = 0.0
 
-    def reset_if_served(self, member: Member) -> None:
-        """Begin again without a pause, unless the lost worker was of no use."""
-        if member.has_served:
-            self._pause_s = 0.0
+    def reset(self) -> None:
+        """Begin again without a pause."""
+        self._pause_s = 0.0
 
     async def pause(self) -> None:
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _MAX_PAUSE_S) or _FIRST_PAUSE_S
         await asyncio.sleep(pause_s)
 
 
-class _Tasks:
-    """Tasks that are cancelled together."""
+class Tasks:
+    """Tasks that end together. An error of one is logged."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, task: Coroutine[Any, Any, None]) -> None:
-        started = asyncio.ensure_future(task)
-        self._tasks.add(started)
-        started.add_done_callback(self._tasks.discard)
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine as a task."""
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._end)
 
-    async def cancel(self) -> None:
+    def cancel(self) -> None:
+        """Cancel all tasks; `wait` awaits their ends."""
         for task in self._tasks:
             task.cancel()
-        await self.wait()
 
     async def wait(self) -> None:
+        """Wait until all tasks have ended."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task of the run failed", exc_info=error)
 
 
 class ProcessSource(Source):
@@ -137,96 +152,66 @@ class ProcessSource(Source):
     replaces = True
 
     def __init__(self, count: int, surroundings: Surroundings) -> None:
+        super().__init__()
         self._surroundings = surroundings
         self._labels = [f"worker{number}" for number in range(1, count + 1)]
         self.processes: dict[Member, WorkerProcess] = {}
         self._backoffs: defaultdict[str, _Backoff] = defaultdict(_Backoff)
-        self._starting = _Tasks()
-        self._ending = _Tasks()
-        self._admit: Admit | None = None
+        self._starting = Tasks()
+        self._ending = Tasks()
 
-    async def gather(self) -> Sequence[Member]:
+    async def gather(self, runtime: RuntimeConfig) -> Sequence[Member]:
         """Start all processes."""
         return [await self._start(label) for label in self._labels]
 
-    def start(self, admit: Admit) -> None:
-        """Replace lost workers from now on."""
-        self._admit = admit
+    def release(self, member: Member, reason: str) -> None:
+        """Kill the process."""
+        if (process := self.processes.get(member)) is not None:
+            process.kill()
+            self._end(member)
 
-    def lost(self, member: Member) -> bool:
+    def lost(self, member: Member, *, has_served: bool) -> bool:
         """Start a replacement."""
-        if self._admit is None:
-            return False
-        self._backoffs[member.label].reset_if_served(member)
-        self._starting.start(self._replace(member.label, self._admit))
+        if has_served:
+            self._backoffs[member.label].reset()
+        self._starting.start(self._replace(member.label))
         return True
 
     def abandon(self) -> None:
         """Kill the processes: those that are still importing would answer too late."""
         for member in list(self.processes):
-            self._kill(member)
+            self.release(member, "")
 
     async def close(self, reason: str) -> None:
         """End the processes."""
-        self._admit = None
-        await self._starting.cancel()
+        self._starting.cancel()
+        await self._starting.wait()
         for member in list(self.processes):
             self._end(member)
         await self._ending.wait()
 
-    async def _replace(self, label: str, admit: Admit) -> None:
+    async def _replace(self, label: str) -> None:
         has_warned = False
         while True:
             await self._backoffs[label].pause()
             try:
-                member = await self._start(label)
-                break
+                self.arrivals.put_nowait(await self._start(label))
+                return
             except OSError as error:  # no memory, or no process left
                 if not has_warned:
                     logger.warning("no process can be started for %s (%s): trying on", label, error)
                 has_warned = True
-        admit(member)
 
     async def _start(self, label: str) -> Member:
         process = await WorkerProcess.start(self._surroundings)
-        member = Member(
-            label,
-            process.link,
-            None,
-            socket.gethostname(),
-            dismiss=lambda reason: self._kill(member),
-            how_it_ended=process.how_it_ended,
-            imports_main="path",
-        )
+        member = Member(label, process.link, socket.gethostname(), process=process, imports_main="path")
         self.processes[member] = process
         return member
-
-    def _kill(self, member: Member) -> None:
-        if member in self.processes:
-            self.processes[member].kill()
-            self._end(member)
 
     def _end(self, member: Member) -> None:
         self._ending.start(self.processes.pop(member).stop())
         if member.heartbeat is not None:
             member.heartbeat.close()
-
-
-class LaunchSource(Source):
-    """The ranks of a launch, which stay for the next run. A lost rank is not replaced.
-
-    Args:
-        workers: the ranks of this process's launch.
-        runtime: the run's configuration.
-    """
-
-    def __init__(self, workers: LaunchedWorkers, runtime: RuntimeConfig) -> None:
-        self._workers = workers
-        self._runtime = runtime
-
-    async def gather(self) -> Sequence[Member]:
-        """Wait for all ranks; returns those that were not lost, by rank."""
-        return await self._workers.members(self._runtime)
 
 
 class DialledSource(Source):
@@ -240,14 +225,14 @@ class DialledSource(Source):
     expects_workers = True
 
     def __init__(self, addresses: Sequence[str], token: bytes) -> None:
+        super().__init__()
         self._addresses = addresses
         self._token = token
         self._members: dict[str, Member] = {}
         self._backoffs: defaultdict[str, _Backoff] = defaultdict(_Backoff)
-        self._dialling = _Tasks()
-        self._admit: Admit | None = None
+        self._dialling = Tasks()
 
-    async def gather(self) -> Sequence[Member]:
+    async def gather(self, runtime: RuntimeConfig) -> Sequence[Member]:
         """Dial all addresses at once.
 
         Raises:
@@ -260,25 +245,20 @@ class DialledSource(Source):
                 raise outcome
         return list(self._members.values())
 
-    def start(self, admit: Admit) -> None:
-        """Dial lost workers again from now on."""
-        self._admit = admit
-
-    def lost(self, member: Member) -> bool:
+    def lost(self, member: Member, *, has_served: bool) -> bool:
         """Dial its address until it is there again."""
         self._members.pop(member.label, None)
-        if self._admit is None:
-            return False
-        self._backoffs[member.label].reset_if_served(member)
-        self._dialling.start(self._dial_again(member.label, self._admit))
+        if has_served:
+            self._backoffs[member.label].reset()
+        self._dialling.start(self._dial_again(member.label))
         return True
 
     async def close(self, reason: str) -> None:
         """Release the workers, which wait for the next driver."""
-        self._admit = None
-        await self._dialling.cancel()
+        self._dialling.cancel()
+        await self._dialling.wait()
         for member in self._members.values():
-            member.dismiss(reason)
+            self.release(member, reason)
         self._members.clear()
 
     async def _dial_first(self, address: str) -> None:
@@ -298,18 +278,18 @@ class DialledSource(Source):
                 raise _unusable(address, error) from error
             await asyncio.sleep(_BUSY_RETRY_S)
 
-    async def _dial_again(self, address: str, admit: Admit) -> None:
+    async def _dial_again(self, address: str) -> None:
         logged = ""
         while True:
             await self._backoffs[address].pause()
             try:
                 await self._dial(address, _BUSY_TIMEOUT_S)
-                break
+                self.arrivals.put_nowait(self._members[address])
+                return
             except HandshakeError as error:
                 if str(error) != logged:
                     logger.info("%s is dialled until it is there: %s", address, error)
                 logged = str(error)
-        admit(self._members[address])
 
     async def _dial(self, address: str, timeout_s: float) -> None:
         link, about = await dial(address, self._token, _about_driver(), timeout_s=timeout_s)
@@ -330,6 +310,7 @@ class JoinedSource(Source):
     expects_workers = True
 
     def __init__(self, address: str, token: bytes) -> None:
+        super().__init__()
         host, port = parse_address(address, any_port=True)
         try:
             server = socket.create_server((host, port))
@@ -338,8 +319,6 @@ class JoinedSource(Source):
         self._host = host
         self._port = server.getsockname()[1]
         self._members: list[Member] = []
-        self._early: list[Member] = []  # joined before `start`
-        self._admit: Admit | None = None
         self._loop = asyncio.get_running_loop()
         self._end_reason: str | None = None  # once closed
         self._listener = ListenerThread(Listener(server, token, self._serve))
@@ -355,14 +334,7 @@ class JoinedSource(Source):
         """The command that starts a worker and lets it join."""
         return f"torchfedrpc-worker --join {self.address} --token-file FILE"
 
-    def start(self, admit: Admit) -> None:
-        """Admit the workers that have joined, like those that join later: a bad one is refused alone."""
-        self._admit = admit
-        early, self._early = self._early, []
-        for member in early:
-            admit(member)
-
-    def lost(self, member: Member) -> bool:
+    def lost(self, member: Member, *, has_served: bool) -> bool:
         """Keep no place: the next worker that joins is a new one."""
         if member in self._members:
             self._members.remove(member)
@@ -373,7 +345,7 @@ class JoinedSource(Source):
         self._end_reason = reason
         self._listener.close()
         for member in self._members:
-            member.dismiss(reason)
+            self.release(member, reason)
         self._members.clear()
 
     async def _serve(self, dialler: Dialler) -> None:
@@ -388,13 +360,10 @@ class JoinedSource(Source):
     def _joined(self, link: Link, about: About) -> None:
         member = _remote_member(link, about)
         if self._end_reason is not None:
-            member.dismiss(self._end_reason)
+            self.release(member, self._end_reason)
             return
         self._members.append(member)
-        if self._admit is not None:
-            self._admit(member)
-        else:
-            self._early.append(member)
+        self.arrivals.put_nowait(member)
 
 
 def _about_driver() -> About:
@@ -404,22 +373,7 @@ def _about_driver() -> About:
 
 def _remote_member(link: Link, about: About, label: str = "") -> Member:
     """A worker after its handshake."""
-
-    def dismiss(reason: str) -> None:
-        link.stop(reason)
-        if member.heartbeat is not None:
-            member.heartbeat.close()
-
-    member = Member(
-        label,
-        link,
-        None,
-        about["machine"],
-        dismiss=dismiss,
-        elsewhere=about["site"] != network_site(),
-        imports_main="name",
-    )
-    return member
+    return Member(label, link, about["machine"], elsewhere=about["site"] != network_site(), imports_main="name")
 
 
 def _unusable(address: str, error: HandshakeError) -> ConfigError | WorkerLostError:

@@ -10,13 +10,13 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.events import Event, WorkerJoined, WorkerLost, WorldFormed
 from torchfedrpc.host.call import Batch, Call, Report
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.spec import LearnerSpec
@@ -26,7 +26,9 @@ from torchfedrpc.rpc.heartbeat import Loss, Watch
 from torchfedrpc.rpc.heartbeat_connection import open_heartbeat
 from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.member import Member, RefusalError
+from torchfedrpc.rpc.sources import Source, Tasks
 from torchfedrpc.rpc.worker_client import Traffic, UndeliverableError, WorkerClient
+from torchfedrpc.rpc.workers import Worker, Workers, WorkerState
 from torchfedrpc.rpc.world import DriverPlace, all_of
 from torchfedrpc.wire.file import TensorFile
 
@@ -42,70 +44,68 @@ _WORLDLESS = "the run has no world any more"
 _MAX_FAILURES = 5  # in succession, to form a world or to carry one call
 
 
-class Observer(Protocol):
-    """Receives the arrival and the loss of workers, on the event loop."""
+@dataclass(frozen=True)
+class WorkerLeaving(Event):
+    """The worker ``worker`` has asked to leave: its learners have to be moved before `WorkerGroup.release`."""
 
-    @property
-    def expects_workers(self) -> bool:
-        """Whether workers may come when none is left."""
-
-    def worker_lost(self, member: Member, loss: Loss) -> None:
-        """Handle the loss of a worker. Its answers no longer arrive. Another process may be admitted in its place."""
-
-    def worker_leaving(self, member: Member) -> None:
-        """Handle the request of a worker to be released."""
-
-    def world_formed(self, generation: int, seconds: float) -> None:
-        """Handle a new world: the workers can be called again. It took ``seconds`` to form."""
-
-    def world_failed(self, error: ConfigError | WorkerLostError) -> None:
-        """Handle the end of all worlds: a setting of the driver is wrong, or all workers are lost."""
+    worker: str
 
 
 class WorkerGroup:
-    """The workers of a run, and the world that they form.
+    """The workers of a run, and the worlds that they form with the driver.
 
     A world is never repaired. When a worker is lost or admitted, the other workers leave the world and form the next
     one. They keep their learners and continue their calls.
 
     Args:
-        members: The workers to begin with, by rank.
+        sources: The sources of workers.
         learner: How workers make learners.
-        observer: Receives the arrival and the loss of workers.
         report: Receives the progress that methods report.
 
     Attributes:
-        members: Label -> worker, of all present workers.
+        workers: The table of workers, which this group keeps.
+        events: What becomes of workers and worlds once the group is open: `WorkerLost`, `WorkerLeaving`,
+            `WorkerJoined` and `WorldFormed`. A task that waits for events handles one before calls notice the change.
         traffic: Label -> bytes, of all present and former workers.
     """
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        learner: LearnerSpec,
-        observer: Observer,
-        report: Report,
-    ) -> None:
-        self.members = {member.label: member for member in members}
+    def __init__(self, sources: Sequence[Source], learner: LearnerSpec, report: Report) -> None:
+        self.workers = Workers()
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
+        self._sources = sources
         self._learner = learner
+        self._recovers = learner.runtime.on_worker_lost == "recover"
         # As of the opening of the proxy, for later workers too.
         self._settings = OpenedSettings.of_this_process(learner.runtime.torch_threads).values
-        self._observer = observer
-        self._newcomers: dict[str, Member] = {}  # label -> worker that was admitted and is being prepared
-        self._preparing: set[asyncio.Task[None]] = set()
         self._place = DriverPlace(learner)
         self._report = report
-        self._watch: Watch
+        self._watch = Watch(learner.runtime.heartbeat_timeout_s, self._lose, lambda key: self._hear_leavers())
         self._generation = 0
         self._is_open = False
-        self._is_whole = True  # whether no member of the world, or of the one that is formed, was lost
-        self._mending: asyncio.Task[None] | None = None
-        self._suspicions: set[asyncio.Task[None]] = set()
+        self._world_is_due = asyncio.Event()  # from the end of a world until the next one is formed
+        self._num_changes = 0  # losses and arrivals, each of which voids the world that is formed
+        self._tasks = Tasks()
         self._num_suspicions: Counter[int] = Counter()  # call id -> number of times that RPC failed to carry it
         self._num_useless: Counter[str] = Counter()  # name -> workers in succession that were lost before any call
         self._told: dict[str, str] = {}  # name -> how the last newcomer of that name was lost
-        self._has_failed = False
+
+    async def gather(self) -> None:
+        """Gather the workers to begin with from all sources, in the order of their ranks.
+
+        Raises:
+            ConfigError: If a setting is wrong for some of them.
+            WorkerLostError: If some of them are not reached.
+        """
+        gathered: dict[Source, Sequence[Member]] = {}
+
+        async def gather(source: Source) -> None:
+            gathered[source] = await source.gather(self._learner.runtime)
+
+        await all_of(*map(gather, self._sources))
+        for source in self._sources:
+            for member in gathered[source]:
+                self.workers.enlist(self._take_on(source, member))
 
     async def open(self) -> None:
         """Let all workers import the learner, then form the first world with them.
@@ -114,56 +114,48 @@ class WorkerGroup:
             ConfigError: If a worker cannot import the learner, or this process cannot listen on the interface.
             WorkerLostError: If a worker ended meanwhile, or cannot be reached.
         """
-        self._watch = Watch(self._learner.runtime.heartbeat_timeout_s, self._lose, self._leaves)
-        for member in self.members.values():
-            self._take_on(member, self.members)
-        if self.members or self._learner.runtime.interface is not None:
-            self._place.check_interface(list(self.members.values()))
-        await all_of(*(self._prepare(member) for member in self.members.values()))
-        await self._form()
+        members = list(self.workers.members.values())
+        if members or self._learner.runtime.interface is not None:
+            self._place.check_interface(members)
+        await all_of(*map(self._prepare, members))
+        await self._form(num_changes=0)
+        self.workers.serve()
         self._is_open = True
-
-    def admit(self, member: Member) -> None:
-        """Prepare a worker while the others work, then form a world with it."""
-        if self._has_failed:
-            member.dismiss(_WORLDLESS)
-            return
-        self._take_on(member, self._newcomers)
-        task = asyncio.ensure_future(self._take_in(member))
-        self._preparing.add(task)
-        task.add_done_callback(self._preparing.discard)
+        self._tasks.start(self._form_worlds())
+        for source in self._sources:
+            if source.expects_workers:
+                self._tasks.start(self._admit_from(source))
+        self._hear_leavers()
 
     def release(self, label: str) -> None:
         """Release a worker that has no learners. The world continues without it."""
-        member = self.members.pop(label)
-        if member.client is None and self._mending is not None and not self._mending.done():
-            self._is_whole = False  # it may be a member of the world that is being formed
+        worker = self.workers[label]
+        assert worker.member is not None
+        self._num_changes += 1  # it may be a member of the world that is being formed
         self._watch.remove(label)
-        member.lose(Loss("it has left", ()))
-        member.dismiss("")
+        self._remove(worker, worker.member, Loss("it has left", ()), has_left=True)
 
     async def close(self, reason: str) -> None:
-        """End the run. The present workers stay available for another run.
+        """End the run, and fail its calls. The present workers stay available for another run.
 
         Args:
             reason: Why the run ends early, for workers that are still being prepared; empty if it ends well.
         """
         self._is_open = False
-        tasks = [task for task in (self._mending, *self._suspicions, *self._preparing) if task is not None]
-        for task in tasks:
-            task.cancel()
+        self.workers.close()
+        self._tasks.cancel()
         self._place.let_go()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for member in self.members.values():
+        await self._tasks.wait()
+        members = self.workers.members
+        for member in members.values():
             member.lose(Loss("the proxy is closed", ()))
         self._send_newcomers_away(reason)
         # A lost or frozen worker does not answer; the world ends without it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                closing = [member.tell({"do": "close"}) for member in self.members.values()]
-                await asyncio.gather(*closing, return_exceptions=True)
+                await asyncio.gather(*(one.tell({"do": "close"}) for one in members.values()), return_exceptions=True)
         await self._place.close()
-        for member in self.members.values():
+        for member in members.values():
             if member.heartbeat is not None:
                 self._watch.release(member.label)
         self._watch.close()
@@ -174,86 +166,131 @@ class WorkerGroup:
         Raises:
             WorkerLostError: If the worker is lost.
         """
-        if label not in self.members:
+        worker = self.workers.get(label)
+        if worker is None or worker.member is None:
             raise WorkerLostError(f"{label} is lost, so that no fault can strike it")
-        await self.members[label].tell({"do": "arm", "faults": [asdict(fault) for fault in faults]})
+        await worker.member.tell({"do": "arm", "faults": [asdict(fault) for fault in faults]})
 
     def suspect(self, client: WorkerClient, requests: Collection[Call | Batch], error: Exception) -> None:
         """Find the request that RPC cannot carry, and raise an error at its caller. The others are sent again."""
         if self._is_present(client):
-            task = asyncio.ensure_future(self._examine(client, list(requests), error))
-            self._suspicions.add(task)
-            task.add_done_callback(self._suspicions.discard)
+            self._tasks.start(self._examine(client, list(requests), error))
 
     def _is_present(self, client: WorkerClient) -> bool:
         """Return whether a client's world is the present one."""
-        member = self.members.get(client.label)
+        member = self.workers.members.get(client.label)
         return member is not None and member.client is client
-
-    # Losses.
 
     @property
     def is_taking_in(self) -> bool:
         """Whether a worker that was admitted is being prepared, or a world is being formed."""
-        return bool(self._newcomers) or (self._mending is not None and not self._mending.done())
+        return bool(self.workers.newcomers) or self._world_is_due.is_set()
 
-    def _everybody(self) -> list[Member]:
-        return [*self.members.values(), *self._newcomers.values()]
+    @property
+    def expects_workers(self) -> bool:
+        """Whether further workers may come if none is left."""
+        return any(source.expects_workers for source in self._sources)
 
-    def _take_on(self, member: Member, among: dict[str, Member]) -> None:
-        timeout_s = self._learner.runtime.heartbeat_timeout_s
-        member.begin()
-        member.link.end_when_cut_off(timeout_s)
+    # Arrivals.
+
+    def _take_on(self, source: Source, member: Member) -> Worker:
         taken = {one.local_index for one in self._everybody() if one.machine == member.machine}
+        worker = self.workers.admit(source, member)
+        member.begin()
+        member.link.end_when_cut_off(self._learner.runtime.heartbeat_timeout_s)
         member.local_index = next(number for number in itertools.count() if number not in taken)
-        among[member.label] = member
         if member.heartbeat is not None:  # opened in an earlier run
             self._watch.add(member.label, member.heartbeat)
+        return worker
 
-    def hear_leavers(self) -> None:
+    async def _admit_from(self, source: Source) -> None:
+        """Prepare each worker that comes while the others work, then form a world with it."""
+        while True:
+            member = await source.arrivals.get()
+            if self.workers.failure is not None:
+                source.release(member, _WORLDLESS)
+            else:
+                self._tasks.start(self._take_in(self._take_on(source, member), member))
+
+    async def _take_in(self, worker: Worker, member: Member) -> None:
+        if not (self.workers.members or self._generation):
+            try:
+                self._check_heartbeat_timeout(member)
+                self._place.check_interface([member])
+            except ConfigError as error:  # in the driver's own settings, so that no other worker could serve either
+                self._give_up(member, str(error))
+                self._fail(error)
+                return
+        try:
+            async with asyncio.timeout(_START_S):
+                await self._prepare(member)
+        except Exception as error:
+            logger.info("%s is of no use: %s", worker.label, error)
+            self._give_up(member, str(error) or f"it was not ready within {_START_S:.0f} s")
+            return
+        if worker.newcomer is member:  # not lost meanwhile
+            self.workers.enlist(worker)
+            self._break()
+
+    def _send_newcomers_away(self, reason: str) -> None:
+        for label, member in self.workers.newcomers.items():
+            self._watch.remove(label)
+            self.workers[label].newcomer = None
+            self.workers[label].source.release(member, reason)
+
+    # Departures and losses.
+
+    def _everybody(self) -> list[Member]:
+        return [*self.workers.members.values(), *self.workers.newcomers.values()]
+
+    def _hear_leavers(self) -> None:
         """Report the workers that have asked to leave, also those that asked before they could be called."""
-        for member in list(self.members.values()):
-            if member.wants_to_leave:
-                member.wants_to_leave = False
-                self._observer.worker_leaving(member)
-
-    def _leaves(self, key: Hashable) -> None:
-        for member in self._everybody():
-            member.wants_to_leave |= member.label == key
-        if self._is_open:
-            self.hear_leavers()
+        for worker in self.workers:
+            if worker.state is WorkerState.SERVING and self._is_open and self._watch.asks_to_leave(worker.label):
+                self.workers.leave(worker.label)
+                self.events.put_nowait(WorkerLeaving(worker.label))
 
     def _lose(self, key: Hashable, loss: Loss) -> None:
-        label = str(key)
-        is_new = label in self._newcomers
-        member = (self._newcomers if is_new else self.members).pop(label)
+        worker = self.workers[str(key)]
+        label, is_new = worker.label, worker.newcomer is not None
+        member = worker.newcomer or worker.member
+        assert member is not None
         was_reached = member.client is not None
         if not is_new:
-            self._is_whole = False
+            self._num_changes += 1
             self._place.let_go()  # so that members that are joining do not wait for it
         if not self._is_open:
+            worker.member = worker.newcomer = None
             member.lose(loss)
-            member.dismiss(loss.reason)
+            worker.source.release(member, loss.reason)
             return
         reason = f"{loss.reason}{member.how_it_ended()}"
-        loss = replace(loss, reason=reason)
-        member.lose(loss)
-        member.dismiss(reason)
         is_told = is_new and self._told.get(label) == reason
         if is_new:
             self._told[label] = reason
         logger.log(logging.INFO if is_told else logging.WARNING, "%s is lost: %s", label, reason)
-        self._observer.worker_lost(member, loss)
+        self.events.put_nowait(WorkerLost(label, reason))
+        self._remove(worker, member, replace(loss, reason=reason), has_left=False)
         self._num_useless[label] += not was_reached
-        if is_new and self.members:
+        if is_new and self.workers.members:
             return  # the other workers continue
         if self._num_useless[label] > _MAX_FAILURES:
             self._fail(WorkerLostError(f"{label} was lost {_MAX_FAILURES + 1} times in succession: {reason}"))
-        elif self._learner.runtime.on_worker_lost == "recover" and not is_new:
+        elif self._recovers and not is_new:
             self._break()
 
+    def _remove(self, worker: Worker, member: Member, loss: Loss, *, has_left: bool) -> None:
+        """Take the process of a worker out of the table, fail its requests, and let it go."""
+        label, has_served = worker.label, worker.has_served
+        self.workers.lose(label, f"{label} has left" if has_left else f"{label} was lost ({loss.reason})")
+        member.lose(loss)
+        worker.source.release(member, "" if has_left else loss.reason)
+        if has_left or self._recovers:
+            is_replaced = worker.source.lost(member, has_served=has_served)
+            worker.machine = worker.machine if is_replaced else None
+
     async def _examine(self, client: WorkerClient, requests: list[Call | Batch], error: Exception) -> None:
-        if (member := self.members.get(client.label)) is not None:
+        if (member := self.workers.members.get(client.label)) is not None:
             await asyncio.wait([member.lost], timeout=_NOTICE_S)
         if not self._is_present(client):
             return
@@ -275,83 +312,71 @@ class WorkerGroup:
     # Forming worlds.
 
     def _break(self) -> None:
-        """Form the next world, unless that is under way."""
-        self._is_whole = False
-        if not self._has_failed and (self._mending is None or self._mending.done()):
-            self._mending = asyncio.ensure_future(self._mend())
+        """Let the present world end, or the one that is formed: the next one is due."""
+        self._num_changes += 1
+        if self.workers.failure is None:
+            self._world_is_due.set()
 
-    async def _mend(self) -> None:
-        began, num_failures = time.monotonic(), 0
-        while not self._is_whole:
-            self._is_whole = True
+    async def _form_worlds(self) -> None:
+        """Form one world after another, each when the one before has to end."""
+        while self.workers.failure is None:
+            await self._world_is_due.wait()
+            began = time.monotonic()
+            await self._form_next()
+            self._announce(time.monotonic() - began)
+
+    async def _form_next(self) -> None:
+        """Try to form the next world, until it is formed or no worker can be called for the rest of the run."""
+        num_failures = 0
+        while self._world_is_due.is_set():
+            num_changes = self._num_changes
             try:
-                await self._form()
+                await self._form(num_changes)
+                self._world_is_due.clear()
             except Exception as error:
                 logger.info("the world could not be re-formed: %s", error)
-                num_failures += self._is_whole  # a loss or an arrival meanwhile is not a failure
-                self._is_whole = False
+                if num_changes == self._num_changes:  # a loss or an arrival meanwhile is not a failure
+                    num_failures += 1
                 if num_failures > _MAX_FAILURES:
                     self._fail(error)
-                    return
-        if self.members:
+
+    def _announce(self, seconds: float) -> None:
+        """Let the workers of a new world accept calls."""
+        if self.workers.failure is None and self.workers.members:
             self._num_useless.clear()
-            self._observer.world_formed(self._generation, time.monotonic() - began)
-            self.hear_leavers()
-        elif not (self._newcomers or self._observer.expects_workers):
+            self.events.put_nowait(WorldFormed(self._generation, seconds))
+            for label in self.workers.serve():
+                self.events.put_nowait(WorkerJoined(label))
+            self._hear_leavers()
+        elif not (self.workers.failure or self.workers.newcomers or self.expects_workers):
             self._fail(WorkerLostError("no worker is left"))
 
-    async def _take_in(self, member: Member) -> None:
-        """Prepare a worker that was admitted, while the others work in their world."""
-        label = member.label
-        if not (self.members or self._generation):
-            try:
-                self._check_heartbeat_timeout(member)
-                self._place.check_interface([member])
-            except ConfigError as error:  # in the driver's own settings, so that no other worker could serve either
-                self._give_up(member, str(error))
-                self._fail(error)
-                return
-        try:
-            async with asyncio.timeout(_START_S):
-                await self._prepare(member)
-        except Exception as error:
-            logger.info("%s is of no use: %s", label, error)
-            self._give_up(member, str(error) or f"it was not ready within {_START_S:.0f} s")
-            return
-        if self._newcomers.get(label) is member:  # not lost meanwhile
-            self.members[label] = self._newcomers.pop(label)
-            self._break()
-
-    def _send_newcomers_away(self, reason: str) -> None:
-        while self._newcomers:
-            label, member = self._newcomers.popitem()
-            self._watch.remove(label)
-            member.dismiss(reason)
-
     def _fail(self, error: Exception) -> None:
-        self._has_failed = True
+        """Fail all calls, since no worker can be called for the rest of the run."""
+        self.workers.fail(error if isinstance(error, ConfigError) else _no_world(error))
+        self._world_is_due.clear()
         self._leave_world()
         self._send_newcomers_away(_WORLDLESS)
-        self._observer.world_failed(error if isinstance(error, ConfigError) else _no_world(error))
 
-    async def _form(self) -> None:
+    async def _form(self, num_changes: int) -> None:
         """Leave the present world, if any, and form the next one of all members.
+
+        Args:
+            num_changes: Number of losses and arrivals before.
 
         Raises:
             WorkerLostError: If a member was lost meanwhile, or could not join.
         """
         self._leave_world()
-        members = list(self.members.values())
+        members = list(self.workers.members.values())
         await all_of(*(self._tell(member, {"do": "leave"}) for member in members))
         await self._place.leave()
-        self._check_whole()
+        self._check_unchanged(num_changes)
         if not members:
             return
         plan, keys = await self._place.join(members, self._tell)
-        self._check_whole()
+        self._check_unchanged(num_changes)
         self._generation = plan.generation
-        for member in members:
-            member.has_served = True
         for rank, (member, pair) in enumerate(zip(members, plan.device_maps, strict=True), start=1):
             client = WorkerClient(
                 member.label,
@@ -368,12 +393,12 @@ class WorkerGroup:
             )
             member.enter_world(client)
 
-    def _check_whole(self) -> None:
-        if not self._is_whole:
-            raise WorkerLostError("a worker was lost while the world was formed")
+    def _check_unchanged(self, num_changes: int) -> None:
+        if num_changes != self._num_changes:
+            raise WorkerLostError("a worker was lost or came while the world was formed")
 
     def _leave_world(self) -> None:
-        for member in self.members.values():
+        for member in self.workers.members.values():
             member.leave_world()
 
     async def _prepare(self, member: Member) -> None:
@@ -402,7 +427,7 @@ class WorkerGroup:
             logger.warning("%s: %s", member.label, problem)
 
     async def _open_heartbeat(self, member: Member) -> None:
-        address = self._place.address([*self.members.values(), member])
+        address = self._place.address([*self.workers.members.values(), member])
         interface = self._place.interface(member, address)
         try:
             async with asyncio.timeout(_START_S):

@@ -65,7 +65,7 @@ class FakeWorker(Member):
     """
 
     def __init__(self, label: str, num_items: int = 3) -> None:
-        super().__init__(label, link=None, heartbeat=None, machine="here", dismiss=lambda reason: None)  # type: ignore[arg-type]
+        super().__init__(label, link=None, machine="here")  # type: ignore[arg-type]
         self.begin()
         self.log: list[str] = []
         self.learners: dict[str, list[str]] = {}

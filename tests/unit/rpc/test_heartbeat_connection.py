@@ -44,7 +44,7 @@ class Worker:
 def worker() -> Iterator[Worker]:
     one, other = socket.socketpair()
     ours, theirs = Link(one), Link(other)
-    worker = Worker(theirs, Member("worker1", ours, None, "here", dismiss=lambda reason: None))
+    worker = Worker(theirs, Member("worker1", ours, "here"))
     yield worker
     for link in (ours, theirs):
         link.close()

@@ -54,7 +54,7 @@ def driver(launch: Callable[[int], Launch]) -> Iterator[LaunchedWorkers]:
     for member in workers._members.values():  # which it would leave open until the process ends
         member.link.close()
     workers._members.clear()
-    workers.close(failed=True)
+    workers.end(failed=True)
 
 
 class Rank(threading.Thread):
@@ -94,7 +94,7 @@ async def test_a_token_in_a_file_is_shared_and_never_published(
     token = make_token(tmp_path)
     monkeypatch.setenv(TOKEN_VARIABLE, token)
     rank = Rank(launch(1))
-    assert len(await driver.members(RuntimeConfig(token_file=token))) == 1
+    assert len(await driver.gather(RuntimeConfig(token_file=token))) == 1
     assert Path(token).read_text() not in published(store)
     assert '"token": null' in published(store)
     rank.close()
@@ -104,7 +104,7 @@ async def test_launch_without_a_token_file_has_a_token_in_the_store(
     driver: LaunchedWorkers, launch: Any, store: Any
 ) -> None:
     rank = Rank(launch(1))
-    assert len(await driver.members(RuntimeConfig())) == 1
+    assert len(await driver.gather(RuntimeConfig())) == 1
     assert "null" not in published(store)
     rank.close()
 
@@ -165,7 +165,7 @@ async def test_a_stranger_who_writes_the_store_is_no_driver_of_ranks_with_a_toke
     error = await asyncio.to_thread(Rank(launch(1)).ended)
     assert isinstance(error, ConfigError)
     assert not stranger._members
-    stranger.close(failed=True)
+    stranger.end(failed=True)
 
 
 async def test_a_rank_waits_while_the_driver_asks_for_no_workers(
@@ -175,7 +175,7 @@ async def test_a_rank_waits_while_the_driver_asks_for_no_workers(
     rank = Rank(launch(1))
     await asyncio.to_thread(rank.join, 0.5)
     assert rank.is_alive()
-    await asyncio.to_thread(driver.close, failed=False)
+    await asyncio.to_thread(driver.end, failed=False)
     link = await asyncio.to_thread(rank.ended)
     assert link.receive() == {"do": "stop", "reason": ""}
     link.close()
@@ -189,7 +189,7 @@ async def failure_of(driver: LaunchedWorkers) -> str:
     """Why the driver does not wait any longer."""
     async with asyncio.timeout(_TIMEOUT_S):
         with pytest.raises(ConfigError) as raised:
-            await driver.members(RuntimeConfig())
+            await driver.gather(RuntimeConfig())
     return str(raised.value)
 
 
@@ -199,7 +199,7 @@ async def test_ranks_that_are_awaited_are_named_every_10_s(
     assert module._LOG_EVERY_S == 10.0
     monkeypatch.setattr(module, "_LOG_EVERY_S", 0.2)
     monkeypatch.setattr(module, "_LOOK_S", 0.05)
-    waiting = asyncio.ensure_future(driver.members(RuntimeConfig()))
+    waiting = asyncio.ensure_future(driver.gather(RuntimeConfig()))
     async with asyncio.timeout(_TIMEOUT_S):
         while caplog.text.count("waiting for ranks [1] of the launch, for ") < 2:
             await asyncio.sleep(0.01)
@@ -237,7 +237,7 @@ async def test_an_address_of_an_earlier_attempt_ends_no_wait(
     driver: LaunchedWorkers, launch: Any, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.set(f"{module._FAILED_KEY}/1", json.dumps({"reason": "rank 1 cannot join", "address": "127.0.0.1:9"}))
-    waiting = asyncio.ensure_future(driver.members(RuntimeConfig()))
+    waiting = asyncio.ensure_future(driver.gather(RuntimeConfig()))
     await asyncio.wait([waiting], timeout=3 * module._LOOK_S)
     assert not waiting.done()
     rank = Rank(launch(1))
@@ -270,7 +270,7 @@ async def test_a_rank_whose_script_fails_ends_the_wait_of_the_driver_once(
     assert f"rank 1 failed on {socket.gethostname()} before it reached tfr.run: ModuleNotFoundError" in failure
     assert "No module named 'learners_of_node_0'" in failure
     assert not store.check([f"{module._FAILED_KEY}/1"])  # or the next attempt would end as well
-    await asyncio.to_thread(driver.close, failed=False)  # at once: that rank will not come
+    await asyncio.to_thread(driver.end, failed=False)  # at once: that rank will not come
 
 
 RANK_SCRIPT = """
@@ -333,7 +333,7 @@ def test_rank_that_has_served_tells_no_driver_of_its_end(tmp_path: Path) -> None
     script = "import torchfedrpc\nasync def main(): pass\ntorchfedrpc.run(main)"
     with rank_of_launch(tmp_path, script) as (store, process):
         workers = LaunchedWorkers(Launch(0, 2, 0, 1, "127.0.0.1", store.port, agent_store=True))
-        workers.close(failed=False)  # once the rank has come, which is then asked to leave
+        workers.end(failed=False)  # once the rank has come, which is then asked to leave
         process.communicate(timeout=_TIMEOUT_S)
         assert process.returncode == 0
         assert not store.check([f"{module._FAILED_KEY}/1"])
@@ -345,7 +345,7 @@ def test_ranks_that_a_run_has_not_asked_for_are_named_as_it_ends(
     monkeypatch.setattr(module, "_LOG_EVERY_S", 0.1)
     monkeypatch.setattr(module, "_GATHER_TIMEOUT_S", 1.0)
     monkeypatch.setattr(module, "_LOOK_S", 0.05)
-    driver.close(failed=False)
+    driver.end(failed=False)
     assert "waiting for ranks [1] of the launch, for " in caplog.text
 
 

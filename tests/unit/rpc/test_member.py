@@ -26,7 +26,7 @@ GOOD: Message = {"device": "cpu", "visible_gpus": None, "sees_files": True, "fil
 def ends() -> Iterator[tuple[Member, Link]]:
     """A worker as the driver has it, and the worker's end of its link."""
     ours, theirs = (Link(end) for end in socket.socketpair())
-    yield Member("worker1", ours, None, "here", dismiss=lambda reason: None), theirs
+    yield Member("worker1", ours, "here"), theirs
     ours.close()
     theirs.close()
 
@@ -151,7 +151,7 @@ async def within(awaitable: Any) -> Any:
 def serving(*clients: str) -> tuple[Member, Client]:
     """A worker that has learners of these clients and can be called."""
     unused: Any = None
-    member, client = Member("worker1", unused, None, "here", dismiss=lambda reason: None), Client()
+    member, client = Member("worker1", unused, "here"), Client()
     member.begin()
     enter(member, client)
     for client_id in clients:
@@ -366,14 +366,12 @@ async def test_run_begins_with_nothing_of_the_one_before() -> None:
     task = asyncio.ensure_future(member.run_batch(batch()))
     await settled()
     member.cancel_batch(batch())
-    member.wants_to_leave = member.has_served = True
     member.lose(Loss("the proxy is closed", ()))
     with pytest.raises(WorkerGone):
         await within(task)
     member.begin()
     assert not member.is_gone
     assert (member.registrations, member.sent, member.confirmed, member.client) == ({}, {}, set(), None)
-    assert (member.wants_to_leave, member.has_served) == (False, False)
     assert not member._cancelled
 
 

@@ -40,7 +40,7 @@ async def test_worker_ends_in_the_middle_of_an_import_and_says_why(
         process = await start_worker(theirs.fileno(), remote=True)
     link = Link(ours)
     try:
-        member = Member("worker1", link, None, "here", dismiss=link.stop)
+        member = Member("worker1", link, "here")
         member.begin()
         with await open_heartbeat(member, member.tell, "127.0.0.1", "lo", 5.0) as heartbeat:
             assert await asyncio.get_running_loop().sock_recv(heartbeat, 1) == BEAT

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from internals import group_of
+from internals import members_of
 from losses import pseudo
 
 import torchfedrpc as tfr
@@ -151,7 +151,7 @@ class Taker:
 async def test_workers_of_this_machine_map_what_is_large_and_others_are_sent_it(sees_files: bool) -> None:
     ids = ["a", "b", "c", "d"]
     async with tfr.LearnerProxy(Taker, ids, runtime={"execution_mode": "pseudo", "num_processes": 2}) as proxy:
-        for member in group_of(proxy).members.values():
+        for member in members_of(proxy).values():
             assert member.sees_files
             member.client._sees_files = sees_files
         weights = torch.ones(1 << 20)

@@ -4,31 +4,56 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
-from fake_workers import FakeWorker, settled, within
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.executors import workers as module
-from torchfedrpc.executors.workers import Workers, WorkerState
+from torchfedrpc.rpc import workers as module
+from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sources import Source
+from torchfedrpc.rpc.workers import Workers, WorkerState
+
+TIMEOUT_S = 10.0
 
 
 class Replacing(Source):
     replaces = True
 
 
-def admitted(workers: Workers, label: str = "", source: Source | None = None) -> FakeWorker:
-    member = FakeWorker(label)
+async def settled() -> None:
+    """Let the loop run until all that is due has been done."""
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+async def within(awaitable: Any) -> Any:
+    """Await something that must not take long."""
+    async with asyncio.timeout(TIMEOUT_S):
+        return await awaitable
+
+
+def admitted(workers: Workers, label: str = "", source: Source | None = None) -> Member:
+    member = Member(label, link=None, machine="here")  # type: ignore[arg-type]
     workers.admit(source or Source(), member)
     return member
 
 
-def serving(workers: Workers, label: str = "") -> FakeWorker:
-    member = admitted(workers, label)
-    assert workers.serve(member)
+def enlisted(workers: Workers, label: str = "", source: Source | None = None) -> Member:
+    member = admitted(workers, label, source)
+    workers.enlist(workers[member.label])
     return member
+
+
+def serving(workers: Workers, label: str = "") -> Member:
+    member = enlisted(workers, label)
+    assert workers.serve() == [member.label]
+    return member
+
+
+def state(workers: Workers) -> WorkerState:
+    return workers["worker1"].state
 
 
 def waiting(workers: Workers, place: Callable[[], str]) -> asyncio.Task[Any]:
@@ -57,16 +82,49 @@ async def test_workers_without_a_name_have_the_first_that_no_other_had() -> None
     assert ("worker1" in workers, "worker2" in workers) == (False, True)
 
 
-async def test_worker_takes_calls_from_when_it_serves_until_it_leaves() -> None:
+async def test_worker_is_a_member_of_worlds_from_when_it_is_enlisted_until_it_is_lost() -> None:
     workers = Workers()
     member = admitted(workers)
-    assert workers["worker1"].state is WorkerState.STARTING
+    assert (workers.newcomers, workers.members) == ({"worker1": member}, {})
+    workers.enlist(workers["worker1"])
+    assert (workers.newcomers, workers.members) == ({}, {"worker1": member})
+    workers.lose("worker1", "worker1 was lost")
+    assert (workers.newcomers, workers.members) == ({}, {})
+    admitted(workers, "worker1")
+    workers.lose("worker1", "worker1 was lost")
+    assert (workers.newcomers, workers.members) == ({}, {})
+
+
+async def test_worker_has_served_when_it_has_accepted_calls() -> None:
+    workers = Workers()
+    enlisted(workers)
+    assert not workers["worker1"].has_served
+    has_served = []
+    for step in (
+        workers.serve,
+        partial(workers.leave, "worker1"),
+        partial(workers.lose, "worker1", "worker1 has left"),
+        partial(enlisted, workers, "worker1"),
+    ):
+        step()
+        has_served.append(workers["worker1"].has_served)
+    assert has_served == [True, True, False, False]
+
+
+async def test_worker_takes_calls_from_when_it_serves_until_it_leaves() -> None:
+    workers = Workers()
+    admitted(workers)
+    assert workers.serve() == []  # a world of others was formed
+    assert state(workers) is WorkerState.STARTING
     assert workers.present == {}
-    workers.serve(member)
-    assert workers["worker1"].state is WorkerState.SERVING
+    workers.lose("worker1", "worker1 was lost")
+    member = enlisted(workers, "worker1")
+    workers.serve()
+    assert state(workers) is WorkerState.SERVING
     assert workers.present == {"worker1": member}
+    assert workers.machines == {"worker1": "here"}
     workers.leave("worker1")
-    assert workers["worker1"].state is WorkerState.LEAVING
+    assert state(workers) is WorkerState.LEAVING
     assert workers.present == {}
     workers.lose("worker1", "worker1 has left")
     assert (workers["worker1"].state, workers["worker1"].member) == (WorkerState.LOST, None)
@@ -74,20 +132,20 @@ async def test_worker_takes_calls_from_when_it_serves_until_it_leaves() -> None:
 
 async def test_worker_that_leaves_goes_on_leaving_when_the_world_is_formed_anew() -> None:
     workers = Workers()
-    member = serving(workers)
+    serving(workers)
     workers.leave("worker1")
-    assert not workers.serve(member)
-    assert workers["worker1"].state is WorkerState.LEAVING
+    assert workers.serve() == []
+    assert state(workers) is WorkerState.LEAVING
     assert workers.present == {}
 
 
 async def test_worker_is_new_once_for_each_process() -> None:
     workers = Workers()
-    first = admitted(workers)
-    assert [workers.serve(first) for _ in range(2)] == [True, False]
+    enlisted(workers)
+    assert [workers.serve() for _ in range(2)] == [["worker1"], []]
     workers.lose("worker1", "worker1 was lost")
-    second = admitted(workers, "worker1")
-    assert [workers.serve(second) for _ in range(2)] == [True, False]
+    second = enlisted(workers, "worker1")
+    assert [workers.serve() for _ in range(2)] == [["worker1"], []]
     assert workers.present == {"worker1": second}
 
 
@@ -95,10 +153,10 @@ async def test_replacement_brings_its_source_and_its_machine() -> None:
     workers = Workers()
     serving(workers)
     workers.lose("worker1", "worker1 was lost")
-    workers["worker1"].machine = None
-    source = Replacing()
+    worker, source = workers["worker1"], Replacing()
+    setattr(worker, "machine", None)  # noqa: B010 - or type checkers hold on to it
     admitted(workers, "worker1", source)
-    assert (workers["worker1"].source, workers["worker1"].machine) == (source, "here")
+    assert (workers["worker1"], worker.source, worker.machine) == (worker, source, "here")
 
 
 # Callers that wait.
@@ -113,9 +171,9 @@ async def test_worker_that_serves_is_not_waited_for() -> None:
 @pytest.mark.parametrize("state", ["starting", "leaving", "lost"])
 async def test_caller_waits_for_a_worker_until_it_takes_calls(state: str) -> None:
     workers = Workers()
-    member = admitted(workers)
+    member = enlisted(workers)
     if state != "starting":
-        workers.serve(member)
+        workers.serve()
         workers.leave("worker1")
     if state == "lost":
         workers.lose("worker1", "worker1 was lost")
@@ -124,10 +182,9 @@ async def test_caller_waits_for_a_worker_until_it_takes_calls(state: str) -> Non
     if state == "leaving":
         workers.lose("worker1", "worker1 has left")
     if state != "starting":
-        member = admitted(workers, "worker1")
+        member = enlisted(workers, "worker1")
     await unanswered(*tasks)
-    workers.serve(member)
-    workers.changed()
+    workers.serve()
     assert await within(asyncio.gather(*tasks)) == [member, member]
 
 
@@ -150,19 +207,17 @@ async def test_caller_waits_for_a_worker_that_has_not_been_admitted() -> None:
     task = waiting(workers, lambda: "worker1")
     await unanswered(task)
     member = serving(workers)
-    workers.changed()
     assert await within(task) is member
 
 
 async def test_caller_that_is_cancelled_takes_no_other_along() -> None:
     workers = Workers()
-    member = admitted(workers)
+    member = enlisted(workers)
     first, second = (waiting(workers, lambda: "worker1") for _ in range(2))
     await settled()
     first.cancel()
     await settled()
-    workers.serve(member)
-    workers.changed()
+    workers.serve()
     assert await within(second) is member
     assert first.cancelled()
 
@@ -192,7 +247,7 @@ async def test_worker_that_was_given_up_fails_the_calls_that_wait_and_those_to_c
     assert workers.why_given_up("worker1") == "worker1 was lost, and no worker is left"
     assert workers.why_given_up("worker2") is workers.why_given_up("worker3") is None
     assert (await within(other)).label == "worker2"
-    assert workers["worker1"].state is WorkerState.GAVE_UP
+    assert state(workers) is WorkerState.GAVE_UP
 
 
 async def test_worker_that_was_given_up_takes_calls_again_when_another_process_serves() -> None:
@@ -222,7 +277,8 @@ async def test_worker_that_does_not_come_back_in_time_is_given_up() -> None:
 async def test_process_that_the_run_starts_itself_has_a_time_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_REPLACED_WITHIN_S", 0.02)
     workers = Workers()
-    workers.serve(admitted(workers, source=Replacing()))
+    enlisted(workers, source=Replacing())
+    workers.serve()
     workers.lose("worker1", "worker1 was lost")
     workers.expect("worker1", 3600.0)
     reason = await raised(waiting(workers, lambda: "worker1"))
@@ -267,7 +323,7 @@ async def test_time_to_come_back_ends(end: str) -> None:
 @pytest.mark.parametrize("error", [WorkerLostError("the proxy is closed"), ConfigError("no interface")])
 async def test_failure_ends_all_calls(error: Any) -> None:
     workers = Workers()
-    member = serving(workers)
+    serving(workers)
     admitted(workers)
     task = waiting(workers, lambda: "worker2")
     await unanswered(task)
@@ -277,6 +333,6 @@ async def test_failure_ends_all_calls(error: Any) -> None:
     assert await raised(task) == str(error)
     assert await raised(waiting(workers, lambda: "worker1")) == str(error)
     assert workers.why_given_up("worker1") == str(error)
-    workers.serve(member)
+    workers.serve()
     assert workers.present == {}
     assert await raised(waiting(workers, lambda: "worker1")) == str(error)

@@ -45,6 +45,9 @@ class WorkerState(Enum):
     """No other process has taken its place in time, or none is expected."""
 
 
+_HAVE_SERVED = (WorkerState.SERVING, WorkerState.LEAVING)
+
+
 @dataclass(eq=False)
 class Worker:
     """Worker of a run, identified by its name. Several processes may have the name one after another.
@@ -54,7 +57,8 @@ class Worker:
         source: The source of its processes.
         machine: The machine of its process; None if its clients are placed on other workers.
         state: Its state.
-        member: Its process; None without a process.
+        member: Its process in the present world, or in the one that is formed.
+        newcomer: Its process while that is prepared for the next world. A worker has one process at most.
         reason: Reason why it is lost or was given up; empty otherwise.
         deadline: Timer after which it is given up; None if no process is waited for.
     """
@@ -64,8 +68,14 @@ class Worker:
     machine: str | None
     state: WorkerState = WorkerState.STARTING
     member: Member | None = None
+    newcomer: Member | None = None
     reason: str = ""
     deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def has_served(self) -> bool:
+        """Whether its process has accepted calls."""
+        return self.state in _HAVE_SERVED
 
     def stop_waiting(self) -> None:
         """Stop waiting for another process."""
@@ -102,12 +112,27 @@ class Workers:
         return iter(list(self._table.values()))
 
     @property
+    def members(self) -> dict[str, Member]:
+        """Name -> process of the workers of the present world, or of the one that is formed."""
+        return {worker.label: worker.member for worker in self._table.values() if worker.member is not None}
+
+    @property
+    def newcomers(self) -> dict[str, Member]:
+        """Name -> process of the workers that are prepared for a world."""
+        return {worker.label: worker.newcomer for worker in self._table.values() if worker.newcomer is not None}
+
+    @property
+    def machines(self) -> dict[str, str]:
+        """Name -> machine of the workers that clients can be placed on now."""
+        return {label: member.machine for label, member in self.present.items()}
+
+    @property
     def failure(self) -> ConfigError | WorkerLostError | None:
         """Reason why no worker can be called for the rest of the run; None otherwise."""
         return self._failure
 
-    def admit(self, source: Source, member: Member) -> None:
-        """Add a process, and name it if it has no name."""
+    def admit(self, source: Source, member: Member) -> Worker:
+        """Add a process that is to be prepared, and name it if it has no name."""
         if not member.label:
             numbers = (f"worker{number}" for number in itertools.count(1))
             member.label = next(label for label in numbers if label not in self._former)
@@ -115,18 +140,26 @@ class Workers:
         worker = self._table.get(member.label)
         if worker is None:
             worker = self._table[member.label] = Worker(member.label, source, member.machine)
-        worker.source, worker.machine = source, member.machine
+        worker.source, worker.machine, worker.newcomer = source, member.machine, member
+        return worker
 
-    def serve(self, member: Member) -> bool:
-        """Record that a process accepts calls, and return whether it is new."""
-        worker = self._table[member.label]
-        is_new = worker.member is not member
-        worker.member = member
-        if worker.state is not WorkerState.LEAVING and self._failure is None:
-            worker.state = WorkerState.SERVING
-            self.present[member.label] = member
-        worker.stop_waiting()
-        return is_new
+    def enlist(self, worker: Worker) -> None:
+        """Record that the process of a worker is prepared, and takes part in the next world."""
+        worker.member, worker.newcomer = worker.newcomer, None
+
+    def serve(self) -> list[str]:
+        """Record that a world was formed: its workers accept calls. Returns those whose processes are new."""
+        new = []
+        for label, member in self.members.items():
+            worker = self._table[label]
+            if not worker.has_served:
+                worker.state = WorkerState.SERVING
+                new.append(label)
+            if worker.state is WorkerState.SERVING and self._failure is None:
+                self.present[label] = member
+            worker.stop_waiting()
+        self.changed()
+        return new
 
     def leave(self, label: str) -> None:
         """Record that a worker has asked to leave."""
@@ -137,7 +170,7 @@ class Workers:
     def lose(self, label: str, reason: str) -> None:
         """Record that the process of a worker is lost."""
         worker = self._table[label]
-        worker.state, worker.member, worker.reason = WorkerState.LOST, None, reason
+        worker.state, worker.member, worker.newcomer, worker.reason = WorkerState.LOST, None, None, reason
         self.present.pop(label, None)
         self.changed()
 
@@ -203,7 +236,8 @@ class Workers:
             await self.next_change()
 
     def close(self) -> None:
-        """Stop waiting for processes."""
+        """Fail all calls, and stop waiting for processes."""
+        self.fail(WorkerLostError("the proxy is closed"))
         for worker in self._table.values():
             worker.stop_waiting()
 
