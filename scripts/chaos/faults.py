@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import internals
@@ -202,11 +203,16 @@ async def kill_joined(elastic: ElasticWorkers, scene: Scene) -> None:
 
 
 async def kill_as_it_leaves(elastic: ElasticWorkers, scene: Scene) -> None:
-    """Ask a worker that has joined to leave, and kill it as it captures a learner that moves away."""
+    """Ask a worker that has joined to leave, and kill it as it captures a learner that moves away.
+
+    Learners that were not called since their last snapshots move without another one. If there are only such, the
+    worker is killed once all have moved, before it is released.
+    """
     worker = await _pick(elastic, scene)
     await scene.moment()
-    worker.signal(signal.SIGTERM)
-    await _killed(elastic, scene, *await scene.trapped("capture", worker.pid, "move"))
+    with internals.after_moves(scene.proxy, partial(scene.spring, "capture", worker.pid)):
+        worker.signal(signal.SIGTERM)
+        await _killed(elastic, scene, *await scene.trapped("capture", worker.pid, "move"))
 
 
 async def drain_joined(elastic: ElasticWorkers, scene: Scene) -> None:

@@ -272,6 +272,11 @@ class Scene:
             await asyncio.sleep(_POLL_S)
         return at, self.under_way(during)
 
+    async def spring(self, point: str, pid: int) -> None:
+        """Kill a process that has a trap at a point and has not reached it, and wait until its loss is known."""
+        if self.traps.spring(point, pid):
+            await self.event_of(WorkerLost, time.monotonic())
+
     async def event_of(self, kind: type[Event], since: float, among: Iterable[str] | None = None) -> str:
         """Wait for an event of a worker, one of these or any; returns its name."""
 

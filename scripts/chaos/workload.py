@@ -78,6 +78,16 @@ class Traps(contextlib.AbstractContextManager["Traps"]):
         """Take a trap back, if it was not sprung."""
         (self._folder / f"{point}.{pid}").unlink(missing_ok=True)
 
+    def spring(self, point: str, pid: int) -> bool:
+        """Kill a process, if there is a trap for it at a point. Returns whether there was one."""
+        trap = self._folder / f"{point}.{pid}"
+        is_armed = trap.exists()
+        if is_armed:
+            trap.with_name(f"{trap.name}.sprung").write_text(f"{time.monotonic()}\n", encoding="ascii")
+            trap.unlink(missing_ok=True)
+            os.kill(pid, signal.SIGKILL)
+        return is_armed
+
     def sprung_at(self, point: str, pid: int) -> float | None:
         """When the process was killed there (monotonic, in seconds); None if it was not yet."""
         with contextlib.suppress(FileNotFoundError):
@@ -88,13 +98,8 @@ class Traps(contextlib.AbstractContextManager["Traps"]):
     @staticmethod
     def reach(point: str) -> None:
         """Be killed, if there is a trap for this process at this point."""
-        if (folder := os.environ.get(_TRAPS)) is None:
-            return
-        trap = Path(folder) / f"{point}.{os.getpid()}"
-        if trap.exists():
-            trap.with_name(f"{trap.name}.sprung").write_text(f"{time.monotonic()}\n", encoding="ascii")
-            trap.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if (folder := os.environ.get(_TRAPS)) is not None:
+            Traps(Path(folder)).spring(point, os.getpid())
 
 
 class Activities:

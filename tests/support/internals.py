@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from processes import children_of
@@ -142,6 +144,23 @@ def pid_of(proxy: tfr.LearnerProxy, worker: str) -> int | None:
     """The process that serves as a worker now; None if there is none, or another process started it."""
     process = processes_of(proxy).get(members_of(proxy).get(worker))
     return process.pid if process is not None else None
+
+
+@contextlib.contextmanager
+def after_moves(proxy: tfr.LearnerProxy, then: Callable[[], Awaitable[None]]) -> Iterator[None]:
+    """Await something whenever all learners of a worker that leaves have moved, before the worker is released."""
+    learners = remote_learners(proxy)
+    move_off = learners._move_off
+
+    async def move_off_and_then(member: Any) -> None:
+        await move_off(member)
+        await then()
+
+    learners._move_off = move_off_and_then
+    try:
+        yield
+    finally:
+        del learners._move_off
 
 
 def started_pid_of(proxy: tfr.LearnerProxy, worker: str) -> int | None:
