@@ -481,30 +481,31 @@ MUTATIONS = [
     Mutation(
         "the calls of a lost batch are not made again",
         "executors/batches.py",
-        "return [part for part in parts if self._is_wanted(part)]",
-        "return [part for part in parts if not self._is_wanted(part)]",
+        "            self._lose(worker, calls, parts, gone)\n",
+        "            self._lose(worker, calls, parts, gone)\n            for place in calls:\n"
+        "                parts.pop(place)[1].turns.give()\n",
         "tests/system/test_recovery_reduce.py -k lost_while_its_calls",
     ),
     Mutation(
         "the calls of a lost batch are in the journal before they are made again",
         "executors/batches.py",
-        "        for part in parts:\n            part.session.lose(worker, gone)\n",
-        "        for part in parts:\n            part.session.lose(worker, gone)\n"
-        '            part.session._journal.add(part.call, Outcome("value"))\n',
+        "            parts[place][1].lose(worker, gone)\n",
+        "            parts[place][1].lose(worker, gone)\n"
+        '            parts[place][1]._journal.add(calls[place], Outcome("value"))\n',
         "tests/system/test_recovery_reduce.py -k lost_while_its_calls",
     ),
     Mutation(
         "the journal has no calls of batches",
         "executors/batches.py",
-        "            part.settle(of_call)\n",
-        "            part.give_turn()\n",
+        "                session.settle(call, of_call)\n",
+        "                session.turns.give()\n",
         "tests/system/test_recovery_reduce.py -k between_two_reductions",
     ),
     Mutation(
         "a batch is sent for ever",
         "executors/batches.py",
-        "self._num_losses += 1",
-        "self._num_losses += 0",
+        "self.num_losses += 1",
+        "self.num_losses += 0",
         "tests/system/test_recovery_reduce_limits.py -k kills_its_worker",
     ),
     Mutation(
@@ -524,7 +525,7 @@ MUTATIONS = [
     Mutation(
         "a user's reducer has the learners' own results",
         "reduce/worker.py",
-        "        if not is_builtin(reducer):\n",
+        "        if self._by_value and not is_builtin(reducer):\n",
         "        if False:\n",
         "tests/unit/reduce/test_batch_job.py",
     ),

@@ -290,7 +290,7 @@ class Calls:
                 raise failure from None
             raise
         finally:
-            self.end_call(observed, failure)
+            observed.end(failure)
             failure = None  # breaks a reference cycle: traceback -> this frame -> arguments
 
     def begin_call(self, invocation: Invocation) -> ObservedCall:
@@ -301,20 +301,9 @@ class Calls:
         opening.num_calls += 1
         opening.num_pending += 1
         opening.num_changes[invocation.client_id] += 1
-        return ObservedCall(opening, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter())
-
-    def end_call(self, observed: ObservedCall, failure: BaseException | None) -> None:
-        """Count the end of a call and publish it; a second call does nothing."""
-        opening = observed.opening
-        if observed.has_ended:
-            return
-        observed.has_ended = True
-        opening.num_changes[observed.client_id] += 1
-        opening.num_pending -= 1
-        opening.num_failed += failure is not None
-        if self.events.subscribers and self.opening is opening:
-            seconds = time.perf_counter() - observed.began
-            self.events.publish(CallEnded(observed.call_id, observed.client_id, observed.method, seconds, failure))
+        return ObservedCall(
+            self, opening, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter()
+        )
 
 
 @dataclass(eq=False, slots=True)
@@ -322,6 +311,7 @@ class ObservedCall:
     """Call that was counted.
 
     Attributes:
+        calls: Publishes the end.
         opening: The counters that count the call.
         call_id: The id of the call.
         client_id: The client.
@@ -330,9 +320,23 @@ class ObservedCall:
         has_ended: Whether the end was counted.
     """
 
+    calls: Calls
     opening: Opening
     call_id: int
     client_id: str
     method: str
     began: float
     has_ended: bool = False
+
+    def end(self, failure: BaseException | None) -> None:
+        """Count the end of the call and publish it; a second call does nothing."""
+        if self.has_ended:
+            return
+        self.has_ended = True
+        opening, calls = self.opening, self.calls
+        opening.num_changes[self.client_id] += 1
+        opening.num_pending -= 1
+        opening.num_failed += failure is not None
+        if calls.events.subscribers and calls.opening is opening:
+            seconds = time.perf_counter() - self.began
+            calls.events.publish(CallEnded(self.call_id, self.client_id, self.method, seconds, failure))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Never
@@ -14,8 +14,6 @@ from torchfedrpc.errors import CallTimeoutError, ConfigError, GroupCallError, Qu
 from torchfedrpc.host.methods import public_methods
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.options import UNCHANGED, CallOptions, OnError, Unchanged
-from torchfedrpc.reduce.driver import Reduction
-from torchfedrpc.reduce.tree import MergeError, Node, prototype_of
 
 
 class GroupResult(Mapping[str, Any]):
@@ -176,24 +174,11 @@ class LearnerGroup:
             QuorumError: As in `call`.
             CallTimeoutError: If the results were not merged in time.
         """
-        reduction = group_reduce.reduction_of(self._calls, prototype_of(reducer), self._clients)
-        args, kwargs = self._calls.lift(args, kwargs, len(self._clients))
-        own = {client_id: {**kwargs, **of_client} for client_id, of_client in self._clients.items()}
         self._check_min_results()
-        try:
-            progress, failures = await group_reduce.reduce(self._calls, self._options, reduction, method, args, own)
-            counted = sorted(place for *_, places in progress.nodes for place in places)
-            value = await self._merged(method, reduction, progress.nodes) if counted else None
-        except MergeError as error:
-            left, right = (reduction.client_ids[place] for place in error.places)
-            text = f"{method} of {left} and {right}: their results do not go together, {error.reason}"
-            raise ValueError(text) from error.reason
-        except Exception as error:
-            error.add_note(f"as the results of {method} were added up")
-            raise
-        results = dict.fromkeys(reduction.client_ids[place] for place in counted)
-        results = {client_id: None for client_id in self._clients if client_id in results}
-        failures = {one: failures[one] for one in self._clients if one in failures and one not in results}
+        value, counted, failures = await group_reduce.reduce(
+            self._calls, self._options, self._clients, method, reducer, args, kwargs
+        )
+        results = dict.fromkeys(counted)
         self._check_quorum(method, results, failures)
         self._check(method, failures, results)
         if not counted:
@@ -201,22 +186,6 @@ class LearnerGroup:
                 raise self._group_error(method, failures, {})
             raise ConfigError(f"{method}: there is nothing to reduce, since the group has no clients: name some")
         return ReduceResult(value, len(counted), failures)
-
-    async def _merged(self, method: str, reduction: Reduction, nodes: Sequence[Node]) -> Any:
-        """Merge the partial results and return the value, within another ``timeout_s``."""
-        timeout_s = self._options.timeout_s
-        try:
-            async with asyncio.timeout(timeout_s) as deadline:
-                return await reduction.finish(nodes)
-        except MergeError:
-            raise
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise CallTimeoutError(
-                f"{method}: the results of {len(self._clients)} clients were not added up on the driver within "
-                f"timeout_s={timeout_s} of the last call's end: raise it, or see what the reducer does"
-            ) from None
 
     async def _gathered(
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]

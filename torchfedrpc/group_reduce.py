@@ -1,148 +1,153 @@
-"""Reduce of a group: its calls under a deadline and a quorum, and the partial results of their workers."""
+"""Reduce of a group: its calls, their deadline, and the value of their results."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchfedrpc.calls import Calls, ObservedCall
+from torchfedrpc.calls import Calls
 from torchfedrpc.errors import CallTimeoutError, CapacityError, LearnerBusyError
+from torchfedrpc.executors.base import Invocation
 from torchfedrpc.options import CallOptions
-from torchfedrpc.reduce.driver import ReduceProgress, Reduction
-from torchfedrpc.reduce.reducers import Reducer, is_builtin
-
-
-def reduction_of(calls: Calls, prototype: Reducer, client_ids: Iterable[str]) -> Reduction:
-    """Return a reduction that merges the results of clients in the order of the proxy's clients.
-
-    Raises:
-        SerializationError: If the reducer cannot be sent.
-    """
-    calls.check_open()
-    reduction = Reduction(prototype, calls.in_order(client_ids))
-    if not is_builtin(prototype):
-        reduction.prototype.copy().open(calls.router.allow)  # else only the workers refuse it, after the calls
-    return reduction
+from torchfedrpc.reduce.driver import Reduction
+from torchfedrpc.reduce.reducers import is_builtin
+from torchfedrpc.reduce.tree import MergeError, prototype_of
 
 
 async def reduce(
     calls: Calls,
     options: CallOptions,
-    reduction: Reduction,
+    clients: Mapping[str, Mapping[str, Any]],
     method: str,
+    reducer: Any,
     args: tuple[Any, ...],
-    kwargs: Mapping[str, dict[str, Any]],
-) -> tuple[ReduceProgress, dict[str, Exception]]:
+    kwargs: dict[str, Any],
+) -> tuple[Any, list[str], dict[str, Any]]:
     """Run a method of many learners and reduce the results on their workers.
 
     Args:
-        calls: The proxy's calls.
+        calls: The calls of the proxy.
         options: Options of the calls.
-        reduction: The clients and the reducer.
+        clients: Client -> keyword arguments for that client.
         method: The method's name.
+        reducer: A reducer, or its class.
         args: Positional arguments.
-        kwargs: Client -> keyword arguments.
+        kwargs: Keyword arguments.
 
     Returns:
-        The partial results, and the errors of clients that failed or did not end by ``options.timeout_s``.
+        The value (None without a result), the clients with a result, and the errors of the other clients: of those
+        that failed, or did not end by ``options.timeout_s``.
 
     Raises:
-        MergeError: If two results cannot be merged. All calls have ended by then.
+        TypeError: If the reducer lacks a method.
+        SerializationError: If the reducer cannot be sent.
+        ValueError: If two results cannot be merged. All calls have ended by then.
         CallTimeoutError: If the results were not merged in time.
     """
+    calls.check_open()
+    prototype, in_order = prototype_of(reducer), calls.in_order(clients)
     is_awaited = options.timeout_s is not None or options.min_results is not None
-    progress = ReduceProgress(is_watched=is_awaited or bool(calls.events.subscribers))
-    failures: dict[str, Exception] = {}
-    observed: dict[str, ObservedCall] = {}
-    invocations = []
-    for client_id in calls.plan(reduction.client_ids, method, is_awaited=is_awaited):
-        invocation = calls.invocation(options, client_id, method, args, kwargs[client_id])
+    reduction = Reduction(
+        prototype,
+        in_order,
+        calls.router.allow,
+        num_retries=options.retries,
+        min_results=options.min_results,
+        is_watched=is_awaited or bool(calls.events.subscribers),
+    )
+    if not is_builtin(prototype):
+        reduction.prototype.copy().open(calls.router.allow)  # else only the workers refuse it, after the calls
+    if args or kwargs:
+        args, kwargs = calls.lift(args, kwargs, len(clients))
+    try:
+        refused: dict[str, BaseException] = {}
+        invocations = []
+        for client_id in calls.router.plan(in_order, method, is_awaited=is_awaited):
+            invocation = calls.invocation(options, client_id, method, args, {**kwargs, **clients[client_id]})
+            try:
+                calls.check_not_reading(client_id, method)
+                calls.check_capacity(client_id, method)
+            except (LearnerBusyError, CapacityError) as error:
+                refused[client_id] = error
+            else:
+                invocations.append(invocation)
         try:
-            calls.check_not_reading(client_id, method)
-            calls.check_capacity(client_id, method)
-        except (LearnerBusyError, CapacityError) as error:
-            failures[client_id] = error
-            continue
-        invocations.append(invocation)
+            await _make_calls(calls, options, reduction, invocations, method)
+        finally:
+            for call in reduction.calls.values():  # pending after a deadline, a quorum or a cancellation
+                call.end(asyncio.CancelledError())
+        value = await _merge(options, reduction, method) if reduction.nodes else None
+    except MergeError as error:
+        left, right = (in_order[place] for place in error.places)
+        text = f"{method} of {left} and {right}: their results do not go together, {error.reason}"
+        raise ValueError(text) from error.reason
+    except Exception as error:
+        error.add_note(f"as the results of {method} were added up")
+        raise
+    counted = [client_id for client_id in clients if reduction.place_of(client_id) in reduction.counted]
+    failures = refused | reduction.failures
+    without = failures.keys() - counted
+    return value, counted, {client_id: failures[client_id] for client_id in clients if client_id in without}
+
+
+async def _make_calls(
+    calls: Calls,
+    options: CallOptions,
+    reduction: Reduction,
+    invocations: Sequence[Invocation],
+    method: str,
+) -> None:
+    """Make the calls of a reduction, stop it at its deadline, and wait for its partial results.
+
+    Raises:
+        CallTimeoutError: If the partial results did not come within another ``timeout_s`` after the stop.
+        BaseException: If a method raised it, and it is no Exception.
+    """
 
     async def run() -> None:
         """Count the calls in the step of the event loop that submits them."""
-        observed.update((one.client_id, calls.begin_call(one)) for one in invocations)
-        await calls.router.reduce(reduction, invocations, progress)
+        for invocation in invocations:
+            reduction.calls[invocation.client_id] = calls.begin_call(invocation)
+        await calls.router.reduce(reduction, invocations)
 
-    running = asyncio.ensure_future(run())
-    try:
-        failures |= await _watched(calls, options, method, progress, running, observed)
-        return progress, failures
-    finally:
-        for one in observed.values():  # still pending after a deadline, a quorum or a cancellation
-            calls.end_call(one, asyncio.CancelledError())
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-
-
-async def _watched(
-    calls: Calls,
-    options: CallOptions,
-    method: str,
-    progress: ReduceProgress,
-    running: asyncio.Future[None],
-    observed: Mapping[str, ObservedCall],
-) -> dict[str, Exception]:
-    """Follow a reduction, stop it at its deadline or quorum, and wait for its partial results.
-
-    Returns:
-        The errors of clients that failed or did not end in time.
-    """
-    failures: dict[str, Exception] = {}
-    fatal: BaseException | None = None  # raised by a method, and no Exception
-    loop, timeout_s = asyncio.get_running_loop(), options.timeout_s
-    deadline = loop.time() + timeout_s if timeout_s is not None else None
-    while progress.ended or not running.done():
-        while progress.ended:
-            client_id, error = progress.ended.popleft()
-            if progress.stopped.is_set() and error is not None:
-                continue
-            calls.end_call(observed[client_id], error)
-            failures.pop(client_id, None)
-            if isinstance(error, Exception):
-                failures[client_id] = error
-            elif error is not None:
-                fatal = fatal or error
-        needed = options.min_results
-        is_settled = needed is not None and (
-            len(progress.succeeded) >= needed or (observed and len(observed) - len(failures) < needed)
-        )
-        if is_settled and not progress.stopped.is_set():
-            progress.stop()
-            deadline = loop.time() + timeout_s if timeout_s is not None else None
-        progress.has_ended.clear()
-        has_ended = asyncio.ensure_future(progress.has_ended.wait())
-        waiting: set[asyncio.Future[Any]] = {running, has_ended}
-        remaining_s = None if deadline is None else max(deadline - loop.time(), 0.0)
+    timeout_s = options.timeout_s
+    if timeout_s is None:
+        await run()  # a quorum stops it
+    else:
+        running = asyncio.ensure_future(run())
         try:
-            done, _ = await asyncio.wait(waiting, timeout=remaining_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            has_ended.cancel()
-        if done:
-            continue
-        if progress.stopped.is_set():
-            where = ", ".join(progress.waited_for) or "the driver"
-            raise CallTimeoutError(
-                f"{method}: the results of {len(observed)} clients were not added up on {where} within "
-                f"timeout_s={timeout_s} of the last call's end: raise it, or see what the reducer does"
+            done, _ = await asyncio.wait(
+                {running, reduction.stopped}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
             )
-        for client_id, one in observed.items():
-            if client_id not in progress.succeeded and client_id not in failures:
-                failures[client_id] = calls.late(options, client_id, method)
-                calls.end_call(one, failures[client_id])
-        progress.stop()
-        deadline = loop.time() + timeout_s if timeout_s is not None else None
+            if not done:
+                reduction.stop({one: calls.late(options, one, method) for one in reduction.pending})
+            done, _ = await asyncio.wait({running}, timeout=timeout_s if reduction.is_stopped else None)
+            if not done:
+                where = ", ".join(reduction.waited_for) or "the driver"
+                raise _not_merged(options, reduction, method, where)
+            await running
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+    for error in reduction.failures.values():
+        if not isinstance(error, Exception):
+            raise error
+
+
+async def _merge(options: CallOptions, reduction: Reduction, method: str) -> Any:
+    """Merge the partial results and return the value, within another ``timeout_s``."""
     try:
-        running.result()
-        if fatal is not None:
-            raise fatal
-    finally:
-        del fatal  # its traceback refers to this frame
-    return {one: error for one, error in failures.items() if one not in progress.succeeded}
+        async with asyncio.timeout(options.timeout_s) as deadline:
+            return await reduction.finish()
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        raise _not_merged(options, reduction, method, "the driver") from None
+
+
+def _not_merged(options: CallOptions, reduction: Reduction, method: str, where: str) -> CallTimeoutError:
+    return CallTimeoutError(
+        f"{method}: the results of {len(reduction.calls)} clients were not added up on {where} within "
+        f"timeout_s={options.timeout_s} of the last call's end: raise it, or see what the reducer does"
+    )

@@ -19,7 +19,7 @@ from summing import Adder, Brackets, Failing, Kept, Noted, SlowToPack, Threads, 
 
 import torchfedrpc as tfr
 from torchfedrpc.events import CallEnded, Event
-from torchfedrpc.reduce.tree import Forest, fold
+from torchfedrpc.reduce.tree import Forest, fold, merged
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +100,10 @@ async def test_a_reduction_is_what_a_tree_over_the_results_gives(proxy: tfr.Lear
     await proxy.clients(ids).call("keep", None)
     before = {one: data async for one, data in proxy.snapshots(ids)}
     results = await proxy.clients(ids).call("train")
-    forest = Forest(tfr.WeightedMean(), range(len(ids)))
+    forest = Forest(tfr.WeightedMean(), len(ids))
     for place, one in enumerate(in_order):
         forest.add(place, results[one])
-    expected, _ = forest.finish()
+    expected = merged(forest.take(), len(ids)).finish()
     await proxy.restore(before)
     result = await proxy.clients(ids).reduce("train", tfr.WeightedMean())
     assert bits(result.value) == bits(expected)

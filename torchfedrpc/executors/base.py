@@ -21,7 +21,7 @@ from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.process import choose_device
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.reduce.driver import Gathering, ReduceProgress, Reduction
+from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.wire.packing import Packed, Reference, pack
 
 logger = logging.getLogger(__name__)
@@ -208,37 +208,42 @@ class AbstractExecutor(ABC):
         """
         return list(client_ids)
 
-    async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation], progress: ReduceProgress) -> None:
+    async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation]) -> None:
         """Run calls and reduce their results. By default the results come to the driver, as with `execute`.
 
         Args:
-            reduction: The reduction; it may have clients of other executors as well.
+            reduction: Receives the end of each call, and partial results. Its ``stopped`` cancels the pending calls.
+                It may have clients of other executors as well.
             invocations: Calls of this executor's clients.
-            progress: Receives the end of each call, and partial results. Its ``stopped`` cancels the pending calls.
 
         Raises:
             MergeError: If two results cannot be merged.
         """
-        gathering = Gathering(reduction, progress)
+        forest = reduction.forest()
 
         async def run(invocation: Invocation) -> None:
             try:
                 result = await self.execute(invocation)
             except Exception as error:
-                progress.note(invocation.client_id, error)
+                reduction.note(invocation.client_id, error)
+                return
+            try:
+                forest.add(reduction.place_of(invocation.client_id), result)
+            except Exception as error:
+                error.add_note(f"in {invocation.client_id}.{invocation.method}, as its result was added up")
+                reduction.note(invocation.client_id, error)
             else:
-                gathering.add(invocation.client_id, invocation.method, result)
+                reduction.note(invocation.client_id, None)
 
-        running = {asyncio.ensure_future(run(invocation)) for invocation in invocations}
-        stopped = asyncio.ensure_future(progress.stopped.wait())
+        running: set[asyncio.Future[None]] = {asyncio.ensure_future(run(invocation)) for invocation in invocations}
         try:
-            while running and not stopped.done():
-                done, _ = await asyncio.wait({*running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            while running and not reduction.is_stopped:
+                done, _ = await asyncio.wait({*running, reduction.stopped}, return_when=asyncio.FIRST_COMPLETED)
                 running -= done
         finally:
-            unfinished = [task for task in (*running, stopped) if task.cancel()]
+            unfinished = [task for task in running if task.cancel()]
             await asyncio.gather(*unfinished, return_exceptions=True)
-        gathering.finish()
+        reduction.add_nodes(forest.take())
 
     def worker_of(self, client_id: str) -> str:
         """Return the name of the process that has a client's learner, for messages."""

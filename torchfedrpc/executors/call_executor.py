@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from torchfedrpc import errors
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
 from torchfedrpc.executors.admission import Admission, estimate
@@ -23,11 +22,9 @@ from torchfedrpc.executors.stream import CallStream, Steps
 from torchfedrpc.host.call import Call, CallKind, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.snapshot import seal
-from torchfedrpc.reduce.driver import ReduceProgress, Reduction, all_ended
+from torchfedrpc.reduce.driver import Reduction, all_ended
 from torchfedrpc.wire.packing import Packed, Parcel, pack, pack_nothing
 from torchfedrpc.wire.shared import SharedValue, shared_values
-
-Ended = Callable[[Call, Outcome], None]
 
 
 class Learners(Protocol):
@@ -48,17 +45,8 @@ class Learners(Protocol):
     async def capture(self, call: Call) -> Outcome | None:
         """Take a learner's part of a consistent snapshot; None if the learner was given up."""
 
-    async def reduce(
-        self, reduction: Reduction, calls: Mapping[int, tuple[Call, int]], progress: ReduceProgress, ended: Ended
-    ) -> None:
-        """Run calls and reduce their results in their hosts.
-
-        Args:
-            reduction: The reduction.
-            calls: Place -> call, and number of retries if its method has not begun.
-            progress: Receives the partial results.
-            ended: Receives the outcome of each call, without its value.
-        """
+    async def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> None:
+        """Run calls, by place, and reduce their results in their hosts."""
 
     def take_value(self, obj: Any) -> Packed:
         """Pack the present value of an object, for one call."""
@@ -173,7 +161,7 @@ class CallExecutor(AbstractExecutor):
                 await self._cut.passed(call.client_id)
             for remaining in range(invocation.retries, -1, -1):
                 outcome = await self._learners.call(call)
-                if not (remaining and may_succeed_later(outcome)):
+                if not (remaining and outcome.may_succeed_later):
                     break
             self._durations.note(call, outcome)
             if (error := outcome.error) is not None:
@@ -188,83 +176,77 @@ class CallExecutor(AbstractExecutor):
                 num_bytes += self._release(values)
             self._admission.release(num_bytes)
 
-    async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation], progress: ReduceProgress) -> None:
+    async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation]) -> None:
         """Run calls and reduce their results in their hosts. The calls that are admitted at once are one batch.
 
         Each call that has to wait for admission by ``max_inflight_bytes`` is a separate batch.
         """
         tasks: list[asyncio.Task[None]] = []
         requests: dict[asyncio.Future[None], int] = {}  # places in the queue that no task has taken over
-        prompt: dict[int, tuple[Call, int]] = {}
+        calls: dict[int, Call] = {}
         admitted: list[tuple[int, tuple[SharedValue, ...]]] = []
         for invocation in invocations:
             num_bytes = self._estimate(invocation.args, invocation.kwargs)
             if self._cut is not None or not self._admission.admit_now(num_bytes):
                 turn = self._admission.request(num_bytes)
                 requests[turn] = num_bytes
-                late = self._reduce_late(reduction, invocation, progress, turn, requests)
-                tasks.append(asyncio.ensure_future(late))
-                continue
-            try:
-                call = self._call(invocation, *_held(invocation), num_bytes)
-            except Exception as error:
-                self._admission.release(num_bytes)
-                progress.note(invocation.client_id, error)
-                continue
-            values = _shared_in_tick(call)
-            admitted.append((num_bytes - self._hold(values, num_bytes), values))
-            prompt[reduction.place_of(call.client_id)] = call, invocation.retries
+                tasks.append(asyncio.ensure_future(self._reduce_late(reduction, invocation, turn, requests)))
+            else:
+                admitted.append(self._add_call(calls, reduction, invocation, num_bytes))
         try:
-            if prompt:
-                await self._learners.reduce(reduction, prompt, progress, partial(self._ended, progress))
-            await all_ended(tasks)
+            if calls:
+                await self._learners.reduce(reduction, calls)
+            if tasks:
+                await all_ended(tasks)
         finally:
             for task in tasks:
                 task.cancel()
             for turn, num_bytes in requests.items():  # of tasks that were cancelled before they began
                 self._admission.withdraw(turn, num_bytes)
             requests.clear()
-            self._admission.release(sum(num_bytes + self._release(values) for num_bytes, values in admitted))
+            for num_bytes, values in admitted:
+                self._admission.release(num_bytes + self._release(values))
 
     async def _reduce_late(
         self,
         reduction: Reduction,
         invocation: Invocation,
-        progress: ReduceProgress,
         turn: asyncio.Future[None],
         requests: dict[asyncio.Future[None], int],
     ) -> None:
         """Run one call of a reduction once its request for admission is granted."""
         num_bytes = requests.pop(turn)
         await self._admission.wait(turn, num_bytes)
+        calls: dict[int, Call] = {}
         values: tuple[SharedValue, ...] = ()
         try:
-            if progress.stopped.is_set():
+            if reduction.is_stopped:
                 return
-            try:
-                call = self._call(invocation, *_held(invocation), num_bytes)
-            except Exception as error:
-                progress.note(invocation.client_id, error)
-                return
-            values = _shared_in_tick(call)
-            num_bytes -= self._hold(values, num_bytes)
+            num_bytes, values = self._add_call(calls, reduction, invocation, num_bytes)
             if self._cut is not None:
-                await self._cut.passed(call.client_id)
-            calls = {reduction.place_of(call.client_id): (call, invocation.retries)}
-            await self._learners.reduce(reduction, calls, progress, partial(self._ended, progress))
+                await self._cut.passed(invocation.client_id)
+            await self._learners.reduce(reduction, calls)
         finally:
             self._admission.release(num_bytes + self._release(values))
 
-    def _ended(self, progress: ReduceProgress, call: Call, outcome: Outcome) -> None:
-        """Note the end of a call of a reduction."""
-        self._durations.note(call, outcome)
-        error: BaseException | None = None
+    def _add_call(
+        self, calls: dict[int, Call], reduction: Reduction, invocation: Invocation, num_bytes: int
+    ) -> tuple[int, tuple[SharedValue, ...]]:
+        """Pack a call of a reduction, and add it to those to make, by place. An error is that of the call.
+
+        Returns:
+            Bytes admitted for this call alone, and the shared values that only calls of its tick use.
+        """
         try:
-            self._result(outcome, call)
-        except BaseException as caught:
-            error = caught
-        progress.note(call.client_id, error)
-        del error  # its traceback refers to this frame
+            call = self._call(invocation, *_held(invocation), num_bytes)
+        except Exception as error:
+            reduction.note(invocation.client_id, error)
+            return num_bytes, ()
+        calls[reduction.place_of(invocation.client_id)] = call
+        if isinstance(call.arguments, Parcel) and call.arguments.apart:
+            values = _shared_in_tick(call)
+            return num_bytes - self._hold(values, num_bytes), values
+        return num_bytes, ()
 
     def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
         """Return the common arguments of several calls, with large values replaced by shared ones."""
@@ -414,12 +396,6 @@ class CallExecutor(AbstractExecutor):
     def _result(self, outcome: Outcome, call: Call) -> Any:
         """Return the result of a call or the item of a stream; see `Outcome.result`."""
         return outcome.result(call, self.allow, self._learners.worker_of(call.client_id))
-
-
-def may_succeed_later(outcome: Outcome) -> bool:
-    """Return whether to retry a call: its method has not begun, and the cause is not an error of this library."""
-    failure = outcome.failure
-    return failure is not None and outcome.never_ran and not failure.type_name.startswith(errors.__name__)
 
 
 def _shared_in_tick(call: Call) -> tuple[SharedValue, ...]:

@@ -10,15 +10,14 @@ from typing import Any
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import ExecutorSpec
-from torchfedrpc.executors.call_executor import CallExecutor, Ended, may_succeed_later
+from torchfedrpc.executors.call_executor import CallExecutor
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.host.answer import answer
 from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
-from torchfedrpc.reduce.driver import ReduceProgress, Reduction
-from torchfedrpc.reduce.tree import Node
+from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.registry import executor
 from torchfedrpc.wire.packing import Packed, Reference, SentApart, pack
 from torchfedrpc.wire.shared import SharedValue, shared_values
@@ -73,47 +72,20 @@ class LocalLearners:
         """Take a learner's part of a consistent snapshot."""
         return await self.call(call)
 
-    async def reduce(
-        self, reduction: Reduction, calls: Mapping[int, tuple[Call, int]], progress: ReduceProgress, ended: Ended
-    ) -> None:
-        """Run calls and reduce their results in the host; retry calls whose methods have not begun."""
-        retries = {place: num_retries for place, (_, num_retries) in calls.items()}
-        noted: set[int] = set()
-
-        def is_to_repeat(place: int, outcome: Outcome) -> bool:
-            return retries[place] > 0 and not progress.stopped.is_set() and may_succeed_later(outcome)
-
-        def note(place: int, outcome: Outcome) -> None:
-            if place not in noted and not is_to_repeat(place, outcome):
-                noted.add(place)
-                ended(calls[place][0], outcome)
-
-        waiting = list(calls)
-        while waiting:
+    async def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> None:
+        """Run calls, by place, and reduce their results in the host; retry calls whose methods have not begun."""
+        while calls:
             self._next_batch_id -= 1
-            batch = Batch(
-                self._next_batch_id,
-                reduction.prototype,
-                len(reduction.client_ids),
-                tuple((place, calls[place][0]) for place in waiting),
-                progress.is_watched,
-                self._config.call_timeout_s,
-            )
+            batch = reduction.batch(self._next_batch_id, calls, self._config.call_timeout_s)
             try:
-                outcome = await progress.run(self, batch, note)
+                outcome, again = await reduction.run(self, batch)
             except asyncio.CancelledError:
                 self._host.cancel(batch.call_id)
                 raise
-            waiting = [place for place, of_call in outcome.of_calls if is_to_repeat(place, of_call)]
             for place, of_call in outcome.of_calls:
-                note(place, of_call)
-            for place in waiting:
-                retries[place] -= 1
-            if outcome.failure is not None:
-                raise outcome.failure.restore(self._allow, "as results were merged on local")
-            if outcome.parcel is not None:
-                nodes: list[Node] = outcome.parcel.open(self._allow)
-                progress.nodes += nodes
+                self._durations.note(calls[place], of_call)
+            reduction.take(self, batch, outcome)
+            calls = again
 
     async def run_batch(self, batch: Batch) -> Outcome:
         """Run a batch in the host. Returns its (first) outcome."""

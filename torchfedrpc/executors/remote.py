@@ -15,8 +15,7 @@ from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.events import WorkerJoined, WorkerLeft, WorkerLost
 from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.base import ExecutorSpec
-from torchfedrpc.executors.batches import Batches, Part
-from torchfedrpc.executors.call_executor import Ended
+from torchfedrpc.executors.batches import Batches
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.executors.journal import Journal, Journals
 from torchfedrpc.executors.learner_session import LearnerSession, SessionStream
@@ -24,7 +23,7 @@ from torchfedrpc.executors.placement import LOCAL, addresses, even_out, place_ag
 from torchfedrpc.executors.snapshot_throttle import SnapshotBudget, SnapshotThrottle
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.faults import Fault
-from torchfedrpc.reduce.driver import ReduceProgress, Reduction
+from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.handshake import load_token
 from torchfedrpc.rpc.member import Member
@@ -156,15 +155,10 @@ class RemoteLearners:
         session = self._session(call.client_id)
         return None if session.given_up is not None else await self.call(call)
 
-    async def reduce(
-        self, reduction: Reduction, calls: Mapping[int, tuple[Call, int]], progress: ReduceProgress, ended: Ended
-    ) -> None:
-        """Run calls and reduce their results on the workers."""
-        parts = [
-            Part(place, call, self._session(call.client_id), num_retries)
-            for place, (call, num_retries) in calls.items()
-        ]
-        await Batches(self, reduction, progress, ended, self._config.call_timeout_s).run(parts)
+    async def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> None:
+        """Run calls, by place, and reduce their results on the workers."""
+        batches = Batches(self, reduction, self._config.call_timeout_s)
+        await batches.make([(place, call, self._session(call.client_id)) for place, call in calls.items()])
 
     def take_value(self, obj: Any) -> Packed:
         """Pack the present value of an object, for one call."""

@@ -16,7 +16,7 @@ from torchfedrpc.executors.placement import HTTP, LOCAL, Endpoint
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.launcher import Launch
-from torchfedrpc.reduce.driver import ReduceProgress, Reduction, all_ended
+from torchfedrpc.reduce.driver import Reduction, all_ended
 from torchfedrpc.registry import executors
 
 
@@ -63,6 +63,9 @@ class ExecutorRouter:
 
     def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
         """Return the clients of a group's call in the order of submission; see `AbstractExecutor.plan`."""
+        if self._local is self._main:
+            plan: list[str] = self._main.plan(list(client_ids), method, is_awaited=is_awaited)
+            return plan
         by_executor: dict[AbstractExecutor, list[str]] = {}
         for client_id in client_ids:
             by_executor.setdefault(self.get_executor(client_id), []).append(client_id)
@@ -73,19 +76,16 @@ class ExecutorRouter:
         """Return the common arguments of several calls, with large values replaced by shared ones."""
         return self._main.lift(args, kwargs, num_calls)
 
-    async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation], progress: ReduceProgress) -> None:
+    async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation]) -> None:
         """Run calls and reduce their results, on the executor of each client; see `AbstractExecutor.reduce`."""
+        if self._local is self._main:  # without a task, so that calls are submitted in this step of the event loop
+            await self._main.reduce(reduction, invocations)
+            return
         of_executors: dict[AbstractExecutor, list[Invocation]] = {}
         for invocation in invocations:
             of_executors.setdefault(self.get_executor(invocation.client_id), []).append(invocation)
-        if len(of_executors) == 1:  # without a task, so that calls are submitted in this step of the event loop
-            [(executor, own)] = of_executors.items()
-            await executor.reduce(reduction, own, progress)
-            return
-        tasks = [
-            asyncio.ensure_future(executor.reduce(reduction, own, progress)) for executor, own in of_executors.items()
-        ]
-        await all_ended(tasks)
+        reducing = (executor.reduce(reduction, own) for executor, own in of_executors.items())
+        await all_ended([asyncio.ensure_future(one) for one in reducing])
 
     def share(self, obj: Any) -> SharedRef:
         """Return a shared reference to the present value of an object, for later calls on any executor."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torchfedrpc import errors
 from torchfedrpc.errors import SerializationError, WorkerLostError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import Failure
@@ -121,6 +122,12 @@ class Outcome:
     def is_final(self) -> bool:
         """Whether no other outcome follows."""
         return self.kind != "item"
+
+    @property
+    def may_succeed_later(self) -> bool:
+        """Whether to retry a call: its method has not begun, and the cause is not an error of this library."""
+        failure = self.failure
+        return failure is not None and self.never_ran and not failure.type_name.startswith(errors.__name__)
 
     def result(self, call: Call, allow: AllowList, worker: str) -> Any:
         """Return the result or the item for the caller; None at the end of a stream.

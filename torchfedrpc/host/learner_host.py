@@ -162,16 +162,16 @@ class LearnerHost:
         with self._lock:
             known = self._outcomes.get(batch.call_id)
             batch_job = self._batches.get(batch.call_id)
-            if batch_job is not None:
-                batch_job.watch(0, reply)
-            elif known is None:
-                batch_job = BatchJob(batch, reply, self.take_value, self.allow)
+            if batch_job is None and known is None:
+                batch_job = BatchJob(batch, self.allow, by_value=self._process.by_value)
                 self._batches[batch.call_id] = batch_job
                 for (place, call), mailbox in zip(calls, mailboxes, strict=True):
                     ended = partial(self._call_ended, batch_job, place)
                     job = Job(call, mailbox, ended, batch=batch_job, place=place)
                     if (beginning := self._enqueue(job)) is not None:
                         begins.append(beginning)
+            if batch_job is not None:
+                batch_job.watch(0, reply)
         for job in begins:
             self._sync.put(partial(self._turn, job, self._begin))
         if known is not None:
@@ -420,7 +420,11 @@ class LearnerHost:
         self._merging.put(partial(self._collect, batch_job))
 
     def _collect(self, batch_job: BatchJob) -> None:
-        self._batch_done(batch_job, self._runner.collect(batch_job))
+        try:
+            outcome = Outcome("value", batch_job.partial_results())
+        except BaseException as error:
+            outcome = failed(error)
+        self._batch_done(batch_job, outcome)
 
     def _tell(self, batch_job: BatchJob) -> None:
         """Answer an open request for the ended calls of a batch, if there are new ones."""

@@ -1,4 +1,4 @@
-"""Runs the steps of jobs: a call, an item of a stream, a snapshot, the partial results of a batch."""
+"""Runs the steps of jobs: a call, an item of a stream, a snapshot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from torchfedrpc.host.mailbox import Job
 from torchfedrpc.host.methods import find_method
 from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.randomness import call_seed
-from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Reference, pack
@@ -91,14 +90,6 @@ class Runner:
             state, kwargs = arguments
             self._learners.restore(job, state.numpy().data, kwargs)
             return Outcome("value", pack(None))
-        except BaseException as error:
-            return failed(error)
-
-    def collect(self, job: BatchJob) -> Outcome:
-        """Return the partial results of a batch."""
-        try:
-            nodes, is_owned = job.partial_results()
-            return Outcome("value", pack(nodes, copy=not is_owned) if self._process.by_value else Reference(nodes))
         except BaseException as error:
             return failed(error)
 

@@ -1,77 +1,28 @@
-"""Reduction on the driver: its clients, the ends of its calls, and its value."""
+"""Reduction on the driver: its clients, the ends of their calls, and its value."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
-from torchfedrpc.host.call import Batch, Outcome
+from torchfedrpc.errors import SerializationError
+from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.reduce.reducers import Reducer, are_small
-from torchfedrpc.reduce.tree import Forest, Node
+from torchfedrpc.reduce.tree import Forest, Node, covered, merged
+from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, pack
 
 
-class Reduction:
-    """Clients of a reduction, in the order in which their results are merged, and its reducer.
+class CountedCall(Protocol):
+    """A call that was counted when it began."""
 
-    Args:
-        prototype: An empty reducer.
-        client_ids: The clients, by place.
-
-    Attributes:
-        prototype: The packed reducer, copied for each use.
-        client_ids: The clients, by place.
-
-    Raises:
-        SerializationError: If the reducer cannot be sent.
-    """
-
-    def __init__(self, prototype: Reducer, client_ids: Sequence[str]) -> None:
-        self.prototype: Packed = pack(prototype)
-        self._reducer = copy.deepcopy(prototype)
-        self.client_ids = tuple(client_ids)
-        self._place_of = {client_id: place for place, client_id in enumerate(self.client_ids)}
-
-    def place_of(self, client_id: str) -> int:
-        """Return the place of a client."""
-        return self._place_of[client_id]
-
-    def forest(self) -> Forest:
-        """Return an empty forest for results of these clients."""
-        return Forest(self._reducer, range(len(self.client_ids)))
-
-    async def finish(self, nodes: Sequence[Node]) -> Any:
-        """Merge partial results of at least one client, and return the value.
-
-        Raises:
-            MergeError: If two of them cannot be merged.
-            Exception: If the reducer's ``finish`` raised it.
-        """
-        if are_small(reducer for _, _, reducer, _ in nodes):
-            return self._finish(nodes, torch.get_num_threads())
-        return await asyncio.to_thread(self._finish, nodes, torch.get_num_threads())
-
-    def _finish(self, nodes: Iterable[Node], num_threads: int) -> Any:
-        """Set this thread's number of threads first, since it affects the bits of a user-defined reducer's sums."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(num_threads)
-        try:
-            forest = self.forest()
-            for node in nodes:
-                forest.put(*node)
-            for place in forest.waiting():
-                forest.skip(place)
-            value, _ = forest.finish()
-            return value
-        except StopIteration as error:  # a future cannot raise it, so its awaiter would hang
-            raise RuntimeError(f"the reducer raised StopIteration: {error}") from error
-        finally:
-            torch.set_num_threads(before)
+    def end(self, failure: BaseException | None) -> None:
+        """Count its end; a second call does nothing."""
 
 
 class BatchWorker(Protocol):
@@ -89,104 +40,240 @@ class BatchWorker(Protocol):
         """Cancel the calls of a batch that have not ended."""
 
 
-class ReduceProgress:
-    """Progress of a reduction: ends of calls and partial results, reported by the executors that run it.
+class Reduction:
+    """A reduce, from its calls to its value. The executors that make the calls report to it.
 
     Args:
-        is_watched: Whether the end of each call is reported at once, for a deadline or a quorum.
+        prototype: An empty reducer.
+        client_ids: The clients by place, that is in the order in which their results are merged.
+        allow: The types that may travel.
+        num_retries: Number of retries of a call if its method has not begun.
+        min_results: Number of results after which the other calls are cancelled; None for no such number.
+        is_watched: Whether the end of each call is reported at once, rather than with the partial results.
 
     Attributes:
+        prototype: The packed reducer, copied for each use.
+        client_ids: The clients, by place.
         is_watched: Whether the end of each call is reported at once.
-        ended: Queue of clients with ended calls, each with its error or None; the reader removes them.
-        has_ended: Set when a call ends.
+        calls: Client -> its call; calls that have begun.
         succeeded: Clients with a success as their last end.
+        failures: Client -> error of its last end.
         nodes: Partial results.
-        stopped: Set when the pending calls are cancelled.
+        counted: Places of the clients with a result in ``nodes``.
+        stopped: Done when the pending calls are cancelled.
+
+    Raises:
+        SerializationError: If the reducer cannot be sent.
     """
 
-    def __init__(self, *, is_watched: bool = False) -> None:
+    def __init__(
+        self,
+        prototype: Reducer,
+        client_ids: Sequence[str],
+        allow: AllowList,
+        *,
+        num_retries: int = 0,
+        min_results: int | None = None,
+        is_watched: bool = False,
+    ) -> None:
+        self.prototype: Packed = pack(prototype)
+        self.client_ids = tuple(client_ids)
         self.is_watched = is_watched
-        self.ended: deque[tuple[str, BaseException | None]] = deque()
-        self.has_ended = asyncio.Event()
+        self.calls: dict[str, CountedCall] = {}
         self.succeeded: set[str] = set()
+        self.failures: dict[str, BaseException] = {}
         self.nodes: list[Node] = []
-        self.stopped = asyncio.Event()
+        self.counted: set[int] = set()
+        self.stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reducer = copy.deepcopy(prototype)
+        self._allow = allow
+        self._num_retries = num_retries
+        self._min_results = min_results
+        self._place_of = {client_id: place for place, client_id in enumerate(self.client_ids)}
+        self._num_repeats: Counter[int] = Counter()  # of a call, by place
         self._open: dict[tuple[str, int], tuple[BatchWorker, Batch]] = {}
 
-    def note(self, client_id: str, error: BaseException | None) -> None:
-        """Record the end of a client's call. A call repeated after a loss may end twice."""
-        if error is None:
-            self.succeeded.add(client_id)
-        else:
-            self.succeeded.discard(client_id)
-        self.ended.append((client_id, error))
-        self.has_ended.set()
+    def place_of(self, client_id: str) -> int:
+        """Return the place of a client."""
+        return self._place_of[client_id]
+
+    def forest(self) -> Forest:
+        """Return an empty forest for results of these clients."""
+        return Forest(self._reducer, len(self.client_ids))
+
+    # Calls.
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the pending calls are cancelled."""
+        return self.stopped.done()
+
+    @property
+    def pending(self) -> list[str]:
+        """Clients whose calls have begun and not ended."""
+        ended = self.succeeded | self.failures.keys()
+        return [client_id for client_id in self.calls if client_id not in ended]
 
     @property
     def waited_for(self) -> list[str]:
         """Workers with outstanding partial results, for messages."""
         return list(dict.fromkeys(worker.label for worker, _ in self._open.values()))
 
-    def stop(self) -> None:
-        """Cancel the pending calls."""
-        self.stopped.set()
+    def stop(self, errors: Mapping[str, Exception] | None = None) -> None:
+        """Cancel the pending calls. Later errors do not count, but results that come nevertheless do.
+
+        Args:
+            errors: Client -> error of its pending call.
+        """
+        for client_id, error in (errors or {}).items():
+            self.note(client_id, error)
+        if not self.is_stopped:
+            self.stopped.set_result(None)
         for worker, batch in self._open.values():
             worker.cancel_batch(batch)
 
-    async def run(self, worker: BatchWorker, batch: Batch, note: Callable[[int, Outcome], None]) -> Outcome:
-        """Run a batch on a worker to its end.
+    def note(self, client_id: str, error: BaseException | None) -> None:
+        """Record the end of a client's call. A call repeated after a loss may end twice."""
+        if error is None:
+            self.succeeded.add(client_id)
+            self.failures.pop(client_id, None)
+        else:
+            self.succeeded.discard(client_id)
+            if self.is_stopped:
+                return
+            self.failures[client_id] = error
+        if (call := self.calls.get(client_id)) is not None:
+            call.end(error)
+        if self._min_results is not None:
+            asyncio.get_running_loop().call_soon(self._stop_if_settled)  # behind all ends of this tick
+
+    def _stop_if_settled(self) -> None:
+        """Stop if there are enough results, or if there cannot be enough any more."""
+        needed = self._min_results
+        if needed is None or self.is_stopped:
+            return
+        if len(self.succeeded) >= needed or len(self.calls) - len(self.failures) < needed:
+            self.stop()
+
+    # Batches.
+
+    def batch(self, call_id: int, calls: Mapping[int, Call], timeout_s: float | None) -> Batch:
+        """Return calls of one process as a batch.
 
         Args:
-            worker: The worker.
-            batch: The batch.
-            note: Receives place and outcome of each call that ends before the batch, if the batch is watched.
+            call_id: Id of the batch.
+            calls: Place -> call.
+            timeout_s: Seconds that merging may take there; None for no limit.
+        """
+        num_places = len(self.client_ids)
+        return Batch(call_id, self.prototype, num_places, tuple(calls.items()), self.is_watched, timeout_s)
+
+    async def run(self, worker: BatchWorker, batch: Batch) -> tuple[Outcome, dict[int, Call]]:
+        """Run a batch to its end, and record the ends of its calls. `take` then takes its partial results.
 
         Returns:
-            The final outcome, which contains the outcomes of all calls.
+            The final outcome, which contains the outcomes of all calls; and place -> call of those to repeat.
+
+        Raises:
+            SerializationError: If the worker answers with other calls than it was sent.
         """
+        calls = dict(batch.calls)
         self._open[worker.label, batch.call_id] = worker, batch
         try:
             outcome, num_known = await worker.run_batch(batch), 0
             while not outcome.is_final:
-                for place, of_call in outcome.of_calls:
-                    note(place, of_call)
+                self._note_calls(worker, calls, outcome.of_calls)
                 num_known += len(outcome.of_calls)
                 outcome = await worker.advance(batch, num_known)
-            return outcome
         finally:
             del self._open[worker.label, batch.call_id]
+        if len(outcome.of_calls) != len(calls) or dict(outcome.of_calls).keys() != calls.keys():
+            raise SerializationError(f"{worker.label} has answered a batch with other calls than it was sent")
+        self._note_calls(worker, calls, outcome.of_calls[num_known:])
+        again = {place: calls[place] for place, of_call in outcome.of_calls if self._is_to_repeat(place, of_call)}
+        self._num_repeats.update(again.keys())
+        return outcome, again
 
-
-class Gathering:
-    """Partial results of an executor that does not reduce on its workers: results are merged on the driver.
-
-    Args:
-        reduction: The reduction.
-        progress: Receives the results.
-    """
-
-    def __init__(self, reduction: Reduction, progress: ReduceProgress) -> None:
-        self._reduction = reduction
-        self._progress = progress
-        self._forest = reduction.forest()
-
-    def add(self, client_id: str, method: str, result: Any) -> None:
-        """Add a client's result. An error of the reducer counts as the error of this client's call."""
-        try:
-            self._forest.add(self._reduction.place_of(client_id), result)
-        except Exception as error:
-            error.add_note(f"in {client_id}.{method}, as its result was added up")
-            self._progress.note(client_id, error)
-        else:
-            self._progress.note(client_id, None)
-
-    def finish(self) -> None:
-        """Report the partial results.
+    def take(self, worker: BatchWorker, batch: Batch, outcome: Outcome) -> None:
+        """Take the partial results of a batch.
 
         Raises:
-            MergeError: If two results cannot be merged.
+            MergeError: If two results could not be merged.
+            SerializationError: If the partial results cannot be read, or are not those of the batch's clients.
+            Exception: If the worker could not merge or send them.
         """
-        self._progress.nodes += self._forest.take()
+        if outcome.failure is not None:
+            raise outcome.failure.restore(self._allow, f"as results were merged on {worker.label}")
+        if outcome.parcel is None:
+            return
+        missing = {place for place, _ in batch.calls} - self.counted
+        nodes: list[Node] = outcome.parcel.open(self._allow)
+        for level, index, _ in nodes:
+            places = covered(level, index, len(self.client_ids))
+            if not places or not missing.issuperset(places):
+                raise SerializationError(f"{worker.label} has answered a batch with results of other clients")
+            missing.difference_update(places)
+        self.add_nodes(nodes)
+
+    def add_nodes(self, nodes: Iterable[Node]) -> None:
+        """Add partial results."""
+        for level, index, reducer in nodes:
+            self.nodes.append((level, index, reducer))
+            self.counted.update(covered(level, index, len(self.client_ids)))
+
+    def _note_calls(
+        self, worker: BatchWorker, calls: Mapping[int, Call], of_calls: Iterable[tuple[int, Outcome]]
+    ) -> None:
+        """Record the ends of calls, except of those to repeat."""
+        for place, outcome in of_calls:
+            if (call := calls.get(place)) is None:
+                raise SerializationError(f"{worker.label} has answered a batch with other calls than it was sent")
+            if not self._is_to_repeat(place, outcome):
+                self.note(call.client_id, _error_of(outcome, call, self._allow, worker.label))
+
+    def _is_to_repeat(self, place: int, outcome: Outcome) -> bool:
+        return (
+            outcome.kind == "failed"
+            and self._num_repeats[place] < self._num_retries
+            and not self.is_stopped
+            and outcome.may_succeed_later
+        )
+
+    # The value.
+
+    async def finish(self) -> object:
+        """Merge the partial results of at least one client, and return the value.
+
+        Raises:
+            MergeError: If two of them cannot be merged.
+            Exception: If the reducer's ``finish`` raised it.
+        """
+        if are_small(reducer for _, _, reducer in self.nodes):
+            return self._finish(torch.get_num_threads())
+        return await asyncio.to_thread(self._finish, torch.get_num_threads())
+
+    def _finish(self, num_threads: int) -> object:
+        """Set this thread's number of threads first, since it affects the bits of a user-defined reducer's sums."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        try:
+            nodes, self.nodes = self.nodes, []
+            return merged(nodes, len(self.client_ids)).finish()
+        except StopIteration as error:  # a future cannot raise it, so its awaiter would hang
+            raise RuntimeError(f"the reducer raised StopIteration: {error}") from error
+        finally:
+            torch.set_num_threads(before)
+
+
+def _error_of(outcome: Outcome, call: Call, allow: AllowList, worker: str) -> BaseException | None:
+    """Return the error of a call; None if it succeeded. Its traceback would refer to this frame, and so to itself."""
+    if outcome.kind == "value":
+        return None
+    try:
+        outcome.result(call, allow, worker)
+    except BaseException as error:
+        return error.with_traceback(None)
+    return None
 
 
 async def all_ended(tasks: Sequence[asyncio.Future[None]]) -> None:

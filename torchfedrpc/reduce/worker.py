@@ -10,10 +10,10 @@ from typing import Any
 
 from torchfedrpc.host.call import Batch, Outcome
 from torchfedrpc.reduce.reducers import Reducer, is_builtin
-from torchfedrpc.reduce.tree import Forest, MergeError, Node
+from torchfedrpc.reduce.tree import Forest, MergeError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import Failure
-from torchfedrpc.wire.packing import Packed
+from torchfedrpc.wire.packing import Packed, Reference, pack
 
 
 class BatchJob:
@@ -23,9 +23,8 @@ class BatchJob:
 
     Args:
         batch: The calls and the reducer.
-        reply: Receives the next outcome.
-        take_value: Packs the present value of an object.
         allow: The allow-list of types.
+        by_value: Whether results, and partial results, are copied.
 
     Attributes:
         batch: The batch.
@@ -33,19 +32,13 @@ class BatchJob:
         outcomes: Places and outcomes of the calls that have ended, without values.
     """
 
-    def __init__(
-        self,
-        batch: Batch,
-        reply: Callable[[Outcome], None],
-        take_value: Callable[[Any], Packed],
-        allow: AllowList,
-    ) -> None:
+    def __init__(self, batch: Batch, allow: AllowList, *, by_value: bool) -> None:
         self.batch = batch
-        self.reply: Callable[[Outcome], None] | None = reply
+        self.reply: Callable[[Outcome], None] | None = None
         self.outcomes: list[tuple[int, Outcome]] = []
         self._num_known = 0  # number of outcomes that the driver has received
-        self._take_value = take_value
         self._allow = allow
+        self._by_value = by_value
         self._opening = threading.Lock()
         self._opened: tuple[Reducer, Forest] | None = None
 
@@ -58,8 +51,8 @@ class BatchJob:
             Exception: If the reducer's ``add`` raised it.
         """
         reducer, forest = self._open()
-        if not is_builtin(reducer):
-            result = self._take_value(result).open(self._allow)
+        if self._by_value and not is_builtin(reducer):
+            result = pack(result).open(self._allow)
         with self._merge_errors():
             forest.add(place, result)
 
@@ -85,23 +78,25 @@ class BatchJob:
         """Whether collecting and packing the partial results runs no user code."""
         return self._opened is None or is_builtin(self._opened[0])
 
-    def partial_results(self) -> tuple[list[Node], bool]:
-        """Return the largest complete nodes, and whether no other object refers to their memory.
+    def partial_results(self) -> Packed:
+        """Return the largest complete nodes.
 
         Raises:
             MergeError: If two results cannot be merged.
+            SerializationError: If they cannot be sent.
         """
         if self._opened is None:  # no call has returned a result
-            return [], True
+            return pack([])
         reducer, forest = self._opened
         with self._merge_errors():
-            return forest.take(), is_builtin(reducer)
+            nodes = forest.take()
+        return pack(nodes, copy=not is_builtin(reducer)) if self._by_value else Reference(nodes)
 
     def _open(self) -> tuple[Reducer, Forest]:
         with self._opening:
             if self._opened is None:
                 reducer = self.batch.prototype.copy().open(self._allow)
-                self._opened = reducer, Forest(reducer, range(self.batch.num_places))
+                self._opened = reducer, Forest(reducer, self.batch.num_places)
             return self._opened
 
     @contextmanager

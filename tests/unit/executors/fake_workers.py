@@ -152,8 +152,7 @@ class FakeWorker(Member):
     async def run_batch(self, batch: Batch) -> Outcome:
         ids = " ".join(str(call.call_id) for _, call in batch.calls)
         await self._asked(f"batch {ids}", "batch")
-        job = self._jobs[batch.call_id] = BatchJob(batch, lambda outcome: None, pack, ALLOW)
-        job.reply = None
+        job = self._jobs[batch.call_id] = BatchJob(batch, ALLOW, by_value=True)
         for _, call in batch.calls:
             if f"call {call.call_id}" not in self.holds:
                 self.end_call(call.call_id)
@@ -175,8 +174,7 @@ class FakeWorker(Member):
         if outcome.kind == "value":
             job.add(place, call.client_id)
         if job.ended(place, outcome):
-            nodes, _ = job.partial_results()
-            final = self.outcomes.pop("partial results", None) or Outcome("value", pack(nodes))
+            final = self.outcomes.pop("partial results", None) or Outcome("value", job.partial_results())
             assert isinstance(final, Outcome)
             ends = tuple(job.outcomes)
             final = (

@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from fake_workers import CUT_OFF, FakeRun, FakeWorker, call, settled, until, within
+from fake_workers import ALLOW, CUT_OFF, FakeRun, FakeWorker, call, settled, until, within
 from summing import Brackets
 
 from torchfedrpc.errors import SerializationError, WorkerLostError
-from torchfedrpc.executors.batches import Batches, Part
-from torchfedrpc.host.call import Batch, Call, Outcome
-from torchfedrpc.reduce.driver import ReduceProgress, Reduction
+from torchfedrpc.executors.batches import Batches
+from torchfedrpc.host.call import Batch, Outcome
+from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.rpc.worker_client import UndeliverableError
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import pack
@@ -35,9 +35,8 @@ class Reducing:
         self.run = run
         self.workers = [FakeWorker(f"worker{number + 1}") for number in range(num_workers)]
         run.place(self.workers[0])
-        self.progress = ReduceProgress()
         self.ends: list[tuple[int, str]] = []
-        self.errors: dict[int, Exception | None] = {}
+        self.errors: dict[int, BaseException | None] = {}
 
     def place(self, **workers: FakeWorker) -> None:
         """Place clients on workers."""
@@ -50,26 +49,32 @@ class Reducing:
         self.run.present_worker = placed  # type: ignore[method-assign]
 
     def begin(self, clients: str = "ab", *, num_retries: int = 0, is_watched: bool = False) -> asyncio.Task[None]:
-        self.progress = ReduceProgress(is_watched=is_watched)
-        self.reduction = Reduction(Brackets(), list(clients))
-        parts = [
-            Part(place, call(place + 1, client_id), self.run.session(client_id), num_retries)
+        self.reduction = Noting(self, clients, num_retries, is_watched)
+        calls = [
+            (place, call(place + 1, client_id), self.run.session(client_id))
             for place, client_id in enumerate(clients)
         ]
-        batches = Batches(self.run, self.reduction, self.progress, self._ended, 5.0)
-        return asyncio.ensure_future(batches.run(parts))
+        return asyncio.ensure_future(Batches(self.run, self.reduction, 5.0).make(calls))
 
-    def _ended(self, call: Call, outcome: Outcome) -> None:
-        self.ends.append((call.call_id, outcome.kind))
-        self.errors[call.call_id] = outcome.error
-        self.progress.note(call.client_id, None if outcome.kind == "value" else RuntimeError(outcome.kind))
-
-    async def value(self) -> str:
-        result: str = await self.reduction.finish(self.progress.nodes)
-        return result
+    async def value(self) -> Any:
+        return await self.reduction.finish()
 
     def journal(self, client_id: str) -> list[int]:
         return [entry.call.call_id for entry in self.run.journal(client_id).entries]
+
+
+class Noting(Reduction):
+    """Tells the ends of calls in order, those behind a stop included."""
+
+    def __init__(self, reducing: Reducing, clients: str, num_retries: int, is_watched: bool) -> None:
+        super().__init__(Brackets(), clients, ALLOW, num_retries=num_retries, is_watched=is_watched)
+        self.reducing = reducing
+
+    def note(self, client_id: str, error: BaseException | None) -> None:
+        kind = "value" if error is None else "cancelled" if "was given up, since" in str(error) else "failed"
+        self.reducing.ends.append((self.place_of(client_id) + 1, kind))
+        self.reducing.errors[self.place_of(client_id) + 1] = error
+        super().note(client_id, error)
 
 
 @asynccontextmanager
@@ -272,7 +277,7 @@ async def test_call_that_a_loss_repeats_may_end_twice_and_its_reports_are_not_ne
         second.end_call(1)
         await within(task)
         assert reducing.ends == [(1, "value"), (2, "value"), (1, "value")]
-        assert reducing.progress.succeeded == {"a", "b"}
+        assert reducing.reduction.succeeded == {"a", "b"}
         assert await reducing.value() == "(a+b)"
 
 
@@ -459,7 +464,7 @@ async def test_stop_cancels_the_calls_that_have_not_ended() -> None:
         worker.holds = {"call 2", "call 3"}
         task = reducing.begin("abc", is_watched=True)
         await until(lambda: reducing.ends == [(1, "value")])
-        reducing.progress.stop()
+        reducing.reduction.stop()
         await within(task)
         assert [entry for entry in worker.log if "cancel" in entry] == ["cancel_batch 1 2 3"]
         assert reducing.ends == [(1, "value"), (2, "cancelled"), (3, "cancelled")]
@@ -474,7 +479,7 @@ async def test_stop_leaves_calls_that_wait_for_their_turn_out() -> None:
         await settled()
         task = reducing.begin("ab")
         await until(lambda: reducing.ends)
-        reducing.progress.stop()
+        reducing.reduction.stop()
         await within(task)
         assert reducing.ends == [(1, "value")]
         others.append(asyncio.ensure_future(reducing.run.session("b").call(call(10, "b"))))
@@ -493,7 +498,7 @@ async def test_stop_as_a_turn_comes_passes_it_on() -> None:
         task = reducing.begin("a")
         await settled()
         session.turns.give()
-        reducing.progress.stop()
+        reducing.reduction.stop()
         await within(task)
         assert worker.log == []
         await called(reducing, 3, "a")
@@ -508,7 +513,7 @@ async def test_stop_during_a_rebuild_sends_no_call_behind_it() -> None:
         second.holds = {"call 7", "call 1"}
         task = reducing.begin("a", is_watched=True)
         await until(lambda: second.waiting)
-        reducing.progress.stop()
+        reducing.reduction.stop()
         second.release("call 7")
         await settled()
         sent = [entry for entry in second.log if "batch" in entry]
@@ -519,13 +524,30 @@ async def test_stop_during_a_rebuild_sends_no_call_behind_it() -> None:
         await called(reducing, 3, "a")
 
 
+async def test_stop_as_calls_are_placed_sends_those_that_count_alone() -> None:
+    async with opened() as reducing:
+        [worker] = reducing.workers
+        present_worker = reducing.run.present_worker
+
+        def placed(client_id: str) -> FakeWorker | None:
+            reducing.reduction.succeeded.add("b")  # in a batch that was lost
+            reducing.reduction.stop()
+            return present_worker(client_id)
+
+        reducing.run.present_worker = placed  # type: ignore[method-assign]
+        await within(reducing.begin("abc"))
+        assert worker.log == ["batch 2"]
+        assert await reducing.value() == "b"
+        await called(reducing, 10, "a")
+
+
 async def test_stop_lets_no_call_be_made_again() -> None:
     async with opened() as reducing:
         (worker,) = reducing.workers
         worker.holds = {"call 1"}
         task = reducing.begin("ab", num_retries=3, is_watched=True)
         await until(lambda: reducing.ends)
-        reducing.progress.stopped.set()
+        reducing.reduction.stopped.set_result(None)
         worker.end_call(1, NEVER_RAN)
         await within(task)
         assert reducing.ends == [(2, "value"), (1, "failed")]
@@ -538,7 +560,7 @@ async def test_worker_loss_behind_a_stop_repeats_the_calls_that_count_alone() ->
         first.holds = {"call 2"}
         task = reducing.begin("ab", is_watched=True)
         await until(lambda: reducing.ends == [(1, "value")])
-        reducing.progress.stopped.set()
+        reducing.reduction.stopped.set_result(None)
         reducing.run.place(second)
         first.end(2)
         await within(task)

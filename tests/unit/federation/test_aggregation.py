@@ -7,7 +7,7 @@ import torch
 
 from torchfedrpc.federation.aggregation import weighted_mean
 from torchfedrpc.reduce.reducers import WeightedMean
-from torchfedrpc.reduce.tree import Forest
+from torchfedrpc.reduce.tree import Forest, merged
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -142,9 +142,9 @@ def test_the_bits_are_those_of_a_reduce(num_states: int) -> None:
         for place in range(num_states)
     ]
     for weights in ([place % 3 + 1 for place in range(num_states)], [0.1 + place % 3 for place in range(num_states)]):
-        forest = Forest(WeightedMean(), range(num_states))
+        forest = Forest(WeightedMean(), num_states)
         for place in reversed(range(num_states)):
             forest.add(place, {"model_weights": states[place], "num_samples": weights[place]})
-        mean, reduced = weighted_mean(states, weights), forest.finish()[0]
+        mean, reduced = weighted_mean(states, weights), merged(forest.take(), num_states).finish()
         assert all(torch.equal(mean[name], reduced[name]) for name in mean)
         assert all(mean[name].dtype == reduced[name].dtype for name in mean)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from summing import Brackets, Failing, Unopenable
+from summing import Brackets, Failing, Kept, Unopenable
 
 import torchfedrpc as tfr
 from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.reduce.reducers import Mean
-from torchfedrpc.reduce.tree import MergeError
+from torchfedrpc.reduce.tree import MergeError, covered
 from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
@@ -21,16 +21,19 @@ ALLOW = AllowList(["summing"])
 VALUE = Outcome("value", pack("a value"))
 
 
-def batch_job(reducer: Any = None, places: tuple[int, ...] = (0, 1, 2, 3), *, is_watched: bool = False) -> BatchJob:
+def batch_job(
+    reducer: Any = None, places: tuple[int, ...] = (0, 1, 2, 3), *, is_watched: bool = False, by_value: bool = True
+) -> BatchJob:
     calls = tuple((place, Call(place, f"client_{place}", "text", pack(((), {})))) for place in places)
     batch = Batch(-1, pack(reducer or Brackets()), 4, calls, is_watched)
-    return BatchJob(batch, lambda outcome: None, pack, ALLOW)
+    job = BatchJob(batch, ALLOW, by_value=by_value)
+    job.watch(0, lambda outcome: None)
+    return job
 
 
 def collected(job: BatchJob) -> list[tuple[str, tuple[int, ...]]]:
-    nodes, is_owned = job.partial_results()
-    assert not is_owned  # a user's reducer may have kept what it was given
-    return [(reducer.finish(), places) for _, _, reducer, places in nodes]
+    nodes = job.partial_results().open(ALLOW)
+    return [(reducer.finish(), (*covered(level, index, 4),)) for level, index, reducer in nodes]
 
 
 def test_batch_of_a_users_reducer_is_not_collected_on_a_thread_that_must_not_wait() -> None:
@@ -41,14 +44,32 @@ def test_batch_of_a_users_reducer_is_not_collected_on_a_thread_that_must_not_wai
     assert (of_user.is_quick, of_ours.is_quick) == (False, True)
 
 
-def test_partial_results_of_a_builtin_reducer_belong_to_the_batch() -> None:
-    job = batch_job(Mean())
-    job.add(0, 1.0)
-    assert job.partial_results()[1]
+@pytest.mark.parametrize("by_value", [True, False])
+def test_partial_results_of_a_builtin_reducer_are_sent_without_a_copy(by_value: bool) -> None:
+    result = torch.ones(3)
+    job = batch_job(Mean(), by_value=by_value)
+    job.add(0, result)
+    assert job._opened is not None
+    [reducer] = job._opened[1]._nodes.values()
+    address = reducer._entries.total.data_ptr()  # type: ignore[attr-defined]
+    [(_, _, sent)] = job.partial_results().open(ALLOW)
+    assert sent._entries.total.data_ptr() == address != result.data_ptr()
+
+
+def test_partial_results_of_a_users_reducer_are_copied() -> None:
+    """It may have kept what it was given, and the learner may have what it keeps."""
+    job = batch_job(Kept())
+    job.add(0, torch.ones(3))
+    assert job._opened is not None
+    [reducer] = job._opened[1]._nodes.values()
+    packed = job.partial_results()
+    reducer.results[0].zero_()  # type: ignore[attr-defined]
+    [(_, _, sent)] = packed.open(ALLOW)
+    assert sent.results[0].tolist() == [1, 1, 1]
 
 
 def test_partial_results_of_a_batch_without_any_are_empty() -> None:
-    assert batch_job().partial_results() == ([], True)
+    assert batch_job().partial_results().open(ALLOW) == []
 
 
 def test_partial_results_are_collected_once() -> None:
@@ -71,21 +92,20 @@ def test_partial_results_leave_the_places_of_other_hosts_open() -> None:
 def test_partial_results_have_no_place_twice() -> None:
     job = batch_job()
     job.add(1, "1")
-    with pytest.raises(ValueError, match="counted already"):
+    with pytest.raises(ValueError, match="was added before"):
         job.add(1, "1")
     assert collected(job) == [("1", (1,))]
 
 
-def test_users_reducer_has_results_by_value_and_ours_has_them_as_they_are() -> None:
-    result, taken = ["0"], []
-    job = batch_job(Brackets())
-    job._take_value = lambda obj: taken.append(obj) or pack("by value")  # type: ignore[func-returns-value]
-    job.add(0, result)
-    assert taken == [result]
-    assert collected(job) == [("by value", (0,))]
-    job = batch_job(Mean())
-    job._take_value = lambda obj: pytest.fail("a result of ours was copied")
-    job.add(0, 1.0)
+def test_users_reducer_has_results_by_value_unless_isolation_is_off() -> None:
+    for by_value in (True, False):
+        result = torch.ones(3)
+        job = batch_job(Kept(), by_value=by_value)
+        job.add(0, result)
+        result.zero_()  # the learner goes on
+        [(_, _, reducer)] = job.partial_results().open(ALLOW)
+        (kept,) = reducer.finish()
+        assert kept.tolist() == ([1, 1, 1] if by_value else [0, 0, 0])
 
 
 def test_reducer_is_opened_as_a_copy_so_that_a_batch_that_is_sent_again_has_its_own() -> None:
@@ -93,7 +113,7 @@ def test_reducer_is_opened_as_a_copy_so_that_a_batch_that_is_sent_again_has_its_
     vars(reducer)["weights"] = torch.zeros(3)  # a parcel with tensors can be opened only once
     job = batch_job(reducer)
     job.add(0, "0")
-    again = BatchJob(job.batch, lambda outcome: None, pack, ALLOW)
+    again = BatchJob(job.batch, ALLOW, by_value=True)
     again.add(1, "1")
     assert collected(again) == [("1", (1,))]
 
@@ -105,7 +125,7 @@ def test_reducer_that_cannot_be_opened_is_an_error_of_each_call_that_needs_it() 
     for place in (0, 1):
         with pytest.raises(tfr.SerializationError, match="not at home"):
             job.add(place, "0")
-    assert job.partial_results() == ([], True)
+    assert job.partial_results().open(ALLOW) == []
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("value", ValueError), ("unsendable", tfr.RemoteError)])

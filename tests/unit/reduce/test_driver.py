@@ -1,8 +1,9 @@
-"""A reduction on the driver: its places and its value, and calls' ends and partial results as executors note them."""
+"""A reduction on the driver: its value, the ends of its calls, and the batches of its workers."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from summing import Brackets, Failing
 
 import torchfedrpc as tfr
+from torchfedrpc.executors.base import AbstractExecutor, Invocation
 from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.reduce import driver as module
-from torchfedrpc.reduce.driver import Gathering, ReduceProgress, Reduction, all_ended
+from torchfedrpc.reduce.driver import Reduction, all_ended
 from torchfedrpc.reduce.tree import MergeError, Node
 from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import pack
 
 ALLOW = AllowList(["summing"])
@@ -26,6 +29,10 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
+def reduction_of(reducer: Any, client_ids: Iterable[str], **options: Any) -> Reduction:
+    return Reduction(reducer, list(client_ids), ALLOW, **options)
+
+
 def nodes_of(reduction: Reduction, *places: int) -> list[Node]:
     """Partial results of a worker that has these places."""
     forest = reduction.forest()
@@ -34,31 +41,34 @@ def nodes_of(reduction: Reduction, *places: int) -> list[Node]:
     return forest.take()
 
 
-# Reductions.
+# Values.
 
 
-def test_reduction_gives_each_client_its_place() -> None:
-    reduction = Reduction(Brackets(), ["c", "a", "b"])
+async def test_reduction_gives_each_client_its_place() -> None:
+    reduction = reduction_of(Brackets(), "cab")
     assert [reduction.place_of(client_id) for client_id in "abc"] == [1, 2, 0]
     assert reduction.client_ids == ("c", "a", "b")
 
 
 async def test_reduction_merges_partial_results_in_the_order_of_places_whichever_comes_first() -> None:
-    reduction = Reduction(Brackets(), "abcde")
-    first, second = nodes_of(reduction, 0, 1, 4), nodes_of(reduction, 2, 3)
-    assert await reduction.finish([*first, *second]) == "(((a+b)+(c+d))+e)"
-    first, second = nodes_of(reduction, 0, 1, 4), nodes_of(reduction, 2, 3)
-    assert await reduction.finish([*second, *reversed(first)]) == "(((a+b)+(c+d))+e)"
+    for is_reversed in (False, True):
+        reduction = reduction_of(Brackets(), "abcde")
+        parts = [*nodes_of(reduction, 0, 1, 4), *nodes_of(reduction, 2, 3)]
+        reduction.add_nodes(reversed(parts) if is_reversed else parts)
+        assert reduction.counted == {0, 1, 2, 3, 4}
+        assert await reduction.finish() == "(((a+b)+(c+d))+e)"
 
 
 async def test_reduction_leaves_clients_without_a_result_out() -> None:
-    reduction = Reduction(Brackets(), "abcd")
-    assert await reduction.finish(nodes_of(reduction, 0, 2, 3)) == "(a+(c+d))"
+    reduction = reduction_of(Brackets(), "abcd")
+    reduction.add_nodes(nodes_of(reduction, 0, 2, 3))
+    assert reduction.counted == {0, 2, 3}
+    assert await reduction.finish() == "(a+(c+d))"
 
 
 async def test_reduction_keeps_the_reducer_as_it_was_when_it_was_begun() -> None:
     reducer = Brackets()
-    reduction = Reduction(reducer, "ab")
+    reduction = reduction_of(reducer, "ab")
     reducer.text = "changed"
     assert reduction.prototype.copy().open(ALLOW).text == ""
     assert reduction.prototype.copy().open(ALLOW).text == ""  # a batch that is sent again has it too
@@ -66,17 +76,18 @@ async def test_reduction_keeps_the_reducer_as_it_was_when_it_was_begun() -> None
     assert forest._prototype.text == ""
 
 
-def test_reduction_with_a_reducer_that_cannot_be_sent_is_an_error() -> None:
+async def test_reduction_with_a_reducer_that_cannot_be_sent_is_an_error() -> None:
     reducer = Brackets()
     reducer.text = lambda: None
     with pytest.raises(tfr.SerializationError):
-        Reduction(reducer, "ab")
+        reduction_of(reducer, "ab")
 
 
 async def test_reduction_raises_what_merging_raises() -> None:
-    reduction = Reduction(Failing("merge", "value"), "ab")
+    reduction = reduction_of(Failing("merge", "value"), "ab")
+    reduction.add_nodes([*nodes_of(reduction, 0), *nodes_of(reduction, 1)])
     with pytest.raises(MergeError) as caught:
-        await reduction.finish([*nodes_of(reduction, 0), *nodes_of(reduction, 1)])
+        await reduction.finish()
     assert caught.value.places == (0, 1)
 
 
@@ -86,9 +97,10 @@ class Stopping(Brackets):
 
 
 async def test_reducer_that_raises_stop_iteration_does_not_hang_its_caller() -> None:
-    reduction = Reduction(Stopping(), "a")
+    reduction = reduction_of(Stopping(), "a")
+    reduction.add_nodes(nodes_of(reduction, 0))
     with pytest.raises(RuntimeError, match="the reducer raised StopIteration: no more"):
-        await asyncio.wait_for(reduction.finish(nodes_of(reduction, 0)), TIMEOUT_S)
+        await asyncio.wait_for(reduction.finish(), TIMEOUT_S)
 
 
 class Counting(Brackets):
@@ -107,14 +119,15 @@ async def test_reduction_is_finished_with_the_threads_of_the_driver(
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
-        reduction = Reduction(Counting(), "a")
-        assert await reduction.finish(nodes_of(reduction, 0)) == (before + 1, is_small)
+        reduction = reduction_of(Counting(), "a")
+        reduction.add_nodes(nodes_of(reduction, 0))
+        assert await reduction.finish() == (before + 1, is_small)
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
 
 
-# Progress.
+# Ends of calls.
 
 
 class Worker:
@@ -143,120 +156,288 @@ class Worker:
         return answer
 
 
-VALUE, FAILED = Outcome("value"), Outcome("failed")
+class Counted:
+    """A call that notes its ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[BaseException | None] = []
+
+    def end(self, failure: BaseException | None) -> None:
+        self.ends.append(failure)
 
 
-def batch_of(call_id: int = -1) -> Batch:
-    calls = tuple((place, Call(place, "abc"[place], "text", pack(None))) for place in range(3))
-    return Batch(call_id, pack(Brackets()), 3, calls)
+VALUE = Outcome("value")
+FAILED = Outcome("failed", failure=Failure.capture(ValueError("no")))
+NEVER_RAN = Outcome("failed", failure=Failure.capture(ValueError("not yet")), never_ran=True)
 
 
-def test_ends_of_calls_are_noted_for_their_reader() -> None:
-    progress, error = ReduceProgress(), ValueError("no")
-    assert not progress.has_ended.is_set()
-    progress.note("a", None)
-    progress.note("b", error)
-    assert progress.has_ended.is_set()
-    assert list(progress.ended) == [("a", None), ("b", error)]
-    assert progress.succeeded == {"a"}
+def begun(client_ids: str = "abc", **options: Any) -> Reduction:
+    """A reduction whose calls have begun."""
+    reduction = reduction_of(Brackets(), client_ids, **options)
+    reduction.calls = {client_id: Counted() for client_id in client_ids}
+    return reduction
 
 
-def test_end_of_a_repeated_call_counts_in_place_of_the_one_before() -> None:
-    progress = ReduceProgress()
-    progress.note("a", None)
-    progress.note("b", ValueError("no"))
-    progress.note("a", ValueError("lost"))
-    progress.note("b", None)
-    assert progress.succeeded == {"b"}
-    assert [client_id for client_id, _ in progress.ended] == ["a", "b", "a", "b"]
+def ends_of(reduction: Reduction) -> dict[str, list[str]]:
+    """Client -> ends of its call, as they were counted."""
+    return {
+        client_id: ["value" if error is None else str(error) for error in call.ends]
+        for client_id, call in reduction.calls.items()
+        if isinstance(call, Counted) and call.ends
+    }
+
+
+def batch_of(reduction: Reduction, places: Iterable[int] = range(3), call_id: int = -1) -> Batch:
+    return reduction.batch(call_id, {place: Call(place, "abc"[place], "text", pack(None)) for place in places}, 5.0)
+
+
+def begin(reduction: Reduction, worker: Worker, batch: Batch | None = None) -> asyncio.Future[Any]:
+    return asyncio.ensure_future(reduction.run(worker, batch or batch_of(reduction)))
+
+
+async def test_end_of_a_call_is_counted_at_once() -> None:
+    reduction = begun()
+    reduction.note("a", None)
+    reduction.note("b", ValueError("no"))
+    assert ends_of(reduction) == {"a": ["value"], "b": ["no"]}
+    assert reduction.succeeded == {"a"}
+    assert list(reduction.failures) == ["b"]
+    assert reduction.pending == ["c"]
+
+
+async def test_end_of_a_repeated_call_counts_in_place_of_the_one_before() -> None:
+    reduction = begun()
+    reduction.note("a", None)
+    reduction.note("b", ValueError("no"))
+    reduction.note("a", ValueError("lost"))
+    reduction.note("b", None)
+    assert reduction.succeeded == {"b"}
+    assert list(reduction.failures) == ["a"]
+
+
+async def test_errors_behind_a_stop_do_not_count_and_results_do() -> None:
+    reduction = begun("abcd")
+    reduction.note("a", None)
+    reduction.stop({"b": ValueError("late"), "c": ValueError("late")})
+    for client_id in "abd":
+        reduction.note(client_id, ValueError("cancelled"))
+    reduction.note("c", None)
+    assert reduction.succeeded == {"c"}
+    assert {client_id: str(error) for client_id, error in reduction.failures.items()} == {"b": "late"}
+    assert ends_of(reduction) == {"a": ["value"], "b": ["late"], "c": ["late", "value"]}
+
+
+@pytest.mark.parametrize(
+    ("ends", "is_stopped"), [("+", False), ("++", True), ("--", False), ("---", True), ("+-", False)]
+)
+async def test_quorum_stops_when_it_is_met_or_out_of_reach(ends: str, is_stopped: bool) -> None:
+    reduction = begun("abcd", min_results=2)
+    for client_id, end in zip("abcd", ends, strict=False):
+        assert not reduction.is_stopped
+        reduction.note(client_id, None if end == "+" else ValueError("no"))
+        await settled()
+    assert reduction.is_stopped == is_stopped
+
+
+async def test_errors_of_one_tick_all_count_though_a_quorum_is_out_of_reach() -> None:
+    reduction = begun("abcd", min_results=4)
+    for client_id in "ab":
+        reduction.note(client_id, ValueError("no"))
+    await settled()
+    assert reduction.is_stopped
+    assert list(reduction.failures) == ["a", "b"]
+
+
+async def test_ends_that_come_together_all_count_though_a_quorum_is_met() -> None:
+    reduction, worker = begun(min_results=1), Worker()
+    worker.answers.put_nowait(Outcome("value", pack([]), of_calls=((0, VALUE), (1, FAILED), (2, VALUE))))
+    await asyncio.wait_for(begin(reduction, worker), TIMEOUT_S)
+    await settled()
+    assert reduction.is_stopped
+    assert reduction.succeeded == {"a", "c"}
+    assert list(reduction.failures) == ["b"]
+
+
+async def test_error_of_a_call_names_it_and_keeps_no_frame_alive() -> None:
+    reduction, worker = begun(), Worker()
+    worker.answers.put_nowait(Outcome("value", pack([]), of_calls=((0, VALUE), (1, FAILED), (2, VALUE))))
+    await asyncio.wait_for(begin(reduction, worker), TIMEOUT_S)
+    error = reduction.failures["b"]
+    assert isinstance(error, ValueError)
+    assert error.__notes__ == ["in b.text on worker1"]
+    assert error.__traceback__ is None
+
+
+# Batches.
+
+
+async def test_batch_has_the_reduction_s_reducer_size_and_watch() -> None:
+    batch = batch_of(reduction_of(Brackets(), "abcde", is_watched=True), (0, 2))
+    assert (batch.call_id, batch.num_places, batch.is_watched, batch.timeout_s) == (-1, 5, True, 5.0)
+    assert [(place, call.client_id) for place, call in batch.calls] == [(0, "a"), (2, "c")]
 
 
 async def test_watched_batch_is_asked_for_what_is_not_known_until_its_end() -> None:
-    progress, worker, noted = ReduceProgress(is_watched=True), Worker(), []
-    task = asyncio.ensure_future(progress.run(worker, batch_of(), lambda *end: noted.append(end)))
+    reduction, worker = begun(is_watched=True), Worker()
+    task = begin(reduction, worker)
     worker.answers.put_nowait(Outcome("item", of_calls=((2, VALUE), (0, FAILED))))
     await settled()
-    assert noted == [(2, VALUE), (0, FAILED)]
+    assert ends_of(reduction) == {"c": ["value"], "a": ["no"]}
     worker.answers.put_nowait(Outcome("item", of_calls=((1, VALUE),)))
     last = Outcome("value", pack([]), of_calls=((2, VALUE), (0, FAILED), (1, VALUE)))
     worker.answers.put_nowait(last)
-    assert await asyncio.wait_for(task, TIMEOUT_S) is last
-    assert noted == [(2, VALUE), (0, FAILED), (1, VALUE)]
+    assert await asyncio.wait_for(task, TIMEOUT_S) == (last, {})
+    assert ends_of(reduction) == {"c": ["value"], "a": ["no"], "b": ["value"]}  # each once
     assert worker.log == ["run", "advance 2", "advance 3"]
 
 
 async def test_batch_that_is_not_watched_has_one_answer() -> None:
-    progress, worker = ReduceProgress(), Worker()
-    worker.answers.put_nowait(VALUE)
-    assert await progress.run(worker, batch_of(), lambda *end: pytest.fail("an end was noted")) is VALUE
+    reduction, worker = begun(), Worker()
+    worker.answers.put_nowait(Outcome("value", of_calls=((0, VALUE), (2, VALUE), (1, VALUE))))
+    await asyncio.wait_for(begin(reduction, worker), TIMEOUT_S)
     assert worker.log == ["run"]
+    assert reduction.succeeded == {"a", "b", "c"}
+
+
+async def test_calls_that_have_not_begun_are_repeated_as_often_as_they_may() -> None:
+    reduction = begun(num_retries=2)
+    left = {0, 1, 2}
+    for expected in ({0, 1}, {0}, set()):
+        worker = Worker()
+        of_calls = tuple(
+            (place, NEVER_RAN if place in expected or len(left) == 1 else VALUE) for place in sorted(left)
+        )
+        worker.answers.put_nowait(Outcome("value", of_calls=of_calls))
+        _, again = await asyncio.wait_for(begin(reduction, worker, batch_of(reduction, left)), TIMEOUT_S)
+        assert set(again) == expected
+        left = expected or left
+    assert ends_of(reduction) == {"c": ["value"], "b": ["value"], "a": ["not yet"]}
 
 
 async def test_stop_cancels_the_batches_that_are_open() -> None:
-    progress, workers = ReduceProgress(), [Worker(), Worker("worker2")]
-    tasks = [
-        asyncio.ensure_future(progress.run(worker, batch_of(-number), lambda *end: None))
-        for number, worker in enumerate(workers)
-    ]
-    workers[1].answers.put_nowait(VALUE)
+    reduction, workers = begun(), [Worker(), Worker("worker2")]
+    tasks = [begin(reduction, worker, batch_of(reduction, [number])) for number, worker in enumerate(workers)]
+    workers[1].answers.put_nowait(Outcome("value", of_calls=((1, VALUE),)))
     await asyncio.wait_for(tasks[1], TIMEOUT_S)
-    assert not progress.stopped.is_set()
-    progress.stop()
-    assert progress.stopped.is_set()
+    assert not reduction.is_stopped
+    reduction.stop()
+    assert reduction.is_stopped
     assert (workers[0].log, workers[1].log) == (["run", "cancel"], ["run"])
-    workers[0].answers.put_nowait(VALUE)
+    workers[0].answers.put_nowait(Outcome("value", of_calls=((0, VALUE),)))
     await asyncio.wait_for(tasks[0], TIMEOUT_S)
 
 
 async def test_workers_are_waited_for_while_their_batches_are_open() -> None:
-    progress, workers = ReduceProgress(), [Worker(), Worker("worker2")]
+    reduction, workers = begun(), [Worker(), Worker("worker2")]
     tasks = [
-        asyncio.ensure_future(progress.run(worker, batch_of(-number), lambda *end: None))
+        begin(reduction, worker, batch_of(reduction, [number], call_id=-number))
         for number, worker in enumerate([*workers, workers[0]])
     ]
     await settled()
-    assert progress.waited_for == ["worker1", "worker2"]
-    for _ in range(2):
-        workers[0].answers.put_nowait(VALUE)
+    assert reduction.waited_for == ["worker1", "worker2"]
+    for number in (0, 2):
+        workers[0].answers.put_nowait(Outcome("value", of_calls=((number, VALUE),)))
     workers[1].answers.put_nowait(ConnectionError("lost"))
     with pytest.raises(ConnectionError):
         await asyncio.wait_for(tasks[1], TIMEOUT_S)
     await asyncio.gather(tasks[0], tasks[2])
-    assert progress.waited_for == []
+    assert reduction.waited_for == []
+
+
+@pytest.mark.parametrize("is_final", [True, False])
+async def test_answer_with_calls_that_were_not_sent_is_an_error(is_final: bool) -> None:
+    reduction, worker = begun("abcd"), Worker()
+    answer = Outcome("value" if is_final else "item", of_calls=((0, VALUE), (1, VALUE), (3, VALUE)))
+    worker.answers.put_nowait(answer)
+    with pytest.raises(tfr.SerializationError, match="worker1 has answered a batch with other calls"):
+        await asyncio.wait_for(begin(reduction, worker), TIMEOUT_S)
+    assert "d" not in reduction.succeeded
+
+
+async def test_partial_results_are_those_of_the_batch_s_clients() -> None:
+    reduction, worker = begun("abcd"), Worker()
+    nodes = nodes_of(reduction, 0, 1)
+    reduction.take(worker, batch_of(reduction), Outcome("value", pack(nodes)))
+    assert reduction.counted == {0, 1}
+    reduction.take(worker, batch_of(reduction), Outcome("value"))
+    of_others = ((1, 0, Brackets()), (0, 0, Brackets()), (2, 0, Brackets()), (1, 1, Brackets()), (0, 9, Brackets()))
+    for node in (*of_others, (-1, 0, Brackets()), (9, 0, Brackets())):
+        with pytest.raises(
+            tfr.SerializationError, match="worker1 has answered a batch with results of other clients"
+        ):
+            reduction.take(worker, batch_of(reduction), Outcome("value", pack([node])))
+    assert reduction.counted == {0, 1}
+    assert await reduction.finish() == "(a+b)"
+
+
+async def test_partial_results_that_failed_are_an_error() -> None:
+    reduction = begun()
+    failed = Outcome("failed", failure=Failure.capture(ValueError("do not go together")))
+    with pytest.raises(ValueError, match="do not go together") as caught:
+        reduction.take(Worker(), batch_of(reduction), failed)
+    assert caught.value.__notes__ == ["as results were merged on worker1"]
 
 
 # Executors that reduce nothing on their workers.
 
 
-async def test_gathering_reduces_results_and_hands_them_over() -> None:
-    reduction, progress = Reduction(Brackets(), "abc"), ReduceProgress()
-    gathering = Gathering(reduction, progress)
-    for client_id in "cba":
-        gathering.add(client_id, "text", client_id.upper())
-    assert progress.nodes == []
-    gathering.finish()
-    assert await reduction.finish(progress.nodes) == "((A+B)+C)"
-    assert progress.succeeded == {"a", "b", "c"}
+class Gathering(AbstractExecutor):
+    """Its results are client ids, in capitals; clients in lower case fail."""
+
+    async def execute(self, invocation: Invocation) -> Any:
+        if invocation.method == "hold":
+            await asyncio.Event().wait()
+        if invocation.client_id == "x":
+            raise ValueError("x fails")
+        return invocation.client_id.upper()
+
+    async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    async def open(self, spec: Any) -> None: ...
+
+    async def close(self) -> None: ...
 
 
-def test_gathering_of_a_result_that_the_reducer_refuses_is_an_error_of_that_call() -> None:
-    progress = ReduceProgress()
-    gathering = Gathering(Reduction(Failing("add", "value"), "ab"), progress)
-    gathering.add("b", "text", "result")
-    ((client_id, error),) = progress.ended
-    assert client_id == "b"
+def gathered(reduction: Reduction, **methods: str) -> asyncio.Future[None]:
+    invocations = [
+        Invocation(number, client_id, methods.get(client_id, "text"), (), {}, None)
+        for number, client_id in enumerate(reversed(reduction.client_ids))
+    ]
+    return asyncio.ensure_future(Gathering().reduce(reduction, invocations))
+
+
+async def test_results_are_reduced_on_the_driver_by_default() -> None:
+    reduction = begun("abcx")
+    await asyncio.wait_for(gathered(reduction), TIMEOUT_S)
+    assert reduction.succeeded == {"a", "b", "c"}
+    assert ends_of(reduction)["x"] == ["x fails"]
+    assert await reduction.finish() == "((A+B)+C)"
+
+
+async def test_stop_cancels_the_calls_of_an_executor_that_does_not_reduce() -> None:
+    reduction = begun("abc")
+    task = gathered(reduction, b="hold")
+    await settled()
+    assert not task.done()
+    reduction.stop()
+    await asyncio.wait_for(task, TIMEOUT_S)
+    assert await reduction.finish() == "(A+C)"
+
+
+async def test_result_that_the_reducer_refuses_is_an_error_of_that_call() -> None:
+    reduction = reduction_of(Failing("add", "value"), "b")
+    await asyncio.wait_for(gathered(reduction), TIMEOUT_S)
+    error = reduction.failures["b"]
     assert isinstance(error, ValueError)
     assert error.__notes__ == ["in b.text, as its result was added up"]
-    assert progress.succeeded == set()
+    assert reduction.succeeded == set()
 
 
-def test_gathering_raises_what_merging_raises() -> None:
-    progress = ReduceProgress()
-    gathering = Gathering(Reduction(Failing("merge", "value"), "ab"), progress)
-    gathering.add("a", "text", "A")
-    gathering.add("b", "text", "B")
+async def test_results_that_cannot_be_merged_fail_the_reduction() -> None:
+    reduction = reduction_of(Failing("merge", "value"), "ab")
     with pytest.raises(MergeError):
-        gathering.finish()
+        await asyncio.wait_for(gathered(reduction), TIMEOUT_S)
 
 
 # Waiting.

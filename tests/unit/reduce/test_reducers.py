@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from torchfedrpc.reduce.reducers import BuiltinReducer, Mean, Sum, WeightedMean, is_builtin
-from torchfedrpc.reduce.tree import Forest
+from torchfedrpc.reduce.tree import Forest, merged
 
 
 def reduced(make: Callable[[], BuiltinReducer], results: Sequence[Any]) -> Any:
     """The value by the tree that a group uses."""
-    forest = Forest(make(), range(len(results)))
+    forest = Forest(make(), len(results))
     for place, result in enumerate(results):
         forest.add(place, result)
-    return forest.finish()[0]
+    return merged(forest.take(), len(results)).finish()
 
 
 def update(value: Any, num_samples: Any = 1) -> dict[str, Any]:
@@ -462,10 +462,10 @@ def test_roundings_that_all_err_alike_are_within_4_ulp() -> None:
 def test_large_sums_are_kept_in_float64_from_the_same_client_on() -> None:
     for num_clients, dtype in ((32, torch.float32), (33, torch.float64)):
         mean = Mean()
-        forest = Forest(mean, range(num_clients))
+        forest = Forest(mean, num_clients)
         for place in range(num_clients):
             forest.add(place, torch.ones(1, dtype=torch.bfloat16))
-        [(_, _, reducer, _)] = forest.take()
+        [(_, _, reducer)] = forest.take()
         assert isinstance(reducer, Mean)
         assert reducer._entries.total.dtype == dtype
 
