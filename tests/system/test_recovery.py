@@ -37,8 +37,8 @@ from processes import ends_within
 
 import torchfedrpc as tfr
 from torchfedrpc.events import Event, WorkerLost
+from torchfedrpc.rpc import sources
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.processes import WorkerProcess
 from torchfedrpc.testing import Faults
 
 __all__ = ["on_1", "on_2", "seen"]  # fixtures
@@ -186,11 +186,11 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
     clients = next(on_1), next(on_2)
     await steps.check(*clients)
 
-    async def start(surroundings: object) -> None:
+    async def start(link: int, **options: object) -> None:
         monkeypatch.undo()
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(WorkerProcess, "start", start)
+    monkeypatch.setattr(sources, "start_worker", start)
     kill(proxy, "worker1")
     await steps.check(*clients)
     numbers = {label: member.local_index for label, member in members_of(proxy).items()}

@@ -9,21 +9,18 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.handshake import About, BusyError, Dialler, Listener, RefusedError
 from torchfedrpc.rpc.interfaces import describe_os_error
-from torchfedrpc.rpc.processes import Process, how_it_ended, start_worker
+from torchfedrpc.rpc.processes import Process, start_worker
 
 logger = logging.getLogger(__name__)
 
-Start = Callable[..., Awaitable[Process]]
 
-
-async def listen(host: str, port: int, token: bytes, *, start: Start = start_worker) -> int:
+async def listen(host: str, port: int, token: bytes) -> int:
     """Serve drivers until SIGINT or SIGTERM; for the main thread.
 
     Once it listens it prints ``listening on HOST:PORT``. The signal is passed on, as SIGTERM, to the worker process,
@@ -33,7 +30,6 @@ async def listen(host: str, port: int, token: bytes, *, start: Start = start_wor
         host: the address to listen on.
         port: the port; 0 lets the system choose.
         token: the shared token.
-        start: starts the worker process, as `start_worker` does.
 
     Returns:
         The exit status: 0, or 128 plus the number of the signal that killed the worker process.
@@ -50,7 +46,7 @@ async def listen(host: str, port: int, token: bytes, *, start: Start = start_wor
             f"cannot listen on {host}:{port} ({describe_os_error(error)}): name an address of this machine and a "
             f"free port"
         ) from None
-    worker = _ListeningWorker(start)
+    worker = _ListeningWorker()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, worker.stop, number)
@@ -86,16 +82,12 @@ class _Driver:
 class _ListeningWorker:
     """Serves one driver after another.
 
-    Args:
-        start: see `listen`.
-
     Attributes:
         stopped: set once a signal has come and no driver is served.
         status: the exit status.
     """
 
-    def __init__(self, start: Start) -> None:
-        self._start = start
+    def __init__(self) -> None:
         self._driver: _Driver | None = None
         self._process: Process | None = None
         self._is_stopping = False
@@ -145,7 +137,7 @@ class _ListeningWorker:
             if self._is_stopping:
                 return
             # The process opens the heartbeat connection itself.
-            self._process = process = await self._start(connection.fileno(), remote=True)
+            self._process = process = await start_worker(connection.fileno(), remote=True)
         logger.info("worker process %d serves %s", process.pid, driver)
         if self._has_been_stopped():  # while it was started
             process.send_signal(signal.SIGTERM)
@@ -154,7 +146,7 @@ class _ListeningWorker:
         finally:
             process.close()  # if this is cancelled, that kills it
             self._process = None
-        logger.info("free again: worker process %d ended%s", process.pid, how_it_ended(process.status()))
+        logger.info("free again: worker process %d ended%s", process.pid, process.how_it_ended())
 
     def _has_been_stopped(self) -> bool:
         return self._is_stopping

@@ -13,7 +13,7 @@ from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.rpc.control_link import Link, Message, in_short
 from torchfedrpc.rpc.heartbeat import Loss
-from torchfedrpc.rpc.processes import WorkerProcess
+from torchfedrpc.rpc.processes import Process
 from torchfedrpc.rpc.worker_client import UndeliverableError, WorkerClient, WorldOver
 from torchfedrpc.wire.file import TensorFile
 
@@ -68,7 +68,7 @@ class Member:
     link: Link
     machine: str
     heartbeat: socket.socket | None = None
-    process: WorkerProcess | None = None
+    process: Process | None = None
     elsewhere: bool = False
     imports_main: Literal["path", "name"] | None = None
     registrations: dict[str, Registration] = field(default_factory=dict)

@@ -15,9 +15,9 @@ import struct
 import subprocess
 import sys
 import threading
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
-from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.forks import close_in_children
 from torchfedrpc.rpc.surroundings import FORKS, Surroundings
 
@@ -48,31 +48,47 @@ watch.join()
 fork_server.main(control, forks=bool(forks))
 """
 _NUMBER = struct.Struct("q")  # see fork_server.py
-_STOP_TIMEOUT_S = 4.0
 _LOOK_S = 0.02
 _REAP_S = 0.1  # from the end of a worker's link to the server's report of its status
 _END_S = 0.5
 
 
-class Process(Protocol):
-    """A process that serves a driver's learners."""
+class Process(ABC):
+    """A process that serves a driver's learners.
+
+    Attributes:
+        pid: Process id.
+    """
 
     pid: int
 
+    @abstractmethod
     def status(self) -> int | None:
-        """Exit status, or minus the signal that ended the process; None while it runs."""
+        """Return the exit status, or minus the signal that ended the process; None while it runs."""
 
+    @abstractmethod
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
 
+    @abstractmethod
     async def ends_within(self, timeout_s: float | None) -> bool:
         """Wait for the end of the process, for a limited time. Returns whether it has ended. Uses no thread."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release a process that has ended. A running one is killed."""
 
+    def how_it_ended(self) -> str:
+        """Return the signal or exit status by which it ended, as a clause; empty while it runs."""
+        status = self.status()
+        if status is None:
+            return ""
+        if status == -signal.SIGKILL:
+            return " by SIGKILL, which the system sends where memory runs out"
+        return f" by {signal.Signals(-status).name}" if status < 0 else f" with exit status {status}"
 
-class ForkedProcess:
+
+class ForkedProcess(Process):
     """A process that the fork server has forked.
 
     Args:
@@ -119,7 +135,7 @@ class ForkedProcess:
         self._connection.close()
 
 
-class OwnProcess:
+class OwnProcess(Process):
     """A process that this one has started itself, on systems without fork server.
 
     Args:
@@ -325,62 +341,3 @@ async def start_worker(link: int, *, remote: bool = False, surroundings: Surroun
         process.close()
         raise
     return process
-
-
-def how_it_ended(status: int | None) -> str:
-    """Return the signal or exit status of a process as a clause; empty while it runs (None)."""
-    if status is None:
-        return ""
-    if status == -signal.SIGKILL:
-        return " by SIGKILL, which the system sends where memory runs out"
-    return f" by {signal.Signals(-status).name}" if status < 0 else f" with exit status {status}"
-
-
-class WorkerProcess:
-    """A worker process and the driver's end of its control link (a socket pair: it has no port)."""
-
-    def __init__(self, process: Process, link: Link) -> None:
-        self._process = process
-        self.link = link
-
-    @classmethod
-    async def start(cls, surroundings: Surroundings) -> WorkerProcess:
-        """Start a worker.
-
-        Args:
-            surroundings: State that it takes over.
-
-        Raises:
-            OSError: If the system has no memory or no process left.
-        """
-        ours, theirs = socket.socketpair()
-        link = Link(ours)
-        with theirs:
-            try:
-                process = await start_worker(theirs.fileno(), surroundings=surroundings)
-            except BaseException:
-                link.close()
-                raise
-        return cls(process, link)
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    def how_it_ended(self) -> str:
-        """Return the signal or exit status by which it ended, as a clause; empty while it runs."""
-        return how_it_ended(self._process.status())
-
-    def kill(self) -> None:
-        """Kill the worker. `stop` then only waits for its end."""
-        self.link.close()
-        self._process.send_signal(signal.SIGKILL)
-
-    async def stop(self) -> None:
-        """Stop the worker, wait for its end, and kill it after 4 seconds."""
-        self.link.stop()
-        if not await self._process.ends_within(_STOP_TIMEOUT_S):
-            self._process.send_signal(signal.SIGKILL)
-            await self._process.ends_within(None)
-        self._process.close()

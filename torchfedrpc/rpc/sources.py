@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 import time
@@ -30,11 +31,12 @@ from torchfedrpc.rpc.handshake import (
 )
 from torchfedrpc.rpc.interfaces import network_site, parse_address
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.processes import WorkerProcess
+from torchfedrpc.rpc.processes import Process, start_worker
 from torchfedrpc.rpc.surroundings import Surroundings
 
 logger = logging.getLogger(__name__)
 
+_STOP_TIMEOUT_S = 4.0
 _FIRST_PAUSE_S = 0.25
 _MAX_PAUSE_S = 2.0
 _BUSY_TIMEOUT_S = 8.0  # a worker needs up to 5 s to end an earlier run
@@ -155,7 +157,7 @@ class ProcessSource(Source):
         super().__init__()
         self._surroundings = surroundings
         self._labels = [f"worker{number}" for number in range(1, count + 1)]
-        self.processes: dict[Member, WorkerProcess] = {}
+        self.processes: dict[Member, Process] = {}
         self._backoffs: defaultdict[str, _Backoff] = defaultdict(_Backoff)
         self._starting = Tasks()
         self._ending = Tasks()
@@ -167,7 +169,8 @@ class ProcessSource(Source):
     def release(self, member: Member, reason: str) -> None:
         """Kill the process."""
         if (process := self.processes.get(member)) is not None:
-            process.kill()
+            member.link.close()
+            process.send_signal(signal.SIGKILL)
             self._end(member)
 
     def lost(self, member: Member, *, has_served: bool) -> bool:
@@ -203,13 +206,20 @@ class ProcessSource(Source):
                 has_warned = True
 
     async def _start(self, label: str) -> Member:
-        process = await WorkerProcess.start(self._surroundings)
-        member = Member(label, process.link, socket.gethostname(), process=process, imports_main="path")
+        ours, theirs = socket.socketpair()  # the link has no port
+        link = Link(ours)
+        with theirs:
+            try:
+                process = await start_worker(theirs.fileno(), surroundings=self._surroundings)
+            except BaseException:
+                link.close()
+                raise
+        member = Member(label, link, socket.gethostname(), process=process, imports_main="path")
         self.processes[member] = process
         return member
 
     def _end(self, member: Member) -> None:
-        self._ending.start(self.processes.pop(member).stop())
+        self._ending.start(_stop(member.link, self.processes.pop(member)))
         if member.heartbeat is not None:
             member.heartbeat.close()
 
@@ -364,6 +374,15 @@ class JoinedSource(Source):
             return
         self._members.append(member)
         self.arrivals.put_nowait(member)
+
+
+async def _stop(link: Link, process: Process) -> None:
+    """Stop a worker process, wait for its end, and kill it after 4 seconds."""
+    link.stop()
+    if not await process.ends_within(_STOP_TIMEOUT_S):
+        process.send_signal(signal.SIGKILL)
+        await process.ends_within(None)
+    process.close()
 
 
 def _about_driver() -> About:

@@ -19,7 +19,7 @@ import pytest
 from processes import LightProcess, children_of, ends_within
 
 from torchfedrpc.rpc import fork_server as server_module
-from torchfedrpc.rpc.processes import ForkedProcess, ForkServer, how_it_ended
+from torchfedrpc.rpc.processes import ForkedProcess, ForkServer
 from torchfedrpc.rpc.surroundings import Surroundings
 
 # Stands for the worker, without torch: evaluates the lines of its link.
@@ -149,10 +149,10 @@ async def test_workers_draw_different_random_numbers(server: ForkServer, express
 async def test_driver_receives_the_exit_status_of_a_worker(server: ForkServer, ending: str, clause: str) -> None:
     async with forked(server) as worker:
         assert not await worker.process.ends_within(0.05)
-        assert how_it_ended(worker.process.status()) == ""
+        assert worker.process.how_it_ended() == ""
         worker.tell(ending)
         assert await worker.process.ends_within(10)
-        assert how_it_ended(worker.process.status()) == clause
+        assert worker.process.how_it_ended() == clause
 
 
 async def test_status_is_known_as_the_link_ends(server: ForkServer) -> None:

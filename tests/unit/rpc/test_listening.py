@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.rpc import listening
 from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.handshake import (
     Dialler,
@@ -64,8 +65,8 @@ class Worker:
 
 
 @contextlib.asynccontextmanager
-async def opened(capsys: pytest.CaptureFixture[str], start: Callable[..., Any] = start) -> AsyncIterator[Worker]:
-    status = asyncio.create_task(listen("127.0.0.1", 0, TOKEN, start=start))
+async def opened(capsys: pytest.CaptureFixture[str]) -> AsyncIterator[Worker]:
+    status = asyncio.create_task(listen("127.0.0.1", 0, TOKEN))
     await asyncio.sleep(0)  # as far as it gets without waiting
     head, _, address = capsys.readouterr().out.strip().rpartition(" ")
     assert head == "listening on"
@@ -75,6 +76,11 @@ async def opened(capsys: pytest.CaptureFixture[str], start: Callable[..., Any] =
         status.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await status
+
+
+@pytest.fixture(autouse=True)
+def _started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "start_worker", start)
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +144,7 @@ async def test_refusal_of_a_worker_that_dials_a_worker_says_what_to_do(capsys: p
 
 
 async def test_a_process_that_cannot_be_started_leaves_the_worker_free(
-    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
 
@@ -148,7 +154,8 @@ async def test_a_process_that_cannot_be_started_leaves_the_worker_free(
             raise OSError("no more processes")
         return start(*arguments, **options)
 
-    async with opened(capsys, start_later) as worker:
+    monkeypatch.setattr(listening, "start_worker", start_later)
+    async with opened(capsys) as worker:
         driver, _ = await dial(worker.address, TOKEN, DRIVER, timeout_s=5)
         assert await asyncio.to_thread(driver.receive) is None
         driver.close()
