@@ -319,6 +319,8 @@ class RemoteLearners:
             self._spec.publish(event)
             if isinstance(event, WorkerJoined):
                 self._balance()
+            elif isinstance(event, WorkerLeft):
+                self._do_without(event.worker)
             elif isinstance(event, WorkerLost):
                 self._num_lost += 1
                 self._last_loss = self._workers[event.worker].reason
@@ -367,11 +369,8 @@ class RemoteLearners:
     async def _drain(self, worker: Worker, member: Member) -> None:
         """Move all learners off a worker, and release it."""
         await self._move_off(member)
-        if worker.member is not member or self._is_closed:
-            return  # it was lost meanwhile, or the run has ended
-        self._group.release(worker.label)
-        self._spec.publish(WorkerLeft(worker.label))
-        self._do_without(worker.label)
+        if worker.member is member and not self._is_closed:  # else it was lost meanwhile, or the run has ended
+            self._group.release(worker.label)
 
     async def _move_off(self, member: Member) -> None:
         moving = [session for session in self._sessions.values() if session.worker is member]
@@ -385,7 +384,7 @@ class RemoteLearners:
             self._places[client_id] = self.label_of(client_id)
 
     def _do_without(self, label: str) -> None:
-        """Let the clients of a lost worker wait for its replacement, or place them on other workers."""
+        """Let the clients of a worker that was lost or has left wait for another, or place them on other workers."""
         worker = self._workers[label]
         if worker.machine is None:
             self._place_again(self._clients_of(label))

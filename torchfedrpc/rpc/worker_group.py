@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.events import Event, WorkerJoined, WorkerLost, WorldFormed
+from torchfedrpc.events import Event, WorkerJoined, WorkerLeft, WorkerLost, WorldFormed
 from torchfedrpc.host.call import Batch, Call, Report
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.spec import LearnerSpec
@@ -64,8 +64,8 @@ class WorkerGroup:
 
     Attributes:
         workers: The table of workers, which this group keeps.
-        events: What becomes of workers and worlds once the group is open: `WorkerLost`, `WorkerLeaving`,
-            `WorkerJoined` and `WorldFormed`. A task that waits for events handles one before calls notice the change.
+        events: Events of workers and worlds once the group is open, `WorkerLeaving` among them. A task that waits for
+            events handles one before calls notice the change.
         traffic: Label -> bytes, of all present and former workers.
     """
 
@@ -133,6 +133,7 @@ class WorkerGroup:
         assert worker.member is not None
         self._num_changes += 1  # it may be a member of the world that is being formed
         self._watch.remove(label)
+        self.events.put_nowait(WorkerLeft(label))
         self._remove(worker, worker.member, Loss("it has left", ()), has_left=True)
 
     async def close(self, reason: str) -> None:
