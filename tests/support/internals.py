@@ -57,7 +57,7 @@ def journal_of(proxy: tfr.LearnerProxy, client_id: str) -> Any:
 
 def processes_of(proxy: tfr.LearnerProxy) -> dict[Any, Any]:
     """The worker processes that an open proxy has started."""
-    processes: dict[Any, Any] = remote_learners(proxy)._sources[0].processes
+    processes: dict[Any, Any] = group_of(proxy)._sources[0].processes
     return processes
 
 

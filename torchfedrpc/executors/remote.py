@@ -82,14 +82,12 @@ class RemoteLearners:
         self.durations = durations
         self._config = config
         self._spec = spec
-        self._sources = sources
         self._joined = next((source for source in sources if isinstance(source, JoinedSource)), None)
         self._group = WorkerGroup(sources, spec.learner, self._reported)
         self._workers = self._group.workers
         self._places: dict[str, str] = {}  # client -> name of the worker that it is placed on
         self._sessions: dict[str, LearnerSession] = {}  # of clients with at least one call
         self.journals = Journals(config, admission)
-        self._is_open = self._is_closed = False
         self._budget = SnapshotBudget()
         self._throttles: dict[str, SnapshotThrottle] = {}
         self._file_pool = FilePool()
@@ -100,7 +98,7 @@ class RemoteLearners:
         self._warned_of: set[str | None] = set()  # attributes that cannot be captured and have had a warning
         self._num_lost = 0
         self._last_loss = ""
-        self._stats_at_close: dict[str, Any] = {}
+        self._stats_at_close: dict[str, Any] | None = None  # once closed
 
     async def open(self) -> None:
         """Gather the workers, form a world with them and place the clients.
@@ -115,7 +113,6 @@ class RemoteLearners:
         if is_placed:
             self._place_all()
         await self._group.open()
-        self._is_open = True
         self._following = asyncio.ensure_future(self._follow())
         if not is_placed:
             await self._first_to_join()
@@ -123,21 +120,14 @@ class RemoteLearners:
 
     async def close(self, reason: str) -> None:
         """Fail the pending calls, end the world, and release the workers."""
-        if not self._is_open:
-            for source in self._sources:
-                source.abandon()
-        self._is_open, self._is_closed = False, True
-        self._stats_at_close = {**self._stats(), "journal_bytes": 0, "workers": {}}
+        self._stats_at_close = {**self.stats(), "journal_bytes": 0, "workers": {}}
         if self._following is not None:
             self._following.cancel()
-        try:
-            await self._group.close(reason)
-            await self._tasks.wait()
-            self._sessions.clear()
-            self.journals.close()
-            self._file_pool.close()
-        finally:
-            await asyncio.gather(*(source.close(reason) for source in self._sources))
+        await self._group.close(reason)
+        await self._tasks.wait()
+        self._sessions.clear()
+        self.journals.close()
+        self._file_pool.close()
 
     # Calls.
 
@@ -227,9 +217,8 @@ class RemoteLearners:
 
     def stats(self) -> dict[str, Any]:
         """Return bytes sent and received, workers lost, and the number of learners of each worker."""
-        return self._stats_at_close if self._is_closed else self._stats()
-
-    def _stats(self) -> dict[str, Any]:
+        if self._stats_at_close is not None:
+            return self._stats_at_close
         traffic = list(self._group.traffic.values())
         return {
             "bytes_sent": sum(one.num_sent_bytes for one in traffic),
@@ -305,7 +294,7 @@ class RemoteLearners:
     @property
     def is_closed(self) -> bool:
         """Whether the proxy is closed."""
-        return self._is_closed
+        return self._stats_at_close is not None
 
     # Workers that come and go.
 
@@ -369,7 +358,7 @@ class RemoteLearners:
     async def _drain(self, worker: Worker, member: Member) -> None:
         """Move all learners off a worker, and release it."""
         await self._move_off(member)
-        if worker.member is member and not self._is_closed:  # else it was lost meanwhile, or the run has ended
+        if worker.member is member and not self.is_closed:  # else it was lost meanwhile, or the run has ended
             self._group.release(worker.label)
 
     async def _move_off(self, member: Member) -> None:
@@ -439,7 +428,7 @@ class RemoteLearners:
     def _session(self, client_id: str) -> LearnerSession:
         session = self._sessions.get(client_id)
         if session is None:
-            if self._is_closed:
+            if self.is_closed:
                 raise ConfigError("this executor is not open: await executor.open(spec) first")
             constructor = self._spec.constructor_arguments(client_id)
             session = LearnerSession(client_id, constructor, Journal(client_id, self.journals), self)

@@ -137,13 +137,22 @@ class WorkerGroup:
         self._remove(worker, worker.member, Loss("it has left", ()), has_left=True)
 
     async def close(self, reason: str) -> None:
-        """End the run, and fail its calls. The present workers stay available for another run.
+        """End the run, fail its calls, and release the workers. The ranks of a launch stay for another run.
 
         Args:
-            reason: Why the run ends early, for workers that are still being prepared; empty if it ends well.
+            reason: Why the run ends early, for workers that other machines started; empty if it ends well.
         """
+        if not self._is_open:
+            for source in self._sources:
+                source.abandon()
         self._is_open = False
         self.workers.close()
+        try:
+            await self._leave_run(reason)
+        finally:
+            await asyncio.gather(*(source.close(reason) for source in self._sources))
+
+    async def _leave_run(self, reason: str) -> None:
         self._tasks.cancel()
         self._place.let_go()
         await self._tasks.wait()
