@@ -518,8 +518,8 @@ MUTATIONS = [
     Mutation(
         "a batch that is sent again has the reducer of the first",
         "reduce/worker.py",
-        "self.batch.prototype.copy().open(self._allow)",
-        "self.batch.prototype.open(self._allow)",
+        "open_reducer(self.batch.prototype.copy(), self._allow)",
+        "open_reducer(self.batch.prototype, self._allow)",
         "tests/unit/reduce/test_batch_job.py",
     ),
     Mutation(

@@ -11,7 +11,6 @@ from torchfedrpc.errors import CallTimeoutError, CapacityError, LearnerBusyError
 from torchfedrpc.executors.base import Invocation
 from torchfedrpc.options import CallOptions
 from torchfedrpc.reduce.driver import Reduction
-from torchfedrpc.reduce.reducers import is_builtin
 from torchfedrpc.reduce.tree import MergeError, prototype_of
 
 
@@ -56,8 +55,6 @@ async def reduce(
         min_results=options.min_results,
         is_watched=is_awaited or bool(calls.events.subscribers),
     )
-    if not is_builtin(prototype):
-        reduction.prototype.copy().open(calls.router.allow)  # else only the workers refuse it, after the calls
     if args or kwargs:
         args, kwargs = calls.lift(args, kwargs, len(clients))
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -12,10 +11,11 @@ import torch
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Batch, Call, Outcome
+from torchfedrpc.reduce.partial import open_nodes, open_reducer, pack_reducer
 from torchfedrpc.reduce.reducers import Reducer, are_small
 from torchfedrpc.reduce.tree import Forest, Node, covered, merged
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import Packed, pack
+from torchfedrpc.wire.packing import Packed
 
 
 class CountedCall(Protocol):
@@ -76,7 +76,7 @@ class Reduction:
         min_results: int | None = None,
         is_watched: bool = False,
     ) -> None:
-        self.prototype: Packed = pack(prototype)
+        self.prototype: Packed = pack_reducer(prototype)
         self.client_ids = tuple(client_ids)
         self.is_watched = is_watched
         self.calls: dict[str, CountedCall] = {}
@@ -85,7 +85,7 @@ class Reduction:
         self.nodes: list[Node] = []
         self.counted: set[int] = set()
         self.stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._reducer = copy.deepcopy(prototype)
+        self._reducer = open_reducer(self.prototype.copy(), allow)
         self._allow = allow
         self._num_retries = num_retries
         self._min_results = min_results
@@ -207,7 +207,7 @@ class Reduction:
         if outcome.parcel is None:
             return
         missing = {place for place, _ in batch.calls} - self.counted
-        nodes: list[Node] = outcome.parcel.open(self._allow)
+        nodes = open_nodes(outcome.parcel, self._reducer, self._allow)
         for level, index, _ in nodes:
             places = covered(level, index, len(self.client_ids))
             if not places or not missing.issuperset(places):

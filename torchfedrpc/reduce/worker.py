@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from torchfedrpc.host.call import Batch, Outcome
+from torchfedrpc.reduce.partial import open_reducer, pack_nodes
 from torchfedrpc.reduce.reducers import Reducer, is_builtin
 from torchfedrpc.reduce.tree import Forest, MergeError
 from torchfedrpc.wire.allowlist import AllowList
@@ -87,15 +88,15 @@ class BatchJob:
         """
         if self._opened is None:  # no call has returned a result
             return pack([])
-        reducer, forest = self._opened
+        _, forest = self._opened
         with self._merge_errors():
             nodes = forest.take()
-        return pack(nodes, copy=not is_builtin(reducer)) if self._by_value else Reference(nodes)
+        return pack_nodes(nodes) if self._by_value else Reference(nodes)
 
     def _open(self) -> tuple[Reducer, Forest]:
         with self._opening:
             if self._opened is None:
-                reducer = self.batch.prototype.copy().open(self._allow)
+                reducer = open_reducer(self.batch.prototype.copy(), self._allow)
                 self._opened = reducer, Forest(reducer, self.batch.num_places)
             return self._opened
 

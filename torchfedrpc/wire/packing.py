@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -96,8 +96,12 @@ class Parcel:
             slots = _copies(self.views, self.slots)
         return Parcel(self.head, self.views, slots, None, self.apart)
 
-    def open(self, allow: AllowList) -> Any:
+    def open(self, allow: AllowList, beside: list[Tensor] | None = None) -> Any:
         """Return the object, built on the parcel's memory. A parcel is opened once: it has no tensors afterwards.
+
+        Args:
+            allow: The types that may travel.
+            beside: Receives the tensors that were packed beside the object.
 
         Raises:
             UntrustedTypeError: If the pickle names a type outside the allow-list.
@@ -106,14 +110,20 @@ class Parcel:
         if self.ready is not None:
             self.ready()
         try:
-            if not self.slots and not self.apart and is_plain_data(self.head):  # the most frequent case
+            is_plain = (not self.slots or beside is not None) and not self.apart and is_plain_data(self.head)
+            if is_plain and not self.slots:  # the most frequent case
                 return pickle.loads(self.head)
             if self.slots and not all(isinstance(slot, Tensor) for slot in self.slots):
                 raise SerializationError("a parcel has slots that are no tensors")
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 builder = _Builder(self, allow)
-                obj = _Unpickler(self.head, builder, allow).load()
-                check_depth(self.head, obj)
+                if is_plain:
+                    obj = pickle.loads(self.head)
+                else:
+                    obj = _Unpickler(self.head, builder, allow).load()
+                    check_depth(self.head, obj)
+                if beside is not None:
+                    beside += builder.tensors
         except (SerializationError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -133,7 +143,7 @@ class Unreadable:
         """Return this."""
         return self
 
-    def open(self, allow: AllowList) -> Any:
+    def open(self, allow: AllowList, beside: list[Tensor] | None = None) -> Any:
         """Raise the error."""
         raise self.error
 
@@ -149,7 +159,7 @@ class Reference:
         """Return this."""
         return self
 
-    def open(self, allow: AllowList) -> Any:
+    def open(self, allow: AllowList, beside: list[Tensor] | None = None) -> Any:
         """Return the object itself."""
         return self.target
 
@@ -166,6 +176,7 @@ def pack(
     may_refer: bool = False,
     in_files: bool = False,
     pool: FilePool | None = None,
+    beside: Sequence[Tensor] = (),
 ) -> Parcel:
     """Take the present value of an object.
 
@@ -179,6 +190,8 @@ def pack(
         may_refer: Whether the object may hold `SentApart` values, as only the arguments of a call may.
         in_files: Whether the tensors of a large object go into files that other processes may map.
         pool: Has these files, and takes them back; without it they are new and sealed.
+        beside: Dense tensors that travel beside the object. The pickle does not name them, so that it may be plain
+            data, which is loaded fastest.
 
     Raises:
         SerializationError: If the object holds something that cannot be pickled, or a tensor that cannot travel.
@@ -188,7 +201,7 @@ def pack(
         return Parcel(_NONE, [], [])
     file = io.BytesIO()
     pickler = _Pickler(file, protocol=5)
-    pickler.tensors, pickler.apart = [], []
+    pickler.tensors, pickler.apart = list(beside), []
     try:
         pickler.dump(obj)
         views: list[View] = []
@@ -337,10 +350,10 @@ class _Builder:
         self.budget = rebuild.Budget(parcel.num_bytes)
         # Arrays of objects whose items are still to come, by id, and whether they may be written afterwards.
         self._unfilled: dict[int, tuple[Any, bool]] = {}
-        self._tensors: list[Tensor] = []
+        self.tensors: list[Tensor] = []
         if parcel.views:
             with PlainTensors():
-                self._tensors = lay_out(parcel.views, parcel.slots, self.budget.spend)
+                self.tensors = lay_out(parcel.views, parcel.slots, self.budget.spend)
 
     def restore(self, kind: str, *parts: Any) -> Any:
         """Return the object that the pickler took apart into these parts.
@@ -351,7 +364,7 @@ class _Builder:
         if type(kind) is not str:
             raise SerializationError("a parcel has a part without a kind")
         if kind == "plain":
-            return self._tensors[parts[0]]
+            return self.tensors[parts[0]]
         if kind == "dense" or kind == "special":
             return self._restore_tensor(kind, *parts)
         if arrays.is_kind(kind):
@@ -371,7 +384,7 @@ class _Builder:
 
     def _memory_of(self, number: int) -> memoryview:
         """Return the memory of a tensor that stands for the bytes of an array."""
-        tensor = self._tensors[number]
+        tensor = self.tensors[number]
         if tensor.dtype is not torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.requires_grad:
             raise SerializationError("a numpy array came on a tensor that is not its bytes")
         return tensor.cpu().numpy().data
@@ -395,7 +408,7 @@ class _Builder:
             plain = restore_special(*rest)
         else:
             number, lazily = rest
-            plain = self._tensors[number]
+            plain = self.tensors[number]
             if lazily != "":
                 if type(lazily) is not str or lazily not in _LAZILY:
                     raise SerializationError("a tensor came as a view of a kind that there is not")

@@ -11,8 +11,9 @@ from summing import Brackets, Failing, Kept, Unopenable
 
 import torchfedrpc as tfr
 from torchfedrpc.host.call import Batch, Call, Outcome
+from torchfedrpc.reduce.partial import open_nodes
 from torchfedrpc.reduce.reducers import Mean
-from torchfedrpc.reduce.tree import MergeError, covered
+from torchfedrpc.reduce.tree import MergeError, Node, covered
 from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
@@ -31,8 +32,12 @@ def batch_job(
     return job
 
 
+def sent_nodes(job: BatchJob, reducer: Any) -> list[Node]:
+    return open_nodes(job.partial_results(), reducer, ALLOW)
+
+
 def collected(job: BatchJob) -> list[tuple[str, tuple[int, ...]]]:
-    nodes = job.partial_results().open(ALLOW)
+    nodes = sent_nodes(job, Brackets())
     return [(reducer.finish(), (*covered(level, index, 4),)) for level, index, reducer in nodes]
 
 
@@ -52,7 +57,7 @@ def test_partial_results_of_a_builtin_reducer_are_sent_without_a_copy(by_value: 
     assert job._opened is not None
     [reducer] = job._opened[1]._nodes.values()
     address = reducer._entries.total.data_ptr()  # type: ignore[attr-defined]
-    [(_, _, sent)] = job.partial_results().open(ALLOW)
+    [(_, _, sent)] = sent_nodes(job, Mean())
     assert sent._entries.total.data_ptr() == address != result.data_ptr()
 
 
@@ -69,7 +74,7 @@ def test_partial_results_of_a_users_reducer_are_copied() -> None:
 
 
 def test_partial_results_of_a_batch_without_any_are_empty() -> None:
-    assert batch_job().partial_results().open(ALLOW) == []
+    assert sent_nodes(batch_job(), Brackets()) == []
 
 
 def test_partial_results_are_collected_once() -> None:
@@ -103,7 +108,7 @@ def test_users_reducer_has_results_by_value_unless_isolation_is_off() -> None:
         job = batch_job(Kept(), by_value=by_value)
         job.add(0, result)
         result.zero_()  # the learner goes on
-        [(_, _, reducer)] = job.partial_results().open(ALLOW)
+        [(_, _, reducer)] = sent_nodes(job, Kept())
         (kept,) = reducer.finish()
         assert kept.tolist() == ([1, 1, 1] if by_value else [0, 0, 0])
 
@@ -125,7 +130,7 @@ def test_reducer_that_cannot_be_opened_is_an_error_of_each_call_that_needs_it() 
     for place in (0, 1):
         with pytest.raises(tfr.SerializationError, match="not at home"):
             job.add(place, "0")
-    assert job.partial_results().open(ALLOW) == []
+    assert sent_nodes(job, Brackets()) == []
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("value", ValueError), ("unsendable", tfr.RemoteError)])

@@ -20,7 +20,7 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import pack
 
-ALLOW = AllowList(["summing"])
+ALLOW = AllowList(["summing", __name__])
 TIMEOUT_S = 20.0
 
 

@@ -17,6 +17,7 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Batch, Call
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.reduce.partial import open_nodes
 from torchfedrpc.reduce.tree import covered
 from torchfedrpc.rpc import endpoint
 from torchfedrpc.rpc.endpoint import Endpoint
@@ -217,7 +218,8 @@ def echo(call_id: int, client_id: str, value: float) -> Call:
 def opened_nodes(host: LearnerHost, message: Any) -> list[tuple[Any, tuple[int, ...]]]:
     parcel = read_outcome(message, None).parcel
     assert parcel is not None
-    return [(reducer.finish(), (*covered(level, index, 2),)) for level, index, reducer in parcel.open(host.allow)]
+    nodes = open_nodes(parcel, tfr.Sum(), host.allow)
+    return [(reducer.finish(), (*covered(level, index, 2),)) for level, index, reducer in nodes]
 
 
 def test_batch_is_answered_with_partial_results_and_the_ends_of_its_calls(host: LearnerHost) -> None:
