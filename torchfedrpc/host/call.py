@@ -15,7 +15,7 @@ from torchfedrpc.wire.packing import Packed, Reference
 _TAKEN = Reference(None)
 
 OutcomeKind = Literal["value", "item", "end", "failed", "cancelled"]
-CallKind = Literal["call", "stream", "snapshot", "restore", "evict"]
+CallKind = Literal["call", "stream", "snapshot", "restore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Call:
         run_timeout_s: Seconds the method may run, time in the queue not counted; None for no limit. Each step of a
             stream has this time.
         kind: ``call`` runs a method, ``stream`` iterates over what a generator method yields, ``snapshot`` takes the
-            learner's state, ``restore`` replaces it, ``evict`` stores it on disk (only within a host).
+            learner's state, ``restore`` replaces it.
     """
 
     call_id: int

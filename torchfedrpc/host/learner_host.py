@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,7 +27,6 @@ from torchfedrpc.host.threads import AsyncLane, SyncLane
 from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, Parcel, Reference
-from torchfedrpc.wire.shared import SharedValue
 
 
 class ConstructorArguments(Protocol):
@@ -82,7 +81,6 @@ class LearnerHost:
         self._jobs: dict[int, Job] = {}
         self._outcomes: dict[int, Outcome] = {}  # final ones, for repeated requests
         self._batches: dict[int, BatchJob] = {}  # by call id, until their final outcomes
-        self._shared: dict[int, _Shelved] = {}  # number -> shared value; set in the order of requests
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no executor numbered
 
     @property
@@ -114,27 +112,9 @@ class LearnerHost:
             self._mailboxes.pop(client_id, None)
         self._learners.forget(client_id)
 
-    def share(self, value: SharedValue) -> None:
-        """Keep a shared value: for a known number of calls, or until `unshare`."""
-        self._shared[value.number] = _Shelved(value, value.num_openings)
-
-    def unshare(self, number: int) -> None:
-        """Drop a shared value; no later call refers to it."""
-        self._shared.pop(number, None)
-
-    def unshare_all(self) -> None:
-        """Drop all shared values: the driver sends them again in the next world."""
-        self._shared.clear()
-
-    def submit(self, call: Call, reply: Reply, numbers: Iterable[int] = ()) -> None:
-        """Queue a call of a registered learner. ``reply`` receives its (first) outcome, on any thread.
-
-        Args:
-            call: The call.
-            reply: Receives the outcome.
-            numbers: Numbers of the shared values that the arguments refer to, if they do not contain these.
-        """
-        call = self._prepared(call, numbers)
+    def submit(self, call: Call, reply: Reply) -> None:
+        """Queue a call of a registered learner. ``reply`` receives its (first) outcome, on any thread."""
+        self._register_local(call.client_id)
         with self._lock:
             known = self._known(call.call_id, 0, reply)
             begins = None
@@ -145,27 +125,19 @@ class LearnerHost:
         elif known is not None and known is not _UNKNOWN:
             reply(known)
 
-    def run_batch(self, batch: Batch, reply: Reply, numbers: Sequence[Iterable[int]] = ()) -> None:
-        """Queue the calls of a batch. ``reply`` receives its (first) outcome, on any thread.
-
-        Args:
-            batch: The calls and the reducer.
-            reply: Receives the outcome.
-            numbers: For each call, see `submit`.
-        """
-        calls = [
-            (place, self._prepared(call, own))
-            for (place, call), own in zip(batch.calls, numbers or [()] * len(batch.calls), strict=True)
-        ]
+    def run_batch(self, batch: Batch, reply: Reply) -> None:
+        """Queue the calls of a batch. ``reply`` receives its (first) outcome, on any thread."""
+        for _, call in batch.calls:
+            self._register_local(call.client_id)
         begins: list[Job] = []
-        mailboxes = [self._mailboxes[call.client_id] for _, call in calls]  # fails before anything is queued
+        mailboxes = [self._mailboxes[call.client_id] for _, call in batch.calls]  # fails before anything is queued
         with self._lock:
             known = self._outcomes.get(batch.call_id)
             batch_job = self._batches.get(batch.call_id)
             if batch_job is None and known is None:
                 batch_job = BatchJob(batch, self.allow, by_value=self._process.by_value)
                 self._batches[batch.call_id] = batch_job
-                for (place, call), mailbox in zip(calls, mailboxes, strict=True):
+                for (place, call), mailbox in zip(batch.calls, mailboxes, strict=True):
                     ended = partial(self._call_ended, batch_job, place)
                     job = Job(call, mailbox, ended, batch=batch_job, place=place)
                     if (beginning := self._enqueue(job)) is not None:
@@ -289,21 +261,16 @@ class LearnerHost:
         self._learners.close()
         if ended:
             self._process.streams.give_back()  # Free their memory now: this host is in reference cycles.
-            for kept in (self._mailboxes, self._outcomes, self._shared):
-                kept.clear()
+            self._mailboxes.clear()
+            self._outcomes.clear()
         return ended
 
-    def _prepared(self, call: Call, numbers: Iterable[int]) -> Call:
-        """Return a call with its shared arguments. In the driver's process, register its learner too."""
-        if numbers:
-            assert isinstance(call.arguments, Parcel)
-            values = tuple(self._take_shared(number) for number in numbers)
-            call = replace(call, arguments=replace(call.arguments, apart=values))
-        if not self._is_remote and call.client_id not in self._mailboxes:
+    def _register_local(self, client_id: str) -> None:
+        """Register a learner of the driver's process, if it is not registered."""
+        if not self._is_remote and client_id not in self._mailboxes:
             assert self._constructor_arguments is not None
-            kwargs = self._constructor_arguments(call.client_id, by_value=self._process.by_value)
-            self.register(Registration(call.client_id, kwargs))
-        return call
+            kwargs = self._constructor_arguments(client_id, by_value=self._process.by_value)
+            self.register(Registration(client_id, kwargs))
 
     def _enqueue(self, job: Job) -> Job | None:
         """Queue a job, with the lock held; returns it if it is to begin now."""
@@ -360,7 +327,7 @@ class LearnerHost:
         if not self._learners.is_surplus(num_coming):
             return
         for mailbox in self._learners.surplus():
-            call = Call(job.call.call_id, mailbox.client_id, "", Reference(None), kind="evict")
+            call = Call(job.call.call_id, mailbox.client_id, "", Reference(None), kind="snapshot")
             eviction = Job(call, mailbox, None)
             with self._lock:
                 if mailbox.current is not None:
@@ -447,14 +414,6 @@ class LearnerHost:
                 self._outcomes[call_id] = outcome
         if reply is not None:
             reply(outcome)
-
-    def _take_shared(self, number: int) -> SharedValue:
-        shelved = self._shared[number]
-        if shelved.num_calls is not None:
-            shelved.num_calls -= 1
-            if not shelved.num_calls:
-                del self._shared[number]
-        return shelved.value
 
     def _known(self, call_id: int, step: int, reply: Reply) -> Outcome | None:
         """Return the outcome of a requested step; None if the request joins a running one; `_UNKNOWN` otherwise."""
@@ -544,12 +503,6 @@ class LearnerHost:
         """Keep a final outcome for a repeated request. A batch keeps the outcomes of its calls itself."""
         if self._is_remote and job.batch is None:
             self._outcomes[job.call.call_id] = outcome
-
-
-@dataclass
-class _Shelved:
-    value: SharedValue
-    num_calls: int | None  # calls that will still refer to it; None for any number
 
 
 _UNKNOWN = Outcome("cancelled")

@@ -12,6 +12,7 @@ import hmac
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from torchfedrpc.rpc.message import MappedDevices, read_batch, read_call, read_f
 from torchfedrpc.rpc.response_queue import Answers, Reported
 from torchfedrpc.rpc.rrefs import OwnedRRefs
 from torchfedrpc.wire.exceptions import Failure
-from torchfedrpc.wire.packing import Packed, Unreadable
+from torchfedrpc.wire.packing import Packed, Parcel, Unreadable
 from torchfedrpc.wire.shared import SharedValue
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,6 @@ class Endpoint:
             secret: First bytes of the driver's requests to this worker in that world.
             covered: Devices of this worker that the world's device map connects with the driver.
         """
-        self.host.unshare_all()
         with self._lock:
             rrefs = OwnedRRefs()
             self._world = _World(secret, Answers(self.device, covered, rrefs, self._unheard), rrefs)
@@ -91,13 +91,38 @@ class Endpoint:
 
 
 class _World:
-    """State of an endpoint in one world."""
+    """State of an endpoint in one world. Values and RRefs of learners are sent again in the next one.
+
+    Attributes:
+        values: Number -> shared value, for a known number of calls or until ``unshare``. Used in the order of the
+            requests.
+    """
 
     def __init__(self, secret: bytes, answers: Answers, rrefs: OwnedRRefs) -> None:
         self.secret = secret
         self.answers = answers
         self.rrefs = rrefs
         self.requests = InOrder()
+        self.values: dict[int, SharedValue] = {}
+
+    def with_values(self, call: Call, numbers: Sequence[int]) -> Call:
+        """Return a call with the shared values of its arguments.
+
+        Raises:
+            KeyError: If the driver has not sent one of these numbers.
+        """
+        if not numbers:
+            return call
+        assert isinstance(call.arguments, Parcel)
+        return replace(call, arguments=replace(call.arguments, apart=tuple(map(self._take, numbers))))
+
+    def _take(self, number: int) -> SharedValue:
+        value = self.values[number]
+        if value.is_for_tick:
+            value.num_unsent -= 1
+            if not value.num_unsent:
+                del self.values[number]
+        return value
 
 
 serving: Endpoint | None = None  # a worker's own endpoint, during a run
@@ -233,13 +258,19 @@ def _refusal(answers: Answers, item: Any, error: SerializationError) -> _Action:
 def _submit(endpoint: Endpoint, world: _World, question: int, message: Any) -> _Action:
     """Run a call, or join it if it is known. The answer is its (first) outcome."""
     (call, numbers), reply = read_call(message, endpoint.device), partial(world.answers.outcome, question)
-    return _answering(reply, lambda host: host.submit(call, reply, numbers))
+    return _answering(reply, lambda host: host.submit(world.with_values(call, numbers), reply))
 
 
 def _batch(endpoint: Endpoint, world: _World, question: int, message: Any) -> _Action:
     """Run a batch, or join it if it is known. The answer is its (first) outcome."""
     (batch, numbers), reply = read_batch(message, endpoint.device), partial(world.answers.outcome, question)
-    return _answering(reply, lambda host: host.run_batch(batch, reply, numbers))
+
+    def run_batch(host: LearnerHost) -> None:
+        calls = zip(batch.calls, numbers, strict=True)
+        with_values = tuple([(place, world.with_values(call, of_call)) for (place, call), of_call in calls])
+        host.run_batch(replace(batch, calls=with_values), reply)
+
+    return _answering(reply, run_batch)
 
 
 def _cancel_batch(endpoint: Endpoint, world: _World, call_id: int) -> _Action:
@@ -288,7 +319,7 @@ def _share(endpoint: Endpoint, world: _World, number: int, message: Any, num_cal
     parcel = read_parcel(message, endpoint.device)
     assert parcel is not None
     value = SharedValue(parcel, number, num_calls)
-    return lambda host: host.share(value)
+    return lambda host: world.values.update({number: value})
 
 
 def _share_files(endpoint: Endpoint, world: _World, number: int, message: Any, num_calls: int | None) -> _Action:
@@ -298,12 +329,12 @@ def _share_files(endpoint: Endpoint, world: _World, number: int, message: Any, n
     except Exception as error:
         parcel = Unreadable(error)
     value = SharedValue(parcel, number, num_calls)
-    return lambda host: host.share(value)
+    return lambda host: world.values.update({number: value})
 
 
 def _unshare(endpoint: Endpoint, world: _World, number: int) -> _Action:
     """Drop a value; no later call refers to it."""
-    return lambda host: host.unshare(number)
+    return lambda host: world.values.pop(number, None)
 
 
 _QUESTIONS = ("submit", "batch", "advance", "cancel")

@@ -30,7 +30,7 @@ class SharedValue(SentApart):
         num_bytes: Bytes of the pickle and the tensors together.
         is_for_tick: Whether only calls of one tick of the driver's event loop use it; a worker keeps it for those
             calls and no longer.
-        num_unsent: Calls of the driver that have it and were not sent yet.
+        num_unsent: Number of calls that have it and were not sent yet; on a worker, that did not arrive yet.
     """
 
     def __init__(self, parcel: Packed, number: int = 0, num_openings: int | None = None) -> None:
