@@ -195,9 +195,9 @@ MUTATIONS = [
     ),
     Mutation(
         "local results are not copied",
-        "host/runner.py",
-        "            if self._process.by_value:\n                return Outcome(kind, pack",
-        "            if False:\n                return Outcome(kind, pack",
+        "host/process_state.py",
+        "pool=self._file_pool) if self.by_value else",
+        "pool=self._file_pool) if False else",
         "tests/contract/test_values.py -k local",
     ),
     Mutation(

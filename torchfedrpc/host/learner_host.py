@@ -69,8 +69,8 @@ class LearnerHost:
         self.worker = worker
         self.call_timeout_s = spec.runtime.call_timeout_s
         self._constructor_arguments = constructor_arguments
-        self._is_remote = constructor_arguments is None
-        self._process = ProcessState(spec, device, in_driver=not self._is_remote, report=report, activity=activity)
+        in_driver = constructor_arguments is not None
+        self._process = ProcessState(spec, device, in_driver=in_driver, report=report, activity=activity)
         self._learners = LearnerCache(spec, self._process)
         self._runner = Runner(self._process, self._learners)
         self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._process)
@@ -228,7 +228,7 @@ class LearnerHost:
 
     def show_files(self, are_seen: bool) -> None:
         """Set whether the driver can open memory files of this process, which large results then use."""
-        self._runner.shows_files = are_seen
+        self._process.shows_files = are_seen
 
     def arm(self, faults: Sequence[Fault], sever: Callable[[], None]) -> None:
         """Inject faults into this process at later calls. They replace earlier ones.
@@ -237,7 +237,7 @@ class LearnerHost:
             faults: The faults; an empty sequence removes them.
             sever: Cuts this process off from the driver's watch.
         """
-        self._runner.saboteur = Saboteur(faults, sever) if faults else None
+        self._process.saboteur = Saboteur(faults, sever) if faults else None
 
     def stats(self) -> dict[str, int]:
         """Return the number of learners that are made, and of calls that run or wait."""
@@ -256,8 +256,7 @@ class LearnerHost:
         ended = self._sync.close(timeout_s) & self._async.close(timeout_s)
         if self._merging is not None:
             ended &= self._merging.close(timeout_s)
-        self._runner.close()
-        self._process.deadlines.close()
+        self._process.close()
         self._learners.close()
         if ended:
             self._process.streams.give_back()  # Free their memory now: this host is in reference cycles.
@@ -267,8 +266,7 @@ class LearnerHost:
 
     def _register_local(self, client_id: str) -> None:
         """Register a learner of the driver's process, if it is not registered."""
-        if not self._is_remote and client_id not in self._mailboxes:
-            assert self._constructor_arguments is not None
+        if self._constructor_arguments is not None and client_id not in self._mailboxes:
             kwargs = self._constructor_arguments(client_id, by_value=self._process.by_value)
             self.register(Registration(client_id, kwargs))
 
@@ -410,7 +408,7 @@ class LearnerHost:
                 return
             outcome = replace(outcome, of_calls=tuple(batch_job.outcomes))
             reply, batch_job.reply = batch_job.reply, None
-            if self._is_remote or reply is None:
+            if reply is None or not self._process.in_driver:
                 self._outcomes[call_id] = outcome
         if reply is not None:
             reply(outcome)
@@ -447,7 +445,7 @@ class LearnerHost:
             else:
                 job.stepping = unread = job.cancelled
                 job.num_items += 1
-                job.last_item = outcome if self._is_remote else None
+                job.last_item = None if self._process.in_driver else outcome
         if following is not None:
             self._sync.put(partial(self._turn, following, self._begin))
         if reply is not None:
@@ -464,7 +462,7 @@ class LearnerHost:
 
     def _overran(self, call_id: int) -> None:
         job = self._jobs.get(call_id)
-        if job is None or not job.stepping or (not self._is_remote and debugger_attached()):
+        if job is None or not job.stepping or (self._process.in_driver and debugger_attached()):
             return
         call = job.call
         error = CallTimeoutError(
@@ -501,7 +499,7 @@ class LearnerHost:
 
     def _keep(self, job: Job, outcome: Outcome) -> None:
         """Keep a final outcome for a repeated request. A batch keeps the outcomes of its calls itself."""
-        if self._is_remote and job.batch is None:
+        if job.batch is None and not self._process.in_driver:
             self._outcomes[job.call.call_id] = outcome
 
 

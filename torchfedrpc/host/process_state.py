@@ -10,12 +10,14 @@ import torch
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.call import Report
 from torchfedrpc.host.deadlines import Deadlines
+from torchfedrpc.host.faults import Saboteur
 from torchfedrpc.host.gate import Gate
 from torchfedrpc.host.mailbox import Job
 from torchfedrpc.host.randomness import RandomStreams
 from torchfedrpc.host.shared_objects import SharedObjects
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import OpenedSettings, adopt_settings
+from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Packed, Reference, pack
 
 
@@ -42,6 +44,8 @@ class ProcessState:
         gate: Lock between sync methods and steps of async methods.
         deadlines: Clocks of methods and of steps of streams.
         activity: Shows the running calls to another process; None in the driver.
+        saboteur: Injects faults, in a test; else None.
+        shows_files: Whether the driver can open memory files of this process, which large results then use.
     """
 
     def __init__(
@@ -66,6 +70,9 @@ class ProcessState:
         self.gate = Gate()
         self.deadlines = Deadlines()
         self.activity = activity
+        self.saboteur: Saboteur | None = None
+        self.shows_files = False
+        self._file_pool = FilePool()
         self._report = report
         self._reporting = threading.Lock()  # a method may report from several threads
 
@@ -76,6 +83,14 @@ class ProcessState:
             SerializationError: If it cannot be sent.
         """
         return pack(obj) if self.by_value else Reference(obj)
+
+    def take_result(self, obj: Any) -> Packed:
+        """Pack the result of a method.
+
+        Raises:
+            SerializationError: If it cannot be sent.
+        """
+        return pack(obj, in_files=self.shows_files, pool=self._file_pool) if self.by_value else Reference(obj)
 
     def send_report(self, job: Job, progress: Any) -> None:
         """Send progress of a job to the driver.
@@ -95,3 +110,8 @@ class ProcessState:
         adopt_settings(self.settings.values, of_thread_only=True)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+
+    def close(self) -> None:
+        """End the clocks, and release the memory files of results."""
+        self.deadlines.close()
+        self._file_pool.close()

@@ -13,15 +13,13 @@ from typing import Any, Literal
 from torchfedrpc.errors import MethodNotFoundError, SerializationError
 from torchfedrpc.host.call import Outcome
 from torchfedrpc.host.call_scope import CallScope, scope_here
-from torchfedrpc.host.faults import Saboteur
 from torchfedrpc.host.learner_cache import LearnerCache
 from torchfedrpc.host.mailbox import Job
 from torchfedrpc.host.methods import find_method
 from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.randomness import call_seed
 from torchfedrpc.wire.exceptions import Failure
-from torchfedrpc.wire.file_pool import FilePool
-from torchfedrpc.wire.packing import Reference, pack
+from torchfedrpc.wire.packing import pack
 
 logger = logging.getLogger(__name__)
 
@@ -35,24 +33,17 @@ class Runner:
     Args:
         process: State that the calls of this process share.
         learners: The learners.
-
-    Attributes:
-        saboteur: Injects faults, in a test; else None.
-        shows_files: Whether the driver can open memory files of this process, which large results then use.
     """
 
     def __init__(self, process: ProcessState, learners: LearnerCache) -> None:
         self._process = process
         self._learners = learners
-        self._file_pool = FilePool()
-        self.saboteur: Saboteur | None = None
-        self.shows_files = False
 
     def begin(self, job: Job) -> Outcome | Steps:
         """Return the steps of a call up to its result or first item; an outcome if its method cannot be called."""
         call, mailbox, process = job.call, job.mailbox, self._process
-        if self.saboteur is not None:
-            self.saboteur.begin(call.call_id)
+        if process.saboteur is not None:
+            process.saboteur.begin(call.call_id)
         try:
             self._learners.make_present(job)
             method = find_method(mailbox.learner, call.method, call.client_id)
@@ -85,17 +76,13 @@ class Runner:
         try:
             arguments = job.call.arguments.open(self._process.allow)
             if job.call.kind == "snapshot":
-                snapshot = self._learners.snapshot(job, in_files=self.shows_files, limit_bytes=arguments)
+                snapshot = self._learners.snapshot(job, in_files=self._process.shows_files, limit_bytes=arguments)
                 return Outcome("value", snapshot)
             state, kwargs = arguments
             self._learners.restore(job, state.numpy().data, kwargs)
             return Outcome("value", pack(None))
         except BaseException as error:
             return failed(error)
-
-    def close(self) -> None:
-        """Release the memory files of results."""
-        self._file_pool.close()
 
     async def _call(
         self, job: Job, scope: CallScope, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -160,9 +147,7 @@ class Runner:
             if job.batch is not None and not job.cancelled:
                 job.batch.add(job.place, box[0])
                 box[0] = None
-            if self._process.by_value:
-                return Outcome(kind, pack(box[0], in_files=self.shows_files, pool=self._file_pool), seconds=seconds)
-            return Outcome(kind, Reference(box[0]), seconds=seconds)
+            return Outcome(kind, self._process.take_result(box[0]), seconds=seconds)
         except SerializationError as error:
             where = f"{job.call.client_id}.{job.call.method}"
             if inspect.isgenerator(box[0]) or inspect.isasyncgen(box[0]):
