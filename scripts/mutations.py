@@ -223,10 +223,10 @@ MUTATIONS = [
     ),
     Mutation(
         "async steps run beside sync methods",
-        "host/gate.py",
+        "host/method_lock.py",
         "or (exclusive and self._num_sharing)",
         "",
-        "tests/unit/host/test_gate.py",
+        "tests/unit/host/test_method_lock.py",
     ),
     Mutation(
         "a call with an id that is known runs again",

@@ -80,8 +80,8 @@ class HostLoop(asyncio.SelectorEventLoop):
 
     def _step(self, scope: CallScope, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
         process, call_id = scope.process, scope.job.call.call_id
-        clock = process.deadlines.stop(call_id)  # waiting for the gate does not count
-        process.gate.enter(exclusive=True)
+        clock = process.deadlines.stop(call_id)  # waiting for the lock does not count
+        process.method_lock.enter(exclusive=True)
         slot = process.activity.enter(call_id) if process.activity is not None else None
         self._present = scope
         try:
@@ -94,7 +94,7 @@ class HostLoop(asyncio.SelectorEventLoop):
                 process.streams.give_back()
             if process.activity is not None:
                 process.activity.leave(slot)
-            process.gate.leave(exclusive=True)
+            process.method_lock.leave(exclusive=True)
 
     # An async generator that is dropped before its end is closed in the scope of the call that began it, also if the
     # garbage collector finds it during another call.

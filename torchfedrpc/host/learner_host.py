@@ -23,7 +23,7 @@ from torchfedrpc.host.mailbox import Job, Mailbox, Reply
 from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.runner import Runner, Steps, failed
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.host.threads import AsyncLane, SyncLane
+from torchfedrpc.host.threads import AsyncThread, SyncThreads
 from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, Parcel, Reference
@@ -73,9 +73,9 @@ class LearnerHost:
         self._process = ProcessState(spec, device, in_driver=in_driver, report=report, activity=activity)
         self._learners = LearnerCache(spec, self._process)
         self._runner = Runner(self._process, self._learners)
-        self._sync = SyncLane(spec.runtime.max_concurrent_calls, self._process)
-        self._async = AsyncLane(self._process)
-        self._merging: SyncLane | None = None  # started by the first batch that needs it
+        self._sync = SyncThreads(spec.runtime.max_concurrent_calls, self._process)
+        self._async = AsyncThread(self._process)
+        self._merging: SyncThreads | None = None  # started by the first batch that needs it
         self._lock = threading.Lock()  # guards queues of mailboxes, jobs and their states, and outcomes
         self._mailboxes: dict[str, Mailbox] = {}
         self._jobs: dict[int, Job] = {}
@@ -284,7 +284,7 @@ class LearnerHost:
     def _turn(self, job: Job, steps_of: Callable[[Job], Outcome | Steps]) -> None:
         """Run the next step of a job. Steps that need an event loop go on there."""
         process, call_id = self._process, job.call.call_id
-        process.gate.enter(exclusive=False)
+        process.method_lock.enter(exclusive=False)
         slot = process.activity.enter(call_id) if process.activity is not None else None
         try:
             result = steps_of(job)
@@ -302,7 +302,7 @@ class LearnerHost:
         finally:
             if process.activity is not None:
                 process.activity.leave(slot)
-            process.gate.leave(exclusive=False)
+            process.method_lock.leave(exclusive=False)
 
     def _begin(self, job: Job) -> Outcome | Steps:
         call, mailbox = job.call, job.mailbox
@@ -381,7 +381,7 @@ class LearnerHost:
             return
         with self._lock:  # a user's reducer runs on a separate thread
             if self._merging is None:
-                self._merging = SyncLane(1, self._process)
+                self._merging = SyncThreads(1, self._process)
         self._merging.put(partial(self._collect, batch_job))
 
     def _collect(self, batch_job: BatchJob) -> None:

@@ -11,8 +11,8 @@ from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.call import Report
 from torchfedrpc.host.deadlines import Deadlines
 from torchfedrpc.host.faults import Saboteur
-from torchfedrpc.host.gate import Gate
 from torchfedrpc.host.mailbox import Job
+from torchfedrpc.host.method_lock import MethodLock
 from torchfedrpc.host.randomness import RandomStreams
 from torchfedrpc.host.shared_objects import SharedObjects
 from torchfedrpc.host.spec import LearnerSpec
@@ -41,7 +41,7 @@ class ProcessState:
         settings: The settings with which calls begin.
         streams: The global random generators.
         shared: Objects that learners share.
-        gate: Lock between sync methods and steps of async methods.
+        method_lock: Lock between sync methods and steps of async methods.
         deadlines: Clocks of methods and of steps of streams.
         activity: Shows the running calls to another process; None in the driver.
         saboteur: Injects faults, in a test; else None.
@@ -67,7 +67,7 @@ class ProcessState:
         torch.empty(0, device=self.device)  # a device that cannot be used fails here, and not on the host's threads
         self.streams = RandomStreams(self.device)
         self.shared = SharedObjects()
-        self.gate = Gate()
+        self.method_lock = MethodLock()
         self.deadlines = Deadlines()
         self.activity = activity
         self.saboteur: Saboteur | None = None

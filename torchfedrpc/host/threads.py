@@ -19,7 +19,7 @@ from torchfedrpc.host.process_state import ProcessState
 logger = logging.getLogger(__name__)
 
 
-class SyncLane:
+class SyncThreads:
     """Threads that run functions in the order in which they are put.
 
     They are daemons, so that a method that never ends does not keep the process alive.
@@ -66,7 +66,7 @@ class SyncLane:
             job = None  # do not keep its arguments while waiting
 
 
-class AsyncLane:
+class AsyncThread:
     """A thread with an event loop, started when the first coroutine needs it.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 
-class Gate:
+class MethodLock:
     """A fair lock with shared and exclusive holders, granted in the order of the requests."""
 
     def __init__(self) -> None:

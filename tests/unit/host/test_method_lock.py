@@ -1,4 +1,4 @@
-"""The gate: shared holders side by side, exclusive ones alone, all in the order of their arrival."""
+"""The lock of methods: shared holders side by side, exclusive ones alone, all in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from contextlib import contextmanager
 
 import pytest
 
-from torchfedrpc.host.gate import Gate
+from torchfedrpc.host.method_lock import MethodLock
 
 _TIMEOUT_S = 10.0
 
 
 @contextmanager
-def held(gate: Gate, kind: str) -> Iterator[None]:
-    gate.enter(exclusive=kind == "exclusive")
+def held(lock: MethodLock, kind: str) -> Iterator[None]:
+    lock.enter(exclusive=kind == "exclusive")
     try:
         yield
     finally:
-        gate.leave(exclusive=kind == "exclusive")
+        lock.leave(exclusive=kind == "exclusive")
 
 
 class Holder:
-    """A thread that takes the gate and keeps it until an event."""
+    """A thread that takes the lock and keeps it until an event."""
 
-    def __init__(self, gate: Gate, kind: str, log: list[str], name: str) -> None:
+    def __init__(self, lock: MethodLock, kind: str, log: list[str], name: str) -> None:
         self.entered = threading.Event()
         self.leave = threading.Event()
         self._log = log
         self._name = name
-        self._side = held(gate, kind)
+        self._side = held(lock, kind)
         self._thread = threading.Thread(target=self._hold)
         self._thread.start()
 
@@ -48,24 +48,24 @@ class Holder:
 
 
 class Crowd:
-    """Starts holders one after the other, each once the one before stands in the gate's queue."""
+    """Starts holders one after the other, each once the one before stands in the lock's queue."""
 
     def __init__(self) -> None:
-        self.gate = Gate()
+        self.lock = MethodLock()
         self.log: list[str] = []
         self._holders: list[Holder] = []
 
     def start(self, kind: str, name: str = "") -> Holder:
         arrivals = len(self._holders) + 1
-        holder = Holder(self.gate, kind, self.log, name or kind)
+        holder = Holder(self.lock, kind, self.log, name or kind)
         self._holders.append(holder)
-        self._until(lambda: self.gate._next_ticket == arrivals)
+        self._until(lambda: self.lock._next_ticket == arrivals)
         return holder
 
     def _until(self, met: Callable[[], bool]) -> None:
         deadline = time.monotonic() + _TIMEOUT_S
         while not met():
-            assert time.monotonic() < deadline, "the holder never came to the gate"
+            assert time.monotonic() < deadline, "the holder never came to the lock"
             time.sleep(0)
 
     def end(self) -> None:
@@ -143,7 +143,7 @@ def test_shared_holders_behind_an_exclusive_one_enter_together(crowd: Crowd) -> 
 
 
 def test_no_exclusive_holder_meets_another_in_a_crowd_of_threads() -> None:
-    gate, start = Gate(), threading.Barrier(8)
+    method_lock, start = MethodLock(), threading.Barrier(8)
     sharing = alone = 0
     lock = threading.Lock()
     wrong: list[tuple[int, int]] = []
@@ -153,7 +153,7 @@ def test_no_exclusive_holder_meets_another_in_a_crowd_of_threads() -> None:
         start.wait(_TIMEOUT_S)
         for turn in range(60):
             exclusive = (number + turn) % 3 == 0
-            with held(gate, "exclusive" if exclusive else "shared"):
+            with held(method_lock, "exclusive" if exclusive else "shared"):
                 with lock:
                     alone, sharing = alone + exclusive, sharing + (not exclusive)
                     if alone > 1 or (alone and sharing):
