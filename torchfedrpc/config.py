@@ -93,8 +93,9 @@ class RuntimeConfig:
             ``HOST:PORT`` or ``tcp://HOST:PORT``. ``http://HOST:PORT`` is accepted too, though no HTTP is spoken.
             Clients without an endpoint are spread over the workers without an address here, or over all workers if
             every worker has one. Local mode ignores this key.
-        call_timeout_s: Seconds a method may run, time in queues excluded. None: No limit. Local mode does not apply
-            it while a debugger is attached.
+        call_timeout_s: Seconds a method may run, time in queues excluded. A call that makes the learner, or reads it
+            from disk, does so in this time. None: No limit. Local mode does not apply it while a debugger is
+            attached.
         heartbeat_timeout_s: Seconds without a heartbeat after which a frozen or unreachable worker counts as lost. At
             least 1, and at least 5 for workers on other machines, since a link with packet loss can be silent for
             seconds. A killed worker is detected sooner; a busy worker is never lost. The default outlasts usual

@@ -50,7 +50,7 @@ class Run(Protocol):
     def stays(self, client_id: str, worker: Member) -> bool:
         """Keep a learner that cannot be captured on its worker; return False if that worker is about to leave."""
 
-    def label_of(self, client_id: str) -> str:
+    def worker_of(self, client_id: str) -> str:
         """Return the name of the worker that has a client's learner, or that the client is placed on."""
 
     def throttle(self, worker: Member) -> SnapshotThrottle:
@@ -238,7 +238,7 @@ class LearnerSession:
 
     def lost(self, call: Call, reason: str) -> WorkerLostError:
         """Return the error of a call that fails because its learner is lost."""
-        worker = self._run.label_of(self.client_id)
+        worker = self._run.worker_of(self.client_id)
         return WorkerLostError(f"{call.client_id}.{call.method} on {worker}: {reason}")
 
     def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:

@@ -15,7 +15,7 @@ HTTP = "http://"
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class ClientEndpoint:
     """Requested place of a client.
 
     Attributes:
@@ -30,7 +30,7 @@ class Endpoint:
     name: str = ""
 
     @classmethod
-    def parse(cls, client_id: str, text: str) -> Endpoint:
+    def parse(cls, client_id: str, text: str) -> ClientEndpoint:
         """Parse ``worker1``, ``rank:2``, ``host:NAME``, ``local``, or an address with an optional scheme.
 
         Raises:
@@ -58,7 +58,7 @@ class Endpoint:
 
 def addresses(endpoints: Mapping[str, str]) -> list[str]:
     """Return the distinct addresses among endpoints, in order."""
-    parsed = [Endpoint.parse(client_id, text) for client_id, text in endpoints.items()]
+    parsed = [ClientEndpoint.parse(client_id, text) for client_id, text in endpoints.items()]
     return list(dict.fromkeys(endpoint.name for endpoint in parsed if endpoint.kind == "address"))
 
 
@@ -86,7 +86,7 @@ def place_clients(
     for position, client_id in enumerate(free):
         places[client_id] = labels[position * len(labels) // len(free)]
     for client_id, text in endpoints.items():
-        endpoint = Endpoint.parse(client_id, text)
+        endpoint = ClientEndpoint.parse(client_id, text)
         if endpoint.kind == "local":
             continue
         there = _workers_at(endpoint, machines)
@@ -128,7 +128,7 @@ def place_again(
     for client_id in client_ids:
         there = everywhere
         if client_id in endpoints:
-            endpoint = Endpoint.parse(client_id, endpoints[client_id])
+            endpoint = ClientEndpoint.parse(client_id, endpoints[client_id])
             there = _workers_at(endpoint, machines) if endpoint.kind in ("host", "address") else there
         else:
             there = for_all
@@ -177,7 +177,7 @@ def even_out(
     return moved
 
 
-def _workers_at(endpoint: Endpoint, machines: Mapping[str, str]) -> list[str]:
+def _workers_at(endpoint: ClientEndpoint, machines: Mapping[str, str]) -> list[str]:
     if endpoint.kind == "rank":
         return [label for label in machines if label == f"worker{endpoint.rank}"]
     if endpoint.kind == "address":

@@ -191,7 +191,7 @@ class RemoteLearners:
         if worker is not None and worker.client is not None:
             worker.client.register(worker.registrations[client_id])
             return worker.client.rref(client_id)
-        label = self.label_of(client_id)
+        label = self.worker_of(client_id)
         reason = (
             session.given_up
             or self._workers.why_given_up(label)
@@ -253,13 +253,11 @@ class RemoteLearners:
         self._places[client_id] = worker.label
         return True
 
-    def label_of(self, client_id: str) -> str:
+    def worker_of(self, client_id: str) -> str:
         """Return the name of the worker that has a client's learner, or that the client is placed on."""
         session = self._sessions.get(client_id)
         worker = session.worker if session is not None else None
         return worker.label if worker is not None else self._places[client_id]
-
-    worker_of = label_of
 
     def throttle(self, worker: Member) -> SnapshotThrottle:
         """Return the throttle for snapshots to and from a worker."""
@@ -370,7 +368,7 @@ class RemoteLearners:
         where = self._workers[label].reason
         self._workers.give_up(label, f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it")
         for client_id in self._clients_of(label):  # an interrupted move leaves the learner where it was
-            self._places[client_id] = self.label_of(client_id)
+            self._places[client_id] = self.worker_of(client_id)
 
     def _do_without(self, label: str) -> None:
         """Let the clients of a worker that was lost or has left wait for another, or place them on other workers."""

@@ -12,7 +12,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec, Invocation
 from torchfedrpc.executors.consistent_snapshot import Cut
-from torchfedrpc.executors.placement import HTTP, LOCAL, Endpoint
+from torchfedrpc.executors.placement import HTTP, LOCAL, ClientEndpoint
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.launcher import Launch
@@ -151,7 +151,7 @@ def resolve_mode(config: RuntimeConfig, launch: Launch | None) -> str:
     Raises:
         ConfigError: If an endpoint is malformed, or if pseudo or distributed mode is requested but not possible.
     """
-    endpoints = {client: Endpoint.parse(client, text) for client, text in config.client_endpoints.items()}
+    endpoints = {client: ClientEndpoint.parse(client, text) for client, text in config.client_endpoints.items()}
     mode = str(config.execution_mode)
     if mode == "auto":
         if launch is not None or config.client_endpoints:

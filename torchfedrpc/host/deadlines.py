@@ -35,7 +35,7 @@ class Deadlines:
                 self._changed.notify()
 
     def stop(self, key: Hashable) -> tuple[float, Expire] | None:
-        """Stop the clock of ``key``.
+        """Stop the clock of ``key``, which `HostLoop` starts again when an async method has the lock.
 
         Returns:
             Remaining seconds and the callback, for `start`; None if no clock runs for the key.

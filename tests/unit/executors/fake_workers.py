@@ -309,7 +309,7 @@ class FakeRun:
             self.place(worker)
         return self.stay
 
-    def label_of(self, client_id: str) -> str:
+    def worker_of(self, client_id: str) -> str:
         worker = self.session(client_id).worker or self._target
         return worker.label if worker is not None else "a lost worker"
 

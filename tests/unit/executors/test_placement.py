@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.executors.placement import Endpoint, even_out, place_again, place_clients
+from torchfedrpc.executors.placement import ClientEndpoint, even_out, place_again, place_clients
 
 THREE = {"worker1": "alpha", "worker2": "beta", "worker3": "alpha"}
 TWO = {"worker1": "m", "worker2": "m"}
@@ -19,16 +19,16 @@ TWO = {"worker1": "m", "worker2": "m"}
 @pytest.mark.parametrize(
     ("text", "endpoint"),
     [
-        ("local", Endpoint("local")),
-        ("worker1", Endpoint("rank", rank=1)),
-        ("worker12", Endpoint("rank", rank=12)),
-        ("rank:2", Endpoint("rank", rank=2)),
-        ("host:gpu-7.example.org", Endpoint("host", name="gpu-7.example.org")),
-        ("host:local", Endpoint("host", name="local")),
+        ("local", ClientEndpoint("local")),
+        ("worker1", ClientEndpoint("rank", rank=1)),
+        ("worker12", ClientEndpoint("rank", rank=12)),
+        ("rank:2", ClientEndpoint("rank", rank=2)),
+        ("host:gpu-7.example.org", ClientEndpoint("host", name="gpu-7.example.org")),
+        ("host:local", ClientEndpoint("host", name="local")),
     ],
 )
-def test_an_endpoint_is_read(text: str, endpoint: Endpoint) -> None:
-    assert Endpoint.parse("client_1", text) == endpoint
+def test_an_endpoint_is_read(text: str, endpoint: ClientEndpoint) -> None:
+    assert ClientEndpoint.parse("client_1", text) == endpoint
 
 
 @pytest.mark.parametrize(
@@ -42,17 +42,17 @@ def test_a_malformed_endpoint_names_the_client_and_the_forms(text: str) -> None:
         + ".*worker1, rank:2 or host:NAME, one that listens as HOST:PORT, or local"
     )
     with pytest.raises(ConfigError, match=expected):
-        Endpoint.parse("client_9", text)
+        ClientEndpoint.parse("client_9", text)
 
 
 @pytest.mark.parametrize("text", ["site:8080", "tcp://site:8080", "http://site:8080", "http://site:8080/"])
 def test_an_address_may_have_a_scheme(text: str) -> None:
-    assert Endpoint.parse("client_1", text) == Endpoint("address", name="site:8080")
+    assert ClientEndpoint.parse("client_1", text) == ClientEndpoint("address", name="site:8080")
 
 
 def test_machines_of_certain_names_have_addresses_with_a_scheme() -> None:
-    assert Endpoint.parse("client_1", "tcp://rank:8080") == Endpoint("address", name="rank:8080")
-    assert Endpoint.parse("client_1", "worker1:8080") == Endpoint("address", name="worker1:8080")
+    assert ClientEndpoint.parse("client_1", "tcp://rank:8080") == ClientEndpoint("address", name="rank:8080")
+    assert ClientEndpoint.parse("client_1", "worker1:8080") == ClientEndpoint("address", name="worker1:8080")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_machines_of_certain_names_have_addresses_with_a_scheme() -> None:
 )
 def test_what_cannot_be_dialled_is_no_address(text: str) -> None:
     with pytest.raises(ConfigError, match="one that listens as HOST:PORT"):
-        Endpoint.parse("client_1", text)
+        ClientEndpoint.parse("client_1", text)
 
 
 def test_clients_without_an_endpoint_go_to_workers_in_neighbouring_shares() -> None:
