@@ -165,7 +165,7 @@ class WorkerGroup:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await asyncio.gather(*(one.tell({"do": "close"}) for one in members.values()), return_exceptions=True)
         await self._place.close()
-        for member in members.values():
+        for member in self.workers.members.values():  # without those that were lost meanwhile
             if member.heartbeat is not None:
                 self._watch.release(member.label)
         self._watch.close()
