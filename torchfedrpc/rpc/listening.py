@@ -9,11 +9,10 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.rpc.control_link import Link
-from torchfedrpc.rpc.handshake import About, BusyError, Dialler, Listener, RefusedError
+from torchfedrpc.rpc.handshake import BusyError, Dialler, Listener, RefusedError
 from torchfedrpc.rpc.interfaces import describe_os_error
 from torchfedrpc.rpc.processes import Process, start_worker
 
@@ -53,93 +52,72 @@ async def listen(host: str, port: int, token: bytes) -> int:
     listening = loop.create_task(Listener(server, token, worker.serve).run())
     try:
         print(f"listening on {host}:{server.getsockname()[1]}", flush=True)
-        await worker.stopped.wait()
+        await worker.asked.wait()
+        async with worker.serving:
+            return worker.status
     finally:
         listening.cancel()
         await asyncio.wait([listening])
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-    return worker.status
-
-
-@dataclass
-class _Driver:
-    """The driver that is served.
-
-    Attributes:
-        about: its description of itself.
-        since: when it was accepted, by the monotonic clock.
-    """
-
-    about: About
-    since: float
-
-    def __str__(self) -> str:
-        about = self.about
-        return f"{about.get('program', 'a driver')} (pid {about['pid']} on {about['machine']})"
 
 
 class _ListeningWorker:
     """Serves one driver after another.
 
     Attributes:
-        stopped: set once a signal has come and no driver is served.
+        asked: set once a signal has asked it to stop.
+        serving: held while a driver is served.
         status: the exit status.
     """
 
     def __init__(self) -> None:
-        self._driver: _Driver | None = None
-        self._process: Process | None = None
-        self._is_stopping = False
-        self.stopped = asyncio.Event()
+        self.asked = asyncio.Event()
+        self.serving = asyncio.Lock()
         self.status = 0
+        self._driver = ""  # the last one, and since when it is served, by the monotonic clock
+        self._since = 0.0
+        self._process: Process | None = None
 
     async def serve(self, dialler: Dialler) -> None:
         """Serve a driver to its end, or refuse it."""
-        if dialler.about.get("role") != "driver":
+        about = dialler.about
+        if about.get("role") != "driver":
             await dialler.refuse(
                 RefusedError("a worker listens there, for drivers: --join takes the address of a driver")
             )
-        if self._is_stopping:
+        if self.asked.is_set():
             await dialler.refuse(BusyError("the worker is stopping: start it again"))
-        if self._driver is not None:
+        if self.serving.locked():
             await dialler.refuse(
                 BusyError(
-                    f"the worker has served {self._driver} for {time.monotonic() - self._driver.since:.0f} s, and "
+                    f"the worker has served {self._driver} for {time.monotonic() - self._since:.0f} s, and "
                     f"serves one at a time: wait for its end, or name another worker"
                 )
             )
-        self._driver = _Driver(dialler.about, time.monotonic())
-        try:
-            link = await dialler.accept({"role": "worker"})
-            await self._run_process(link, str(self._driver))
-        finally:
-            self._driver = None
-            self._stop_if_asked()
+        async with self.serving:
+            self._driver = f"{about.get('program', 'a driver')} (pid {about['pid']} on {about['machine']})"
+            self._since = time.monotonic()
+            await self._run_process(await dialler.accept({"role": "worker"}))
 
     def stop(self, number: int) -> None:
         """Handle a signal."""
-        if self._process is not None and self._is_stopping:
+        if self._process is not None and self.asked.is_set():
             self.status = 128 + number
             self._process.send_signal(signal.SIGKILL)
         elif self._process is not None:
             logger.info("stopping, once worker process %d has ended; a second signal kills it", self._process.pid)
             self._process.send_signal(signal.SIGTERM)
-        self._is_stopping = True
-        self._stop_if_asked()
+        self.asked.set()
 
-    def _stop_if_asked(self) -> None:
-        if self._is_stopping and self._driver is None:
-            self.stopped.set()
-
-    async def _run_process(self, link: Link, driver: str) -> None:
+    async def _run_process(self, link: Link) -> None:
         with contextlib.closing(link.detach()) as connection:  # the process gets a copy
-            if self._is_stopping:
+            if self.asked.is_set():
                 return
             # The process opens the heartbeat connection itself.
             self._process = process = await start_worker(connection.fileno(), remote=True)
-        logger.info("worker process %d serves %s", process.pid, driver)
-        if self._has_been_stopped():  # while it was started
+        logger.info("worker process %d serves %s", process.pid, self._driver)
+        if self.asked.is_set():  # while it was started
             process.send_signal(signal.SIGTERM)
         try:
             await process.ends_within(None)
@@ -147,6 +125,3 @@ class _ListeningWorker:
             process.close()  # if this is cancelled, that kills it
             self._process = None
         logger.info("free again: worker process %d ended%s", process.pid, process.how_it_ended())
-
-    def _has_been_stopped(self) -> bool:
-        return self._is_stopping
