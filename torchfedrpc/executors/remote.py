@@ -92,7 +92,7 @@ class RemoteLearners:
         self._throttles: dict[str, SnapshotThrottle] = {}
         self._file_pool = FilePool()
         self._tasks = Tasks()
-        self._following: asyncio.Task[None] | None = None
+        self._following = Tasks()
         self._own_call_ids = itertools.count(-(1 << 40), -1)  # disjoint from the ids of a proxy and an executor
         self._plain_arguments: dict[bytes, Packed] = {}  # cache: pickle -> arguments without tensors
         self._warned_of: set[str | None] = set()  # attributes that cannot be captured and have had a warning
@@ -113,7 +113,7 @@ class RemoteLearners:
         if is_placed:
             self._place_all()
         await self._group.open()
-        self._following = asyncio.ensure_future(self._follow())
+        self._following.start(self._follow())
         if not is_placed:
             await self._first_to_join()
             self._place_all()
@@ -121,8 +121,7 @@ class RemoteLearners:
     async def close(self, reason: str) -> None:
         """Fail the pending calls, end the world, and release the workers."""
         self._stats_at_close = {**self.stats(), "journal_bytes": 0, "workers": {}}
-        if self._following is not None:
-            self._following.cancel()
+        self._following.cancel()
         await self._group.close(reason)
         await self._tasks.wait()
         self._sessions.clear()

@@ -89,13 +89,14 @@ class Workers:
 
     Attributes:
         present: Name -> process of each worker that accepts calls now.
+        failure: Reason why no worker can be called for the rest of the run; None otherwise.
     """
 
     def __init__(self) -> None:
         self._table: dict[str, Worker] = {}
         self._former: set[str] = set()  # names in use now or before, which are not assigned again
         self.present: dict[str, Member] = {}
-        self._failure: ConfigError | WorkerLostError | None = None
+        self.failure: ConfigError | WorkerLostError | None = None
         self._changed = asyncio.Event()
 
     def __getitem__(self, label: str) -> Worker:
@@ -126,11 +127,6 @@ class Workers:
         """Name -> machine of the workers that clients can be placed on now."""
         return {label: member.machine for label, member in self.present.items()}
 
-    @property
-    def failure(self) -> ConfigError | WorkerLostError | None:
-        """Reason why no worker can be called for the rest of the run; None otherwise."""
-        return self._failure
-
     def admit(self, source: Source, member: Member) -> Worker:
         """Add a process that is to be prepared, and name it if it has no name."""
         if not member.label:
@@ -155,7 +151,7 @@ class Workers:
             if not worker.has_served:
                 worker.state = WorkerState.SERVING
                 new.append(label)
-            if worker.state is WorkerState.SERVING and self._failure is None:
+            if worker.state is WorkerState.SERVING and self.failure is None:
                 self.present[label] = member
             worker.stop_waiting()
         self.changed()
@@ -199,7 +195,7 @@ class Workers:
 
     def fail(self, error: ConfigError | WorkerLostError) -> None:
         """Fail all present and later calls."""
-        self._failure = error
+        self.failure = error
         self.present.clear()
         self.changed()
 
@@ -214,8 +210,8 @@ class Workers:
 
     def why_given_up(self, label: str) -> str | None:
         """Return the reason why a worker cannot be called, now or soon; None if it can."""
-        if self._failure is not None:
-            return str(self._failure)
+        if self.failure is not None:
+            return str(self.failure)
         worker = self._table.get(label)
         return worker.reason if worker is not None and worker.state is WorkerState.GAVE_UP else None
 
