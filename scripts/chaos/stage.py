@@ -90,9 +90,9 @@ class Log:
             if isinstance(event, kind) and at >= since and worker in (None, getattr(event, "worker", None))
         ]
 
-    def lost(self, since: float) -> list[str]:
-        """The workers that were lost, in order."""
-        return [event.worker for at, event in self.entries if isinstance(event, WorkerLost) and at >= since]
+    def lost(self, since: float) -> list[WorkerLost]:
+        """The losses since a time, in order."""
+        return [event for at, event in self.entries if isinstance(event, WorkerLost) and at >= since]
 
     async def until(self, met: Callable[[], object]) -> None:
         """Wait until a condition on the events is met."""
@@ -351,11 +351,12 @@ class Scene:
         while internals.forming(self.proxy):
             await asyncio.sleep(_POLL_S)
 
-    def _wrong_losses(self, lost: list[str], num_lost: int) -> list[str]:
+    def _wrong_losses(self, lost: list[WorkerLost], num_lost: int) -> list[str]:
         struck = [strike.worker for strike in self._strikes if strike.leads_to is WorkerLost]
-        if len(lost) == num_lost and Counter(lost) == Counter(struck):
+        if len(lost) == num_lost and Counter(event.worker for event in lost) == Counter(struck):
             return []
-        return [f"{num_lost} lost, of {','.join(struck) or 'none'}; were {','.join(lost) or 'none'}"]
+        were = ",".join(f"{event.worker} ({event.reason})" for event in lost)
+        return [f"{num_lost} lost, of {','.join(struck) or 'none'}; were {were or 'none'}"]
 
     def _noticed_s(self, kind: type[Event]) -> float | None:
         seconds = [min(self._effects(one)) - one.at for one in self._strikes if one.leads_to is kind]
