@@ -253,7 +253,7 @@ class DialledSource(Source):
         for outcome in await asyncio.gather(*dialling, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
-        return list(self._members.values())
+        return [self._members[address] for address in self._addresses]
 
     def lost(self, member: Member, *, has_served: bool) -> bool:
         """Dial its address until it is there again."""
@@ -278,14 +278,12 @@ class DialledSource(Source):
             try:
                 await self._dial(address, max(deadline - time.monotonic(), _BUSY_RETRY_S))
                 return
-            except BusyError as error:
-                if time.monotonic() + _BUSY_RETRY_S > deadline:
+            except HandshakeError as error:
+                if not isinstance(error, BusyError) or time.monotonic() + _BUSY_RETRY_S > deadline:
                     raise _unusable(address, error) from error
                 if not was_busy:
                     logger.warning("%s is waited for, up to %.0f s: %s", address, _BUSY_TIMEOUT_S, error)
                 was_busy = True
-            except HandshakeError as error:
-                raise _unusable(address, error) from error
             await asyncio.sleep(_BUSY_RETRY_S)
 
     async def _dial_again(self, address: str) -> None:

@@ -97,14 +97,9 @@ class WorkerGroup:
             ConfigError: If a setting is wrong for some of them.
             WorkerLostError: If some of them are not reached.
         """
-        gathered: dict[Source, Sequence[Member]] = {}
-
-        async def gather(source: Source) -> None:
-            gathered[source] = await source.gather(self._learner.runtime)
-
-        await all_of(*map(gather, self._sources))
-        for source in self._sources:
-            for member in gathered[source]:
+        gathered = await all_of(*(source.gather(self._learner.runtime) for source in self._sources))
+        for source, members in zip(self._sources, gathered, strict=True):
+            for member in members:
                 self.workers.enlist(self._take_on(source, member))
 
     async def open(self) -> None:

@@ -347,23 +347,23 @@ class DriverPlace:
         return asyncio.get_running_loop().run_in_executor(self._thread, function)
 
 
-async def all_of(*coroutines: Coroutine[Any, Any, Any]) -> None:
-    """Run all coroutines. If one fails, cancel the others and raise its error.
+async def all_of(*coroutines: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Run all coroutines. Returns their results. If one fails, cancel the others and raise its error.
 
     The error is in no reference cycle, so that the objects of the failed coroutine are freed with it.
     """
-    error = None
+    error, tasks = None, []
     try:
-        async with asyncio.TaskGroup() as tasks:
-            for coroutine in coroutines:
-                tasks.create_task(coroutine)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
     except BaseExceptionGroup as errors:
         error = errors.with_traceback(None).exceptions[0]
     try:
         if error is not None:
             raise error
+        return [task.result() for task in tasks]
     finally:
-        del error
+        del error, tasks
 
 
 def _device_pair(learner: LearnerSpec, device: torch.device) -> tuple[str, str] | None:

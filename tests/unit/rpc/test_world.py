@@ -34,6 +34,11 @@ async def test_error_of_all_of_keeps_nothing_that_its_steps_held() -> None:
         gc.enable()
 
 
+async def test_all_of_returns_the_results_in_order() -> None:
+    assert await all_of(asyncio.sleep(0.01, "first"), asyncio.sleep(0, "second")) == ["first", "second"]
+    assert await all_of() == []
+
+
 async def test_all_of_cancels_the_others_and_raises_the_first_error() -> None:
     ended = []
 
