@@ -63,7 +63,8 @@ async def reduce(
         for client_id in calls.router.plan(in_order, method, is_awaited=is_awaited):
             invocation = calls.invocation(options, client_id, method, args, {**kwargs, **clients[client_id]})
             try:
-                calls.check_not_reading(client_id, method)
+                if calls.opening.open_streams:
+                    calls.check_not_reading(client_id, method)
                 calls.check_capacity(client_id, method)
             except (LearnerBusyError, CapacityError) as error:
                 refused[client_id] = error
@@ -72,8 +73,8 @@ async def reduce(
         try:
             await _make_calls(calls, options, reduction, invocations, method)
         finally:
-            for call in reduction.calls.values():  # pending after a deadline, a quorum or a cancellation
-                call.end(asyncio.CancelledError())
+            for client_id in reduction.pending:  # after a deadline, a quorum or a cancellation
+                reduction.calls[client_id].end(asyncio.CancelledError())
         value = await _merge(options, reduction, method) if reduction.nodes else None
     except MergeError as error:
         left, right = (in_order[place] for place in error.places)
@@ -82,7 +83,8 @@ async def reduce(
     except Exception as error:
         error.add_note(f"as the results of {method} were added up")
         raise
-    counted = [client_id for client_id in clients if reduction.place_of(client_id) in reduction.counted]
+    with_result = set(map(in_order.__getitem__, reduction.counted))
+    counted = [client_id for client_id in clients if client_id in with_result]
     failures = refused | reduction.failures
     without = failures.keys() - counted
     return value, counted, {client_id: failures[client_id] for client_id in clients if client_id in without}
@@ -119,7 +121,7 @@ async def _make_calls(
             )
             if not done:
                 reduction.stop({one: calls.late(options, one, method) for one in reduction.pending})
-            done, _ = await asyncio.wait({running}, timeout=timeout_s if reduction.is_stopped else None)
+            done, _ = await asyncio.wait({running}, timeout=timeout_s if reduction.stopped.done() else None)
             if not done:
                 where = ", ".join(reduction.waited_for) or "the driver"
                 raise _not_merged(options, reduction, method, where)

@@ -237,7 +237,7 @@ class AbstractExecutor(ABC):
 
         running: set[asyncio.Future[None]] = {asyncio.ensure_future(run(invocation)) for invocation in invocations}
         try:
-            while running and not reduction.is_stopped:
+            while running and not reduction.stopped.done():
                 done, _ = await asyncio.wait({*running, reduction.stopped}, return_when=asyncio.FIRST_COMPLETED)
                 running -= done
         finally:

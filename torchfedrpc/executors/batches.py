@@ -64,7 +64,7 @@ class Batches:
     async def _make_later(self, place: int, call: Call, session: LearnerSession, turn: asyncio.Future[None]) -> None:
         waiting: set[asyncio.Future[Any]] = {turn, self.reduction.stopped}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if self.reduction.is_stopped:
+        if self.reduction.stopped.done():
             session.turns.withdraw(turn)
         else:
             session.begin(call)
@@ -84,29 +84,31 @@ class Batches:
 
     async def _placed(self, parts: Parts) -> dict[Member, dict[int, Call]]:
         """Move or rebuild learners as needed, and return the calls of each worker. Calls of lost learners fail."""
-        self._drop_unwanted(list(parts), parts)
-        placed = {place: session.ready() for place, (_, session) in parts.items()}
-        if unready := [place for place, worker in placed.items() if worker is None]:
+        if self.reduction.stopped.done():
+            self._drop_unwanted(list(parts), parts)
+        of_workers: defaultdict[Member, dict[int, Call]] = defaultdict(dict)
+        unready = []
+        for place, (call, session) in parts.items():
+            if (worker := session.ready()) is not None:
+                of_workers[worker][place] = call
+            else:
+                unready.append(place)
+        if unready:
             preparing = (parts[place][1].prepared() for place in unready)
             for place, answer in zip(unready, await asyncio.gather(*preparing, return_exceptions=True), strict=True):
+                call, session = parts[place]
                 if isinstance(answer, WorkerLostError):
-                    call, session = parts.pop(place)
+                    del parts[place]
                     session.turns.give()
                     self.reduction.note(call.client_id, session.lost(call, str(answer)))
                 elif isinstance(answer, BaseException):
                     raise answer
                 else:
-                    placed[place] = answer
-        of_workers: defaultdict[Member, dict[int, Call]] = defaultdict(dict)
-        for place, (call, _) in parts.items():
-            if (worker := placed[place]) is not None:
-                of_workers[worker][place] = call
+                    of_workers[answer][place] = call
         return of_workers
 
     def _drop_unwanted(self, places: Iterable[int], parts: Parts) -> None:
         """Drop those of these calls that a stopped reduction does not need: their results were not counted."""
-        if not self.reduction.is_stopped:
-            return
         for place in places:
             call, session = parts[place]
             if call.client_id not in self.reduction.succeeded:
@@ -115,8 +117,9 @@ class Batches:
 
     async def _ask(self, worker: Member, calls: dict[int, Call], parts: Parts) -> None:
         """Run one batch. Calls to repeat stay in the parts, with their locks held."""
-        self._drop_unwanted(calls, parts)
-        calls = {place: call for place, call in calls.items() if place in parts}
+        if self.reduction.stopped.done():
+            self._drop_unwanted(calls, parts)
+            calls = {place: call for place, call in calls.items() if place in parts}
         if not calls:
             return
         for place, call in calls.items():

@@ -204,8 +204,7 @@ class CallExecutor(AbstractExecutor):
             for turn, num_bytes in requests.items():  # of tasks that were cancelled before they began
                 self._admission.withdraw(turn, num_bytes)
             requests.clear()
-            for num_bytes, values in admitted:
-                self._admission.release(num_bytes + self._release(values))
+            self._admission.release(sum(num_bytes + self._release(values) for num_bytes, values in admitted))
 
     async def _reduce_late(
         self,
@@ -220,7 +219,7 @@ class CallExecutor(AbstractExecutor):
         calls: dict[int, Call] = {}
         values: tuple[SharedValue, ...] = ()
         try:
-            if reduction.is_stopped:
+            if reduction.stopped.done():
                 return
             num_bytes, values = self._add_call(calls, reduction, invocation, num_bytes)
             if self._cut is not None:

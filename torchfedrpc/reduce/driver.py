@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -12,7 +13,7 @@ import torch
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.reduce.partial import open_nodes, open_reducer, pack_reducer
-from torchfedrpc.reduce.reducers import Reducer, are_small
+from torchfedrpc.reduce.reducers import Reducer, are_small, is_builtin
 from torchfedrpc.reduce.tree import Forest, Node, covered, merged
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed
@@ -85,7 +86,8 @@ class Reduction:
         self.nodes: list[Node] = []
         self.counted: set[int] = set()
         self.stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._reducer = open_reducer(self.prototype.copy(), allow)
+        is_ours = is_builtin(prototype)
+        self._reducer = copy.copy(prototype) if is_ours else open_reducer(self.prototype.copy(), allow)
         self._allow = allow
         self._num_retries = num_retries
         self._min_results = min_results
@@ -102,11 +104,6 @@ class Reduction:
         return Forest(self._reducer, len(self.client_ids))
 
     # Calls.
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether the pending calls are cancelled."""
-        return self.stopped.done()
 
     @property
     def pending(self) -> list[str]:
@@ -127,7 +124,7 @@ class Reduction:
         """
         for client_id, error in (errors or {}).items():
             self.note(client_id, error)
-        if not self.is_stopped:
+        if not self.stopped.done():
             self.stopped.set_result(None)
         for worker, batch in self._open.values():
             worker.cancel_batch(batch)
@@ -139,7 +136,7 @@ class Reduction:
             self.failures.pop(client_id, None)
         else:
             self.succeeded.discard(client_id)
-            if self.is_stopped:
+            if self.stopped.done():
                 return
             self.failures[client_id] = error
         if (call := self.calls.get(client_id)) is not None:
@@ -150,7 +147,7 @@ class Reduction:
     def _stop_if_settled(self) -> None:
         """Stop if there are enough results, or if there cannot be enough any more."""
         needed = self._min_results
-        if needed is None or self.is_stopped:
+        if needed is None or self.stopped.done():
             return
         if len(self.succeeded) >= needed or len(self.calls) - len(self.failures) < needed:
             self.stop()
@@ -181,7 +178,7 @@ class Reduction:
         self._open[worker.label, batch.call_id] = worker, batch
         try:
             outcome, num_known = await worker.run_batch(batch), 0
-            while not outcome.is_final:
+            while outcome.kind == "item":
                 self._note_calls(worker, calls, outcome.of_calls)
                 num_known += len(outcome.of_calls)
                 outcome = await worker.advance(batch, num_known)
@@ -190,6 +187,8 @@ class Reduction:
         if len(outcome.of_calls) != len(calls) or dict(outcome.of_calls).keys() != calls.keys():
             raise SerializationError(f"{worker.label} has answered a batch with other calls than it was sent")
         self._note_calls(worker, calls, outcome.of_calls[num_known:])
+        if not self._num_retries:
+            return outcome, {}
         again = {place: calls[place] for place, of_call in outcome.of_calls if self._is_to_repeat(place, of_call)}
         self._num_repeats.update(again.keys())
         return outcome, again
@@ -206,7 +205,7 @@ class Reduction:
             raise outcome.failure.restore(self._allow, f"as results were merged on {worker.label}")
         if outcome.parcel is None:
             return
-        missing = {place for place, _ in batch.calls} - self.counted
+        missing = dict(batch.calls).keys() - self.counted
         nodes = open_nodes(outcome.parcel, self._reducer, self._allow)
         for level, index, _ in nodes:
             places = covered(level, index, len(self.client_ids))
@@ -228,14 +227,16 @@ class Reduction:
         for place, outcome in of_calls:
             if (call := calls.get(place)) is None:
                 raise SerializationError(f"{worker.label} has answered a batch with other calls than it was sent")
-            if not self._is_to_repeat(place, outcome):
+            if outcome.kind == "value":
+                self.note(call.client_id, None)
+            elif not self._is_to_repeat(place, outcome):
                 self.note(call.client_id, _error_of(outcome, call, self._allow, worker.label))
 
     def _is_to_repeat(self, place: int, outcome: Outcome) -> bool:
         return (
             outcome.kind == "failed"
             and self._num_repeats[place] < self._num_retries
-            and not self.is_stopped
+            and not self.stopped.done()
             and outcome.may_succeed_later
         )
 
@@ -248,7 +249,8 @@ class Reduction:
             MergeError: If two of them cannot be merged.
             Exception: If the reducer's ``finish`` raised it.
         """
-        if are_small(reducer for _, _, reducer in self.nodes):
+        _, _, reducers = zip(*self.nodes, strict=True)
+        if are_small(reducers):
             return self._finish(torch.get_num_threads())
         return await asyncio.to_thread(self._finish, torch.get_num_threads())
 
@@ -266,9 +268,7 @@ class Reduction:
 
 
 def _error_of(outcome: Outcome, call: Call, allow: AllowList, worker: str) -> BaseException | None:
-    """Return the error of a call; None if it succeeded. Its traceback would refer to this frame, and so to itself."""
-    if outcome.kind == "value":
-        return None
+    """Return the error of a call that failed. Its traceback would refer to this frame, and so to itself."""
     try:
         outcome.result(call, allow, worker)
     except BaseException as error:

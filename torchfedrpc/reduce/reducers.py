@@ -10,7 +10,7 @@ of the exact one relative to the mean of the magnitudes, for any number of clien
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -251,7 +251,7 @@ def is_builtin(reducer: Reducer) -> bool:
     return type(reducer) in (WeightedMean, Mean, Sum)
 
 
-def are_small(reducers: Iterable[Reducer]) -> bool:
+def are_small(reducers: Sequence[Reducer]) -> bool:
     """Return whether merging and finishing is cheaper than a thread switch; never for a user-defined class."""
     num_bytes = 0
     for reducer in reducers:

@@ -205,18 +205,16 @@ class Member:
             if isinstance(request, Batch) and request.call_id in self._cancelled:
                 client.cancel_batch(request)
             try:
-                return self._heard(request, await answer)
+                outcome = await answer
             except WorldOver:
                 continue
             except BaseException as error:
                 self._fail(request, answer, error)
                 raise
-
-    def _heard(self, request: Call | Batch, outcome: Outcome) -> Outcome:
-        if outcome.kind != "item":
-            self.sent.pop(request.call_id, None)
-            self._cancelled.discard(request.call_id)
-        return outcome
+            if outcome.kind != "item":
+                self.sent.pop(request.call_id, None)
+                self._cancelled.discard(request.call_id)
+            return outcome
 
     def _fail(self, request: Call | Batch, answer: asyncio.Future[Outcome], error: BaseException) -> None:
         """Note that the caller of a request gets an error.

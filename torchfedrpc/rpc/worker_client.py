@@ -180,11 +180,12 @@ class WorkerClient:
 
     def run_batch(self, batch: Batch) -> asyncio.Future[Outcome]:
         """Send a batch. See `submit`."""
-        calls = [call for _, call in batch.calls]
-        self._traffic.num_sent_bytes += sum(call.arguments.num_bytes for call in calls)
-        lent = [files for call in calls for files in self._lent(call)]
-        homes = (home_device(call.arguments) for call in calls)
-        home = next((one for one in homes if one is not None), None)
+        lent: list[TensorFiles | None] = []
+        home = None
+        for _, call in batch.calls:
+            self._traffic.num_sent_bytes += call.arguments.num_bytes
+            lent += self._lent(call)
+            home = home or home_device(call.arguments)
         return self._ask(batch, "batch", batch_message(batch, self._covered), home=home, lent=lent)
 
     def advance(self, request: Call | Batch, step: int) -> asyncio.Future[Outcome]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import operator
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -37,6 +38,7 @@ from torchfedrpc.wire.tensors import (
 
 _NONE = pickle.dumps(None, protocol=5)  # the result of most methods
 _NOTHING = pickle.dumps(((), {}), protocol=5)  # the arguments of a call without arguments
+_nbytes_of = operator.attrgetter("nbytes")
 _INLINE_BYTES = 4096  # the bytes of smaller numpy arrays stay in the pickle: a tensor costs more than the copy
 
 
@@ -81,7 +83,8 @@ class Parcel:
     @property
     def num_bytes(self) -> int:
         """Bytes of the pickle and the tensors together."""
-        return len(self.head) + (sum(slot.nbytes for slot in self.slots) if self.slots else 0)
+        num_bytes: int = len(self.head) + sum(map(_nbytes_of, self.slots))
+        return num_bytes
 
     @property
     def is_large(self) -> bool:
@@ -113,8 +116,9 @@ class Parcel:
             is_plain = (not self.slots or beside is not None) and not self.apart and is_plain_data(self.head)
             if is_plain and not self.slots:  # the most frequent case
                 return pickle.loads(self.head)
-            if self.slots and not all(isinstance(slot, Tensor) for slot in self.slots):
-                raise SerializationError("a parcel has slots that are no tensors")
+            for slot in self.slots:
+                if not isinstance(slot, Tensor):
+                    raise SerializationError("a parcel has slots that are no tensors")
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 builder = _Builder(self, allow)
                 if is_plain:

@@ -220,7 +220,9 @@ def lay_out(
     tensors: list[Any] = [None] * len(views)
     joined: dict[int, list[int]] = {}
     for index, view in enumerate(views):
-        if is_joined(view):
+        if type(view) is int:  # the most frequent case
+            tensors[index] = slots[view]
+        elif is_joined(view):
             joined.setdefault(view[0], []).append(index)
         else:
             if isinstance(view, tuple) and len(view) == 6:
@@ -244,8 +246,6 @@ def lay_out(
 
 
 def _view_slot(view: Any, slots: list[Tensor]) -> Tensor:
-    if isinstance(view, int):
-        return slots[view]
     number, dtype_name, shape, stride, offset, *spread = view
     dtype, slot = dtype_named(dtype_name), slots[number]
     if spread:

@@ -233,10 +233,10 @@ async def test_errors_behind_a_stop_do_not_count_and_results_do() -> None:
 async def test_quorum_stops_when_it_is_met_or_out_of_reach(ends: str, is_stopped: bool) -> None:
     reduction = begun("abcd", min_results=2)
     for client_id, end in zip("abcd", ends, strict=False):
-        assert not reduction.is_stopped
+        assert not reduction.stopped.done()
         reduction.note(client_id, None if end == "+" else ValueError("no"))
         await settled()
-    assert reduction.is_stopped == is_stopped
+    assert reduction.stopped.done() == is_stopped
 
 
 async def test_errors_of_one_tick_all_count_though_a_quorum_is_out_of_reach() -> None:
@@ -244,7 +244,7 @@ async def test_errors_of_one_tick_all_count_though_a_quorum_is_out_of_reach() ->
     for client_id in "ab":
         reduction.note(client_id, ValueError("no"))
     await settled()
-    assert reduction.is_stopped
+    assert reduction.stopped.done()
     assert list(reduction.failures) == ["a", "b"]
 
 
@@ -253,7 +253,7 @@ async def test_ends_that_come_together_all_count_though_a_quorum_is_met() -> Non
     worker.answers.put_nowait(Outcome("value", pack([]), of_calls=((0, VALUE), (1, FAILED), (2, VALUE))))
     await asyncio.wait_for(begin(reduction, worker), TIMEOUT_S)
     await settled()
-    assert reduction.is_stopped
+    assert reduction.stopped.done()
     assert reduction.succeeded == {"a", "c"}
     assert list(reduction.failures) == ["b"]
 
@@ -319,9 +319,9 @@ async def test_stop_cancels_the_batches_that_are_open() -> None:
     tasks = [begin(reduction, worker, batch_of(reduction, [number])) for number, worker in enumerate(workers)]
     workers[1].answers.put_nowait(Outcome("value", of_calls=((1, VALUE),)))
     await asyncio.wait_for(tasks[1], TIMEOUT_S)
-    assert not reduction.is_stopped
+    assert not reduction.stopped.done()
     reduction.stop()
-    assert reduction.is_stopped
+    assert reduction.stopped.done()
     assert (workers[0].log, workers[1].log) == (["run", "cancel"], ["run"])
     workers[0].answers.put_nowait(Outcome("value", of_calls=((0, VALUE),)))
     await asyncio.wait_for(tasks[0], TIMEOUT_S)
