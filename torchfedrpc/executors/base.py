@@ -228,7 +228,7 @@ class AbstractExecutor(ABC):
                 reduction.note(invocation.client_id, error)
                 return
             try:
-                forest.add(reduction.place_of(invocation.client_id), result)
+                forest.add(reduction.places[invocation.client_id], result)
             except Exception as error:
                 error.add_note(f"in {invocation.client_id}.{invocation.method}, as its result was added up")
                 reduction.note(invocation.client_id, error)

@@ -54,9 +54,11 @@ class Batches:
                 free[place] = call, session
             else:
                 later.append(self._make_later(place, call, session, session.turns.request()))
-        making = [asyncio.ensure_future(one) for one in (self._make(free), *later)]
+        making = self._make(free)
+        if later:
+            making = all_ended([asyncio.ensure_future(one) for one in (making, *later)])
         try:
-            await asyncio.shield(all_ended(making))
+            await asyncio.shield(making)
         except asyncio.CancelledError:
             self.reduction.stop()
             raise

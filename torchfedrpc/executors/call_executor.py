@@ -241,7 +241,7 @@ class CallExecutor(AbstractExecutor):
         except Exception as error:
             reduction.note(invocation.client_id, error)
             return num_bytes, ()
-        calls[reduction.place_of(invocation.client_id)] = call
+        calls[reduction.places[invocation.client_id]] = call
         if isinstance(call.arguments, Parcel) and call.arguments.apart:
             values = _shared_in_tick(call)
             return num_bytes - self._hold(values, num_bytes), values

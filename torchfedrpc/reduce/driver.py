@@ -55,6 +55,7 @@ class Reduction:
     Attributes:
         prototype: The packed reducer, copied for each use.
         client_ids: The clients, by place.
+        places: Client -> its place.
         is_watched: Whether the end of each call is reported at once.
         calls: Client -> its call; calls that have begun.
         succeeded: Clients with a success as their last end.
@@ -79,6 +80,7 @@ class Reduction:
     ) -> None:
         self.prototype: Packed = pack_reducer(prototype)
         self.client_ids = tuple(client_ids)
+        self.places = {client_id: place for place, client_id in enumerate(client_ids)}
         self.is_watched = is_watched
         self.calls: dict[str, CountedCall] = {}
         self.succeeded: set[str] = set()
@@ -91,13 +93,8 @@ class Reduction:
         self._allow = allow
         self._num_retries = num_retries
         self._min_results = min_results
-        self._place_of = {client_id: place for place, client_id in enumerate(self.client_ids)}
         self._num_repeats: Counter[int] = Counter()  # of a call, by place
         self._open: dict[tuple[str, int], tuple[BatchWorker, Batch]] = {}
-
-    def place_of(self, client_id: str) -> int:
-        """Return the place of a client."""
-        return self._place_of[client_id]
 
     def forest(self) -> Forest:
         """Return an empty forest for results of these clients."""

@@ -72,8 +72,8 @@ class Noting(Reduction):
 
     def note(self, client_id: str, error: BaseException | None) -> None:
         kind = "value" if error is None else "cancelled" if "was given up, since" in str(error) else "failed"
-        self.reducing.ends.append((self.place_of(client_id) + 1, kind))
-        self.reducing.errors[self.place_of(client_id) + 1] = error
+        self.reducing.ends.append((self.places[client_id] + 1, kind))
+        self.reducing.errors[self.places[client_id] + 1] = error
         super().note(client_id, error)
 
 

@@ -46,7 +46,7 @@ def nodes_of(reduction: Reduction, *places: int) -> list[Node]:
 
 async def test_reduction_gives_each_client_its_place() -> None:
     reduction = reduction_of(Brackets(), "cab")
-    assert [reduction.place_of(client_id) for client_id in "abc"] == [1, 2, 0]
+    assert reduction.places == {"c": 0, "a": 1, "b": 2}
     assert reduction.client_ids == ("c", "a", "b")
 
 
