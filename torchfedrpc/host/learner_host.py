@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -293,9 +293,6 @@ class LearnerHost:
             self._give_streams_back()
             if isinstance(result, Outcome):
                 self._done(job, result)
-            else:
-                assert job.context is not None
-                self._async.start(result, job.context, partial(self._done, job))
             if self._learners.is_surplus(0):  # learners that were in use when the job began can be evicted now
                 self._make_room(job, 0)
                 self._give_streams_back()
@@ -303,6 +300,9 @@ class LearnerHost:
             if process.activity is not None:
                 process.activity.leave(slot)
             process.method_lock.leave(exclusive=False)
+        if not isinstance(result, Outcome):  # started last, since its steps wait for the lock
+            assert job.context is not None
+            self._async.start(result, job.context, partial(self._done, job))
 
     def _begin(self, job: Job) -> Outcome | Steps:
         call, mailbox = job.call, job.mailbox
@@ -351,7 +351,7 @@ class LearnerHost:
 
     def _go_on(self, job: Job, steps_of: Callable[[Job], Steps]) -> None:
         """Run the next step of an open stream."""
-        if isinstance(job.iterator, AsyncIterator):
+        if job.on_loop:
             assert job.context is not None
             self._async.start(steps_of(job), job.context, partial(self._done, job))
         else:

@@ -91,6 +91,7 @@ class Job:
         reply: Receives the next outcome; None after the call was answered, and between the steps of a stream.
         cancelled: Whether the call was cancelled or has overrun its time.
         context: Its context variables, the scope of the call among them; None before it begins.
+        on_loop: Whether its steps run in the event loop.
         task: The task of an async method or step.
         iterator: The iterator of a stream.
         stepping: Whether the call runs or waits to run; False if a stream is open and idle.
@@ -107,6 +108,7 @@ class Job:
     reply: Reply | None
     cancelled: bool = False
     context: contextvars.Context | None = None
+    on_loop: bool = False
     task: asyncio.Task[Any] | None = None
     iterator: Iterator[Any] | AsyncIterator[Any] | None = None
     stepping: bool = True

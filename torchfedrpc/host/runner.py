@@ -18,6 +18,7 @@ from torchfedrpc.host.mailbox import Job
 from torchfedrpc.host.methods import find_method
 from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.randomness import call_seed
+from torchfedrpc.host.torch_settings import glance
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import pack
 
@@ -54,10 +55,18 @@ class Runner:
         seed = call_seed(process.seed, call.client_id, call.method, mailbox.count(call.method))
         scope = CallScope(process, job, call.method, seed)
         job.context = scope.new_context()
+        # If a setting cannot be restored, the first step on this thread fails the call.
+        job.on_loop = _is_async(method) and glance() == process.settings.glance
         return self._call(job, scope, method, args, kwargs)
 
     def step(self, job: Job, steps: Steps) -> Outcome | Steps:
-        """Run the first step in the scope of the job. Returns the outcome; the steps if the others need a loop."""
+        """Run the first step in the scope of the job, unless it needs a loop.
+
+        Returns:
+            The outcome; the steps if those that are left need a loop.
+        """
+        if job.on_loop:
+            return steps
         assert job.context is not None
         scope = job.context[scope_here]
         assert scope is not None
@@ -95,11 +104,11 @@ class Runner:
                 scope.is_resumable = True
                 job.iterator = _iterator(job, box.pop())
                 if isinstance(job.iterator, AsyncIterator):
-                    await _on_loop()
+                    await _on_loop(job)
                 return await self.item(job)
             if inspect.isawaitable(box[0]):
                 scope.is_resumable = True
-                await _on_loop()
+                await _on_loop(job)
                 job.task = asyncio.current_task()
                 if job.cancelled:
                     if inspect.iscoroutine(box[0]):
@@ -172,10 +181,20 @@ def _cancelled_or_failed(job: Job, error: BaseException) -> Outcome:
     return failed(error)
 
 
+def _is_async(method: Callable[..., Any]) -> bool:
+    """Whether a method is defined by ``async def``, so that calling it runs none of its code yet."""
+    code = getattr(method, "__code__", None)
+    return isinstance(code, types.CodeType) and bool(
+        code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR)
+    )
+
+
 @types.coroutine
-def _on_loop() -> Generator[None, None, None]:
-    """Go on as a task of the event loop, with the next step."""
-    yield
+def _on_loop(job: Job) -> Generator[None, None, None]:
+    """Go on as a task of the event loop, with the next step, unless the job runs there."""
+    if not job.on_loop:
+        job.on_loop = True
+        yield
 
 
 def _iterator(job: Job, value: Any) -> Iterator[Any] | AsyncIterator[Any]:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 
 import pytest
+import torch
 
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.host import torch_settings
 from torchfedrpc.host.call import Call, Outcome, Registration
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.spec import LearnerSpec
@@ -93,3 +95,25 @@ def test_reply_that_raises_leaves_the_host_to_other_calls(host: LearnerHost) -> 
 
     host.submit(call(1), reply)
     assert [result(host, call(2, "add_on_loop")), result(host, call(3))] == [2, 3]
+
+
+@pytest.mark.parametrize("method", ["add", "add_on_loop"])
+def test_call_fails_if_a_setting_cannot_be_restored(
+    host: LearnerHost, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    assert result(host, call(1)) == 1
+
+    def fail(dtype: torch.dtype) -> None:
+        raise RuntimeError("it cannot be set")
+
+    fails = [
+        one._replace(set=fail) if one.name == "torch.set_default_dtype" else one for one in torch_settings._SETTINGS
+    ]
+    monkeypatch.setattr(torch_settings, "_SETTINGS", fails)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(RuntimeError, match="a call has changed a setting for good"):
+            result(host, call(2, method))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert result(host, call(3)) == 2
