@@ -231,8 +231,8 @@ MUTATIONS = [
     Mutation(
         "a call with an id that is known runs again",
         "host/learner_host.py",
-        "        if (outcome := self._outcomes.get(call_id)) is not None:\n            return outcome\n",
-        "",
+        "            if call.call_id in self._jobs or call.call_id in self._outcomes:\n",
+        "            if call.call_id in self._jobs:\n",
         "tests/unit/host/test_learner_host.py",
     ),
     Mutation(

@@ -115,14 +115,15 @@ class LearnerHost:
     def submit(self, call: Call, reply: Reply) -> None:
         """Queue a call of a registered learner. ``reply`` receives its (first) outcome, on any thread."""
         self._register_local(call.client_id)
+        begins = known = None
         with self._lock:
-            known = self._known(call.call_id, 0, reply)
-            begins = None
-            if known is _UNKNOWN:
+            if call.call_id in self._jobs or call.call_id in self._outcomes:
+                known = self._repeated(call.call_id, 0, reply)
+            else:
                 begins = self._enqueue(Job(call, self._mailboxes[call.client_id], reply))
         if begins is not None:
             self._sync.put(partial(self._turn, begins, self._begin))
-        elif known is not None and known is not _UNKNOWN:
+        if known is not None:
             reply(known)
 
     def run_batch(self, batch: Batch, reply: Reply) -> None:
@@ -159,18 +160,18 @@ class LearnerHost:
         if batch_job is not None:
             self._tell(batch_job)
             return
+        advances = known = None
         with self._lock:
-            known = self._known(call_id, step, reply)
             job = self._jobs.get(call_id)
-            if known is _UNKNOWN and job is not None:
+            if job is not None and not job.stepping and job.num_items != step + 1:
+                advances = job
                 job.reply, job.stepping, job.last_item = reply, True, None
-        if known is not _UNKNOWN:
-            if known is not None:
-                reply(known)
-        elif job is None:
-            reply(Outcome("cancelled", never_ran=True))
-        else:
-            self._go_on(job, self._item)
+            else:
+                known = self._repeated(call_id, step, reply)
+        if advances is not None:
+            self._go_on(advances, self._item)
+        if known is not None:
+            reply(known)
 
     def cancel(self, call_id: int, reply: Reply | None = None) -> None:
         """Cancel a call, or the calls of a batch that have not ended.
@@ -259,8 +260,8 @@ class LearnerHost:
         self._process.close()
         self._learners.close()
         if ended:
-            self._process.streams.give_back()  # Free their memory now: this host is in reference cycles.
-            self._mailboxes.clear()
+            self._process.streams.give_back()
+            self._mailboxes.clear()  # frees memory now: this host is in reference cycles
             self._outcomes.clear()
         return ended
 
@@ -413,21 +414,19 @@ class LearnerHost:
         if reply is not None:
             reply(outcome)
 
-    def _known(self, call_id: int, step: int, reply: Reply) -> Outcome | None:
-        """Return the outcome of a requested step; None if the request joins a running one; `_UNKNOWN` otherwise."""
+    def _repeated(self, call_id: int, step: int, reply: Reply) -> Outcome | None:
+        """Return the outcome of a step that was requested before; None if it still runs, and the request joins it."""
         if (outcome := self._outcomes.get(call_id)) is not None:
             return outcome
         job = self._jobs.get(call_id)
         if job is None:
-            return _UNKNOWN
+            return Outcome("cancelled", never_ran=True)
         if job.cancelled:
             return Outcome("cancelled")
         if job.num_items == step + 1:
             return job.last_item
-        if job.stepping:
-            job.reply = reply
-            return None
-        return _UNKNOWN
+        job.reply = reply
+        return None
 
     def _done(self, job: Job, outcome: Outcome) -> None:
         """Answer a job, and begin the learner's next one. Close a stream that was cancelled meanwhile."""
@@ -501,6 +500,3 @@ class LearnerHost:
         """Keep a final outcome for a repeated request. A batch keeps the outcomes of its calls itself."""
         if job.batch is None and not self._process.in_driver:
             self._outcomes[job.call.call_id] = outcome
-
-
-_UNKNOWN = Outcome("cancelled")
