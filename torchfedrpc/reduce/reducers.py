@@ -10,7 +10,7 @@ of the exact one relative to the mean of the magnitudes, for any number of clien
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -71,7 +71,8 @@ class Entry:
             return self.dtype is other.dtype
         same_form = self.is_array == other.is_array and self.total.layout is other.total.layout
         same_shape: bool = self.total.shape == other.total.shape
-        return same_form and same_shape and kind_of(self.dtype) == kind_of(other.dtype)
+        same_kind = self.dtype is other.dtype or kind_of(self.dtype) == kind_of(other.dtype)
+        return same_form and same_shape and same_kind
 
     def take(self, other: Entry, num_sums: int) -> None:
         """Add the other entry's total and drop it there; entry by entry this bounds the memory in use.
@@ -171,7 +172,8 @@ class BuiltinReducer:
         if self._entries is None:
             self._entries, self._num_sums = entries, num_sums
         else:
-            matching = list(pairs(self._entries, entries, (self._root,)))
+            matching: list[tuple[Entry, Entry]] = []
+            pair(self._entries, entries, (self._root,), matching)
             self._num_sums = max(self._num_sums, num_sums) + 1
             for mine, other in matching:
                 mine.take(other, self._num_sums)
@@ -352,8 +354,8 @@ def begin(value: Any, weight: float, path: Path, *, exact: bool) -> Any:
     )
 
 
-def pairs(mine: Any, other: Any, path: Path) -> Iterator[tuple[Entry, Entry]]:
-    """Yield the pairs of corresponding entries of two structures.
+def pair(mine: Any, other: Any, path: Path, matching: list[tuple[Entry, Entry]]) -> None:
+    """Append the pairs of corresponding entries of two structures to ``matching``.
 
     Raises:
         ValueError: If the structures do not match; the message names the key.
@@ -361,7 +363,7 @@ def pairs(mine: Any, other: Any, path: Path) -> Iterator[tuple[Entry, Entry]]:
     if isinstance(mine, Entry) and isinstance(other, Entry):
         if not mine.matches(other):
             raise ValueError(f"{named(path)} is {mine} in one result and {other} in another")
-        yield mine, other
+        matching.append((mine, other))
     elif type(mine) is not type(other):
         raise ValueError(f"{named(path)} is {_form(mine)} in one result and {_form(other)} in another")
     elif isinstance(mine, dict):
@@ -369,12 +371,12 @@ def pairs(mine: Any, other: Any, path: Path) -> Iterator[tuple[Entry, Entry]]:
             odd = [key for key in (*mine, *other) if key not in mine or key not in other]
             raise ValueError(f"{named(path)} has in one result only: {', '.join(map(repr, odd[:5]))}")
         for key, item in mine.items():
-            yield from pairs(item, other[key], (*path, key))
+            pair(item, other[key], (*path, key), matching)
     else:
         if len(mine) != len(other):
             raise ValueError(f"{named(path)} has {len(mine)} items in one result and {len(other)} in another")
         for place, item in enumerate(mine):
-            yield from pairs(item, other[place], (*path, place))
+            pair(item, other[place], (*path, place), matching)
 
 
 def settle(entries: Any, end: Callable[[Entry], Any], path: Path) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -54,8 +53,10 @@ class BatchJob:
         reducer, forest = self._open()
         if self._by_value and not is_builtin(reducer):
             result = pack(result).open(self._allow)
-        with self._merge_errors():
+        try:
             forest.add(place, result)
+        except MergeError as error:
+            raise self._sendable(error) from error.reason
 
     def ended(self, place: int, outcome: Outcome) -> bool:
         """Record the outcome of a call, and return whether all calls of the batch have ended."""
@@ -89,8 +90,10 @@ class BatchJob:
         if self._opened is None:  # no call has returned a result
             return pack([])
         _, forest = self._opened
-        with self._merge_errors():
+        try:
             nodes = forest.take()
+        except MergeError as error:
+            raise self._sendable(error) from error.reason
         return pack_nodes(nodes) if self._by_value else Reference(nodes)
 
     def _open(self) -> tuple[Reducer, Forest]:
@@ -100,11 +103,7 @@ class BatchJob:
                 self._opened = reducer, Forest(reducer, self.batch.num_places)
             return self._opened
 
-    @contextmanager
-    def _merge_errors(self) -> Iterator[None]:
-        """Convert the reason of a MergeError to a type that the allow-list covers."""
-        try:
-            yield
-        except MergeError as error:
-            reason = Failure.capture(error.reason).restore(self._allow, "as results were added up")
-            raise MergeError(error.places, reason) from error.reason
+    def _sendable(self, error: MergeError) -> MergeError:
+        """Return the error with a reason of a type that the allow-list covers."""
+        reason = Failure.capture(error.reason).restore(self._allow, "as results were added up")
+        return MergeError(error.places, reason)

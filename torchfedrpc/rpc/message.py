@@ -193,7 +193,9 @@ def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
     files = parcel.files if isinstance(parcel, Parcel) else None
     flags = (outcome.kind, outcome.never_ran, outcome.cut_off, outcome.seconds, files is not None)
     of_calls = [(place, outcome_message(one, covered)) for place, one in outcome.of_calls]
-    if parcel is not None and files is not None:
+    if parcel is None:
+        return flags, parts, None, of_calls
+    if files is not None:
         return flags, parts, file_message(parcel, files.addresses()), of_calls
     return flags, parts, parcel_message(parcel, covered), of_calls
 
