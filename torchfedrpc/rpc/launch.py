@@ -69,8 +69,7 @@ class LaunchedWorkers(Source):
     def __init__(self, launch: Launch) -> None:
         super().__init__()
         self._launch = launch
-        self._members: dict[int, Member] = {}
-        self._lost: set[int] = set()
+        self._members: dict[int, Member] = {}  # rank -> process, unless it was lost
         self._complete: concurrent.futures.Future[None] = concurrent.futures.Future()  # all ranks have come
         self._store = _open_store(launch, serve=not launch.agent_store)
         self._store.set(_DRIVER_KEY, _NOT_LISTENING)
@@ -92,16 +91,15 @@ class LaunchedWorkers(Source):
             self._listener = self._listen(runtime)
         await self._wait_for_ranks()
         self._listener.close()
-        present = [self._members[rank] for rank in sorted(set(self._members) - self._lost)]
-        if not present:
+        if not self._members:
             raise WorkerLostError(
                 "all workers of this launch were lost: start it again, by torchrun's --max-restarts say"
             )
-        return present
+        return [self._members[rank] for rank in sorted(self._members)]
 
     def release(self, member: Member, reason: str) -> None:
         """Let a lost rank go. If it wakes up, it ends with status 0, so that the launcher ends no other rank."""
-        self._lost |= {rank for rank, present in self._members.items() if present is member}
+        self._members = {rank: present for rank, present in self._members.items() if present is not member}
         super().release(member, reason)
 
     def end(self, *, failed: bool) -> None:
@@ -117,8 +115,7 @@ class LaunchedWorkers(Source):
                 asyncio.run(self._wait_for_ranks())
         if self._listener is not None:
             self._listener.close()
-        for rank in set(self._members) - self._lost:
-            member = self._members[rank]
+        for member in self._members.values():
             if failed:  # leave the connections open until this process ends
                 member.link.detach().detach()
                 if member.heartbeat is not None:
