@@ -83,7 +83,7 @@ def struck(strike: Strike, moment: Moment = at_any_moment, count: int = 1) -> Fa
 
     async def fault(scene: Scene) -> None:
         await moment(scene)
-        for worker in scene.pick(count):
+        for worker in await scene.pick(count):
             await strike(scene, worker)
 
     return fault
@@ -93,7 +93,7 @@ def killed_and(strike: Strike, moment: LaterMoment, among: Sequence[int]) -> Fau
     """Kill a worker, and once its loss is known, strike its replacement (0) or another worker (1)."""
 
     async def fault(scene: Scene) -> None:
-        workers = scene.pick(2)
+        workers = await scene.pick(2)
         await scene.moment()
         await scene.kill(workers[0])
         await scene.lost(workers[0])
@@ -106,12 +106,17 @@ def killed_and(strike: Strike, moment: LaterMoment, among: Sequence[int]) -> Fau
 
 def struck_by_call(kind: Literal["kill", "freeze"]) -> Fault:
     """Let a call strike its worker."""
-    return lambda scene: scene.struck_by_call(scene.one(), kind)
+
+    async def fault(scene: Scene) -> None:
+        (worker,) = await scene.pick()
+        await scene.struck_by_call(worker, kind)
+
+    return fault
 
 
 async def kill_at_capture(scene: Scene) -> None:
     """Kill a worker as it captures a learner's state, for an eviction or for a snapshot."""
-    worker = scene.one()
+    (worker,) = await scene.pick()
     pid = internals.pid_of(scene.proxy, worker)
     assert pid is not None
     at, under_way = await scene.trapped("capture", pid, "eviction or snapshot")

@@ -161,13 +161,11 @@ class Scene:
         """The names of the workers that are there."""
         return list(self.proxy.stats()["workers"])
 
-    def pick(self, count: int) -> list[str]:
-        """Different workers at random."""
+    async def pick(self, count: int = 1) -> list[str]:
+        """Different workers at random, once as many are there: those lost before may still be replaced."""
+        while len(self.workers) < count:
+            await asyncio.sleep(_POLL_S)
         return self.draw.sample(self.workers, count)
-
-    def one(self) -> str:
-        """A worker at random."""
-        return self.draw.choice(self.workers)
 
     async def moment(self, up_to_s: float | None = None) -> None:
         """Wait for a random moment, of this round or of as many seconds."""
