@@ -394,15 +394,8 @@ class RemoteLearners:
 
     def _balance(self) -> None:
         """Give new workers an equal share of the clients. Their learners move between two calls."""
-        endpoints = self._config.client_endpoints
-        self._place_again(
-            [
-                client_id
-                for client_id in endpoints
-                if (place := self._places.get(client_id, LOCAL)) != LOCAL
-                and (place not in self._workers or self._workers[place].member is None)
-            ]
-        )
+        endpoints, there = self._config.client_endpoints, {LOCAL, *self._workers.members}
+        self._place_again([client_id for client_id in endpoints if self._places.get(client_id, LOCAL) not in there])
         # Workers with a replacement on its way keep their share.
         labels = [
             worker.label
