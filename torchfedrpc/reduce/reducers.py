@@ -52,11 +52,13 @@ class Entry:
         total: The sum, in the dtype that `torchfedrpc.reduce.numerics` specifies; for numbers a Python number.
         dtype: Dtype of the tensors or arrays; None for numbers.
         is_array: Whether the result is a numpy array.
+        last: An entry that `settle` adds first, and the number of sums, as of `take`; None without one.
     """
 
     total: Any
     dtype: torch.dtype | None = None
     is_array: bool = False
+    last: tuple[Entry, int] | None = None
 
     def __str__(self) -> str:
         if self.dtype is None:
@@ -142,6 +144,18 @@ class BuiltinReducer:
             self._take(other._entries, other._weight, other._num_sums)
         other._clear()
 
+    def merge_last(self, other: Self, /) -> None:
+        """Add the state of the last other reducer, before `finish`, which forms the sums one after another.
+
+        A sum in float64 takes twice the memory of its parts; this way only one exists at a time.
+
+        Raises:
+            ValueError: As in `merge`.
+        """
+        for mine, theirs in self._matching(other._entries, other._weight, other._num_sums):
+            mine.last = theirs, self._num_sums
+        other._clear()
+
     def finish(self) -> Any:
         """Return the value, and empty the reducer.
 
@@ -167,17 +181,21 @@ class BuiltinReducer:
         return repr(self.value) if isinstance(self.value, str | int) else "the result"
 
     def _take(self, entries: Any, weight: float, num_sums: int) -> None:
+        for mine, other in self._matching(entries, weight, num_sums):
+            mine.take(other, self._num_sums)
+
+    def _matching(self, entries: Any, weight: float, num_sums: int) -> list[tuple[Entry, Entry]]:
+        """Count entries in, and return the pairs to add."""
+        matching: list[tuple[Entry, Entry]] = []
         if entries is None:
-            return
+            return matching
         if self._entries is None:
             self._entries, self._num_sums = entries, num_sums
         else:
-            matching: list[tuple[Entry, Entry]] = []
             pair(self._entries, entries, (self._root,), matching)
             self._num_sums = max(self._num_sums, num_sums) + 1
-            for mine, other in matching:
-                mine.take(other, self._num_sums)
         self._weight += weight
+        return matching
 
     def _clear(self) -> None:
         self._entries, self._weight, self._num_sums = None, 0, 0
@@ -390,10 +408,16 @@ def settle(entries: Any, end: Callable[[Entry], Any], path: Path) -> Any:
     if isinstance(entries, list | tuple):
         items = [settle(item, end, (*path, place)) for place, item in enumerate(entries)]
         return items if isinstance(entries, list) else tuple(items)
+    memory = None
+    if entries.last is not None:
+        memory = entries.total
+        entries.take(*entries.last)
     try:
         value = end(entries)
     except ValueError as error:
         raise ValueError(f"{named(path)} {error}") from None
+    if value is not memory and isinstance(memory, Tensor) and memory.dtype == value.dtype and not memory.is_sparse:
+        value = memory.copy_(value)  # else each wider sum leaves a hole in memory for its value
     entries.total = None
     return value.numpy() if entries.is_array else value
 

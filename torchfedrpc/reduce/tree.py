@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from torchfedrpc.reduce.reducers import Reducer
+from torchfedrpc.reduce.reducers import Reducer, is_builtin
 
 Node = tuple[int, int, Reducer]
 """Level, index, and the reducer with the results of all clients of this node."""
@@ -154,7 +154,7 @@ def covered(level: int, index: int, num_places: int) -> range:
 
 
 def merged(nodes: Iterable[Node], num_places: int) -> Reducer:
-    """Merge nodes of one tree, which are consumed, and return the reducer of the root.
+    """Merge nodes of one tree, which are consumed, and return the reducer of the root, to be finished at once.
 
     Args:
         nodes: At least one; no two cover the same client. Clients that none covers have no result.
@@ -172,8 +172,11 @@ def merged(nodes: Iterable[Node], num_places: int) -> Reducer:
                 parts[above] = place, right
                 continue
             first, left = parts[above]
+            merge = left.merge
+            if len(parts) == 1 and is_builtin(left):
+                merge = left.merge_last  # type: ignore[attr-defined]
             try:
-                left.merge(right)
+                merge(right)
             except Exception as reason:
                 raise MergeError((first, place), reason) from reason
     [(_, root)] = parts.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from summing import Brackets
 
 import torchfedrpc as tfr
+from torchfedrpc.reduce import reducers
 from torchfedrpc.reduce.partial import open_nodes, open_reducer, pack_nodes, pack_reducer
 from torchfedrpc.reduce.tree import Forest
 from torchfedrpc.wire.allowlist import AllowList
@@ -91,6 +93,53 @@ def test_partial_results_are_merged_as_if_they_had_stayed() -> None:
         nodes[0][2].merge(nodes[1][2])
         nodes[0][2].merge(nodes[2][2])
     assert torch.equal(first[2].finish()["w"], arrived[0][2].finish()["w"])
+
+
+@pytest.mark.parametrize("num_sums", [1, 9])
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("kind", [tfr.Sum, tfr.Mean])
+def test_last_merge_gives_the_same_bits_as_any_other(name: str, kind: Any, num_sums: int) -> None:
+    values = []
+    for merge in (kind.merge, kind.merge_last):
+        left, right = kind(), kind()
+        for reducer in (left, right, right):
+            reducer.add(VALUES[name])
+        left._num_sums = num_sums  # as of a sum of many clients, which goes on in float64
+        merge(left, right)
+        values.append(bits(left.finish()))
+    assert values[0] == values[1]
+
+
+def test_last_merge_has_one_sum_in_float64_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+    added = reducers.added
+
+    def noted(*args: Any) -> torch.Tensor:
+        nonlocal most
+        total = added(*args)
+        alive.add(total)
+        most = max(most, sum(one.dtype == torch.float64 for one in alive))
+        return total
+
+    monkeypatch.setattr(reducers, "added", noted)
+    left, right = tfr.Mean(), tfr.Mean()
+    for reducer in (left, right):
+        reducer.add({str(number): torch.ones(3) for number in range(10)})
+    left._num_sums = 9
+    totals = {key: entry.total.data_ptr() for key, entry in left._entries.items()}
+    left.merge_last(right)
+    value = left.finish()
+    assert most == 1
+    assert {key: tensor.data_ptr() for key, tensor in value.items()} == totals
+
+
+def test_last_merge_of_results_that_do_not_match_is_an_error_at_once() -> None:
+    left, right = tfr.Mean(), tfr.Mean()
+    left.add(torch.ones(2))
+    right.add(torch.ones(3))
+    with pytest.raises(ValueError, match="the result is a tensor"):
+        left.merge_last(right)
 
 
 def test_partial_results_of_a_bundled_reducer_are_plain_data_and_its_own_memory() -> None:

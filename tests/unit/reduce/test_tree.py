@@ -228,6 +228,18 @@ def test_a_thousand_of_a_hundred_thousand_places_are_quick() -> None:
 # What reducers are given.
 
 
+def test_the_last_merge_leaves_its_sums_to_the_end_of_the_reduction() -> None:
+    """Sums in float64 then exist one at a time."""
+    forests = [Forest(Mean(), 4) for _ in range(3)]
+    for place in range(4):
+        forests[max(place - 1, 0)].add(place, torch.full((2,), float(place)))
+    nodes = [node for forest in forests for node in forest.take()]
+    root: Any = merged(nodes, 4)
+    assert root._entries.last is not None
+    assert root._entries.last[0].last is None  # that of places 2 and 3
+    assert root.finish().tolist() == [1.5, 1.5]
+
+
 def test_the_prototype_is_left_alone() -> None:
     prototype = WeightedMean()
     forest = Forest(prototype, 2)
