@@ -29,7 +29,11 @@ Keys = Key | Sequence[Key]
 
 
 class Reducer(Protocol):
-    """Interface of a reducer. The reducer and its state must be picklable."""
+    """Interface of a reducer. The reducer and its state must be picklable.
+
+    ``merge`` runs on whichever process has both parts. For equal bits in all modes it must neither draw random
+    numbers nor depend on torch's settings.
+    """
 
     def add(self, result: Any, /) -> Any:
         """Add a client's result."""
