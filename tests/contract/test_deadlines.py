@@ -189,12 +189,18 @@ async def test_cancelling_the_task_does_the_same(
     assert await proxy.custom_method(one, "what_happened") == ["hold begins", ending, "kept"]
 
 
-async def test_wait_for_and_asyncio_timeout_cancel_too(proxy: tfr.LearnerProxy, one: str, latch: Latch) -> None:
+async def test_wait_for_and_asyncio_timeout_cancel_too(
+    proxy: tfr.LearnerProxy, one: str, latch: Latch, seen: Seen
+) -> None:
+    call = asyncio.create_task(proxy.custom_method(one, "hold", latch.path))
+    await seen.reported(one)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(proxy.custom_method(one, "hold", latch.path), 0.05)
+        await asyncio.wait_for(call, 0.05)
+    call = asyncio.create_task(proxy.custom_method(one, "hold_async", latch.path))
+    await seen.reported(one, 2)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await proxy.custom_method(one, "hold_async", latch.path)
+            await call
     assert len(await proxy.custom_method(one, "what_happened")) == 4
 
 

@@ -47,7 +47,7 @@ class Comings(Losses):
         if not isinstance(event, CallStarted | CallEnded):  # too many to look through
             super().__call__(event)
 
-    def names(self, kind: type) -> list[str]:
+    def names(self, kind: type[WorkerJoined | WorkerLeft | WorkerLost]) -> list[str]:
         return [event.worker for event in self.events if isinstance(event, kind)]
 
     async def joined(self, count: int = 1) -> str:

@@ -251,7 +251,7 @@ async def test_a_worker_may_be_lost_while_all_join_their_next_world(
 ) -> None:
     clients, tell = [next(on_1), next(on_2)], Member.tell
     await steps.check(*clients)
-    struck = []
+    struck: list[int] = []
 
     async def strike(member: Member, message: Any) -> Any:
         """Before it hears that it is to join, so that the others wait for it in the middle of joining."""

@@ -202,7 +202,12 @@ class FakeWorker(Member):
             return final
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._pending[f"answer {job.batch.call_id}"] = future
-        job.watch(num_known, lambda outcome: future.done() or future.set_result(outcome))
+
+        def answer(outcome: Outcome) -> None:
+            if not future.done():
+                future.set_result(outcome)
+
+        job.watch(num_known, answer)
         if (due := job.next_reply()) is not None:
             due[0](due[1])
         return await future
@@ -278,7 +283,8 @@ class FakeRun:
     def session(self, client_id: str = "a") -> LearnerSession:
         if client_id not in self.sessions:
             journal = Journal(client_id, self.journals)
-            self.sessions[client_id] = LearnerSession(client_id, pack({"client": client_id}), journal, self)
+            run: Any = self  # with workers of its own
+            self.sessions[client_id] = LearnerSession(client_id, pack({"client": client_id}), journal, run)
         return self.sessions[client_id]
 
     def journal(self, client_id: str = "a") -> Journal:

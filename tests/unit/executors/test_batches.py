@@ -46,7 +46,7 @@ class Reducing:
             worker = workers.get(client_id)
             return worker if worker is not None and not worker.is_gone else present_worker(client_id)
 
-        self.run.present_worker = placed  # type: ignore[method-assign]
+        self.run.present_worker = placed
 
     def begin(self, clients: str = "ab", *, num_retries: int = 0, is_watched: bool = False) -> asyncio.Task[None]:
         self.reduction = Noting(self, clients, num_retries, is_watched)
@@ -534,7 +534,7 @@ async def test_stop_as_calls_are_placed_sends_those_that_count_alone() -> None:
             reducing.reduction.stop()
             return present_worker(client_id)
 
-        reducing.run.present_worker = placed  # type: ignore[method-assign]
+        reducing.run.present_worker = placed
         await within(reducing.begin("abc"))
         assert worker.log == ["batch 2"]
         assert await reducing.value() == "b"

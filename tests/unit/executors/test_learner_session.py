@@ -1037,10 +1037,10 @@ async def test_stream_fails_if_no_worker_is_expected() -> None:
 
 async def test_stream_that_has_ended_is_not_kept_by_its_worker() -> None:
     async with opened() as (run, worker):
-        before = len(worker.lost._callbacks or ())  # type: ignore[attr-defined]
+        before = len(worker.lost._callbacks or ())
         for call_id in (1, 2, 3):
             await kinds(stream(run, call_id), 4)
-        assert len(worker.lost._callbacks or ()) == before  # type: ignore[attr-defined]
+        assert len(worker.lost._callbacks or ()) == before
 
 
 # Progress.

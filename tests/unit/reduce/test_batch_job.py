@@ -55,8 +55,10 @@ def test_partial_results_of_a_builtin_reducer_are_sent_without_a_copy(by_value: 
     job = batch_job(Mean(), by_value=by_value)
     job.add(0, result)
     assert job._opened is not None
+    reducer: Any
+    sent: Any
     [reducer] = job._opened[1]._nodes.values()
-    address = reducer._entries.total.data_ptr()  # type: ignore[attr-defined]
+    address = reducer._entries.total.data_ptr()
     [(_, _, sent)] = sent_nodes(job, Mean())
     assert sent._entries.total.data_ptr() == address != result.data_ptr()
 

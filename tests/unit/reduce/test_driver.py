@@ -73,11 +73,12 @@ async def test_reduction_keeps_the_reducer_as_it_was_when_it_was_begun() -> None
     assert reduction.prototype.copy().open(ALLOW).text == ""
     assert reduction.prototype.copy().open(ALLOW).text == ""  # a batch that is sent again has it too
     forest = reduction.forest()
-    assert forest._prototype.text == ""
+    prototype: Any = forest._prototype
+    assert prototype.text == ""
 
 
 async def test_reduction_with_a_reducer_that_cannot_be_sent_is_an_error() -> None:
-    reducer = Brackets()
+    reducer: Any = Brackets()
     reducer.text = lambda: None
     with pytest.raises(tfr.SerializationError):
         reduction_of(reducer, "ab")

@@ -12,7 +12,7 @@ import torch
 from summing import Brackets
 
 import torchfedrpc as tfr
-from torchfedrpc.reduce import reducers
+from torchfedrpc.reduce import numerics, reducers
 from torchfedrpc.reduce.partial import open_nodes, open_reducer, pack_nodes, pack_reducer
 from torchfedrpc.reduce.tree import Forest
 from torchfedrpc.wire.allowlist import AllowList
@@ -31,7 +31,7 @@ VALUES: dict[str, Any] = {
     "expanded": torch.ones(1).expand(4),
     "empty": torch.empty(0, 3),
     "scalar": torch.tensor(2.5),
-    "sparse": torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (3,), check_invariants=True),
+    "sparse": torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.0, 2.0]), (3,), check_invariants=True),
     "array": np.arange(4, dtype=np.int16),
     "number": 0.1,
     "large": 1 << 100,
@@ -113,7 +113,7 @@ def test_last_merge_gives_the_same_bits_as_any_other(name: str, kind: Any, num_s
 def test_last_merge_has_one_sum_in_float64_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
-    added = reducers.added
+    added = numerics.added
 
     def noted(*args: Any) -> torch.Tensor:
         nonlocal most

@@ -32,7 +32,7 @@ def update(value: Any, num_samples: Any = 1) -> dict[str, Any]:
 
 class Pair(NamedTuple):
     weights: Tensor
-    count: int
+    num_samples: int
 
 
 # Values.
@@ -68,7 +68,7 @@ def test_several_results_may_be_added_to_one_reducer() -> None:
     [
         ({"a": torch.tensor([3.0]), "n": 5}, "a", "n"),
         ((torch.tensor([3.0]), 5), 0, 1),
-        (Pair(torch.tensor([3.0]), 5), "weights", "count"),
+        (Pair(torch.tensor([3.0]), 5), "weights", "num_samples"),
         (SimpleNamespace(a=torch.tensor([3.0]), n=5), "a", "n"),
     ],
 )
@@ -213,8 +213,8 @@ def test_empty_scalar_sparse_and_odd_tensors_are_added() -> None:
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_sparse_tensors_are_added() -> None:
-    left = torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (4,))
-    right = torch.sparse_coo_tensor([[2, 3]], [4.0, 6.0], (4,))
+    left = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.0, 2.0]), (4,))
+    right = torch.sparse_coo_tensor(torch.tensor([[2, 3]]), torch.tensor([4.0, 6.0]), (4,))
     value = reduced(WeightedMean, [update(left, 1), update(right, 3)])
     assert value.to_dense().tolist() == [0.25, 0.0, 3.5, 4.5]
     assert left.to_dense().tolist() == [1.0, 0.0, 2.0, 0.0]
@@ -246,7 +246,8 @@ def test_what_learners_return_stays_theirs(weight: int, dtype: torch.dtype) -> N
     live, array = torch.ones(3).to(dtype), np.ones(3)
     before = live.clone()
     for make in (WeightedMean, lambda: Sum("model_weights")):
-        first, second = make(), make()
+        first: Any = make()
+        second: Any = make()
         first.add(update({"w": live, "a": array}, weight))
         second.add(update({"w": live, "a": array}, weight))
         first.merge(second)
@@ -425,7 +426,7 @@ def updates(kind: str, num_clients: int, seed: int = 0) -> list[np.ndarray]:
 def error_in_ulps(values: Sequence[Tensor], weights: Sequence[float]) -> float:
     dtype = values[0].dtype
     mean = reduced(WeightedMean, [update(value, weight) for value, weight in zip(values, weights, strict=True)])
-    exact = np.longdouble if dtype == torch.float64 else np.float64
+    exact: Any = np.longdouble if dtype == torch.float64 else np.float64
     scale = np.array(weights, dtype=exact)[:, None]
     terms = np.stack([value.to(torch.float64).numpy() for value in values]).astype(exact) * scale
     reference, magnitude = terms.sum(0) / scale.sum(), np.abs(terms).sum(0) / scale.sum()

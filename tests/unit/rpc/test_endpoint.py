@@ -97,7 +97,7 @@ def test_a_request_with_the_secret_is_answered(host: LearnerHost) -> None:
 @pytest.mark.parametrize("secret", [bytes(32), b"", SECRET[:-1], SECRET + b"\0", SECRET.hex(), None, 1, [SECRET]])
 def test_a_request_without_the_secret_is_nothing_and_uses_up_no_number(host: LearnerHost, secret: Any) -> None:
     assert passed_over(0, REGISTER, secret=secret)
-    assert endpoint.acknowledge((secret, 0, 0, (1,), None)) is None  # type: ignore[func-returns-value]
+    assert endpoint.acknowledge((secret, 0, 0, (1,), None)) is None
     assert not host._mailboxes
     assert served(0, REGISTER, call(7, 1)) is not None
 
