@@ -93,3 +93,31 @@ def test_torch_threads_are_as_they_were_after_a_run(runner: asyncio.Runner, lone
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+class Drawing:
+    """Learner with a shared object that is drawn at random."""
+
+    def __init__(self, client_id: str) -> None:
+        pass
+
+    def draw(self) -> tuple[float, float]:
+        shared = tfr.current_call().shared("key", lambda: torch.rand(1, generator=tfr.current_call().generator))
+        return float(shared), float(torch.rand(1, generator=tfr.current_call().generator))
+
+    def draw_from_the_call(self) -> Any:
+        call = tfr.current_call()
+        return call.shared("other key", lambda: torch.rand(1, generator=call.generator))
+
+
+async def test_draws_from_a_generator_for_a_shared_object_do_not_depend_on_the_first_caller(
+    runtime: dict[str, Any],
+) -> None:
+    drawn = []
+    for first in "ab":
+        async with tfr.LearnerProxy(Drawing, ["a", "b"], runtime=runtime, seed=1) as proxy:
+            await proxy.custom_method(first, "draw")
+            drawn.append(await proxy.clients().call("draw"))
+            with pytest.raises(RuntimeError, match=r"factory of shared\(\)"):
+                await proxy.custom_method(first, "draw_from_the_call")
+    assert drawn[0]["a"][0] == drawn[1]["a"][0] == drawn[0]["b"][0] == drawn[1]["b"][0]

@@ -47,13 +47,13 @@ class CallScope:
 
     Attributes:
         call: The call that `current_call` returns, made when it is first asked for.
+        is_nested: Whether the scope is entered within a step of another call.
         is_resumable: Whether another step follows, which continues the random streams of this one.
     """
 
     __slots__ = (
         "_functions",
         "_guard",
-        "_is_nested",
         "_is_thorough",
         "_modes",
         "_opened",
@@ -65,6 +65,7 @@ class CallScope:
         "_streams",
         "_twister",
         "call",
+        "is_nested",
         "is_resumable",
         "job",
         "method",
@@ -91,7 +92,7 @@ class CallScope:
         self._opened = process.settings if process.is_alone or is_nested else None
         self._streams = process.streams if process.is_alone or is_nested else None
         self._is_thorough = is_thorough
-        self._is_nested = is_nested
+        self.is_nested = is_nested
         self._modes = self._outer_modes = _BEGIN
         self._functions: list[Any] = []  # function modes of blocks that are open between steps, the innermost first
         self._own_settings: Settings | None = None
@@ -111,7 +112,7 @@ class CallScope:
             return function(*args)
 
     def __enter__(self) -> None:
-        if self._is_nested:
+        if self.is_nested:
             self._outer_modes = _read_modes()
         own = self._modes
         self._guard = _torch_c._InferenceMode(own[1])  # sets grad mode too; leaving it restores both
@@ -128,7 +129,7 @@ class CallScope:
                 self._outer_settings = read_settings()
                 put_back(self._own_settings or opened.values)
             if streams is not None:
-                if self._is_nested:
+                if self.is_nested:
                     self._outer_streams = streams.capture()
                 elif streams.aside is None:
                     streams.aside = streams.capture()

@@ -48,7 +48,17 @@ class CallContext:
 
     @property
     def generator(self) -> torch.Generator:
-        """A generator on `device`, seeded for this call; made at first use."""
+        """A generator on `device`, seeded for this call; made at first use.
+
+        Raises:
+            RuntimeError: If a factory of `shared` asks the call for it, and not ``current_call()`` of its own.
+        """
+        scope = scope_here.get(None)
+        if scope is not None and scope.is_nested and scope.call is not self:
+            raise RuntimeError(
+                "a factory of shared() may run in any call: it takes current_call().generator, which depends on the "
+                "key alone, and not the generator of the call that asked for the object"
+            )
         if self._generator is None:
             self._generator = torch.Generator(self.device).manual_seed(self._seed)
         return self._generator
@@ -64,7 +74,8 @@ class CallContext:
     def shared(self, key: Hashable, factory: Callable[[], T]) -> T:
         """Return an object that learners of a process share, such as a dataset, made by ``factory()`` if needed.
 
-        Its random draws depend only on (run seed, ``repr(key)``), so use strings, numbers or tuples of them as keys.
+        Its random draws depend only on (run seed, ``repr(key)``), so use strings, numbers or tuples of them as keys;
+        also those from ``current_call().generator``, asked for in the factory.
         """
 
         def make() -> T:  # in a scope apart from the running call, since placement decides which call needs it first
@@ -76,7 +87,6 @@ class CallContext:
                 is_thorough=True,
                 is_nested=True,
             )
-            scope.call = current_call()
             return scope.new_context().run(scope.run, factory)
 
         return self._process.shared.get(key, make, in_constructor=self.method == "__init__")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import weakref
 from asyncio import futures
 from collections.abc import AsyncGenerator, Callable
@@ -12,6 +13,8 @@ from functools import partial
 from typing import Any
 
 from torchfedrpc.host.call_scope import CallScope, outside, scope_here
+
+logger = logging.getLogger(__name__)
 
 _UNKNOWN: Any = object()
 _NO_USER_CODE = {getattr(futures, "_set_result_unless_cancelled", None)}  # such as the timer of asyncio.sleep
@@ -51,6 +54,16 @@ class HostLoop(asyncio.SelectorEventLoop):
         callback, args = self._in_scope(callback, args, context, self._present)
         return super().call_at(when, callback, *args, context=context)
 
+    def stop(self) -> None:
+        """Stop the loop.
+
+        Raises:
+            RuntimeError: If a call does so, since calls of other learners run in the loop too.
+        """
+        if scope_here.get(None) is not None:
+            raise RuntimeError("a method cannot stop the event loop that it runs in: other calls run in it too")
+        super().stop()
+
     # Transports of asyncio, and its public add_reader and add_writer, use these methods.
 
     def _add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> Any:
@@ -88,6 +101,9 @@ class HostLoop(asyncio.SelectorEventLoop):
             if clock is not None:
                 process.deadlines.start(call_id, *clock)
             scope.run(callback, *args)
+        except (SystemExit, KeyboardInterrupt) as error:  # asyncio would end the loop, and all calls in it
+            where = f"{scope.job.call.client_id}.{scope.method}"
+            logger.error("a task or callback of %s raised %s", where, type(error).__name__, exc_info=error)
         finally:
             self._present = None
             if process.in_driver:

@@ -56,8 +56,8 @@ class Failure:
         if not _breaks_loop(error):
             try:
                 body = ParameterSerializer.serialize(error)
-            except SerializationError as reason:
-                text += f"(the exception itself could not be sent: {reason})\n"
+            except BaseException as reason:  # also one that a user's __getstate__ has raised, such as SystemExit
+                text += f"(the exception itself could not be sent: {_text(reason)})\n"
         kind = type(error)
         module = canonical(kind.__module__)
         name = kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
@@ -102,7 +102,7 @@ def _breaks_loop(error: BaseException) -> bool:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as reason:  # a user's __str__ may fail, and the error must still arrive
+    except BaseException as reason:  # a user's __str__ may fail, and the error must still arrive
         return f"<its text failed: {type(reason).__name__}>"
 
 
@@ -112,5 +112,5 @@ def _traceback(error: BaseException, skip_modules: str) -> str:
         frames = frames.tb_next
     try:
         return "".join(traceback.format_exception(type(error), error, frames))
-    except Exception as reason:
+    except BaseException as reason:
         return f"<the traceback could not be formatted: {type(reason).__name__}>"
