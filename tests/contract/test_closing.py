@@ -125,3 +125,23 @@ async def test_statistics_of_a_closed_proxy_keep_the_counts_of_its_session(
         before = proxy.stats()
     assert (before["bytes_sent"] > 0) == (mode != "local")
     assert proxy.stats() == {**before, "journal_bytes": 0, "workers": {}}
+
+
+class Slow:
+    """Learner whose method takes a while."""
+
+    def __init__(self, client_id: str) -> None:
+        pass
+
+    def wait(self, argument: Any) -> None:
+        time.sleep(0.3)
+
+
+@pytest.mark.parametrize("size", [60, 100_000], ids=["small", "shared"])
+async def test_calls_that_wait_for_admission_end_with_the_proxy(lone_runtime: dict[str, Any], size: int) -> None:
+    config = {**lone_runtime, "max_inflight_bytes": size + 20}
+    async with tfr.LearnerProxy(Slow, ["a", "b", "c"], runtime=config) as proxy:
+        calls = [asyncio.create_task(proxy.custom_method(one, "wait", one * size)) for one in "abc"]
+        await asyncio.sleep(0)
+    results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+    assert [type(result) for result in results] == [tfr.WorkerLostError] * 3

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import Latch
 from internals import check_nothing_goes_on
 from own_mode import CountingExecutor
 from summing import Adder, Brackets, Failing
 
 import torchfedrpc as tfr
+from torchfedrpc.events import CallEnded
 
 from .test_reduce import bits, brackets, failing, shuffled
 
@@ -86,3 +92,85 @@ async def test_methods_that_run_at_once_are_added_up_in_order(mode: str, runtime
         for method in ("text", "text_async") * 3:
             assert (await proxy.clients(shuffled(IDS)).reduce(method, Brackets())).value == brackets(IDS)
         await check_nothing_goes_on(proxy)
+
+
+class Sized:
+    """Learner whose calls have arguments of a size, and hold them for as long as is wanted."""
+
+    def __init__(self, client_id: str) -> None:
+        pass
+
+    def mean(self, weights: Any = None, rest: Any = None) -> dict[str, Any]:
+        return {"model_weights": torch.ones(3), "num_samples": 1}
+
+    def two_kinds(self, weights: Any, is_list: bool) -> Any:
+        return [1.0] if is_list else 1.0
+
+    async def hold(self, weights: Any, until: str) -> None:
+        while not Path(until).exists():
+            await asyncio.sleep(0.005)
+
+
+ARGUMENT = torch.ones(50_000)
+ROOM_FOR_TWO = 2 * ARGUMENT.nbytes + 10_000
+
+
+@pytest.mark.parametrize("num_bad", [0, 2])
+async def test_calls_that_wait_for_admission_take_part_in_a_reduce(runtime: dict[str, Any], num_bad: int) -> None:
+    own = {f"client_{number}": {"weights": ARGUMENT + number} for number in range(6)}
+    for number in range(num_bad):
+        own[f"client_{number}"]["rest"] = lambda: None  # type: ignore[assignment]
+    config = {**runtime, "max_inflight_bytes": ROOM_FOR_TWO}
+    async with asyncio.timeout(20), tfr.LearnerProxy(Sized, list(own), runtime=config) as proxy:
+        result = await proxy.clients(own).options(on_error="collect").reduce("mean", tfr.WeightedMean())
+        assert result.count == 6 - num_bad
+        assert {type(error) for error in result.failures.values()} <= {tfr.SerializationError}
+        assert proxy.stats()["pending_calls"] == 0
+
+
+async def test_calls_that_wait_for_admission_run_though_others_do_not_go_together(runtime: dict[str, Any]) -> None:
+    own = {f"client_{number}": {"weights": ARGUMENT + number, "is_list": number == 1} for number in range(6)}
+    config = {**runtime, "max_inflight_bytes": ROOM_FOR_TWO}
+    async with asyncio.timeout(20), tfr.LearnerProxy(Sized, list(own), runtime=config) as proxy:
+        ended: list[CallEnded] = []
+        proxy.subscribe(lambda event: ended.append(event) if isinstance(event, CallEnded) else None)
+        with pytest.raises(ValueError, match="do not go together"):
+            await proxy.clients(own).reduce("two_kinds", tfr.Sum())
+        assert len(ended) == 6
+        assert not any(isinstance(event.error, asyncio.CancelledError) for event in ended)
+        assert proxy.stats()["pending_calls"] == 0
+
+
+@pytest.mark.parametrize("options", [{"timeout_s": 0.3, "on_error": "collect"}, {"min_results": 1}])
+async def test_stop_of_a_reduce_reaches_a_call_that_waits_for_admission(
+    runtime: dict[str, Any], latch: Latch, options: dict[str, Any]
+) -> None:
+    config = {**runtime, "max_inflight_bytes": ARGUMENT.nbytes + 10_000}
+    async with asyncio.timeout(20), tfr.LearnerProxy(Sized, ["a", "b", "c"], runtime=config) as proxy:
+        holding = asyncio.create_task(proxy.custom_method("c", "hold", ARGUMENT, latch.path))
+        await asyncio.sleep(0)
+        group = proxy.clients({"a": {}, "b": {"weights": ARGUMENT + 1}})
+        result = await group.options(**options).reduce("mean", tfr.WeightedMean())
+        assert result.count == 1
+        assert not holding.done()
+        latch.open()
+        await holding
+        assert proxy.stats()["pending_calls"] == 0
+
+
+async def test_arguments_of_a_call_that_cannot_be_sent_are_freed_without_the_garbage_collector(
+    runtime: dict[str, Any],
+) -> None:
+    async with tfr.LearnerProxy(Sized, ["a", "b"], runtime=runtime) as proxy:
+        argument = ARGUMENT + 1
+        freed = weakref.ref(argument)
+        own = {"a": {"weights": argument, "rest": lambda: None}, "b": {}}
+        gc.collect()
+        gc.disable()
+        try:
+            result = await proxy.clients(own).options(on_error="collect").reduce("mean", tfr.WeightedMean())
+            assert list(result.failures) == ["a"]
+            del argument, own
+            assert freed() is None
+        finally:
+            gc.enable()

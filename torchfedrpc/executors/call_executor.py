@@ -194,17 +194,22 @@ class CallExecutor(AbstractExecutor):
             else:
                 admitted.append(self._add_call(calls, reduction, invocation, num_bytes))
         try:
-            if calls:
-                await self._learners.reduce(reduction, calls)
-            if tasks:
-                await all_ended(tasks)
+            try:
+                if calls:
+                    await self._learners.reduce(reduction, calls)
+            finally:  # before the wait for calls that need this room
+                self._admission.release(sum(num_bytes + self._release(values) for num_bytes, values in admitted))
+        except Exception:
+            await all_ended(tasks)  # all calls run to their end
+            raise
+        else:
+            await all_ended(tasks)
         finally:
             for task in tasks:
                 task.cancel()
-            for turn, num_bytes in requests.items():  # of tasks that were cancelled before they began
+            for turn, num_bytes in requests.items():  # of tasks that were cancelled while they waited
                 self._admission.withdraw(turn, num_bytes)
             requests.clear()
-            self._admission.release(sum(num_bytes + self._release(values) for num_bytes, values in admitted))
 
     async def _reduce_late(
         self,
@@ -213,18 +218,22 @@ class CallExecutor(AbstractExecutor):
         turn: asyncio.Future[None],
         requests: dict[asyncio.Future[None], int],
     ) -> None:
-        """Run one call of a reduction once its request for admission is granted."""
+        """Run one call of a reduction once its request for admission is granted, unless the reduction is stopped."""
+        waiting: set[asyncio.Future[None]] = {turn, reduction.stopped}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         num_bytes = requests.pop(turn)
+        if reduction.stopped.done():
+            self._admission.withdraw(turn, num_bytes)
+            return
         await self._admission.wait(turn, num_bytes)
         calls: dict[int, Call] = {}
         values: tuple[SharedValue, ...] = ()
         try:
-            if reduction.stopped.done():
-                return
             num_bytes, values = self._add_call(calls, reduction, invocation, num_bytes)
             if self._cut is not None:
                 await self._cut.passed(invocation.client_id)
-            await self._learners.reduce(reduction, calls)
+            if calls:
+                await self._learners.reduce(reduction, calls)
         finally:
             self._admission.release(num_bytes + self._release(values))
 
@@ -239,8 +248,9 @@ class CallExecutor(AbstractExecutor):
         try:
             call = self._call(invocation, *_held(invocation), num_bytes)
         except Exception as error:
-            reduction.note(invocation.client_id, error)
-            return num_bytes, ()
+            reduction.note(invocation.client_id, without_traces(error))  # they refer to the reduction and arguments
+            self._admission.release(num_bytes)
+            return 0, ()
         calls[reduction.places[invocation.client_id]] = call
         if isinstance(call.arguments, Parcel) and call.arguments.apart:
             values = _shared_in_tick(call)
@@ -395,6 +405,14 @@ class CallExecutor(AbstractExecutor):
     def _result(self, outcome: Outcome, call: Call) -> Any:
         """Return the result of a call or the item of a stream; see `Outcome.result`."""
         return outcome.result(call, self.allow, self._learners.worker_of(call.client_id))
+
+
+def without_traces(error: Exception) -> Exception:
+    """Clear the tracebacks of an error and its context, which would form reference cycles, and return the error."""
+    part: BaseException | None = error
+    while part is not None:
+        part = part.with_traceback(None).__context__
+    return error
 
 
 def _shared_in_tick(call: Call) -> tuple[SharedValue, ...]:

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import ConfigError
+from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.executors.base import ExecutorSpec
-from torchfedrpc.executors.call_executor import CallExecutor
+from torchfedrpc.executors.call_executor import CallExecutor, without_traces
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.host.answer import answer
 from torchfedrpc.host.call import Batch, Call, Outcome
@@ -48,7 +48,7 @@ class LocalLearners:
         self._durations = durations
         self._allow = spec.learner.allow_list()
         self._host = spec.make_host()
-        self._is_open = True
+        self.is_open = True
         self._next_batch_id = -(1 << 40)
         self._unsubmitted: list[tuple[Call, Reply]] = []  # calls of this tick, which may yet share values
 
@@ -57,7 +57,7 @@ class LocalLearners:
 
     async def close(self, reason: str) -> None:
         """End the host. A sync method that ignores its cancellation is abandoned after 2 seconds."""
-        self._is_open = False
+        self.is_open = False
         await asyncio.to_thread(self._host.close)
 
     async def call(self, call: Call) -> Outcome:
@@ -88,7 +88,13 @@ class LocalLearners:
             calls = again
 
     async def run_batch(self, batch: Batch) -> Outcome:
-        """Run a batch in the host. Returns its (first) outcome."""
+        """Run a batch in the host. Returns its (first) outcome.
+
+        Raises:
+            WorkerLostError: If the proxy is closed.
+        """
+        if not self.is_open:
+            raise WorkerLostError("the proxy is closed")
         self.submit_tick()  # calls of this tick come before the batch
         return await answer(partial(self._host.run_batch, batch), lambda: None)
 
@@ -153,12 +159,12 @@ class LocalLearners:
 
     def stats(self) -> dict[str, Any]:
         """Return the number of learners; nothing is sent in local mode."""
-        return {"workers": {self.label: {"learners": self._host.stats()["learners"]}} if self._is_open else {}}
+        return {"workers": {self.label: {"learners": self._host.stats()["learners"]}} if self.is_open else {}}
 
     def _submit(self, call: Call, reply: Reply) -> None:
         """Submit a call; at the end of the tick if it has a value that other calls of this tick may share."""
         if not self._unsubmitted and not any(value.is_for_tick for value in shared_values(call.arguments)):
-            self._host.submit(call, reply)
+            self._submit_now(call, reply)
             return
         if not self._unsubmitted:
             asyncio.get_running_loop().call_soon(self.submit_tick)
@@ -167,11 +173,17 @@ class LocalLearners:
     def submit_tick(self) -> None:
         """Submit the calls that were made in this tick, whose values no later call will share."""
         unsubmitted, self._unsubmitted = self._unsubmitted, []
-        for call, reply in unsubmitted if self._is_open else ():
+        for call, reply in unsubmitted:
             try:
-                self._host.submit(call, reply)
+                self._submit_now(call, reply)
             except Exception as error:
-                reply(Outcome("failed", error=_without_traces(error), never_ran=True))
+                reply(Outcome("failed", error=without_traces(error), never_ran=True))
+
+    def _submit_now(self, call: Call, reply: Reply) -> None:
+        if self.is_open:
+            self._host.submit(call, reply)
+        else:  # it has waited for admission until the proxy was closed
+            reply(Outcome("cancelled", never_ran=True))
 
     def _cancel(self, call: Call) -> None:
         self._unsubmitted = [(other, reply) for other, reply in self._unsubmitted if other is not call]
@@ -189,6 +201,8 @@ class LocalStream:
 
     async def next(self) -> Outcome:
         """Run the method up to its next item."""
+        if not self._learners.is_open:
+            return Outcome("cancelled", never_ran=True)
         call, step = self._call, self._num_items
         self._num_items += 1
         if step:
@@ -201,11 +215,3 @@ class LocalStream:
     def close(self) -> None:
         """Close the generator if it is open."""
         self._host.cancel(self._call.call_id)
-
-
-def _without_traces(error: Exception) -> Exception:
-    """Clear the tracebacks of an error and its context, which would form reference cycles, and return the error."""
-    part: BaseException | None = error
-    while part is not None:
-        part = part.with_traceback(None).__context__
-    return error

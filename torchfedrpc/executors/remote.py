@@ -419,7 +419,7 @@ class RemoteLearners:
         session = self._sessions.get(client_id)
         if session is None:
             if self.is_closed:
-                raise ConfigError("this executor is not open: await executor.open(spec) first")
+                raise WorkerLostError("the proxy is closed")
             constructor = self._spec.constructor_arguments(client_id)
             session = LearnerSession(client_id, constructor, Journal(client_id, self.journals), self)
             self._sessions[client_id] = session

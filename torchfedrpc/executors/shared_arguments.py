@@ -104,17 +104,23 @@ class Sharing:
     """
 
     def __init__(self, learners: SharingLearners) -> None:
-        self._learners = learners
-        self.is_open = True
+        self._learners: SharingLearners | None = learners  # None once the proxy is closed
         self._seen: dict[int, _Seen] = {}  # id of an object -> its value, in this tick
 
     def place(self, obj: Any) -> SharedRef:
         """Return a reference to the present value of an object, for later calls.
 
         Raises:
-            SerializationError: If the object cannot be sent.
+            SerializationError: If the object cannot be sent, or the proxy is closed.
         """
+        if self._learners is None:
+            raise SerializationError("an object is shared by a proxy that is open")
         return SharedRef(SharedValue(self._learners.take_shared(obj), next(_numbers)), self)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the proxy is open."""
+        return self._learners is not None
 
     @property
     def has_seen(self) -> bool:
@@ -146,6 +152,8 @@ class Sharing:
             kwargs: Keyword arguments.
             num_calls: Number of calls with these arguments.
         """
+        if self._learners is None:  # the call has waited for admission until the proxy was closed
+            return args, kwargs
         values = {}
         untied = _untied(args, kwargs)
         for arg in untied:
@@ -163,13 +171,12 @@ class Sharing:
 
     def close(self) -> None:
         """Refuse references from now on, and drop the learners, which references outlive."""
-        self.is_open = False
-        del self._learners
+        self._learners = None
 
     def released(self, value: SharedValue) -> None:
         """Free the value of a reference that was dropped or released."""
         value.is_for_tick = True  # workers do not cache it for pending or replayed calls
-        if self.is_open:
+        if self._learners is not None:
             self._learners.unshare(value)
 
     def _end_tick(self) -> None:
