@@ -53,12 +53,19 @@ class Activity:
 
         Returns:
             The slot for `leave`; None if the page is full, so that the call is not shown.
+
+        Raises:
+            ValueError: If the id is no int64.
         """
         try:
             slot = self._free.pop()
         except IndexError:
             return None
-        self._ids[slot] = call_id
+        try:
+            self._ids[slot] = call_id
+        except ValueError:
+            self._free.append(slot)
+            raise
         return slot
 
     def leave(self, slot: int | None) -> None:

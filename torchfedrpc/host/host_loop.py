@@ -94,10 +94,12 @@ class HostLoop(asyncio.SelectorEventLoop):
     def _step(self, scope: CallScope, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
         process, call_id = scope.process, scope.job.call.call_id
         clock = process.deadlines.stop(call_id)  # waiting for the lock does not count
+        slot = None
         process.method_lock.enter(exclusive=True)
-        slot = process.activity.enter(call_id) if process.activity is not None else None
         self._present = scope
         try:
+            if process.activity is not None:
+                slot = process.activity.enter(call_id)
             if clock is not None:
                 process.deadlines.start(call_id, *clock)
             scope.run(callback, *args)
@@ -106,11 +108,13 @@ class HostLoop(asyncio.SelectorEventLoop):
             logger.error("a task or callback of %s raised %s", where, type(error).__name__, exc_info=error)
         finally:
             self._present = None
-            if process.in_driver:
-                process.streams.give_back()
             if process.activity is not None:
                 process.activity.leave(slot)
-            process.method_lock.leave(exclusive=True)
+            try:
+                if process.in_driver:
+                    process.streams.give_back()
+            finally:
+                process.method_lock.leave(exclusive=True)
 
     # An async generator that is dropped before its end is closed in the scope of the call that began it, also if the
     # garbage collector finds it during another call.

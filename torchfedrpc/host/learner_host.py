@@ -285,9 +285,11 @@ class LearnerHost:
     def _turn(self, job: Job, steps_of: Callable[[Job], Outcome | Steps]) -> None:
         """Run the next step of a job. Steps that need an event loop go on there."""
         process, call_id = self._process, job.call.call_id
+        slot = None
         process.method_lock.enter(exclusive=False)
-        slot = process.activity.enter(call_id) if process.activity is not None else None
         try:
+            if process.activity is not None:
+                slot = process.activity.enter(call_id)
             result = steps_of(job)
             if not isinstance(result, Outcome):
                 result = self._runner.step(job, result)

@@ -40,6 +40,14 @@ def test_ids_of_64_bits_are_shown_whole(activity: Activity) -> None:
     assert running(activity) == [2**63 - 1]
 
 
+def test_an_id_beyond_64_bits_takes_no_place_on_the_page(activity: Activity) -> None:
+    for _ in range(600):
+        with pytest.raises(ValueError, match="format"):
+            activity.enter(2**63)
+    assert activity.enter(9) is not None
+    assert running(activity) == [9]
+
+
 def test_calls_beyond_the_page_are_left_out_and_end_without_harm(activity: Activity) -> None:
     slots = [activity.enter(number) for number in range(1, 514)]
     assert slots[-2:] == [None, None]

@@ -8,13 +8,16 @@ from concurrent.futures import Future
 
 import pytest
 import torch
+from conftest import LoopErrors
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.host import torch_settings
+from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.call import Call, Outcome, Registration
 from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.host.randomness import RandomStreams
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.wire.packing import pack
+from torchfedrpc.wire.packing import Packed, pack
 
 TIMEOUT_S = 20.0
 opened = threading.Event()
@@ -95,6 +98,43 @@ def test_reply_that_raises_leaves_the_host_to_other_calls(host: LearnerHost) -> 
 
     host.submit(call(1), reply)
     assert [result(host, call(2, "add_on_loop")), result(host, call(3))] == [2, 3]
+
+
+def test_a_call_that_cannot_be_shown_as_running_leaves_the_host_to_other_learners() -> None:
+    activity = Activity()
+    host = LearnerHost(LearnerSpec.of(Counting, 0, RuntimeConfig())[0], activity=activity)
+    for client_id in ("client_1", "client_2"):
+        host.register(Registration(client_id, pack({})))
+    asked(host, Call(2**63, "client_2", "add", pack(((), {}))))
+    assert [result(host, call(1, "add_on_loop")), result(host, call(2))] == [1, 2]
+    assert host.close()
+    activity.close()
+
+
+def test_random_streams_that_cannot_be_restored_leave_the_host_to_other_calls(
+    monkeypatch: pytest.MonkeyPatch, loop_errors: LoopErrors
+) -> None:
+    give_back = RandomStreams.give_back
+    num_failures = 0
+
+    def fails_on_loop(streams: RandomStreams) -> None:
+        nonlocal num_failures
+        if threading.current_thread().name == "torchfedrpc-async" and not num_failures:
+            num_failures += 1
+            raise RuntimeError("out of memory")
+        give_back(streams)
+
+    def no_arguments(client_id: str, *, by_value: bool) -> Packed:
+        return pack({})
+
+    monkeypatch.setattr(RandomStreams, "give_back", fails_on_loop)
+    host = LearnerHost(LearnerSpec.of(Counting, 0, RuntimeConfig())[0], constructor_arguments=no_arguments)
+    asked(host, call(1, "add_on_loop"))
+    assert result(host, call(2)) == 2
+    assert num_failures == 1
+    assert host.close()
+    with pytest.raises(pytest.fail.Exception, match="out of memory"):
+        loop_errors.check()
 
 
 @pytest.mark.parametrize("method", ["add", "add_on_loop"])
