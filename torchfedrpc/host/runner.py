@@ -51,6 +51,8 @@ class Runner:
             args, kwargs = call.arguments.open(process.allow)
         except BaseException as error:
             return failed(error, never_ran=True)
+        if job.cancelled:  # while learners were made or evicted
+            return Outcome("cancelled", never_ran=True)
         job.call = call.taken()
         seed = call_seed(process.seed, call.client_id, call.method, mailbox.count(call.method))
         scope = CallScope(process, job, call.method, seed)

@@ -21,6 +21,7 @@ from torchfedrpc.wire.packing import Packed, pack
 
 TIMEOUT_S = 20.0
 opened = threading.Event()
+waiting = threading.Event()
 
 
 class Counting:
@@ -53,8 +54,25 @@ def host() -> Iterator[LearnerHost]:
     assert host.close()
 
 
-def call(call_id: int, method: str = "add") -> Call:
-    return Call(call_id, "client_1", method, pack(((), {})))
+class Slow(Counting):
+    """Is made and captured once `opened` is set; the learner of ``quick`` is made at once."""
+
+    def __init__(self, client_id: str) -> None:
+        super().__init__(client_id)
+        if client_id != "quick":
+            self._wait()
+
+    def __getstate__(self) -> dict[str, int]:
+        self._wait()
+        return {"count": self.count}
+
+    def _wait(self) -> None:
+        waiting.set()
+        assert opened.wait(TIMEOUT_S)
+
+
+def call(call_id: int, method: str = "add", client_id: str = "client_1") -> Call:
+    return Call(call_id, client_id, method, pack(((), {})))
 
 
 def asked(host: LearnerHost, what: Call) -> Future[Outcome]:
@@ -100,12 +118,34 @@ def test_reply_that_raises_leaves_the_host_to_other_calls(host: LearnerHost) -> 
     assert [result(host, call(2, "add_on_loop")), result(host, call(3))] == [2, 3]
 
 
+@pytest.mark.parametrize("while_it", ["is made", "makes room"])
+def test_a_call_that_is_cancelled_before_its_method_begins_never_begins(while_it: str) -> None:
+    host = LearnerHost(LearnerSpec.of(Slow, 0, RuntimeConfig(max_resident_learners=1))[0])
+    for client_id in ("client_1", "quick"):
+        host.register(Registration(client_id, pack({})))
+    try:
+        if while_it == "makes room":
+            assert result(host, call(1, client_id="quick")) == 1
+        cancelled = asked(host, call(2))
+        assert waiting.wait(TIMEOUT_S)
+        host.cancel(2)
+        assert cancelled.result(TIMEOUT_S).kind == "cancelled"
+        opened.set()
+        assert result(host, call(3)) == 1
+        assert host.mailbox("client_1").counts == {"add": 1}  # so its random streams are those of the first call
+    finally:
+        opened.set()
+        assert host.close()
+        opened.clear()
+        waiting.clear()
+
+
 def test_a_call_that_cannot_be_shown_as_running_leaves_the_host_to_other_learners() -> None:
     activity = Activity()
     host = LearnerHost(LearnerSpec.of(Counting, 0, RuntimeConfig())[0], activity=activity)
     for client_id in ("client_1", "client_2"):
         host.register(Registration(client_id, pack({})))
-    asked(host, Call(2**63, "client_2", "add", pack(((), {}))))
+    asked(host, call(2**63, client_id="client_2"))
     assert [result(host, call(1, "add_on_loop")), result(host, call(2))] == [1, 2]
     assert host.close()
     activity.close()
