@@ -128,11 +128,9 @@ class Runner:
         try:
             if isinstance(iterator, AsyncIterator):
                 job.task = asyncio.current_task()
-                if job.cancelled:
-                    return await self.close_stream(job)
-                box = [await anext(iterator)]
-            else:
-                box = [next(iterator)]
+            if job.cancelled:  # after `task` is set, so that no later cancellation is missed
+                return await self.close_stream(job)
+            box = [await anext(iterator) if isinstance(iterator, AsyncIterator) else next(iterator)]
             outcome = self._gave(job, "item", box)
             if outcome.kind == "failed":
                 await _close(iterator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,13 @@ class Counting:
 
     async def add_on_loop(self) -> int:
         return self.add()
+
+    def items(self) -> Iterator[int]:
+        try:
+            while True:
+                yield self.add()
+        finally:
+            self.count += 100
 
     def fail(self) -> None:
         raise ValueError(f"call {self.add()}")
@@ -138,6 +146,19 @@ def test_a_call_that_is_cancelled_before_its_method_begins_never_begins(while_it
         assert host.close()
         opened.clear()
         waiting.clear()
+
+
+def test_a_step_of_a_stream_that_is_cancelled_in_the_queue_makes_no_item(host: LearnerHost) -> None:
+    host.register(Registration("client_2", pack({})))
+    stream = replace(call(1, "items"), kind="stream")
+    assert result(host, stream) == 1
+    asked(host, call(2, "add_once_opened", "client_2"))
+    step: Future[Outcome] = Future()
+    host.advance(1, 1, step.set_result)
+    host.cancel(1)
+    assert step.result(TIMEOUT_S).kind == "cancelled"
+    opened.set()
+    assert result(host, call(3)) == 102  # one item, and the generator was closed
 
 
 def test_a_call_that_cannot_be_shown_as_running_leaves_the_host_to_other_learners() -> None:
