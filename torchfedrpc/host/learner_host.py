@@ -371,7 +371,7 @@ class LearnerHost:
     # On any thread.
 
     def _call_ended(self, batch_job: BatchJob, place: int, outcome: Outcome) -> None:
-        """Note the end of a batch's call. The last one's thread collects the partial results."""
+        """Note the end of a batch's call. After the last one, collect the partial results, here if that is quick."""
         with self._lock:
             is_last = batch_job.ended(place, outcome)
         self._tell(batch_job)
@@ -382,7 +382,7 @@ class LearnerHost:
         if batch_job.is_quick:
             self._collect(batch_job)
             return
-        with self._lock:  # a user's reducer runs on a separate thread
+        with self._lock:
             if self._merging is None:
                 self._merging = SyncThreads(1, self._process)
         self._merging.put(partial(self._collect, batch_job))

@@ -77,7 +77,12 @@ class BatchJob:
 
     @property
     def is_quick(self) -> bool:
-        """Whether collecting and packing the partial results runs no user code."""
+        """Whether collecting and packing the partial results of ended calls runs no user code, and waits for nothing.
+
+        A call that was cut off may still merge its result.
+        """
+        if any(outcome.cut_off or outcome.kind == "cancelled" for _, outcome in self.outcomes):
+            return False
         return self._opened is None or is_builtin(self._opened[0])
 
     def partial_results(self) -> Packed:

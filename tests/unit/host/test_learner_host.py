@@ -14,10 +14,11 @@ from conftest import LoopErrors
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.host import torch_settings
 from torchfedrpc.host.activity import Activity
-from torchfedrpc.host.call import Call, Outcome, Registration
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.randomness import RandomStreams
 from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.reduce import reducers
 from torchfedrpc.wire.packing import Packed, pack
 
 TIMEOUT_S = 20.0
@@ -59,6 +60,7 @@ def host() -> Iterator[LearnerHost]:
     host.register(Registration("client_1", pack({})))
     yield host
     opened.clear()
+    waiting.clear()
     assert host.close()
 
 
@@ -159,6 +161,33 @@ def test_a_step_of_a_stream_that_is_cancelled_in_the_queue_makes_no_item(host: L
     assert step.result(TIMEOUT_S).kind == "cancelled"
     opened.set()
     assert result(host, call(3)) == 102  # one item, and the generator was closed
+
+
+def test_cancelling_a_batch_does_not_wait_for_a_method_that_adds_results_up(
+    host: LearnerHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = reducers.Entry.take
+
+    def take_once_opened(entry: reducers.Entry, other: reducers.Entry, num_sums: int) -> None:
+        waiting.set()
+        assert opened.wait(TIMEOUT_S)
+        take(entry, other, num_sums)
+        merged.set()
+
+    monkeypatch.setattr(reducers.Entry, "take", take_once_opened)
+    merged = threading.Event()
+    host.register(Registration("client_2", pack({})))
+    calls = (0, call(1)), (1, call(2, client_id="client_2"))
+    answered: Future[Outcome] = Future()
+    host.run_batch(Batch(3, pack(reducers.Mean()), 2, calls), answered.set_result)
+    assert waiting.wait(TIMEOUT_S)
+    threading.Timer(1.0, opened.set).start()
+    host.cancel(3)
+    assert not opened.is_set()
+    outcome = answered.result(TIMEOUT_S)
+    assert merged.is_set()
+    assert [(place, of_call.kind) for place, of_call in outcome.of_calls] == [(0, "value"), (1, "cancelled")]
+    assert outcome.parcel is not None
 
 
 def test_a_call_that_cannot_be_shown_as_running_leaves_the_host_to_other_learners() -> None:

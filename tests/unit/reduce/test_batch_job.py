@@ -49,6 +49,16 @@ def test_batch_of_a_users_reducer_is_not_collected_on_a_thread_that_must_not_wai
     assert (of_user.is_quick, of_ours.is_quick) == (False, True)
 
 
+@pytest.mark.parametrize("end", [Outcome("cancelled", never_ran=True), Outcome("failed", cut_off=True)])
+def test_batch_with_a_call_that_was_cut_off_is_not_collected_on_a_thread_that_must_not_wait(end: Outcome) -> None:
+    job = batch_job(Mean(), places=(0, 1))
+    job.add(0, 1.0)
+    assert not job.ended(0, VALUE)
+    assert job.is_quick
+    assert job.ended(1, end)
+    assert not job.is_quick
+
+
 @pytest.mark.parametrize("by_value", [True, False])
 def test_partial_results_of_a_builtin_reducer_are_sent_without_a_copy(by_value: bool) -> None:
     result = torch.ones(3)
