@@ -12,13 +12,14 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.reduce.reducers import Entry, Mean, Reducer, Sum, WeightedMean, is_builtin
 from torchfedrpc.reduce.tree import Node
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import Packed, Parcel, pack
+from torchfedrpc.wire.packing import Packed, Parcel, Reference, pack
 from torchfedrpc.wire.tensors import dtype_named, is_plain, name_of_dtype
 
 # The entries of a reducer travel in their structure, each as (form, total): form is the number of its dtype among
 # those of the parcel, below 0 for Python numbers; total is the number of a tensor beside the data. A Python number,
 # or a tensor that is not plain dense CPU memory, stands there itself. A tuple of entries is a list in a tuple.
 _NUMBER = -1
+_MAX_DEPTH = 200  # levels of dicts, lists and tuples
 
 _KINDS = {"Mean": Mean, "Sum": Sum}
 
@@ -78,22 +79,38 @@ def open_nodes(parcel: Packed, reducer: Reducer, allow: AllowList) -> list[Node]
     Raises:
         SerializationError: If they cannot be read.
     """
-    tensors: list[Tensor] = []
-    data: Any = parcel.open(allow, tensors)
-    if type(data) is list:  # of objects
-        return data
+    tensors: list[Tensor | None] = []
+    data: Any = parcel.open(allow, tensors)  # type: ignore[arg-type]
     try:
-        forms, parts = data
-        known = [(dtype_named(name), bool(is_array)) for name, is_array in forms]
+        if isinstance(parcel, Reference) or (type(data) is list and not is_builtin(reducer)):  # of objects
+            return [_node(*node) for node in data]
+        forms, parts = _exact(data, tuple)
+        known = [(dtype_named(name), _exact(is_array, bool)) for name, is_array in _exact(forms, list)]
         nodes: list[Node] = []
-        for level, index, weight, num_sums, entries in parts:
+        seen: set[int] = set()
+        for level, index, weight, num_sums, entries in _exact(parts, list):
             state: Any = copy.copy(reducer)
-            state._weight, state._num_sums = weight, num_sums
-            state._entries = _together(entries, known, tensors)
-            nodes.append((level, index, state))
+            state._weight, state._num_sums = _exact(weight, int, float), _exact(num_sums, int)
+            state._entries = None if entries is None else _together(entries, known, tensors, seen, _MAX_DEPTH)
+            nodes.append(_node(level, index, state))
         return nodes
     except (TypeError, ValueError, LookupError, AttributeError):
         raise SerializationError("partial results came in a form that this version does not send") from None
+
+
+def _node(level: Any, index: Any, reducer: Any) -> Node:
+    return _exact(level, int), _exact(index, int), reducer
+
+
+def _exact(value: Any, *types: type) -> Any:
+    """Return a value of one of these types. Any other could run code of its class as it is used.
+
+    Raises:
+        TypeError: If it is of another type.
+    """
+    if type(value) not in types:
+        raise TypeError
+    return value
 
 
 def _apart(entries: Any, forms: dict[tuple[str, bool], int], tensors: list[Tensor]) -> Any:
@@ -113,16 +130,40 @@ def _apart(entries: Any, forms: dict[tuple[str, bool], int], tensors: list[Tenso
     return entries
 
 
-def _together(parts: Any, forms: Sequence[tuple[Any, bool]], tensors: Sequence[Tensor]) -> Any:
-    match parts:
-        case dict():
-            return {key: _together(item, forms, tensors) for key, item in parts.items()}
-        case list():
-            return [_together(item, forms, tensors) for item in parts]
-        case (items,):
-            return tuple(_together(item, forms, tensors) for item in items)
-        case (int(form), total):
-            if form == _NUMBER:
-                return Entry(total)
-            return Entry(total if isinstance(total, Tensor) else tensors[total], *forms[form])
-    return parts
+def _together(
+    parts: Any, forms: Sequence[tuple[Any, bool]], tensors: list[Tensor | None], seen: set[int], depth: int
+) -> Any:
+    """Return the entries that `_apart` took apart, within a time that is bounded by their size.
+
+    Args:
+        parts: From `_apart`.
+        forms: The dtypes, and whether the result is an array.
+        tensors: Tensors beside the data; replaced by None where they are used.
+        seen: Ids of the parts so far, each of which is used once.
+        depth: Number of levels that may follow.
+
+    Raises:
+        TypeError: If the parts are of another form.
+        ValueError: If they are nested too deep, or a part comes twice.
+    """
+    kind = type(parts)
+    if kind is dict or kind is list:
+        if not depth or id(parts) in seen:
+            raise ValueError
+        seen.add(id(parts))
+        if kind is dict:
+            return {key: _together(item, forms, tensors, seen, depth - 1) for key, item in parts.items()}
+        return [_together(item, forms, tensors, seen, depth - 1) for item in parts]
+    if len(_exact(parts, tuple)) == 1:
+        return tuple(_together(_exact(parts[0], list), forms, tensors, seen, depth))
+    form, total = parts
+    if _exact(form, int) == _NUMBER:
+        return Entry(_exact(total, int, float, complex))
+    if type(total) is int:
+        number, total = total, tensors[total]
+        tensors[number] = None
+    elif id(total) in seen:
+        raise ValueError
+    else:
+        seen.add(id(total))
+    return Entry(_exact(total, Tensor), *forms[form])

@@ -93,7 +93,7 @@ class BatchJob:
             SerializationError: If they cannot be sent.
         """
         if self._opened is None:  # no call has returned a result
-            return pack([])
+            return pack_nodes([])
         _, forest = self._opened
         try:
             nodes = forest.take()

@@ -196,3 +196,50 @@ def test_reducer_with_results_and_a_user_s_reducer_arrive_as_objects() -> None:
 def test_partial_results_of_another_form_are_refused(data: Any) -> None:
     with pytest.raises(tfr.SerializationError, match=r"form that this version does not send|unknown dtype"):
         open_nodes(pack(data, beside=[torch.ones(1)]), tfr.Sum(), ALLOW)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *([], [(0, 0, Brackets())], [(0, 0, Brackets()), (0, 1, Brackets())], (Brackets(), []), ([], Brackets())),
+        *(([], [Brackets()]), ([], [(0, 0, 1, 0, Brackets())]), ([], [(0, 0, 1, 0, [Brackets()])])),
+        *(([], [(0, 0, 1, 0, (-1, Brackets()))]), ([], [(0, 0, 1, 0, (Brackets(), 0))])),
+        *(([], [(0, 0, Brackets(), 0, [])]), ([], [(0, 0, 1, Brackets(), [])]), ([], [(0, 0, 1, 0, (Brackets(),))])),
+        *(([], [(0.0, 0, 1, 0, [])]), ([], [(0, True, 1, 0, [])])),
+        ([("float32", False)], [(0, 0, 1, 0, (0, Brackets()))]),
+        ([("float32", Brackets())], [(0, 0, 1, 0, (0, 0))]),
+    ],
+)
+def test_objects_in_the_place_of_a_bundled_reducer_or_of_its_parts_are_refused(data: Any) -> None:
+    with pytest.raises(tfr.SerializationError, match="form that this version does not send"):
+        open_nodes(pack(data, beside=[torch.ones(1)]), tfr.Mean(), ALLOW)
+
+
+@pytest.mark.parametrize("data", [[1], [(0, 0)], [(0.0, 0, Brackets())], [(0, True, Brackets())], {"x": 1}, 3, None])
+def test_partial_results_of_a_users_reducer_that_are_no_nodes_are_refused(data: Any) -> None:
+    with pytest.raises(tfr.SerializationError, match="form that this version does not send"):
+        open_nodes(pack(data), Brackets(), ALLOW)
+
+
+def test_parts_that_come_twice_are_refused_before_they_multiply() -> None:
+    shared: Any = []
+    for _ in range(64):  # 2**64 parts, if each were followed
+        shared = [shared, shared]
+    form = ([("float32", False)], [(0, 0, 1, 0, [(0, 0), (0, 0)])])
+    ragged = torch.eye(2).to_sparse()
+    special = ([("float32", False)], [(0, 0, 1, 0, [(0, ragged), (0, ragged)])])
+    forged: list[Any] = [([], [(0, 0, 1, 0, shared)]), form, special]
+    for data in forged:
+        with pytest.raises(tfr.SerializationError, match="form that this version does not send"):
+            open_nodes(pack(data, beside=[torch.ones(1)]), tfr.Mean(), ALLOW)
+
+
+def test_parts_that_are_nested_too_deep_are_refused() -> None:
+    for num_levels in (150, 1500):
+        head = b"\x80\x04]](K\x00K\x00K\x01K\x00" + b"]" * num_levels + b"a" * (num_levels - 1) + b"ta\x86."
+        assert is_plain_data(head)
+        if num_levels == 150:
+            assert len(open_nodes(Parcel(head, [], []), tfr.Mean(), ALLOW)) == 1
+            continue
+        with pytest.raises(tfr.SerializationError, match="form that this version does not send"):
+            open_nodes(Parcel(head, [], []), tfr.Mean(), ALLOW)
