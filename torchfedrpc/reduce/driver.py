@@ -14,7 +14,7 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.reduce.partial import open_nodes, open_reducer, pack_reducer
 from torchfedrpc.reduce.reducers import Reducer, are_small, is_builtin
-from torchfedrpc.reduce.tree import Forest, Node, covered, merged
+from torchfedrpc.reduce.tree import Forest, MergeError, Node, covered, merged
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed
 
@@ -198,17 +198,21 @@ class Reduction:
             SerializationError: If the partial results cannot be read, or are not those of the batch's clients.
             Exception: If the worker could not merge or send them.
         """
+        places_of_batch = dict(batch.calls).keys()
         if outcome.failure is not None:
-            raise outcome.failure.restore(self._allow, f"as results were merged on {worker.label}")
-        if outcome.parcel is None:
-            return
-        missing = dict(batch.calls).keys() - self.counted
-        nodes = open_nodes(outcome.parcel, self._reducer, self._allow)
+            error = outcome.failure.restore(self._allow, f"as results were merged on {worker.label}")
+            if isinstance(error, MergeError) and not error.is_between(places_of_batch):
+                raise SerializationError(f"{worker.label} has answered a batch with an error of other clients")
+            raise error
+        missing = places_of_batch - self.counted
+        nodes = [] if outcome.parcel is None else open_nodes(outcome.parcel, self._reducer, self._allow)
         for level, index, _ in nodes:
             places = covered(level, index, len(self.client_ids))
             if not places or not missing.issuperset(places):
                 raise SerializationError(f"{worker.label} has answered a batch with results of other clients")
             missing.difference_update(places)
+        if any(place in missing and of_call.kind == "value" for place, of_call in outcome.of_calls):
+            raise SerializationError(f"{worker.label} has answered a batch without the results of its calls")
         self.add_nodes(nodes)
 
     def add_nodes(self, nodes: Iterable[Node]) -> None:

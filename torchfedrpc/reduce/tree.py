@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, TypeVar
 
 from torchfedrpc.reduce.reducers import Reducer, is_builtin
@@ -35,6 +35,13 @@ class MergeError(Exception):
         super().__init__(places, reason)
         self.places = places
         self.reason = reason
+
+    def is_between(self, places: Container[int]) -> bool:
+        """Return whether it is of two clients among these, as one from another process need not be."""
+        match vars(self):
+            case {"places": (int(left), int(right)), "reason": BaseException()}:
+                return left in places and right in places
+        return False
 
     def __str__(self) -> str:
         return (

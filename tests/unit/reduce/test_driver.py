@@ -379,6 +379,34 @@ async def test_partial_results_that_failed_are_an_error() -> None:
     assert caught.value.__notes__ == ["as results were merged on worker1"]
 
 
+async def test_results_that_a_worker_reports_and_does_not_send_are_an_error() -> None:
+    reduction, batch = begun(), batch_of(begun())
+    for nodes in (None, pack([]), pack(nodes_of(reduction, 0, 1))):
+        outcome = Outcome("value", nodes, of_calls=((0, VALUE), (1, FAILED), (2, VALUE)))
+        with pytest.raises(tfr.SerializationError, match="worker1 has answered a batch without the results of its"):
+            reduction.take(Worker(), batch, outcome)
+    assert reduction.nodes == []
+    nodes = pack(nodes_of(reduction, 0, 2))
+    reduction.take(Worker(), batch, Outcome("value", nodes, of_calls=((0, VALUE), (1, FAILED), (2, VALUE))))
+    assert reduction.counted == {0, 2}
+
+
+@pytest.mark.parametrize("places", [(7, 9), (0, 3), (0,), (0, "b"), None, 5, (0, 1)])
+async def test_error_of_a_merge_is_one_of_the_batch_s_clients(places: Any) -> None:
+    reduction = begun()
+    failed = Outcome("failed", failure=Failure.capture(MergeError(places, ValueError("no"))))
+    expected = MergeError if places == (0, 1) else tfr.SerializationError
+    with pytest.raises(expected):
+        reduction.take(Worker(), batch_of(reduction), failed)
+
+
+async def test_error_of_a_merge_has_a_reason() -> None:
+    reason: Any = "no exception"
+    failed = Outcome("failed", failure=Failure.capture(MergeError((0, 1), reason)))
+    with pytest.raises(tfr.SerializationError, match="with an error of other clients"):
+        begun().take(Worker(), batch_of(begun()), failed)
+
+
 # Executors that reduce nothing on their workers.
 
 
