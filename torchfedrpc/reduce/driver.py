@@ -170,6 +170,7 @@ class Reduction:
 
         Raises:
             SerializationError: If the worker answers with other calls than it was sent.
+            Exception: If the worker could not read or carry out the request.
         """
         calls = dict(batch.calls)
         self._open[worker.label, batch.call_id] = worker, batch
@@ -181,6 +182,8 @@ class Reduction:
                 outcome = await worker.advance(batch, num_known)
         finally:
             del self._open[worker.label, batch.call_id]
+        if outcome.failure is not None and not outcome.of_calls:
+            raise outcome.failure.restore(self._allow, f"as {worker.label} was asked to reduce")
         if len(outcome.of_calls) != len(calls) or dict(outcome.of_calls).keys() != calls.keys():
             raise SerializationError(f"{worker.label} has answered a batch with other calls than it was sent")
         self._note_calls(worker, calls, outcome.of_calls[num_known:])

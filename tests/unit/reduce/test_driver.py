@@ -355,6 +355,19 @@ async def test_answer_with_calls_that_were_not_sent_is_an_error(is_final: bool) 
     assert "d" not in reduction.succeeded
 
 
+@pytest.mark.parametrize("is_begun", [True, False])
+async def test_refusal_of_a_batch_is_raised(is_begun: bool) -> None:
+    reduction, worker = begun(is_watched=True), Worker()
+    if is_begun:
+        worker.answers.put_nowait(Outcome("item", of_calls=((0, VALUE),)))
+    refusal = tfr.SerializationError("a request cannot be read")
+    worker.answers.put_nowait(Outcome("failed", failure=Failure.capture(refusal), never_ran=True))
+    with pytest.raises(tfr.SerializationError, match="a request cannot be read") as caught:
+        await asyncio.wait_for(begin(reduction, worker), TIMEOUT_S)
+    assert caught.value.__notes__ == ["as worker1 was asked to reduce"]
+    assert reduction.waited_for == []
+
+
 async def test_partial_results_are_those_of_the_batch_s_clients() -> None:
     reduction, worker = begun("abcd"), Worker()
     nodes = nodes_of(reduction, 0, 1)
