@@ -66,6 +66,8 @@ class CallContext:
     def report(self, progress: Any) -> None:
         """Send progress of this call to the driver's subscribers. It arrives before the call's result.
 
+        A report of a task that outlives the call arrives with a later answer of its worker, if there is one.
+
         Raises:
             SerializationError: If ``progress`` cannot be sent.
         """

@@ -129,7 +129,7 @@ def glance() -> tuple[Any, ...]:
         _get_mkldnn_enabled(),
         _is_anomaly_enabled(),
         _get_matmul_precision(*_MATMUL),
-        _TINY * _HALF,
+        _TINY * _HALF == 0.0,  # a denormal number is equal to 0 while they are flushed
         Distribution._validate_args,
         _get_num_threads(),
         getattr(_device_context, "device_context", None),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchfedrpc.host.torch_settings import adopt_settings, read_settings
+from torchfedrpc.host.torch_settings import adopt_settings, glance, read_settings
 
 _backends: Any = torch.backends
 
@@ -59,6 +59,16 @@ def test_settings_that_were_told_are_set_again(change: Callable[[], object]) -> 
     found = read_settings()
     readable = {name for name, value in told.items() if value is not None}
     assert {name: found[name] for name in readable} == {name: told[name] for name in readable}
+
+
+def test_flushed_denormals_are_seen_at_a_glance_also_while_they_are_flushed() -> None:
+    before = glance()
+    torch.set_flush_denormal(True)
+    try:
+        assert glance() != before
+    finally:
+        torch.set_flush_denormal(False)
+    assert glance() == before
 
 
 def test_setting_that_cannot_be_set_is_logged_and_an_unknown_one_is_left() -> None:
