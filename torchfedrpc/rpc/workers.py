@@ -106,9 +106,6 @@ class Workers:
         """Return a worker; None if it was removed."""
         return self._table.get(label)
 
-    def __contains__(self, label: str) -> bool:
-        return label in self._table
-
     def __iter__(self) -> Iterator[Worker]:
         return iter(list(self._table.values()))
 
@@ -149,7 +146,7 @@ class Workers:
         for label, member in self.members.items():
             worker = self._table[label]
             if not worker.has_served:
-                worker.state = WorkerState.SERVING
+                worker.state, worker.reason = WorkerState.SERVING, ""
                 new.append(label)
             if worker.state is WorkerState.SERVING and self.failure is None:
                 self.present[label] = member
