@@ -12,6 +12,7 @@ from typing import Any
 from processes import children_of
 
 import torchfedrpc as tfr
+from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.rpc import world
 
 
@@ -173,6 +174,11 @@ def worker_of(proxy: tfr.LearnerProxy, client_id: str) -> str:
     executor: Any = proxy._router.get_executor(client_id)
     worker: str = executor.worker_of(client_id)
     return worker
+
+
+def stored_learners(host: LearnerHost) -> list[Any]:
+    """The clients whose learners a host has on disk."""
+    return list(host._learners._snapshots)
 
 
 def forming(proxy: tfr.LearnerProxy) -> str:

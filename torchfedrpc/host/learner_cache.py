@@ -126,21 +126,25 @@ class LearnerCache:
         """Store the job's learner on disk. One that cannot be captured stays in memory until after its next call."""
         mailbox = job.mailbox
         try:
-            self._snapshots.put(mailbox.client_id, [seal(self.snapshot(job).open(self._process.allow))])
+            snapshot = seal(self.snapshot(job).open(self._process.allow))
+            with self._lock:
+                if self._mailboxes.get(mailbox.client_id) is not mailbox:  # it has left this host meanwhile
+                    return
+                self._snapshots.put(mailbox.client_id, [snapshot])
+                del self._mailboxes[mailbox.client_id]
         except BaseException as error:
             self._cannot_evict(mailbox, error)
             return
-        with self._lock:
-            self._mailboxes.pop(mailbox.client_id, None)
         mailbox.let_go()
 
-    def forget(self, client_id: str) -> None:
+    def forget(self, mailbox: Mailbox) -> None:
         """Note that a learner has left this host, and delete its snapshot."""
         if self._limit is not None:
             with self._lock:
-                self._mailboxes.pop(client_id, None)
-                self._immovable.discard(client_id)
-            self._snapshots.discard(client_id)
+                mailbox.has_left = True
+                self._mailboxes.pop(mailbox.client_id, None)
+                self._immovable.discard(mailbox.client_id)
+                self._snapshots.discard(mailbox.client_id)
 
     def surplus(self) -> list[Mailbox]:
         """Return the learners that may be evicted, the least recently used first."""
@@ -157,6 +161,8 @@ class LearnerCache:
 
     def _used(self, mailbox: Mailbox) -> None:
         with self._lock:
+            if mailbox.has_left:  # a call that was cut off still runs; another build may be here
+                return
             self._mailboxes[mailbox.client_id] = mailbox
             self._mailboxes.move_to_end(mailbox.client_id)
             self._immovable.discard(mailbox.client_id)
@@ -164,6 +170,8 @@ class LearnerCache:
     def _cannot_evict(self, mailbox: Mailbox, error: BaseException) -> None:
         what = type(mailbox.learner).__qualname__, getattr(error, "attribute", None)
         with self._lock:
+            if mailbox.has_left:
+                return
             is_first = what not in self._warned
             self._warned.add(what)
             self._immovable.add(mailbox.client_id)

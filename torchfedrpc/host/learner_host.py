@@ -94,7 +94,8 @@ class LearnerHost:
         with self._lock:
             mailbox = self._mailboxes.get(client_id)
             if mailbox is None or mailbox.build != registration.build:
-                self._learners.forget(client_id)
+                if mailbox is not None:
+                    self._learners.forget(mailbox)
                 mailbox = self._mailboxes[client_id] = Mailbox(client_id, registration.kwargs, registration.build)
             return mailbox
 
@@ -109,8 +110,9 @@ class LearnerHost:
     def forget(self, client_id: str) -> None:
         """Drop a learner that has moved. No call of it may be here."""
         with self._lock:
-            self._mailboxes.pop(client_id, None)
-        self._learners.forget(client_id)
+            mailbox = self._mailboxes.pop(client_id, None)
+        if mailbox is not None:
+            self._learners.forget(mailbox)
 
     def submit(self, call: Call, reply: Reply) -> None:
         """Queue a call of a registered learner. ``reply`` receives its (first) outcome, on any thread."""

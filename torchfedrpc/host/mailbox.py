@@ -29,6 +29,7 @@ class Mailbox:
         learner: The learner; None before its first call, and while it is on disk.
         made: Whether the learner was made.
         is_stored: Whether its snapshot is on disk, in place of `learner` and `counts`.
+        has_left: Whether the host has dropped it.
         current: The job that has the learner. An open stream keeps it between its steps.
         queue: The jobs that wait for it; None if none waits.
         counts: Number of calls of each method; they seed the calls.
@@ -40,6 +41,7 @@ class Mailbox:
     learner: Any = None
     made: bool = False
     is_stored: bool = False
+    has_left: bool = False
     current: Job | None = None
     queue: deque[Job] | None = None
     counts: Counter[str] = field(default_factory=lambda: _NEVER)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import LoopErrors
+from internals import stored_learners
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.host import torch_settings
@@ -62,6 +64,16 @@ def host() -> Iterator[LearnerHost]:
     opened.clear()
     waiting.clear()
     assert host.close()
+
+
+class SlowAtFirst(Counting):
+    """Is made at once, unless it is the first one."""
+
+    def __init__(self, client_id: str) -> None:
+        super().__init__(client_id)
+        if not waiting.is_set():
+            waiting.set()
+            assert opened.wait(TIMEOUT_S)
 
 
 class Slow(Counting):
@@ -128,12 +140,25 @@ def test_reply_that_raises_leaves_the_host_to_other_calls(host: LearnerHost) -> 
     assert [result(host, call(2, "add_on_loop")), result(host, call(3))] == [2, 3]
 
 
-@pytest.mark.parametrize("while_it", ["is made", "makes room"])
-def test_a_call_that_is_cancelled_before_its_method_begins_never_begins(while_it: str) -> None:
-    host = LearnerHost(LearnerSpec.of(Slow, 0, RuntimeConfig(max_resident_learners=1))[0])
+@contextmanager
+def host_of_one(learner: type, num_threads: int = 1) -> Iterator[LearnerHost]:
+    """A host with one learner in memory."""
+    runtime = RuntimeConfig(max_resident_learners=1, max_concurrent_calls=num_threads)
+    host = LearnerHost(LearnerSpec.of(learner, 0, runtime)[0])
     for client_id in ("client_1", "quick"):
         host.register(Registration(client_id, pack({})))
     try:
+        yield host
+    finally:
+        opened.set()
+        assert host.close()
+        opened.clear()
+        waiting.clear()
+
+
+@pytest.mark.parametrize("while_it", ["is made", "makes room"])
+def test_a_call_that_is_cancelled_before_its_method_begins_never_begins(while_it: str) -> None:
+    with host_of_one(Slow) as host:
         if while_it == "makes room":
             assert result(host, call(1, client_id="quick")) == 1
         cancelled = asked(host, call(2))
@@ -143,11 +168,35 @@ def test_a_call_that_is_cancelled_before_its_method_begins_never_begins(while_it
         opened.set()
         assert result(host, call(3)) == 1
         assert host.mailbox("client_1").counts == {"add": 1}  # so its random streams are those of the first call
-    finally:
+
+
+@pytest.mark.parametrize("is_rebuilt", [False, True])
+def test_a_learner_that_leaves_while_it_is_evicted_is_not_on_disk(is_rebuilt: bool) -> None:
+    with host_of_one(Slow) as host:
+        assert result(host, call(1, client_id="quick")) == 1
+        other = asked(host, call(2))
+        assert waiting.wait(TIMEOUT_S)
+        if is_rebuilt:
+            host.register(Registration("quick", pack({}), build=1))
+        else:
+            host.forget("quick")
         opened.set()
-        assert host.close()
-        opened.clear()
-        waiting.clear()
+        assert other.result(TIMEOUT_S).kind == "value"
+        assert stored_learners(host) == []
+
+
+def test_a_learner_made_by_a_call_of_an_earlier_build_takes_no_place_of_the_present_one() -> None:
+    with host_of_one(SlowAtFirst, num_threads=2) as host:
+        asked(host, call(1))
+        assert waiting.wait(TIMEOUT_S)
+        earlier = asked(host, call(2))
+        host.register(Registration("client_1", pack({}), build=1))
+        assert result(host, call(3)) == 1
+        opened.set()
+        assert earlier.result(TIMEOUT_S).result(call(2), host.allow, "worker1") == 2
+        assert result(host, call(4, client_id="quick")) == 1
+        assert (stored_learners(host), host.stats()["learners"]) == (["client_1"], 1)
+        assert result(host, call(5)) == 2
 
 
 def test_a_step_of_a_stream_that_is_cancelled_in_the_queue_makes_no_item(host: LearnerHost) -> None:
