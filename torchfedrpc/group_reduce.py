@@ -114,7 +114,7 @@ async def _make_calls(
     if timeout_s is None:
         await run()  # a quorum stops it
     else:
-        running = asyncio.ensure_future(run())
+        running, done = asyncio.ensure_future(run()), set[asyncio.Future[None]]()
         try:
             done, _ = await asyncio.wait(
                 {running, reduction.stopped}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -129,6 +129,7 @@ async def _make_calls(
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+            del running, done  # which have the error, whose traceback has this frame
     for error in reduction.failures.values():
         if not isinstance(error, Exception):
             raise error

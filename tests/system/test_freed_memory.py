@@ -52,6 +52,9 @@ class Weighing:
         if fails:
             raise ValueError("asked to fail")
 
+    def measure(self, weights: torch.Tensor, size: int) -> torch.Tensor:
+        return torch.ones(size)
+
     async def take_async(self, weights: torch.Tensor) -> None:
         self._see(weights)
         await asyncio.sleep(0)
@@ -135,3 +138,18 @@ async def test_a_callers_tensors_are_freed_whether_they_could_be_sent_or_not(pro
         del result
         await proxy.custom_method("a", "alive")  # the thread that brought the result has gone on
         assert [ref() is not None for ref in there] == [False] * 3
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
+async def test_a_callers_tensors_are_freed_where_the_results_do_not_go_together(
+    proxy: tfr.LearnerProxy, timeout_s: float | None
+) -> None:
+    with no_collections():
+        weights = {client_id: torch.ones(NUM_LARGE) for client_id in "ab"}
+        there = [memory_of(one) for one in weights.values()]
+        own = {client_id: {"weights": weights[client_id], "size": 2 + (client_id == "a")} for client_id in "ab"}
+        with pytest.raises(ValueError, match="do not go together"):
+            await proxy.clients(own).options(timeout_s=timeout_s).reduce("measure", tfr.Mean())
+        del weights, own
+        await proxy.clients().call("alive")  # the calls after the reduce have gone on
+        assert [ref() is not None for ref in there] == [False] * 2

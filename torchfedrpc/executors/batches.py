@@ -11,7 +11,7 @@ from typing import Any
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.executors.learner_session import LearnerSession, Run
 from torchfedrpc.host.call import Call, Outcome
-from torchfedrpc.reduce.driver import Reduction, all_ended
+from torchfedrpc.reduce.driver import Reduction, all_ended, raise_first
 from torchfedrpc.rpc.member import Member, WorkerGone
 from torchfedrpc.rpc.worker_client import UndeliverableError
 
@@ -77,9 +77,7 @@ class Batches:
         try:
             while parts:
                 asking = [self._ask(worker, own, parts) for worker, own in (await self._placed(parts)).items()]
-                for answer in await asyncio.gather(*asking, return_exceptions=True):
-                    if answer is not None:
-                        raise answer
+                raise_first(await asyncio.gather(*asking, return_exceptions=True))
         finally:
             for _, session in parts.values():
                 session.turns.give()
@@ -104,7 +102,10 @@ class Batches:
                     session.turns.give()
                     self.reduction.note(call.client_id, session.lost(call, str(answer)))
                 elif isinstance(answer, BaseException):
-                    raise answer
+                    try:
+                        raise answer
+                    finally:
+                        del answer  # whose traceback has this frame
                 else:
                     of_workers[answer][place] = call
         return of_workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torchfedrpc.reduce.partial import open_nodes, open_reducer, pack_reducer
 from torchfedrpc.reduce.reducers import Reducer, are_small, is_builtin
 from torchfedrpc.reduce.tree import Forest, MergeError, Node, covered, merged
 from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import Packed
 
 
@@ -203,10 +204,7 @@ class Reduction:
         """
         places_of_batch = dict(batch.calls).keys()
         if outcome.failure is not None:
-            error = outcome.failure.restore(self._allow, f"as results were merged on {worker.label}")
-            if isinstance(error, MergeError) and not error.is_between(places_of_batch):
-                raise SerializationError(f"{worker.label} has answered a batch with an error of other clients")
-            raise error
+            raise _merge_failure(outcome.failure, places_of_batch, self._allow, worker.label)
         missing = places_of_batch - self.counted
         nodes = [] if outcome.parcel is None else open_nodes(outcome.parcel, self._reducer, self._allow)
         for level, index, _ in nodes:
@@ -271,6 +269,14 @@ class Reduction:
             torch.set_num_threads(before)
 
 
+def _merge_failure(failure: Failure, places: Container[int], allow: AllowList, worker: str) -> BaseException:
+    """Return the error of a batch with calls at these places."""
+    error = failure.restore(allow, f"as results were merged on {worker}")
+    if isinstance(error, MergeError) and not error.is_between(places):
+        return SerializationError(f"{worker} has answered a batch with an error of other clients")
+    return error
+
+
 def _error_of(outcome: Outcome, call: Call, allow: AllowList, worker: str) -> BaseException | None:
     """Return the error of a call that failed. Its traceback would refer to this frame, and so to itself."""
     try:
@@ -280,13 +286,26 @@ def _error_of(outcome: Outcome, call: Call, allow: AllowList, worker: str) -> Ba
     return None
 
 
-async def all_ended(tasks: Sequence[asyncio.Future[None]]) -> None:
-    """Wait for all tasks, then raise the error of the first failed one. Cancelling the caller cancels the tasks."""
+async def all_ended(tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for all tasks, remove them from the list, and raise the error of the first failed one.
+
+    Cancelling the caller cancels the tasks.
+    """
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()
+    raise_first(answers)
+
+
+def raise_first(answers: list[BaseException | None]) -> None:
+    """Remove all answers from the list, and raise the first error.
+
+    An error's traceback refers to the frames that it passes. If one of them had the error, or its task, they would
+    keep each other and what else these frames have until the next garbage collection.
+    """
+    error = next((answer for answer in answers if answer is not None), None)
+    answers.clear()
     try:
-        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        if error is not None:
+            raise error
     finally:
-        for task in tasks:
-            task.cancel()
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
+        del error
