@@ -397,14 +397,16 @@ async def test_a_collection_that_takes_too_long_is_a_timeout(
     assert (await proxy.clients(ids).reduce("text", Brackets())).value == brackets(ids)
 
 
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
 @pytest.mark.parametrize("collecting", [False, True])
-async def test_a_cancelled_reduction_leaves_the_learners_usable(
-    proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch, seen: Seen, collecting: bool
+async def test_a_cancelled_reduction_leaves_the_learners_usable_and_nothing_behind(
+    proxy: tfr.LearnerProxy, fresh: Fresh, latch: Latch, seen: Seen, collecting: bool, timeout_s: float | None
 ) -> None:
     ids = fresh.apart(4)
     reducer = SlowToPack(latch.path) if collecting else Brackets()
     arguments = {one: {"until": None if collecting or one != ids[0] else latch.path} for one in ids}
-    reduction = asyncio.ensure_future(proxy.clients(arguments).reduce("text_once_open_async", reducer))
+    group = proxy.clients(arguments).options(timeout_s=timeout_s)
+    reduction = asyncio.ensure_future(group.reduce("text_once_open_async", reducer))
     await asyncio.gather(*(seen.ended(one) for one in (ids if collecting else ids[1:])))
     async with asyncio.timeout(20):
         while collecting and not Path(latch.path + ".packing").exists():
@@ -415,6 +417,7 @@ async def test_a_cancelled_reduction_leaves_the_learners_usable(
         await reduction
     latch.open()
     assert (await proxy.clients(ids).reduce("text", Brackets())).value == brackets(ids)
+    await check_nothing_goes_on(proxy)
 
 
 async def test_sparse_tensors_are_added_up_beside_dense_ones(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:

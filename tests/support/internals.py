@@ -68,12 +68,14 @@ def is_formed(proxy: tfr.LearnerProxy) -> bool:
 
 
 async def check_nothing_goes_on(proxy: tfr.LearnerProxy) -> None:
-    """Check that no host has an open batch, and that no call is under way on the driver."""
+    """Check that no host has an open batch, that the driver's keeps no outcome, and that no call is under way."""
     executor: Any = proxy._router._main
     async with asyncio.timeout(20):  # calls that were cancelled end in their time
         if proxy.mode == "local":
-            while executor._learners._host._batches:
+            host = executor._learners._host
+            while host._batches:
                 await asyncio.sleep(0.01)
+            assert not host._outcomes
             return
         while any(session.turns.is_held for session in sessions_of(proxy).values()):
             await asyncio.sleep(0.01)

@@ -80,7 +80,7 @@ class LocalLearners:
             try:
                 outcome, again = await reduction.run(self, batch)
             except asyncio.CancelledError:
-                self._host.cancel(batch.call_id)
+                self._drop_batch(batch)
                 raise
             for place, of_call in outcome.of_calls:
                 self._durations.note(calls[place], of_call)
@@ -104,6 +104,12 @@ class LocalLearners:
         if outcome.is_final:
             self._host.acknowledge([batch.call_id])
         return outcome
+
+    def _drop_batch(self, batch: Batch) -> None:
+        """Cancel a batch that nobody waits for. An outcome that nobody has asked for would be kept."""
+        self._host.cancel(batch.call_id)
+        self._host.advance(batch.call_id, len(batch.calls), lambda outcome: None)  # only its final outcome is left
+        self._host.acknowledge([batch.call_id])
 
     def cancel_batch(self, batch: Batch) -> None:
         """Cancel the calls of a batch that have not ended."""
