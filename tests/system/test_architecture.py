@@ -18,7 +18,19 @@ PACKAGE = Path(tfr.__file__).parent
 
 # From the ground up; a module imports from floors below its own and, without a cycle, from its own.
 FLOORS = [
-    {"version", "errors", "config", "registry", "launcher", "extras", "system", "events", "private_files", "storage"},
+    {
+        "version",
+        "errors",
+        "config",
+        "registry",
+        "launcher",
+        "extras",
+        "system",
+        "events",
+        "private_files",
+        "storage",
+        "tasks",
+    },
     {"wire"},
     {"host", "reduce"},
     {"signals"},

@@ -11,9 +11,10 @@ from typing import Any
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.executors.learner_session import LearnerSession, Run
 from torchfedrpc.host.call import Call, Outcome
-from torchfedrpc.reduce.driver import Reduction, all_ended, raise_first
+from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.rpc.member import Member, WorkerGone
 from torchfedrpc.rpc.worker_client import UndeliverableError
+from torchfedrpc.tasks import all_ended, raise_first
 
 Parts = dict[int, tuple[Call, LearnerSession]]
 """Calls by place, each with the session of its learner, whose lock it holds."""

@@ -22,7 +22,8 @@ from torchfedrpc.executors.stream import CallStream, Steps
 from torchfedrpc.host.call import Call, CallKind, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.snapshot import seal
-from torchfedrpc.reduce.driver import Reduction, all_ended
+from torchfedrpc.reduce.driver import Reduction
+from torchfedrpc.tasks import all_ended
 from torchfedrpc.wire.packing import Packed, Parcel, pack, pack_nothing
 from torchfedrpc.wire.shared import SharedValue, shared_values
 

@@ -27,9 +27,10 @@ from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.handshake import load_token
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.sources import DialledSource, JoinedSource, Source, Tasks
+from torchfedrpc.rpc.sources import DialledSource, JoinedSource, Source
 from torchfedrpc.rpc.worker_group import WorkerGroup, WorkerLeaving
 from torchfedrpc.rpc.workers import Worker, WorkerState
+from torchfedrpc.tasks import Tasks
 from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Packed, pack
 from torchfedrpc.wire.shared import SharedValue

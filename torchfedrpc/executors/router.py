@@ -16,8 +16,9 @@ from torchfedrpc.executors.placement import HTTP, LOCAL, ClientEndpoint
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.launcher import Launch
-from torchfedrpc.reduce.driver import Reduction, all_ended
+from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.registry import executors
+from torchfedrpc.tasks import all_ended
 
 
 class ExecutorRouter:

@@ -284,28 +284,3 @@ def _error_of(outcome: Outcome, call: Call, allow: AllowList, worker: str) -> Ba
     except BaseException as error:
         return error.with_traceback(None)
     return None
-
-
-async def all_ended(tasks: list[asyncio.Task[None]]) -> None:
-    """Wait for all tasks, remove them from the list, and raise the error of the first failed one.
-
-    Cancelling the caller cancels the tasks.
-    """
-    answers = await asyncio.gather(*tasks, return_exceptions=True)
-    tasks.clear()
-    raise_first(answers)
-
-
-def raise_first(answers: list[BaseException | None]) -> None:
-    """Remove all answers from the list, and raise the first error.
-
-    An error's traceback refers to the frames that it passes. If one of them had the error, or its task, they would
-    keep each other and what else these frames have until the next garbage collection.
-    """
-    error = next((answer for answer in answers if answer is not None), None)
-    answers.clear()
-    try:
-        if error is not None:
-            raise error
-    finally:
-        del error

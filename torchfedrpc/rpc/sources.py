@@ -9,9 +9,8 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
@@ -33,6 +32,7 @@ from torchfedrpc.rpc.interfaces import network_site, parse_address
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.processes import Process, start_worker
 from torchfedrpc.rpc.surroundings import Surroundings
+from torchfedrpc.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -110,33 +110,6 @@ class _Backoff:
     async def pause(self) -> None:
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _MAX_PAUSE_S) or _FIRST_PAUSE_S
         await asyncio.sleep(pause_s)
-
-
-class Tasks:
-    """Tasks that end together. An error of one is logged."""
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine as a task."""
-        task = asyncio.ensure_future(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._end)
-
-    def cancel(self) -> None:
-        """Cancel all tasks; `wait` awaits their ends."""
-        for task in self._tasks:
-            task.cancel()
-
-    async def wait(self) -> None:
-        """Wait until all tasks have ended."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _end(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a task of the run failed", exc_info=error)
 
 
 class ProcessSource(Source):

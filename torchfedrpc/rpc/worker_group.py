@@ -26,10 +26,11 @@ from torchfedrpc.rpc.heartbeat import Loss, Watch
 from torchfedrpc.rpc.heartbeat_connection import open_heartbeat
 from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.member import Member, RefusalError
-from torchfedrpc.rpc.sources import Source, Tasks
+from torchfedrpc.rpc.sources import Source
 from torchfedrpc.rpc.worker_client import Traffic, UndeliverableError, WorkerClient
 from torchfedrpc.rpc.workers import Worker, Workers, WorkerState
-from torchfedrpc.rpc.world import DriverPlace, all_of
+from torchfedrpc.rpc.world import DriverPlace
+from torchfedrpc.tasks import Tasks, all_of
 from torchfedrpc.wire.file import TensorFile
 
 logger = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from torchfedrpc.rpc.control_link import Message
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, interface_of
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.rrefs import MAX_MEMBERS
+from torchfedrpc.tasks import all_of
 
 _INTERFACE = "TP_SOCKET_IFNAME"
 _JOIN_TIMEOUT_S = 30.0
@@ -345,25 +346,6 @@ class DriverPlace:
 
     def _in_thread(self, function: Callable[[], None]) -> asyncio.Future[None]:
         return asyncio.get_running_loop().run_in_executor(self._thread, function)
-
-
-async def all_of(*coroutines: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Run all coroutines. Returns their results. If one fails, cancel the others and raise its error.
-
-    The error is in no reference cycle, so that the objects of the failed coroutine are freed with it.
-    """
-    error, tasks = None, []
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except BaseExceptionGroup as errors:
-        error = errors.with_traceback(None).exceptions[0]
-    try:
-        if error is not None:
-            raise error
-        return [task.result() for task in tasks]
-    finally:
-        del error, tasks
 
 
 def _device_pair(learner: LearnerSpec, device: torch.device) -> tuple[str, str] | None:

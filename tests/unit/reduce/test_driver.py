@@ -14,7 +14,7 @@ import torchfedrpc as tfr
 from torchfedrpc.executors.base import AbstractExecutor, Invocation
 from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.reduce import driver as module
-from torchfedrpc.reduce.driver import Reduction, all_ended
+from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.reduce.tree import MergeError, Node
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import Failure
@@ -480,45 +480,3 @@ async def test_results_that_cannot_be_merged_fail_the_reduction() -> None:
     reduction = reduction_of(Failing("merge", "value"), "ab")
     with pytest.raises(MergeError):
         await asyncio.wait_for(gathered(reduction), TIMEOUT_S)
-
-
-# Waiting.
-
-
-async def failing(error: Exception, release: asyncio.Event) -> None:
-    await release.wait()
-    raise error
-
-
-async def test_failure_is_raised_when_all_have_ended() -> None:
-    first, second, third = asyncio.Event(), asyncio.Event(), asyncio.Event()
-    tasks = [
-        asyncio.ensure_future(failing(ValueError("first"), first)),
-        asyncio.ensure_future(failing(ValueError("second"), second)),
-        asyncio.ensure_future(third.wait()),
-    ]
-    ended = asyncio.ensure_future(all_ended(tasks))  # type: ignore[arg-type]
-    second.set()
-    await settled()
-    first.set()
-    await settled()
-    assert not ended.done()
-    third.set()
-    with pytest.raises(ValueError, match="first"):
-        await asyncio.wait_for(ended, TIMEOUT_S)
-
-
-async def test_tasks_are_cancelled_with_their_caller() -> None:
-    release = asyncio.Event()
-    tasks = [asyncio.ensure_future(failing(ValueError(""), release)) for _ in range(2)]
-    ended = asyncio.ensure_future(all_ended(tasks))
-    await settled()
-    ended.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await ended
-    await settled()
-    assert all(task.cancelled() for task in tasks)
-
-
-async def test_nothing_to_wait_for_has_ended() -> None:
-    await asyncio.wait_for(all_ended([]), TIMEOUT_S)
