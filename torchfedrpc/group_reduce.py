@@ -75,6 +75,7 @@ async def reduce(
         finally:
             for client_id in reduction.pending:  # after a deadline, a quorum or a cancellation
                 reduction.calls[client_id].end(asyncio.CancelledError())
+            reduction.close()
         value = await _merge(options, reduction, method) if reduction.nodes else None
     except MergeError as error:
         left, right = (in_order[place] for place in error.places)
@@ -99,6 +100,8 @@ async def _make_calls(
 ) -> None:
     """Make the calls of a reduction, stop it at its deadline, and wait for its partial results.
 
+    Batches that owe no result and do not end within another ``timeout_s`` are left to end in the background.
+
     Raises:
         CallTimeoutError: If the partial results did not come within another ``timeout_s`` after the stop.
         BaseException: If a method raised it, and it is no Exception.
@@ -122,10 +125,11 @@ async def _make_calls(
             if not done:
                 reduction.stop({one: calls.late(options, one, method) for one in reduction.pending})
             done, _ = await asyncio.wait({running}, timeout=timeout_s if reduction.stopped.done() else None)
-            if not done:
+            if done:
+                await running
+            elif not reduction.is_complete:  # else the others are of no use, such as those of a frozen worker
                 where = ", ".join(reduction.waited_for) or "the driver"
                 raise _not_merged(options, reduction, method, where)
-            await running
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from internals import check_nothing_goes_on
-from losses import SEED, Losses, check_draw, draw, of_draw, pseudo
+from losses import SEED, Losses, check_draw, draw, of_draw, pid_of, pseudo
 from summing import Adder, Brackets, Deadly, SlowToPack
 from workers import joining, make_token
 
@@ -51,6 +52,24 @@ async def test_results_that_are_lost_are_errors_where_workers_are_not_replaced(o
             assert isinstance(error, tfr.WorkerLostError)
             assert f"{client}.text on worker1" in str(error)
         assert (await proxy.clients(clients[2:]).reduce("text", Brackets())).value == "(2+3)"
+
+
+@pytest.mark.parametrize("options", [{"min_results": 2}, {"on_error": "collect"}], ids=str)
+async def test_a_frozen_worker_that_has_no_result_fails_no_reduction(options: dict[str, Any]) -> None:
+    clients = ALL[:4]
+    async with tfr.LearnerProxy(Adder, clients, runtime=pseudo(heartbeat_timeout_s=30), seed=SEED) as proxy:
+        await proxy.clients(clients).reduce("text", Brackets())
+        frozen = pid_of(proxy, "worker1")
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            result = await proxy.clients(clients).options(timeout_s=2, **options).reduce("text", Brackets())
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+        assert (result.value, result.count) == ("(2+3)", 2)
+        assert list(result.failures) == ([] if "min_results" in options else clients[:2])
+        assert (await proxy.clients(clients).reduce("text", Brackets())).value == "((0+1)+(2+3))"
+        assert (result.value, result.count) == ("(2+3)", 2)
+        await check_nothing_goes_on(proxy)
 
 
 async def test_a_reducer_that_kills_its_worker_each_time_is_given_up(tmp_path: Path) -> None:

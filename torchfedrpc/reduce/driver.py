@@ -94,6 +94,7 @@ class Reduction:
         self._allow = allow
         self._num_retries = num_retries
         self._min_results = min_results
+        self._is_closed = False
         self._num_repeats: Counter[int] = Counter()  # of a call, by place
         self._open: dict[tuple[str, int], tuple[BatchWorker, Batch]] = {}
 
@@ -114,6 +115,15 @@ class Reduction:
         """Workers with outstanding partial results, for messages."""
         return list(dict.fromkeys(worker.label for worker, _ in self._open.values()))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the results of all calls that succeeded have come."""
+        return self.counted.issuperset(map(self.places.__getitem__, self.succeeded))
+
+    def close(self) -> None:
+        """Ignore whatever comes from now on, from batches that go on in the background."""
+        self._is_closed = True
+
     def stop(self, errors: Mapping[str, Exception] | None = None) -> None:
         """Cancel the pending calls. Later errors do not count, but results that come nevertheless do.
 
@@ -129,6 +139,8 @@ class Reduction:
 
     def note(self, client_id: str, error: BaseException | None) -> None:
         """Record the end of a client's call. A call repeated after a loss may end twice."""
+        if self._is_closed:
+            return
         if error is None:
             self.succeeded.add(client_id)
             self.failures.pop(client_id, None)
@@ -218,6 +230,8 @@ class Reduction:
 
     def add_nodes(self, nodes: Iterable[Node]) -> None:
         """Add partial results."""
+        if self._is_closed:
+            return
         for level, index, reducer in nodes:
             self.nodes.append((level, index, reducer))
             self.counted.update(covered(level, index, len(self.client_ids)))

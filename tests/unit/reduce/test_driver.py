@@ -420,6 +420,33 @@ async def test_error_of_a_merge_has_a_reason() -> None:
         begun().take(Worker(), batch_of(begun()), failed)
 
 
+async def test_reduction_is_complete_once_all_that_succeeded_have_come() -> None:
+    reduction = begun()
+    seen = [reduction.is_complete]
+    for client_id, error in (("a", None), ("b", ValueError("no"))):
+        reduction.note(client_id, error)
+        seen.append(reduction.is_complete)
+    reduction.add_nodes(nodes_of(reduction, 0))
+    seen.append(reduction.is_complete)
+    reduction.note("c", None)
+    seen.append(reduction.is_complete)
+    assert seen == [True, False, False, True, False]
+
+
+async def test_closed_reduction_ignores_what_comes_late() -> None:
+    reduction, worker = begun(), Worker()
+    reduction.add_nodes(nodes_of(reduction, 0))
+    reduction.note("a", None)
+    reduction.stop({"b": ValueError("late")})
+    reduction.close()
+    reduction.note("b", None)
+    outcome = Outcome("value", pack(nodes_of(reduction, 1)), of_calls=((1, VALUE),))
+    reduction.take(worker, batch_of(reduction), outcome)
+    assert (reduction.succeeded, [*reduction.failures]) == ({"a"}, ["b"])
+    assert reduction.counted == {0}
+    assert await reduction.finish() == "a"
+
+
 # Executors that reduce nothing on their workers.
 
 
