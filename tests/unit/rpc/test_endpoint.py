@@ -256,7 +256,7 @@ def test_batch_that_is_cancelled_answers_with_the_results_that_were_there(host: 
     of_both = batch(7, -1, echo(2, "a", 2.0), echo(3, "b", 3.0), is_watched=True)
     _, [(question, first)], _ = served(0, REGISTER, other, holding, of_both)
     assert (question, [place for place, _ in read_outcome(first, None).of_calls]) == (7, [1])
-    _, [(question, last)], _ = served(1, ("cancel_batch", -1), ("advance", 8, -1, 1))
+    _, [(question, last)], _ = served(1, ("cancel_batch", -1), ("advance", 8, -1, 2))
     outcome = read_outcome(last, None)
     assert (question, outcome.is_final) == (8, True)
     assert opened_nodes(host, last) == [(3.0, (1,))]
