@@ -7,15 +7,11 @@ import gc
 import weakref
 
 import pytest
+from settling import settled
 
 from torchfedrpc.tasks import all_ended, all_of
 
 TIMEOUT_S = 20.0
-
-
-async def settled() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 class Socket:

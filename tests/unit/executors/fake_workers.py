@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import torch
+from settling import TIMEOUT_S, within
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import SnapshotError, WorkerLostError
@@ -26,20 +27,7 @@ from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import pack
 
 ALLOW = AllowList(["summing"])
-TIMEOUT_S = 10.0
 CUT_OFF = Outcome("cancelled", cut_off=True)
-
-
-async def settled() -> None:
-    """Let the loop run until all that is due has been done."""
-    for _ in range(30):
-        await asyncio.sleep(0)
-
-
-async def within(awaitable: Any) -> Any:
-    """Await something that must not take long."""
-    async with asyncio.timeout(TIMEOUT_S):
-        return await awaitable
 
 
 async def until(condition: Callable[[], Any]) -> None:

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from fake_workers import ALLOW, CUT_OFF, FakeRun, FakeWorker, call, settled, until, within
+from fake_workers import ALLOW, CUT_OFF, FakeRun, FakeWorker, call, until
+from settling import settled, within
 from summing import Brackets
 
 from torchfedrpc.errors import SerializationError, WorkerLostError

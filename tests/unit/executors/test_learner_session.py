@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from fake_workers import CUT_OFF, UNCAPTURABLE, FakeRun, FakeWorker, call, settled, tensor_of, until, within
+from fake_workers import CUT_OFF, UNCAPTURABLE, FakeRun, FakeWorker, call, tensor_of, until
+from settling import settled, within
 
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.executors.learner_session import SessionStream, Turns

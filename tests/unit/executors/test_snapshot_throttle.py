@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from settling import settled
 
 from torchfedrpc.executors.snapshot_throttle import SnapshotBudget, SnapshotThrottle
 
@@ -31,12 +32,6 @@ class Snapshot:
     async def arrive(self) -> None:
         self._arrived.set()
         await self.task
-
-
-async def settled() -> None:
-    """Let the loop run until all that is due has been done."""
-    for _ in range(10):
-        await asyncio.sleep(0)
 
 
 async def cancelled(snapshot: Snapshot) -> None:

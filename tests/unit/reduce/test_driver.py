@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from settling import settled
 from summing import Brackets, Failing
 
 import torchfedrpc as tfr
@@ -22,11 +23,6 @@ from torchfedrpc.wire.packing import pack
 
 ALLOW = AllowList(["summing", __name__])
 TIMEOUT_S = 20.0
-
-
-async def settled() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 def reduction_of(reducer: Any, client_ids: Iterable[str], **options: Any) -> Reduction:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from settling import settled, within
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration
@@ -137,15 +138,6 @@ class Client:
 
 
 VALUE, ITEM = Outcome("value"), Outcome("item")
-
-
-async def settled() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
-
-
-async def within(awaitable: Any) -> Any:
-    return await asyncio.wait_for(awaitable, 20)
 
 
 def serving(*clients: str) -> tuple[Member, Client]:

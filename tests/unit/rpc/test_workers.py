@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from settling import settled, within
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.rpc import workers as module
@@ -15,23 +16,9 @@ from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sources import Source
 from torchfedrpc.rpc.workers import Workers, WorkerState
 
-TIMEOUT_S = 10.0
-
 
 class Replacing(Source):
     replaces = True
-
-
-async def settled() -> None:
-    """Let the loop run until all that is due has been done."""
-    for _ in range(30):
-        await asyncio.sleep(0)
-
-
-async def within(awaitable: Any) -> Any:
-    """Await something that must not take long."""
-    async with asyncio.timeout(TIMEOUT_S):
-        return await awaitable
 
 
 def admitted(workers: Workers, label: str = "", source: Source | None = None) -> Member:
