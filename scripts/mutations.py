@@ -540,9 +540,9 @@ MUTATIONS = [
     Mutation(
         "a group call has its arguments packed by each of its calls",
         "executors/call_executor.py",
-        "return self._sharing.shared(args, kwargs, num_calls)",
-        "return args, kwargs",
-        "tests/contract/test_sharing.py -k 'local and group'",
+        "_tick_values(args, kwargs), packed)",
+        "_tick_values(args, kwargs), None)",
+        "tests/contract/test_groups.py -k 'local and packed_once'",
     ),
     Mutation(
         "a memory file is written while a process reads it",

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from torchfedrpc.errors import (
     suggest,
 )
 from torchfedrpc.events import CallEnded, CallStarted, Event, EventBus
-from torchfedrpc.executors.base import Invocation
+from torchfedrpc.executors.base import Arguments, Invocation
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.options import CallOptions
 
@@ -152,6 +152,17 @@ class Calls:
                 f"which holds the learner. Call it after the loop, or close the stream first: await stream.aclose()"
             )
 
+    def check(self, invocation: Invocation) -> None:
+        """Check that a call may be submitted now.
+
+        Raises:
+            LearnerBusyError: If this task, or the task that started it, reads a stream of that learner.
+            CapacityError: If ``runtime.max_pending_calls`` calls are pending.
+        """
+        if self.opening.open_streams:
+            self.check_not_reading(invocation.client_id, invocation.method)
+        self.check_capacity(invocation.client_id, invocation.method)
+
     def check_capacity(self, client_id: str, method: str) -> None:
         """Check that one more call, or step of a stream, may be pending.
 
@@ -182,25 +193,53 @@ class Calls:
             CallTimeoutError: If ``options.timeout_s`` passed.
             Exception: If the method raised; the type is the same.
         """
-        invocation = self.invocation(options, client_id, method, args, kwargs)
-        if self.opening.open_streams:
-            self.check_not_reading(client_id, method)
-        self.check_capacity(client_id, method)
-        executor = self.router.get_executor(client_id)
+        return await self.run(options, self.invocation(options, client_id, method, args, kwargs))
+
+    async def run(self, options: CallOptions, invocation: Invocation) -> Any:
+        """Run a call and return its result; errors are those of `call`."""
+        self.check(invocation)
+        executor = self.router.get_executor(invocation.client_id)
         return await self.observed(options, invocation, executor.execute(invocation))
 
     def in_order(self, client_ids: Iterable[str]) -> list[str]:
         """Return these clients in the order of `client_ids`."""
         return sorted(client_ids, key=self._order.__getitem__)
 
-    def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
-        """Return the clients of a group's call in the order of submission; see `AbstractExecutor.plan`."""
-        return self.router.plan(self.in_order(client_ids), method, is_awaited=is_awaited)
+    def of_group(
+        self,
+        options: CallOptions,
+        clients: Mapping[str, Mapping[str, Any]],
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> list[Invocation]:
+        """Return the calls of a group, in the order of submission. Their common arguments are packed once.
 
-    def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
-        """Return the common arguments of a group's calls, with large values replaced by shared ones."""
+        Args:
+            options: Options of the calls.
+            clients: Client -> keyword arguments for that client, which override the common ones.
+            method: The method's name.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+
+        Raises:
+            ConfigError: If the proxy is closed, or was opened in another event loop.
+            MethodNotFoundError: If the method's name is no string.
+            SerializationError: If a shared reference among the arguments was released.
+        """
         self.check_open()
-        return self.router.lift(args, kwargs, num_calls)
+        in_order = self.router.plan(self.in_order(clients), method, is_awaited=options.ends_early)
+        common = None
+        if (args or kwargs) and len(in_order) > 1:
+            common = self.router.pack_common(args, kwargs, len(in_order))
+            args, kwargs = common.args, common.kwargs
+        invocations = []
+        for client_id in in_order:
+            if own := clients[client_id]:
+                invocations.append(self._invocation(options, client_id, method, args, {**kwargs, **own}))
+            else:
+                invocations.append(self._invocation(options, client_id, method, args, kwargs, common))
+        return invocations
 
     async def apart(self, options: CallOptions, client_id: str, what: str, answer: Coroutine[Any, Any, T]) -> T:
         """Await a request other than a method call, such as a snapshot, under the options' deadline.
@@ -259,6 +298,17 @@ class Calls:
         """
         self.check_open()
         self.check_client(client_id)
+        return self._invocation(options, client_id, method, args, kwargs)
+
+    def _invocation(
+        self,
+        options: CallOptions,
+        client_id: str,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        common: Arguments | None = None,
+    ) -> Invocation:
         if not isinstance(method, str):
             raise MethodNotFoundError(f"{client_id}: a method is called by its name, not by {method!r}")
         run_timeout_s = self.router.config.call_timeout_s if options.timeout_s is None else None
@@ -271,6 +321,7 @@ class Calls:
             kwargs,
             run_timeout_s,
             options.retries,
+            common,
         )
 
     async def observed(self, options: CallOptions, invocation: Invocation, answer: Any) -> Any:

@@ -271,12 +271,9 @@ class LearnerGroup:
     ) -> AsyncGenerator[tuple[str, Any, Exception | None], None]:
         """Yield (client, result, error) in order of completion. Closing the generator cancels the pending calls."""
         tasks: dict[asyncio.Future[Any], str] = {}
-        args, kwargs = self._calls.lift(args, kwargs, len(self._clients))
-        are_awaited = self._options.timeout_s is not None or self._options.min_results is not None
-        for client_id in self._calls.plan(self._clients, method, is_awaited=are_awaited):
-            own = self._clients[client_id]
-            call = self._calls.call(self._options, client_id, method, args, {**kwargs, **own})
-            tasks[asyncio.ensure_future(call)] = client_id
+        for invocation in self._calls.of_group(self._options, self._clients, method, args, kwargs):
+            call = self._calls.run(self._options, invocation)
+            tasks[asyncio.ensure_future(call)] = invocation.client_id
         ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
         for task in tasks:
             task.add_done_callback(ended.put_nowait)

@@ -46,32 +46,19 @@ async def reduce(
     """
     calls.check_open()
     prototype, in_order = prototype_of(reducer), calls.in_order(clients)
-    is_awaited = options.timeout_s is not None or options.min_results is not None
     reduction = Reduction(
         prototype,
         in_order,
         calls.router.allow,
         num_retries=options.retries,
         min_results=options.min_results,
-        is_watched=is_awaited or bool(calls.events.subscribers),
+        is_watched=options.ends_early or bool(calls.events.subscribers),
     )
-    if args or kwargs:
-        args, kwargs = calls.lift(args, kwargs, len(clients))
+    invocations = calls.of_group(options, clients, method, args, kwargs)
+    refused: dict[str, BaseException] = {}
     try:
-        refused: dict[str, BaseException] = {}
-        invocations = []
-        for client_id in calls.router.plan(in_order, method, is_awaited=is_awaited):
-            invocation = calls.invocation(options, client_id, method, args, {**kwargs, **clients[client_id]})
-            try:
-                if calls.opening.open_streams:
-                    calls.check_not_reading(client_id, method)
-                calls.check_capacity(client_id, method)
-            except (LearnerBusyError, CapacityError) as error:
-                refused[client_id] = error
-            else:
-                invocations.append(invocation)
         try:
-            await _make_calls(calls, options, reduction, invocations, method)
+            await _make_calls(calls, options, reduction, invocations, refused, method)
         finally:
             for client_id in reduction.pending:  # after a deadline, a quorum or a cancellation
                 reduction.calls[client_id].end(asyncio.CancelledError())
@@ -96,9 +83,12 @@ async def _make_calls(
     options: CallOptions,
     reduction: Reduction,
     invocations: Sequence[Invocation],
+    refused: dict[str, BaseException],
     method: str,
 ) -> None:
     """Make the calls of a reduction, stop it at its deadline, and wait for its partial results.
+
+    Calls that may not be submitted are added to ``refused``, by client.
 
     Batches that owe no result and do not end within another ``timeout_s`` are left to end in the background.
 
@@ -109,9 +99,16 @@ async def _make_calls(
 
     async def run() -> None:
         """Count the calls in the step of the event loop that submits them."""
+        submitted = []
         for invocation in invocations:
-            reduction.calls[invocation.client_id] = calls.begin_call(invocation)
-        await calls.router.reduce(reduction, invocations)
+            try:
+                calls.check(invocation)
+            except (LearnerBusyError, CapacityError) as error:
+                refused[invocation.client_id] = error
+            else:
+                reduction.calls[invocation.client_id] = calls.begin_call(invocation)
+                submitted.append(invocation)
+        await calls.router.reduce(reduction, submitted)
 
     timeout_s = options.timeout_s
     if timeout_s is None:

@@ -64,6 +64,11 @@ class CallOptions:
             if not holds:
                 raise ConfigError(f"options({name}=...) must be {expected}, not {getattr(self, name)!r}")
 
+    @property
+    def ends_early(self) -> bool:
+        """Whether a group call may end before all of its calls have: it has a deadline or a quorum."""
+        return self.timeout_s is not None or self.min_results is not None
+
     def updated(self, changes: Mapping[str, Any], known: tuple[str, ...] = GROUP_OPTIONS) -> CallOptions:
         """Return these options with some changed.
 

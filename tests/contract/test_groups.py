@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Fresh, Latch, Seen
+from learners import CountsPacking
 
 import torchfedrpc as tfr
 from torchfedrpc.events import CallStarted
@@ -280,6 +281,38 @@ async def test_a_model_for_many_clients_arrives_at_each(proxy: tfr.LearnerProxy,
     await proxy.clients(ids).set_model_weights(weights)
     for result in (await proxy.clients(ids).get_model_weights()).values():
         assert torch.equal(result["w"], weights["w"])
+
+
+async def test_arguments_that_clients_have_in_common_are_packed_once(
+    proxy: tfr.LearnerProxy, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CountsPacking, "num_packed", 0)
+    group, argument = proxy.clients(fresh.apart(5)), CountsPacking()
+    assert set((await group.call("append", argument)).values()) == {1}
+    assert CountsPacking.num_packed == 1
+    assert [result async for _, result in group.as_completed("append", argument)] == [2] * 5
+    assert CountsPacking.num_packed == 2
+    assert (await group.reduce("append", tfr.Sum(), argument)).value == 15
+    assert CountsPacking.num_packed == 3
+
+
+@pytest.mark.parametrize("how", ["call", "reduce"])
+@pytest.mark.parametrize("num_elements", [3, 2_000, 50_000])
+async def test_clients_have_memory_of_their_own_for_arguments_that_they_have_in_common(
+    proxy: tfr.LearnerProxy, fresh: Fresh, how: str, num_elements: int
+) -> None:
+    ids, weights = fresh.together(4), torch.zeros(num_elements)
+    group = proxy.clients({one: {} if number < 3 else {"value": weights} for number, one in enumerate(ids)})
+    if how == "call":
+        await group.call("keep", value=weights)
+    else:
+        with pytest.raises(tfr.GroupCallError):  # keep returns None, of which there is no sum
+            await group.reduce("keep", tfr.Sum(), value=weights)
+    weights += 1
+    await proxy.custom_method(ids[0], "add_to_kept", 5.0)
+    await proxy.custom_method(ids[3], "add_to_kept", 7.0)
+    kept = await proxy.clients(ids).call("live")
+    assert [value.unique().tolist() for value in kept.values()] == [[5.0], [0.0], [0.0], [7.0]]
 
 
 async def test_a_group_has_no_private_methods(proxy: tfr.LearnerProxy, one: str) -> None:

@@ -120,6 +120,16 @@ class SlowToPack:
         return {"until": self.until}
 
 
+class CountsPacking:
+    """Counts how often it is packed in this process."""
+
+    num_packed = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        type(self).num_packed += 1
+        return {}
+
+
 def _raise(kind: str) -> None:
     errors: dict[str, Any] = {
         "value": lambda: ValueError("plain", 1),

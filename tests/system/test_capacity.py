@@ -86,6 +86,14 @@ async def test_a_group_beyond_the_limit_fails_for_the_members_that_are_too_many(
     assert all(isinstance(error, tfr.CapacityError) for error in caught.value.failures.values())
 
 
+async def test_a_reduce_beyond_the_limit_fails_for_the_members_that_are_too_many(proxy: tfr.LearnerProxy) -> None:
+    result = await proxy.clients().options(on_error="collect").reduce("same", tfr.Sum(), 1)
+    assert (result.value, result.count) == (LIMIT, LIMIT)
+    assert list(result.failures) == CLIENTS[LIMIT:]
+    assert all(isinstance(error, tfr.CapacityError) for error in result.failures.values())
+    assert proxy.stats()["pending_calls"] == 0
+
+
 async def test_a_group_within_the_limit_runs(proxy: tfr.LearnerProxy) -> None:
     assert dict(await proxy.clients(CLIENTS[:LIMIT]).call("same", 1)) == dict.fromkeys(CLIENTS[:LIMIT], 1)
 

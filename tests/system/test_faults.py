@@ -359,7 +359,11 @@ async def results(
             await call_all("step")
             await call_all("step_async")
             for client_id in CLIENTS:
-                given[client_id] += [item async for item in proxy.stream(client_id, "steps", 2)]
+                try:
+                    items = [item async for item in proxy.stream(client_id, "steps", 2)]
+                except tfr.WorkerLostError:  # the learner is as it was before the stream
+                    items = [item async for item in proxy.stream(client_id, "steps", 2)]
+                given[client_id] += items
             await seen.until(lambda: len(lost(seen)) == num_lost)
             await call_all("step")
     return given, sorted(lost(seen))

@@ -115,7 +115,7 @@ def test_local_mode_shares_and_reduces_as_on_linux() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("system", ["macos", "sandbox"])
 def test_pseudo_mode_behaves_as_on_linux(system: str) -> None:
-    files = ["test_calls.py", "test_errors.py", "test_sharing.py", "test_reduce_runs.py", "test_closed_proxy.py"]
+    files = ["test_calls.py", "test_errors.py", "test_sharing.py", "test_reduce_runs.py", "test_closing.py"]
     contract(system, "pseudo", *files, timeout_s=850)
 
 

@@ -23,6 +23,7 @@ from torchfedrpc.host.process import choose_device
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.wire.packing import Packed, Reference, pack
+from torchfedrpc.wire.shared import SharedValue
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,25 @@ class ExecutorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Arguments:
+    """Arguments of one call, or those that the calls of a group have in common.
+
+    Attributes:
+        args: Positional arguments: the caller's objects, or shared values in place of large ones.
+        kwargs: Keyword arguments, likewise.
+        num_bytes: Estimated bytes, without shared values.
+        values: Shared values among them that only calls of the present tick use.
+        packed: All of them, packed once for several calls; None if each call packs them.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    num_bytes: int = 0
+    values: tuple[SharedValue, ...] = ()
+    packed: Packed | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Invocation:
     """Call as the proxy submits it to an executor.
 
@@ -97,6 +117,7 @@ class Invocation:
         kwargs: Keyword arguments: the caller's objects, not copies.
         run_timeout_s: Seconds the method may run; None for no limit.
         retries: Number of times to send the call again if the method has not begun.
+        common: The same arguments, if other calls of a group have them too; else None.
     """
 
     call_id: int
@@ -106,6 +127,7 @@ class Invocation:
     kwargs: dict[str, Any]
     run_timeout_s: float | None = None
     retries: int = 0
+    common: Arguments | None = None
 
 
 class AbstractExecutor(ABC):
@@ -183,8 +205,8 @@ class AbstractExecutor(ABC):
         """
         raise ConfigError(f"{type(self).__name__} shares nothing: override its share(), or pass the object itself")
 
-    def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
-        """Return the common arguments of several calls, with large values replaced by shared ones.
+    def pack_common(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> Arguments:
+        """Pack the arguments that several calls have in common.
 
         By default the arguments are returned unchanged, and each call captures their values separately.
 
@@ -196,7 +218,7 @@ class AbstractExecutor(ABC):
         Raises:
             SerializationError: If a shared reference among the arguments was released.
         """
-        return args, kwargs
+        return Arguments(args, kwargs)
 
     def plan(self, client_ids: Sequence[str], method: str, *, is_awaited: bool) -> list[str]:
         """Return the clients of a group call in the order in which to submit their calls.

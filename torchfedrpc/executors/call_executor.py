@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
 from torchfedrpc.executors.admission import Admission, estimate
-from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec, Invocation
+from torchfedrpc.executors.base import AbstractExecutor, Arguments, ExecutorSpec, Invocation
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.durations import Durations, fastest_first, longest_first
 from torchfedrpc.executors.shared_arguments import MIN_SHARED_BYTES, SharedRef, Sharing, held
@@ -25,7 +26,7 @@ from torchfedrpc.host.snapshot import seal
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.tasks import all_ended
 from torchfedrpc.wire.packing import Packed, Parcel, pack, pack_nothing
-from torchfedrpc.wire.shared import SharedValue, shared_values
+from torchfedrpc.wire.shared import SharedValue
 
 
 class Learners(Protocol):
@@ -144,19 +145,18 @@ class CallExecutor(AbstractExecutor):
 
         The values of its arguments are captured at admission by ``max_inflight_bytes``.
         """
-        args, kwargs = given = _held(invocation)
-        if self._sharing.has_seen:
-            args, kwargs = self._sharing.recognised(*given)
-        num_bytes = self._estimate(args, kwargs)
+        if (arguments := invocation.common) is None:
+            given = _held(invocation)
+            arguments = self._recognised(*given)
+        num_bytes = self._num_bytes(arguments)
         has_waited = await self._admission.admit(num_bytes)
         values: tuple[SharedValue, ...] = ()
         try:
-            if has_waited:  # the values that calls share may be others after the wait
-                args, kwargs = self._sharing.recognised(*given)
-                num_bytes += self._admission.take(self._estimate(args, kwargs) - num_bytes)
-            call = self._call(invocation, args, kwargs, num_bytes)
-            if isinstance(call.arguments, Parcel) and call.arguments.apart:
-                values = _shared_in_tick(call)
+            if has_waited and invocation.common is None:  # the values that calls share may be others after the wait
+                arguments = self._recognised(*given)
+                num_bytes += self._admission.take(self._num_bytes(arguments) - num_bytes)
+            call, values = self._call(invocation, arguments, num_bytes)
+            if values:
                 num_bytes -= self._hold(values, num_bytes)
             if self._cut is not None:
                 await self._cut.passed(call.client_id)
@@ -187,7 +187,7 @@ class CallExecutor(AbstractExecutor):
         calls: dict[int, Call] = {}
         admitted: list[tuple[int, tuple[SharedValue, ...]]] = []
         for invocation in invocations:
-            num_bytes = self._estimate(invocation.args, invocation.kwargs)
+            num_bytes = self._num_bytes(invocation.common or _own(invocation.args, invocation.kwargs))
             if self._cut is not None or not self._admission.admit_now(num_bytes):
                 turn = self._admission.request(num_bytes)
                 requests[turn] = num_bytes
@@ -247,31 +247,47 @@ class CallExecutor(AbstractExecutor):
             Bytes admitted for this call alone, and the shared values that only calls of its tick use.
         """
         try:
-            call = self._call(invocation, *_held(invocation), num_bytes)
+            arguments = invocation.common or _own(*_held(invocation), num_bytes)
+            call, values = self._call(invocation, arguments, num_bytes)
         except Exception as error:
             reduction.note(invocation.client_id, without_traces(error))  # they refer to the reduction and arguments
             self._admission.release(num_bytes)
             return 0, ()
         calls[reduction.places[invocation.client_id]] = call
-        if isinstance(call.arguments, Parcel) and call.arguments.apart:
-            values = _shared_in_tick(call)
-            return num_bytes - self._hold(values, num_bytes), values
-        return num_bytes, ()
+        return num_bytes - self._hold(values, num_bytes) if values else num_bytes, values
 
-    def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
-        """Return the common arguments of several calls, with large values replaced by shared ones."""
+    def pack_common(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> Arguments:
+        """Pack the arguments that several calls have in common, large values apart.
+
+        Arguments that cannot be sent are returned as they are: each call raises the error.
+
+        Raises:
+            SerializationError: If a shared reference among the arguments was released.
+        """
         args, kwargs = held(args, kwargs)
-        if num_calls < 2:
-            return args, kwargs
-        if estimate(args, kwargs) < MIN_SHARED_BYTES:
-            return args, kwargs
-        return self._sharing.shared(args, kwargs, num_calls)
-
-    def _estimate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Estimate the bytes of a call's arguments, without shared values that other calls have."""
         num_bytes = estimate(args, kwargs)
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, SharedValue) and value.is_for_tick and value not in self._holders:
+        if num_bytes >= MIN_SHARED_BYTES:
+            args, kwargs = self._sharing.shared(args, kwargs, num_calls)
+            num_bytes = estimate(args, kwargs)
+        try:
+            packed = self._learners.take_arguments(args, kwargs)
+        except SerializationError:
+            packed = None
+        if isinstance(packed, Parcel) and packed.slots:
+            packed = replace(packed, is_common=True)
+        return Arguments(args, kwargs, num_bytes, _tick_values(args, kwargs), packed)
+
+    def _recognised(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Return the arguments of a single call, with values that it shares with calls of this tick."""
+        if self._sharing.has_seen:
+            args, kwargs = self._sharing.recognised(args, kwargs)
+        return _own(args, kwargs)
+
+    def _num_bytes(self, arguments: Arguments) -> int:
+        """Return the estimated bytes of a call's arguments, without shared values that other calls have."""
+        num_bytes = arguments.num_bytes
+        for value in arguments.values:
+            if value not in self._holders:
                 num_bytes += value.num_bytes
         return num_bytes
 
@@ -312,7 +328,7 @@ class CallExecutor(AbstractExecutor):
 
     def stream(self, invocation: Invocation) -> CallStream:
         """Open a stream. The first step sends the call."""
-        call = self._call(invocation, invocation.args, invocation.kwargs, kind="stream")
+        call, _ = self._call(invocation, Arguments(invocation.args, invocation.kwargs), kind="stream")
 
         async def passed() -> None:
             await self._admission.admit(0)  # behind calls that wait for admission
@@ -379,22 +395,26 @@ class CallExecutor(AbstractExecutor):
         return num_bytes
 
     def _call(
-        self,
-        invocation: Invocation,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        num_bytes: int = 0,
-        kind: CallKind = "call",
-    ) -> Call:
+        self, invocation: Invocation, arguments: Arguments, num_bytes: int = 0, kind: CallKind = "call"
+    ) -> tuple[Call, tuple[SharedValue, ...]]:
+        """Return a call, and the shared values of its arguments that only calls of its tick use.
+
+        Raises:
+            SerializationError: If its arguments cannot be sent.
+        """
+        packed, values = arguments.packed, arguments.values
         try:
-            if num_bytes >= MIN_SHARED_BYTES:
-                args, kwargs = self._sharing.shared(args, kwargs)
-            arguments = self._learners.take_arguments(args, kwargs) if args or kwargs else pack_nothing()
+            if packed is None:
+                args, kwargs = arguments.args, arguments.kwargs
+                if num_bytes >= MIN_SHARED_BYTES:
+                    args, kwargs = self._sharing.shared(args, kwargs)
+                    values = _tick_values(args, kwargs)
+                packed = self._learners.take_arguments(args, kwargs) if args or kwargs else pack_nothing()
         except SerializationError as error:
             raise _unsendable(invocation, error) from error
         return Call(
-            invocation.call_id, invocation.client_id, invocation.method, arguments, invocation.run_timeout_s, kind
-        )
+            invocation.call_id, invocation.client_id, invocation.method, packed, invocation.run_timeout_s, kind
+        ), values
 
     def _snapshot_call(self, client_id: str) -> Call:
         return Call(next(self._own_call_ids), client_id, "snapshot", pack(None), kind="snapshot")
@@ -416,9 +436,17 @@ def without_traces(error: Exception) -> Exception:
     return error
 
 
-def _shared_in_tick(call: Call) -> tuple[SharedValue, ...]:
-    """Return the shared values of a call's arguments that only calls of its tick use."""
-    return tuple(value for value in shared_values(call.arguments) if value.is_for_tick)
+def _own(args: tuple[Any, ...], kwargs: dict[str, Any], num_bytes: int | None = None) -> Arguments:
+    """Return the arguments of a single call, of an estimated size, which is estimated here by default."""
+    num_bytes = estimate(args, kwargs) if num_bytes is None else num_bytes
+    return Arguments(args, kwargs, num_bytes, _tick_values(args, kwargs) if num_bytes else ())
+
+
+def _tick_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SharedValue, ...]:
+    """Return the shared values among arguments that only calls of their tick use."""
+    return tuple(
+        [value for value in (*args, *kwargs.values()) if isinstance(value, SharedValue) and value.is_for_tick]
+    )
 
 
 def _held(invocation: Invocation) -> tuple[tuple[Any, ...], dict[str, Any]]:

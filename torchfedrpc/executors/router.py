@@ -10,7 +10,7 @@ from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec, Invocation
+from torchfedrpc.executors.base import AbstractExecutor, Arguments, ExecutorSpec, Invocation
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.placement import HTTP, LOCAL, ClientEndpoint
 from torchfedrpc.executors.shared_arguments import SharedRef
@@ -73,9 +73,9 @@ class ExecutorRouter:
         plans = [executor.plan(of_one, method, is_awaited=is_awaited) for executor, of_one in by_executor.items()]
         return [client_id for plan in plans for client_id in plan]
 
-    def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> tuple[Any, Any]:
-        """Return the common arguments of several calls, with large values replaced by shared ones."""
-        return self._main.lift(args, kwargs, num_calls)
+    def pack_common(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> Arguments:
+        """Pack the arguments that several calls have in common; see `AbstractExecutor.pack_common`."""
+        return self._main.pack_common(args, kwargs, num_calls)
 
     async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation]) -> None:
         """Run calls and reduce their results, on the executor of each client; see `AbstractExecutor.reduce`."""

@@ -16,6 +16,7 @@ from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.memory_file import NO_ROOM
 from torchfedrpc.wire.packing import Packed, Parcel, Unreadable
 from torchfedrpc.wire.shared import shared_values
+from torchfedrpc.wire.tensors import PlainTensors
 
 _KINDS = frozenset(get_args(CallKind))
 _OUTCOMES: dict[str, OutcomeKind] = {kind: kind for kind in get_args(OutcomeKind)}
@@ -32,9 +33,12 @@ def parcel_message(parcel: Packed | None, covered: MappedDevices) -> Any:
     if not parcel.slots:
         return parcel.head, parcel.views, [], None
     staged = [slot.is_cuda and slot.device not in covered for slot in parcel.slots]
-    if parcel.ready is not None and any(staged):
+    if parcel.ready is not None and (parcel.is_common or any(staged)):
         parcel.ready()
     slots = [slot.cpu() if through else slot for slot, through in zip(parcel.slots, staged, strict=True)]
+    if parcel.is_common:  # of the calls in one request: tensors on one memory would arrive on one memory
+        with PlainTensors():
+            slots = [slot.clone() for slot in slots]
     return parcel.head, parcel.views, slots, staged if any(staged) else None
 
 
@@ -117,20 +121,20 @@ def home_device(parcel: Packed) -> torch.device | None:
     return None
 
 
-def call_message(call: Call, covered: MappedDevices) -> Any:
-    """Return a call as a tuple."""
+def call_message(call: Call, covered: MappedDevices, common: Packed | None = None) -> Any:
+    """Return a call as a tuple, without its arguments if they are the common ones."""
     timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # the guard refuses numpy's
     arguments = call.arguments
     values = shared_values(arguments) if isinstance(arguments, Parcel) and arguments.apart else ()
     fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind)
     return (
         fields,
-        parcel_message(call.arguments, covered),
+        parcel_message(arguments, covered) if arguments is not common else None,
         tuple([value.number for value in values]) if values else (),
     )
 
 
-def read_call(message: Any, device: torch.device) -> tuple[Call, tuple[int, ...]]:
+def read_call(message: Any, device: torch.device, common: Packed | None = None) -> tuple[Call, tuple[int, ...]]:
     """Return the call of a message, and the numbers of the shared values that its arguments refer to.
 
     Raises:
@@ -139,21 +143,22 @@ def read_call(message: Any, device: torch.device) -> tuple[Call, tuple[int, ...]
     match message:
         case (
             (int(call_id), str(client_id), str(method), float() | None as run_timeout_s, kind),
-            tuple() as arguments,
+            tuple() | None as arguments,
             tuple(numbers),
         ) if kind in _KINDS and {*map(type, numbers)} <= {int}:
-            parcel = read_parcel(arguments, device)
-            assert parcel is not None
-            return Call(call_id, client_id, method, parcel, run_timeout_s, kind), numbers
+            parcel = read_parcel(arguments, device) or common
+            if parcel is not None:
+                return Call(call_id, client_id, method, parcel, run_timeout_s, kind), numbers
     raise SerializationError(_OTHER_FORM)
 
 
 def batch_message(batch: Batch, covered: MappedDevices) -> Any:
-    """Return a batch as a tuple."""
+    """Return a batch as a tuple. Arguments that calls have in common with the first call are in it once."""
     timeout_s = None if batch.timeout_s is None else float(batch.timeout_s)
     fields = (batch.call_id, batch.num_places, batch.is_watched, timeout_s)
-    calls = [(place, call_message(call, covered)) for place, call in batch.calls]
-    return fields, parcel_message(batch.prototype, covered), calls
+    common = batch.calls[0][1].arguments
+    calls = [(place, call_message(call, covered, common)) for place, call in batch.calls]
+    return fields, parcel_message(batch.prototype, covered), parcel_message(common, covered), calls
 
 
 def read_batch(message: Any, device: torch.device) -> tuple[Batch, list[tuple[int, ...]]]:
@@ -166,17 +171,21 @@ def read_batch(message: Any, device: torch.device) -> tuple[Batch, list[tuple[in
         case (
             (int(call_id), int(num_places), bool(is_watched), float() | None as timeout_s),
             tuple() as prototype,
+            tuple() as arguments,
             list(calls),
         ):
             pass
         case _:
             raise SerializationError(_OTHER_FORM)
+    common = read_parcel(arguments, device)
+    if isinstance(common, Parcel) and common.slots and len(calls) > 1:
+        common = replace(common, is_common=True)
     read: list[tuple[int, Call]] = []
     numbers: list[tuple[int, ...]] = []
     for part in calls:
         match part:
             case (int(place), parts) if 0 <= place < num_places:
-                call, of_call = read_call(parts, device)
+                call, of_call = read_call(parts, device, common)
             case _:
                 raise SerializationError(_OTHER_FORM)
         read.append((place, call))

@@ -181,11 +181,14 @@ class WorkerClient:
     def run_batch(self, batch: Batch) -> asyncio.Future[Outcome]:
         """Send a batch. See `submit`."""
         lent: list[TensorFiles | None] = []
-        home = None
+        common = batch.calls[0][1].arguments  # sent once
+        own = [call.arguments for _, call in batch.calls if call.arguments is not common]
         for _, call in batch.calls:
-            self._traffic.num_sent_bytes += call.arguments.num_bytes
             lent += self._lent(call)
-            home = home or home_device(call.arguments)
+        home = None
+        for arguments in (common, *own):
+            self._traffic.num_sent_bytes += arguments.num_bytes
+            home = home or home_device(arguments)
         return self._ask(batch, "batch", batch_message(batch, self._covered), home=home, lent=lent)
 
     def advance(self, request: Call | Batch, step: int) -> asyncio.Future[Outcome]:

@@ -69,6 +69,7 @@ class Parcel:
         ready: Makes the calling thread's CUDA streams wait for the slots' values; None without CUDA tensors.
         apart: Values that the pickle names and that are opened apart.
         files: The memory files of the slots; None if they lie in ordinary memory.
+        is_common: Whether several calls open it, each on a copy of the slots.
         copies_arrays: Whether opening copies large numpy arrays, so that numpy owns their memory and can resize it.
     """
 
@@ -78,6 +79,7 @@ class Parcel:
     ready: Callable[[], None] | None = None
     apart: tuple[SentApart, ...] = ()
     files: TensorFiles | None = None
+    is_common: bool = False
     copies_arrays: bool = False
 
     @property
@@ -100,7 +102,7 @@ class Parcel:
         return Parcel(self.head, self.views, slots, None, self.apart)
 
     def open(self, allow: AllowList, beside: list[Tensor] | None = None) -> Any:
-        """Return the object, built on the parcel's memory. A parcel is opened once: it has no tensors afterwards.
+        """Return the object, built on the parcel's memory. Unless it is common, it is opened once.
 
         Args:
             allow: The types that may travel.
@@ -110,6 +112,8 @@ class Parcel:
             UntrustedTypeError: If the pickle names a type outside the allow-list.
             SerializationError: If the parcel cannot be read.
         """
+        if self.is_common and self.slots:
+            return self.copy().open(allow, beside)
         if self.ready is not None:
             self.ready()
         try:

@@ -110,7 +110,11 @@ class Run:
     async def _call(self, proxy: tfr.LearnerProxy, client_id: str, ask: Ask) -> None:
         try:
             if ask.streams:
-                self._add(client_id, [item async for item in proxy.stream(client_id, ask.method, *ask.args)])
+                try:
+                    items = [item async for item in proxy.stream(client_id, ask.method, *ask.args)]
+                except tfr.WorkerLostError:  # the learner is as it was before the stream: another one gives the same
+                    items = [item async for item in proxy.stream(client_id, ask.method, *ask.args)]
+                self._add(client_id, items)
             else:
                 caller = proxy if ask.timeout_s is None else proxy.options(timeout_s=ask.timeout_s)
                 self._add(client_id, await caller.custom_method(client_id, ask.method, *ask.args))
