@@ -395,7 +395,7 @@ MUTATIONS = [
     # Sessions of learners.
     Mutation(
         "the last call that waits has the next turn",
-        "executors/learner_session.py",
+        "tasks.py",
         "turn = self._waiting.popleft()",
         "turn = self._waiting.pop()",
         "tests/contract/test_calls.py -k 'pseudo and order'",

@@ -1,9 +1,10 @@
-"""Several tasks at once: in the background, all or none, all to their end."""
+"""Several tasks at once: in the background, all or none, all to their end, one after another."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Coroutine
 from typing import Any
 
@@ -79,3 +80,68 @@ def raise_first(answers: list[BaseException | None]) -> None:
             raise error
     finally:
         del error
+
+
+class Turns:
+    """FIFO lock."""
+
+    __slots__ = ("_is_held", "_waiting")
+
+    def __init__(self) -> None:
+        self._is_held = False
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a caller holds the lock."""
+        return self._is_held
+
+    def take_now(self) -> bool:
+        """Acquire the lock if it is free, and return whether it was."""
+        if self._is_held:
+            return False
+        self._is_held = True
+        return True
+
+    def request(self, *, first: bool = False) -> asyncio.Future[None]:
+        """Return a future that is done when the caller holds the lock.
+
+        Args:
+            first: Whether to queue the caller ahead of all waiting callers.
+        """
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.take_now():
+            turn.set_result(None)
+        elif first:
+            self._waiting.appendleft(turn)
+        else:
+            self._waiting.append(turn)
+        return turn
+
+    async def take(self, *, first: bool = False) -> None:
+        """Acquire the lock. A cancelled caller does not hold it."""
+        await self.wait(self.request(first=first))
+
+    async def wait(self, turn: asyncio.Future[None]) -> None:
+        """Wait for a requested lock. A cancelled caller does not hold it."""
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self.withdraw(turn)
+            raise
+
+    def withdraw(self, turn: asyncio.Future[None]) -> None:
+        """Withdraw a request, or release the lock if the request was granted."""
+        if turn.done() and not turn.cancelled():
+            self.give()
+        else:
+            turn.cancel()
+
+    def give(self) -> None:
+        """Release the lock to the first waiting caller."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._is_held = False

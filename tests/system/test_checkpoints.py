@@ -420,6 +420,28 @@ async def test_a_call_that_waits_over_the_end_of_a_round_is_in_a_later_checkpoin
     assert await once(2) == [1, 1]
 
 
+async def test_a_reduce_beside_a_checkpoint_has_partial_results_made_on_the_workers(tmp_path: Path) -> None:
+    class Reducing(tfr.AbstractFederationTrainer):
+        async def train(self) -> list[int]:
+            received = []
+            async for round_num in self.rounds():
+                before = self.learner_proxy.stats()["bytes_received"]
+                model = torch.full((10_000,), float(round_num))
+                result = await self.learner_proxy.clients().reduce("same", tfr.Sum(), model)
+                assert result.value.unique().tolist() == [len(CLIENTS) * round_num]
+                received.append(self.learner_proxy.stats()["bytes_received"] - before)
+            return received
+
+    async def received(folder: Path | None) -> list[int]:
+        async with tfr.LearnerProxy(Mortal, CLIENTS, runtime=PSEUDO) as proxy:
+            trainer = Reducing({"num_rounds": 4}, proxy)
+            if folder is not None:
+                trainer.checkpoints = tfr.Checkpoints(folder)
+            return await trainer.train()
+
+    assert sum(await received(tmp_path)) < 1.1 * sum(await received(None))
+
+
 async def test_a_snapshot_comes_behind_calls_that_wait_for_a_cut() -> None:
     async with tfr.LearnerProxy(Mortal, CLIENTS, runtime="local") as proxy:
         await proxy.clients().call("append", 0)

@@ -159,7 +159,7 @@ class CallExecutor(AbstractExecutor):
             if values:
                 num_bytes -= self._hold(values, num_bytes)
             if self._cut is not None:
-                await self._cut.passed(call.client_id)
+                await self._pass(call.client_id)
             for remaining in range(invocation.retries, -1, -1):
                 outcome = await self._learners.call(call)
                 if not (remaining and outcome.may_succeed_later):
@@ -188,7 +188,7 @@ class CallExecutor(AbstractExecutor):
         admitted: list[tuple[int, tuple[SharedValue, ...]]] = []
         for invocation in invocations:
             num_bytes = self._num_bytes(invocation.common or _own(invocation.args, invocation.kwargs))
-            if self._cut is not None or not self._admission.admit_now(num_bytes):
+            if not self._admission.admit_now(num_bytes):
                 turn = self._admission.request(num_bytes)
                 requests[turn] = num_bytes
                 tasks.append(asyncio.ensure_future(self._reduce_late(reduction, invocation, turn, requests)))
@@ -196,6 +196,8 @@ class CallExecutor(AbstractExecutor):
                 admitted.append(self._add_call(calls, reduction, invocation, num_bytes))
         try:
             try:
+                if calls and self._cut is not None:
+                    await self._pass(*(call.client_id for call in calls.values()))
                 if calls:
                     await self._learners.reduce(reduction, calls)
             finally:  # before the wait for calls that need this room
@@ -232,7 +234,7 @@ class CallExecutor(AbstractExecutor):
         try:
             num_bytes, values = self._add_call(calls, reduction, invocation, num_bytes)
             if self._cut is not None:
-                await self._cut.passed(invocation.client_id)
+                await self._pass(invocation.client_id)
             if calls:
                 await self._learners.reduce(reduction, calls)
         finally:
@@ -300,7 +302,7 @@ class CallExecutor(AbstractExecutor):
         """Return a learner's state between two calls."""
         await self._admission.admit(0)  # behind calls that wait for admission
         if self._cut is not None:
-            await self._cut.passed(client_id)
+            await self._pass(client_id)
         call = self._snapshot_call(client_id)
         return await self._sealed(await self._learners.call(call), call)
 
@@ -321,7 +323,7 @@ class CallExecutor(AbstractExecutor):
             arguments = self._learners.take_value((state, constructor))
             call = Call(next(self._own_call_ids), client_id, "restore", arguments, kind="restore")
             if self._cut is not None:
-                await self._cut.passed(client_id)
+                await self._pass(client_id)
             self._result(await self._learners.call(call), call)
         finally:
             self._admission.release(len(data))
@@ -333,13 +335,20 @@ class CallExecutor(AbstractExecutor):
         async def passed() -> None:
             await self._admission.admit(0)  # behind calls that wait for admission
             if self._cut is not None:
-                await self._cut.passed(call.client_id)
+                await self._pass(call.client_id)
 
         return CallStream(self._learners.stream(call), passed, partial(self._result, call=call))
 
     def follow(self, cut: Cut) -> None:
         """Let calls submitted from now on wait for their learners' snapshots of this consistent snapshot."""
         self._cut = cut
+
+    async def _pass(self, *client_ids: str) -> None:
+        """Wait until the consistent snapshot in progress, if any, has requested the snapshots of these learners."""
+        if self._cut is not None:
+            await self._cut.passed(*client_ids)
+        if self._cut is not None and self._cut.is_over:
+            self._cut = None
 
     def share(self, obj: Any) -> SharedRef:
         """Return a shared reference to the present value of an object, for arguments of later calls."""

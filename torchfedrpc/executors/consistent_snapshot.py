@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
 from torchfedrpc.executors.snapshot_throttle import SnapshotBudget
+from torchfedrpc.tasks import Turns
 
 
 class Cut(AsyncIterator[tuple[str, bytes]]):
@@ -26,21 +27,35 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
     def __init__(self, client_ids: Iterable[str], take: Callable[[str], Coroutine[Any, Any, bytes]]) -> None:
         self._untaken = OrderedDict.fromkeys(client_ids)
         self._wanted: deque[str] = deque()
-        self._gates: dict[str, _Gate] = {}  # of learners with waiting calls
+        self._gates: dict[str, Turns] = {}  # of learners with waiting calls
+        self._closed: set[str] = set()  # learners whose snapshot was not requested, though calls or requests wait
         self._taking: dict[asyncio.Task[bytes], str] = {}
         self._take = take
         self._budget = SnapshotBudget()
 
-    async def passed(self, client_id: str) -> None:
-        """Wait until the snapshot of this learner was requested. Callers continue in FIFO order."""
-        if client_id in self._untaken:
-            self._gates.setdefault(client_id, _Gate())
-            self._wanted.append(client_id)
-            self._fill()
-        if (gate := self._gates.get(client_id)) is not None:
-            await gate.passed()
-            if gate.is_idle:
-                self._gates.pop(client_id, None)
+    @property
+    def is_over(self) -> bool:
+        """Whether no call waits, and no later one will."""
+        return not self._untaken and not self._gates
+
+    async def passed(self, *client_ids: str) -> None:
+        """Wait until the snapshots of these learners were requested. Callers of a learner continue in FIFO order.
+
+        A caller for several learners holds back the later callers of each until it continues.
+        """
+        for client_id in client_ids:
+            if client_id in self._untaken:
+                self._close_gate(client_id)
+                self._wanted.append(client_id)
+        self._fill()
+        turns = {client_id: self._gates[client_id].request() for client_id in client_ids if client_id in self._gates}
+        try:
+            for turn in turns.values():
+                await turn
+        finally:
+            for client_id, turn in turns.items():
+                self._gates[client_id].withdraw(turn)
+                self._drop_idle_gate(client_id)
 
     async def __anext__(self) -> tuple[str, bytes]:
         self._fill()
@@ -58,8 +73,8 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
             task.cancel()
             task.add_done_callback(_retrieve)
         self._untaken.clear()
-        for client_id in list(self._gates):
-            self._open(client_id)
+        for client_id in list(self._closed):
+            self._open_gate(client_id)
 
     def _fill(self) -> None:
         while self._untaken and self._budget.fits(len(self._taking)):
@@ -67,51 +82,28 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
             if wanted not in self._untaken:  # several calls of one learner waited
                 continue
             del self._untaken[wanted]
-            self._gates.setdefault(wanted, _Gate())
+            self._close_gate(wanted)
             self._taking[asyncio.ensure_future(self._take(wanted))] = wanted
             # The task sends its request in its first step; the loop runs that step before this callback.
-            asyncio.get_running_loop().call_soon(self._open, wanted)
+            asyncio.get_running_loop().call_soon(self._open_gate, wanted)
 
-    def _open(self, client_id: str) -> None:
-        if (gate := self._gates.get(client_id)) is not None:
-            gate.open()
-            if gate.is_idle:
-                del self._gates[client_id]
+    def _close_gate(self, client_id: str) -> None:
+        if client_id not in self._closed:
+            self._closed.add(client_id)
+            self._gates.setdefault(client_id, Turns()).take_now()
+
+    def _open_gate(self, client_id: str) -> None:
+        if client_id in self._closed:
+            self._closed.discard(client_id)
+            self._gates[client_id].give()
+            self._drop_idle_gate(client_id)
+
+    def _drop_idle_gate(self, client_id: str) -> None:
+        if not self._gates[client_id].is_held:
+            del self._gates[client_id]
 
 
 def _retrieve(task: asyncio.Task[bytes]) -> None:
     """Retrieve the exception of an abandoned task, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()
-
-
-class _Gate:
-    """FIFO gate that blocks callers until it is opened."""
-
-    def __init__(self) -> None:
-        self._is_open = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the gate is open and has no waiting callers."""
-        return self._is_open and not self._waiting
-
-    def open(self) -> None:
-        """Wake the first caller; each caller wakes the next one."""
-        self._is_open = True
-        if self._waiting and not self._waiting[0].done():
-            self._waiting[0].set_result(None)
-
-    async def passed(self) -> None:
-        """Wait in FIFO order until the gate is open."""
-        if self.is_idle:
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            await turn
-        finally:
-            self._waiting.remove(turn)
-            if self._is_open:
-                self.open()

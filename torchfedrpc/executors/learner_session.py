@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from torchfedrpc.executors.snapshot_throttle import SnapshotThrottle
 from torchfedrpc.host.call import Call, CallKind, Outcome, Registration
 from torchfedrpc.rpc.member import Member, WorkerGone
 from torchfedrpc.rpc.worker_client import UndeliverableError
+from torchfedrpc.tasks import Turns
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed
 
@@ -67,71 +67,6 @@ class Run(Protocol):
 
     def warn_of_refusal(self, client_id: str, error: Exception, *, is_first: bool) -> None:
         """Warn that a learner cannot be rebuilt, once per cause."""
-
-
-class Turns:
-    """FIFO lock."""
-
-    __slots__ = ("_is_held", "_waiting")
-
-    def __init__(self) -> None:
-        self._is_held = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    @property
-    def is_held(self) -> bool:
-        """Whether a caller holds the lock."""
-        return self._is_held
-
-    def take_now(self) -> bool:
-        """Acquire the lock if it is free, and return whether it was."""
-        if self._is_held:
-            return False
-        self._is_held = True
-        return True
-
-    def request(self, *, first: bool = False) -> asyncio.Future[None]:
-        """Return a future that is done when the caller holds the lock.
-
-        Args:
-            first: Whether to queue the caller ahead of all waiting callers.
-        """
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self.take_now():
-            turn.set_result(None)
-        elif first:
-            self._waiting.appendleft(turn)
-        else:
-            self._waiting.append(turn)
-        return turn
-
-    async def take(self, *, first: bool = False) -> None:
-        """Acquire the lock. A cancelled caller does not hold it."""
-        await self.wait(self.request(first=first))
-
-    async def wait(self, turn: asyncio.Future[None]) -> None:
-        """Wait for a requested lock. A cancelled caller does not hold it."""
-        try:
-            await turn
-        except asyncio.CancelledError:
-            self.withdraw(turn)
-            raise
-
-    def withdraw(self, turn: asyncio.Future[None]) -> None:
-        """Withdraw a request, or release the lock if the request was granted."""
-        if turn.done() and not turn.cancelled():
-            self.give()
-        else:
-            turn.cancel()
-
-    def give(self) -> None:
-        """Release the lock to the first waiting caller."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._is_held = False
 
 
 class LearnerSession:

@@ -1,4 +1,4 @@
-"""Saving of a run between two rounds, in parallel with the next one, and restoring from a checkpoint."""
+"""Saving of a run between two rounds, written in parallel with the next one, and restoring from a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_CAPTURE_S = 1.0  # the next round waits so long for learners' states, which its calls would queue behind
 _POSTPONE_S = 1.0  # a save is postponed if the previous one outlasts the round by more than this
 _CLOSE_S = 30.0  # timeout for a save that waits for a learner in a cancelled call
 
@@ -78,8 +79,9 @@ class Saver:
     async def round_done(self, num_done: int) -> None:
         """Save a round that has ended, before the next one begins, if a checkpoint is due.
 
-        This waits for the disk after the last round, and after a signal, which then cancels the run. A save that is
-        still writing one second after the end of the next round delays the next checkpoint by a round.
+        This waits for the states of learners, for at most a second: one may be busy with a call that was cut off. It
+        waits for the disk after the last round, and after a signal, which then cancels the run. A save that is still
+        writing one second after the end of the next round delays the next checkpoint by a round.
         """
         is_interrupted = self._finishing.is_requested
         is_last = is_interrupted or num_done >= self._trainer.num_rounds
@@ -88,9 +90,11 @@ class Saver:
         if self._is_due and (is_last or await self._has_settled(_POSTPONE_S)):
             await self._settle()
             self._is_due = False
-            self._start(num_done)
+            captured = self._start(num_done)
             if is_last:
                 await self._settle()
+            else:
+                await asyncio.wait([captured], timeout=_CAPTURE_S)
         if is_interrupted:
             self._finishing.done()
             await asyncio.get_running_loop().create_future()  # until the run is cancelled
@@ -115,8 +119,13 @@ class Saver:
         if self._saving is not None:
             await asyncio.shield(self._saving)
 
-    def _start(self, num_done: int) -> None:
-        """Capture the trainer's present state, and start to capture and write those of learners."""
+    def _start(self, num_done: int) -> asyncio.Future[None]:
+        """Capture the trainer's present state, and start to capture and write those of learners.
+
+        Returns:
+            A future that is done when the states of learners have arrived.
+        """
+        captured: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._proxy.stats()["pending_calls"]:
             logger.warning(
                 "calls are running as round %d ends: its checkpoint has what they do to learners, not their results",
@@ -130,15 +139,20 @@ class Saver:
             cut = self._proxy.cut(changed)
         except Exception as error:
             self._log_failure(num_done, error)
-            return
-        self._saving = asyncio.ensure_future(self._save(num_done, state, cut, changed))
+            captured.set_result(None)
+        else:
+            self._saving = asyncio.ensure_future(self._save(num_done, state, cut, changed, captured))
+        return captured
 
-    async def _save(self, num_done: int, state: Parcel, cut: Cut, changed: Mapping[str, int]) -> None:
+    async def _save(
+        self, num_done: int, state: Parcel, cut: Cut, changed: Mapping[str, int], captured: asyncio.Future[None]
+    ) -> None:
         began = time.monotonic()
         try:
             save = await self._on_disk(partial(self._checkpoints.store.begin, num_done, self._base))
             try:
                 num_bytes = await self._write_learners(save, cut)
+                captured.set_result(None)
                 self._base = await self._on_disk(partial(save.commit, self._config, state))
             except BaseException:
                 await self._on_disk(save.abort)
@@ -150,6 +164,8 @@ class Saver:
             return
         finally:
             cut.close()
+            if not captured.done():
+                captured.set_result(None)
         self.num_done = num_done
         self._saved.update(changed)
         self._proxy.publish(CheckpointSaved(num_done - 1, len(changed), num_bytes, time.monotonic() - began))

@@ -124,6 +124,53 @@ async def test_large_states_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     cut.close()
 
 
+async def test_calls_behind_a_call_of_several_learners_wait_until_it_continues() -> None:
+    learners = Learners()
+    cut = Cut("abcd", learners.take)
+    following = asyncio.ensure_future(anext(cut))
+    await turns()
+    assert list(learners.pending) == ["a", "b"]
+
+    async def call_both() -> None:
+        await cut.passed("c", "d")
+        learners.log.append("call c and d")
+
+    both = asyncio.ensure_future(call_both())
+    await turns()
+    later = [asyncio.ensure_future(learners.call(cut, client_id)) for client_id in "dc"]
+    for client_id in ("a", "b"):
+        assert "call c and d" not in learners.log
+        assert not cut.is_over
+        learners.answer(client_id)
+        await following
+        following = asyncio.ensure_future(anext(cut))
+        await turns()
+    await asyncio.gather(both, *later)
+    assert learners.log[2:5] == ["state c", "state d", "call c and d"]
+    assert sorted(learners.log[5:]) == ["call 0 c", "call 0 d"]
+    assert cut.is_over
+    following.cancel()
+    cut.close()
+
+
+async def test_a_cancelled_call_of_several_learners_holds_nobody_back() -> None:
+    learners = Learners()
+    cut = Cut("abcd", learners.take)
+    following = asyncio.ensure_future(anext(cut))
+    await turns()
+    both = asyncio.ensure_future(cut.passed("a", "d"))
+    await turns()
+    later = [asyncio.ensure_future(learners.call(cut, client_id)) for client_id in "ad"]
+    await turns()
+    both.cancel()
+    await turns()
+    assert later[0].done()
+    cut.close()
+    await asyncio.gather(*later)
+    assert cut.is_over
+    following.cancel()
+
+
 async def test_closing_lets_everybody_through() -> None:
     learners = Learners()
     cut = Cut("abcdef", learners.take)

@@ -12,10 +12,11 @@ from fake_workers import CUT_OFF, UNCAPTURABLE, FakeRun, FakeWorker, call, tenso
 from settling import settled, within
 
 from torchfedrpc.errors import WorkerLostError
-from torchfedrpc.executors.learner_session import SessionStream, Turns
+from torchfedrpc.executors.learner_session import SessionStream
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.snapshot import _HEADER
 from torchfedrpc.rpc.worker_client import UndeliverableError
+from torchfedrpc.tasks import Turns
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import pack
 
