@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import enum
 import errno
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -478,6 +480,17 @@ async def test_an_optimiser_that_is_made_too_late_is_named(tmp_path: Path) -> No
                 await trainer.train()
 
 
+class Speed(enum.StrEnum):
+    """A setting that is a text, and more than that."""
+
+    SLOW = "slow"
+    FAST = "fast"
+
+
+class Text(str):
+    """A text of a user's class."""
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -486,11 +499,22 @@ async def test_an_optimiser_that_is_made_too_late_is_named(tmp_path: Path) -> No
         ({"weights": torch.zeros(2)}, {"weights": torch.ones(2)}),
         ({"names": {"a", "b"}}, {"names": {"a", "c"}}),
         ({"scale": np.float32(1)}, {"scale": np.float32(2)}),
+        ({"speed": Speed.SLOW}, {"speed": Speed.FAST}),
+        ({"name": Text("a")}, {"name": Text("b")}),
+        ({"eps": math.nan}, {"eps": math.inf}),
     ],
 )
 def test_settings_of_all_kinds_are_told_apart(one: Any, other: Any) -> None:
     assert plain(one) != plain(other)
     assert plain(one) == plain(copy.deepcopy(one))
+
+
+@pytest.mark.parametrize("value", [Speed.SLOW, Text("a"), math.nan, [math.nan, Speed.FAST], np.float64(1)])
+async def test_a_setting_of_any_type_is_the_same_after_a_resume(tmp_path: Path, value: Any) -> None:
+    for num_rounds in (1, 2):
+        await run(tmp_path, num_rounds=num_rounds, config={"setting": value})
+        with opened(tmp_path) as found:
+            assert found.round_num == num_rounds
 
 
 async def test_a_learner_that_was_given_up_is_left_out_with_a_warning(

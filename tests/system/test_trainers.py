@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -141,6 +142,33 @@ def test_fedavg_averages_by_samples_round_after_round() -> None:
     weights, history = _with_proxy(train)
     assert torch.equal(weights["w"], torch.full((2,), 16.0))  # (1*1 + 2*2 + 3*3 + 4*4) / 10 = 3 a round
     assert [ended.metrics for ended in history] == [{"train_loss": 3.0, "num_clients": 4}] * 2
+
+
+class IdleLearner(AddingLearner):
+    """Its first clients have no samples."""
+
+    def train_epoch(self, *args: Any, num_idle: int = 0, **settings: Any) -> dict[str, Any]:
+        update = super().train_epoch(*args, **settings)
+        return {**update, "num_samples": 0, "train_loss": math.nan} if self.number <= num_idle else update
+
+
+class LastTrainer(FedAvgTrainer):
+    """Takes the weights of the last client."""
+
+    def local_settings(self) -> dict[str, Any]:
+        return {"num_idle": self.config["num_idle"]}
+
+    async def aggregate_weights(self, weights_list: Any, num_samples: Any = None) -> Any:
+        return weights_list[-1]
+
+
+@pytest.mark.parametrize(("num_idle", "train_loss"), [(1, 29 / 9), (4, math.nan)])
+def test_a_client_without_samples_has_no_part_in_the_loss(num_idle: int, train_loss: float) -> None:
+    async def main() -> dict[str, float]:
+        async with tfr.LearnerProxy(IdleLearner, CLIENTS, runtime="local") as proxy:
+            return await LastTrainer({"num_rounds": 1, "num_idle": num_idle}, proxy).train_round(0)
+
+    assert asyncio.run(main()) == {"train_loss": pytest.approx(train_loss, nan_ok=True), "num_clients": 4}
 
 
 def test_fedavg_begins_with_the_learners_own_weights_where_it_is_given_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
@@ -227,13 +228,15 @@ def _items(value: Any) -> Mapping[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
+    if type(value) in (type(None), bool, int, float, str):  # an instance of a subclass would not be read back
+        return value if value == value else "nan"  # which is not equal to itself
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, enum.Enum):
+        return f"{name}.{value.name}"
     try:
         return f"{name} {hashlib.sha256(fingerprint(value)).hexdigest()[:16]}"
     except Exception:  # a value that cannot be pickled is compared only by its type

@@ -84,9 +84,10 @@ class FedAvgTrainer(AbstractFederationTrainer):
         else:
             updates = list((await cohort.train_epoch(**arguments)).values())
             num_samples = [update["num_samples"] for update in updates]
-            losses = [update["train_loss"] * update["num_samples"] for update in updates]
+            losses = [update["train_loss"] * update["num_samples"] for update in updates if update["num_samples"]]
             self.weights = await self.aggregate_weights([update["model_weights"] for update in updates], num_samples)
-            train_loss, num_clients = math.fsum(losses) / sum(num_samples), len(updates)
+            train_loss = math.fsum(losses) / sum(num_samples) if losses else math.nan
+            num_clients = len(updates)
         return {
             "train_loss": train_loss,
             "num_clients": num_clients,
