@@ -44,8 +44,8 @@ class ExperimentConfig:
         model: Recipe of a module.
         learner: Class of the learners as ``_target_``, and settings for its constructor, which receives ``dataset``,
             ``indices``, ``model`` and ``seed`` as well.
-        trainer: Class of the trainer as ``_target_``, and its settings. It is constructed like ``FedAvgTrainer``, and
-            its ``train`` returns the final weights.
+        trainer: Class of the trainer as ``_target_``, and its settings. It is constructed like ``FedAvgTrainer``, its
+            state has the history, and its ``train`` returns the final weights.
         baseline: Settings of `train_centrally`; None for no baseline.
         checkpoint_every: Number of rounds between checkpoints; None for no checkpoints.
         resume: ``never``, ``auto`` or an output folder, as in `Checkpoints`.
@@ -166,7 +166,7 @@ async def _train(
             score=scorer.metrics,
             history=history,
         )
-        trainer.checkpoints, checkpoints.parts["history"] = checkpoints, history
+        trainer.checkpoints = checkpoints
         with live_progress(stream) as show:
             proxy.subscribe(show)
             weights = await trainer.train()

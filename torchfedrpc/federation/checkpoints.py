@@ -27,21 +27,17 @@ _MAY_DIFFER = ("num_rounds", "trainer.num_rounds")  # a later run may have more 
 _MISSING = object()
 
 
-class Stateful(Protocol):
-    """Object with a state that can be saved and restored."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state: Any) -> object:
-        """Restore a state that `state_dict` returned."""
-
-
-class Resumable(Stateful, Protocol):
+class Resumable(Protocol):
     """Trainer with a run that can be saved and resumed."""
 
     config: Any
     learner_proxy: LearnerProxy
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return its state."""
+
+    def load_state_dict(self, state: Any) -> object:
+        """Restore a state that `state_dict` returned."""
 
     @property
     def num_rounds(self) -> int:
@@ -75,7 +71,6 @@ class Checkpoints:
             Default: The trainer's config. The proxy's learners, clients and seed must always be equal.
 
     Attributes:
-        parts: Further objects by name; their state is saved and restored with the trainer's.
         store: The checkpoints in the folder.
 
     Raises:
@@ -95,7 +90,6 @@ class Checkpoints:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"checkpoints: {name} must be a whole number of at least 1, not {value!r}")
         self.every = every
-        self.parts: dict[str, Stateful] = {}
         self.store = CheckpointStore(Path(folder), num_kept=num_kept)
         self.is_open = False
         self._resume = str(resume)

@@ -134,8 +134,7 @@ class Saver:
         versions = self._proxy.changes()
         changed = {name: version for name, version in versions.items() if self._saved.get(name) != version}
         try:
-            parts = {name: part.state_dict() for name, part in self._checkpoints.parts.items()}
-            state = pack({"trainer": self._trainer.state_dict(), "parts": parts, "streams": _random_streams()})
+            state = pack({"trainer": self._trainer.state_dict(), "streams": _random_streams()})
             cut = self._proxy.cut(changed)
         except Exception as error:
             self._log_failure(num_done, error)
@@ -215,8 +214,6 @@ class Saver:
         while batch := await self._on_disk(partial(_next_batch, snapshots)):
             await self._proxy.restore(batch)
         self._trainer.load_state_dict(state["trainer"])
-        for name in self._checkpoints.parts.keys() & state["parts"].keys():
-            self._checkpoints.parts[name].load_state_dict(state["parts"][name])
         _set_random_streams(state["streams"])
         self._saved = self._proxy.changes()
         self._base, self.num_done = found, found.round_num
