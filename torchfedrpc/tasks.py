@@ -73,7 +73,9 @@ def raise_first(answers: list[BaseException | None]) -> None:
     An error's traceback refers to the frames that it passes. If one of them had the error, or its task, they would
     keep each other and what else these frames have until the next garbage collection.
     """
-    error = next((answer for answer in answers if answer is not None), None)
+    error = None
+    while answers and error is None:
+        error = answers.pop(0)
     answers.clear()
     try:
         if error is not None:

@@ -126,8 +126,6 @@ class Batches:
             calls = {place: call for place, call in calls.items() if place in parts}
         if not calls:
             return
-        for place, call in calls.items():
-            parts[place][1].send(call)
         batch = self.reduction.batch(self.run.next_call_id(), calls, self.timeout_s)
         try:
             outcome, again = await self.reduction.run(worker, batch)

@@ -120,7 +120,6 @@ class LearnerSession:
             while True:
                 worker = None
                 worker = self.ready() or await self.prepared()
-                self._sent_id = call.call_id
                 try:
                     outcome = await worker.submit(call)
                     break
@@ -146,10 +145,6 @@ class LearnerSession:
         """Record the current call, for its progress reports."""
         self._call_id = self._sent_id = call.call_id
         self._num_reports = 0
-
-    def send(self, call: Call) -> None:
-        """Record the call sent last, to find out whether a lost worker ran it."""
-        self._sent_id = call.call_id
 
     def settle(self, call: Call, outcome: Outcome, num_items: int = 0) -> None:
         """Record a call that has ended and release the lock; first take a snapshot if the call cannot be replayed."""
@@ -247,6 +242,7 @@ class LearnerSession:
                 elif self._worker is None:
                     await self._build(target)
                 else:
+                    self._sent_id = self._call_id  # the replay is over
                     return target
             except WorkerGone as gone:
                 self.lose(target if self._worker is None else self._worker, gone)

@@ -217,19 +217,22 @@ class Reduction:
         places_of_batch = dict(batch.calls).keys()
         if outcome.failure is not None:
             raise _merge_failure(outcome.failure, places_of_batch, self._allow, worker.label)
-        missing = places_of_batch - self.counted
+        missing = expected = places_of_batch - self.counted
         nodes = [] if outcome.parcel is None else open_nodes(outcome.parcel, self._reducer, self._allow)
         for level, index, _ in nodes:
             places = covered(level, index, len(self.client_ids))
             if not places or not missing.issuperset(places):
                 raise SerializationError(f"{worker.label} has answered a batch with results of other clients")
-            missing.difference_update(places)
-        if any(place in missing and of_call.kind == "value" for place, of_call in outcome.of_calls):
-            raise SerializationError(f"{worker.label} has answered a batch without the results of its calls")
-        self.add_nodes(nodes)
+            missing = missing.difference(places)
+        for place, of_call in outcome.of_calls:
+            if place in missing and of_call.kind == "value":
+                raise SerializationError(f"{worker.label} has answered a batch without the results of its calls")
+        if not self._is_closed:
+            self.nodes += nodes
+            self.counted |= expected - missing
 
     def add_nodes(self, nodes: Iterable[Node]) -> None:
-        """Add partial results."""
+        """Add partial results that this process has formed."""
         if self._is_closed:
             return
         for level, index, reducer in nodes:

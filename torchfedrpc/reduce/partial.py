@@ -84,33 +84,32 @@ def open_nodes(parcel: Packed, reducer: Reducer, allow: AllowList) -> list[Node]
     try:
         if isinstance(parcel, Reference) or (type(data) is list and not is_builtin(reducer)):  # of objects
             return [_node(*node) for node in data]
-        forms, parts = _exact(data, tuple)
-        known = [(dtype_named(name), _exact(is_array, bool)) for name, is_array in _exact(forms, list)]
+        if {type(data), *map(type, data)} != {tuple, list}:  # another type could run code of its class
+            raise TypeError
+        forms, parts = data
+        known = []
+        for name, is_array in forms:
+            if type(is_array) is not bool:
+                raise TypeError
+            known.append((dtype_named(name), is_array))
         nodes: list[Node] = []
         seen: set[int] = set()
-        for level, index, weight, num_sums, entries in _exact(parts, list):
+        for level, index, weight, num_sums, entries in parts:
+            if {type(level), type(index), type(num_sums)} != {int} or type(weight) not in (int, float):
+                raise TypeError
             state: Any = copy.copy(reducer)
-            state._weight, state._num_sums = _exact(weight, int, float), _exact(num_sums, int)
+            state._weight, state._num_sums = weight, num_sums
             state._entries = None if entries is None else _together(entries, known, tensors, seen, _MAX_DEPTH)
-            nodes.append(_node(level, index, state))
+            nodes.append((level, index, state))
         return nodes
     except (TypeError, ValueError, LookupError, AttributeError):
         raise SerializationError("partial results came in a form that this version does not send") from None
 
 
 def _node(level: Any, index: Any, reducer: Any) -> Node:
-    return _exact(level, int), _exact(index, int), reducer
-
-
-def _exact(value: Any, *types: type) -> Any:
-    """Return a value of one of these types. Any other could run code of its class as it is used.
-
-    Raises:
-        TypeError: If it is of another type.
-    """
-    if type(value) not in types:
+    if {type(level), type(index)} != {int}:
         raise TypeError
-    return value
+    return level, index, reducer
 
 
 def _apart(entries: Any, forms: dict[tuple[str, bool], int], tensors: list[Tensor]) -> Any:
@@ -154,11 +153,19 @@ def _together(
         if kind is dict:
             return {key: _together(item, forms, tensors, seen, depth - 1) for key, item in parts.items()}
         return [_together(item, forms, tensors, seen, depth - 1) for item in parts]
-    if len(_exact(parts, tuple)) == 1:
-        return tuple(_together(_exact(parts[0], list), forms, tensors, seen, depth))
+    if kind is not tuple:  # another type could run code of its class
+        raise TypeError
+    if len(parts) == 1:
+        if type(parts[0]) is not list:
+            raise TypeError
+        return tuple(_together(parts[0], forms, tensors, seen, depth))
     form, total = parts
-    if _exact(form, int) == _NUMBER:
-        return Entry(_exact(total, int, float, complex))
+    if type(form) is not int:
+        raise TypeError
+    if form == _NUMBER:
+        if type(total) not in (int, float, complex):
+            raise TypeError
+        return Entry(total)
     if type(total) is int:
         number, total = total, tensors[total]
         tensors[number] = None
@@ -166,4 +173,6 @@ def _together(
         raise ValueError
     else:
         seen.add(id(total))
-    return Entry(_exact(total, Tensor), *forms[form])
+    if type(total) is not Tensor:
+        raise TypeError
+    return Entry(total, *forms[form])
