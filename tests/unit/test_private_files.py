@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +46,8 @@ def mode_of(path: Path) -> int:
 
 def write(path: Path) -> None:
     """All that a run writes into its folder, but for the picture."""
-    history = History(path / "history.jsonl", lambda: {"bytes_sent": 0, "bytes_received": 0})
+    proxy: Any = SimpleNamespace(stats=lambda: {"bytes_sent": 0, "bytes_received": 0})
+    history = History(path / "history.jsonl", proxy)
     history.append(RoundEnded(0, 1, {}))
     history.load_state_dict(history.state_dict())
     store = CheckpointStore(path / "checkpoints")

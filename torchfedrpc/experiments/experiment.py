@@ -158,7 +158,7 @@ async def _train(
         found = checkpoints.open()
         going_on = f", going on after round {found.round_num}" if found is not None else ""
         print(f"{len(clients)} clients, {proxy.mode} mode{going_on}", file=stream, flush=True)
-        history = History(history_path, proxy.stats, goes_on=found is not None)
+        history = History(history_path, proxy, goes_on=found is not None)
         trainer = locate(config.trainer)(
             _settings(config.trainer),
             proxy,

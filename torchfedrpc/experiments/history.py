@@ -6,13 +6,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torchfedrpc.events import RoundEnded
 from torchfedrpc.private_files import open_private, replaced
+from torchfedrpc.proxy import LearnerProxy
 
 
 @dataclass(frozen=True)
@@ -45,35 +46,25 @@ class History:
 
     Args:
         path: The file. Its content is replaced at once, or by `load_state_dict`.
-        traffic: Returns ``bytes_sent`` and ``bytes_received`` so far, as ``proxy.stats`` does.
-        clock: Returns seconds since a fixed time.
+        proxy: The run's proxy, which counts the bytes sent and received.
         goes_on: Whether `load_state_dict` follows; the file is left unchanged until then.
 
     Attributes:
         records: The rounds so far.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        traffic: Callable[[], Mapping[str, Any]],
-        clock: Callable[[], float] = time.perf_counter,
-        *,
-        goes_on: bool = False,
-    ) -> None:
+    def __init__(self, path: Path, proxy: LearnerProxy, *, goes_on: bool = False) -> None:
         self.records: list[RoundRecord] = []
         self._path = path
-        self._traffic = traffic
-        self._clock = clock
-        self._last_time = clock()
-        self._last_traffic = dict(traffic())
+        self._proxy = proxy
+        self._last_time, self._last_traffic = time.perf_counter(), proxy.stats()
         if not goes_on:
             with replaced(path):
                 pass
 
     def append(self, ended: RoundEnded) -> None:
         """Record a round at its end."""
-        now, traffic = self._clock(), dict(self._traffic())
+        now, traffic = time.perf_counter(), self._proxy.stats()
         metrics = {name: _finite(value) for name, value in ended.metrics.items()}
         num_clients = metrics.get("num_clients")
         record = RoundRecord(
@@ -101,7 +92,7 @@ class History:
         self.records[:] = [RoundRecord(**record) for record in state["records"]]
         with replaced(self._path) as file:
             file.write("".join(map(_line, self.records)).encode())
-        self._last_time, self._last_traffic = self._clock(), dict(self._traffic())
+        self._last_time, self._last_traffic = time.perf_counter(), self._proxy.stats()
 
 
 def _line(record: RoundRecord) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TextIO
@@ -30,16 +29,14 @@ class LineProgress:
 
     Args:
         stream: The output stream.
-        clock: Returns seconds since a fixed time.
     """
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._clock = clock
         self._round_ends: list[float] = []
 
     def __enter__(self) -> Subscriber:
-        self._round_ends = [self._clock()]
+        self._round_ends = [time.monotonic()]
         return self._show
 
     def __exit__(
@@ -53,7 +50,7 @@ class LineProgress:
         num_done = event.round_num + 1
         parts = [f"round {num_done:>{len(str(event.num_rounds))}}/{event.num_rounds}"]
         parts += describe_metrics(event)
-        self._round_ends.append(self._clock())
+        self._round_ends.append(time.monotonic())
         if num_done < event.num_rounds:
             parts.append(f"{self._round_s() * (event.num_rounds - num_done):.0f} s left")
         print("  ".join(parts), file=self._stream, flush=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
@@ -18,10 +16,9 @@ class BarProgress:
 
     Args:
         stream: A terminal.
-        clock: Returns seconds since a fixed time.
     """
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._num_in_flight = 0
         self._progress = Progress(
             TextColumn("[bold]rounds"),
@@ -32,7 +29,6 @@ class BarProgress:
             TimeRemainingColumn(),
             console=Console(file=stream),
             refresh_per_second=5,
-            get_time=clock,
         )
         self._task = self._progress.add_task("rounds", total=None, in_flight=0, accuracy="  -  ")
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from torchfedrpc.events import RoundEnded
+from torchfedrpc.experiments import history as history_module
 from torchfedrpc.experiments.history import History
+from torchfedrpc.proxy import LearnerProxy
 
 METRICS = {"test_accuracy": 0.5, "test_loss": 1.5, "train_loss": 2.0, "num_clients": 3.0}
 KEYS = [
@@ -30,20 +34,19 @@ class FakeRun:
         self.time_s = 100.0
         self.num_bytes = 1000
 
-    def clock(self) -> float:
-        return self.time_s
-
-    def traffic(self) -> dict[str, int]:
+    def stats(self) -> dict[str, int]:
         return {"bytes_sent": self.num_bytes, "bytes_received": 2 * self.num_bytes}
 
 
 @pytest.fixture
-def run() -> FakeRun:
-    return FakeRun()
+def run(monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    fake = FakeRun()
+    monkeypatch.setattr(history_module, "time", SimpleNamespace(perf_counter=lambda: fake.time_s))
+    return fake
 
 
 def _history(path: Path, run: FakeRun) -> History:
-    return History(path, run.traffic, run.clock)
+    return History(path, cast(LearnerProxy, run))
 
 
 def _lines(path: Path) -> list[dict[str, object]]:

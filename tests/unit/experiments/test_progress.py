@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import needs
 
 from torchfedrpc.events import CallEnded, CallStarted, RoundEnded, RoundStarted
+from torchfedrpc.experiments import progress
 from torchfedrpc.experiments.progress import LineProgress, live_progress
 
 
@@ -19,11 +21,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_stream_that_is_no_terminal_gets_a_line_for_each_round() -> None:
+def test_a_stream_that_is_no_terminal_gets_a_line_for_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     times_s = iter([0.0, 5.0, 6.0, 7.0])
-    progress = LineProgress(stream, clock=lambda: next(times_s))
-    with progress as show:
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(times_s)))
+    with LineProgress(stream) as show:
         for round_num, accuracy in enumerate((0.5, 0.75, 0.875)):
             show(RoundStarted(round_num, 10))
             show(RoundEnded(round_num, 10, {"test_accuracy": accuracy, "num_clients": 4}))
@@ -56,12 +58,13 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "accuracy 0.875" in shown
 
 
-def test_the_bar_shows_the_time_left_as_the_last_rounds_took() -> None:
+def test_the_bar_shows_the_time_left_as_the_last_rounds_took(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("rich")
     from torchfedrpc.experiments.progress_bar import BarProgress
 
     stream, now_s = Terminal(), 0.0
-    with BarProgress(stream, clock=lambda: now_s) as show:
+    monkeypatch.setattr("rich.console.monotonic", lambda: now_s)
+    with BarProgress(stream) as show:
         for round_num, seconds in enumerate((50.0, 10.0, 10.0)):  # the first one loads data and libraries
             show(RoundStarted(round_num, 12))
             now_s += seconds
