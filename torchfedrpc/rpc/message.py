@@ -34,7 +34,7 @@ def parcel_message(parcel: Packed | None, covered: MappedDevices) -> Any:
         return parcel.head, parcel.views, [], None
     staged = [slot.is_cuda and slot.device not in covered for slot in parcel.slots]
     if parcel.ready is not None and (parcel.is_common or any(staged)):
-        parcel.ready()
+        parcel.ready.wait()
     slots = [slot.cpu() if through else slot for slot, through in zip(parcel.slots, staged, strict=True)]
     if parcel.is_common:  # of the calls in one request: tensors on one memory would arrive on one memory
         with PlainTensors():

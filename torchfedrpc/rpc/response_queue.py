@@ -142,7 +142,7 @@ class Answers:
             try:
                 for answer in taken:
                     if isinstance(answer.parcel, Parcel) and answer.parcel.ready is not None:
-                        answer.parcel.ready()  # orders this thread's CUDA streams behind the method's
+                        answer.parcel.ready.wait()  # orders this thread's CUDA streams behind the method's
                 future.set_result((number, [answer.message for answer in taken], self._rrefs.untold()))
             finally:
                 self._telling.release()

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def fence(tensors: list[Tensor]) -> Callable[[], None] | None:
-    """Record an event on this thread's CUDA streams, behind the work on these tensors.
+class Fence:
+    """Events on the CUDA streams of the thread that makes it, behind the work on some tensors.
 
-    Returns:
-        A function that makes the calling thread's streams wait for the event, and keeps the tensors' memory from
-        being reused before those streams are done with it; None if no tensor is on a GPU.
+    Args:
+        tensors: Tensors on GPUs.
     """
-    on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
-    if not on_gpu:
-        return None
-    events = {}
-    for device in dict.fromkeys(tensor.device for tensor in on_gpu):
-        events[device] = torch.cuda.current_stream(device).record_event()
 
-    def wait() -> None:
-        for device, event in events.items():
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        devices = dict.fromkeys(tensor.device for tensor in tensors)
+        self._events = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+
+    def wait(self) -> None:
+        """Let the calling thread's streams wait for the events.
+
+        The tensors' memory is not reused before those streams are done with it.
+        """
+        for device, event in self._events.items():
             torch.cuda.current_stream(device).wait_event(event)
-        for tensor in on_gpu:
+        for tensor in self._tensors:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
-    return wait
+
+def fence(tensors: Sequence[Tensor]) -> Fence | None:
+    """Return a fence behind this thread's work on these tensors; None if no tensor is on a GPU."""
+    on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
+    return Fence(on_gpu) if on_gpu else None

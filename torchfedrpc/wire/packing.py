@@ -20,7 +20,7 @@ from torch.nn.parameter import Parameter
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
 from torchfedrpc.wire import arrays, encodings, rebuild
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.cuda_order import fence
+from torchfedrpc.wire.cuda_order import Fence, fence
 from torchfedrpc.wire.file import TensorFiles, are_large, mapped_copies
 from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.scan import BUILD, REDUCE, check_depth, is_plain_data, with_requests
@@ -66,7 +66,7 @@ class Parcel:
         head: The object as a pickle in which each tensor, and the memory of each large array, is a number.
         views: How each tensor lies in the slots, by its number.
         slots: Dense tensors without gradient, of any dtype and device.
-        ready: Makes the calling thread's CUDA streams wait for the slots' values; None without CUDA tensors.
+        ready: The fence behind the work on the slots; None without CUDA tensors.
         apart: Values that the pickle names and that are opened apart.
         files: The memory files of the slots; None if they lie in ordinary memory.
         is_common: Whether several calls open it, each on a copy of the slots.
@@ -76,7 +76,7 @@ class Parcel:
     head: bytes
     views: list[View]
     slots: list[Tensor]
-    ready: Callable[[], None] | None = None
+    ready: Fence | None = None
     apart: tuple[SentApart, ...] = ()
     files: TensorFiles | None = None
     is_common: bool = False
@@ -96,7 +96,7 @@ class Parcel:
     def copy(self) -> Parcel:
         """Return a copy of the parcel, for one more opening."""
         if self.ready is not None:
-            self.ready()
+            self.ready.wait()
         with PlainTensors():
             slots = _copies(self.views, self.slots)
         return Parcel(self.head, self.views, slots, None, self.apart)
@@ -115,7 +115,7 @@ class Parcel:
         if self.is_common and self.slots:
             return self.copy().open(allow, beside)
         if self.ready is not None:
-            self.ready()
+            self.ready.wait()
         try:
             is_plain = (not self.slots or beside is not None) and not self.apart and is_plain_data(self.head)
             if is_plain and not self.slots:  # the most frequent case

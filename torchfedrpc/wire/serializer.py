@@ -73,7 +73,7 @@ def chunks_of(parcel: Parcel) -> list[bytes | memoryview]:
     The pieces of CPU tensors share the parcel's memory; the parcel can still be opened afterwards.
     """
     if parcel.ready is not None:
-        parcel.ready()
+        parcel.ready.wait()
     slots = [slot.cpu() for slot in parcel.slots]
     layouts = [
         (name_of_dtype(slot.dtype), tuple(slot.shape), slot.stride(), slot.nbytes, origin.is_cuda)

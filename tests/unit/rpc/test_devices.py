@@ -229,9 +229,10 @@ def test_staged_tensors_stay_on_the_cpu_of_a_worker_that_has_no_gpu(two_gpus: No
 
 def test_staging_waits_for_what_the_gpu_still_computes(two_gpus: None) -> None:
     waited: list[str] = []
+    written: Any = SimpleNamespace(wait=lambda: waited.append("waited"))
     for covered, expected in ((frozenset(), ["waited"]), (frozenset([GPUS[1]]), [])):
         waited.clear()
-        parcel = dataclasses.replace(parcel_on(GPUS[1]), ready=lambda: waited.append("waited"))
+        parcel = dataclasses.replace(parcel_on(GPUS[1]), ready=written)
         parcel_message(parcel, covered)
         assert waited == expected
 
@@ -331,10 +332,10 @@ def test_a_fence_has_the_readers_stream_wait_for_the_writers(monkeypatch: pytest
     tensor: Any = SimpleNamespace(
         is_cuda=True, device=GPUS[1], record_stream=lambda stream: log.append((stream.name, "uses the memory"))
     )
-    wait = fence([tensor, torch.ones(1)])
+    written = fence([tensor, torch.ones(1)])
     assert log == [("writer", "records")]
     present = NotingStream("reader", log)
-    assert wait is not None
-    wait()
+    assert written is not None
+    written.wait()
     assert log[1:] == [("reader", "event of writer"), ("reader", "uses the memory")]
     assert fence([torch.ones(1)]) is None
