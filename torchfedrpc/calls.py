@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from torchfedrpc.errors import (
     UnknownClientError,
     suggest,
 )
-from torchfedrpc.events import CallEnded, CallStarted, Event, EventBus
+from torchfedrpc.events import CallEnded, CallStarted, EventBus
 from torchfedrpc.executors.base import Arguments, Invocation
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.options import CallOptions
@@ -36,6 +36,8 @@ class Opening:
     """Counters from one opening of the proxy to the next.
 
     Attributes:
+        events: Publishes the events of this opening; it publishes nothing after the next opening has begun, when a
+            call may still end, and an abandoned method may still report progress.
         loop: The event loop in which the proxy was opened; None before that, and after it was closed.
         call_ids: Generates the ids of calls.
         num_changes: Client -> number of calls and restores that have begun, plus those that have ended.
@@ -45,6 +47,7 @@ class Opening:
         num_pending: Number of calls that have not ended.
     """
 
+    events: EventBus = field(default_factory=EventBus)
     loop: asyncio.AbstractEventLoop | None = None
     call_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     num_changes: Counter[str] = field(default_factory=Counter)
@@ -60,15 +63,13 @@ class Calls:
     Args:
         router: Returns the executor of a client.
         client_ids: All clients, in order.
-        events: Receives the events of calls.
 
     Attributes:
-        opening: The counters since the proxy was last opened.
+        opening: Counters and events since the proxy was last opened.
     """
 
-    def __init__(self, router: ExecutorRouter, client_ids: tuple[str, ...], events: EventBus) -> None:
+    def __init__(self, router: ExecutorRouter, client_ids: tuple[str, ...]) -> None:
         self.client_ids = client_ids
-        self.events = events
         self.router = router
         self.opening = Opening()
         self._order = {client_id: index for index, client_id in enumerate(client_ids)}
@@ -78,19 +79,9 @@ class Calls:
         """Whether the event loop in which the proxy was opened is closed."""
         return self.opening.loop is not None and self.opening.loop.is_closed()
 
-    def begin(self) -> Callable[[Event], None]:
-        """Begin with new counters, and return the function that publishes the events of this opening.
-
-        The function publishes nothing after the next opening begins. A call of the previous one may end, and an
-        abandoned method may report progress, after that.
-        """
-        opening = self.opening = Opening()
-
-        def publish(event: Event) -> None:
-            if self.opening is opening:
-                self.events.publish(event)
-
-        return publish
+    def begin(self) -> None:
+        """Begin with new counters, and with a bus to which the subscribers move."""
+        self.opening = Opening(self.opening.events.hand_over())
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Accept calls from this event loop."""
@@ -347,13 +338,13 @@ class Calls:
     def begin_call(self, invocation: Invocation) -> ObservedCall:
         """Count a call and publish its start."""
         opening = self.opening
-        if self.events.subscribers:
-            self.events.publish(CallStarted(invocation.call_id, invocation.client_id, invocation.method))
+        if opening.events.subscribers:
+            opening.events.publish(CallStarted(invocation.call_id, invocation.client_id, invocation.method))
         opening.num_calls += 1
         opening.num_pending += 1
         opening.num_changes[invocation.client_id] += 1
         return ObservedCall(
-            self, opening, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter()
+            opening, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter()
         )
 
 
@@ -362,8 +353,7 @@ class ObservedCall:
     """Call that was counted.
 
     Attributes:
-        calls: Publishes the end.
-        opening: The counters that count the call.
+        opening: Counts the call, and publishes its end.
         call_id: The id of the call.
         client_id: The client.
         method: The method's name.
@@ -371,7 +361,6 @@ class ObservedCall:
         has_ended: Whether the end was counted.
     """
 
-    calls: Calls
     opening: Opening
     call_id: int
     client_id: str
@@ -384,10 +373,10 @@ class ObservedCall:
         if self.has_ended:
             return
         self.has_ended = True
-        opening, calls = self.opening, self.calls
+        opening = self.opening
         opening.num_changes[self.client_id] += 1
         opening.num_pending -= 1
         opening.num_failed += failure is not None
-        if calls.events.subscribers and calls.opening is opening:
+        if opening.events.subscribers:
             seconds = time.perf_counter() - self.began
-            calls.events.publish(CallEnded(self.call_id, self.client_id, self.method, seconds, failure))
+            opening.events.publish(CallEnded(self.call_id, self.client_id, self.method, seconds, failure))

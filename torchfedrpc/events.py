@@ -128,13 +128,20 @@ class EventBus:
         Returns:
             The function that ends the subscription.
         """
-        self.subscribers.append(callback)
+        subscribers = self.subscribers
+        subscribers.append(callback)
 
         def unsubscribe() -> None:
-            if callback in self.subscribers:
-                self.subscribers.remove(callback)
+            if callback in subscribers:
+                subscribers.remove(callback)
 
         return unsubscribe
+
+    def hand_over(self) -> EventBus:
+        """Return a new bus with all subscribers. This one has none from now on, and publishes nothing more."""
+        following = EventBus()
+        following.subscribers, self.subscribers = self.subscribers, []
+        return following
 
     def publish(self, event: Event) -> None:
         """Call all subscribers. An exception of a subscriber is logged; the others are still called."""

@@ -52,7 +52,7 @@ async def reduce(
         calls.router.allow,
         num_retries=options.retries,
         min_results=options.min_results,
-        is_watched=options.ends_early or bool(calls.events.subscribers),
+        is_watched=options.ends_early or bool(calls.opening.events.subscribers),
     )
     invocations = calls.of_group(options, clients, method, args, kwargs)
     refused: dict[str, BaseException] = {}

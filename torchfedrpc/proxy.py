@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Never
 from torchfedrpc.calls import Calls
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, GroupCallError, LearnerBusyError
-from torchfedrpc.events import Event, EventBus, Subscriber
+from torchfedrpc.events import Event, Subscriber
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.router import ExecutorRouter
@@ -171,9 +171,8 @@ class LearnerProxy:
             if client_id not in kwargs_by_client:
                 raise ConfigError(f"client_endpoints names {client_id!r}, which is no client of this proxy")
         self._router = ExecutorRouter(config)
-        self._events = EventBus()
-        self._calls = Calls(self._router, tuple(kwargs_by_client), self._events)
-        self._spec = ExecutorSpec(spec, kwargs_by_client, self._events.publish)
+        self._calls = Calls(self._router, tuple(kwargs_by_client))
+        self._spec = ExecutorSpec(spec, kwargs_by_client, self._calls.opening.events)
         self._options = CallOptions()
         self._exit = AsyncExitStack()
         self._before_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
@@ -188,7 +187,8 @@ class LearnerProxy:
                 "its async with block), or give the clients of both to one proxy"
             )
         stack = AsyncExitStack()
-        spec = dataclasses.replace(self._spec, publish=self._calls.begin())
+        self._calls.begin()
+        spec = dataclasses.replace(self._spec, events=self._calls.opening.events)
         try:
             LearnerProxy._open_in_process = self
             stack.callback(self._closed)
@@ -478,11 +478,11 @@ class LearnerProxy:
 
     def subscribe(self, callback: Subscriber) -> Callable[[], None]:
         """Call ``callback(event)`` on the event loop for each event of the run; return the unsubscribe function."""
-        return self._events.subscribe(callback)
+        return self._calls.opening.events.subscribe(callback)
 
     def publish(self, event: Event) -> None:
         """Publish an event of the trainer to all subscribers."""
-        self._events.publish(event)
+        self._calls.opening.events.publish(event)
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of the run, with the same keys in every mode.

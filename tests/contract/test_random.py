@@ -14,6 +14,7 @@ from learners import Probe
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.events import EventBus
 from torchfedrpc.executors.base import ExecutorSpec, Invocation
 from torchfedrpc.host.spec import LearnerSpec
 
@@ -51,7 +52,7 @@ async def test_interleaved_async_methods_draw_as_if_alone(
 async def _draw_alone(client_id: str, path: str) -> Any:
     """The same call of the same client, beside no other call."""
     spec, _ = LearnerSpec.of(Probe, 11, RuntimeConfig())
-    host = ExecutorSpec(spec, {client_id: {}}, lambda event: None).make_host()
+    host = ExecutorSpec(spec, {client_id: {}}, EventBus()).make_host()
     try:
         return await host.execute_method(client_id, "draw_after", path)
     finally:
@@ -62,7 +63,7 @@ async def _streams_alone(client_id: str) -> list[list[Any]]:
     """The items of both streams of the same client, beside no other call."""
     spec, _ = LearnerSpec.of(Probe, 11, RuntimeConfig())
     executor = tfr.LocalExecutor(RuntimeConfig())
-    await executor.open(ExecutorSpec(spec, {client_id: {}}, lambda event: None))
+    await executor.open(ExecutorSpec(spec, {client_id: {}}, EventBus()))
     try:
         streams = []
         for number, method in enumerate(("draw_stream", "draw_async_stream")):

@@ -12,6 +12,7 @@ from uneven import Choosy, Picky, Uneven
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.events import EventBus
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.host.spec import LearnerSpec
 
@@ -43,7 +44,7 @@ def expected(runner: asyncio.Runner, proxy: tfr.LearnerProxy) -> dict[str, list[
 
 async def drawn_alone() -> dict[str, list[float]]:
     spec, _ = LearnerSpec.of(Uneven, SEED, RuntimeConfig())
-    host = ExecutorSpec(spec, {client: {} for client in CLIENTS}, lambda event: None).make_host()
+    host = ExecutorSpec(spec, {client: {} for client in CLIENTS}, EventBus()).make_host()
     drawn = {}
     for client in CLIENTS:
         for _ in CASES:

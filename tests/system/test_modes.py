@@ -21,6 +21,7 @@ from torchrun import LOADING, run_script, write_script
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.events import EventBus
 from torchfedrpc.executors.router import resolve_mode
 from torchfedrpc.launcher import Launch
 
@@ -545,9 +546,9 @@ async def test_an_executor_serves_without_a_proxy(runtime: Any, kind: type[tfr.A
     assert router.mode == ("local" if kind is tfr.LocalExecutor else "pseudo")
     spec, _ = LearnerSpec.of(Probe, 0, RuntimeConfig.of(runtime))
     try:
-        await executor.open(tfr.ExecutorSpec(spec, {"a": {}, "b": {}}, lambda event: None))
+        await executor.open(tfr.ExecutorSpec(spec, {"a": {}, "b": {}}, EventBus()))
         assert await executor.execute_method("a", "echo", 1, method_name=2) == ((1,), {"method_name": 2})
     finally:
         await executor.close()
     with pytest.raises(tfr.ConfigError, match=f"this {kind.__name__} was opened before.*make another"):
-        await executor.open(tfr.ExecutorSpec(spec, {"a": {}}, lambda event: None))
+        await executor.open(tfr.ExecutorSpec(spec, {"a": {}}, EventBus()))

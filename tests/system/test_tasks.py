@@ -16,6 +16,7 @@ from tasking import PARTS, Tasking
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.events import EventBus
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.spec import LearnerSpec
@@ -40,7 +41,7 @@ def clients(proxy: tfr.LearnerProxy) -> Iterator[str]:
 async def alone(client_id: str, work: Callable[[LearnerHost], Awaitable[Any]]) -> Any:
     """What a client draws where nothing else runs."""
     spec, _ = LearnerSpec.of(Tasking, SEED, RuntimeConfig())
-    host = ExecutorSpec(spec, {client_id: {}}, lambda event: None).make_host()
+    host = ExecutorSpec(spec, {client_id: {}}, EventBus()).make_host()
     try:
         return await work(host)
     finally:

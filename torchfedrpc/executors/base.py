@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError
-from torchfedrpc.events import Event, ProgressReported
+from torchfedrpc.events import EventBus, ProgressReported
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.executors.stream import CallStream
@@ -35,12 +35,12 @@ class ExecutorSpec:
     Attributes:
         learner: Makes the learners; has the run's configuration.
         clients: Client id -> keyword arguments of its learner's constructor, in the run's order.
-        publish: Publishes an event to the run's subscribers; called on the driver's event loop.
+        events: Publishes the run's events; used on the driver's event loop.
     """
 
     learner: LearnerSpec
     clients: Mapping[str, Mapping[str, Any]]
-    publish: Callable[[Event], None]
+    events: EventBus
 
     def make_host(self) -> LearnerHost:
         """Return a host for these clients in this process. Call it in ``open``, and close the host in ``close``.
@@ -71,7 +71,7 @@ class ExecutorSpec:
         except Exception:  # an unreadable report must not lose the outcomes behind it
             logger.exception("the progress of %s.%s cannot be read", call.client_id, call.method)
             return
-        self.publish(ProgressReported(call.call_id, call.client_id, call.method, value))
+        self.events.publish(ProgressReported(call.call_id, call.client_id, call.method, value))
 
     def constructor_arguments(self, client_id: str, *, by_value: bool = True) -> Packed:
         """Return the present keyword arguments of a learner's constructor.

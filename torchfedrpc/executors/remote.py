@@ -303,7 +303,7 @@ class RemoteLearners:
             if isinstance(event, WorkerLeaving):
                 self._empty(event.worker)
                 continue
-            self._spec.publish(event)
+            self._spec.events.publish(event)
             if isinstance(event, WorkerJoined):
                 self._balance()
             elif isinstance(event, WorkerLeft):

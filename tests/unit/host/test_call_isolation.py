@@ -13,6 +13,7 @@ from disturbing import Disturbing, look
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.events import EventBus
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import warn_of_default_device
@@ -129,7 +130,7 @@ async def test_warning_says_that_the_drivers_default_device_reaches_no_learner(
     torch.set_default_device("meta")
     try:
         warn_of_default_device()
-        host = ExecutorSpec(spec, {"a": {}}, lambda event: None).make_host()
+        host = ExecutorSpec(spec, {"a": {}}, EventBus()).make_host()
     finally:
         torch.set_default_device(None)
     assert await host.execute_method("a", "look") == fresh_look

@@ -13,6 +13,7 @@ from learners import Probe
 from torch import Tensor
 
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.events import EventBus
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.process import choose_device
@@ -279,7 +280,7 @@ def test_a_gpu_that_is_full_is_an_error_of_the_call_whose_tensors_it_has_no_room
 
 
 async def test_a_full_gpu_of_a_worker_is_an_error_that_names_client_and_worker() -> None:
-    host = ExecutorSpec(learner(), {"a": {}}, lambda event: None).make_host()
+    host = ExecutorSpec(learner(), {"a": {}}, EventBus()).make_host()
     call = Call(1, "a", "same", Unreadable(torch.OutOfMemoryError("no room on cuda:0")))
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[Outcome] = loop.create_future()
