@@ -10,7 +10,7 @@ from typing import Any
 from torchfedrpc.calls import Calls, reading
 from torchfedrpc.errors import ConfigError, LearnerBusyError
 from torchfedrpc.executors.base import Invocation
-from torchfedrpc.executors.stream import CallStream
+from torchfedrpc.executors.stream import ItemStream
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.options import CallOptions
 
@@ -24,7 +24,7 @@ class LearnerStream(AsyncIterator[Any]):
     stream, close it explicitly (`aclose`, or ``contextlib.aclosing``).
     """
 
-    def __init__(self, calls: Calls, options: CallOptions, invocation: Invocation, stream: CallStream) -> None:
+    def __init__(self, calls: Calls, options: CallOptions, invocation: Invocation, stream: ItemStream) -> None:
         self._calls = calls
         self._options = options
         self._invocation = invocation

@@ -14,7 +14,7 @@ from torchfedrpc.errors import ConfigError, SerializationError
 from torchfedrpc.events import EventBus, ProgressReported
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.shared_arguments import SharedRef
-from torchfedrpc.executors.stream import CallStream
+from torchfedrpc.executors.stream import ItemStream
 from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call, Report
 from torchfedrpc.host.faults import Fault
@@ -164,7 +164,7 @@ class AbstractExecutor(ABC):
             invocation.client_id, invocation.method, *invocation.args, **invocation.kwargs
         )
 
-    def stream(self, invocation: Invocation) -> CallStream:
+    def stream(self, invocation: Invocation) -> ItemStream:
         """Open a stream over the items of a generator method.
 
         Raises:

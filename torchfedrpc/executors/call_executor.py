@@ -7,7 +7,6 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,7 @@ from torchfedrpc.executors.base import AbstractExecutor, Arguments, ExecutorSpec
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.durations import Durations, fastest_first, longest_first
 from torchfedrpc.executors.shared_arguments import MIN_SHARED_BYTES, SharedRef, Sharing, held
-from torchfedrpc.executors.stream import CallStream, Steps
+from torchfedrpc.executors.stream import ItemStream, Steps
 from torchfedrpc.host.call import Call, CallKind, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.snapshot import seal
@@ -171,7 +170,7 @@ class CallExecutor(AbstractExecutor):
                     raise error
                 finally:
                     del error
-            return self._result(outcome, call)
+            return self.result(outcome, call)
         finally:
             if values:
                 num_bytes += self._release(values)
@@ -300,11 +299,15 @@ class CallExecutor(AbstractExecutor):
 
     async def snapshot(self, client_id: str) -> bytes:
         """Return a learner's state between two calls."""
-        await self._admission.admit(0)  # behind calls that wait for admission
-        if self._cut is not None:
-            await self._pass(client_id)
+        await self.wait_behind_calls(client_id)
         call = self._snapshot_call(client_id)
         return await self._sealed(await self._learners.call(call), call)
+
+    async def wait_behind_calls(self, client_id: str) -> None:
+        """Wait behind calls that wait for admission, and for a checkpoint's snapshot of the learner."""
+        await self._admission.admit(0)
+        if self._cut is not None:
+            await self._pass(client_id)
 
     async def capture(self, client_id: str) -> bytes:
         """Return a learner's part of a consistent snapshot; empty if the learner was given up."""
@@ -324,20 +327,14 @@ class CallExecutor(AbstractExecutor):
             call = Call(next(self._own_call_ids), client_id, "restore", arguments, kind="restore")
             if self._cut is not None:
                 await self._pass(client_id)
-            self._result(await self._learners.call(call), call)
+            self.result(await self._learners.call(call), call)
         finally:
             self._admission.release(len(data))
 
-    def stream(self, invocation: Invocation) -> CallStream:
+    def stream(self, invocation: Invocation) -> ItemStream:
         """Open a stream. The first step sends the call."""
         call, _ = self._call(invocation, Arguments(invocation.args, invocation.kwargs), kind="stream")
-
-        async def passed() -> None:
-            await self._admission.admit(0)  # behind calls that wait for admission
-            if self._cut is not None:
-                await self._pass(call.client_id)
-
-        return CallStream(self._learners.stream(call), passed, partial(self._result, call=call))
+        return CallStream(self, self._learners.stream(call), call)
 
     def follow(self, cut: Cut) -> None:
         """Let calls submitted from now on wait for their learners' snapshots of this consistent snapshot."""
@@ -429,12 +426,53 @@ class CallExecutor(AbstractExecutor):
         return Call(next(self._own_call_ids), client_id, "snapshot", pack(None), kind="snapshot")
 
     async def _sealed(self, outcome: Outcome, call: Call) -> bytes:
-        data: torch.Tensor = self._result(outcome, call)
+        data: torch.Tensor = self.result(outcome, call)
         return await asyncio.to_thread(lambda: bytes(seal(data)))
 
-    def _result(self, outcome: Outcome, call: Call) -> Any:
+    def result(self, outcome: Outcome, call: Call) -> Any:
         """Return the result of a call or the item of a stream; see `Outcome.result`."""
         return outcome.result(call, self.allow, self._learners.worker_of(call.client_id))
+
+
+class CallStream:
+    """Open stream of an executor with learners in hosts.
+
+    Args:
+        executor: The executor.
+        steps: The steps of the method.
+        call: The call.
+    """
+
+    def __init__(self, executor: CallExecutor, steps: Steps, call: Call) -> None:
+        self._executor = executor
+        self._steps = steps
+        self._call = call
+        self._is_begun = self._ended = self._closed = False
+
+    async def step(self) -> Any:
+        """Return the next item."""
+        if self._ended or self._closed:
+            raise StopAsyncIteration
+        try:
+            if not self._is_begun:
+                await self._executor.wait_behind_calls(self._call.client_id)
+                if self._closed:
+                    raise StopAsyncIteration
+            self._is_begun = True
+            outcome = await self._steps.next()
+        except BaseException:
+            self._ended = True
+            raise
+        self._ended = outcome.kind != "item"
+        if outcome.kind == "end" or self._closed:
+            raise StopAsyncIteration
+        return self._executor.result(outcome, self._call)
+
+    def close(self) -> None:
+        """Close the generator on its host, if it is open. The learner is free after the generator has ended."""
+        if self._is_begun and not self._ended and not self._closed:
+            self._steps.close()
+        self._closed = True
 
 
 def without_traces(error: Exception) -> Exception:
