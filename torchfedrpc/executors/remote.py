@@ -28,6 +28,7 @@ from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.handshake import load_token
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sources import DialledSource, JoinedSource, Source
+from torchfedrpc.rpc.worker_client import ProgressArrived
 from torchfedrpc.rpc.worker_group import WorkerGroup, WorkerLeaving
 from torchfedrpc.rpc.workers import Worker, WorkerState
 from torchfedrpc.tasks import Tasks
@@ -84,7 +85,7 @@ class RemoteLearners:
         self._config = config
         self._spec = spec
         self._joined = next((source for source in sources if isinstance(source, JoinedSource)), None)
-        self._group = WorkerGroup(sources, spec.learner, self._reported)
+        self._group = WorkerGroup(sources, spec.learner)
         self._workers = self._group.workers
         self._places: dict[str, str] = {}  # client -> name of the worker that it is placed on
         self._sessions: dict[str, LearnerSession] = {}  # of clients with at least one call
@@ -303,6 +304,9 @@ class RemoteLearners:
             if isinstance(event, WorkerLeaving):
                 self._empty(event.worker)
                 continue
+            if isinstance(event, ProgressArrived):
+                self._publish_progress(event)
+                continue
             self._spec.events.publish(event)
             if isinstance(event, WorkerJoined):
                 self._balance()
@@ -316,10 +320,11 @@ class RemoteLearners:
                 else:
                     self._give_up(event.worker)
 
-    def _reported(self, call: Call, number: int, progress: Packed) -> None:
-        session = self._sessions.get(call.client_id)
-        if session is not None and session.is_next_report(call, number):
-            self._spec.publish_progress(call, progress)
+    def _publish_progress(self, arrived: ProgressArrived) -> None:
+        """Publish progress, unless the same call has reported it before it was repeated."""
+        session = self._sessions.get(arrived.call.client_id)
+        if session is not None and session.is_next_report(arrived.call, arrived.number):
+            self._spec.publish_progress(arrived.call, arrived.value)
 
     async def _first_to_join(self) -> None:
         """Wait until a worker has joined and can be called, in a run without other workers.

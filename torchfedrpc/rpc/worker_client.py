@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from torchfedrpc.errors import ConfigError, SerializationError, WorkerLostError
+from torchfedrpc.events import Event
 from torchfedrpc.host.answer import call_on
-from torchfedrpc.host.call import Batch, Call, Outcome, Registration, Report
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.rpc import endpoint
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.in_order import InOrder
@@ -29,7 +30,7 @@ from torchfedrpc.rpc.message import (
 )
 from torchfedrpc.rpc.rrefs import hold
 from torchfedrpc.wire.file import Address, TensorFiles
-from torchfedrpc.wire.packing import Parcel
+from torchfedrpc.wire.packing import Packed, Parcel
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
 _METHODS = ("call", "stream")
@@ -47,6 +48,15 @@ class WorldOver(Exception):
 
 class UndeliverableError(Exception):
     """RPC cannot carry a call or its answer, though the worker lives; the reason is the ``__cause__``."""
+
+
+@dataclass(frozen=True)
+class ProgressArrived(Event):
+    """Arrival of the progress ``value``, report number ``number`` of ``call``; a repeated call reports it again."""
+
+    call: Call
+    number: int
+    value: Packed
 
 
 @dataclass
@@ -92,13 +102,15 @@ class WorkerClient:
         secret: First bytes of each request to this worker in this world.
         covered: Devices of the driver that the world's device map connects with this worker.
         traffic: Counts bytes.
-        report: Receives the progress that methods report.
+        events: Receives the progress that methods report.
         sees_files: Whether the worker can open memory files of this process.
         pid: The worker's process if this one can open its memory files, else None.
         known: Clients whose learners the worker has registered in an earlier world.
         suspects: Ids of calls that RPC failed to carry before; these and their answers travel alone.
-        on_error: Receives this client, the requests that wait for an answer, and the exception, if RPC lost a request
-            or an answer.
+
+    Attributes:
+        broken: Set once RPC has lost a request or an answer, or the world has ended.
+        failures: What RPC has lost: the requests that may be concerned, and the exception.
     """
 
     def __init__(
@@ -109,25 +121,25 @@ class WorkerClient:
         covered: MappedDevices,
         traffic: Traffic,
         *,
-        report: Report,
+        events: asyncio.Queue[Event],
         sees_files: bool,
         pid: int | None,
         known: Container[str] = (),
         suspects: Container[int],
-        on_error: Callable[[WorkerClient, Collection[Call | Batch], Exception], None],
     ) -> None:
         self.label = label
+        self.broken = asyncio.Event()
+        self.failures: list[tuple[list[Call | Batch], Exception]] = []
         self._loop = asyncio.get_running_loop()
         self._worker: Any = torch_rpc().get_worker_info(name)
         self._secret = secret
         self._covered = covered
         self._traffic = traffic
-        self._report = report
+        self._events = events
         self._sees_files = sees_files
         self._pid = pid
         self._known = known
         self._suspects = suspects
-        self._on_error = on_error
         self._is_open = True
         self._is_late_with_rrefs = False  # since the last answer
         self._learners: dict[str, Any] = {}  # client id -> RRef of its learner; None until it has arrived
@@ -258,6 +270,7 @@ class WorkerClient:
     def close(self) -> None:
         """Raise `WorldOver` at all callers, and ignore answers from now on."""
         self._is_open = False
+        self.broken.set()
         if self._late is not None:
             self._late.cancel()
         questions = list(self._questions.values())
@@ -446,7 +459,7 @@ class WorkerClient:
         self._is_late_with_rrefs = False
         for number, answer in answers:
             if number is None:
-                self._report(*answer)
+                self._events.put_nowait(ProgressArrived(*answer))
             elif (question := self._questions.pop(number, None)) is not None:
                 for files in question.lent:
                     if files is not None:
@@ -474,13 +487,17 @@ class WorkerClient:
     def _missed(self, number: int, error: Exception) -> None:
         """Report an outcome whose files could not be opened, if a caller waits for it."""
         if self._is_open and (question := self._questions.get(number)) is not None:
-            self._on_error(self, [question.request], error)
+            self._break([question], error)
 
     def _failed(self, alone: int | None, error: Exception) -> None:
         """Report a lost request or answer. It may have had any open question, unless it travelled alone."""
         if self._is_open:
-            lost = self._questions if alone is None else {alone} & self._questions.keys()
-            self._on_error(self, [self._questions[number].request for number in lost], error)
+            lost = self._questions.keys() if alone is None else {alone} & self._questions.keys()
+            self._break([self._questions[number] for number in lost], error)
+
+    def _break(self, lost: Iterable[_Question], error: Exception) -> None:
+        self.failures.append(([question.request for question in lost], error))
+        self.broken.set()
 
 
 def _is_value(future: Any) -> bool:

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -17,7 +17,6 @@ import torch
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.events import Event, WorkerJoined, WorkerLeft, WorkerLost, WorldFormed
-from torchfedrpc.host.call import Batch, Call, Report
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import OpenedSettings
@@ -61,16 +60,16 @@ class WorkerGroup:
     Args:
         sources: The sources of workers.
         learner: How workers make learners.
-        report: Receives the progress that methods report.
 
     Attributes:
         workers: The table of workers, which this group keeps.
-        events: Events of workers and worlds once the group is open, `WorkerLeaving` among them. A task that waits for
-            events handles one before calls notice the change.
+        events: Events of workers and worlds once the group is open, `WorkerLeaving` and `ProgressArrived` among them.
+            A task that waits for events handles one before calls notice the change, or the end of a call that has
+            reported progress.
         traffic: Label -> bytes, of all present and former workers.
     """
 
-    def __init__(self, sources: Sequence[Source], learner: LearnerSpec, report: Report) -> None:
+    def __init__(self, sources: Sequence[Source], learner: LearnerSpec) -> None:
         self.workers = Workers()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
@@ -80,7 +79,6 @@ class WorkerGroup:
         # As of the opening of the proxy, for later workers too.
         self._settings = OpenedSettings.of_this_process(learner.runtime.torch_threads).values
         self._place = DriverPlace(learner)
-        self._report = report
         self._watch = Watch(learner.runtime.heartbeat_timeout_s, self._lose, lambda key: self._hear_leavers())
         self._generation = 0
         self._is_open = False
@@ -176,16 +174,6 @@ class WorkerGroup:
         if worker is None or worker.member is None:
             raise WorkerLostError(f"{label} is lost, so that no fault can strike it")
         await worker.member.tell({"do": "arm", "faults": [asdict(fault) for fault in faults]})
-
-    def suspect(self, client: WorkerClient, requests: Collection[Call | Batch], error: Exception) -> None:
-        """Find the request that RPC cannot carry, and raise an error at its caller. The others are sent again."""
-        if self._is_present(client):
-            self._tasks.start(self._examine(client, list(requests), error))
-
-    def _is_present(self, client: WorkerClient) -> bool:
-        """Return whether a client's world is the present one."""
-        member = self.workers.members.get(client.label)
-        return member is not None and member.client is client
 
     @property
     def is_taking_in(self) -> bool:
@@ -295,24 +283,25 @@ class WorkerGroup:
             is_replaced = worker.source.lost(member, has_served=has_served)
             worker.machine = worker.machine if is_replaced else None
 
-    async def _examine(self, client: WorkerClient, requests: list[Call | Batch], error: Exception) -> None:
-        if (member := self.workers.members.get(client.label)) is not None:
+    async def _examine(self, member: Member, client: WorkerClient) -> None:
+        """Wait until RPC fails a request, and find the one that it cannot carry. The others are sent again."""
+        await client.broken.wait()
+        if member.client is client:  # the world has not ended
             await asyncio.wait([member.lost], timeout=_NOTICE_S)
-        if not self._is_present(client):
+        is_reached = member.client is client and await client.is_reached()
+        if member.client is not client:
             return
-        is_reached = await client.is_reached()
-        if not self._is_present(client):
-            return
-        is_found = is_reached and len(requests) == 1
-        for request in requests:
-            self._num_suspicions[request.call_id] += 1
-            if is_found or self._num_suspicions[request.call_id] > _MAX_FAILURES:
-                del self._num_suspicions[request.call_id]
-                undeliverable = UndeliverableError(f"torch RPC cannot carry the call or its answer: {error}")
-                undeliverable.__cause__ = error
-                client.fail(request, undeliverable)
+        for requests, error in client.failures:
+            is_found = is_reached and len(requests) == 1
+            for request in requests:
+                self._num_suspicions[request.call_id] += 1
+                if is_found or self._num_suspicions[request.call_id] > _MAX_FAILURES:
+                    del self._num_suspicions[request.call_id]
+                    undeliverable = UndeliverableError(f"torch RPC cannot carry the call or its answer: {error}")
+                    undeliverable.__cause__ = error
+                    client.fail(request, undeliverable)
+            logger.info("a request to %s failed: %s", member.label, error)
         # In this world the worker might wait for the request that it could not read before it serves the next one.
-        logger.info("a request to %s failed: %s", client.label, error)
         self._break()
 
     # Forming worlds.
@@ -390,14 +379,14 @@ class WorkerGroup:
                 keys[member.label],
                 frozenset([torch.device(pair[0])] if pair else []),
                 self.traffic[member.label],
-                report=self._report,
+                events=self.events,
                 sees_files=member.sees_files,
                 pid=member.pid,
                 known=member.confirmed,
                 suspects=self._num_suspicions,
-                on_error=self.suspect,
             )
             member.enter_world(client)
+            self._tasks.start(self._examine(member, client))
 
     def _check_unchanged(self, num_changes: int) -> None:
         if num_changes != self._num_changes:
