@@ -343,9 +343,7 @@ class Calls:
         opening.num_calls += 1
         opening.num_pending += 1
         opening.num_changes[invocation.client_id] += 1
-        return ObservedCall(
-            opening, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter()
-        )
+        return ObservedCall(opening, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter())
 
 
 @dataclass(eq=False, slots=True)

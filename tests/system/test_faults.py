@@ -90,9 +90,15 @@ def saboteur() -> Iterator[Callable[..., LightProcess]]:
             LightProcess(
                 """
                 import json
+                from torchfedrpc.host.activity import Activity
                 from torchfedrpc.host.faults import Fault, Saboteur
+
+                class Printing(Activity):
+                    def sever(self):
+                        print("severed", flush=True)
+
                 faults = [Fault(**fields) for fields in json.loads(sys.argv[1])]
-                saboteur = Saboteur(faults, lambda: print("severed", flush=True))
+                saboteur = Saboteur(faults, Printing())
                 for line in sys.stdin:
                     saboteur.begin(int(line))
                     print("began", line, end="", flush=True)
@@ -151,7 +157,7 @@ def test_faults_at_one_call_strike_in_their_order(saboteur: Callable[..., LightP
 
 
 def test_slow_strikes_that_call_and_all_later_ones() -> None:
-    saboteur = Saboteur([Fault("slow", 2, seconds=0.2)], lambda: None)
+    saboteur = Saboteur([Fault("slow", 2, seconds=0.2)], None)
 
     def seconds(call_id: int) -> float:
         began = time.monotonic()

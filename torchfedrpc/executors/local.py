@@ -161,7 +161,7 @@ class LocalLearners:
                         f"learners: only slow makes sense in local mode. Use worker processes "
                         f"(execution_mode=pseudo), or strike the driver at a round"
                     )
-            self._host.arm(of_label, sever=lambda: None)
+            self._host.arm(of_label)
 
     def stats(self) -> dict[str, Any]:
         """Return the number of learners; nothing is sent in local mode."""

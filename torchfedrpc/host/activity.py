@@ -19,7 +19,8 @@ _NUM_BYTES = 4096
 class Activity:
     """A page of call ids (int64, 0 for none) that another process can read at any time.
 
-    The last number is no call id: it is 1 after this process has asked to leave its run.
+    The last two numbers are no call ids. The last is 1 after this process has asked to leave its run, the one before
+    after this process was severed.
 
     Attributes:
         descriptor: File descriptor of the memory, for the other process.
@@ -34,7 +35,7 @@ class Activity:
         os.ftruncate(self.descriptor, _NUM_BYTES)
         self._ids: MutableSequence[int] | memoryview[int] = memoryview(mmap.mmap(self.descriptor, 0)).cast("q")
         # Without a lock, which a stopped call could hold: pop and append are atomic.
-        self._free = list(range(_NUM_BYTES // 8 - 1))
+        self._free = list(range(_NUM_BYTES // 8 - 2))
 
     @property
     def asks_to_leave(self) -> bool:
@@ -44,6 +45,10 @@ class Activity:
     def ask_to_leave(self) -> None:
         """Ask the driver to move the learners of this process and to release it."""
         self._ids[-1] = 1
+
+    def sever(self) -> None:
+        """End the heartbeats of this process, for a test: to the driver it looks cut off."""
+        self._ids[-2] = 1
 
     def enter(self, call_id: int) -> int | None:
         """Show a call as running.

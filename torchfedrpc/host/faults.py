@@ -8,11 +8,12 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.host.activity import Activity
 
 FaultKind = Literal["kill", "freeze", "sever", "slow"]
 
@@ -66,12 +67,12 @@ class Saboteur:
 
     Args:
         faults: The faults.
-        sever: Stops the heartbeat of this process.
+        activity: Ends the heartbeats of this process; None in the driver, which sends none.
     """
 
-    def __init__(self, faults: Sequence[Fault], sever: Callable[[], None]) -> None:
+    def __init__(self, faults: Sequence[Fault], activity: Activity | None) -> None:
         self._faults = tuple(faults)
-        self._sever = sever
+        self._activity = activity
         self._begun: set[int] = set()
         self._lock = threading.Lock()
 
@@ -91,10 +92,10 @@ class Saboteur:
             kill()
         elif fault.kind == "freeze":
             freeze(fault.seconds)
-        elif fault.kind == "sever":
-            self._sever()
-        else:
+        elif fault.kind == "slow":
             time.sleep(fault.seconds)
+        elif self._activity is not None:
+            self._activity.sever()
 
 
 def kill() -> None:

@@ -233,14 +233,9 @@ class LearnerHost:
         """Set whether the driver can open memory files of this process, which large results then use."""
         self._process.shows_files = are_seen
 
-    def arm(self, faults: Sequence[Fault], sever: Callable[[], None]) -> None:
-        """Inject faults into this process at later calls. They replace earlier ones.
-
-        Args:
-            faults: The faults; an empty sequence removes them.
-            sever: Cuts this process off from the driver's watch.
-        """
-        self._process.saboteur = Saboteur(faults, sever) if faults else None
+    def arm(self, faults: Sequence[Fault]) -> None:
+        """Inject faults into this process at later calls. They replace earlier ones."""
+        self._process.saboteur = Saboteur(faults, self._process.activity) if faults else None
 
     def stats(self) -> dict[str, int]:
         """Return the number of learners that are made, and of calls that run or wait."""

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from torchfedrpc.rpc.forks import close_in_children
 
 # A heartbeat process sends 4 bytes a second, so this is a backlog of minutes, which costs the loop a millisecond.
 _READ_BYTES = 4096
-# The ids of all calls that a page of `Activity` can hold, 511 of up to 20 digits, need fewer bytes.
+# The ids of all calls that a page of `Activity` can hold, 510 of up to 20 digits, need fewer bytes.
 _LINE_BYTES = 12 << 10
 _IDS = re.compile(rb"(-?[0-9]{1,19}( -?[0-9]{1,19})*)?")
 
@@ -82,10 +81,6 @@ class HeartbeatProcess:
         if not output.closed:
             with output:
                 output.read(1)
-
-    def suspend(self) -> None:
-        """Let it send nothing more, as if it were cut off from the driver."""
-        self._process.send_signal(signal.SIGUSR1)
 
     def stop(self) -> None:
         """End it, and the heartbeat connection with it."""

@@ -24,8 +24,6 @@ PS = "/bin/ps"  # on systems without /proc
 
 _READ_BYTES = 4096
 
-suspended = False
-
 
 def look(stat: bytes) -> tuple[str, int]:
     """Return the state of a process, and a number that grows whenever the process makes progress.
@@ -56,12 +54,17 @@ def look_by_ps(worker: int) -> tuple[str, str]:
 
 def running(activity: int) -> list[int]:
     """The ids of the running calls in the `Activity` with that descriptor, in order."""
-    return sorted(call_id for call_id in memoryview(os.pread(activity, _READ_BYTES, 0)).cast("q")[:-1] if call_id)
+    return sorted(call_id for call_id in memoryview(os.pread(activity, _READ_BYTES, 0)).cast("q")[:-2] if call_id)
 
 
 def wants_to_leave(activity: int) -> bool:
     """Whether the process of that `Activity` asks to leave."""
     return any(os.pread(activity, 8, _READ_BYTES - 8))
+
+
+def is_severed(activity: int) -> bool:
+    """Whether the process of that `Activity` is to look cut off, so that nothing more is sent."""
+    return any(os.pread(activity, 8, _READ_BYTES - 16))
 
 
 def record(mark: bytes, activity: int) -> bytes:
@@ -71,8 +74,6 @@ def record(mark: bytes, activity: int) -> bytes:
 
 def send(connection: int, data: bytes) -> bytes:
     """Send as much as fits without waiting, and return the rest."""
-    if suspended:
-        return b""
     try:
         return data[os.write(connection, data) :]
     except BlockingIOError:
@@ -130,7 +131,7 @@ def watch(
         # If the socket is full, the oldest unsent line is kept and later ones are dropped.
         if not has_told and not unsent and wants_to_leave(activity):
             line, has_told = line + LEAVING + b"\n", True
-        unsent = send(connection, unsent or line)
+        unsent = b"" if is_severed(activity) else send(connection, unsent or line)
         if not has_begun:
             has_begun = tell_begun()
         ready = [descriptor for descriptor, _ in poll.poll(interval_s * 1000)]
@@ -138,7 +139,7 @@ def watch(
             break
         if connection in ready and is_closed(connection):
             raise ConnectionResetError
-    unsent += record(ENDED, activity)
+    unsent = b"" if is_severed(activity) else unsent + record(ENDED, activity)
     while unsent and wait(connection, select.POLLOUT, grace_s):
         unsent = send(connection, unsent)
 
@@ -159,12 +160,6 @@ def send_signal(worker: int, number: int) -> None:
         return
 
 
-def suspend(*_: object) -> None:
-    """Send nothing more, on a signal: to the driver the worker then looks cut off."""
-    global suspended
-    suspended = True
-
-
 def main(
     connection: int, activity: int, process: int, stat: int, worker: int, interval_s: float, grace_s: float
 ) -> None:
@@ -181,7 +176,6 @@ def main(
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # often sent to all; it ends with its worker
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, suspend)
     os.set_blocking(connection, False)
     try:
         watch(connection, activity, process, stat, worker, interval_s, grace_s)

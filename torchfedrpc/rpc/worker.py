@@ -344,8 +344,7 @@ class _Worker:
     def arm(self, faults: list[dict[str, Any]]) -> Message:
         """Let faults strike later calls, for a test."""
         assert self._host is not None
-        assert self._heartbeat_process is not None
-        self._host.arm([Fault(**fault) for fault in faults], self._heartbeat_process.suspend)
+        self._host.arm([Fault(**fault) for fault in faults])
         return {}
 
     def end(self, reason: str) -> Ending:

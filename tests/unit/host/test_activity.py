@@ -50,8 +50,8 @@ def test_an_id_beyond_64_bits_takes_no_place_on_the_page(activity: Activity) -> 
 
 def test_calls_beyond_the_page_are_left_out_and_end_without_harm(activity: Activity) -> None:
     slots = [activity.enter(number) for number in range(1, 514)]
-    assert slots[-2:] == [None, None]
-    assert running(activity) == list(range(1, 512))
+    assert slots[-3:] == [None, None, None]
+    assert running(activity) == list(range(1, 511))
     for slot in slots:
         activity.leave(slot)
     assert running(activity) == []
@@ -66,6 +66,15 @@ def test_asking_to_leave_is_seen_and_is_no_call(activity: Activity) -> None:
     assert running(activity) == [7]
     activity.leave(slot)
     assert heartbeat_process.wants_to_leave(activity.descriptor)
+    assert not heartbeat_process.is_severed(activity.descriptor)
+
+
+def test_severing_is_seen_and_is_no_call(activity: Activity) -> None:
+    assert not heartbeat_process.is_severed(activity.descriptor)
+    activity.sever()
+    assert heartbeat_process.is_severed(activity.descriptor)
+    assert not heartbeat_process.wants_to_leave(activity.descriptor)
+    assert running(activity) == []
 
 
 def test_threads_that_enter_and_leave_do_not_disturb_each_other(activity: Activity) -> None:

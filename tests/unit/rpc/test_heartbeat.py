@@ -162,10 +162,10 @@ async def test_a_worker_whose_heartbeat_process_is_killed_is_lost_within_a_secon
         assert await losses.of(worker, 1.0) == Loss("its heartbeat process ended", None)
 
 
-async def test_a_worker_whose_heartbeat_process_is_suspended_is_lost_at_the_timeout_and_lives(start: Start) -> None:
+async def test_a_worker_whose_heartbeat_process_is_severed_is_lost_at_the_timeout_and_lives(start: Start) -> None:
     worker = start(7)
     with watching(worker) as (_, losses):
-        worker.tell("beating.suspend()")
+        worker.tell("activity.sever()")
         loss = await losses.of(worker, TIMEOUT_S + SLACK_S)
         assert loss == Loss("no heartbeat for 1 s: it was stopped, or cut off", None)
         assert worker.popen.poll() is None
