@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torchfedrpc.errors import ConfigError
@@ -116,15 +116,27 @@ class Loss:
     running: tuple[int, ...] | None
 
 
-class _Heartbeat:
-    """The data received from one heartbeat process."""
+class Heartbeat:
+    """The heartbeat of one worker.
+
+    Attributes:
+        connection: the driver's end of the heartbeat connection.
+        lost: future of how the worker was lost; cancelled if it is no longer watched.
+        leaving: future that is settled once the worker asks to leave.
+        running: the calls that a stopped or ended worker was running; None if unknown.
+        seen_at: when the last sign of life came, by the monotonic clock.
+        ended: whether the worker's process has ended.
+        is_malformed: whether the received data has another form.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
         self.connection = connection
-        self.seen_at = time.monotonic()
+        self.lost: asyncio.Future[Loss] = loop.create_future()
+        self.leaving: asyncio.Future[None] = loop.create_future()
         self.running: tuple[int, ...] | None = None
+        self.seen_at = time.monotonic()
         self.ended = False
-        self.asks_to_leave = False
         self.is_malformed = False
         self._unfinished = b""
 
@@ -142,8 +154,8 @@ class _Heartbeat:
                     return
                 self.running = tuple(map(int, ids.split()))
                 self.ended = mark == heartbeat_process.ENDED
-            elif mark == heartbeat_process.LEAVING:
-                self.asks_to_leave = True
+            elif mark == heartbeat_process.LEAVING and not self.leaving.done():
+                self.leaving.set_result(None)
             # Other lines are the rest of a line that an earlier watch has begun to read.
         self.is_malformed = max(map(len, [*lines, self._unfinished])) > _LINE_BYTES
 
@@ -153,54 +165,39 @@ class Watch:
 
     Args:
         timeout_s: seconds without a heartbeat after which a worker is lost.
-        on_lost: called on the loop, once for each lost worker, with its key.
-        on_leaving: called on the loop, once for each worker that asks to leave, with its key.
     """
 
-    def __init__(
-        self,
-        timeout_s: float,
-        on_lost: Callable[[Hashable, Loss], None],
-        on_leaving: Callable[[Hashable], None] = lambda key: None,
-    ) -> None:
+    def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._on_lost = on_lost
-        self._on_leaving = on_leaving
-        self._heartbeats: dict[Hashable, _Heartbeat] = {}
+        self._heartbeats: dict[Hashable, Heartbeat] = {}
         self._loop = asyncio.get_running_loop()
         self._period_s = min(heartbeat_process.INTERVAL_S, timeout_s / 4)
         self._schedule()
 
-    def add(self, key: Hashable, connection: socket.socket) -> None:
-        """Watch a worker.
+    def add(self, key: Hashable, connection: socket.socket) -> Heartbeat:
+        """Watch a worker until it is lost or removed.
 
         Args:
             key: identifies the worker among the watched ones.
-            connection: the driver's end of its heartbeat connection, owned from now on.
+            connection: the driver's end of its heartbeat connection, which the caller closes. The worker then leaves
+                within its grace.
         """
         connection.setblocking(False)
         close_in_children(connection)
-        self._heartbeats[key] = _Heartbeat(connection)
+        heartbeat = self._heartbeats[key] = Heartbeat(connection)
         self._loop.add_reader(connection, self._read, key)
+        return heartbeat
 
     def asks_to_leave(self, key: Hashable) -> bool:
         """Return whether a watched worker has asked to leave."""
-        return key in self._heartbeats and self._heartbeats[key].asks_to_leave
-
-    def release(self, key: Hashable) -> socket.socket:
-        """Stop watching a worker, and leave its connection open for a later `Watch`.
-
-        Raises:
-            KeyError: If no worker of that key is watched.
-        """
-        connection = self._heartbeats.pop(key).connection
-        self._loop.remove_reader(connection)
-        return connection
+        return key in self._heartbeats and self._heartbeats[key].leaving.done()
 
     def remove(self, key: Hashable) -> None:
-        """Stop watching a worker, if it is watched. Its connection is closed, so that it leaves within its grace."""
-        if key in self._heartbeats:
-            self.release(key).close()
+        """Stop watching a worker, if it is watched. A later `Watch` may take its connection."""
+        heartbeat = self._heartbeats.pop(key, None)
+        if heartbeat is not None:
+            self._loop.remove_reader(heartbeat.connection)
+            heartbeat.lost.cancel()
 
     def close(self) -> None:
         """Remove all workers."""
@@ -227,7 +224,7 @@ class Watch:
             if self._is_silent(key, heartbeat):
                 self._lose(key, f"no heartbeat for {self._timeout_s:g} s: it was stopped, or cut off")
 
-    def _is_silent(self, key: Hashable, heartbeat: _Heartbeat) -> bool:
+    def _is_silent(self, key: Hashable, heartbeat: Heartbeat) -> bool:
         return self._heartbeats.get(key) is heartbeat and time.monotonic() - heartbeat.seen_at > self._timeout_s
 
     def _read(self, key: Hashable) -> None:
@@ -241,7 +238,6 @@ class Watch:
         except OSError as error:
             self._lose(key, f"its heartbeat connection broke: {error}")
             return
-        asked_to_leave = heartbeat.asks_to_leave
         heartbeat.take(data)
         if heartbeat.is_malformed:
             self._lose(key, "its heartbeat process sent malformed data")
@@ -249,11 +245,8 @@ class Watch:
             self._lose(key, "its process ended")
         elif not data:
             self._lose(key, "its heartbeat process ended")
-        elif heartbeat.asks_to_leave and not asked_to_leave:
-            self._on_leaving(key)
 
     def _lose(self, key: Hashable, reason: str) -> None:
-        running = self._heartbeats[key].running
-        # Closed last: a close lets the heartbeat process wake up a stopped worker, which `on_lost` may kill before.
-        with self.release(key):
-            self._on_lost(key, Loss(reason, running))
+        heartbeat = self._heartbeats[key]
+        heartbeat.lost.set_result(Loss(reason, heartbeat.running))
+        self.remove(key)

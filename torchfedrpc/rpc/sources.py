@@ -140,7 +140,7 @@ class ProcessSource(Source):
         return [await self._start(label) for label in self._labels]
 
     def release(self, member: Member, reason: str) -> None:
-        """Kill the process."""
+        """Kill the process, before its heartbeat connection closes: that lets a stopped process go on."""
         if (process := self.processes.get(member)) is not None:
             member.link.close()
             process.send_signal(signal.SIGKILL)

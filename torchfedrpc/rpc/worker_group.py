@@ -7,11 +7,13 @@ import contextlib
 import itertools
 import logging
 import os
+import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import OpenedSettings
 from torchfedrpc.rpc.control_link import Message
-from torchfedrpc.rpc.heartbeat import Loss, Watch
+from torchfedrpc.rpc.heartbeat import Heartbeat, Loss, Watch
 from torchfedrpc.rpc.heartbeat_connection import open_heartbeat
 from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.member import Member, RefusalError
@@ -79,7 +81,8 @@ class WorkerGroup:
         # As of the opening of the proxy, for later workers too.
         self._settings = OpenedSettings.of_this_process(learner.runtime.torch_threads).values
         self._place = DriverPlace(learner)
-        self._watch = Watch(learner.runtime.heartbeat_timeout_s, self._lose, lambda key: self._hear_leavers())
+        self._watch = Watch(learner.runtime.heartbeat_timeout_s)
+        self._watching = Tasks()
         self._generation = 0
         self._is_open = False
         self._world_is_due = asyncio.Event()  # from the end of a world until the next one is formed
@@ -159,10 +162,8 @@ class WorkerGroup:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await asyncio.gather(*(one.tell({"do": "close"}) for one in members.values()), return_exceptions=True)
         await self._place.close()
-        for member in self.workers.members.values():  # without those that were lost meanwhile
-            if member.heartbeat is not None:
-                self._watch.release(member.label)
         self._watch.close()
+        await self._watching.wait()
 
     async def arm(self, label: str, faults: Sequence[Fault]) -> None:
         """Inject faults into a worker, for a test.
@@ -194,7 +195,7 @@ class WorkerGroup:
         member.link.end_when_cut_off(self._learner.runtime.heartbeat_timeout_s)
         member.local_index = next(number for number in itertools.count() if number not in taken)
         if member.heartbeat is not None:  # opened in an earlier run
-            self._watch.add(member.label, member.heartbeat)
+            self._begin_watch(member, member.heartbeat)
         return worker
 
     async def _admit_from(self, source: Source) -> None:
@@ -244,9 +245,22 @@ class WorkerGroup:
                 self.workers.leave(worker.label)
                 self.events.put_nowait(WorkerLeaving(worker.label))
 
-    def _lose(self, key: Hashable, loss: Loss) -> None:
-        worker = self.workers[str(key)]
-        label, is_new = worker.label, worker.newcomer is not None
+    def _begin_watch(self, member: Member, connection: socket.socket) -> None:
+        self._watching.start(self._attend(member, self._watch.add(member.label, connection)))
+
+    async def _attend(self, member: Member, heartbeat: Heartbeat) -> None:
+        """Let a worker leave if it asks to, and do without it once it is lost."""
+        signs: list[asyncio.Future[Any]] = [heartbeat.leaving, heartbeat.lost]
+        await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
+        if heartbeat.leaving.done():
+            self._hear_leavers()
+        loss = await heartbeat.lost
+        if member in self._everybody():
+            self._lose(member.label, loss)
+
+    def _lose(self, label: str, loss: Loss) -> None:
+        worker = self.workers[label]
+        is_new = worker.newcomer is not None
         member = worker.newcomer or worker.member
         assert member is not None
         was_reached = member.client is not None
@@ -439,7 +453,7 @@ class WorkerGroup:
             connection.close()
             raise WorkerLostError(f"{member.label} was dismissed meanwhile")
         member.heartbeat = connection
-        self._watch.add(member.label, connection)
+        self._begin_watch(member, connection)
 
     def _check_heartbeat_timeout(self, member: Member) -> None:
         timeout_s = self._learner.runtime.heartbeat_timeout_s

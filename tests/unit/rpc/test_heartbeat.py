@@ -16,7 +16,7 @@ from processes import LightProcess, ends_within, state_of
 
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.rpc import heartbeat_process
-from torchfedrpc.rpc.heartbeat import HeartbeatProcess, Loss, Watch
+from torchfedrpc.rpc.heartbeat import Heartbeat, HeartbeatProcess, Loss, Watch
 
 GRACE_S = 0.5
 TIMEOUT_S = 1.0
@@ -86,35 +86,38 @@ def start() -> Iterator[Start]:
 
 
 class Losses(dict[Hashable, Loss]):
-    """Who was lost, and how."""
+    """Who was lost, and how; ``watch`` notices it."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
         super().__init__()
-        self._changed = asyncio.Event()
+        self.watch = Watch(timeout_s)
+        self._heartbeats: dict[Hashable, Heartbeat] = {}
 
-    def take(self, key: Hashable, loss: Loss) -> None:
-        assert key not in self
-        self[key] = loss
-        self._changed.set()
+    def add(self, key: Hashable, connection: socket.socket) -> None:
+        self._heartbeats[key] = heartbeat = self.watch.add(key, connection)
+        heartbeat.lost.add_done_callback(lambda lost: lost.cancelled() or self.update({key: lost.result()}))
 
     async def of(self, key: Hashable, within_s: float) -> Loss:
         async with asyncio.timeout(within_s):
-            while key not in self:
-                self._changed.clear()
-                await self._changed.wait()
-        return self[key]
+            return await asyncio.shield(self._heartbeats[key].lost)
+
+    def forget(self, key: Hashable) -> None:
+        """Leave the connection of a worker that is no longer watched open."""
+        del self._heartbeats[key]
+
+    def close(self) -> None:
+        self.watch.close()
+        for heartbeat in self._heartbeats.values():
+            heartbeat.connection.close()
 
 
 @contextlib.contextmanager
 def watching(*workers: Worker, timeout_s: float = TIMEOUT_S) -> Iterator[tuple[Watch, Losses]]:
-    losses = Losses()
-    watch = Watch(timeout_s, losses.take)
-    try:
+    """Watch workers; they are let go at the end."""
+    with contextlib.closing(Losses(timeout_s)) as losses:
         for worker in workers:
-            watch.add(worker, worker.connection)
-        yield watch, losses
-    finally:
-        watch.close()
+            losses.add(worker, worker.connection)
+        yield losses.watch, losses
 
 
 # Lost.
@@ -127,7 +130,6 @@ async def test_a_worker_that_ends_is_lost_within_a_second_with_its_calls(start: 
         worker.tell(order)
         assert await losses.of(worker, 1.0) == Loss("its process ended", (3, 40))
     assert list(losses) == [worker]
-    assert worker.connection.fileno() == -1
 
 
 async def test_an_idle_worker_that_is_killed_was_running_nothing(start: Start) -> None:
@@ -186,24 +188,20 @@ async def test_a_worker_whose_heartbeat_process_is_severed_is_lost_at_the_timeou
 async def test_a_heartbeat_process_that_sends_no_heartbeat_is_lost_and_others_are_watched_on(line: bytes) -> None:
     ours, theirs = socket.socketpair()
     honest, beating = socket.socketpair()
-    losses = Losses()
-    watch = Watch(TIMEOUT_S, losses.take)
-    with theirs, beating:
-        watch.add("hostile", ours)
-        watch.add("honest", honest)
+    with theirs, beating, contextlib.closing(Losses(TIMEOUT_S)) as losses:
+        losses.add("hostile", ours)
+        losses.add("honest", honest)
         theirs.sendall(line)
         loss = await losses.of("hostile", 1.0)
         assert loss == Loss("its heartbeat process sent malformed data", None)
         beating.sendall(b"=-3 4\n.5\n")
         assert await losses.of("honest", 1.0) == Loss("its process ended", (5,))
-        watch.close()
 
 
 async def test_a_flood_of_heartbeats_does_not_hold_up_the_loop() -> None:
     ours, theirs = socket.socketpair()
-    watch = Watch(TIMEOUT_S, lambda key, loss: None)
-    with theirs:
-        watch.add("flooding", ours)
+    with theirs, contextlib.closing(Losses(TIMEOUT_S)) as losses:
+        losses.add("flooding", ours)
         theirs.setblocking(False)
         longest = 0.0
         for _ in range(200):
@@ -213,26 +211,21 @@ async def test_a_flood_of_heartbeats_does_not_hold_up_the_loop() -> None:
             began = time.monotonic()
             await asyncio.sleep(0)
             longest = max(longest, time.monotonic() - began)
-        watch.close()
     assert longest < 0.5
 
 
 async def test_an_end_is_noticed_though_another_process_has_a_copy_of_the_socket() -> None:
     ours, theirs = socket.socketpair()
-    losses = Losses()
-    watch = Watch(30, losses.take)
-    watch.add(1, ours)
-    with theirs, contextlib.closing(watch):
+    with theirs, contextlib.closing(Losses(30)) as losses:
+        losses.add(1, ours)
         theirs.send(heartbeat_process.ENDED + b"4 5\n")
         assert await losses.of(1, 1.0) == Loss("its process ended", (4, 5))
 
 
 async def test_a_worker_that_never_sent_a_heartbeat_is_lost_at_the_timeout() -> None:
     ours, theirs = socket.socketpair()
-    losses = Losses()
-    watch = Watch(0.2, losses.take)
-    with theirs, contextlib.closing(watch):
-        watch.add(1, ours)
+    with theirs, contextlib.closing(Losses(0.2)) as losses:
+        losses.add(1, ours)
         await losses.of(1, 0.2 + SLACK_S)
 
 
@@ -304,29 +297,34 @@ async def test_a_removed_worker_is_not_lost_and_ends_within_its_grace(start: Sta
     with watching(worker) as (watch, losses):
         watch.remove(worker)
         watch.remove(worker)
+        worker.connection.close()
         assert await asyncio.to_thread(ends_within, worker.pid, GRACE_S + SLACK_S)
     assert not losses
 
 
-async def test_callback_of_a_loss_may_close_the_watch(start: Start) -> None:
-    workers = start(1), start(2)
-    lost: list[Hashable] = []
-
-    def take(key: Hashable, loss: Loss) -> None:
-        lost.append(key)
+async def test_closed_watch_loses_nobody(start: Start) -> None:
+    first, second = start(1), start(2)
+    with watching(first, second, timeout_s=0.3) as (watch, losses):
+        os.kill(first.pid, signal.SIGSTOP)
+        await losses.of(first, 5)
         watch.close()
-        closed.set()
+        os.kill(second.pid, signal.SIGSTOP)
+        await asyncio.sleep(0.8)
+        assert list(losses) == [first]
 
-    closed = asyncio.Event()
-    watch = Watch(0.3, take)
-    for worker in workers:
-        watch.add(worker, worker.connection)
-        os.kill(worker.pid, signal.SIGSTOP)
-    async with asyncio.timeout(5):
-        await closed.wait()
-    await asyncio.sleep(0.5)
-    assert len(lost) == 1
-    assert all(worker.connection.fileno() == -1 for worker in workers)
+
+async def test_request_to_leave_is_noticed_once_and_is_no_loss(start: Start) -> None:
+    worker = start(7, interval_s=0.02)
+    with watching(worker) as (watch, losses):
+        assert not watch.asks_to_leave(worker)
+        worker.tell("activity.ask_to_leave()")
+        async with asyncio.timeout(5):
+            while not watch.asks_to_leave(worker):
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert not losses
+        watch.remove(worker)
+        assert not watch.asks_to_leave(worker)
 
 
 # From one watch to the next.
@@ -335,8 +333,8 @@ async def test_callback_of_a_loss_may_close_the_watch(start: Start) -> None:
 async def test_a_released_worker_lives_on_and_another_watch_takes_it(start: Start) -> None:
     worker = start(7, interval_s=0.02)
     with watching(worker) as (watch, losses):
-        connection = watch.release(worker)
-        assert connection is worker.connection
+        watch.remove(worker)
+        losses.forget(worker)
     await asyncio.sleep(TIMEOUT_S)  # more time than a watched worker has, and than its grace
     with watching(worker) as (_, losses):
         await asyncio.sleep(2 * heartbeat_process.INTERVAL_S)
@@ -347,10 +345,11 @@ async def test_a_released_worker_lives_on_and_another_watch_takes_it(start: Star
 
 async def test_a_worker_stopped_between_two_watches_is_lost_with_its_calls(start: Start) -> None:
     worker = start(7)
-    with watching(worker) as (watch, _):
+    with watching(worker) as (watch, losses):
         os.kill(worker.pid, signal.SIGSTOP)
         await asyncio.sleep(2 * heartbeat_process.INTERVAL_S)
-        watch.release(worker)
+        watch.remove(worker)
+        losses.forget(worker)
     with watching(worker) as (_, losses):
         assert (await losses.of(worker, TIMEOUT_S + SLACK_S)).running == (7,)
 
@@ -366,24 +365,17 @@ async def test_a_worker_that_ends_between_two_watches_is_lost_with_its_calls(sta
 async def test_message_half_read_by_one_watch_is_not_misread_by_the_next() -> None:
     ours, theirs = socket.socketpair()
     with theirs, contextlib.ExitStack() as stack:
-        first = Watch(30, Losses().take)
+        first = Watch(30)
         stack.callback(first.close)
         first.add(1, ours)
         theirs.send(heartbeat_process.ENDED + b"12")
         await asyncio.sleep(0.05)
-        losses = Losses()
-        second = Watch(30, losses.take)
-        stack.callback(second.close)
-        second.add(1, first.release(1))
+        first.remove(1)
+        losses = stack.enter_context(contextlib.closing(Losses(30)))
+        losses.add(1, ours)
         theirs.send(b"34 5\n")
         theirs.close()
         assert await losses.of(1, 1.0) == Loss("its heartbeat process ended", None)
-
-
-async def test_only_a_watched_worker_is_released() -> None:
-    watch = Watch(1, Losses().take)
-    with contextlib.closing(watch), pytest.raises(KeyError):
-        watch.release("worker1")
 
 
 # The driver is gone.
@@ -414,7 +406,7 @@ def test_a_worker_is_let_go_by_itself(start: Start) -> None:
     assert worker.ending(GRACE_S + SLACK_S) == 7
 
 
-@pytest.mark.parametrize("then", ["pass", "watch.release(1)"], ids=["watched", "released"])
+@pytest.mark.parametrize("then", ["pass", "watch.remove(1)"], ids=["watched", "released"])
 def test_a_child_that_the_driver_forked_does_not_hide_its_end(start: Start, then: str) -> None:
     worker = start(7)
     driver = LightProcess(
@@ -423,7 +415,7 @@ def test_a_child_that_the_driver_forked_does_not_hide_its_end(start: Start, then
         from torchfedrpc.rpc.heartbeat import Watch
 
         async def main(connection):
-            watch = Watch(10, print)
+            watch = Watch(10)
             watch.add(1, connection)
             exec(sys.argv[2])
             child = os.fork()
