@@ -20,6 +20,7 @@ from torchfedrpc.host.call import Call, Report
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.process import choose_device
+from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.wire.packing import Packed, Reference, pack
@@ -48,12 +49,8 @@ class ExecutorSpec:
         Raises:
             ConfigError: If the learner's class cannot be found.
         """
-        return LearnerHost(
-            self.learner,
-            device=choose_device(0),
-            report=self.reporter(),
-            constructor_arguments=self.constructor_arguments,
-        )
+        process = ProcessState(self.learner, choose_device(0), in_driver=True, report=self.reporter())
+        return LearnerHost(self.learner, process, constructor_arguments=self.constructor_arguments)
 
     def reporter(self) -> Report:
         """Return a thread-safe function that publishes progress on the running event loop."""

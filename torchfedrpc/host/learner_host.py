@@ -10,12 +10,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-import torch
-
 from torchfedrpc.errors import CallTimeoutError
-from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.answer import answer
-from torchfedrpc.host.call import Batch, Call, Outcome, Registration, Report
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.host.deadlines import debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
 from torchfedrpc.host.learner_cache import LearnerCache
@@ -47,30 +44,25 @@ class LearnerHost:
 
     Args:
         spec: How to make learners, and the limits of the run.
+        process: State that the calls share. In the driver's process ``isolation=none`` passes references, run-time
+            limits do not apply while a debugger is attached, and outcomes are not kept. Default: That of a worker
+            without a GPU, which reports no progress.
         worker: Name of this process in messages.
-        device: Device that `current_call` returns.
-        report: Receives the progress that methods report, on their threads.
-        activity: Shows which calls are running, to another process.
-        constructor_arguments: Returns the arguments of a client's learner, for a host in the driver's process, whose
-            learners need not be registered. Then ``isolation=none`` passes references, run-time limits do not apply
-            while a debugger is attached, and outcomes are not kept.
+        constructor_arguments: Returns the arguments of a client's learner. Then learners need not be registered.
     """
 
     def __init__(
         self,
         spec: LearnerSpec,
+        process: ProcessState | None = None,
         *,
         worker: str = "local",
-        device: torch.device | None = None,
-        report: Report | None = None,
-        activity: Activity | None = None,
         constructor_arguments: ConstructorArguments | None = None,
     ) -> None:
         self.worker = worker
         self.call_timeout_s = spec.runtime.call_timeout_s
         self._constructor_arguments = constructor_arguments
-        in_driver = constructor_arguments is not None
-        self._process = ProcessState(spec, device, in_driver=in_driver, report=report, activity=activity)
+        self._process = process if process is not None else ProcessState(spec)
         self._learners = LearnerCache(spec, self._process)
         self._runner = Runner(self._process, self._learners)
         self._sync = SyncThreads(spec.runtime.max_concurrent_calls, self._process)

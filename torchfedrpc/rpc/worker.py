@@ -22,6 +22,7 @@ from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.process import choose_device, frozen_modules, process_settings, visible_gpus
+from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import adopt_settings
 from torchfedrpc.rpc import endpoint, world
@@ -278,14 +279,8 @@ class _Worker:
             self._probe = TensorFile.probe()
             own = (os.getpid(), self._probe.address()) if self._probe is not None else None
         self._endpoint = Endpoint(device, driver_pid)
-        self._host = LearnerHost(
-            learner,
-            worker=label,
-            device=device,
-            report=self._endpoint.report,
-            activity=self._activity,
-        )
-        self._endpoint.host = self._host
+        process = ProcessState(learner, device, report=self._endpoint.report, activity=self._activity)
+        self._endpoint.host = self._host = LearnerHost(learner, process, worker=label)
         endpoint.serving = self._endpoint
         return {
             "device": str(device),

@@ -18,6 +18,7 @@ from torchfedrpc.host import torch_settings
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.randomness import RandomStreams
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce import reducers
@@ -241,7 +242,8 @@ def test_cancelling_a_batch_does_not_wait_for_a_method_that_adds_results_up(
 
 def test_a_call_that_cannot_be_shown_as_running_leaves_the_host_to_other_learners() -> None:
     activity = Activity()
-    host = LearnerHost(LearnerSpec.of(Counting, 0, RuntimeConfig())[0], activity=activity)
+    spec, _ = LearnerSpec.of(Counting, 0, RuntimeConfig())
+    host = LearnerHost(spec, ProcessState(spec, activity=activity))
     for client_id in ("client_1", "client_2"):
         host.register(Registration(client_id, pack({})))
     asked(host, call(2**63, client_id="client_2"))
@@ -267,7 +269,8 @@ def test_random_streams_that_cannot_be_restored_leave_the_host_to_other_calls(
         return pack({})
 
     monkeypatch.setattr(RandomStreams, "give_back", fails_on_loop)
-    host = LearnerHost(LearnerSpec.of(Counting, 0, RuntimeConfig())[0], constructor_arguments=no_arguments)
+    spec, _ = LearnerSpec.of(Counting, 0, RuntimeConfig())
+    host = LearnerHost(spec, ProcessState(spec, in_driver=True), constructor_arguments=no_arguments)
     asked(host, call(1, "add_on_loop"))
     assert result(host, call(2)) == 2
     assert num_failures == 1
