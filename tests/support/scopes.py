@@ -29,5 +29,5 @@ def process_state(device: torch.device | None = None) -> ProcessState:
 
 def scope(process: ProcessState, seed: int = 5, **kind: Any) -> CallScope:
     """The scope of a call of `Idle`."""
-    job = Job(Call(1, "client_1", "method", Reference(None)), Mailbox("client_1", None), None)
+    job = Job(Call(1, "client_1", "method", Reference(None)), Mailbox("client_1", None))
     return CallScope(process, job, "method", seed, **kind)

@@ -71,6 +71,7 @@ class LearnerHost:
         self._lock = threading.Lock()  # guards queues of mailboxes, jobs and their states, and outcomes
         self._mailboxes: dict[str, Mailbox] = {}
         self._jobs: dict[int, Job] = {}
+        self._replies: dict[int, Reply] = {}  # by call id, of requests for the next outcome of a job
         self._outcomes: dict[int, Outcome] = {}  # final ones, for repeated requests
         self._batches: dict[int, BatchJob] = {}  # by call id, until their final outcomes
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no executor numbered
@@ -114,7 +115,8 @@ class LearnerHost:
             if call.call_id in self._jobs or call.call_id in self._outcomes:
                 known = self._repeated(call.call_id, 0, reply)
             else:
-                begins = self._enqueue(Job(call, self._mailboxes[call.client_id], reply))
+                begins = self._enqueue(Job(call, self._mailboxes[call.client_id]))
+                self._replies[call.call_id] = reply
         if begins is not None:
             self._sync.put(partial(self._turn, begins, self._begin))
         if known is not None:
@@ -133,8 +135,7 @@ class LearnerHost:
                 batch_job = BatchJob(batch, self.allow, by_value=self._process.by_value)
                 self._batches[batch.call_id] = batch_job
                 for (place, call), mailbox in zip(batch.calls, mailboxes, strict=True):
-                    ended = partial(self._call_ended, batch_job, place)
-                    job = Job(call, mailbox, ended, batch=batch_job, place=place)
+                    job = Job(call, mailbox, batch=batch_job, place=place)
                     if (beginning := self._enqueue(job)) is not None:
                         begins.append(beginning)
             if batch_job is not None:
@@ -159,7 +160,8 @@ class LearnerHost:
             job = self._jobs.get(call_id)
             if job is not None and not job.stepping and job.num_items != step + 1:
                 advances = job
-                job.reply, job.stepping, job.last_item = reply, True, None
+                self._replies[call_id] = reply
+                job.stepping, job.last_item = True, None
             else:
                 known = self._repeated(call_id, step, reply)
         if advances is not None:
@@ -318,7 +320,7 @@ class LearnerHost:
             return
         for mailbox in self._learners.surplus():
             call = Call(job.call.call_id, mailbox.client_id, "", Reference(None), kind="snapshot")
-            eviction = Job(call, mailbox, None)
+            eviction = Job(call, mailbox)
             with self._lock:
                 if mailbox.current is not None:
                     continue
@@ -416,20 +418,21 @@ class LearnerHost:
             return Outcome("cancelled")
         if job.num_items == step + 1:
             return job.last_item
-        job.reply = reply
+        self._replies[call_id] = reply
         return None
 
     def _done(self, job: Job, outcome: Outcome) -> None:
         """Answer a job, and begin the learner's next one. Close a stream that was cancelled meanwhile."""
         job.task = None
         self._process.deadlines.stop(job.call.call_id)
-        following, unread = None, False
+        following, batch_job, unread = None, None, False
         with self._lock:
-            reply, job.reply = job.reply, None
+            reply = self._replies.pop(job.call.call_id, None)
             if outcome.kind != "item":
                 job.context = None  # breaks a reference cycle: frees memory before the next garbage collection
                 del self._jobs[job.call.call_id]
                 if not job.cancelled:
+                    batch_job = job.batch
                     self._keep(job, outcome)
                 following = job.mailbox.next_job()
             else:
@@ -438,6 +441,8 @@ class LearnerHost:
                 job.last_item = None if self._process.in_driver else outcome
         if following is not None:
             self._sync.put(partial(self._turn, following, self._begin))
+        if batch_job is not None:
+            self._call_ended(batch_job, job.place, outcome)
         if reply is not None:
             reply(outcome)
         if unread:
@@ -469,7 +474,7 @@ class LearnerHost:
                 return None
             job.cancelled = True
             job.last_item = None
-            reply, job.reply = job.reply, None
+            reply = self._replies.pop(call_id, None)
             idle_stream, job.stepping = not job.stepping, True
             queued = job is not job.mailbox.current
             if queued:
@@ -479,6 +484,8 @@ class LearnerHost:
             seconds = time.perf_counter() - job.began if job.began else 0.0  # its method may not have begun
             outcome = replace(outcome, never_ran=queued, cut_off=not queued and not idle_stream, seconds=seconds)
             self._keep(job, outcome)
+        if job.batch is not None:
+            self._call_ended(job.batch, job.place, outcome)
         if reply is not None:
             reply(outcome)
         if idle_stream:

@@ -90,7 +90,6 @@ class Job:
     Attributes:
         call: The call.
         mailbox: The mailbox of its learner.
-        reply: Receives the next outcome; None after the call was answered, and between the steps of a stream.
         cancelled: Whether the call was cancelled or has overrun its time.
         context: Its context variables, the scope of the call among them; None before it begins.
         on_loop: Whether its steps run in the event loop.
@@ -107,7 +106,6 @@ class Job:
 
     call: Call
     mailbox: Mailbox
-    reply: Reply | None
     cancelled: bool = False
     context: contextvars.Context | None = None
     on_loop: bool = False
