@@ -200,7 +200,8 @@ class LearnerHost:
     def keep_only(self, call_ids: Iterable[int]) -> None:
         """Drop all outcomes except those of these calls, since acknowledgements may be lost with a world."""
         with self._lock:
-            self._outcomes = {call_id: self._outcomes[call_id] for call_id in call_ids if call_id in self._outcomes}
+            others = self._outcomes.keys() - set(call_ids)
+        self.acknowledge(others)
 
     async def execute_method(self, client_id: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Run a method of a registered learner and await its result, on any event loop.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +22,7 @@ from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.randomness import RandomStreams
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce import reducers
-from torchfedrpc.wire.packing import Packed, pack
+from torchfedrpc.wire.packing import Packed, Parcel, pack
 
 TIMEOUT_S = 20.0
 opened = threading.Event()
@@ -52,6 +52,9 @@ class Counting:
                 yield self.add()
         finally:
             self.count += 100
+
+    def ones(self) -> torch.Tensor:
+        return torch.ones(1 << 20)
 
     def fail(self) -> None:
         raise ValueError(f"call {self.add()}")
@@ -131,6 +134,21 @@ def test_outcome_is_forgotten_once_it_is_acknowledged(host: LearnerHost) -> None
     host.acknowledge([1])
     assert result(host, call(2)) == 2
     assert result(host, call(1)) == 3  # a new call to the host, which the driver does not send
+
+
+@pytest.mark.parametrize("end", [lambda host: host.acknowledge([1]), lambda host: host.keep_only([2])])
+def test_files_of_a_forgotten_outcome_are_used_again(host: LearnerHost, end: Callable[[LearnerHost], None]) -> None:
+    def addresses(number: int) -> list[tuple[int, int]]:
+        parcel = asked(host, call(number, "ones")).result(TIMEOUT_S).parcel
+        assert isinstance(parcel, Parcel)
+        assert parcel.files is not None
+        return [address[:2] for address in parcel.files.addresses()]
+
+    host.show_files(True)
+    first, other = addresses(1), addresses(2)
+    end(host)
+    assert addresses(3) == first
+    assert addresses(4) not in (first, other)
 
 
 def test_reply_that_raises_leaves_the_host_to_other_calls(host: LearnerHost) -> None:
