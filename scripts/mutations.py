@@ -381,7 +381,14 @@ MUTATIONS = [
     Mutation(
         "a large snapshot is taken for few arguments",
         "executors/journal.py",
-        "and shares[journal] >= _WORTH * journal.state_bytes",
+        "(worth if share >= _WORTH * journal.state_bytes else others)",
+        "worth",
+        "tests/unit/executors/test_journal.py",
+    ),
+    Mutation(
+        "all journals are looked at after each call beyond the bound",
+        "executors/journal.py",
+        "and self.num_bytes >= self._low_bytes + self._max_bytes // _GROWTH",
         "",
         "tests/unit/executors/test_journal.py",
     ),

@@ -18,6 +18,7 @@ from torchfedrpc.wire.shared import SharedValue, shared_values
 
 _MAX_PAUSE = 64  # largest number of calls between two attempts to capture a learner
 _WORTH = 4  # minimum ratio of the bytes that a snapshot frees to its size
+_GROWTH = 64  # arguments beyond the bound grow by 1/64 of it between two looks at all journals
 _STATES_SHARE = 4  # snapshots in memory may take 1/4 of the bound for arguments: 128 MiB, three of a 40 MB model
 
 
@@ -243,6 +244,7 @@ class Journals:
         self.max_calls = runtime.journal_max_calls
         self.num_bytes = 0
         self._max_bytes = runtime.journal_max_bytes
+        self._low_bytes = 0  # smallest number of bytes since the last relief
         self._admission = admission
         self._store = BlobStore()
         self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory
@@ -251,35 +253,39 @@ class Journals:
         self._journals: dict[str, Journal] = {}  # journals with entries
         self._num_uses: Counter[SharedValue] = Counter()  # number of entries with each shared value, in all journals
 
+    @property
+    def needs_relief(self) -> bool:
+        """Whether the arguments of all journals exceed their bound, and have grown since the last `relief`."""
+        return self.num_bytes > self._max_bytes and self.num_bytes >= self._low_bytes + self._max_bytes // _GROWTH
+
     def relief(self) -> list[tuple[Journal, int | None]]:
-        """Return the journals to replace by snapshots, each with a size limit in bytes, to meet the bound.
+        """Return the journals to replace by snapshots, each with a size limit in bytes, to get 1/8 below the bound.
 
         Snapshots that free at least four times their size come first; their limit is a quarter of the bytes that they
         free. If they free too little, others follow without a limit (None).
         """
-        excess = float(self.num_bytes - self._max_bytes)
+        self._low_bytes = self.num_bytes
+        excess = float(self.num_bytes - self._max_bytes * 7 // 8)
         if excess <= 0:
             return []
-        shares = {journal: self._share(journal) for journal in self._journals.values()}
-        excess -= sum(share for journal, share in shares.items() if journal.awaits_snapshot)
-        waiting = [journal for journal in shares if not journal.awaits_snapshot and journal.unrecoverable is None]
-        largest = sorted(waiting, key=shares.__getitem__, reverse=True)
+        shares: dict[Journal, float] = {}
+        worth: list[Journal] = []
+        others: list[Journal] = []
+        for journal in self._journals.values():
+            share = self._share(journal)
+            if journal.awaits_snapshot:
+                excess -= share
+            elif share and journal.unrecoverable is None:
+                shares[journal] = share
+                (worth if share >= _WORTH * journal.state_bytes else others).append(journal)
         chosen: list[tuple[Journal, int | None]] = []
-        for journal in largest:
-            if excess > 0 and shares[journal] and shares[journal] >= _WORTH * journal.state_bytes:
-                chosen.append((journal, int(shares[journal] / _WORTH)))
-                excess -= shares[journal]
-        taken = {journal for journal, _ in chosen}
-        for journal in largest:
-            if excess > 0 and shares[journal] and journal not in taken:
-                chosen.append((journal, None))
+        for journals in (worth, others):
+            for journal in sorted(journals, key=shares.__getitem__, reverse=True):
+                if excess <= 0:
+                    return chosen
+                chosen.append((journal, int(shares[journal] / _WORTH) if journals is worth else None))
                 excess -= shares[journal]
         return chosen
-
-    @property
-    def is_beyond_bound(self) -> bool:
-        """Whether the arguments of all journals exceed their bound."""
-        return self.num_bytes > self._max_bytes
 
     def count_entry(self, journal: Journal, entry: Entry, *, sign: int = 1) -> None:
         """Count the arguments of an entry that was added to a journal (``sign=1``) or dropped (``sign=-1``)."""
@@ -295,6 +301,7 @@ class Journals:
                 num_bytes += value.num_bytes
         was_beyond = self.num_bytes > self._max_bytes
         self.num_bytes += sign * num_bytes
+        self._low_bytes = min(self._low_bytes, self.num_bytes)
         if journal.entries:
             self._journals[journal.client_id] = journal
         else:
@@ -349,8 +356,11 @@ class Journals:
 
     def _share(self, journal: Journal) -> float:
         """Return the bytes that a journal holds; a shared value is divided among the entries that use it."""
-        shared = (value for entry in journal.entries for value in shared_values(entry.call.arguments))
-        return journal.num_bytes + sum(value.num_bytes / self._num_uses[value] for value in shared)
+        share: float = journal.num_bytes
+        for entry in journal.entries:
+            for value in shared_values(entry.call.arguments):
+                share += value.num_bytes / self._num_uses[value]
+        return share
 
 
 def restore_arguments(snapshot: bytes) -> Packed:

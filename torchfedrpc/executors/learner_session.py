@@ -156,7 +156,7 @@ class LearnerSession:
             self._run.in_background(self._snapshot_in_turn(None))
         else:
             self.turns.give()
-        if self._run.journals.is_beyond_bound:
+        if self._run.journals.needs_relief:
             self._run.relieve_journals()
 
     def is_next_report(self, call: Call, number: int) -> bool:

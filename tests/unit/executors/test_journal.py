@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -347,6 +348,43 @@ def test_relief_takes_the_largest_journals_until_the_arguments_fit(journals: Jou
     assert relief(journals) == []  # the one on its way will do
     add(middle, 4, num_floats=2400)
     assert relief(journals) == [("middle", middle.num_bytes // 4)]
+
+
+def test_relief_begins_above_the_bound_and_ends_at_seven_eighths_of_it(journals: Journals) -> None:
+    learners = [Journal(f"client_{number}", journals) for number in range(10)]
+    for journal in learners[:9]:
+        add(journal, 1, num_floats=250)
+    assert MAX_BYTES * 7 // 8 < journals.num_bytes <= MAX_BYTES
+    needs_relief = [journals.needs_relief]
+    add(learners[9], 1, num_floats=250)
+    assert [*needs_relief, journals.needs_relief] == [False, True]
+    chosen = journals.relief()
+    assert len(chosen) == math.ceil((journals.num_bytes - MAX_BYTES * 7 / 8) / learners[0].num_bytes)
+    for journal, _ in chosen:
+        take_snapshot(journal)
+    assert journals.num_bytes <= MAX_BYTES * 7 // 8
+
+
+@pytest.mark.parametrize(("snapshots_end", "max_reliefs"), [(True, 3 * 8), (False, 3 * 64)])
+def test_relief_looks_at_all_journals_only_when_their_arguments_have_grown(
+    admission: Admission, snapshots_end: bool, max_reliefs: int
+) -> None:
+    """4,000 clients make a call each, and the bound has room for the arguments of 1,000."""
+    num_bytes = call(1, num_floats=250).arguments.num_bytes
+    journals = Journals(RuntimeConfig(journal_max_bytes=1000 * num_bytes), admission)
+    num_reliefs = largest = 0
+    for number in range(4000):
+        add(Journal(f"client_{number}", journals), 1, num_floats=250)
+        largest = max(largest, journals.num_bytes)
+        if journals.needs_relief:
+            num_reliefs += 1
+            for journal, _ in journals.relief():
+                journal.request_snapshot()
+                if snapshots_end:
+                    journal.kept(journal.number, 0)
+    assert 1 <= num_reliefs <= max_reliefs
+    assert largest == (1001 if snapshots_end else 4000) * num_bytes
+    journals.close()
 
 
 def test_relief_takes_first_the_snapshots_that_free_four_times_their_size(journals: Journals) -> None:
