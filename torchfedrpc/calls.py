@@ -152,7 +152,8 @@ class Calls:
         """
         if self.opening.open_streams:
             self.check_not_reading(invocation.client_id, invocation.method)
-        self.check_capacity(invocation.client_id, invocation.method)
+        if self.router.config.max_pending_calls is not None:
+            self.check_capacity(invocation.client_id, invocation.method)
 
     def check_capacity(self, client_id: str, method: str) -> None:
         """Check that one more call, or step of a stream, may be pending.
@@ -167,15 +168,15 @@ class Calls:
                 f"runtime.max_pending_calls={limit} allows no more; raise it, or await some calls first"
             )
 
-    async def call(
+    def call(
         self,
         options: CallOptions,
         client_id: str,
         method: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Any:
-        """Run a method of a client's learner and return its result.
+    ) -> Coroutine[Any, Any, Any]:
+        """Return the coroutine that runs a method of a client's learner and returns its result.
 
         Raises:
             UnknownClientError: If there is no such client.
@@ -184,7 +185,7 @@ class Calls:
             CallTimeoutError: If ``options.timeout_s`` passed.
             Exception: If the method raised; the type is the same.
         """
-        return await self.run(options, self.invocation(options, client_id, method, args, kwargs))
+        return self.run(options, self.invocation(options, client_id, method, args, kwargs))
 
     async def run(self, options: CallOptions, invocation: Invocation) -> Any:
         """Run a call and return its result; errors are those of `call`."""

@@ -147,7 +147,23 @@ class LearnerGroup:
             GroupCallError: If clients failed, and neither ``on_error="collect"`` nor ``min_results`` is set.
             QuorumError: If fewer than ``min_results`` clients succeeded, within ``timeout_s`` if that is set.
         """
-        return GroupResult(*await self._gathered(method, args, kwargs))
+        results: dict[str, Any] = {}
+        failures: dict[str, Exception] = {}
+        needed = self._options.min_results
+        self._check_min_results()
+        async with aclosing(self._completed(method, args, kwargs)) as completed:
+            async for client_id, result, error in completed:
+                if error is None:
+                    results[client_id] = result
+                else:
+                    failures[client_id] = error
+                out_of_reach = needed is not None and len(self._clients) - len(failures) < needed
+                if len(results) == needed or out_of_reach:
+                    break
+        results = {client_id: results[client_id] for client_id in self._clients if client_id in results}
+        failures = {client_id: failures[client_id] for client_id in self._clients if client_id in failures}
+        self._check(method, results, failures)
+        return GroupResult(results, failures)
 
     async def reduce(self, method: str, reducer: Any, /, *args: Any, **kwargs: Any) -> ReduceResult:
         """Call a method of every client's learner and reduce the results on the workers.
@@ -179,36 +195,12 @@ class LearnerGroup:
             self._calls, self._options, self._clients, method, reducer, args, kwargs
         )
         results = dict.fromkeys(counted)
-        self._check_quorum(method, results, failures)
-        self._check(method, failures, results)
+        self._check(method, results, failures)
         if not counted:
             if failures:
                 raise self._group_error(method, failures, {})
             raise ConfigError(f"{method}: there is nothing to reduce, since the group has no clients: name some")
         return ReduceResult(value, len(counted), failures)
-
-    async def _gathered(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Exception]]:
-        """Return the results and failures of a group call, as in `call`."""
-        results: dict[str, Any] = {}
-        failures: dict[str, Exception] = {}
-        needed = self._options.min_results
-        self._check_min_results()
-        async with aclosing(self._completed(method, args, kwargs)) as completed:
-            async for client_id, result, error in completed:
-                if error is None:
-                    results[client_id] = result
-                else:
-                    failures[client_id] = error
-                out_of_reach = needed is not None and len(self._clients) - len(failures) < needed
-                if len(results) == needed or out_of_reach:
-                    break
-        results = {client_id: results[client_id] for client_id in self._clients if client_id in results}
-        failures = {client_id: failures[client_id] for client_id in self._clients if client_id in failures}
-        self._check_quorum(method, results, failures)
-        self._check(method, failures, results)
-        return results, failures
 
     def _check_min_results(self) -> None:
         """Check that the quorum is no larger than the group.
@@ -220,9 +212,18 @@ class LearnerGroup:
         if needed is not None and needed > len(self._clients):
             raise QuorumError(f"min_results={needed} of a group of {len(self._clients)} clients can never be met")
 
-    def _check_quorum(self, method: str, results: dict[str, Any], failures: dict[str, Exception]) -> None:
+    def _check(self, method: str, results: dict[str, Any], failures: dict[str, Exception]) -> None:
+        """Check that enough clients have succeeded.
+
+        Raises:
+            QuorumError: If fewer than ``min_results`` have.
+            GroupCallError: If some have failed, and neither ``on_error="collect"`` nor ``min_results`` is set.
+        """
         needed = self._options.min_results
-        if needed is not None and len(results) < needed:
+        if needed is None:
+            if failures and self._options.on_error == "raise":
+                raise self._group_error(method, failures, results)
+        elif len(results) < needed:
             late = any(isinstance(error, CallTimeoutError) for error in failures.values())
             when = f" within {self._options.timeout_s} s" if late else ""
             raise QuorumError(
@@ -231,10 +232,6 @@ class LearnerGroup:
                 results,
                 failures,
             )
-
-    def _check(self, method: str, failures: dict[str, Exception], results: dict[str, Any]) -> None:
-        if failures and self._options.min_results is None and self._options.on_error == "raise":
-            raise self._group_error(method, failures, results)
 
     def _group_error(self, method: str, failures: dict[str, Exception], results: dict[str, Any]) -> GroupCallError:
         first = next(iter(failures.values()))

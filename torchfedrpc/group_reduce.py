@@ -44,8 +44,8 @@ async def reduce(
         ValueError: If two results cannot be merged. All calls have ended by then.
         CallTimeoutError: If the results were not merged in time.
     """
-    calls.check_open()
     prototype, in_order = prototype_of(reducer), calls.in_order(clients)
+    invocations = calls.of_group(options, clients, method, args, kwargs)
     reduction = Reduction(
         prototype,
         in_order,
@@ -54,7 +54,6 @@ async def reduce(
         min_results=options.min_results,
         is_watched=options.ends_early or bool(calls.opening.events.subscribers),
     )
-    invocations = calls.of_group(options, clients, method, args, kwargs)
     refused: dict[str, BaseException] = {}
     try:
         try:

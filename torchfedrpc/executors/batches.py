@@ -39,8 +39,8 @@ class Batches:
     timeout_s: float | None
     num_losses: int = 0
 
-    async def make(self, calls: Iterable[tuple[int, Call, LearnerSession]]) -> None:
-        """Make calls, each given with its place and its session. Calls of busy learners are separate batches.
+    async def make(self, parts: Parts) -> None:
+        """Make calls. Calls of busy learners are separate batches.
 
         Raises:
             MergeError: If two results cannot be merged.
@@ -49,7 +49,7 @@ class Batches:
         """
         free: Parts = {}
         later = []
-        for place, call, session in calls:
+        for place, (call, session) in parts.items():
             if session.turns.take_now():
                 session.begin(call)
                 free[place] = call, session

@@ -147,7 +147,7 @@ class CallExecutor(AbstractExecutor):
         if (arguments := invocation.common) is None:
             given = _held(invocation)
             arguments = self._recognised(*given)
-        num_bytes = self._num_bytes(arguments)
+        num_bytes = self._num_bytes(arguments) if arguments.values else arguments.num_bytes
         has_waited = await self._admission.admit(num_bytes)
         values: tuple[SharedValue, ...] = ()
         try:
@@ -186,7 +186,13 @@ class CallExecutor(AbstractExecutor):
         calls: dict[int, Call] = {}
         admitted: list[tuple[int, tuple[SharedValue, ...]]] = []
         for invocation in invocations:
-            num_bytes = self._num_bytes(invocation.common or _own(invocation.args, invocation.kwargs))
+            arguments = invocation.common or Arguments(
+                invocation.args,
+                invocation.kwargs,
+                estimate(invocation.args, invocation.kwargs),
+                _tick_values(invocation.args, invocation.kwargs),
+            )
+            num_bytes = self._num_bytes(arguments) if arguments.values else arguments.num_bytes
             if not self._admission.admit_now(num_bytes):
                 turn = self._admission.request(num_bytes)
                 requests[turn] = num_bytes
@@ -200,12 +206,14 @@ class CallExecutor(AbstractExecutor):
                 if calls:
                     await self._learners.reduce(reduction, calls)
             finally:  # before the wait for calls that need this room
-                self._admission.release(sum(num_bytes + self._release(values) for num_bytes, values in admitted))
+                for num_bytes, values in admitted:
+                    self._admission.release(num_bytes + self._release(values) if values else num_bytes)
         except Exception:
             await all_ended(tasks)  # all calls run to their end
             raise
         else:
-            await all_ended(tasks)
+            if tasks:
+                await all_ended(tasks)
         finally:
             for task in tasks:
                 task.cancel()
@@ -248,7 +256,9 @@ class CallExecutor(AbstractExecutor):
             Bytes admitted for this call alone, and the shared values that only calls of its tick use.
         """
         try:
-            arguments = invocation.common or _own(*_held(invocation), num_bytes)
+            if (arguments := invocation.common) is None:
+                args, kwargs = _held(invocation)
+                arguments = Arguments(args, kwargs, num_bytes, _tick_values(args, kwargs))
             call, values = self._call(invocation, arguments, num_bytes)
         except Exception as error:
             reduction.note(invocation.client_id, without_traces(error))  # they refer to the reduction and arguments
@@ -282,7 +292,7 @@ class CallExecutor(AbstractExecutor):
         """Return the arguments of a single call, with values that it shares with calls of this tick."""
         if self._sharing.has_seen:
             args, kwargs = self._sharing.recognised(args, kwargs)
-        return _own(args, kwargs)
+        return Arguments(args, kwargs, estimate(args, kwargs), _tick_values(args, kwargs))
 
     def _num_bytes(self, arguments: Arguments) -> int:
         """Return the estimated bytes of a call's arguments, without shared values that other calls have."""
@@ -483,17 +493,13 @@ def without_traces(error: Exception) -> Exception:
     return error
 
 
-def _own(args: tuple[Any, ...], kwargs: dict[str, Any], num_bytes: int | None = None) -> Arguments:
-    """Return the arguments of a single call, of an estimated size, which is estimated here by default."""
-    num_bytes = estimate(args, kwargs) if num_bytes is None else num_bytes
-    return Arguments(args, kwargs, num_bytes, _tick_values(args, kwargs) if num_bytes else ())
-
-
 def _tick_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SharedValue, ...]:
     """Return the shared values among arguments that only calls of their tick use."""
-    return tuple(
-        [value for value in (*args, *kwargs.values()) if isinstance(value, SharedValue) and value.is_for_tick]
-    )
+    values: tuple[SharedValue, ...] = ()
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, SharedValue) and value.is_for_tick:
+            values = (*values, value)
+    return values
 
 
 def _held(invocation: Invocation) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from torchfedrpc.host.call import Call, Outcome
 
@@ -45,17 +45,22 @@ class Durations:
         if len(self._at_least) > _MAX_CLIENTS:
             self._at_least.popitem(last=False)
 
-    def expected(self, client_ids: Iterable[str], method: str) -> dict[str, float]:
+    def expected(self, client_ids: Sequence[str], method: str) -> dict[str, float]:
         """Return the expected seconds per client: the median of its last calls, else the median of the other clients.
 
         If no call of the method has ended, the expectation is 0 s. An interrupted client is expected to take at least
         the duration at its interruption, until a call of it ends.
         """
-        client_ids = list(client_ids)
-        known = {one: self._seconds.get((one, method)) for one in client_ids}
-        seen = {one: statistics.median_low(seconds) for one, seconds in known.items() if seconds}
-        usual = statistics.median(seen.values()) if seen else 0.0
-        return {one: max(seen.get(one, usual), self._at_least.get((one, method), 0.0)) for one in client_ids}
+        known: dict[str, float] = {}
+        for client_id in client_ids:
+            if last := self._seconds.get((client_id, method)):
+                known[client_id] = statistics.median_low(last)
+        usual = statistics.median(known.values()) if known else 0.0
+        expected: dict[str, float] = {}
+        for client_id in client_ids:
+            at_least = self._at_least.get((client_id, method), 0.0)
+            expected[client_id] = max(known.get(client_id, usual), at_least)
+        return expected
 
 
 def longest_first(expected: Mapping[str, float]) -> list[str]:
@@ -64,7 +69,9 @@ def longest_first(expected: Mapping[str, float]) -> list[str]:
     Keeping the order lets results of neighbours arrive one after another, so that a reduction holds few of them.
     """
     ordinary = _MUCH * statistics.median(expected.values()) if expected else 0.0
-    return sorted(expected, key=lambda client_id: -expected[client_id] if expected[client_id] > ordinary else 0.0)
+    slow = [client_id for client_id, seconds in expected.items() if seconds > ordinary]
+    slow.sort(key=expected.__getitem__, reverse=True)
+    return list(dict.fromkeys([*slow, *expected]))
 
 
 def fastest_first(expected: Mapping[str, float]) -> list[str]:

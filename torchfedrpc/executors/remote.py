@@ -146,10 +146,10 @@ class RemoteLearners:
         session = self._session(call.client_id)
         return None if session.given_up is not None else await self.call(call)
 
-    async def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> None:
+    def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> Coroutine[Any, Any, None]:
         """Run calls, by place, and reduce their results on the workers."""
-        batches = Batches(self, reduction, self._config.call_timeout_s)
-        await batches.make([(place, call, self._session(call.client_id)) for place, call in calls.items()])
+        parts = {place: (call, self._session(call.client_id)) for place, call in calls.items()}
+        return Batches(self, reduction, self._config.call_timeout_s).make(parts)
 
     def take_value(self, obj: Any) -> Packed:
         """Pack the present value of an object, for one call."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -77,16 +77,16 @@ class ExecutorRouter:
         """Pack the arguments that several calls have in common; see `AbstractExecutor.pack_common`."""
         return self._main.pack_common(args, kwargs, num_calls)
 
-    async def reduce(self, reduction: Reduction, invocations: Sequence[Invocation]) -> None:
+    def reduce(self, reduction: Reduction, invocations: Sequence[Invocation]) -> Coroutine[Any, Any, None]:
         """Run calls and reduce their results, on the executor of each client; see `AbstractExecutor.reduce`."""
         if self._local is self._main:  # without a task, so that calls are submitted in this step of the event loop
-            await self._main.reduce(reduction, invocations)
-            return
+            making: Coroutine[Any, Any, None] = self._main.reduce(reduction, invocations)
+            return making
         of_executors: dict[AbstractExecutor, list[Invocation]] = {}
         for invocation in invocations:
             of_executors.setdefault(self.get_executor(invocation.client_id), []).append(invocation)
         reducing = (executor.reduce(reduction, own) for executor, own in of_executors.items())
-        await all_ended([asyncio.ensure_future(one) for one in reducing])
+        return all_ended([asyncio.ensure_future(one) for one in reducing])
 
     def share(self, obj: Any) -> SharedRef:
         """Return a shared reference to the present value of an object, for later calls on any executor."""

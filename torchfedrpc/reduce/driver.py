@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Protocol
@@ -13,11 +14,13 @@ import torch
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.reduce.partial import open_nodes, open_reducer, pack_reducer
-from torchfedrpc.reduce.reducers import Reducer, are_small, is_builtin
+from torchfedrpc.reduce.reducers import Reducer, is_builtin
 from torchfedrpc.reduce.tree import Forest, MergeError, Node, covered, merged
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import Failure
-from torchfedrpc.wire.packing import Packed
+from torchfedrpc.wire.packing import Packed, Parcel
+
+_SMALL_BYTES = 1 << 20
 
 
 class CountedCall(Protocol):
@@ -81,7 +84,7 @@ class Reduction:
     ) -> None:
         self.prototype: Packed = pack_reducer(prototype)
         self.client_ids = tuple(client_ids)
-        self.places = {client_id: place for place, client_id in enumerate(client_ids)}
+        self.places = dict(zip(client_ids, range(len(client_ids)), strict=True))
         self.is_watched = is_watched
         self.calls: dict[str, CountedCall] = {}
         self.succeeded: set[str] = set()
@@ -89,12 +92,13 @@ class Reduction:
         self.nodes: list[Node] = []
         self.counted: set[int] = set()
         self.stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        is_ours = is_builtin(prototype)
-        self._reducer = copy.copy(prototype) if is_ours else open_reducer(self.prototype.copy(), allow)
+        self._is_builtin = is_builtin(prototype)
+        self._reducer = copy.copy(prototype) if self._is_builtin else open_reducer(self.prototype.copy(), allow)
         self._allow = allow
         self._num_retries = num_retries
         self._min_results = min_results
         self._is_closed = False
+        self._num_bytes = 0.0  # of partial results
         self._num_repeats: Counter[int] = Counter()  # of a call, by place
         self._open: dict[tuple[str, int], tuple[BatchWorker, Batch]] = {}
 
@@ -218,7 +222,10 @@ class Reduction:
         if outcome.failure is not None:
             raise _merge_failure(outcome.failure, places_of_batch, self._allow, worker.label)
         missing = expected = places_of_batch - self.counted
-        nodes = [] if outcome.parcel is None else open_nodes(outcome.parcel, self._reducer, self._allow)
+        nodes, num_bytes = [], 0.0
+        if outcome.parcel is not None:
+            num_bytes = outcome.parcel.num_bytes if isinstance(outcome.parcel, Parcel) else math.inf
+            nodes = open_nodes(outcome.parcel, self._reducer, self._allow)
         for level, index, _ in nodes:
             places = covered(level, index, len(self.client_ids))
             if not places or not missing.issuperset(places):
@@ -230,11 +237,13 @@ class Reduction:
         if not self._is_closed:
             self.nodes += nodes
             self.counted |= expected - missing
+            self._num_bytes += num_bytes
 
     def add_nodes(self, nodes: Iterable[Node]) -> None:
         """Add partial results that this process has formed."""
         if self._is_closed:
             return
+        self._num_bytes = math.inf  # unknown
         for level, index, reducer in nodes:
             self.nodes.append((level, index, reducer))
             self.counted.update(covered(level, index, len(self.client_ids)))
@@ -268,8 +277,7 @@ class Reduction:
             MergeError: If two of them cannot be merged.
             Exception: If the reducer's ``finish`` raised it.
         """
-        _, _, reducers = zip(*self.nodes, strict=True)
-        if are_small(reducers):
+        if self._is_builtin and self._num_bytes <= _SMALL_BYTES:  # cheaper than a switch of threads
             return self._finish(torch.get_num_threads())
         return await asyncio.to_thread(self._finish, torch.get_num_threads())
 

@@ -22,8 +22,6 @@ from torch.nn.parameter import Parameter
 from torchfedrpc.reduce.numerics import added, kind_of, mean_from, sum_from, weighted
 from torchfedrpc.wire.tensors import PlainTensors, check_can_travel
 
-_SMALL_BYTES = 1 << 20
-
 Key = str | int
 Keys = Key | Sequence[Key]
 
@@ -273,25 +271,6 @@ class Sum(BuiltinReducer):
 def is_builtin(reducer: Reducer) -> bool:
     """Return whether a reducer is known to copy the results that it keeps, and to run no user code."""
     return type(reducer) in (WeightedMean, Mean, Sum)
-
-
-def are_small(reducers: Sequence[Reducer]) -> bool:
-    """Return whether merging and finishing is cheaper than a thread switch; never for a user-defined class."""
-    num_bytes = 0
-    for reducer in reducers:
-        if not is_builtin(reducer):
-            return False
-        num_bytes += _num_bytes(reducer._entries)  # type: ignore[attr-defined]
-    return num_bytes <= _SMALL_BYTES
-
-
-def _num_bytes(entries: Any) -> int:
-    if isinstance(entries, dict | list | tuple):
-        return sum(map(_num_bytes, entries.values() if isinstance(entries, dict) else entries))
-    total = entries.total if isinstance(entries, Entry) else None
-    if not isinstance(total, Tensor):
-        return 0
-    return total._values().nbytes + total._indices().nbytes if total.is_sparse else total.nbytes
 
 
 def pick(result: Any, key: Key) -> Any:

@@ -172,7 +172,7 @@ def merged(nodes: Iterable[Node], num_places: int) -> Reducer:
     """
     parts = {(level, index): (index << level, reducer) for level, index, reducer in nodes}
     for level in range((num_places - 1).bit_length()):
-        for index in sorted(index for height, index in parts if height == level):
+        for index in sorted([index for height, index in parts if height == level]):
             place, right = parts.pop((level, index))
             above = level + 1, index >> 1
             if above not in parts:  # the other child has no result, or comes next

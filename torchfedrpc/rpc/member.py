@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration
@@ -141,7 +141,7 @@ class Member:
             if self.client is not None:
                 self.client.forget(client_id)
 
-    async def submit(self, call: Call) -> Outcome:
+    def submit(self, call: Call) -> Coroutine[Any, Any, Outcome]:
         """Run a call of a registered learner, or join it. Returns its (first) outcome.
 
         Raises:
@@ -149,22 +149,14 @@ class Member:
             UndeliverableError: If RPC cannot carry the call or its answer.
         """
         self.sent[call.call_id] = None
-        while True:
-            client = self.client or await self._next_client()
-            client.register(self.registrations[call.client_id])
-            answer = client.submit(call)
-            try:
-                outcome = await answer
-            except WorldOver:
-                continue
-            except BaseException as error:
-                self._fail(call, answer, error)
-                raise
-            if outcome.kind != "item":
-                self.sent.pop(call.call_id, None)
-            return outcome
 
-    async def run_batch(self, batch: Batch) -> Outcome:
+        def send(client: WorkerClient) -> asyncio.Future[Outcome]:
+            client.register(self.registrations[call.client_id])
+            return client.submit(call)
+
+        return self._ask(call, send)
+
+    def run_batch(self, batch: Batch) -> Coroutine[Any, Any, Outcome]:
         """Run a batch, or join it; as of `submit`."""
         self.sent[batch.call_id] = None
 
@@ -173,16 +165,16 @@ class Member:
                 client.register(self.registrations[call.client_id])
             return client.run_batch(batch)
 
-        return await self._ask(batch, send)
+        return self._ask(batch, send)
 
-    async def advance(self, request: Call | Batch, step: int) -> Outcome:
+    def advance(self, request: Call | Batch, step: int) -> Coroutine[Any, Any, Outcome]:
         """Ask an open stream for its item number ``step``, or a watched batch for the calls ended since then.
 
         Raises:
             WorkerGone: If the worker is lost.
             UndeliverableError: If RPC cannot carry the answer.
         """
-        return await self._ask(request, lambda client: client.advance(request, step))
+        return self._ask(request, lambda client: client.advance(request, step))
 
     def cancel_batch(self, batch: Batch) -> None:
         """Cancel the calls of a batch that have not ended; its final outcome has the results of the others."""
@@ -202,7 +194,7 @@ class Member:
         while True:
             client = self.client or await self._next_client()
             answer = send(client)
-            if isinstance(request, Batch) and request.call_id in self._cancelled:
+            if self._cancelled and isinstance(request, Batch) and request.call_id in self._cancelled:
                 client.cancel_batch(request)
             try:
                 outcome = await answer

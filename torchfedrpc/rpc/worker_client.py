@@ -131,7 +131,8 @@ class WorkerClient:
         self.broken = asyncio.Event()
         self.failures: list[tuple[list[Call | Batch], Exception]] = []
         self._loop = asyncio.get_running_loop()
-        self._worker: Any = torch_rpc().get_worker_info(name)
+        self._rpc = torch_rpc()
+        self._worker: Any = self._rpc.get_worker_info(name)
         self._secret = secret
         self._covered = covered
         self._traffic = traffic
@@ -193,14 +194,13 @@ class WorkerClient:
     def run_batch(self, batch: Batch) -> asyncio.Future[Outcome]:
         """Send a batch. See `submit`."""
         lent: list[TensorFiles | None] = []
-        common = batch.calls[0][1].arguments  # sent once
-        own = [call.arguments for _, call in batch.calls if call.arguments is not common]
+        common = home = None
         for _, call in batch.calls:
             lent += self._lent(call)
-        home = None
-        for arguments in (common, *own):
-            self._traffic.num_sent_bytes += arguments.num_bytes
-            home = home or home_device(arguments)
+            if call.arguments is not common:  # what calls have in common with the first one is sent once
+                self._traffic.num_sent_bytes += call.arguments.num_bytes
+                home = home or home_device(call.arguments)
+                common = common or call.arguments
         return self._ask(batch, "batch", batch_message(batch, self._covered), home=home, lent=lent)
 
     def advance(self, request: Call | Batch, step: int) -> asyncio.Future[Outcome]:
@@ -404,7 +404,7 @@ class WorkerClient:
         self._num_kept_bytes = 0
         # 0 disables RPC's own timeout. The event loop keeps deadlines; only `rref` blocks it.
         header = (self._secret, self._next_request, self._num_heard, acknowledged, alone)
-        sent = torch_rpc().rpc_async(self._worker, entry, args=(header, *args), timeout=timeout_s)
+        sent = self._rpc.rpc_async(self._worker, entry, args=(header, *args), timeout=timeout_s)
         self._next_request += 1  # only if it was sent: the worker waits for each number
         return sent
 

@@ -51,10 +51,10 @@ class Reducing:
 
     def begin(self, clients: str = "ab", *, num_retries: int = 0, is_watched: bool = False) -> asyncio.Task[None]:
         self.reduction = Noting(self, clients, num_retries, is_watched)
-        calls = [
-            (place, call(place + 1, client_id), self.run.session(client_id))
+        calls = {
+            place: (call(place + 1, client_id), self.run.session(client_id))
             for place, client_id in enumerate(clients)
-        ]
+        }
         return asyncio.ensure_future(Batches(self.run, self.reduction, 5.0).make(calls))
 
     async def value(self) -> Any:

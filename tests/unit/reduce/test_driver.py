@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -112,7 +113,9 @@ class Counting(Brackets):
 async def test_reduction_is_finished_with_the_threads_of_the_driver(
     monkeypatch: pytest.MonkeyPatch, is_small: bool
 ) -> None:
-    monkeypatch.setattr(module, "are_small", lambda reducers: is_small)
+    if is_small:
+        monkeypatch.setattr(module, "is_builtin", lambda reducer: True)
+        monkeypatch.setattr(module, "_SMALL_BYTES", math.inf)
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:

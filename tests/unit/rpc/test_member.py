@@ -163,26 +163,19 @@ def batch(call_id: int = -1) -> Batch:
     return Batch(call_id, pack("reducer"), 2, ((0, call(1)), (1, call(2, "b"))))
 
 
-def requests(member: Member) -> dict[str, Any]:
-    """Each kind of request, as it is sent by a worker that has learners of ``a`` and ``b``."""
-    return {
-        "submit 1": member.submit(call(1)),
-        "batch -1": member.run_batch(batch()),
-        "advance 1 3": member.advance(call(1), 3),
-        "advance -1 2": member.advance(batch(), 2),
-        "cancel 1": member.cancel(call(1)),
-    }
-
-
 KINDS = ["submit 1", "batch -1", "advance 1 3", "advance -1 2", "cancel 1"]
 
 
 def asked(member: Member, kind: str) -> asyncio.Task[Outcome]:
-    coroutines = requests(member)
-    task = asyncio.ensure_future(coroutines.pop(kind))
-    for coroutine in coroutines.values():
-        coroutine.close()
-    return task
+    """Send a request of some kind to a worker that has learners of ``a`` and ``b``."""
+    requests = {
+        "submit 1": lambda: member.submit(call(1)),
+        "batch -1": lambda: member.run_batch(batch()),
+        "advance 1 3": lambda: member.advance(call(1), 3),
+        "advance -1 2": lambda: member.advance(batch(), 2),
+        "cancel 1": lambda: member.cancel(call(1)),
+    }
+    return asyncio.ensure_future(requests[kind]())
 
 
 @pytest.mark.parametrize("kind", KINDS)
