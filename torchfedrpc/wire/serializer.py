@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 import struct
@@ -13,15 +12,14 @@ from typing import Any
 import torch
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.wire import rebuild
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Parcel, pack
-from torchfedrpc.wire.scan import check_depth, with_requests
 from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named, memory_of, name_of_dtype
 
 # Layout: magic, a checksum of table and head, the lengths of both, both, then each slot's memory at a multiple of 64.
 _MAGIC = b"TFR\x03"
 _PREFIX = struct.Struct("<4sIQQ")
+_NO_TYPES = AllowList()  # none besides the types that any sender may use
 
 
 class ParameterSerializer:
@@ -118,9 +116,9 @@ def read(
     if _checksum(data[_PREFIX.size : position], data[position : position + head_bytes]) != checksum:
         raise SerializationError("these bytes are damaged")
     table = bytes(data[_PREFIX.size : position])
-    content = _PlainUnpickler(table).load()
-    check_depth(table, content)
-    views, layouts = content
+    views, layouts = Parcel(table, [], []).open(_NO_TYPES)
+    if type(views) is not list:
+        raise SerializationError("these bytes have a table without a list of views")
     head = bytes(data[position : position + head_bytes])
     position += head_bytes
     slots = []
@@ -149,20 +147,3 @@ def read(
 def _checksum(table: bytes | memoryview, head: bytes | memoryview) -> int:
     """Return the checksum of both pickles: after a flipped bit, unpickling could take all memory before it fails."""
     return zlib.crc32(head, zlib.crc32(table))
-
-
-_NO_TYPES = AllowList()
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers, and refuses every global."""
-
-    def __init__(self, table: bytes) -> None:
-        super().__init__(io.BytesIO(with_requests(table)))
-        self._budget = rebuild.Budget(len(table))
-
-    def persistent_load(self, request: Any) -> Any:
-        return rebuild.answer(_NO_TYPES, self._budget, *request)
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise SerializationError(f"the table of a serialized object names {module}.{name}")

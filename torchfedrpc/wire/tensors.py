@@ -201,7 +201,7 @@ def gather_slots(tensors: list[Tensor], *, copy: bool, join: bool) -> tuple[list
 
 def is_joined(view: View) -> TypeGuard[tuple[int, tuple[int, ...]]]:
     """Return whether it is the view of a small tensor that is joined with others in a slot."""
-    return isinstance(view, tuple) and len(view) == 2
+    return type(view) is tuple and len(view) == 2 and type(view[0]) is int  # other objects are slow to hash
 
 
 def lay_out(
@@ -246,6 +246,7 @@ def lay_out(
 
 
 def _view_slot(view: Any, slots: list[Tensor]) -> Tensor:
+    _check_sizes(view[:1])
     number, dtype_name, shape, stride, offset, *spread = view
     dtype, slot = dtype_named(dtype_name), slots[number]
     if spread:

@@ -265,11 +265,33 @@ def test_a_pickle_that_would_run_something_does_not(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("build", [lambda: torch.float32, lambda: AllowList, lambda: print, Runs])
-def test_the_table_may_name_nothing_at_all(build: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SerializationError, match="the table of a serialized object names"):
-        deserialize(forged(table=pickle.dumps(([], build()))))
+def of_tuples(depth: int) -> Any:
+    """A tuple whose hash takes 2**depth steps."""
+    nested: Any = ()
+    for _ in range(depth):
+        nested = nested, nested
+    return nested
+
+
+MANY = range(1 << 40)
+NONE = np.zeros((1 << 40, 0))
+
+
+@pytest.mark.parametrize("layouts", [torch.float32, AllowList, print, Runs(), MANY, NONE])
+def test_the_table_lists_how_tensors_lie(layouts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SerializationError):
+        deserialize(forged(table=pickle.dumps(([], layouts))))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "views",
+    [MANY, NONE, [MANY], [NONE], [(MANY, (1,))], [(of_tuples(60), (1,))], {}, [()]],
+    ids=["range", "array", "range as view", "array as view", "range as slot", "tuples as slot", "dict", "empty view"],
+)
+def test_the_table_has_views_of_plain_numbers(views: Any) -> None:
+    with pytest.raises(SerializationError):
+        deserialize(forged(table=pickle.dumps((views, [])), head=pickle.dumps({1})))
 
 
 # Damage.
