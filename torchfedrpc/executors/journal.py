@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -159,13 +160,13 @@ class Journal:
         replaced = self._snapshot_number if self._has_snapshot else None
         return self._journals.keep(self.client_id, number, state, replaced)
 
-    def store(self, number: int, state: Tensor) -> None:
-        """Write a snapshot to disk. Thread-safe.
+    def store(self, number: int, state: Tensor) -> Future[None]:
+        """Write a snapshot to disk, on the journals' thread.
 
-        Raises:
-            OSError: If the disk is full or cannot be written.
+        Returns:
+            Done when the snapshot is written. An OSError if the disk is full or cannot be written.
         """
-        self._journals.store(self.client_id, number, state)
+        return self._journals.store(self.client_id, number, state)
 
     def kept(self, number: int, num_bytes: int) -> None:
         """Drop the entries and the snapshot that are replaced by a snapshot in memory or on disk."""
@@ -196,13 +197,13 @@ class Journal:
         self._num_since_refusal = 0
         self._keep_only([])
 
-    def snapshot(self) -> bytes | None:
-        """Return the last snapshot; None if there is none.
+    def snapshot(self) -> Future[Tensor] | None:
+        """Read the last snapshot, on the journals' thread; None if there is none.
 
-        Raises:
-            OSError: If the disk cannot be read.
+        Returns:
+            The snapshot. An OSError if the disk cannot be read.
         """
-        return self._journals.get(self.client_id, self._snapshot_number) if self._has_snapshot else None
+        return self._journals.read(self.client_id, self._snapshot_number) if self._has_snapshot else None
 
     def forget(self) -> None:
         """Drop everything, since the learner was given up or restored from another snapshot."""
@@ -234,6 +235,9 @@ class Journal:
 class Journals:
     """Journals of all learners, with one bound for arguments and snapshots in memory.
 
+    Snapshots are written, read and deleted by one thread, in the order of the requests, so that the event loop never
+    waits for the disk.
+
     Args:
         runtime: Provides the bounds.
         admission: Counts the arguments beyond the bound, so that calls wait while snapshots are in flight.
@@ -247,6 +251,7 @@ class Journals:
         self._low_bytes = 0  # smallest number of bytes since the last relief
         self._admission = admission
         self._store = BlobStore()
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="torchfedrpc-journals")
         self._states: dict[tuple[str, int], Tensor] = {}  # snapshots in memory
         self._num_state_bytes = 0
         self._stored: set[tuple[str, int]] = set()  # snapshots on disk
@@ -321,23 +326,18 @@ class Journals:
         self._num_state_bytes += state.nbytes
         return True
 
-    def store(self, client_id: str, number: int, state: Tensor) -> None:
-        """Write a snapshot to disk.
-
-        Raises:
-            OSError: If the disk is full or cannot be written.
-        """
-        self._store.put(_key(client_id, number), [seal(state)])
+    def store(self, client_id: str, number: int, state: Tensor) -> Future[None]:
+        """Write a snapshot to disk, on the thread."""
         self._stored.add((client_id, number))
+        return self._disk.submit(lambda: self._store.put(_key(client_id, number), [seal(state)]))
 
-    def get(self, client_id: str, number: int) -> bytes:
-        """Return a snapshot.
-
-        Raises:
-            OSError: If the disk cannot be read.
-        """
-        state = self._states.get((client_id, number))
-        return bytes(seal(state)) if state is not None else self._store.get(_key(client_id, number))
+    def read(self, client_id: str, number: int) -> Future[Tensor]:
+        """Read a snapshot, on the thread."""
+        if (state := self._states.get((client_id, number))) is not None:
+            return self._disk.submit(lambda: torch.frombuffer(seal(state), dtype=torch.uint8))
+        return self._disk.submit(
+            lambda: torch.frombuffer(bytearray(self._store.get(_key(client_id, number))), dtype=torch.uint8)
+        )
 
     def discard(self, client_id: str, number: int) -> None:
         """Delete a snapshot."""
@@ -345,13 +345,14 @@ class Journals:
             self._num_state_bytes -= state.nbytes
         if (client_id, number) in self._stored:
             self._stored.discard((client_id, number))
-            self._store.discard(_key(client_id, number))
+            self._disk.submit(self._store.discard, _key(client_id, number))
 
     def close(self) -> None:
         """Release memory and disk space."""
-        for kept in (self._journals, self._num_uses, self._states):
+        for kept in (self._journals, self._num_uses, self._states, self._stored):
             kept.clear()
         self.num_bytes = 0
+        self._disk.shutdown(cancel_futures=True)
         self._store.close()
 
     def _share(self, journal: Journal) -> float:
@@ -361,11 +362,6 @@ class Journals:
             for value in shared_values(entry.call.arguments):
                 share += value.num_bytes / self._num_uses[value]
         return share
-
-
-def restore_arguments(snapshot: bytes) -> Packed:
-    """Return the arguments of a call that restores a learner from its snapshot."""
-    return pack((torch.frombuffer(bytearray(snapshot), dtype=torch.uint8), None))
 
 
 def _key(client_id: str, number: int) -> str:

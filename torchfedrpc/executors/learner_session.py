@@ -12,14 +12,14 @@ import torch
 
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.executors.durations import Durations
-from torchfedrpc.executors.journal import Entry, Journal, Journals, restore_arguments
+from torchfedrpc.executors.journal import Entry, Journal, Journals
 from torchfedrpc.executors.snapshot_throttle import SnapshotThrottle
 from torchfedrpc.host.call import Call, CallKind, Outcome, Registration
 from torchfedrpc.rpc.member import Member, WorkerGone
 from torchfedrpc.rpc.worker_client import UndeliverableError
 from torchfedrpc.tasks import Turns
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import Packed
+from torchfedrpc.wire.packing import Packed, pack
 
 logger = logging.getLogger(__name__)
 
@@ -260,11 +260,13 @@ class LearnerSession:
             WorkerLostError: If the learner cannot be rebuilt.
         """
         self._register(worker)
-        entries = list(self._journal.entries)  # a copy: a snapshot stored meanwhile drops entries from the journal
         try:
-            if (snapshot := self._journal.snapshot()) is not None:
-                async with self._run.throttle(worker).passing(len(snapshot)):
-                    restore = self._own_call("restore", restore_arguments(snapshot))
+            async with self._run.throttle(worker).passing(self._journal.state_bytes):
+                # Both as of one moment: a snapshot that is stored meanwhile drops entries from the journal.
+                entries, reading = list(self._journal.entries), self._journal.snapshot()
+                if reading is not None:
+                    snapshot = await asyncio.wrap_future(reading)
+                    restore = self._own_call("restore", pack((snapshot, None), copy=False))  # nothing writes to it
                     outcome = await worker.submit(restore)
                     self._check_rebuilt(worker, outcome, is_failed=outcome.kind == "failed")
             for entry in entries:
@@ -441,7 +443,7 @@ class LearnerSession:
                     return None
                 budget.saw(state.nbytes)
                 if not journal.keep(number, state):
-                    await asyncio.to_thread(journal.store, number, state)
+                    await asyncio.wrap_future(journal.store(number, state))
                 journal.kept(number, state.nbytes)
                 return None
         except WorkerGone:

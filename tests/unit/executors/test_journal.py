@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from torchfedrpc.config import OnWorkerLost, RuntimeConfig
 from torchfedrpc.executors.admission import Admission
-from torchfedrpc.executors.journal import Journal, Journals, restore_arguments
+from torchfedrpc.executors.journal import Journal, Journals
 from torchfedrpc.host.call import Call, CallKind, Outcome
 from torchfedrpc.host.snapshot import seal
 from torchfedrpc.wire.allowlist import AllowList
@@ -71,8 +72,19 @@ def take_snapshot(journal: Journal, fill: int = 1, num_bytes: int = 100) -> None
     journal.request_snapshot()
     number = journal.number
     if not journal.keep(number, state(fill, num_bytes)):
-        journal.store(number, state(fill, num_bytes))
+        journal.store(number, state(fill, num_bytes)).result()
     journal.kept(number, num_bytes)
+
+
+def snapshot_of(journal: Journal) -> bytes | None:
+    """Read the last snapshot."""
+    reading = journal.snapshot()
+    return None if reading is None else bytes(reading.result().numpy())
+
+
+def on_disk(journals: Journals) -> list[Any]:
+    """Return the keys of the snapshots on disk, once earlier requests have been carried out."""
+    return journals._disk.submit(list, journals._store).result()
 
 
 def refuse_snapshot(journal: Journal) -> None:
@@ -95,7 +107,7 @@ def test_journal_repeats_calls_in_the_order_of_their_ends_and_without_limits(jou
 def test_journal_of_a_learner_that_was_not_called_is_empty(journal: Journal) -> None:
     assert not journal.has_state
     assert journal.is_complete
-    assert journal.snapshot() is None
+    assert snapshot_of(journal) is None
 
 
 @pytest.mark.parametrize(
@@ -146,9 +158,9 @@ def test_snapshots_of_two_moves_are_apart_if_nothing_is_rebuilt(admission: Admis
         snapshot = torch.full((400,), number, dtype=torch.uint8)
         journal.request_snapshot()
         if not journal.keep(journal.number, snapshot):
-            journal.store(journal.number, snapshot)
+            journal.store(journal.number, snapshot).result()
         journal.kept(journal.number, snapshot.nbytes)
-        kept = journal.snapshot()
+        kept = snapshot_of(journal)
         assert kept is not None
         assert bytes([number]) * 300 in kept  # behind its header
     journals.close()
@@ -197,7 +209,7 @@ def test_snapshot_replaces_the_calls_before_it_and_keeps_those_after_it(journal:
     assert journal.keep(number, state(7))
     journal.kept(number, 100)
     assert repeated(journal) == [3]
-    assert journal.snapshot() == sealed(7)
+    assert snapshot_of(journal) == sealed(7)
     assert journals.num_bytes == journal.num_bytes == journal.entries[0].call.arguments.num_bytes
 
 
@@ -209,11 +221,11 @@ def test_snapshot_that_comes_behind_a_newer_one_is_dropped(journal: Journal, jou
     assert journal.keep(older, state(1))
     add(journal, 2)
     newer = journal.number
-    journal.store(newer, state(2))
+    journal.store(newer, state(2)).result()
     journal.kept(newer, 100)
     add(journal, 3)
     journal.kept(older, 100)
-    assert journal.snapshot() == sealed(2)
+    assert snapshot_of(journal) == sealed(2)
     assert repeated(journal) == [3]
     assert not journal.awaits_snapshot
     assert not journals._states
@@ -233,18 +245,13 @@ def test_snapshot_that_is_on_its_way_is_awaited_until_it_has_ended(journal: Jour
     assert repeated(journal) == [1]
 
 
-def test_snapshot_arguments_restore_the_bytes() -> None:
-    data, constructor = restore_arguments(b"state").open(AllowList())
-    assert (bytes(data.numpy()), data.dtype, constructor) == (b"state", torch.uint8, None)
-
-
 @pytest.mark.parametrize("num_bytes", [100, MAX_BYTES])
 def test_snapshot_lies_in_memory_or_on_disk(journal: Journal, journals: Journals, num_bytes: int) -> None:
     add(journal, 1)
     take_snapshot(journal, 3, num_bytes)
     in_memory = num_bytes == 100
-    assert (bool(journals._states), bool(list(journals._store))) == (in_memory, not in_memory)
-    assert journal.snapshot() == sealed(3, num_bytes)
+    assert (bool(journals._states), bool(on_disk(journals))) == (in_memory, not in_memory)
+    assert snapshot_of(journal) == sealed(3, num_bytes)
     assert journal.state_bytes == num_bytes
 
 
@@ -255,8 +262,8 @@ def test_snapshot_replaces_the_one_before_it_in_memory_and_on_disk(
     for number, num_bytes in enumerate(sizes):
         add(journal, number)
         take_snapshot(journal, number, num_bytes)
-    assert journal.snapshot() == sealed(1, sizes[1])
-    assert len(journals._states) + len(list(journals._store)) == 1
+    assert snapshot_of(journal) == sealed(1, sizes[1])
+    assert len(journals._states) + len(on_disk(journals)) == 1
     assert journals._num_state_bytes == (100 if sizes[1] == 100 else 0)
 
 
@@ -271,10 +278,10 @@ def test_snapshot_that_is_taken_twice_between_two_calls_is_kept_once(
     add(journal, 2)
     take_snapshot(journal, 2)
     assert journals._num_state_bytes == 100
-    assert len(journals._states) + len(list(journals._store)) == 1
+    assert len(journals._states) + len(on_disk(journals)) == 1
     journal.forget()
     assert journals._num_state_bytes == 0
-    assert len(journals._states) + len(list(journals._store)) == 0
+    assert len(journals._states) + len(on_disk(journals)) == 0
 
 
 def test_snapshots_in_memory_share_a_quarter_of_the_bound(journals: Journals) -> None:
@@ -282,7 +289,7 @@ def test_snapshots_in_memory_share_a_quarter_of_the_bound(journals: Journals) ->
     for number in range(3):  # each in the place of the one before
         add(first, number)
         take_snapshot(first, number, 3 * MAX_BYTES // 16)
-        assert not list(journals._store)
+        assert not on_disk(journals)
     add(second, 1)
     assert not second.keep(second.number, state(num_bytes=MAX_BYTES // 16 + 1))
     assert second.keep(second.number, state(num_bytes=MAX_BYTES // 16))
@@ -294,7 +301,7 @@ def test_snapshots_of_a_learner_that_was_given_up_make_room(journals: Journals) 
     take_snapshot(first, 1, MAX_BYTES // 4)
     add(first, 2, num_floats=100)
     first.forget()
-    assert (first.snapshot(), first.entries, first.has_state, journals.num_bytes) == (None, [], False, 0)
+    assert (snapshot_of(first), first.entries, first.has_state, journals.num_bytes) == (None, [], False, 0)
     add(second, 1)
     assert second.keep(second.number, state(num_bytes=MAX_BYTES // 4))
 
@@ -307,7 +314,34 @@ def test_snapshot_that_the_disk_has_no_room_for_is_an_error(
 
     monkeypatch.setattr(journals._store, "put", full)
     with pytest.raises(OSError, match="no space"):
-        journal.store(1, state())
+        journal.store(1, state()).result()
+
+
+def test_disk_that_is_slow_holds_up_neither_a_read_nor_a_deletion(
+    journal: Journal, journals: Journals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop calls these, and no other learner may wait for it."""
+    store, go_on = journals._store, threading.Event()
+    put = store.put
+
+    def slow_put(*args: Any) -> None:
+        with store._lock:
+            assert go_on.wait(10)
+            put(*args)
+
+    add(journal, 1)
+    take_snapshot(journal, 1, MAX_BYTES)
+    add(journal, 2)
+    monkeypatch.setattr(store, "put", slow_put)
+    written = Journal("other", journals).store(1, state())
+    read = journal.snapshot()
+    journal.forget()
+    assert not written.done()
+    go_on.set()
+    assert read is not None
+    assert bytes(read.result().numpy()) == sealed(1, MAX_BYTES)
+    assert written.result() is None
+    assert on_disk(journals) == ["1 other"]
 
 
 # Bounds.
@@ -514,7 +548,7 @@ def test_restore_begins_the_journal_anew(journal: Journal, journals: Journals) -
     restore = call(3, num_floats=50, kind="restore")
     journal.add(restore, VALUE)
     add(journal, 4)
-    assert journal.snapshot() is None
+    assert snapshot_of(journal) is None
     assert not journals._states
     assert repeated(journal) == [3, 4]
     assert [entry.call.kind for entry in journal.entries] == ["restore", "call"]
@@ -533,7 +567,7 @@ def test_restore_makes_up_for_refusals_and_for_calls_that_were_cut_off(journal: 
 def test_restore_is_replaced_by_the_next_snapshot(journal: Journal) -> None:
     journal.add(call(1, kind="restore"), VALUE)
     take_snapshot(journal, 5)
-    assert journal.snapshot() == sealed(5)
+    assert snapshot_of(journal) == sealed(5)
     assert repeated(journal) == []
     assert journal.is_complete
 
@@ -548,7 +582,7 @@ def test_snapshot_from_before_a_restore_or_a_give_up_is_dropped_when_it_comes(
     journal.add(call(3, kind="restore"), VALUE)
     assert journal.keep(number, state())
     journal.kept(number, 100)
-    assert (journal.snapshot(), repeated(journal)) == (None, [3])
+    assert (snapshot_of(journal), repeated(journal)) == (None, [3])
     assert (journal.is_complete, journal.needs_snapshot, journal.awaits_snapshot) == (True, False, False)
     journal.request_snapshot()
     number = journal.number

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,6 +15,7 @@ from settling import settled, within
 
 from torchfedrpc.errors import WorkerLostError
 from torchfedrpc.executors.learner_session import SessionStream
+from torchfedrpc.executors.snapshot_throttle import BUDGET_BYTES
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.snapshot import _HEADER
 from torchfedrpc.rpc.worker_client import UndeliverableError
@@ -245,14 +248,16 @@ async def test_snapshot_that_the_disk_does_not_give_back_gives_the_learner_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with opened(journal_max_calls=1) as (run, first):
+        monkeypatch.setattr(run.journals, "keep", lambda *_: False)
         await called(run, 1, 2)
+        await until(lambda: not run.journal().awaits_snapshot)
         first.end()
         run.place(FakeWorker("worker2"))
 
         def fail(*_: Any) -> bytes:
             raise OSError("input/output error")
 
-        monkeypatch.setattr(run.journals, "get", fail)
+        monkeypatch.setattr(run.journals._store, "get", fail)
         lost(await within(submitted(run, 3)), "could not be rebuilt on worker2: input/output error")
 
 
@@ -488,18 +493,14 @@ async def test_call_that_is_cut_off_is_followed_by_a_snapshot_before_the_next_ca
 
 async def test_call_behind_a_cut_off_waits_until_its_snapshot_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened() as (run, worker):
-        stored = asyncio.Event()
-
-        async def store(*_: Any) -> None:
-            await stored.wait()
-
+        stored: Future[None] = Future()
         monkeypatch.setattr(run.journals, "keep", lambda *_: False)
-        monkeypatch.setattr(asyncio, "to_thread", store)
+        monkeypatch.setattr(run.journals, "store", lambda *_: stored)
         worker.outcomes = {"call 1": CUT_OFF}
         tasks = [submitted(run, call_id) for call_id in (1, 2)]
         await settled()
         assert worker.log == ["call 1", "snapshot"]
-        stored.set()
+        stored.set_result(None)
         await within(asyncio.gather(*tasks))
         assert worker.log == ["call 1", "snapshot", "call 2"]
 
@@ -597,17 +598,13 @@ async def test_long_journal_is_replaced_by_a_snapshot_that_the_next_call_follows
 
 async def test_snapshot_that_is_being_stored_does_not_hold_the_next_call_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened(journal_max_calls=1) as (run, worker):
-        stored = asyncio.Event()
-
-        async def store(*_: Any) -> None:
-            await stored.wait()
-
+        stored: Future[None] = Future()
         monkeypatch.setattr(run.journals, "keep", lambda *_: False)
-        monkeypatch.setattr(asyncio, "to_thread", store)
+        monkeypatch.setattr(run.journals, "store", lambda *_: stored)
         await called(run, 1, 2, 3)
         assert worker.log == ["call 1", "call 2", "snapshot", "call 3"]
         assert [entry.call.call_id for entry in run.journal().entries] == [1, 2, 3]
-        stored.set()
+        stored.set_result(None)
         await settled()
         assert [entry.call.call_id for entry in run.journal().entries] == [3]
 
@@ -618,16 +615,10 @@ async def test_snapshot_that_is_stored_during_a_rebuild_takes_no_call_from_it(
     """The rebuild begins with the snapshot before, and so needs all calls behind that one."""
     async with opened(journal_max_calls=1) as (run, first):
         await called(run, 1, 2)
-        stored = asyncio.Event()
-        keep = run.journals.keep
-
-        async def store(*_: Any) -> None:
-            await stored.wait()
-            assert keep("a", 4, _state_of(["1", "2", "3", "4"]), None)
-
+        stored: Future[None] = Future()
         with monkeypatch.context() as patch:
             patch.setattr(run.journals, "keep", lambda *_: False)
-            patch.setattr(asyncio, "to_thread", store)
+            patch.setattr(run.journals, "store", lambda *_: stored)
             await called(run, 3, 4)
             assert first.log[-2:] == ["call 4", "snapshot"]
             first.end()
@@ -636,11 +627,43 @@ async def test_snapshot_that_is_stored_during_a_rebuild_takes_no_call_from_it(
             run.place(second)
             task = submitted(run, 5)
             await until(lambda: second.waiting)
-            stored.set()
+            patch.undo()
+            assert run.journals.keep("a", 4, _state_of(["1", "2", "3", "4"]), None)
+            stored.set_result(None)
             await settled()
             second.release("restore")
             await within(task)
         assert second.learners["a"] == ["new 2", "1", "2", "3", "4", "5"]
+
+
+async def test_rebuild_reads_its_snapshot_beside_the_event_loop_once_the_throttle_admits_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with opened(journal_max_calls=1) as (run, first):
+        store, is_read, go_on = run.journals._store, threading.Event(), threading.Event()
+        get = store.get
+
+        def slow_get(key: str) -> bytes:
+            is_read.set()
+            assert go_on.wait(10), "the event loop waits for the disk"
+            return get(key)
+
+        monkeypatch.setattr(run.journals, "keep", lambda *_: False)
+        monkeypatch.setattr(store, "get", slow_get)
+        await called(run, 1, 2)
+        await until(lambda: not run.journal().awaits_snapshot)
+        first.end()
+        second = FakeWorker("worker2")
+        run.place(second)
+        async with run.throttle(second).passing(BUDGET_BYTES):
+            task = submitted(run, 3)
+            await settled()
+            assert not is_read.is_set()
+        await until(is_read.is_set)
+        go_on.set()
+        await within(task)
+        assert second.log == ["restore", "call 3"]
+        assert second.learners["a"] == ["new 2", "1", "2", "3"]
 
 
 async def test_snapshot_that_relieves_the_journals_comes_behind_the_calls_that_wait() -> None:
