@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
+import sys
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from processes import children_of
@@ -14,6 +15,7 @@ from processes import children_of
 import torchfedrpc as tfr
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.rpc import world
+from torchfedrpc.rpc.worker_client import WorkerClient
 
 
 def remote_learners(proxy: tfr.LearnerProxy) -> Any:
@@ -203,5 +205,29 @@ def heartbeat_pid(worker_pid: int) -> int | None:
 
 
 def silence(heartbeat_process: int) -> None:
-    """Let a worker work on while its heartbeats stop, as where the network fails."""
-    os.kill(heartbeat_process, signal.SIGUSR1)
+    """Let a worker work on while its heartbeats stop, as where the network fails: `Activity.sever`, from outside."""
+    descriptor = Path(f"/proc/{heartbeat_process}/cmdline").read_bytes().split(b"\0")[5].decode()
+    page = os.open(f"/proc/{heartbeat_process}/fd/{descriptor}", os.O_RDWR)
+    try:
+        os.pwrite(page, (1).to_bytes(8, sys.byteorder), os.fstat(page).st_size - 16)
+    finally:
+        os.close(page)
+
+
+@contextlib.contextmanager
+def not_carried(method: str) -> Iterator[None]:
+    """Let RPC fail each request of the driver that has a call of a method."""
+    client_class: Any = WorkerClient
+    send = client_class._send
+
+    def send_unless(client: Any, entry: Any, alone: int | None, *args: Any, **options: Any) -> Any:
+        for item in args[0] if args else ():
+            if item[0] == "submit" and item[2][0][2] == method:
+                raise RuntimeError(f"{method} is not carried")
+        return send(client, entry, alone, *args, **options)
+
+    client_class._send = send_unless
+    try:
+        yield
+    finally:
+        client_class._send = send

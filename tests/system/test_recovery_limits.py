@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Latch
+from internals import not_carried
 from learners import Mortal, Stillborn
 from losses import SEED, Losses, Steps, kill, pid_of, pseudo, undisturbed
 
@@ -44,6 +45,25 @@ async def test_a_learner_that_ends_its_process_each_time_is_given_up_and_the_oth
         assert time.monotonic() - began < 0.5
         await steps.check("b", "c", "d")
         assert seen.workers == ["worker1"] * num_losses
+
+
+async def test_calls_that_rpc_cannot_carry_fail_and_the_others_are_made_once(
+    expected: dict[str, dict[str, Any]],
+) -> None:
+    async with tfr.LearnerProxy(Mortal, CLIENTS, runtime=pseudo(), seed=SEED) as proxy:
+        steps, seen = Steps(proxy, expected), Losses()
+        proxy.subscribe(seen)
+        await steps.check(*CLIENTS)
+        with not_carried("same"):
+            bad = [asyncio.ensure_future(proxy.custom_method(client, "same", value=1)) for client in ("a", "b", "c")]
+            await steps.check("d")
+            for call, client in zip(bad, ("a", "b", "c"), strict=True):
+                with pytest.raises(
+                    tfr.WorkerLostError, match=rf"{client}\.same on .* torch RPC cannot carry the call"
+                ):
+                    await call
+        await steps.check(*CLIENTS)
+        assert seen.workers == []
 
 
 async def test_no_one_is_rebuilt_where_a_loss_is_to_fail_and_clients_of_other_workers_go_on(
