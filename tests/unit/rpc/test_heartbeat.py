@@ -302,7 +302,7 @@ async def test_a_removed_worker_is_not_lost_and_ends_within_its_grace(start: Sta
     assert not losses
 
 
-async def test_closed_watch_loses_nobody(start: Start) -> None:
+async def test_closed_watch_loses_no_worker(start: Start) -> None:
     first, second = start(1), start(2)
     with watching(first, second, timeout_s=0.3) as (watch, losses):
         os.kill(first.pid, signal.SIGSTOP)
