@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
@@ -45,6 +46,9 @@ class Nodes(contextlib.AbstractContextManager["Nodes"]):
                 _ip("-n", name, "addr", "add", f"{address}/24", "dev", name)
                 _ip("-n", name, "link", "set", name, "up")
                 _ip("-n", name, "link", "set", "lo", "up")
+            for name in self.names:  # the kernel tells of a cable up to a second later
+                while "state DOWN" in _ip("-n", name, "link", "show", name):
+                    time.sleep(0.02)
         except BaseException:
             self.__exit__()
             raise
@@ -83,5 +87,5 @@ def virtual_cable(names: list[str]) -> None:
     _ip(*f"link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}".split())
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout

@@ -60,7 +60,9 @@ def write_script(folder: Path, *parts: str) -> Path:
     return path
 
 
-def launched(script: Path, *arguments: str, num_processes: int = 3, launcher: Sequence[str] = ()) -> Process:
+def launched(
+    script: Path, *arguments: str, num_processes: int = 3, launcher: Sequence[str] = (), fresh: bool = False
+) -> Process:
     """A launch under way; the end of its block kills what is left of it.
 
     Args:
@@ -68,9 +70,10 @@ def launched(script: Path, *arguments: str, num_processes: int = 3, launcher: Se
         arguments: The arguments of the script.
         num_processes: The number of ranks.
         launcher: More arguments of torchrun.
+        fresh: Whether interpreters must not have imported anything before.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    return Process(*command, *launcher, str(script), *arguments)
+    torchrun = [sys.executable, *_flags(fresh), "-m", "torch.distributed.run", "--standalone"]
+    return Process(*torchrun, f"--nproc-per-node={num_processes}", *launcher, str(script), *arguments)
 
 
 def run_launch(
@@ -78,10 +81,12 @@ def run_launch(
     *arguments: str,
     num_processes: int = 3,
     launcher: Sequence[str] = (),
+    fresh: bool = False,
     timeout_s: float = 100,
 ) -> tuple[int, str]:
     """A whole launch: its exit status and its output."""
-    return run_to_end(launched(script, *arguments, num_processes=num_processes, launcher=launcher), timeout_s)
+    launch = launched(script, *arguments, num_processes=num_processes, launcher=launcher, fresh=fresh)
+    return run_to_end(launch, timeout_s)
 
 
 def run_script(script: Path, *arguments: str, fresh: bool = False, timeout_s: float = 120) -> tuple[int, str]:
@@ -93,7 +98,11 @@ def run_script(script: Path, *arguments: str, fresh: bool = False, timeout_s: fl
         fresh: Whether its interpreter must not have imported anything before.
         timeout_s: The time limit.
     """
-    return run_to_end(Process(sys.executable, *(["-B"] if fresh else []), str(script), *arguments), timeout_s)
+    return run_to_end(Process(sys.executable, *_flags(fresh), str(script), *arguments), timeout_s)
+
+
+def _flags(fresh: bool) -> list[str]:
+    return ["-B"] if fresh else []  # any flag, see warm_python.py
 
 
 def run_to_end(process: Process, timeout_s: float) -> tuple[int, str]:

@@ -1,12 +1,14 @@
-"""Python processes of tests, forked from one that has imported torch: they start in 20 ms, and not in a second.
+"""Python processes of tests, forked from one that has imported torch: they start in 20 ms, and not in two seconds.
 
-`execute_child` is for `subprocess.Popen`, with commands such as ``python script.py`` and ``python -m torchfedrpc``.
-What it starts is a child of this process like any other. Commands with flags for the interpreter, with ``-c``, with
-inherited descriptors, or with other settings in the environment that are read at a start, run in a fresh interpreter.
+`execute_child` is for `subprocess.Popen`, with commands such as ``python script.py`` and ``python -m torchfedrpc``,
+in a network namespace too. What it starts is a child of this process like any other. The ranks that a torchrun starts
+are forked from it before its own threads. Commands with flags for the interpreter, with ``-c``, with inherited
+descriptors, or with other settings in the environment that are read at a start, run in a fresh interpreter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -22,15 +24,13 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from processes import environment
 
 _MODULES = {"torch.distributed.run", "torchfedrpc", "torchfedrpc.worker_cli"}
 _READ_AT_START: tuple[str, ...] = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "CUDA_", "HIDDEN_")
-_READ_AT_START += ("RANK", "WORLD_SIZE", "MASTER_")  # by our own import
-_READ_AT_START += ("TORCHFEDRPC_TEST_RUN",)  # by which a test finds all processes that come of it
 _IMPORTED: tuple[str, ...] = (
     "torch",
     "numpy.random",
@@ -38,8 +38,12 @@ _IMPORTED: tuple[str, ...] = (
     "torchfedrpc.rpc.fork_server",
     "torchfedrpc.proxy",
 )
-_IMPORTED += ("torchfedrpc.executors.pseudo", "torchfedrpc.worker_cli", "learners")
+_IMPORTED += ("torchfedrpc.executors.pseudo", "torchfedrpc.worker_cli", "torchfedrpc.rpc.launch", "learners")
+_IMPORTED += ("torch.distributed.launcher.api", "torch._dynamo")  # the latter by the first optimizer of a process
+_IMPORTED += ("torchfedrpc.experiments.cli", "matplotlib.figure", "sklearn.datasets")
 _SET_CHILD_SUBREAPER = 36  # of prctl
+_NEW_NETWORK = 0x40000000  # of setns
+_IN_NAMESPACE = ["ip", "netns", "exec"]  # and its name
 _PID = struct.Struct("q")
 _SERVE = "import sys, warm_python; warm_python.serve(int(sys.argv[1]))"
 
@@ -104,21 +108,38 @@ def execute_child(popen: Any, *values: Any) -> None:
     """Stands for the method of `subprocess.Popen` that starts the process."""
     global _server
     given = dict(zip(_PARAMETERS, values, strict=True))
-    variables = dict(os.environ if given["env"] is None else given["env"])
     command = [] if given["shell"] or isinstance(given["args"], str) else list(map(os.fspath, given["args"]))
-    if not (_is_warm(given, command) and _suits(variables)):
+    namespace = command[3] if command[:3] == _IN_NAMESPACE else None
+    command = command[4:] if namespace else command
+    if not (_is_warm(given, command) and _suits(_variables(given))):
         _execute_child(popen, *values)
         return
     _server = _server or _WarmServer()
+    _start(popen, given, command[1:], _server.fork, namespace)
+
+
+def _variables(given: dict[str, Any]) -> dict[str, str]:
+    return dict(os.environ if given["env"] is None else given["env"])
+
+
+def _start(
+    popen: Any,
+    given: dict[str, Any],
+    arguments: list[str],
+    fork: Callable[[Sequence[int], dict[str, Any]], int],
+    namespace: str | None = None,
+) -> None:
+    """Let a process that is forked be the one of a `subprocess.Popen`, for which that has been given some values."""
     streams = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
     message = {
-        "arguments": command[1:],
+        "arguments": arguments,
         "folder": os.fspath(given["cwd"] or os.getcwd()),
-        "variables": variables,
+        "variables": _variables(given),
         "session": given["start_new_session"],
         "group": given["process_group"],
+        "namespace": namespace,
     }
-    popen.pid = _server.fork([one if one >= 0 else standard for standard, one in enumerate(streams)], message)
+    popen.pid = fork([one if one >= 0 else standard for standard, one in enumerate(streams)], message)
     popen._child_created = True
     pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
     popen._close_pipe_fds(*(given[name] for name in pipes))
@@ -146,7 +167,8 @@ def _suits(variables: Mapping[str, str]) -> bool:
 def serve(descriptor: int) -> None:
     """Fork processes until the other end is closed; those that are forked run what they are to run, and return."""
     for name in _IMPORTED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # of an optional package
+            importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
@@ -192,7 +214,9 @@ def _become(message: dict[str, Any], descriptors: list[int]) -> None:
     for standard, one in enumerate(descriptors):
         os.dup2(one, standard)
         os.close(one)
-    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    if message["namespace"]:
+        with open(f"/run/netns/{message['namespace']}") as namespace:
+            assert ctypes.CDLL(None).setns(namespace.fileno(), _NEW_NETWORK) == 0
     if message["session"]:
         os.setsid()
     if message["group"] >= 0:
@@ -203,9 +227,16 @@ def _become(message: dict[str, Any], descriptors: list[int]) -> None:
     os.environ.update(message["variables"])
     tempfile.tempdir = None
     sys.modules["numpy"].random.seed()
-    first, *rest = message["arguments"]
-    if not (first == "-m" and rest[0] == "torch.distributed.run"):
-        _keep_a_spare()
+    arguments = message["arguments"]
+    is_unbuffered = arguments[0] == "-u"  # as torchrun starts ranks
+    first, *rest = arguments[is_unbuffered:]
+    sys.stdout.reconfigure(line_buffering=os.isatty(1), write_through=is_unbuffered)  # type: ignore[union-attr]
+    if first == "-m" and rest[0] == "torch.distributed.run":
+        _keep_ranks(rest)
+    elif "RANK" in os.environ:
+        sys.modules["torchfedrpc.run"].tell_of_ending_script()  # as the import of our package does
+    else:
+        _keep_a_fork_server()
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     if first == "-m":
@@ -221,48 +252,97 @@ def _become(message: dict[str, Any], descriptors: list[int]) -> None:
         exec(code, main.__dict__)
 
 
-def _keep_a_spare() -> None:
-    """Fork the process that becomes the fork server of the script's proxies; it ends with the script otherwise."""
-    from torchfedrpc.rpc import fork_server, processes
+class _Spare:
+    """A child of this process that is forked ahead, and waits for what it is to become; without that it ends with us.
+
+    Args:
+        become: What it runs then, with a message and descriptors.
+        earlier: The spares that were forked before it.
+
+    Attributes:
+        pid: Its process id.
+    """
+
+    def __init__(self, become: Callable[[dict[str, Any], list[int]], None], earlier: Sequence[_Spare] = ()) -> None:
+        self._ours, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            for one in (self, *earlier):
+                one.close()
+            with theirs:
+                _, descriptors, *_ = socket.recv_fds(theirs, 1, 3)
+                if not descriptors:
+                    os._exit(0)
+                message = json.loads(theirs.makefile().readline())
+            become(message, descriptors)
+            sys.exit()
+        theirs.close()
+
+    def use(self, descriptors: Sequence[int], message: dict[str, Any]) -> int:
+        """Let it become what it is for; its process id."""
+        with self._ours:
+            socket.send_fds(self._ours, [b"+"], descriptors)
+            self._ours.sendall(json.dumps(message).encode() + b"\n")
+        return self.pid
+
+    def close(self) -> None:
+        """Close this side of its connection."""
+        self._ours.close()
+
+
+def _keep_ranks(arguments: Sequence[str]) -> None:
+    """Fork the ranks that torchrun is to start with these arguments."""
+    options = dict(one.split("=", 1) for one in arguments if one.startswith("--") and "=" in one)
+    count = int(options.get("--nproc-per-node", 0)) * (1 + int(options.get("--max-restarts", 0)))
+    spares: list[_Spare] = []
+    for _ in range(count):
+        spares.append(_Spare(_become, spares))
+
+    def execute(popen: Any, *values: Any) -> None:
+        given = dict(zip(_PARAMETERS, values, strict=True))
+        if spares and given["args"][:2] == (sys.executable, "-u"):
+            _start(popen, given, list(given["args"][1:]), spares.pop().use)
+        else:
+            _execute_child(popen, *values)
+
+    subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]
+
+
+def _become_a_fork_server(message: dict[str, Any], descriptors: list[int]) -> None:
+    from torchfedrpc.rpc import fork_server
+
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    os.environ.clear()
+    os.environ.update(message["variables"])
+    sys.path[:] = message["path"]
+    try:
+        fork_server.main(descriptors[0], forks=True)
+    finally:
+        os._exit(1)
+
+
+def _keep_a_fork_server() -> None:
+    """Fork the process that becomes the fork server of the script's proxies."""
+    from torchfedrpc.rpc import processes
     from torchfedrpc.rpc.forks import close_in_children
     from torchfedrpc.rpc.surroundings import Surroundings
 
-    ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        ours.close()
-        with theirs:
-            _, descriptors, *_ = socket.recv_fds(theirs, 1, 1)
-            if not descriptors:
-                os._exit(0)
-            message = json.loads(theirs.makefile().readline())
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        os.dup2(nowhere, 0)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
-        os.setpgid(0, 0)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        os.environ.clear()
-        os.environ.update(message["variables"])
-        sys.path[:] = message["path"]
-        try:
-            fork_server.main(descriptors[0], forks=True)
-        finally:
-            os._exit(1)
-    theirs.close()
     start_anew = processes._start_interpreter
-    spares = [(pid, ours)]
+    spares = [_Spare(_become_a_fork_server)]
 
     def start(surroundings: Surroundings, *, forks: bool) -> tuple[subprocess.Popen[bytes], socket.socket]:
         if not spares:
             return start_anew(surroundings, forks=forks)
-        pid, spare = spares.pop()
         driver, server = socket.socketpair()
         close_in_children(driver)
-        with spare, server:
-            socket.send_fds(spare, [b"+"], [server.fileno()])
+        with server:
             message = {"variables": surroundings.variables, "path": surroundings.path}
-            spare.sendall(json.dumps(message).encode() + b"\n")
+            pid = spares.pop().use([server.fileno()], message)
         popen = subprocess.Popen.__new__(subprocess.Popen)
         popen.__dict__.update(
             args=["python"], pid=pid, returncode=None, stdin=None, stdout=None, stderr=None, _child_created=True,
@@ -270,6 +350,10 @@ def _keep_a_spare() -> None:
         )  # fmt: skip
         return popen, driver
 
+    def forget() -> None:
+        for one in spares:
+            one.close()
+        spares.clear()
+
     processes._start_interpreter = start
-    close_in_children(ours)
-    os.register_at_fork(after_in_child=spares.clear)
+    os.register_at_fork(after_in_child=forget)

@@ -52,9 +52,9 @@ def listening(
 
 
 @contextlib.contextmanager
-def joining(address: str, token: str, prefix: Sequence[str] = ()) -> Iterator[WorkerCommand]:
+def joining(address: str, token: str, prefix: Sequence[str] = (), **options: Any) -> Iterator[WorkerCommand]:
     """A worker that joins the run of a driver."""
-    worker = WorkerCommand("--join", address, "--token-file", token, prefix=prefix)
+    worker = WorkerCommand("--join", address, "--token-file", token, prefix=prefix, **options)
     try:
         yield worker
     finally:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ MOSTLY_SIGINT = pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
 LIMIT_S = 5.0
-MARKER = "TORCHFEDRPC_TEST_RUN"
 MAIN = """
 class Spinning:
     def __init__(self, client_id):
@@ -61,16 +59,16 @@ ENDLESS = ("experiment=smoke", "trainer.num_rounds=1000000")
 
 
 class Run(Process):
-    """A process started by a test, with all that come of it.
+    """A process started by a test, with all that come of it: they have its working directory.
 
     Args:
         arguments: The interpreter's.
-        folder: Its working directory.
+        folder: Its working directory, which no other process has.
     """
 
     def __init__(self, arguments: tuple[str, ...], folder: Path) -> None:
-        self._mark = str(uuid.uuid4())
-        super().__init__(sys.executable, *arguments, folder=folder, variables={MARKER: self._mark}, takes_lines=True)
+        self._folder = str(folder)
+        super().__init__(sys.executable, *arguments, folder=folder, takes_lines=True)
 
     def members(self) -> list[int]:
         """The processes of this run that are alive."""
@@ -78,7 +76,7 @@ class Run(Process):
 
     def _is_ours(self, entry: Path) -> bool:
         try:
-            return f"{MARKER}={self._mark}".encode() in (entry / "environ").read_bytes() and is_alive(int(entry.name))
+            return os.readlink(entry / "cwd") == self._folder and is_alive(int(entry.name))
         except OSError:  # it is gone, or another user's
             return False
 
@@ -150,7 +148,7 @@ def test_a_signal_ends_a_whole_sweep(tmp_path: Path, number: signal.Signals) -> 
 
 @MOSTLY_SIGINT
 def test_a_signal_ends_a_run_whose_workers_are_only_starting(tmp_path: Path, number: signal.Signals) -> None:
-    with started(tmp_path, str(write_script(tmp_path, MAIN)), "pseudo", "b") as run:
+    with started(tmp_path, "-B", str(write_script(tmp_path, MAIN)), "pseudo", "b") as run:
         while len(run.members()) < 2:  # the process that forks them imports torch
             assert run.process.poll() is None
             time.sleep(0.01)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from folders import ROOT
-from processes import Process
+from processes import Process, environment
 from workers import joining, make_token
 
 EXAMPLES = ROOT / "examples"
@@ -20,8 +19,8 @@ ELASTIC = EXAMPLES / "elastic.py"
 
 
 def output_of(folder: Path, *command: str) -> str:
-    environment = {**os.environ, "TMPDIR": str(folder)}  # torchrun and torch.optim leave folders there
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    variables = {**environment(), "TMPDIR": str(folder)}  # torchrun and torch.optim leave folders there
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -53,10 +52,10 @@ def count_rounds(driver: Process) -> int:
 
 def test_elastic_example_has_the_same_result_though_workers_join_leave_and_die(tmp_path: Path) -> None:
     shutil.copy(ELASTIC, tmp_path)
-    token, start = make_token(tmp_path), ["env", "-C", str(tmp_path)]
+    token = make_token(tmp_path)
     with driving(tmp_path, "disturbed", "127.0.0.1:0") as driver:
         address = driver.next_line("waiting for a worker").split()[-3]
-        with joining(address, token, start) as leaving, joining(address, token, start) as staying:
+        with joining(address, token, folder=tmp_path) as leaving, joining(address, token, folder=tmp_path) as staying:
             driver.next_line("worker2")
             driver.next_line("round ")
             leaving.signal(signal.SIGTERM)
@@ -71,7 +70,7 @@ def test_elastic_example_has_the_same_result_though_workers_join_leave_and_die(t
     with driving(tmp_path, "undisturbed", rounds) as alone:
         with driving(tmp_path, "disturbed", "127.0.0.1:0", rounds) as driver:
             address = driver.next_line("waiting for a worker").split()[-3]
-            with joining(address, token, start):
+            with joining(address, token, folder=tmp_path):
                 last = driver.next_line("loss after")
                 assert driver.ended() == 0
                 assert count_rounds(driver) < num_rounds

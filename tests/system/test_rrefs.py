@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch.distributed.rpc as rpc
 from conftest import Seen
 from internals import break_world, world_is_there
 from losses import Losses
+from torchrun import run_script
 
 import torchfedrpc as tfr
 from torchfedrpc.host.mailbox import Mailbox
@@ -209,9 +208,8 @@ if __name__ == "__main__":
 def test_a_process_ends_in_order_with_rrefs_alive_and_a_dead_worker(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert (ended.returncode, ended.stdout) == (0, "ended with 2\n"), ended.stderr
-    assert "RRef" not in ended.stderr
+    status, output = run_script(script)
+    assert (status, output) == (0, "ended with 2"), output
 
 
 @pytest.mark.parametrize(
@@ -265,6 +263,5 @@ if __name__ == "__main__":
 def test_a_process_with_an_earlier_rpc_world_calls_learners_and_has_no_rrefs(tmp_path: Path, name: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(FOREIGN)
-    command = [sys.executable, str(script), name, str(tmp_path / "store")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert ended.stdout.startswith("[1, 2, 3] there are no RRefs in a process that has called"), ended
+    _, output = run_script(script, name, str(tmp_path / "store"))
+    assert "[1, 2, 3] there are no RRefs in a process that has called" in output, output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 import yaml
 from conftest import needs
 from folders import ROOT
+from processes import environment
 
 MODULE = (sys.executable, "-m", "torchfedrpc")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", "-m", "torchfedrpc")
@@ -40,7 +40,7 @@ def run(folder: Path, *command: str) -> tuple[str, float]:
         text=True,
         timeout=TIMEOUT_S,
         check=False,
-        env={**os.environ, "TMPDIR": str(folder)},  # torchrun and torch.optim leave folders there
+        env={**environment(), "TMPDIR": str(folder)},  # torchrun and torch.optim leave folders there
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, time.monotonic() - began
@@ -64,7 +64,7 @@ def check_equal(outputs: Path, expected: Result) -> None:
 def check_all_modes_agree(folder: Path, expected: Result, *overrides: str) -> None:
     """Compare pseudo mode with each number of workers, a job of a sweep each, and a launch with a local run."""
     workers = f"runtime.num_processes={','.join(map(str, NUM_WORKERS))}"
-    run(folder, *SCRIPT, "-m", "runtime=pseudo", workers, f"hydra.sweep.dir={folder / 'pseudo'}", *overrides)
+    run(folder, *MODULE, "-m", "runtime=pseudo", workers, f"hydra.sweep.dir={folder / 'pseudo'}", *overrides)
     for job, num_workers in enumerate(NUM_WORKERS):
         config = yaml.safe_load((folder / "pseudo" / str(job) / "config.yaml").read_text())
         assert config["runtime"]["num_processes"] == num_workers

@@ -28,6 +28,7 @@ def test_the_contract_suite_passes_under_torchrun(tmp_path: Path) -> None:
     code, output = run_launch(
         SUPPORT / "under_torchrun.py",
         *("-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}", str(TESTS / "contract")),
+        fresh=True,
         timeout_s=400,
     )
     assert code == 0, output
