@@ -84,7 +84,7 @@ def contract(system: str, mode: str, *files: str, timeout_s: float = 280) -> Non
 
 
 HIDDEN = """
-import os, torchfedrpc
+import os
 for look in (lambda: os.memfd_create("x"), lambda: open("/proc/self/stat")):
     try:
         look()
@@ -119,33 +119,38 @@ def test_pseudo_mode_behaves_as_on_linux(system: str) -> None:
     contract(system, "pseudo", *files, timeout_s=850)
 
 
-@pytest.mark.parametrize("system", ["macos", "sandbox"])
-def test_a_killed_and_a_stopped_worker_are_replaced_without_proc(system: str, tmp_path: Path) -> None:
-    script = tmp_path / "losses.py"
-    script.write_text(LOSSES)
-    said = dict(line.split(maxsplit=1) for line in run_on(system, str(script)).splitlines() if " " in line)
-    assert int(said["lost"]) >= 2
-    assert all(state_of(int(pid)) == "X" for pid in said["pids"].split())
-
-
-def test_workers_end_with_a_driver_that_is_killed_without_proc(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("system", "is_killed"),
+    [("macos", True), pytest.param("macos", False, marks=pytest.mark.slow), ("sandbox", False)],
+)
+def test_killed_and_stopped_workers_are_replaced_and_all_end_with_their_driver_without_proc(
+    system: str, is_killed: bool, tmp_path: Path
+) -> None:
     script = tmp_path / "losses.py"
     script.write_text(LOSSES)
     driver = subprocess.Popen(
         [sys.executable, str(script)],
-        env=surroundings("macos", WAIT="yes"),
+        env=surroundings(system, WAIT="yes" if is_killed else ""),
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     with driver:
         output: IO[str] | None = driver.stdout
         assert output is not None
-        assert output.readline().startswith("lost ")
-        pids = [int(pid) for pid in output.readline().split()[1:]]
-        os.kill(pids[0], signal.SIGSTOP)
-        driver.kill()
-    wait_for_end(pids, timeout_s=10)
+        said = dict[str, str]()
+        while "pids" not in said and (line := output.readline()):
+            said |= dict([line.split(maxsplit=1)] if " " in line else [])
+        assert int(said["lost"]) >= 2, said
+        pids = [int(pid) for pid in said["pids"].split()]
+        if is_killed:
+            os.kill(pids[0], signal.SIGSTOP)
+            driver.kill()
+    assert driver.returncode == (-signal.SIGKILL if is_killed else 0)
+    if is_killed:
+        wait_for_end(pids, timeout_s=10)
+    else:
+        assert all(state_of(pid) == "X" for pid in pids)
 
 
 def test_pseudo_mode_says_what_to_do_where_torch_has_no_rpc(tmp_path: Path) -> None:
@@ -155,17 +160,26 @@ def test_pseudo_mode_says_what_to_do_where_torch_has_no_rpc(tmp_path: Path) -> N
         run_on("windows", str(script))
 
 
-def test_the_bundled_experiment_is_resumed_on_windows(tmp_path: Path) -> None:
-    command = ["-m", "torchfedrpc", "experiment=smoke", "runtime=local", "resume=auto", f"hydra.run.dir={tmp_path}"]
-    run_on("windows", *command)
-    run_on("windows", *command, "trainer.num_rounds=4")
-    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 4
-    holding = f"""
-from pathlib import Path
-from torchfedrpc.storage import FileLock
-lock = FileLock(Path({str(tmp_path / "checkpoints" / "lock")!r}))
+# A run, the same for more rounds, and a third by another process while this one holds the folder.
+RESUMED = """
 import subprocess, sys
-sys.exit(subprocess.call([sys.executable, *{command!r}]))
+from pathlib import Path
+from torchfedrpc.experiments.cli import main
+from torchfedrpc.storage import FileLock
+if __name__ == "__main__":
+    folder, *command = sys.argv[1:]
+    for more in [], ["trainer.num_rounds=4"]:
+        sys.argv[1:] = [*command, *more]
+        main()
+    lock = FileLock(Path(folder, "checkpoints", "lock"))
+    sys.exit(subprocess.call([sys.executable, "-m", "torchfedrpc", *command]))
 """
+
+
+def test_the_bundled_experiment_is_resumed_on_windows(tmp_path: Path) -> None:
+    script = tmp_path / "resumed.py"
+    script.write_text(RESUMED)
+    command = ["experiment=smoke", "runtime=local", "resume=auto", f"hydra.run.dir={tmp_path}"]
     with pytest.raises(AssertionError, match="belong to a run that goes on"):
-        run_on("windows", "-c", holding)
+        run_on("windows", str(script), str(tmp_path), *command)
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 4

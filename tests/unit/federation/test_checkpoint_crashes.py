@@ -234,7 +234,7 @@ def use(path, num_bytes):
 
 use(Path(sys.argv[1]), 10_000)  # what is loaded and allocated once
 before = peak_kib()
-use(Path(sys.argv[2]), 4_000_000)
+use(Path(sys.argv[2]), 2_000_000)
 print(before, peak_kib())
 """
 
