@@ -140,7 +140,7 @@ class Journal:
         if outcome.cut_off:
             self._cut_off_number = self._number
         elif self.unrecoverable is None or self._num_under_way:  # the snapshot may make it recoverable again
-            self._append(Entry(self._number, call.repeated(), num_items, outcome.kind == "cancelled"))
+            self._append(Entry(self._number, call, num_items, outcome.kind == "cancelled"))
 
     def request_snapshot(self) -> None:
         """Record the request of a snapshot, which ends with `kept`, `refused` or `not_taken`."""
@@ -219,7 +219,7 @@ class Journal:
         self._snapshot_number = self._number
         self.unrecoverable, self.num_refusals = None, 0
         if self._journals.are_kept:
-            self._append(Entry(self._number, restore.repeated()))
+            self._append(Entry(self._number, restore))
 
     def _append(self, entry: Entry) -> None:
         self.entries.append(entry)

@@ -58,10 +58,6 @@ class Call:
     run_timeout_s: float | None = None
     kind: CallKind = "call"
 
-    def repeated(self) -> Call:
-        """Return this call for a replay: without a limit, since it has ended in time before."""
-        return Call(self.call_id, self.client_id, self.method, self.arguments, None, self.kind)
-
     def taken(self) -> Call:
         """Return this call without its arguments, which belong to the method by now."""
         return Call(self.call_id, self.client_id, self.method, _TAKEN, self.run_timeout_s, self.kind)
