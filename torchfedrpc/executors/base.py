@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
@@ -16,7 +17,7 @@ from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.executors.stream import ItemStream
 from torchfedrpc.host.answer import call_on
-from torchfedrpc.host.call import Call, Report
+from torchfedrpc.host.call import Call
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.process import choose_device
@@ -49,20 +50,12 @@ class ExecutorSpec:
         Raises:
             ConfigError: If the learner's class cannot be found.
         """
-        process = ProcessState(self.learner, choose_device(0), in_driver=True, report=self.reporter())
+        report = partial(call_on, asyncio.get_running_loop(), self.publish_progress)
+        process = ProcessState(self.learner, choose_device(0), in_driver=True, report=report)
         return LearnerHost(self.learner, process, constructor_arguments=self.constructor_arguments)
 
-    def reporter(self) -> Report:
-        """Return a thread-safe function that publishes progress on the running event loop."""
-        loop = asyncio.get_running_loop()
-
-        def report(call: Call, number: int, progress: Packed) -> None:
-            call_on(loop, self.publish_progress, call, progress)
-
-        return report
-
-    def publish_progress(self, call: Call, progress: Packed) -> None:
-        """Publish the progress that a method reported; called on the driver's event loop."""
+    def publish_progress(self, call: Call, number: int, progress: Packed) -> None:
+        """Publish a `Report` of progress; called on the driver's event loop."""
         try:
             value = progress.open(self.learner.allow_list())
         except Exception:  # an unreadable report must not lose the outcomes behind it

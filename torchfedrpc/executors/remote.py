@@ -324,7 +324,7 @@ class RemoteLearners:
         """Publish progress, unless the same call has reported it before it was repeated."""
         session = self._sessions.get(arrived.call.client_id)
         if session is not None and session.is_next_report(arrived.call, arrived.number):
-            self._spec.publish_progress(arrived.call, arrived.value)
+            self._spec.publish_progress(arrived.call, arrived.number, arrived.value)
 
     async def _first_to_join(self) -> None:
         """Wait until a worker has joined and can be called, in a run without other workers.
