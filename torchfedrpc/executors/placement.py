@@ -170,11 +170,8 @@ def even_out(
         clients = sorted(clients_of[label], key=is_cheap)  # cheap ones last: the tail of the list moves
         moving += clients[shares[label] :]
         clients_of[label] = clients[: shares[label]]
-    moved = {}
-    for label in pool:
-        for _ in range(shares[label] - len(clients_of[label])):
-            moved[moving.pop(0)] = label
-    return moved
+    following = iter(moving)
+    return {next(following): label for label in pool for _ in range(shares[label] - len(clients_of[label]))}
 
 
 def _workers_at(endpoint: ClientEndpoint, machines: Mapping[str, str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 
 import pytest
@@ -151,6 +152,14 @@ def test_whoever_comes_gets_a_share_and_no_client_moves_that_need_not(
     excess = sum(max(0, held[worker] - counts[worker]) for worker in workers) + held["gone"]
     assert len(moved) == excess
     assert all(before[client] != label for client, label in moved.items())
+
+
+def test_share_of_a_worker_that_joins_takes_time_in_proportion_to_the_clients() -> None:
+    before = {f"client_{number}": "worker1" for number in range(600_000)}
+    began_s = time.process_time()
+    moved = even_out(list(before), {}, ["worker1", "worker2"], before, is_cheap=lambda _: True)
+    assert len(moved) == 300_000
+    assert time.process_time() - began_s < 4  # 0.6 s; 12 s if each client that moves shifts those behind it
 
 
 def test_clients_without_a_learner_move_first_and_named_ones_stay() -> None:
