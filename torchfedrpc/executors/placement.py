@@ -94,7 +94,7 @@ def place_clients(
             hosts = ", ".join(f"host:{machine}" for machine in dict.fromkeys(machines.values()))
             raise ConfigError(
                 f"client_endpoints.{client_id} is {text!r}, and this run has no such worker: it has "
-                f"{', '.join(labels)} (rank:1 is worker1) on {hosts}"
+                f"{', '.join(machines)} (rank:1 is worker1) on {hosts}"
             )
         places[client_id] = there[num_on_machine[text] % len(there)]
         num_on_machine[text] += 1

@@ -119,6 +119,12 @@ def test_a_worker_that_does_not_exist_gives_those_that_do(text: str) -> None:
         place_clients(["a"], {"a": text}, THREE)
 
 
+def test_a_worker_that_does_not_exist_gives_those_that_are_named_by_address_too() -> None:
+    endpoints = {"a": "worker2", "b": "site:80"}
+    with pytest.raises(ConfigError, match=r"it has worker1, site:80 \(rank:1 is worker1\) on host:alpha, host:beta"):
+        place_clients(list("ab"), endpoints, {"worker1": "alpha", "site:80": "beta"})
+
+
 def test_clients_of_a_lost_worker_go_to_the_least_loaded_of_those_that_are_left() -> None:
     places = {"a": "worker1", "b": "worker2", "c": "worker1", "d": "worker1", "e": "worker3"}
     left = {"worker2": "beta", "worker3": "alpha"}
