@@ -64,8 +64,7 @@ from torchfedrpc.wire.serializer import ParameterSerializer
 
 if typing.TYPE_CHECKING:
     from torchfedrpc import testing as testing
-    from torchfedrpc.executors.distributed import DistributedExecutor
-    from torchfedrpc.executors.pseudo import PseudoExecutor
+    from torchfedrpc.executors.distributed import DistributedExecutor, PseudoExecutor
 
 __all__ = [
     "AbstractExecutor",
@@ -136,7 +135,7 @@ __all__ = [
 # Imported on first access, since these modules import torch's RPC, which local runs do not need.
 _LATER = {
     "DistributedExecutor": "torchfedrpc.executors.distributed",
-    "PseudoExecutor": "torchfedrpc.executors.pseudo",
+    "PseudoExecutor": "torchfedrpc.executors.distributed",
     "testing": "torchfedrpc.testing",
 }
 

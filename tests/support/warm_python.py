@@ -38,7 +38,7 @@ _IMPORTED: tuple[str, ...] = (
     "torchfedrpc.rpc.fork_server",
     "torchfedrpc.proxy",
 )
-_IMPORTED += ("torchfedrpc.executors.pseudo", "torchfedrpc.worker_cli", "torchfedrpc.rpc.launch", "learners")
+_IMPORTED += ("torchfedrpc.executors.distributed", "torchfedrpc.worker_cli", "torchfedrpc.rpc.launch", "learners")
 _IMPORTED += ("torch.distributed.launcher.api", "torch._dynamo")  # the latter by the first optimizer of a process
 _IMPORTED += ("torchfedrpc.experiments.cli", "matplotlib.figure", "sklearn.datasets")
 _SET_CHILD_SUBREAPER = 36  # of prctl

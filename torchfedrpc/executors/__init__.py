@@ -3,4 +3,4 @@
 from torchfedrpc.registry import executors
 
 executors.provide("distributed", "torchfedrpc.executors.distributed")
-executors.provide("pseudo", "torchfedrpc.executors.pseudo")
+executors.provide("pseudo", "torchfedrpc.executors.distributed")

@@ -1,13 +1,35 @@
-"""Distributed mode: workers are the other ranks of this launch, listening workers, and workers that join."""
+"""Pseudo and distributed mode: where their workers come from."""
 
 from __future__ import annotations
 
+import os
+
+from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.call_executor import CallExecutor
-from torchfedrpc.executors.remote import RemoteLearners, sources_elsewhere
+from torchfedrpc.executors.placement import ClientEndpoint, addresses
+from torchfedrpc.executors.remote import RemoteLearners
 from torchfedrpc.registry import executor
+from torchfedrpc.rpc.handshake import load_token
 from torchfedrpc.rpc.launch import current_workers
+from torchfedrpc.rpc.sources import DialledSource, JoinedSource, ProcessSource, Source
+from torchfedrpc.rpc.surroundings import Surroundings
+
+
+@executor("pseudo")
+class PseudoExecutor(CallExecutor):
+    """Executor that starts ``num_processes`` workers on loopback, replaces lost ones, and ends them with the run."""
+
+    def _make_learners(self, spec: ExecutorSpec) -> RemoteLearners:
+        endpoints = {
+            client: ClientEndpoint.parse(client, text) for client, text in self.config.client_endpoints.items()
+        }
+        elsewhere = {client for client, endpoint in endpoints.items() if endpoint.kind in ("local", "address")}
+        count = self.config.num_processes or min(os.cpu_count() or 1, max(len(spec.clients) - len(elsewhere), 1))
+        own = ProcessSource(count, Surroundings.of_this_process(fixed_hashes=True))
+        sources = [own, *_sources_elsewhere(self.config)]
+        return RemoteLearners(self.config, spec, sources, self._admission, self._durations)
 
 
 @executor("distributed")
@@ -15,7 +37,7 @@ class DistributedExecutor(CallExecutor):
     """Executor for ranks that serve under ``tfr.run``, and for workers elsewhere. Ranks stay for the next proxy."""
 
     def _make_learners(self, spec: ExecutorSpec) -> RemoteLearners:
-        sources = sources_elsewhere(self.config)
+        sources = _sources_elsewhere(self.config)
         if (workers := current_workers()) is not None:
             sources = [workers, *sources]
         if not sources:
@@ -25,3 +47,20 @@ class DistributedExecutor(CallExecutor):
                 "(client_endpoints with their addresses), or that join (runtime.join_at)"
             )
         return RemoteLearners(self.config, spec, sources, self._admission, self._durations)
+
+
+def _sources_elsewhere(config: RuntimeConfig) -> list[Source]:
+    """Return the sources of workers that listen at an address or join the run.
+
+    Raises:
+        ConfigError: If the token cannot be read, or this process cannot listen.
+    """
+    sources: list[Source] = []
+    listening = addresses(config.client_endpoints)
+    if listening or config.join_at is not None:
+        token = load_token(config.token_file)
+        if listening:
+            sources.append(DialledSource(listening, token))
+        if config.join_at is not None:
+            sources.append(JoinedSource(config.join_at, token))
+    return sources

@@ -19,15 +19,14 @@ from torchfedrpc.executors.batches import Batches
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.executors.journal import Journal, Journals
 from torchfedrpc.executors.learner_session import LearnerSession, SessionStream
-from torchfedrpc.executors.placement import LOCAL, addresses, even_out, place_again, place_clients
+from torchfedrpc.executors.placement import LOCAL, even_out, place_again, place_clients
 from torchfedrpc.executors.snapshot_throttle import SnapshotBudget, SnapshotThrottle
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.rpc.handshake import load_token
 from torchfedrpc.rpc.member import Member
-from torchfedrpc.rpc.sources import DialledSource, JoinedSource, Source
+from torchfedrpc.rpc.sources import JoinedSource, Source
 from torchfedrpc.rpc.worker_client import ProgressArrived
 from torchfedrpc.rpc.worker_group import WorkerGroup, WorkerLeaving
 from torchfedrpc.rpc.workers import Worker, WorkerState
@@ -40,23 +39,6 @@ logger = logging.getLogger(__name__)
 
 _FIRST_TIMEOUT_S = 120.0  # until the first worker joins a run without other workers
 _MAX_PLAIN_ARGUMENTS = 64
-
-
-def sources_elsewhere(config: RuntimeConfig) -> list[Source]:
-    """Return the sources of workers that listen at an address or join the run.
-
-    Raises:
-        ConfigError: If the token cannot be read, or this process cannot listen.
-    """
-    sources: list[Source] = []
-    listening = addresses(config.client_endpoints)
-    if listening or config.join_at is not None:
-        token = load_token(config.token_file)
-        if listening:
-            sources.append(DialledSource(listening, token))
-        if config.join_at is not None:
-            sources.append(JoinedSource(config.join_at, token))
-    return sources
 
 
 class RemoteLearners:
