@@ -216,7 +216,7 @@ MUTATIONS = [
     ),
     Mutation(
         "requests run as they come",
-        "rpc/in_order.py",
+        "rpc/endpoint.py",
         "            self._early[number] = action\n",
         "            self._early[self._next] = action\n",
         "tests/unit/rpc/test_in_order.py",

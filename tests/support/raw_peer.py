@@ -115,7 +115,7 @@ def mappings(canary: str) -> dict[str, dict[str, Any]]:
             "in_features": f"${{oc.decode:'{{_target_: subprocess.run, args: [touch, {canary}]}}'}}",
             "out_features": 2,
         },
-        "a script as main": {"_target_": "torchfedrpc.rpc.main_module.adopt_main", "description": {"path": canary}},
+        "a script as main": {"_target_": "torchfedrpc.rpc.surroundings.adopt_main", "description": {"path": canary}},
         "the guard's end": {"_target_": "torchfedrpc.rpc.guard.remove"},
     }
 

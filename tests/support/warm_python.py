@@ -329,7 +329,7 @@ def _become_a_fork_server(message: dict[str, Any], descriptors: list[int]) -> No
 def _keep_a_fork_server() -> None:
     """Fork the process that becomes the fork server of the script's proxies."""
     from torchfedrpc.rpc import processes
-    from torchfedrpc.rpc.forks import close_in_children
+    from torchfedrpc.rpc.control_link import close_in_children
     from torchfedrpc.rpc.surroundings import Surroundings
 
     start_anew = processes._start_interpreter

@@ -24,8 +24,6 @@ FLOORS = [
         "config",
         "registry",
         "launcher",
-        "extras",
-        "system",
         "events",
         "private_files",
         "storage",

@@ -18,8 +18,7 @@ import torch
 from hydra import compose, initialize_config_module
 from processes import Process, children_of, descendants_of, wait_for_end
 
-from torchfedrpc import extras
-from torchfedrpc.experiments import cli
+from torchfedrpc.experiments import cli, extras
 from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
 from torchfedrpc.federation.checkpoint_store import CheckpointStore
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import needs
 
-from torchfedrpc import extras
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import RoundEnded
+from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
 from torchfedrpc.experiments.history import History
 from torchfedrpc.federation.checkpoint_store import CheckpointStore

@@ -12,9 +12,9 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from torchfedrpc import extras
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, suggest
+from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.baseline import train_centrally
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.history import History, RoundRecord

@@ -11,9 +11,9 @@ import torch
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.host.process import num_usable_cores
 from torchfedrpc.rpc import world
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.system import num_usable_cores
 from torchfedrpc.version import __version__
 
 

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TextIO
 
-from torchfedrpc import extras
 from torchfedrpc.events import Event, RoundEnded, Subscriber
+from torchfedrpc.experiments import extras
 
 
 def live_progress(stream: TextIO) -> AbstractContextManager[Subscriber]:

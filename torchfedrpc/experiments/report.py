@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
-from torchfedrpc import extras
+from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.history import RoundRecord
 
 _MAX_ROWS = 10

@@ -58,3 +58,10 @@ def choose_device(local_index: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_index % torch.cuda.device_count())
+
+
+def num_usable_cores() -> int:
+    """Return the number of cores that this process may use, or of the machine if the system has no such limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
+import os
 import socket
+import weakref
 from typing import Any
 
 from torchfedrpc.errors import WorkerLostError
-from torchfedrpc.rpc.forks import close_in_children
 
 Message = dict[str, Any]
 _CHUNK_BYTES = 65536
@@ -187,3 +189,22 @@ def end_when_cut_off(connection: socket.socket, timeout_s: float) -> None:
 
 def _line(message: Message) -> bytes:
     return json.dumps(message).encode() + b"\n"
+
+
+# Sockets that are closed in forked children, such as those of a DataLoader: a copy would hide this process's end.
+_closed_in_children: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def close_in_children(connection: socket.socket) -> None:
+    """Close a connected socket in processes that are forked from now on. It stays open in this one."""
+    _closed_in_children.add(connection)
+    _close_when_forked()
+
+
+@functools.cache
+def _close_when_forked() -> None:
+    def close_all() -> None:
+        for connection in list(_closed_in_children):
+            connection.close()
+
+    os.register_at_fork(after_in_child=close_all)

@@ -22,7 +22,6 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Call, Outcome, Registration
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.rpc.backend import async_entry
-from torchfedrpc.rpc.in_order import InOrder
 from torchfedrpc.rpc.message import MappedDevices, read_batch, read_call, read_files, read_parcel
 from torchfedrpc.rpc.response_queue import Answers, Reported
 from torchfedrpc.rpc.rrefs import OwnedRRefs
@@ -32,7 +31,38 @@ from torchfedrpc.wire.shared import SharedValue
 
 logger = logging.getLogger(__name__)
 
+_MAX_EARLY = 1 << 16  # RPC's few threads overtake each other by tens, so that larger gaps are not the driver's
 _Action = Callable[[LearnerHost], object]
+
+
+class InOrder:
+    """Runs actions in the order of their numbers, 0, 1, 2, ..., each as soon as all earlier ones have arrived.
+
+    RPC delivers requests on several threads, which may overtake each other.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._early: dict[int, Callable[[], object]] = {}
+        self._lock = threading.Lock()
+
+    def check(self, number: int) -> None:
+        """Check that an action of this number can still be put.
+
+        Raises:
+            SerializationError: If an action of this number was put before, or the number is far ahead.
+        """
+        with self._lock:
+            if not self._next <= number < self._next + _MAX_EARLY or number in self._early:
+                raise SerializationError(f"request {number} cannot follow, number {self._next} is the next")
+
+    def put(self, number: int, action: Callable[[], object]) -> None:
+        """Run an action in its turn, on this thread or that of a later caller. The action must not block."""
+        with self._lock:
+            self._early[number] = action
+            while (due := self._early.pop(self._next, None)) is not None:
+                self._next += 1
+                due()
 
 
 class Endpoint:

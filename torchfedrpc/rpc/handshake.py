@@ -36,8 +36,7 @@ from typing import Any, NoReturn
 import torch
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.rpc.control_link import Link, end_when_cut_off
-from torchfedrpc.rpc.forks import close_in_children
+from torchfedrpc.rpc.control_link import Link, close_in_children, end_when_cut_off
 from torchfedrpc.rpc.interfaces import describe_os_error, network_site, parse_address
 from torchfedrpc.version import __version__
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.rpc import heartbeat_process
-from torchfedrpc.rpc.forks import close_in_children
+from torchfedrpc.rpc.control_link import close_in_children
 
 # A heartbeat process sends 4 bytes a second, so this is a backlog of minutes, which costs the loop a millisecond.
 _READ_BYTES = 4096

@@ -18,7 +18,7 @@ import threading
 from abc import ABC, abstractmethod
 from typing import Any
 
-from torchfedrpc.rpc.forks import close_in_children
+from torchfedrpc.rpc.control_link import close_in_children
 from torchfedrpc.rpc.surroundings import FORKS, Surroundings
 
 # The server has the driver's ``sys.path``. While it imports torch, which takes seconds, a thread watches the driver;

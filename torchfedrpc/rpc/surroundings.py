@@ -1,17 +1,23 @@
-"""Flags, folder, environment and rights that a worker process takes over from the process that starts it."""
+"""What a worker process takes over from its driver: flags, folder, environment, rights, and the user's script."""
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import logging
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from torchfedrpc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 FORKS = hasattr(os, "memfd_create")  # on Linux; elsewhere system libraries do not work after a fork
+_MAIN = "__mp_main__"  # as multiprocessing calls it, so that guards of other libraries know it
 _HASH_SEED = "PYTHONHASHSEED"
 _FIXED_HASHES = "1"  # with 0, Python's flags differ from those of the driver
 # Variables that no import reads. The first changes all the time, the other is set for `deterministic` runs.
@@ -86,6 +92,50 @@ def interpreter_flags() -> list[str]:
         if option not in flags:
             flags += ["-X", option]
     return flags
+
+
+def describe_main(*, by_name: bool = False) -> dict[str, str]:
+    """Describe the running script, so that another process can import it.
+
+    Args:
+        by_name: Whether the other process may be on another machine, and imports a module of the script's name.
+
+    Raises:
+        ConfigError: If the script is no file, as in an interactive session.
+    """
+    main = sys.modules["__main__"]
+    if main.__spec__ is not None:
+        return {"module": main.__spec__.name}
+    path = getattr(main, "__file__", None)
+    if path is None or not Path(path).is_file():
+        raise ConfigError(
+            "a learner that is defined in an interactive session lives in local mode alone: move its class to a "
+            "module for worker processes to import, or set runtime.execution_mode=local"
+        )
+    return {"module": Path(path).stem} if by_name else {"path": str(Path(path).resolve())}
+
+
+def adopt_main(description: dict[str, str]) -> None:
+    """Import the driver's script. The code under its ``if __name__ == "__main__"`` does not run."""
+    package = None
+    if name := description.get("module"):
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:
+            raise ImportError(
+                f"cannot find {name}, the script that the driver runs: start this worker in the folder that has it, "
+                f"or move the learner to a module that is installed on all machines"
+            )
+        path, package = found.origin, name.rpartition(".")[0]
+    else:
+        path = description["path"]
+    loader = importlib.machinery.SourceFileLoader(_MAIN, path)
+    spec = importlib.util.spec_from_file_location(_MAIN, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    if package is not None:
+        module.__package__ = package
+    sys.modules["__main__"] = sys.modules[_MAIN] = module
+    loader.exec_module(module)
 
 
 def _rights() -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ from torchfedrpc.rpc.endpoint import Endpoint
 from torchfedrpc.rpc.heartbeat import HeartbeatProcess
 from torchfedrpc.rpc.heartbeat_connection import dial_heartbeat
 from torchfedrpc.rpc.interfaces import address_of, interface_of
-from torchfedrpc.rpc.main_module import adopt_main
+from torchfedrpc.rpc.surroundings import adopt_main
 from torchfedrpc.wire.file import TensorFile
 
 # Exit statuses.

@@ -17,7 +17,6 @@ from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.rpc import endpoint
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.rpc.in_order import InOrder
 from torchfedrpc.rpc.message import (
     MappedDevices,
     batch_message,
@@ -153,7 +152,7 @@ class WorkerClient:
         self._num_open = 0
         self._numbers = itertools.count()
         self._questions: dict[int, _Question] = {}
-        self._in_order = InOrder()
+        self._in_order = endpoint.InOrder()
         self._num_heard = 0
         self._acknowledged: list[int] = []
         self._num_kept_bytes = 0

@@ -25,9 +25,9 @@ from torchfedrpc.host.torch_settings import OpenedSettings
 from torchfedrpc.rpc.control_link import Message
 from torchfedrpc.rpc.heartbeat import Heartbeat, Loss, Watch
 from torchfedrpc.rpc.heartbeat_connection import open_heartbeat
-from torchfedrpc.rpc.main_module import describe_main
 from torchfedrpc.rpc.member import Member, RefusalError
 from torchfedrpc.rpc.sources import Source
+from torchfedrpc.rpc.surroundings import describe_main
 from torchfedrpc.rpc.worker_client import Traffic, UndeliverableError, WorkerClient
 from torchfedrpc.rpc.workers import Worker, Workers, WorkerState
 from torchfedrpc.rpc.world import DriverPlace

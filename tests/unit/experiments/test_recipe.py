@@ -112,7 +112,7 @@ REFUSED = [
     *("torch.nn.Module.apply", "torch.nn.Module.__init__.__globals__", "torch.nn.modules.module._addindent"),
     *("torch.nn.parallel.distributed.os.system", "torch.nn.parallel.distributed.dist.init_process_group"),
     *("torchfedrpc.run", "torchfedrpc.run.drive", "torchfedrpc.experiments.cli.main", "torchfedrpc.worker_cli.main"),
-    *("torchfedrpc.__main__.main", "torchfedrpc.rpc.guard.remove", "torchfedrpc.rpc.main_module.adopt_main"),
+    *("torchfedrpc.__main__.main", "torchfedrpc.rpc.guard.remove", "torchfedrpc.rpc.surroundings.adopt_main"),
     *(
         "torchfedrpc.rpc.processes.start_worker",
         "torchfedrpc.rpc.processes.os.system",
@@ -145,7 +145,7 @@ def test_any_other_target_is_refused_by_name_before_anything_is_made(name: str, 
     assert not {module for module in set(sys.modules) - modules if not module.startswith(("torch.nn", "torchfedrpc"))}
 
 
-@pytest.mark.parametrize("name", ["torch.utils.collect_env.run", "torchfedrpc.rpc.main_module.adopt_main"])
+@pytest.mark.parametrize("name", ["torch.utils.collect_env.run", "torchfedrpc.rpc.surroundings.adopt_main"])
 def test_neither_torch_nor_this_library_can_be_trusted_as_a_whole(name: str) -> None:
     with pytest.raises(ConfigError, match="write a function in a package of yours"):
         build({"_target_": name}, ["torch", "torchfedrpc"])

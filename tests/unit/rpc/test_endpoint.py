@@ -20,8 +20,7 @@ from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce.partial import open_nodes
 from torchfedrpc.reduce.tree import covered
 from torchfedrpc.rpc import endpoint
-from torchfedrpc.rpc.endpoint import Endpoint
-from torchfedrpc.rpc.in_order import InOrder
+from torchfedrpc.rpc.endpoint import Endpoint, InOrder
 from torchfedrpc.rpc.message import batch_message, call_message, parcel_message, read_outcome
 from torchfedrpc.wire.packing import pack
 

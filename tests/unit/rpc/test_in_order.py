@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from torchfedrpc.rpc.in_order import InOrder
+from torchfedrpc.rpc.endpoint import InOrder
 
 _TIMEOUT_S = 10.0
 

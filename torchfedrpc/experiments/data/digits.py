@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torchfedrpc import extras
+from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.data.samples import Samples, TrainTest, stratified_split
 
 _HALF_RANGE = 8.0  # pixels range from 0 to 16
