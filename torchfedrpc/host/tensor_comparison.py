@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchfedrpc.wire.tensors import memory_of
+from torchfedrpc.wire.tensors import equal_bytes, memory_of, reach
 
 Describe = Callable[[Any], str]
 
@@ -108,9 +108,8 @@ def _extent(part: Any) -> tuple[str, int, int] | None:
 
 
 def _span(shape: Any, strides: Any, item_bytes: int) -> tuple[int, int]:
-    reach = [(size - 1) * step for size, step in zip(shape, strides, strict=True)]
-    before = sum(step for step in reach if step < 0)
-    return before, sum(step for step in reach if step > 0) - before + item_bytes
+    low, high = reach(shape, strides)
+    return low, high - low + item_bytes
 
 
 def _address(part: Any) -> int:
@@ -175,14 +174,7 @@ def _same_bits(live: Tensor, rebuilt: Tensor) -> bool:
     one, other = (tensor.detach().resolve_conj().resolve_neg().contiguous() for tensor in (live, rebuilt))
     if not (one.is_cpu and other.is_cpu):
         return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-    # torch.equal takes 45 ms for 40 MB of bytes, numpy 8 ms for the same as words of 8 bytes.
-    ours, theirs = memory_of(one), memory_of(other)
-    num_words = len(ours) // 8
-    if bytes(ours[8 * num_words :]) != bytes(theirs[8 * num_words :]):
-        return False
-    if not num_words:
-        return True
-    return np.array_equal(np.frombuffer(ours, np.uint64, num_words), np.frombuffer(theirs, np.uint64, num_words))
+    return equal_bytes(memory_of(one), memory_of(other))
 
 
 def _kind_of(tensor: Tensor) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.wire.tensors import SPREAD
+from torchfedrpc.wire.tensors import SPREAD, reach
 
 _SPREAD_BYTES = 1 << 16  # always allowed for memory with gaps; otherwise `SPREAD` times the elements' size
 
@@ -143,9 +143,9 @@ def _layout(array: np.ndarray[Any, Any]) -> str | tuple[tuple[int, ...], int, in
         return "C"
     if array.flags.f_contiguous:
         return "F"
-    low, high = _byte_bounds(array)
-    start = array.__array_interface__["data"][0] - low + low % _ALIGNMENT_BYTES
-    num_bytes = high - low + low % _ALIGNMENT_BYTES
+    low, high = reach(array.shape, array.strides)
+    gap = (array.__array_interface__["data"][0] + low) % _ALIGNMENT_BYTES
+    start, num_bytes = gap - low, gap + high - low + array.itemsize
     num_compact = math.prod(size for size, step in zip(array.shape, array.strides, strict=True) if step)
     if not _may_spread(num_compact * array.itemsize, num_bytes):
         raise SerializationError(
@@ -157,15 +157,6 @@ def _layout(array: np.ndarray[Any, Any]) -> str | tuple[tuple[int, ...], int, in
 
 def _may_spread(num_bytes: int, num_memory_bytes: int) -> bool:
     return 0 <= num_memory_bytes <= max(_SPREAD_BYTES, SPREAD * num_bytes)
-
-
-def _byte_bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
-    """Return the first address of an array's elements and the one after the last."""
-    low = high = array.__array_interface__["data"][0]
-    for size, step in zip(array.shape, array.strides, strict=True):
-        low += min(0, (size - 1) * step)
-        high += max(0, (size - 1) * step)
-    return low, high + array.itemsize
 
 
 def _memory(array: np.ndarray[Any, Any]) -> memoryview:
@@ -333,11 +324,10 @@ def _strided(shape: Any, layout: Any, dtype: np.dtype[Any], num_bytes: int) -> n
         case (tuple(strides), int(start), int(num_memory_bytes)) if len(strides) == len(shape) and all(
             type(step) is int for step in strides
         ):
-            low = start + sum(min(0, (size - 1) * step) for size, step in zip(shape, strides, strict=True))
-            high = start + sum(max(0, (size - 1) * step) for size, step in zip(shape, strides, strict=True))
+            low, high = reach(shape, strides)
             if (
-                low >= 0
-                and high + dtype.itemsize <= num_memory_bytes
+                start + low >= 0
+                and start + high + dtype.itemsize <= num_memory_bytes
                 and 0 not in shape
                 and _may_spread(num_bytes, num_memory_bytes)
             ):

@@ -6,13 +6,12 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import Address, TensorFiles, mapped_copies
 from torchfedrpc.wire.packing import Packed, Parcel, SentApart, pack
-from torchfedrpc.wire.tensors import memory_of
+from torchfedrpc.wire.tensors import equal_bytes, memory_of
 
 
 class SharedValue(SentApart):
@@ -139,5 +138,4 @@ def _have_equal_bytes(ours: Tensor, theirs: Tensor) -> bool:
         return False
     if ours.is_cuda or theirs.is_cuda:
         return False
-    unit = np.uint8 if ours.nbytes % 8 else np.uint64  # eight bytes at a time
-    return np.array_equal(np.frombuffer(memory_of(ours), unit), np.frombuffer(memory_of(theirs), unit))
+    return equal_bytes(memory_of(ours), memory_of(theirs))
