@@ -9,24 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchfedrpc.wire.tensors import equal_bytes, memory_of, reach
+from torchfedrpc.wire.tensors import equal_bytes, memory_of, reach, take_apart
 
 Describe = Callable[[Any], str]
-
-_SPARSE = {
-    torch.sparse_coo: ("_indices", "_values", "is_coalesced"),
-    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
-    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
-}
-_QUANTISED = {
-    torch.per_tensor_affine: ("int_repr", "qscheme", "q_scale", "q_zero_point"),
-    torch.per_tensor_symmetric: ("int_repr", "qscheme", "q_scale", "q_zero_point"),
-}
-_QUANTISED_BY_CHANNEL = (
-    "int_repr", "qscheme", "q_per_channel_axis", "q_per_channel_scales", "q_per_channel_zero_points",
-)  # fmt: skip
 
 
 def tensor_parts(tensor: Tensor) -> list[tuple[str, Any]]:
@@ -35,12 +20,8 @@ def tensor_parts(tensor: Tensor) -> list[tuple[str, Any]]:
     hooks: Any = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     if any(hooks):
         parts += zip(("._backward_hooks", "._post_accumulate_grad_hooks"), hooks, strict=True)
-    names: tuple[str, ...] = ()
-    if tensor.layout != torch.strided:
-        names = _SPARSE[tensor.layout]
-    elif tensor.is_quantized:
-        names = _QUANTISED.get(tensor.qscheme(), _QUANTISED_BY_CHANNEL)
-    return parts + [(f".{name.strip('_')}()", getattr(tensor, name)()) for name in names]
+    kind, *dense = take_apart(tensor) or ("",)
+    return parts + [(f".{kind}[{index}]", part) for index, part in enumerate(dense)]
 
 
 class Memory:
@@ -137,8 +118,8 @@ def tensor_difference(live: Tensor, rebuilt: Tensor) -> str | None:
         return f"would have requires_grad={rebuilt.requires_grad}"
     if getattr(live, "names", ()) != getattr(rebuilt, "names", ()):
         return "would lose the names of its dimensions"
-    if live.layout != torch.strided:
-        return None if live.layout in _SPARSE else f"has the layout {live.layout}, which is not compared"
+    if live.layout != torch.strided:  # its parts are compared
+        return None
     if live.numel() and live.stride() != rebuilt.stride():
         return f"would have strides {rebuilt.stride()} instead of {live.stride()}"
     if live.is_quantized or not live.numel() or live.data_ptr() == rebuilt.data_ptr() or _same_bits(live, rebuilt):
