@@ -56,7 +56,7 @@ async def test_rounds_leave_nothing_in_driver_and_workers() -> None:
             return files
 
         def num_held_in_driver() -> int:
-            return held_by(os.getpid())[1] - sum(1 + bool(file.address) for file in pooled())
+            return held_by(os.getpid())[1] - sum(1 if file.mapping is None else 3 for file in pooled())
 
         workers = [pid_of(proxy, "worker1"), pid_of(proxy, "worker2")]
         processes = [os.getpid(), *workers]

@@ -6,15 +6,18 @@ answered, so no process will open it by that request, and `has_reader` finds no 
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from torchfedrpc.wire import memory_file
 
 _MAX_BYTES = 512 << 20  # a snapshot lets the default journal free as much at once: twelve models of 40 MB
-_MAX_FILES = 128  # descriptors; the files of large objects have 4 MB or more
+_MAX_FILES = 128  # two descriptors each; the files of large objects have 4 MB or more
 _MAX_TRIES = 8  # files that have readers, before a new file is made: each try takes 15 µs
 
 
@@ -27,14 +30,14 @@ class PooledFile:
         num_bytes: Its size.
         pool: The pool.
         num_requests: Requests that name the file to another process and were not answered.
-        address: Where the file is mapped for writing; 0 if it is not.
+        mapping: Its memory, if it is mapped for writing.
     """
 
     descriptor: int
     num_bytes: int
     pool: FilePool
     num_requests: int = 0
-    address: int = 0
+    mapping: mmap.mmap | None = None
 
     def give_back(self) -> None:
         """Return the file to its pool."""
@@ -46,15 +49,17 @@ class PooledFile:
         Raises:
             OSError: If there is no memory for them.
         """
-        if self.address:
-            memory_file.write_mapped(self.address, chunks)
-        else:  # faster for new pages
+        if self.mapping is None:  # faster for new pages
             memory_file.write(self.descriptor, chunks)
+            return
+        memory, start = np.frombuffer(self.mapping, np.uint8), 0
+        for chunk in chunks:
+            memory[start : start + len(chunk)] = np.frombuffer(chunk, np.uint8)  # without the GIL
+            start += len(chunk)
 
     def close(self) -> None:
         """Close the file; mappings of other processes stay usable."""
-        if self.address:
-            memory_file.unmap(self.address, self.num_bytes)
+        self.mapping = None
         os.close(self.descriptor)
 
 
@@ -121,7 +126,7 @@ class FilePool:
             for file in [file for file in self._files if file.num_bytes == num_bytes][:_MAX_TRIES]:
                 self._files.remove(file)
                 if not memory_file.has_reader(file.descriptor):
-                    file.address = file.address or memory_file.map_for_writing(file.descriptor, num_bytes)
+                    file.mapping = file.mapping or memory_file.mapped_for_writing(file.descriptor, num_bytes)
                     return file
                 self._files.append(file)  # behind files that were not tried
         return None

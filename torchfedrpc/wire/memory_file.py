@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import mmap
 import os
 import signal
 from collections.abc import Iterable
-from typing import Any
-
-import numpy as np
 
 try:
     import fcntl
@@ -24,8 +20,6 @@ NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 UNAVAILABLE = (*NO_ROOM, errno.EBUSY, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOENT)
 """Errors after which values are copied: of a full system, of other systems than Linux, and of sandboxes without
 memory files. Sealing fails with EBUSY while the kernel moves pages of the file."""
-
-_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def create(num_bytes: int) -> int:
@@ -70,26 +64,12 @@ def has_fixed_size(descriptor: int) -> bool:
     return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _size_seals() == _size_seals()
 
 
-def map_for_writing(descriptor: int, num_bytes: int) -> int:
-    """Map the file with all its pages and return the address; 0 if there is no address space.
-
-    Unlike the module mmap, this keeps no second descriptor open.
-    """
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    address = _libc().mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
-    return 0 if address == _MAP_FAILED else int(address)
-
-
-def write_mapped(address: int, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write chunks one behind the other, from an address on that `map_for_writing` returned."""
-    for chunk in chunks:
-        ctypes.memmove(address, np.frombuffer(chunk, np.uint8).ctypes.data, len(chunk))
-        address += len(chunk)
-
-
-def unmap(address: int, num_bytes: int) -> None:
-    """Remove the mapping that `map_for_writing` made."""
-    _libc().munmap(address, num_bytes)
+def mapped_for_writing(descriptor: int, num_bytes: int) -> mmap.mmap | None:
+    """Return a mapping of the file with all its pages; None if there is no address space or descriptor for it."""
+    try:
+        return mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    except OSError:
+        return None
 
 
 def has_reader(descriptor: int) -> bool:
@@ -138,12 +118,3 @@ def shows_readers() -> bool:
 
 def _size_seals() -> int:
     return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-
-
-@functools.cache
-def _libc() -> Any:
-    libc = ctypes.CDLL(None)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    return libc
