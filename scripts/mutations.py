@@ -584,7 +584,7 @@ MUTATIONS = [
     Mutation(
         "a snapshot is not compared with the learner",
         "host/snapshot.py",
-        "and (found := _difference(snapshot.state, rebuilt, learner, shared, mapped)) is not None",
+        "and (found := _difference(snapshot.state, rebuilt, learner, shared)) is not None",
         "and (found := None) is not None",
         "tests/unit/host/test_snapshot.py tests/unit/host/test_state_comparison.py",
     ),

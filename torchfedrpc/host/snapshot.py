@@ -179,17 +179,14 @@ def taken(
         is_in_place = all(slot.is_cpu or slot.device == device for slot in parcel.slots)
         files, data = _joined(chunks, in_files=in_files and parcel.is_large)
         # Read from the bytes and not from the learner's memory, to which a __setstate__ might write.
-        rebuilt, mapped = _rebuilt(files, data, allow, device)
+        rebuilt = _rebuilt(files, data, allow, device)
     except SerializationError as error:
         part, reason = _culprit(snapshot.state, allow, learner) or ("its whole", error)
         raise _refusal(snapshot, part, reason) from error
     if not is_in_place and (place := _elsewhere(snapshot.state, device)) is not None:
         reason = f"it has tensors on another device than {device or 'the CPU'}, to which they would come back"
         raise _refusal(snapshot, place, reason)
-    if (
-        snapshot.state is not None
-        and (found := _difference(snapshot.state, rebuilt, learner, shared, mapped)) is not None
-    ):
+    if snapshot.state is not None and (found := _difference(snapshot.state, rebuilt, learner, shared)) is not None:
         raise _refusal(snapshot, repr(found.attribute.strip(".")), found)
     return replace(pack(data, copy=False), files=files)
 
@@ -203,10 +200,8 @@ def _joined(chunks: list[bytes | memoryview], *, in_files: bool) -> tuple[Tensor
     return None, torch.frombuffer(bytearray().join(chunks), dtype=torch.uint8)
 
 
-def _rebuilt(
-    files: TensorFiles | None, data: Tensor, allow: AllowList, device: torch.device | None
-) -> tuple[Any, range]:
-    """Return the state that a snapshot restores, and the addresses of the snapshot in which its tensors may lie.
+def _rebuilt(files: TensorFiles | None, data: Tensor, allow: AllowList, device: torch.device | None) -> Any:
+    """Return the state that a snapshot restores; its tensors may lie in the snapshot.
 
     A file is mapped once more for this. A page is copied only if a method like ``__setstate__`` writes to it.
     """
@@ -214,8 +209,8 @@ def _rebuilt(
         again = files.tensors()[0]
         with contextlib.suppress(SerializationError):  # for example if a method resizes a tensor
             parcel = read(again.numpy().data[_HEADER.size :], gpu=_gpu(device), in_place=True)
-            return parcel.open(allow)["state"], range(again.data_ptr(), again.data_ptr() + again.nbytes)
-    return read(data.numpy().data[_HEADER.size :], gpu=_gpu(device)).open(allow)["state"], range(0)
+            return parcel.open(allow)["state"]
+    return read(data.numpy().data[_HEADER.size :], gpu=_gpu(device)).open(allow)["state"]
 
 
 def seal(data: Tensor) -> memoryview:
@@ -348,15 +343,13 @@ def _parts(state: Any) -> Iterator[tuple[str, Any]]:
             yield repr(name), value
 
 
-def _difference(
-    state: Any, rebuilt: Any, learner: Any, shared: SharedObjects | None, mapped: range
-) -> Difference | None:
+def _difference(state: Any, rebuilt: Any, learner: Any, shared: SharedObjects | None) -> Difference | None:
     kind, content = state
     if kind != "attributes":
-        return first_difference(content, rebuilt[1], owner=learner, mapped=mapped)
+        return first_difference(content, rebuilt[1], owner=learner)
     apart = made_anew(learner, shared) if learner is not None else []
     live, other = ({**part["values"], **part["slots"]} for part in (content, rebuilt[1]))
-    return first_difference(live, other, owner=learner, apart=apart, are_attributes=True, mapped=mapped)
+    return first_difference(live, other, owner=learner, apart=apart, are_attributes=True)
 
 
 def _refusal(snapshot: Snapshot, part: str, cause: object) -> SnapshotError:

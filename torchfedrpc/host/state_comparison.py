@@ -79,7 +79,6 @@ def first_difference(
     owner: Any = None,
     apart: Iterable[Apart] = (),
     are_attributes: bool = False,
-    mapped: range = range(0),
 ) -> Difference | None:
     """Return the first place where a rebuilt object graph differs from the live one; None if they are equal.
 
@@ -92,9 +91,8 @@ def first_difference(
         owner: The learner, to which its state must not refer.
         apart: Objects outside of the graphs; the graphs must not share objects with them.
         are_attributes: Whether both are dicts of all attributes of the owner; then its class is considered too.
-        mapped: Addresses of the snapshot in which rebuilt tensors may lie; a restored learner has copies of them.
     """
-    walk = _Walk(owner, mapped)
+    walk = _Walk(owner)
     try:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             walk.compare(live, rebuilt, are_attributes)
@@ -120,11 +118,10 @@ class _Walk:
 
     Args:
         owner: The learner, if the graphs are its state.
-        mapped: See `first_difference`.
     """
 
-    def __init__(self, owner: Any, mapped: range) -> None:
-        self.memory = Memory(mapped)
+    def __init__(self, owner: Any) -> None:
+        self.memory = Memory()
         self._owner = owner
         self._todo: list[Pair] = []
         self._sets: list[Pair] = []  # of objects without a value; compared last
@@ -171,8 +168,8 @@ class _Walk:
             return
         if kind.difference is not None and (reason := kind.difference(one, other)) is not None:
             raise _Found(path, reason)
-        if kind.has_memory and (reason := self.memory.add(one, other, path)) is not None:
-            raise _Found(path, reason)
+        if kind.has_memory:
+            self.memory.add(one, other, path)
         if kind.read is None:
             return
         try:

@@ -25,27 +25,18 @@ def tensor_parts(tensor: Tensor) -> list[tuple[str, Any]]:
 
 
 class Memory:
-    """Memory ranges of the tensors and arrays of two object graphs, pair by pair.
+    """Memory ranges of the tensors and arrays of two object graphs, pair by pair."""
 
-    Args:
-        mapped: Addresses of the snapshot in which rebuilt tensors may lie, so that their memory cannot be resized.
-    """
-
-    def __init__(self, mapped: range = range(0)) -> None:
-        self._mapped = mapped
+    def __init__(self) -> None:
         # Device -> ranges: start in the live graph, start in the rebuilt one, num_bytes, path.
         self._stretches: dict[str, list[tuple[int, int, int, Any]]] = {}
 
-    def add(self, live: Any, rebuilt: Any, path: Any) -> str | None:
-        """Add a tensor or array and its rebuilt counterpart. Returns a difference between their memory, if any."""
+    def add(self, live: Any, rebuilt: Any, path: Any) -> None:
+        """Add a tensor or array and its rebuilt counterpart."""
         if (found := _extent(live)) is not None:
             device, before, num_bytes = found
             stretch = _address(live) + before, _address(rebuilt) + before, num_bytes, path
             self._stretches.setdefault(device, []).append(stretch)
-        if isinstance(live, Tensor) and live.layout == torch.strided and live.untyped_storage().resizable():
-            can_resize = rebuilt.untyped_storage().resizable() or rebuilt.data_ptr() in self._mapped
-            return None if can_resize else "could not be resized"
-        return None
 
     def difference(self, describe: Describe) -> tuple[Any, str] | None:
         """Return the path and the reason of memory that is shared in one graph only; None if there is none.

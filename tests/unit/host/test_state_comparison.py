@@ -567,12 +567,6 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
         (lambda one: [one[:4], one[2:6]])(torch.zeros(8)),
         "shares memory",
     ),
-    "storage that cannot grow": (torch.ones(2), torch.from_numpy(np.ones(2, dtype=np.float32)), "resized"),
-    "empty storage that cannot grow": (
-        torch.ones(0),
-        torch.from_numpy(np.ones(2, dtype=np.float32))[:0],
-        "could not be resized",
-    ),
     # Arrays.
     "array values": (np.arange(3), np.arange(1, 4), "other values"),
     "array of objects": (
