@@ -21,6 +21,7 @@ from losses import SEED, Losses, kill, pseudo, seen
 import torchfedrpc as tfr
 from torchfedrpc.executors import snapshot_throttle
 from torchfedrpc.executors.journal import Journal
+from torchfedrpc.storage import BlobStore
 
 __all__ = ["seen"]  # a fixture
 
@@ -170,16 +171,16 @@ async def test_a_call_behind_one_that_was_cut_off_waits_until_its_snapshot_is_st
     proxy: tfr.LearnerProxy, clients: Iterator[str], seen: Losses, latch: Latch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = next(clients), next(clients)
-    is_storing, may_end, store = threading.Event(), threading.Event(), Journal.store
+    is_storing, may_end, put = threading.Event(), threading.Event(), BlobStore.put
 
-    def slow_store(*arguments: Any) -> None:
-        """On a thread of its own."""
+    def slow_put(*arguments: Any) -> None:
+        """On the thread of the journals."""
         is_storing.set()
         assert may_end.wait(60)
-        store(*arguments)
+        put(*arguments)
 
     monkeypatch.setattr(Journal, "keep", lambda *arguments: False)
-    monkeypatch.setattr(Journal, "store", slow_store)
+    monkeypatch.setattr(BlobStore, "put", slow_put)
     call = asyncio.ensure_future(proxy.custom_method(one, "hold_async", latch.path))
     await seen.reported(one)
     call.cancel()
@@ -255,15 +256,15 @@ async def test_a_snapshot_that_cannot_be_stored_as_its_worker_is_lost_costs_no_c
 ) -> None:
     loop = asyncio.get_running_loop()
 
-    def store(*arguments: Any) -> None:
-        """On a thread of its own."""
+    def put(*arguments: Any) -> None:
+        """On the thread of the journals."""
         monkeypatch.undo()
         kill(proxy, "worker1")
         asyncio.run_coroutine_threadsafe(seen.loss(), loop).result(30)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Journal, "keep", lambda *arguments: False)
-    monkeypatch.setattr(Journal, "store", store)
+    monkeypatch.setattr(BlobStore, "put", put)
     counts = [await proxy.custom_method(one, "append", number) for number in range(MAX_CALLS + 3)]
     assert counts == list(range(1, MAX_CALLS + 4))
     await snapshots_are_stored(proxy)
