@@ -74,8 +74,7 @@ class Row:
     Attributes:
         name: For ``--rows``.
         title: The name of the row in the table.
-        setting: Rows with the same setting follow one another and share processes; ``--smoke`` uses the part before
-            the colon.
+        setting: Rows with the same setting follow one another and share processes.
         entries: The contenders.
         lines: The lines of the table.
         count: Repetitions in each batch; None to fit a batch into a given time.
@@ -111,15 +110,24 @@ def rows(*, merged: bool = False) -> list[Row]:
     """All rows, those of one setting together.
 
     Args:
-        merged: Let as many rows as can share processes, which the memory that they measure shows a little.
+        merged: Let as many rows as can share processes, which the memory that they measure shows a little, and leave
+            out the starts that are not ours.
     """
-    calls = [*_calls(), *_models(), *_sums()]
-    calls = [_merged(row) for row in calls] if merged else calls
-    return [*calls, *_fedavg(), *_many(), *_snapshots(), *_checkpoints(), _starts(), _imports()]
+    calls, states = [*_calls(), *_models(), *_sums()], [*_snapshots(), *_checkpoints()]
+    starts = [_starts(), _imports()]
+    if merged:
+        calls, states = [_merged(row, "calls") for row in calls], [_merged(row, "states") for row in states]
+        starts = [_ours(row) for row in starts]
+    return [*calls, *_fedavg(), *_many(), *states, *starts]
 
 
-def _merged(row: Row) -> Row:
-    return replace(row, setting="calls", entries=tuple(replace(entry, apart="") for entry in row.entries))
+def _merged(row: Row, setting: str) -> Row:
+    return replace(row, setting=setting, entries=tuple(replace(entry, apart="") for entry in row.entries))
+
+
+def _ours(row: Row) -> Row:
+    own = tuple(entry for entry in row.entries if entry.label in (US, "a second proxy"))
+    return replace(row, entries=own, lines=())
 
 
 def without_peers(row: Row) -> Row:
