@@ -30,7 +30,8 @@ def held() -> Counter[str]:
 def children() -> Counter[str]:
     """The children of this process."""
     return Counter(
-        f"process {pid}: {command_of(pid)[:80]}" for pid in set(children_of(os.getpid())) - set(_servers())
+        f"process {pid}: {command_of(pid)[:80]}"
+        for pid in set(children_of(os.getpid())) - {*_servers(), *warm_python.waiting}
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from namespaces import ADDRESSES, Nodes
+from warm_python import IN_NAMESPACE
 
 NEEDS_NAMESPACES = [
     pytest.mark.root,
@@ -22,7 +23,7 @@ NEEDS_NAMESPACES = [
 
 def inside(name: str) -> list[str]:
     """What a command that runs in a namespace begins with."""
-    return ["ip", "netns", "exec", name]
+    return [*IN_NAMESPACE, name]
 
 
 def listening_addresses(pid: int) -> list[str]:

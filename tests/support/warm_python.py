@@ -43,7 +43,9 @@ _IMPORTED += ("torch.distributed.launcher.api", "torch._dynamo")  # the latter b
 _IMPORTED += ("torchfedrpc.experiments.cli", "matplotlib.figure", "sklearn.datasets")
 _SET_CHILD_SUBREAPER = 36  # of prctl
 _NEW_NETWORK = 0x40000000  # of setns
-_IN_NAMESPACE = ["ip", "netns", "exec"]  # and its name
+_NEW_HOSTNAME = 0x04000000  # of unshare
+IN_NAMESPACE = ["ip", "netns", "exec"]  # and its name
+UNDER_HOSTNAME = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"']  # and the name
 _PID = struct.Struct("q")
 _SERVE = "import sys, warm_python; warm_python.serve(int(sys.argv[1]))"
 
@@ -88,6 +90,7 @@ class _WarmServer:
 _execute_child: Any = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 _PARAMETERS = list(inspect.signature(_execute_child).parameters)[1:]
 _server: _WarmServer | None = None
+waiting: set[int] = set()  # the process that becomes this one's fork server, if it has opened no proxy yet
 
 
 def current_server() -> _WarmServer | None:
@@ -109,13 +112,19 @@ def execute_child(popen: Any, *values: Any) -> None:
     global _server
     given = dict(zip(_PARAMETERS, values, strict=True))
     command = [] if given["shell"] or isinstance(given["args"], str) else list(map(os.fspath, given["args"]))
-    namespace = command[3] if command[:3] == _IN_NAMESPACE else None
-    command = command[4:] if namespace else command
+    command, namespace = _without(IN_NAMESPACE, command)
+    command, hostname = _without(UNDER_HOSTNAME, command)
     if not (_is_warm(given, command) and _suits(_variables(given))):
         _execute_child(popen, *values)
         return
     _server = _server or _WarmServer()
-    _start(popen, given, command[1:], _server.fork, namespace)
+    _start(popen, given, command[1:], _server.fork, namespace, hostname)
+
+
+def _without(prefix: list[str], command: list[str]) -> tuple[list[str], str | None]:
+    """The command without a prefix and its argument, and this argument."""
+    end = len(prefix) + 1
+    return (command[end:], command[end - 1]) if command[: end - 1] == prefix else (command, None)
 
 
 def _variables(given: dict[str, Any]) -> dict[str, str]:
@@ -128,6 +137,7 @@ def _start(
     arguments: list[str],
     fork: Callable[[Sequence[int], dict[str, Any]], int],
     namespace: str | None = None,
+    hostname: str | None = None,
 ) -> None:
     """Let a process that is forked be the one of a `subprocess.Popen`, for which that has been given some values."""
     streams = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
@@ -138,6 +148,7 @@ def _start(
         "session": given["start_new_session"],
         "group": given["process_group"],
         "namespace": namespace,
+        "hostname": hostname,
     }
     popen.pid = fork([one if one >= 0 else standard for standard, one in enumerate(streams)], message)
     popen._child_created = True
@@ -217,6 +228,9 @@ def _become(message: dict[str, Any], descriptors: list[int]) -> None:
     if message["namespace"]:
         with open(f"/run/netns/{message['namespace']}") as namespace:
             assert ctypes.CDLL(None).setns(namespace.fileno(), _NEW_NETWORK) == 0
+    if message["hostname"]:
+        assert ctypes.CDLL(None).unshare(_NEW_HOSTNAME) == 0
+        socket.sethostname(message["hostname"])
     if message["session"]:
         os.setsid()
     if message["group"] >= 0:
@@ -334,6 +348,7 @@ def _keep_a_fork_server() -> None:
 
     start_anew = processes._start_interpreter
     spares = [_Spare(_become_a_fork_server)]
+    waiting.add(spares[0].pid)
 
     def start(surroundings: Surroundings, *, forks: bool) -> tuple[subprocess.Popen[bytes], socket.socket]:
         if not spares:
@@ -343,6 +358,7 @@ def _keep_a_fork_server() -> None:
         with server:
             message = {"variables": surroundings.variables, "path": surroundings.path}
             pid = spares.pop().use([server.fileno()], message)
+        waiting.clear()
         popen = subprocess.Popen.__new__(subprocess.Popen)
         popen.__dict__.update(
             args=["python"], pid=pid, returncode=None, stdin=None, stdout=None, stderr=None, _child_created=True,

@@ -13,6 +13,7 @@ import pytest
 from nodes import NEEDS_NAMESPACES, by_cable, inside, nodes
 from processes import Process
 from torchrun import rank_variables, run_script, write_script
+from warm_python import UNDER_HOSTNAME
 
 pytestmark = NEEDS_NAMESPACES
 __all__ = ["nodes"]  # a fixture
@@ -39,13 +40,16 @@ if __name__ == "__main__":
 """
 
 
-def _launch(nodes: dict[str, str], script: Path, *, hostnames: bool, launcher: list[str]) -> tuple[list[int], str]:
+def _launch(
+    nodes: dict[str, str], script: Path, *, hostnames: bool, launcher: list[str], flags: tuple[str, ...] = ()
+) -> tuple[list[int], str]:
     """Start torchrun on both nodes: their exit statuses and their output, one after the other."""
     commands = []
     for rank, (name, address) in enumerate(nodes.items()):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={2 - rank}"]
+        torchrun = [sys.executable, *flags, "-m", "torch.distributed.run", "--nnodes=2"]
+        torchrun.append(f"--nproc-per-node={2 - rank}")
         torchrun += [part.format(rank=rank, address=address, is_host=int(rank == 0)) for part in launcher]
-        with_name = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', f"node-{rank}"]
+        with_name = [*UNDER_HOSTNAME, f"node-{rank}"]
         command = [*inside(name), *(with_name if hostnames else []), *torchrun, str(script)]
         commands.append((command, {"TFR_NODE": f"node {rank}"}))
     return _run(commands)
@@ -84,7 +88,7 @@ def test_a_proxy_reaches_workers_on_both_machines_and_the_bits_are_those_of_loca
     nodes: dict[str, str], tmp_path: Path, launcher: list[str], hostnames: bool
 ) -> None:
     script = write_script(tmp_path, SCRIPT)
-    codes, output = _launch(nodes, script, hostnames=hostnames, launcher=launcher)
+    codes, output = _launch(nodes, script, hostnames=hostnames, launcher=launcher, flags=("-B",))  # a fresh start
     assert codes == [0, 0], output
     distributed = json.loads(_result(output).removeprefix("result "))
     assert distributed.pop("nodes") == ["node 0", "node 1"]
