@@ -85,8 +85,8 @@ class RuntimeConfig:
             distributed if ``join_at`` is set; else local.
         num_clients: Number of clients (``client_1 .. client_N``) of a proxy without client ids. Default: the keys of
             ``client_endpoints``, else one client per process of ``num_processes``.
-        num_processes: Number of worker processes in pseudo mode; the other modes ignore it. Default: one per core,
-            and no more than clients.
+        num_processes: Number of worker processes in pseudo mode; the other modes ignore it. Default: one per core
+            that this process may use, and no more than clients.
         use_multiprocessing: Lets ``auto`` select pseudo mode.
         client_endpoints: Client id -> endpoint: ``worker1``, ``rank:2``, ``host:NAME`` (any worker on that machine),
             ``local`` (the driver's process), or the address of a listening worker (``torchfedrpc-worker --listen``):

@@ -22,8 +22,10 @@ from torchrun import LOADING, run_script, write_script
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.events import EventBus
+from torchfedrpc.executors import distributed
 from torchfedrpc.executors.router import resolve_mode
 from torchfedrpc.launcher import Launch
+from torchfedrpc.rpc.surroundings import Surroundings
 
 LAUNCH = Launch(
     rank=0, world_size=3, local_rank=0, num_nodes=1, master_address="localhost", master_port=1, agent_store=True
@@ -103,6 +105,20 @@ def test_addresses_of_http_are_taken_with_one_warning(mode: str) -> None:
         proxy = tfr.LearnerProxy(Probe, ["a", "b"], runtime={"execution_mode": mode, "client_endpoints": endpoints})
     assert len(warned) == 1
     assert proxy.mode == ("pseudo" if mode == "pseudo" else "distributed")
+
+
+@pytest.mark.parametrize(("clients", "num_processes"), [(100, 3), (2, 2)])
+async def test_pseudo_mode_starts_a_worker_for_each_core_that_this_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, clients: int, num_processes: int
+) -> None:
+    def start(num_processes: int, surroundings: Surroundings) -> None:
+        raise RuntimeError(f"{num_processes} processes")
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5, 9})
+    monkeypatch.setattr(distributed, "ProcessSource", start)
+    with pytest.raises(RuntimeError, match=f"{num_processes} processes"):
+        await tfr.LearnerProxy(Probe, [str(number) for number in range(clients)], runtime="pseudo").__aenter__()
 
 
 def test_an_endpoint_of_an_unknown_client_is_refused() -> None:

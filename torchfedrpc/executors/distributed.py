@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.call_executor import CallExecutor
 from torchfedrpc.executors.placement import ClientEndpoint, addresses
 from torchfedrpc.executors.remote import RemoteLearners
+from torchfedrpc.host.process import num_usable_cores
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.handshake import load_token
 from torchfedrpc.rpc.launch import current_workers
@@ -26,7 +25,7 @@ class PseudoExecutor(CallExecutor):
             client: ClientEndpoint.parse(client, text) for client, text in self.config.client_endpoints.items()
         }
         elsewhere = {client for client, endpoint in endpoints.items() if endpoint.kind in ("local", "address")}
-        count = self.config.num_processes or min(os.cpu_count() or 1, max(len(spec.clients) - len(elsewhere), 1))
+        count = self.config.num_processes or min(num_usable_cores(), max(len(spec.clients) - len(elsewhere), 1))
         own = ProcessSource(count, Surroundings.of_this_process(fixed_hashes=True))
         sources = [own, *_sources_elsewhere(self.config)]
         return RemoteLearners(self.config, spec, sources, self._admission, self._durations)
