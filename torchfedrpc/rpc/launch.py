@@ -35,7 +35,7 @@ from torchfedrpc.rpc.handshake import (
     load_token,
 )
 from torchfedrpc.rpc.heartbeat_connection import EPHEMERAL_PORTS
-from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, network_site
+from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, describe_os_error, network_site
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sources import Source
 
@@ -109,8 +109,12 @@ class LaunchedWorkers(Source):
         shown its error.
         """
         if not failed:
-            if self._listener is None:  # no run needed workers, and they wait for the end
-                self._listener = self._listen(RuntimeConfig())
+            try:
+                if self._listener is None:  # no run needed workers, and they wait for the end
+                    self._listener = self._listen(RuntimeConfig())
+            except ConfigError as error:  # this run has succeeded; the ranks fail
+                self._store.set(_DRIVER_KEY, json.dumps({"failure": str(error)}))
+                return
             with contextlib.suppress(ConfigError):  # a rank that is still importing needs the listener
                 asyncio.run(self._wait_for_ranks())
         if self._listener is not None:
@@ -143,11 +147,22 @@ class LaunchedWorkers(Source):
             await asyncio.wait([complete], timeout=_LOOK_S)
 
     def _listen(self, runtime: RuntimeConfig) -> ListenerThread:
-        """Listen for ranks, and publish the address, with the token unless every rank has it in a file."""
+        """Listen for ranks, and publish the address, with the token unless every rank has it in a file.
+
+        Raises:
+            ConfigError: If the token file is unusable, or this process cannot listen where ranks would reach it.
+        """
         has_file = has_token_file(runtime.token_file)
         token = load_token(runtime.token_file) if has_file else secrets.token_hex(32).encode()
-        host, bind = _listen_addresses(self._launch, runtime.interface)
-        server = socket.create_server((bind, 0))
+        try:
+            host, bind = _listen_addresses(self._launch, runtime.interface)
+            server = socket.create_server((bind, 0))
+        except OSError as error:
+            raise ConfigError(
+                f"the driver cannot listen for the ranks of the launch at its master address "
+                f"{self._launch.master_address} ({describe_os_error(error)}): set runtime.interface to the network "
+                f"interface of this machine at which the other machines reach it"
+            ) from error
         published = {"host": host, "port": server.getsockname()[1], "token": None if has_file else token.decode()}
         self._address = f"{host}:{published['port']}"
         listener = ListenerThread(Listener(server, token, self._serve))
@@ -286,12 +301,18 @@ def _report_failure(store: Any, launch: Launch, failure: str, address: str | Non
 
 
 def _wait_for_driver(store: Any) -> tuple[str, bytes | None]:
-    """Wait until the driver listens. Returns its address, and the token unless that is in a file."""
+    """Wait until the driver listens. Returns its address, and the token unless that is in a file.
+
+    Raises:
+        ConfigError: If the driver has ended and could not listen, or is of another version.
+    """
     while not store.check([_DRIVER_KEY]) or (published := store.get(_DRIVER_KEY)) == _NOT_LISTENING.encode():
         time.sleep(_RETRY_S)
     match json.loads(published):
         case {"host": str(host), "port": int(port), "token": str() | None as token}:
             return f"{host}:{port}", None if token is None else token.encode()
+        case {"failure": str(reason)}:
+            raise ConfigError(f"the driver has ended, and could not tell this rank: {reason}")
     raise ConfigError(f"the launcher's store has no driver of this version of torchfedrpc under {_DRIVER_KEY}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -347,6 +348,28 @@ def test_ranks_that_a_run_has_not_asked_for_are_named_as_it_ends(
     monkeypatch.setattr(module, "_LOOK_S", 0.05)
     driver.end(failed=False)
     assert "waiting for ranks [1] of the launch, for " in caplog.text
+
+
+@pytest.mark.parametrize("master_address", ["192.0.2.1", "nowhere.invalid"])  # not of this machine; unknown
+async def test_a_master_address_that_cannot_be_listened_on_is_a_config_error(
+    store: Any, monkeypatch: pytest.MonkeyPatch, master_address: str
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    workers = LaunchedWorkers(Launch(0, 2, 0, 2, master_address, 29500, agent_store=True))
+    with pytest.raises(
+        ConfigError, match=rf"master address {re.escape(master_address)} \(.+\): set runtime\.interface"
+    ):
+        await workers.gather(RuntimeConfig())
+    workers.end(failed=False)  # a run that needed no workers has succeeded all the same
+    with pytest.raises(ConfigError, match=r"the driver has ended, and could not tell this rank: .*interface"):
+        await asyncio.to_thread(dial_driver, Launch(1, 2, 1, 2, master_address, 29500, agent_store=True))
+
+
+def test_a_good_run_without_workers_ends_well_if_the_token_file_cannot_be_read(
+    driver: LaunchedWorkers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, str(tmp_path / "missing"))
+    driver.end(failed=False)
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2])
