@@ -426,13 +426,15 @@ async def test_a_step_that_is_cancelled_behind_its_item_is_part_of_the_state(
 
 
 async def test_a_call_that_is_late_as_its_result_comes_is_part_of_the_state(
-    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str]
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], tmp_path: Path
 ) -> None:
-    client = next(on_1)
+    client, notes = next(on_1), tmp_path / "notes"
     await proxy.custom_method(client, "append", "before")
-    late = asyncio.ensure_future(proxy.options(timeout_s=0.2).custom_method(client, "append", "late"))
+    late = asyncio.ensure_future(proxy.options(timeout_s=0.2).custom_method(client, "note", str(notes), "late"))
     for _ in range(6):
         await asyncio.sleep(0)
+    while not notes.exists():
+        time.sleep(0.01)
     time.sleep(0.4)  # the result comes while the event loop is busy, past the deadline
     with pytest.raises(tfr.CallTimeoutError):
         await late
