@@ -13,15 +13,18 @@ from folders import ROOT
 
 SCRIPTS = ROOT / "scripts"
 RUN_BY_NIGHT = ["test", "chaos/run", "bench/table"]
+CI = ROOT / ".ci" / "run"
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A tree with the nightly script; stubs of the scripts that it runs write their arguments to `ran`."""
-    for folder in ("bench", "chaos"):
-        (tmp_path / "scripts" / folder).mkdir(parents=True)
+    """A tree with scripts that run others, for which there are stubs that write their arguments to `ran`."""
+    for folder in ("scripts/bench", "scripts/chaos", ".ci"):
+        (tmp_path / folder).mkdir(parents=True)
     shutil.copy(SCRIPTS / "nightly", tmp_path / "scripts")
-    for name in RUN_BY_NIGHT:
+    if CI.exists():
+        shutil.copy(CI, tmp_path / ".ci")
+    for name in ("check", *RUN_BY_NIGHT):
         assert os.access(SCRIPTS / name, os.X_OK)
         script = tmp_path / "scripts" / name
         script.write_text(f'#!/bin/sh\necho {name} "$@" >>ran\n[ "$FAILING" != {name} ]\n')
@@ -29,10 +32,10 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def nightly(tree: Path, *arguments: str, failing: str = "") -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Run the nightly script; returns its end, and the lines of the scripts that it ran."""
+def run(tree: Path, *command: str, failing: str = "") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run a script; returns its end, and the lines of the scripts that it ran."""
     done = subprocess.run(
-        [tree / "scripts" / "nightly", *arguments],
+        [tree / command[0], *command[1:]],
         env=os.environ | {"FAILING": failing},
         capture_output=True,
         text=True,
@@ -40,6 +43,20 @@ def nightly(tree: Path, *arguments: str, failing: str = "") -> tuple[subprocess.
         check=False,
     )
     return done, (tree / "ran").read_text().splitlines()
+
+
+def nightly(tree: Path, *arguments: str, failing: str = "") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run the nightly script."""
+    return run(tree, "scripts/nightly", *arguments, failing=failing)
+
+
+@pytest.mark.skipif(not CI.exists(), reason="the sources of a release are without it")
+@pytest.mark.parametrize("failing", ["", "check", *RUN_BY_NIGHT])
+def test_continuous_integration_runs_all_and_fails_if_one_of_them_does(tree: Path, failing: str) -> None:
+    done, ran = run(tree, ".ci/run", failing=failing)
+    assert (done.returncode != 0) == bool(failing)
+    if not failing:
+        assert sorted(ran) == ["bench/table --smoke", "chaos/run --quick", "check", "test"]
 
 
 @pytest.mark.parametrize("failing", RUN_BY_NIGHT)
