@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from processes import environment
 from torch.distributed import rpc
 
 from torchfedrpc.rpc import endpoint
@@ -228,6 +229,7 @@ def attack(addresses: dict[str, str], secrets: dict[str, tuple[str, int]], canar
     told = {"addresses": addresses, "secrets": secrets, "canary": str(canary)}
     done = subprocess.run(
         [sys.executable, __file__],
+        env=environment(),
         input=json.dumps(told) + "\n",
         capture_output=True,
         text=True,

@@ -22,7 +22,7 @@ from folders import SUPPORT
 from internals import asks_to_leave, group_of, newcomers_of
 from learners import Mortal
 from losses import SEED, Losses, Steps, undisturbed
-from processes import descendants_of, environment, serving_for, wait_for_end
+from processes import Process, descendants_of, environment, serving_for, wait_for_end
 from torchrun import write_script
 from workers import WorkerCommand, joining, listening, make_token
 
@@ -149,22 +149,13 @@ async def test_a_second_driver_is_told_who_has_the_worker_and_a_dead_one_frees_i
         "    tfr.run(main)\n"
     )
     with listening(token) as (worker, address):
-        holder = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(script), address, token),
-            env=os.environ | {"PYTHONPATH": str(SUPPORT)},
-            stdout=asyncio.subprocess.PIPE,
-        )
-        try:
-            assert holder.stdout is not None
-            assert await holder.stdout.readline() == b"here\n"
+        with Process(sys.executable, str(script), address, token) as holder:
+            await asyncio.to_thread(holder.line, "here")
             began = time.monotonic()
             with pytest.raises(tfr.WorkerLostError, match=rf"has served holder\.py \(pid {holder.pid} on "):
                 async with opened(expected, client_endpoints={CLIENTS[0]: address}, token_file=token):
                     raise AssertionError("it is busy")
             assert time.monotonic() - began < 10.0
-        finally:
-            holder.kill()
-            await holder.wait()
         began = time.monotonic()
         await asyncio.to_thread(worker.line, "free again")
         assert time.monotonic() - began < 5.0

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import Seen
 from losses import pseudo
-from processes import LightProcess, ends_within, state_of
+from processes import LightProcess, ends_within, environment, state_of
 
 import torchfedrpc as tfr
 from torchfedrpc.errors import ConfigError
@@ -340,7 +340,8 @@ def test_workers_end_with_a_driver_that_is_killed_at_a_round(tmp_path: Path) -> 
 
 
 def output_of(arguments: list[str], status: int) -> str:
-    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == status
     return done.stdout
 

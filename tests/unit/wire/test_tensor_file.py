@@ -188,7 +188,7 @@ def mapping_of(tensor: torch.Tensor) -> str:
 @pytest.fixture
 def few_descriptors() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 250, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -205,7 +205,7 @@ class Deaf:
 async def test_values_of_many_rounds_need_few_descriptors(few_descriptors: None) -> None:
     async with tfr.LearnerProxy(Deaf, ["a", "b", "c", "d"], runtime=pseudo(journal_max_bytes=64 << 20)) as proxy:
         weights = {f"layer{number}": torch.zeros(1 << 15) for number in range(20)}  # 2.5 MB
-        for number in range(150):
+        for number in range(60):
             weights["layer0"].fill_(number)
             assert set((await proxy.clients().call("take", weights)).values()) == {float(number)}
 
