@@ -30,7 +30,7 @@ from typing import Any
 from processes import environment
 
 _MODULES = {"torch.distributed.run", "torchfedrpc", "torchfedrpc.worker_cli"}
-_READ_AT_START: tuple[str, ...] = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "CUDA_", "HIDDEN_")
+_READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "CUDA_", "HIDDEN_", "MALLOC_")
 _IMPORTED: tuple[str, ...] = (
     "torch",
     "numpy.random",

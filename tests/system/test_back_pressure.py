@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Latch, Seen, opened, submitted
-from processes import environment
-from torchrun import write_script
+from torchrun import run_script, write_script
 
 import torchfedrpc as tfr
 
@@ -203,15 +200,9 @@ def press(folder: Path, num_calls: int, num_clients: int, **runtime: int) -> tup
     """Peaks of resident memory, of the driver and its two workers, before and after calls of 40 MB each."""
     script = write_script(folder, PRESSING)
     runtime |= {"num_processes": 2}
-    done = subprocess.run(
-        [sys.executable, str(script), str(num_calls), str(num_clients), json.dumps(runtime)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=850,
-        check=True,
-    )
-    before, after = json.loads(done.stdout.splitlines()[-1])
+    status, output = run_script(script, str(num_calls), str(num_clients), json.dumps(runtime), timeout_s=850)
+    assert status == 0, output
+    before, after = json.loads(output.splitlines()[-1])
     return before, after
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from nodes import NEEDS_NAMESPACES, by_cable, inside, nodes
-from processes import LightProcess, environment
-from torchrun import run_script, write_script
+from processes import LightProcess, Process
+from torchrun import run_script, run_to_end, write_script
 from workers import joining, listening, make_token
 
 pytestmark = NEEDS_NAMESPACES
@@ -66,27 +66,14 @@ def result(output: str) -> list[object]:
     return found
 
 
+def started(node: str, script: Path, *arguments: str) -> Process:
+    """The script under way on a node; it is killed at the end."""
+    return Process(*inside(node), sys.executable, str(script), *arguments)
+
+
 def drive(node: str, script: Path, *arguments: str) -> tuple[int, str]:
     """Run the script on a node: its exit status and its output."""
-    with started(node, script, *arguments) as driver:
-        output, _ = driver.communicate(timeout=60)
-        return driver.returncode, output
-
-
-@contextlib.contextmanager
-def started(node: str, script: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The script under way on a node; it is killed at the end."""
-    with subprocess.Popen(
-        [*inside(node), sys.executable, str(script), *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as driver:
-        try:
-            yield driver
-        finally:
-            driver.kill()
+    return run_to_end(started(node, script, *arguments), timeout_s=60)
 
 
 @contextlib.contextmanager
@@ -159,18 +146,15 @@ def test_a_first_joiner_behind_a_firewall_is_refused_and_the_run_goes_on_with_th
         here, there = nodes
         address = f"{nodes[here]}:29600"
         with started(here, script, f"token_file={token}", f"join_at={address}") as driver:
-            assert driver.stdout is not None
-            line = driver.stdout.readline()
-            assert line.startswith("waiting for a worker"), line + driver.stdout.read()
+            driver.next_line("^waiting for a worker")
             with joining(address, token, inside(there)) as refused:
                 assert refused.ended(100) == 1
                 assert f"{nodes[here]}:" in refused.output
                 assert "(no answer within 5 s)" in refused.output
             with joining(address, token, inside(here)) as worker:
-                output, _ = driver.communicate(timeout=100)
+                assert driver.ended(100) == 0, driver.output
                 assert worker.ended() == 0, worker.output
-    assert driver.returncode == 0, output
-    assert result(output)[2:] == ["distributed", ["worker2"]]
+    assert result(driver.output)[2:] == ["distributed", ["worker2"]]
 
 
 def test_idle_connections_outlive_a_network_that_loses_packets() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,8 +13,8 @@ import pytest
 import torch
 from conftest import LAUNCHED
 from nodes import NEEDS_NAMESPACES, inside, nodes
-from processes import environment
-from torchrun import write_script
+from processes import Process
+from torchrun import run_to_end, write_script
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
@@ -27,7 +26,10 @@ pytestmark = pytest.mark.skipif(LAUNCHED, reason="starts workers of its own")
 
 def tensorpipe_threads() -> Counter[str]:
     """How many threads of each kind TensorPipe has in this process; it names each after the transport or channel."""
-    names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            names.append((task / "comm").read_text().strip())
     return Counter(name for name in names if name.startswith("TP_"))
 
 
@@ -108,17 +110,10 @@ SCRIPT = """
 
 def addresses_in(node: str, script: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> list[list[list[str]]]:
     """Run the script on a node; for each of its proxies, and each process then, the addresses of its ports."""
-    done = subprocess.run(
-        [*inside(node), sys.executable, *launcher, str(script), *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    lines = [line.removeprefix("result ") for line in done.stdout.splitlines() if line.startswith("result ")]
+    command = [*inside(node), sys.executable, *launcher, str(script), *arguments]
+    status, output = run_to_end(Process(*command), timeout_s=100)
+    assert status == 0, output
+    lines = [line.removeprefix("result ") for line in output.splitlines() if line.startswith("result ")]
     return [json.loads(line) for line in lines]
 
 
