@@ -444,12 +444,14 @@ async def test_bytes_received_by_the_driver_grow_with_the_workers(
             most = max(most, sum(type(one) is torch.Tensor and one.numel() == size for one in gc.get_objects()))
 
     unsubscribe = proxy.subscribe(on_event)
+    gc.freeze()  # what there is already need not be looked at
     try:
         before = proxy.stats()["bytes_received"]
         result = await proxy.clients(ids).reduce("of_size", tfr.Sum(), size)
         received = proxy.stats()["bytes_received"] - before
     finally:
         unsubscribe()
+        gc.unfreeze()
     assert result.value.tolist() == [32.0] * size
     if mode == "local":
         assert received == 0

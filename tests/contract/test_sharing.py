@@ -461,7 +461,7 @@ def _bits(obj: Any) -> Any:
         return [_bits(item) for item in obj] + [[first is other for first in obj] for other in obj]
     if isinstance(obj, dict):
         return {name: _bits(item) for name, item in obj.items()}
-    return (obj.shape, obj.tolist()) if isinstance(obj, (Tensor, np.ndarray)) else obj
+    return (obj.shape, np.asarray(obj).tobytes()) if isinstance(obj, (Tensor, np.ndarray)) else obj
 
 
 async def test_ties_between_arguments_are_kept_whatever_else_is_shared(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:

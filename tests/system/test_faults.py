@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -18,7 +15,8 @@ import pytest
 import torch
 from conftest import Seen
 from losses import pseudo
-from processes import LightProcess, ends_within, environment, state_of
+from processes import LightProcess, ends_within, state_of
+from torchrun import run_script, write_script
 
 import torchfedrpc as tfr
 from torchfedrpc.errors import ConfigError
@@ -282,10 +280,9 @@ async def test_a_driver_is_blocked_at_its_round_alone() -> None:
     assert max(seconds[0], seconds[2], after) < 0.5
 
 
-def test_a_frozen_driver_goes_on_after_so_many_seconds() -> None:
+def test_a_frozen_driver_goes_on_after_so_many_seconds(tmp_path: Path) -> None:
     code = """
-    import asyncio, time
-    import torchfedrpc as tfr
+    import time
     from torchfedrpc.testing import Faults
 
     class Trainer(tfr.AbstractFederationTrainer):
@@ -302,15 +299,13 @@ def test_a_frozen_driver_goes_on_after_so_many_seconds() -> None:
 
     asyncio.run(main())
     """
-    rounds = [line.split() for line in output_of(["-c", textwrap.dedent(code)], status=0).splitlines()]
+    rounds = [line.split() for line in output_of(tmp_path, code, status=0).splitlines()]
     assert [number for number, _ in rounds] == ["0", "1", "2"]
     assert [float(seconds) >= 0.5 for _, seconds in rounds] == [False, True, False]
 
 
 def test_workers_end_with_a_driver_that_is_killed_at_a_round(tmp_path: Path) -> None:
     code = """
-    import asyncio, os
-    import torchfedrpc as tfr
     from torchfedrpc.testing import Faults
 
     class Learner:
@@ -331,19 +326,16 @@ def test_workers_end_with_a_driver_that_is_killed_at_a_round(tmp_path: Path) -> 
     if __name__ == "__main__":
         asyncio.run(main())
     """
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(code))
-    number, *pids = output_of([str(script)], status=-signal.SIGKILL).split()
+    number, *pids = output_of(tmp_path, code, status=-signal.SIGKILL).split()
     assert number == "0"
     assert len(pids) == 2
     assert all(ends_within(int(pid), 5.0) for pid in pids)
 
 
-def output_of(arguments: list[str], status: int) -> str:
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert done.returncode == status
-    return done.stdout
+def output_of(folder: Path, code: str, status: int) -> str:
+    ended, output = run_script(write_script(folder, code))
+    assert ended == status, output
+    return output
 
 
 # Workers, at their calls: the results are those of a run that nothing struck.

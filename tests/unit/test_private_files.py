@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs
+from torchrun import run_script, write_script
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import RoundEnded
@@ -165,9 +164,13 @@ def test_a_folder_that_hydra_made_is_closed_to_others_unless_one_works_in_it(
 def test_a_picture_follows_no_link(tmp_path: Path, target: Path) -> None:
     needs("matplotlib")
     (tmp_path / "metrics.png").symlink_to(target)
-    code = "import sys; from torchfedrpc.experiments.metrics_plot import draw_metrics; draw_metrics([], sys.argv[1])"
-    code = f"from pathlib import Path; {code.replace('sys.argv[1]', 'Path(sys.argv[1])')}"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "metrics.png")], check=True, timeout=60)
+    draw = """
+        from pathlib import Path
+        from torchfedrpc.experiments.metrics_plot import draw_metrics
+        draw_metrics([], Path(sys.argv[1]))
+    """
+    status, output = run_script(write_script(tmp_path, draw), str(tmp_path / "metrics.png"))
+    assert status == 0, output
     assert target.read_text() == "precious"
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
 
