@@ -14,7 +14,7 @@ from losses import kill, pid_of, pseudo
 from test_recovery_sharing import NUM_BYTES, SIZE, Adding, add
 
 import torchfedrpc as tfr
-from torchfedrpc.wire.file_pool import PooledFile
+from torchfedrpc.wire.file_pool import MemoryFile
 
 NUM_ROUNDS = 200
 MODEL_BYTES = 4 << 20
@@ -51,8 +51,8 @@ async def test_rounds_leave_nothing_in_driver_and_workers() -> None:
                 (loaded,) = set((await proxy.clients().call("load", argument)).values())
                 assert loaded == weights["layer0"][0]
 
-        def pooled() -> list[PooledFile]:
-            files: list[PooledFile] = remote_learners(proxy)._file_pool._files
+        def pooled() -> list[MemoryFile]:
+            files: list[MemoryFile] = remote_learners(proxy)._file_pool._files
             return files
 
         def num_held_in_driver() -> int:

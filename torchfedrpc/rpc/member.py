@@ -15,7 +15,7 @@ from torchfedrpc.rpc.control_link import Link, Message, in_short
 from torchfedrpc.rpc.heartbeat import Loss
 from torchfedrpc.rpc.processes import Process
 from torchfedrpc.rpc.worker_client import UndeliverableError, WorkerClient, WorldOver
-from torchfedrpc.wire.file import TensorFile
+from torchfedrpc.wire.file import TensorFiles
 
 _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
 
@@ -260,11 +260,11 @@ class Member:
                 "device": str(device),
                 "visible_gpus": str() | None as visible_gpus,
                 "sees_files": bool(sees_files),
-                "files": [_, _] | None as files,
+                "files": [_, [_]] | None as files,
                 "problems": list(problems),
             } if _DEVICE.fullmatch(device) and all(isinstance(problem, str) for problem in problems):
                 self.device, self.visible_gpus, self.sees_files = device, visible_gpus, sees_files
-                self.pid = files[0] if files is not None and TensorFile.is_found(*files) else None
+                self.pid = files[0] if files is not None and TensorFiles.is_found(*files) else None
                 return True
         return False
 

@@ -32,7 +32,7 @@ from torchfedrpc.rpc.heartbeat import HeartbeatProcess
 from torchfedrpc.rpc.heartbeat_connection import dial_heartbeat
 from torchfedrpc.rpc.interfaces import address_of, interface_of
 from torchfedrpc.rpc.surroundings import adopt_main
-from torchfedrpc.wire.file import TensorFile
+from torchfedrpc.wire.file import TensorFiles
 
 # Exit statuses.
 _DRIVER_GONE = 1
@@ -221,7 +221,7 @@ class _Worker:
         self._host: LearnerHost | None = None
         self._endpoint: Endpoint | None = None
         self._stack = ExitStack()
-        self._probe: TensorFile | None = None  # the driver looks for it, to learn whether it sees this worker's files
+        self._probe: TensorFiles | None = None  # the driver looks for it, to learn if it sees our files
         self._server = socket.socket()  # the driver connects to it, to learn whether it reaches this worker
 
     def obey(self, message: Message) -> Message:
@@ -273,11 +273,11 @@ class _Worker:
         self._stack.enter_context(frozen_modules())
         self._stack.enter_context(process_settings(learner.runtime))
         problems = adopt_settings(settings)  # after the import, which may set others
-        driver_pid = driver[0] if driver is not None and TensorFile.is_found(*driver) else None
+        driver_pid = driver[0] if driver is not None and TensorFiles.is_found(*driver) else None
         own = None
         if driver is not None:
-            self._probe = TensorFile.probe()
-            own = (os.getpid(), self._probe.address()) if self._probe is not None else None
+            self._probe = TensorFiles.probe()
+            own = (os.getpid(), self._probe.addresses()) if self._probe is not None else None
         self._endpoint = Endpoint(device, driver_pid)
         process = ProcessState(learner, device, report=self._endpoint.report, activity=self._activity)
         self._endpoint.host = self._host = LearnerHost(learner, process, worker=label)

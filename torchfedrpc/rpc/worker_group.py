@@ -32,7 +32,7 @@ from torchfedrpc.rpc.worker_client import Traffic, UndeliverableError, WorkerCli
 from torchfedrpc.rpc.workers import Worker, Workers, WorkerState
 from torchfedrpc.rpc.world import DriverPlace
 from torchfedrpc.tasks import Tasks, all_of
-from torchfedrpc.wire.file import TensorFile
+from torchfedrpc.wire.file import TensorFiles
 
 logger = logging.getLogger(__name__)
 
@@ -417,7 +417,7 @@ class WorkerGroup:
         if member.heartbeat is None:
             await self._open_heartbeat(member)
         imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
-        probe = None if member.elsewhere else TensorFile.probe()
+        probe = None if member.elsewhere else TensorFiles.probe()
         with contextlib.closing(probe) if probe is not None else contextlib.nullcontext():
             message: Message = {
                 "do": "prepare",
@@ -426,7 +426,7 @@ class WorkerGroup:
                 "local_index": member.local_index,
                 "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
                 "settings": self._settings,
-                "driver": (os.getpid(), probe.address()) if probe is not None else None,
+                "driver": (os.getpid(), probe.addresses()) if probe is not None else None,
             }
             answer = await self._tell(member, message)
         if not member.adopt(answer):

@@ -7,7 +7,6 @@ import os
 import stat
 import weakref
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire import memory_file
-from torchfedrpc.wire.file_pool import FilePool, PooledFile
+from torchfedrpc.wire.file_pool import FilePool, MemoryFile
 from torchfedrpc.wire.memory_file import NAME, UNAVAILABLE
 from torchfedrpc.wire.tensors import ALIGNMENT_BYTES, check_extent, dtype_named, memory_of, name_of_dtype
 
@@ -58,16 +57,27 @@ def mapped_copies(tensors: Sequence[Tensor], pool: FilePool | None = None) -> tu
 class TensorFiles:
     """The files of one object's tensors, of about 4 MB each, so that a kept tensor keeps little else in memory.
 
-    Args:
-        files: The files, in the order of the tensors.
+    A file has no name; the kernel frees it with the last descriptor and mapping. Neither its size nor its bytes
+    change while a process has it open or mapped, so a reader may map it without a copy. Seals ensure that; for a file
+    of a pool, which is written again later, its pool does.
     """
 
-    def __init__(self, files: Sequence[TensorFile]) -> None:
-        self._files = files
+    def __init__(self) -> None:
+        self._files: list[tuple[MemoryFile, Sequence[_Extent]]] = []  # in the order of the tensors
+        self._close = weakref.finalize(self, _give_back, self._files)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], pool: FilePool | None = None) -> TensorFiles:
-        """Copy tensors into files, as `TensorFile.of` does."""
+        """Copy tensors into files.
+
+        Args:
+            tensors: Dense ones on the CPU, of any dtype, whose strides leave no gaps.
+            pool: Has the files, and takes them back; without it the files are new and sealed.
+
+        Raises:
+            OSError: If there is no room for them.
+        """
+        files = cls()
         share = max(sum(tensor.nbytes for tensor in tensors) / _MAX_FILES, _FILE_BYTES)
         groups: list[list[Tensor]] = []
         num_bytes = share
@@ -77,7 +87,9 @@ class TensorFiles:
                 num_bytes = 0
             groups[-1].append(tensor)
             num_bytes += tensor.nbytes
-        return cls([TensorFile.of(group, pool) for group in groups])
+        for group in groups:
+            files._add(group, pool)
+        return files
 
     @classmethod
     def of_bytes(cls, chunks: Sequence[bytes | memoryview]) -> TensorFiles:
@@ -86,36 +98,84 @@ class TensorFiles:
         Raises:
             OSError: If there is no room for it.
         """
+        files = cls()
         num_bytes = sum(map(len, chunks))
-        extent = (0, num_bytes, "uint8", (num_bytes,), (1,))
-        return cls([TensorFile(_sealed_file(chunks, num_bytes), num_bytes, [extent])])
+        files._files.append((_sealed_file(chunks, num_bytes), [(0, num_bytes, "uint8", (num_bytes,), (1,))]))
+        return files
+
+    @classmethod
+    def probe(cls) -> TensorFiles | None:
+        """Return an empty file that other processes look for, to learn whether they can open this process's files.
+
+        None on systems without memory files.
+        """
+        try:
+            files = cls()
+            files._add([], None)
+            return files
+        except OSError as error:
+            if error.errno not in UNAVAILABLE:
+                raise
+            return None
 
     @classmethod
     def at(cls, addresses: Sequence[Address], pid: int) -> TensorFiles:
-        """Open the files of another process, as `TensorFile.at` does."""
-        return cls([TensorFile.at(address, pid) for address in addresses])
+        """Open the files of another process of this machine.
+
+        Args:
+            addresses: From `addresses` in that process; they may be forged.
+            pid: The process.
+
+        Raises:
+            OSError: If one cannot be opened.
+            SerializationError: If one is another file, or tensors reach beyond it.
+        """
+        files = cls()
+        for address in addresses:
+            number, inode, num_bytes, extents = _checked_address(address, pid)
+            path = f"/proc/{pid}/fd/{number}"
+            # The other process chooses the number: opening a pipe or a device could block for ever.
+            if not os.readlink(path).startswith(f"/memfd:{NAME}"):
+                raise _gone()
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            files._files.append((MemoryFile(descriptor, num_bytes), extents))
+            _check_file(descriptor, inode, num_bytes, extents)
+        return files
+
+    @classmethod
+    def is_found(cls, pid: int, addresses: Sequence[Address]) -> bool:
+        """Return whether this process can open files of another process, whose container or user may differ."""
+        try:
+            cls.at(addresses, pid).close()
+        except (OSError, SerializationError):
+            return False
+        return True
 
     def addresses(self) -> list[Address]:
         """Return where other processes of this machine find the files while this process keeps them.
 
         Files of a pool are used again only if `answered` was called as often as this.
         """
-        return [file.address() for file in self._files]
+        for file, _ in self._files:
+            file.num_requests += 1
+        return [
+            (file.descriptor, os.fstat(file.descriptor).st_ino, file.num_bytes, list(extents))
+            for file, extents in self._files
+        ]
 
     def answered(self) -> None:
         """Note that the receiver of the addresses has opened the files, or will never do so."""
-        for file in self._files:
-            file.answered()
+        for file, _ in self._files:
+            file.num_requests -= 1
 
     def acknowledged(self) -> None:
         """Note that no receiver of any address will open the files from now on."""
-        for file in self._files:
-            file.acknowledged()
+        for file, _ in self._files:
+            file.num_requests = 0
 
     def close(self) -> None:
         """Close the files; tensors that are mapped stay usable."""
-        for file in self._files:
-            file.close()
+        self._close()
 
     def tensors(self) -> list[Tensor]:
         """Map the tensors, each with its own storage; writes to them stay private.
@@ -123,44 +183,18 @@ class TensorFiles:
         Raises:
             OSError: If there is no address space, or there are too many mappings.
         """
-        return [tensor for file in self._files for tensor in file.tensors()]
+        found: list[Tensor] = []
+        for file, extents in self._files:
+            path = f"/proc/self/fd/{file.descriptor}"
+            try:
+                mapped = torch.from_file(path, shared=False, size=file.num_bytes, dtype=torch.uint8, device="cpu")
+            except RuntimeError as error:
+                raise OSError(errno.ENOMEM, f"{file.num_bytes} bytes cannot be mapped: {error}") from error
+            found += [_at_extent(mapped.numpy(), extent) for extent in extents]
+        return found
 
-
-class TensorFile:
-    """Tensors in one file without a name; the kernel frees it with the last descriptor and mapping.
-
-    Neither the size nor the bytes of a file change while a process has it open or mapped, so a reader may map it
-    without a copy. Seals ensure that; for a file of a pool, which is written again later, its pool does.
-
-    Args:
-        descriptor: The open file, which this object closes.
-        num_bytes: Its size.
-        extents: Where each tensor lies in it.
-        pooled: The same file, if it goes back to a pool instead.
-    """
-
-    def __init__(
-        self, descriptor: int, num_bytes: int, extents: Sequence[_Extent], pooled: PooledFile | None = None
-    ) -> None:
-        self._descriptor = descriptor
-        self._num_bytes = num_bytes
-        self._extents = extents
-        self._pooled = pooled
-        self._close = weakref.finalize(
-            self, pooled.give_back if pooled is not None else partial(os.close, descriptor)
-        )
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], pool: FilePool | None = None) -> TensorFile:
-        """Copy tensors into a file.
-
-        Args:
-            tensors: Dense ones on the CPU, of any dtype, whose strides leave no gaps.
-            pool: Has the file, and takes it back; without it the file is new and sealed.
-
-        Raises:
-            OSError: If there is no room for it.
-        """
+    def _add(self, tensors: Sequence[Tensor], pool: FilePool | None) -> None:
+        """Copy tensors into one file."""
         extents: list[_Extent] = []
         chunks: list[bytes | memoryview] = []
         num_bytes = 0
@@ -171,114 +205,46 @@ class TensorFile:
             chunks += [memory_of(tensor), bytes(padding)]
             num_bytes += tensor.nbytes + padding
         num_bytes = max(num_bytes, 1)
-        if pool is not None:
-            pooled = pool.file_of(chunks, num_bytes)
-            return cls(pooled.descriptor, num_bytes, extents, pooled)
-        return cls(_sealed_file(chunks, num_bytes), num_bytes, extents)
-
-    @classmethod
-    def probe(cls) -> TensorFile | None:
-        """Return an empty file that other processes look for, to learn whether they can open this process's files.
-
-        None on systems without memory files.
-        """
-        try:
-            return cls.of([])
-        except OSError as error:
-            if error.errno not in UNAVAILABLE:
-                raise
-            return None
-
-    @classmethod
-    def at(cls, address: Address, pid: int) -> TensorFile:
-        """Open the file of another process of this machine.
-
-        Args:
-            address: From `address` in that process; it may be forged.
-            pid: The process.
-
-        Raises:
-            OSError: If it cannot be opened.
-            SerializationError: If it is another file, or tensors reach beyond it.
-        """
-        number, inode, num_bytes, extents = _checked_address(address, pid)
-        path = f"/proc/{pid}/fd/{number}"
-        # The other process chooses the number: opening a pipe or a device could block for ever.
-        if not os.readlink(path).startswith(f"/memfd:{NAME}"):
-            raise _gone()
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        file = cls(descriptor, num_bytes, extents)
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_ino != inode:
-            raise _gone()
-        # A file that shrinks under a mapping kills the process that reads there. Only its owner keeps its bytes from
-        # changing: it is a process of this user, which a file without a pool forbids to write.
-        if not memory_file.has_fixed_size(descriptor):
-            raise _gone()
-        if status.st_size != num_bytes:
-            raise SerializationError("a file has another size than it is said to have")
-        for start, num_tensor_bytes, dtype, shape, stride in extents:
-            check_extent(shape, stride, 0, dtype_named(dtype), num_tensor_bytes)
-            if min(start, num_tensor_bytes) < 0 or start + num_tensor_bytes > num_bytes:
-                raise SerializationError("a tensor reaches beyond the file that it lies in")
-        return file
-
-    @classmethod
-    def is_found(cls, pid: int, address: Address) -> bool:
-        """Return whether this process can open a file of another process, whose container or user may differ."""
-        try:
-            cls.at(address, pid).close()
-        except (OSError, SerializationError):
-            return False
-        return True
-
-    def close(self) -> None:
-        """Close the file; tensors that are mapped stay usable."""
-        self._close()
-
-    def address(self) -> Address:
-        """Return where other processes of this machine find the file while this process keeps it.
-
-        A file of a pool is used again only if `answered` was called as often as this.
-        """
-        if self._pooled is not None:
-            self._pooled.num_requests += 1
-        return self._descriptor, os.fstat(self._descriptor).st_ino, self._num_bytes, list(self._extents)
-
-    def answered(self) -> None:
-        """Note that the receiver of the address has opened the file, or will never do so."""
-        if self._pooled is not None:
-            self._pooled.num_requests -= 1
-
-    def acknowledged(self) -> None:
-        """Note that no receiver of any address will open the file from now on."""
-        if self._pooled is not None:
-            self._pooled.num_requests = 0
-
-    def tensors(self) -> list[Tensor]:
-        """Map the tensors, each with its own storage; writes to them stay private.
-
-        Raises:
-            OSError: If there is no address space, or there are too many mappings.
-        """
-        path = f"/proc/self/fd/{self._descriptor}"
-        try:
-            mapped = torch.from_file(path, shared=False, size=self._num_bytes, dtype=torch.uint8, device="cpu")
-        except RuntimeError as error:
-            raise OSError(errno.ENOMEM, f"{self._num_bytes} bytes cannot be mapped: {error}") from error
-        return [_at_extent(mapped.numpy(), extent) for extent in self._extents]
+        file = _sealed_file(chunks, num_bytes) if pool is None else pool.file_of(chunks, num_bytes)
+        self._files.append((file, extents))
 
 
-def _sealed_file(chunks: Iterable[bytes | memoryview], num_bytes: int) -> int:
-    """Write chunks one behind the other into a memory file, which never changes again; return its descriptor."""
-    descriptor = memory_file.create(num_bytes)
+def _give_back(files: list[tuple[MemoryFile, Sequence[_Extent]]]) -> None:
+    for file, _ in files:
+        file.give_back()
+
+
+def _sealed_file(chunks: Iterable[bytes | memoryview], num_bytes: int) -> MemoryFile:
+    """Write chunks one behind the other into a memory file, which never changes again."""
+    file = MemoryFile(memory_file.create(num_bytes), num_bytes)
     try:
-        memory_file.write(descriptor, chunks)
-        memory_file.forbid_writing(descriptor)
+        file.write(chunks)
+        memory_file.forbid_writing(file.descriptor)
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
-    return descriptor
+    return file
+
+
+def _check_file(descriptor: int, inode: int, num_bytes: int, extents: Sequence[_Extent]) -> None:
+    """Check a file that another process has named.
+
+    Raises:
+        SerializationError: If it is another file, may shrink, or has not all tensors.
+    """
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_ino != inode:
+        raise _gone()
+    # A file that shrinks under a mapping kills the process that reads there. Only its owner keeps its bytes from
+    # changing: it is a process of this user, which a file without a pool forbids to write.
+    if not memory_file.has_fixed_size(descriptor):
+        raise _gone()
+    if status.st_size != num_bytes:
+        raise SerializationError("a file has another size than it is said to have")
+    for start, num_tensor_bytes, dtype, shape, stride in extents:
+        check_extent(shape, stride, 0, dtype_named(dtype), num_tensor_bytes)
+        if min(start, num_tensor_bytes) < 0 or start + num_tensor_bytes > num_bytes:
+            raise SerializationError("a tensor reaches beyond the file that it lies in")
 
 
 def _gone() -> SerializationError:

@@ -22,26 +22,29 @@ _MAX_TRIES = 8  # files that have readers, before a new file is made: each try t
 
 
 @dataclass(eq=False, slots=True)
-class PooledFile:
-    """A memory file that its pool takes back.
+class MemoryFile:
+    """An open memory file.
 
     Attributes:
         descriptor: The open file.
         num_bytes: Its size.
-        pool: The pool.
+        pool: The pool that takes it back; None for a file that is written once, or of another process.
         num_requests: Requests that name the file to another process and were not answered.
         mapping: Its memory, if it is mapped for writing.
     """
 
     descriptor: int
     num_bytes: int
-    pool: FilePool
+    pool: FilePool | None = None
     num_requests: int = 0
     mapping: mmap.mmap | None = None
 
     def give_back(self) -> None:
-        """Return the file to its pool."""
-        self.pool.give_back(self)
+        """Return the file to its pool, or close it."""
+        if self.pool is not None:
+            self.pool.give_back(self)
+        else:
+            self.close()
 
     def write(self, chunks: Iterable[bytes | memoryview]) -> None:
         """Write chunks one behind the other.
@@ -72,16 +75,16 @@ class FilePool:
     def __init__(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._files: list[PooledFile] = []  # the oldest first
+        self._files: list[MemoryFile] = []  # the oldest first
         self._is_open = True
 
-    def file_of(self, chunks: Iterable[bytes | memoryview], num_bytes: int) -> PooledFile:
+    def file_of(self, chunks: Iterable[bytes | memoryview], num_bytes: int) -> MemoryFile:
         """Return a file of exactly that size with the chunks in it, one behind the other.
 
         Raises:
             OSError: If there is no memory or descriptor for it.
         """
-        file = self._unused(num_bytes) or PooledFile(memory_file.create(num_bytes), num_bytes, self)
+        file = self._unused(num_bytes) or MemoryFile(memory_file.create(num_bytes), num_bytes, self)
         try:
             file.write(chunks)
         except BaseException:
@@ -89,7 +92,7 @@ class FilePool:
             raise
         return file
 
-    def give_back(self, file: PooledFile) -> None:
+    def give_back(self, file: MemoryFile) -> None:
         """Keep a file, or close it if a request that names it was not answered.
 
         A garbage collection may call this at any time, in the middle of other methods too: it never waits.
@@ -119,7 +122,7 @@ class FilePool:
         num_bytes = sum(file.num_bytes for file in self._files)
         return self._is_open and num_bytes <= _MAX_BYTES and len(self._files) <= _MAX_FILES
 
-    def _unused(self, num_bytes: int) -> PooledFile | None:
+    def _unused(self, num_bytes: int) -> MemoryFile | None:
         if not self._is_usable():
             return None
         with self._lock:

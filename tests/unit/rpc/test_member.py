@@ -17,7 +17,7 @@ from torchfedrpc.rpc.control_link import Link, Message
 from torchfedrpc.rpc.heartbeat import Loss
 from torchfedrpc.rpc.member import Member, RefusalError, WorkerGone
 from torchfedrpc.rpc.worker_client import UndeliverableError, WorldOver
-from torchfedrpc.wire.file import TensorFile
+from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.packing import pack
 
 GOOD: Message = {"device": "cpu", "visible_gpus": None, "sees_files": True, "files": None, "problems": []}
@@ -61,12 +61,15 @@ async def test_a_refusal_of_another_form_is_a_lost_worker(ends: tuple[Member, Li
 
 def test_message_of_a_prepared_worker_is_taken(ends: tuple[Member, Link]) -> None:
     member, _ = ends
-    probe = TensorFile.of([])
-    assert member.adopt({**GOOD, "device": "cuda:1", "visible_gpus": "0,1", "files": [os.getpid(), probe.address()]})
+    probe = TensorFiles.probe()
+    assert probe is not None
+    assert member.adopt(
+        {**GOOD, "device": "cuda:1", "visible_gpus": "0,1", "files": [os.getpid(), probe.addresses()]}
+    )
     assert (member.device, member.visible_gpus, member.sees_files) == ("cuda:1", "0,1", True)
     assert member.pid == os.getpid()
     probe.close()
-    assert member.adopt({**GOOD, "files": ["../1", [0, 0, 0, 0, []]]})
+    assert member.adopt({**GOOD, "files": ["../1", [[0, 0, 0, 0, []]]]})
     assert member.pid is None
 
 

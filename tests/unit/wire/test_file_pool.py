@@ -19,8 +19,8 @@ from losses import pseudo
 import torchfedrpc as tfr
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire import file_pool, memory_file
-from torchfedrpc.wire.file import TensorFile, TensorFiles
-from torchfedrpc.wire.file_pool import FilePool, PooledFile
+from torchfedrpc.wire.file import TensorFiles
+from torchfedrpc.wire.file_pool import FilePool, MemoryFile
 
 NUM_BYTES = 8192
 WITHOUT_JOURNAL = pseudo(on_worker_lost="fail")  # a journal would keep the arguments, and so their files
@@ -52,9 +52,9 @@ def pool() -> Iterator[FilePool]:
 
 
 @contextmanager
-def reading(file: TensorFile, form: str) -> Iterator[Callable[[], int]]:
+def reading(file: TensorFiles, form: str) -> Iterator[Callable[[], int]]:
     """A second process that has a file open or mapped; gives a function that returns the first byte it reads."""
-    path = f"/proc/{os.getpid()}/fd/{file._descriptor}"
+    path = f"/proc/{os.getpid()}/fd/{memory(file).descriptor}"
     with subprocess.Popen(
         [sys.executable, "-c", READER, path, form], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -73,17 +73,17 @@ def reading(file: TensorFile, form: str) -> Iterator[Callable[[], int]]:
             stdin.close()
 
 
-def filled(pool: FilePool, value: int, num_bytes: int = NUM_BYTES) -> TensorFile:
+def filled(pool: FilePool, value: int, num_bytes: int = NUM_BYTES) -> TensorFiles:
     """A file of bytes of that value."""
-    return TensorFile.of([torch.full((num_bytes,), value, dtype=torch.uint8)], pool)
+    return TensorFiles.of([torch.full((num_bytes,), value, dtype=torch.uint8)], pool)
 
 
-def memory(file: TensorFile) -> PooledFile:
-    assert file._pooled is not None
-    return file._pooled
+def memory(file: TensorFiles) -> MemoryFile:
+    ((found, _),) = file._files
+    return found
 
 
-def content(file: PooledFile) -> bytes:
+def content(file: MemoryFile) -> bytes:
     return os.pread(file.descriptor, file.num_bytes, 0)
 
 
@@ -155,14 +155,14 @@ def test_file_with_a_reader_in_another_process_is_not_written(pool: FilePool, fo
 
 
 def test_file_that_this_process_has_mapped_is_not_written(pool: FilePool) -> None:
-    file = TensorFile.of([torch.ones(1000)], pool)
+    file = TensorFiles.of([torch.ones(1000)], pool)
     (tensor,) = file.tensors()
     del file
-    other = TensorFile.of([torch.zeros(1000)], pool)
+    other = TensorFiles.of([torch.zeros(1000)], pool)
     assert tensor.eq(1).all()
     del tensor
     num_files = num_memory_files()
-    again = TensorFile.of([torch.zeros(1000)], pool)
+    again = TensorFiles.of([torch.zeros(1000)], pool)
     assert num_memory_files() == num_files
     assert other.tensors()[0].eq(0).all()
     assert again.tensors()[0].eq(0).all()
@@ -310,13 +310,13 @@ def test_kernel_that_gives_the_same_answer_with_and_without_a_reader_is_found_ou
 
 
 def test_reader_accepts_a_file_of_a_pool_and_no_file_that_could_shrink(pool: FilePool) -> None:
-    file = TensorFile.of([torch.ones(1000)], pool)
-    (tensor,) = TensorFile.at(file.address(), os.getpid()).tensors()
+    file = TensorFiles.of([torch.ones(1000)], pool)
+    (tensor,) = TensorFiles.at(file.addresses(), os.getpid()).tensors()
     assert tensor.eq(1).all()
     unsealed = os.memfd_create(memory_file.NAME, os.MFD_ALLOW_SEALING)
     os.ftruncate(unsealed, 64)
     with pytest.raises(SerializationError, match="not there"):  # it could shrink
-        TensorFile.at((unsealed, os.fstat(unsealed).st_ino, 64, []), os.getpid())
+        TensorFiles.at([(unsealed, os.fstat(unsealed).st_ino, 64, [])], os.getpid())
     os.close(unsealed)
 
 
@@ -383,13 +383,14 @@ async def test_weights_that_learners_keep_do_not_change() -> None:
 async def test_files_of_a_request_that_was_never_answered_are_not_used_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    give_back, unanswered = PooledFile.give_back, []
+    give_back, unanswered = MemoryFile.give_back, []
 
-    def note(file: PooledFile) -> None:
-        unanswered.append(file.num_requests)
+    def note(file: MemoryFile) -> None:
+        if file.pool is not None:
+            unanswered.append(file.num_requests)
         give_back(file)
 
-    monkeypatch.setattr(PooledFile, "give_back", note)
+    monkeypatch.setattr(MemoryFile, "give_back", note)
     async with tfr.LearnerProxy(Collector, ["a"], runtime=pseudo(num_processes=1)) as proxy:
         assert await proxy.custom_method("a", "mean", torch.ones(1 << 20)) == 1
         assert await proxy.custom_method("a", "end_first", torch.full((1 << 20,), 2.0), str(tmp_path / "marker")) == 2

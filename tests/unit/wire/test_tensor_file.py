@@ -21,7 +21,7 @@ from losses import pseudo
 import torchfedrpc as tfr
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.wire import memory_file
-from torchfedrpc.wire.file import TensorFile, TensorFiles
+from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.packing import pack
 
 TENSORS = [torch.arange(5.0), torch.ones(3, 4).t(), torch.zeros(2, dtype=torch.bfloat16), torch.empty(0)]
@@ -37,8 +37,8 @@ def test_it_is_found_by_its_address_and_has_what_was_put_in() -> None:
 
 
 def test_files_cannot_change_and_writes_to_a_mapping_stay_private() -> None:
-    file = TensorFile.of(TENSORS)
-    number, *_ = file.address()
+    file = TensorFiles.of(TENSORS)
+    ((number, *_),) = file.addresses()
     for change in (lambda: os.ftruncate(number, 1), lambda: os.pwrite(number, b"1", 0)):
         with pytest.raises(OSError, match="not permitted"):
             change()
@@ -61,9 +61,10 @@ def test_files_cannot_change_and_writes_to_a_mapping_stay_private() -> None:
     ],
 )
 def test_an_address_that_does_not_fit_is_refused(change: Any) -> None:
-    file = TensorFile.of(TENSORS)
+    file = TensorFiles.of(TENSORS)
+    (address,) = file.addresses()
     with pytest.raises(SerializationError):
-        TensorFile.at(change(*file.address()), os.getpid())
+        TensorFiles.at([change(*address)], os.getpid())
 
 
 @pytest.mark.parametrize(
@@ -87,14 +88,16 @@ def test_an_address_that_does_not_fit_is_refused(change: Any) -> None:
 )
 def test_what_is_no_address_is_refused(address: Any) -> None:
     with pytest.raises((SerializationError, OSError)):
-        TensorFile.at(address, os.getpid())
-    assert not TensorFile.is_found(os.getpid(), address)
+        TensorFiles.at([address], os.getpid())
+    assert not TensorFiles.is_found(os.getpid(), [address])
 
 
 @pytest.mark.parametrize("pid", ["1", "self/../1", -1, 0, None, True, 2.0])
 def test_what_is_no_process_is_refused(pid: Any) -> None:
-    address = TensorFile.of([]).address()
-    assert not TensorFile.is_found(pid, address)
+    probe = TensorFiles.probe()
+    assert probe is not None
+    assert TensorFiles.is_found(os.getpid(), probe.addresses())
+    assert not TensorFiles.is_found(pid, probe.addresses())
 
 
 def test_a_pipe_that_another_process_names_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +105,9 @@ def test_a_pipe_that_another_process_names_is_not_waited_for(tmp_path: Path, mon
     descriptor = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     try:
         began = time.monotonic()
-        assert not TensorFile.is_found(os.getpid(), (descriptor, os.fstat(descriptor).st_ino, 1, []))
+        assert not TensorFiles.is_found(os.getpid(), [(descriptor, os.fstat(descriptor).st_ino, 1, [])])
         monkeypatch.setattr(os, "readlink", lambda path: "/memfd:torchfedrpc-shared")  # it is changed under us
-        assert not TensorFile.is_found(os.getpid(), (descriptor, os.fstat(descriptor).st_ino, 1, []))
+        assert not TensorFiles.is_found(os.getpid(), [(descriptor, os.fstat(descriptor).st_ino, 1, [])])
         assert time.monotonic() - began < 1
     finally:
         os.close(descriptor)
@@ -116,7 +119,7 @@ def test_file_that_may_still_shrink_is_refused() -> None:
         os.ftruncate(descriptor, 64)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
         with pytest.raises(SerializationError, match="not there"):
-            TensorFile.at((descriptor, os.fstat(descriptor).st_ino, 64, []), os.getpid())
+            TensorFiles.at([(descriptor, os.fstat(descriptor).st_ino, 64, [])], os.getpid())
     finally:
         os.close(descriptor)
 
@@ -127,7 +130,7 @@ def test_another_file_of_a_process_is_not_read() -> None:
         file.flush()
         status = os.fstat(file.fileno())
         with pytest.raises((SerializationError, OSError)):
-            TensorFile.at((file.fileno(), status.st_ino, status.st_size, []), os.getpid())
+            TensorFiles.at([(file.fileno(), status.st_ino, status.st_size, [])], os.getpid())
 
 
 class Taker:
@@ -166,7 +169,7 @@ async def test_results_of_workers_whose_files_are_found_are_mapped(
     finds_them: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not finds_them:
-        monkeypatch.setattr(TensorFile, "is_found", lambda pid, address: False)
+        monkeypatch.setattr(TensorFiles, "is_found", lambda pid, addresses: False)
     async with tfr.LearnerProxy(Taker, ["a"], runtime={"execution_mode": "pseudo", "num_processes": 1}) as proxy:
         await proxy.custom_method("a", "take", torch.ones(1 << 20))
         weights = await proxy.custom_method("a", "give")
