@@ -1,8 +1,9 @@
 """Recipes: plain mappings with a ``_target_`` from which any process can build an object.
 
 A learner receives recipes from the driver, over the network. So a recipe may call only targets meant for that:
-datasets and models of this library, ``torch.nn``, and classes and functions defined by the learner's package or by
-packages in ``runtime.trusted_modules``. The rule is the same in every mode, and for the driver's recipes.
+datasets and models of this library, modules of ``torch.nn``, and classes and functions defined by the learner's
+package or by packages in ``runtime.trusted_modules``. The rule is the same in every mode, and for the driver's
+recipes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,9 @@ from torch import nn
 from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.wire.allowlist import AllowList, canonical
 
-_OWN_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")  # hydra's
+_OWN_KEYS = ("_target_", "_args_", "_partial_")  # hydra's
 _OURS = ("torchfedrpc.experiments.data.", "torchfedrpc.experiments.models.")
 _TORCH = "torch.nn."
-# Its other functions set hooks for all modules of a process, or do not belong in a model.
-_TORCH_FUNCTIONS = ("torch.nn.functional", "torch.nn.init", "torch.nn.utils")
 _INSTALL = "install the package, or put the folder that it is in on PYTHONPATH, for the driver and its workers"
 _NEVER_WHOLE = ("torch", "torchfedrpc")  # both contain functions that run arbitrary commands or scripts
 
@@ -35,8 +34,8 @@ def build(recipe: Mapping[str, Any], trusted_modules: Iterable[str] = (), /, **e
 
     Args:
         recipe: ``_target_`` is the dotted name of a class or function, ``_args_`` its positional arguments; the other
-            keys are keyword arguments. Nested recipes are built first, unless ``_recursive_`` is false. With
-            ``_partial_`` the result is a `functools.partial` of the call.
+            keys are keyword arguments. Nested recipes are built first. With ``_partial_`` the result is a
+            `functools.partial` of the call.
         trusted_modules: Packages with classes and functions that the recipe may name, beside those always allowed.
         extra: Further keyword arguments, passed unchanged.
 
@@ -68,11 +67,8 @@ def _made(value: Any, extra: Mapping[str, Any] | None = None) -> Any:
         return value
     if "_target_" not in value:
         return {key: _made(item) for key, item in value.items()}
-    args = list(value.get("_args_", ()))
-    kwargs = {key: item for key, item in value.items() if key not in _OWN_KEYS}
-    if value.get("_recursive_", True):
-        args, kwargs = _made(args), _made(kwargs)
-    kwargs |= extra or {}
+    args = _made(list(value.get("_args_", ())))
+    kwargs = {key: _made(item) for key, item in value.items() if key not in _OWN_KEYS} | dict(extra or {})
     *_, target = _entries(value["_target_"])
     return functools.partial(target, *args, **kwargs) if value.get("_partial_") else target(*args, **kwargs)
 
@@ -114,14 +110,11 @@ def _find_trusted(target: Any, trusted: frozenset[str]) -> None:
 
 
 def _is_for_all(entry: Any) -> bool:
-    """Return whether recipes may call an object without trusted packages: it creates data, a model, or a layer."""
+    """Return whether recipes may call an object without trusted packages: it makes data, a model, or a layer."""
     home = _home(entry)
     if home.startswith(_OURS):
         return True
-    if isinstance(entry, type):
-        return home.startswith(_TORCH) and issubclass(entry, nn.Module)
-    is_unset = getattr(entry, "__name__", "") == "skip_init"  # it returns uninitialised memory
-    return home in _TORCH_FUNCTIONS or (home.startswith("torch.nn.utils.") and not is_unset)
+    return home.startswith(_TORCH) and isinstance(entry, type) and issubclass(entry, nn.Module)
 
 
 def _home(entry: Any) -> str:
@@ -178,8 +171,9 @@ def _untrusted(target: str, home: str) -> ConfigError:
         if root not in sys.modules and PathFinder.find_spec(root) is None:  # find_spec imports nothing
             remedy += f", and {_INSTALL}"
     return ConfigError(
-        f"a recipe may not call {target}: recipes may name the data sets and models of torchfedrpc, torch.nn, and "
-        f"classes and functions that the learner's own package and runtime.trusted_modules define; {remedy}"
+        f"a recipe may not call {target}: recipes may name the data sets and models of torchfedrpc, modules of "
+        f"torch.nn, and classes and functions that the learner's own package and runtime.trusted_modules define; "
+        f"{remedy}"
     )
 
 

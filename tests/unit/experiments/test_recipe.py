@@ -62,10 +62,9 @@ def test_extra_arguments_arrive_as_they_are() -> None:
 
 def test_a_recipe_in_another_is_called_first() -> None:
     inner = target("divide", numerator=1, denominator=2)
-    made = build(target("Pair", _args_=[inner, {"deep": [inner]}], kept=(inner,), _convert_="all"), HERE)
+    made = build(target("Pair", _args_=[inner, {"deep": [inner]}], kept=(inner,)), HERE)
     assert made.args == (0.5, {"deep": [0.5]})
     assert made.kwargs == {"kept": (0.5,)}
-    assert build(target("Pair", _args_=[inner], _recursive_=False), HERE).args == (inner,)
 
 
 def test_a_partial_recipe_is_called_later() -> None:
@@ -87,12 +86,11 @@ def test_models_of_this_library_and_torch_nn_need_no_trust() -> None:
         build({"_target_": "torchfedrpc.experiments.models.logistic.LogisticRegression"}), LogisticRegression
     )
     linear = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}
-    normed = {"_target_": "torch.nn.utils.parametrizations.weight_norm", "module": linear}
     relu = {"_target_": "torch.nn.modules.activation.ReLU"}
-    model = build({"_target_": "torch.nn.Sequential", "_args_": [linear, relu, normed | {"_args_": []}]})
+    model = build({"_target_": "torch.nn.Sequential", "_args_": [linear, relu]})
     assert isinstance(model, torch.nn.Sequential)
-    activation = {"_target_": "torch.nn.functional.relu", "_partial_": True}
-    assert build(activation)(torch.tensor(-1.0)) == 0
+    activation = {"_target_": "torch.nn.ReLU", "_partial_": True}
+    assert build(activation)()(torch.tensor(-1.0)) == 0
 
 
 def test_an_error_of_the_target_is_its_own() -> None:
@@ -106,6 +104,7 @@ REFUSED = [
     *("os.system", "posix.system", "subprocess.run", "subprocess.Popen", "builtins.eval", "builtins.exec"),
     *("torch.utils.collect_env.run", "distutils.spawn.spawn", "torch.fx.graph_module._exec_with_source"),
     *("torch.load", "torch.hub.load", "torch.jit.load", "torch.optim.SGD", "torch.nn", "torch.nn.functional"),
+    *("torch.nn.functional.relu", "torch.nn.init.zeros_", "torch.nn.utils.skip_init", "torch.nn.Parameter"),
     *("torch.nn.functional.importlib.import_module", "torch.nn.functional.warnings.warn", "torch.nn.grad.torch.load"),
     *("torch.nn.functional.handle_torch_function", "torch.nn.functional.boolean_dispatch", "torch.nn.functional.np"),
     *("torch.nn.modules.module.register_module_forward_hook", "torch.nn.modules.module.torch.load"),
