@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -129,31 +130,31 @@ async def run_experiment(
     if note := extras.missing_line([("live bar", "rich"), ("picture", "matplotlib")]):
         print(note, file=stream)
     data: TrainTest = build(config.dataset, config.trusted_modules)
-    scorer = _Scorer(build_model(config.model, config.seed, config.trusted_modules), data.test)
-    weights, history = await _train(config, data, scorer, output_dir / "history.jsonl", checkpoints, stream)
+    metrics_of = partial(_metrics, build_model(config.model, config.seed, config.trusted_modules), data.test)
+    weights, history = await _train(config, data.train, metrics_of, output_dir / "history.jsonl", checkpoints, stream)
     with replaced(output_dir / "model.pt") as file:
         torch.save(weights, file)
     with process_settings(config.runtime):
         baseline = _train_baseline(config, data)
-        final = scorer.score(weights)
+        accuracy = metrics_of(weights)["test_accuracy"]
     _draw(history, baseline, output_dir / "metrics.png")
     print_table(history, stream)
     if baseline:
         print(f"centralised baseline: test accuracy {baseline[-1].accuracy:.3f}", file=stream)
-    print(f"final test accuracy: {final.accuracy:.3f}", file=stream, flush=True)
-    return final.accuracy
+    print(f"final test accuracy: {accuracy:.3f}", file=stream, flush=True)
+    return accuracy
 
 
 async def _train(
     config: ExperimentConfig,
-    data: TrainTest,
-    scorer: _Scorer,
+    train_set: Samples,
+    metrics_of: Callable[[Mapping[str, Tensor]], Mapping[str, float]],
     history_path: Path,
     checkpoints: Checkpoints,
     stream: TextIO,
 ) -> tuple[dict[str, Tensor], list[RoundRecord]]:
     """Run the trainer, and return the final weights and the rounds."""
-    clients = _divide(config, data.train)
+    clients = _divide(config, train_set)
     async with LearnerProxy(locate(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
         going_on = f", going on after round {found.round_num}" if found is not None else ""
@@ -163,7 +164,7 @@ async def _train(
             _settings(config.trainer),
             proxy,
             initial_weights=initial_weights(config.model, config.seed, config.trusted_modules),
-            score=scorer.metrics,
+            score=metrics_of,
             history=history,
         )
         trainer.checkpoints = checkpoints
@@ -182,25 +183,11 @@ def _is_required(item: dataclasses.Field[Any]) -> bool:
     return item.default is dataclasses.MISSING
 
 
-class _Scorer:
-    """Scorer of weights on the held-out samples.
-
-    Args:
-        model: A module into which the weights are loaded.
-        test_set: The samples.
-    """
-
-    def __init__(self, model: nn.Module, test_set: Samples) -> None:
-        self._model = model
-        self._test_set = test_set
-
-    def score(self, weights: Mapping[str, Tensor]) -> Score:
-        self._model.load_state_dict(weights)
-        return score(self._model, self._test_set)
-
-    def metrics(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        result = self.score(weights)
-        return {"test_accuracy": result.accuracy, "test_loss": result.loss}
+def _metrics(model: nn.Module, test_set: Samples, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the metrics of weights, which are loaded into a model, on held-out samples."""
+    model.load_state_dict(weights)
+    result = score(model, test_set)
+    return {"test_accuracy": result.accuracy, "test_loss": result.loss}
 
 
 def _divide(config: ExperimentConfig, train_set: Samples) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torchfedrpc.errors import CallTimeoutError
 from torchfedrpc.host.answer import answer
@@ -26,13 +26,6 @@ from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, Parcel, Reference
 
 
-class ConstructorArguments(Protocol):
-    """Returns the keyword arguments of a learner's constructor."""
-
-    def __call__(self, client_id: str, *, by_value: bool) -> Packed:
-        """Return the arguments of a client, copied if ``by_value``."""
-
-
 class LearnerHost:
     """Owns the learners of one process, on workers and in the driver (local mode).
 
@@ -48,7 +41,8 @@ class LearnerHost:
             limits do not apply while a debugger is attached, and outcomes are not kept. Default: That of a worker
             without a GPU, which reports no progress.
         worker: Name of this process in messages.
-        constructor_arguments: Returns the arguments of a client's learner. Then learners need not be registered.
+        constructor_arguments: Returns the packed keyword arguments of a client's learner, copied if ``by_value``.
+            Then learners need not be registered.
     """
 
     def __init__(
@@ -57,7 +51,7 @@ class LearnerHost:
         process: ProcessState | None = None,
         *,
         worker: str = "local",
-        constructor_arguments: ConstructorArguments | None = None,
+        constructor_arguments: Callable[..., Packed] | None = None,
     ) -> None:
         self.worker = worker
         self.call_timeout_s = spec.runtime.call_timeout_s

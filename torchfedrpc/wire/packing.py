@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 import operator
 import pickle
@@ -332,14 +331,8 @@ def _copies(views: list[View], slots: list[Tensor]) -> list[Tensor]:
 
 
 def _tensor_on(memory: memoryview) -> Tensor:
-    """Return a uint8 tensor [num_bytes] on memory; nothing may write to it, since the memory may be read-only."""
-    if not memory.readonly:
-        return torch.frombuffer(memory, dtype=torch.uint8)
-    # torch warns of read-only memory, so it is given an alias.
-    address = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
-    alias: Any = (ctypes.c_ubyte * memory.nbytes).from_address(address)
-    alias.owner = memory
-    return torch.frombuffer(alias, dtype=torch.uint8)
+    """Return a uint8 tensor [num_bytes] on memory, or on a copy if it is read-only, of which torch would warn."""
+    return torch.frombuffer(bytearray(memory) if memory.readonly else memory, dtype=torch.uint8)
 
 
 class _Builder:

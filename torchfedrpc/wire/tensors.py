@@ -19,10 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchfedrpc.errors import SerializationError
 
 _SPARSE_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+_SMALL_BYTES = 65536  # smaller tensors are joined: copying them twice is faster than sending one more tensor
 ALIGNMENT_BYTES = 64  # kernels may compute other last bits for memory with another alignment
-
-SMALL_BYTES = 65536
-"""Tensors of up to this size are joined: copying them twice is faster than sending one more tensor."""
 
 _split: Any = torch.split_with_sizes_copy  # torch's type stubs have it return nothing
 
@@ -378,7 +376,7 @@ def _overlaps(tensor: Tensor) -> bool:
 def _is_small(tensor: Tensor) -> bool:
     """Return whether to join a tensor with others; False if its storage was freed, which `_dense` refuses."""
     num_bytes = tensor.nbytes
-    if num_bytes > SMALL_BYTES or not tensor.is_cpu:
+    if num_bytes > _SMALL_BYTES or not tensor.is_cpu:
         return False
     start, stride = int(tensor.storage_offset()) * tensor.itemsize, tensor.stride()
     return (
