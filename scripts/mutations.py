@@ -202,7 +202,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a memory fence does not wait",
-        "wire/cuda_order.py",
+        "wire/tensors.py",
         "            torch.cuda.current_stream(device).wait_event(event)\n",
         "            pass\n",
         "tests/unit/rpc/test_devices.py",
@@ -223,7 +223,7 @@ MUTATIONS = [
     ),
     Mutation(
         "async steps run beside sync methods",
-        "host/method_lock.py",
+        "host/process_state.py",
         "or (exclusive and self._num_sharing)",
         "",
         "tests/unit/host/test_method_lock.py",

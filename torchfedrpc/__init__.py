@@ -46,8 +46,7 @@ from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.experiments.classification import ClassificationLearner
 from torchfedrpc.federation.checkpoints import Checkpoints
-from torchfedrpc.federation.fedavg import FedAvgTrainer
-from torchfedrpc.federation.fedprox import FedProxTrainer
+from torchfedrpc.federation.fedavg import FedAvgTrainer, FedProxTrainer
 from torchfedrpc.federation.learner_base import Learner
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.group import GroupResult, LearnerGroup, ReduceResult

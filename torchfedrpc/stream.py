@@ -11,8 +11,8 @@ from torchfedrpc.calls import Calls, reading
 from torchfedrpc.errors import ConfigError, LearnerBusyError
 from torchfedrpc.executors.base import Invocation
 from torchfedrpc.executors.stream import ItemStream
-from torchfedrpc.host.answer import call_on
 from torchfedrpc.options import CallOptions
+from torchfedrpc.tasks import call_on
 
 _numbers = itertools.count()  # of streams; unique in this process
 

@@ -1,11 +1,12 @@
-"""Several tasks at once: in the background, all or none, all to their end, one after another."""
+"""Several tasks at once: in the background, all or none, all to their end, one after another; calls from threads."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -147,3 +148,9 @@ class Turns:
                 turn.set_result(None)
                 return
         self._is_held = False
+
+
+def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: Any) -> None:
+    """Call a function on an event loop, from any thread. Ignored if the loop is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)

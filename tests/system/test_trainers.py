@@ -14,8 +14,7 @@ from torch import Tensor
 
 import torchfedrpc as tfr
 from torchfedrpc.events import Event, RoundEnded, RoundStarted
-from torchfedrpc.federation.fedavg import FedAvgTrainer
-from torchfedrpc.federation.fedprox import FedProxTrainer
+from torchfedrpc.federation.fedavg import FedAvgTrainer, FedProxTrainer
 
 CLIENTS = ["client_1", "client_2", "client_3", "client_4"]
 

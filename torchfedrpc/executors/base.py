@@ -16,7 +16,6 @@ from torchfedrpc.events import EventBus, ProgressReported
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.executors.stream import ItemStream
-from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Call
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
@@ -24,6 +23,7 @@ from torchfedrpc.host.process import choose_device
 from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce.driver import Reduction
+from torchfedrpc.tasks import call_on
 from torchfedrpc.wire.packing import Packed, Reference, pack
 from torchfedrpc.wire.shared import SharedValue
 

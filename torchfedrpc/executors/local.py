@@ -12,10 +12,9 @@ from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.call_executor import CallExecutor, without_traces
 from torchfedrpc.executors.durations import Durations
-from torchfedrpc.host.answer import answer
 from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.host.faults import Fault
-from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.host.learner_host import LearnerHost, answer
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.registry import executor

@@ -17,7 +17,7 @@ from torch.nn.parameter import Parameter
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.executors.admission import estimate
-from torchfedrpc.host.answer import call_on
+from torchfedrpc.tasks import call_on
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, SentApart
 from torchfedrpc.wire.shared import SharedValue

@@ -1,4 +1,4 @@
-"""Federated averaging."""
+"""Federated averaging, and FedProx."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import RoundEnded
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.proxy import LearnerProxy
@@ -97,6 +98,25 @@ class FedAvgTrainer(AbstractFederationTrainer):
     def local_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of ``train_epoch`` beside weights and round, the same for every client."""
         return {"local_epochs": self._count("local_epochs", default=1, least=1)}
+
+
+@trainer("fedprox")
+class FedProxTrainer(FedAvgTrainer):
+    """FedAvg with clients that minimise their loss plus ``mu / 2 * ||w - w_global||^2`` (Li et al. 2020).
+
+    The config has ``mu`` (>= 0) beside FedAvg's settings; learners receive it as ``proximal_mu``.
+    """
+
+    def local_settings(self) -> dict[str, Any]:
+        """Return FedAvg's arguments and ``proximal_mu``.
+
+        Raises:
+            ConfigError: If the config has no valid ``mu``.
+        """
+        mu = getattr(self.config, "mu", None)
+        if not isinstance(mu, int | float) or not mu >= 0:
+            raise ConfigError(f"FedProx needs mu, a number of at least 0, in the trainer's settings; it is {mu!r}")
+        return {**super().local_settings(), "proximal_mu": mu}
 
 
 def _averages(kind: type[FedAvgTrainer]) -> bool:

@@ -8,21 +8,22 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
-from torchfedrpc.errors import ConfigError, SerializationError
+from torchfedrpc.errors import ConfigError, SerializationError, suggest
 from torchfedrpc.events import RoundStarted
 from torchfedrpc.federation.aggregation import weighted_mean
 from torchfedrpc.federation.checkpoints import Checkpoints
-from torchfedrpc.federation.sampling import sample_clients
 from torchfedrpc.federation.saver import Saver
-from torchfedrpc.federation.settings import as_settings
 from torchfedrpc.federation.trainer_state import give_state, has_state_dict, state_of
 from torchfedrpc.proxy import LearnerProxy
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
 
 logger = logging.getLogger(__name__)
+
+_STREAM = 0x5E1EC7  # separates the draws of cohorts from others with the same seed
 
 
 class AbstractFederationTrainer(ABC):
@@ -168,3 +169,52 @@ class AbstractFederationTrainer(ABC):
             return value
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}, the number of clients"
         raise ConfigError(f"the trainer's {name} must be a whole number {bounds}, not {value!r}")
+
+
+def sample_clients(client_ids: Sequence[str], num_selected: int, *, seed: int, round_num: int) -> list[str]:
+    """Draw a cohort uniformly and without replacement, as a function of seed and round only.
+
+    No draw depends on an earlier one, so a run that resumes at round 7 selects the same cohort as the first run did.
+
+    Args:
+        client_ids: All clients.
+        num_selected: Size of the cohort, at most the number of clients.
+        seed: The run's seed, not negative.
+        round_num: The round, from 0.
+
+    Returns:
+        The cohort, in the order of ``client_ids``.
+    """
+    if num_selected == len(client_ids):
+        return list(client_ids)
+    generator = np.random.default_rng([_STREAM, seed, round_num])
+    chosen = generator.choice(len(client_ids), size=num_selected, replace=False)
+    return [client_ids[number] for number in np.sort(chosen)]
+
+
+class Settings(dict[str, Any]):
+    """Mapping with attribute access to its keys. Nested mappings, also in lists, are converted as well."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__({key: _attributes(value) for key, value in values.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no setting named {name!r}{suggest(name, map(str, self))}") from None
+
+
+def as_settings(config: Any) -> Any:
+    """Return a mapping as `Settings`, and any other object unchanged."""
+    return _attributes(config)
+
+
+def _attributes(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return value
+    if isinstance(value, Mapping):
+        return Settings(value)
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(map(_attributes, value))
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import time
@@ -11,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from torchfedrpc.errors import CallTimeoutError
-from torchfedrpc.host.answer import answer
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.host.deadlines import debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
@@ -22,6 +22,7 @@ from torchfedrpc.host.runner import Runner, Steps, failed
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.threads import AsyncThread, SyncThreads
 from torchfedrpc.reduce.worker import BatchJob
+from torchfedrpc.tasks import call_on
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, Parcel, Reference
 
@@ -493,3 +494,31 @@ class LearnerHost:
         """Keep a final outcome for a repeated request. A batch keeps the outcomes of its calls itself."""
         if job.batch is None and not self._process.in_driver:
             self._outcomes[job.call.call_id] = outcome
+
+
+async def answer(send: Callable[[Reply], None], cancel: Callable[[], None]) -> Outcome:
+    """Send a request with a reply callback, and await the reply.
+
+    Args:
+        send: Called at once, with the callback, which may be called on any thread.
+        cancel: Called if the awaiting task is cancelled meanwhile.
+    """
+    loop, thread = asyncio.get_running_loop(), threading.get_ident()
+    future: asyncio.Future[Outcome] = loop.create_future()
+
+    def settle(outcome: Outcome) -> None:
+        if not future.done():
+            future.set_result(outcome)
+
+    def reply(outcome: Outcome) -> None:
+        if threading.get_ident() == thread:
+            settle(outcome)
+        else:
+            call_on(loop, settle, outcome)
+
+    send(reply)
+    try:
+        return await future
+    except asyncio.CancelledError:
+        cancel()
+        raise

@@ -12,7 +12,6 @@ from torchfedrpc.host.call import Report
 from torchfedrpc.host.deadlines import Deadlines
 from torchfedrpc.host.faults import Saboteur
 from torchfedrpc.host.mailbox import Job
-from torchfedrpc.host.method_lock import MethodLock
 from torchfedrpc.host.randomness import RandomStreams
 from torchfedrpc.host.shared_objects import SharedObjects
 from torchfedrpc.host.spec import LearnerSpec
@@ -115,3 +114,45 @@ class ProcessState:
         """End the clocks, and release the memory files of results."""
         self.deadlines.close()
         self._file_pool.close()
+
+
+class MethodLock:
+    """A fair lock, granted in the order of the requests.
+
+    Sync methods share it; steps of async methods have it alone.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._next_ticket = 0
+        self._serving = 0
+        self._num_sharing = 0
+        self._exclusive = False
+
+    def enter(self, *, exclusive: bool) -> None:
+        """Wait for the lock."""
+        with self._lock:
+            ticket = self._next_ticket
+            self._next_ticket += 1
+            while ticket != self._serving or self._exclusive or (exclusive and self._num_sharing):
+                self._changed.wait()
+            self._serving += 1
+            if exclusive:
+                self._exclusive = True
+            else:
+                self._num_sharing += 1
+            self._notify()
+
+    def leave(self, *, exclusive: bool) -> None:
+        """Release the lock."""
+        with self._lock:
+            if exclusive:
+                self._exclusive = False
+            else:
+                self._num_sharing -= 1
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._serving != self._next_ticket:
+            self._changed.notify_all()

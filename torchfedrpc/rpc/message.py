@@ -10,13 +10,12 @@ import torch
 
 from torchfedrpc.errors import SerializationError
 from torchfedrpc.host.call import Batch, Call, CallKind, Outcome, OutcomeKind
-from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.memory_file import NO_ROOM
 from torchfedrpc.wire.packing import Packed, Parcel, Unreadable
 from torchfedrpc.wire.shared import shared_values
-from torchfedrpc.wire.tensors import PlainTensors
+from torchfedrpc.wire.tensors import PlainTensors, fence
 
 _KINDS = frozenset(get_args(CallKind))
 _OUTCOMES: dict[str, OutcomeKind] = {kind: kind for kind in get_args(OutcomeKind)}

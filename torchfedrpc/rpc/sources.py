@@ -14,7 +14,6 @@ from pathlib import Path
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.host.answer import call_on
 from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.handshake import (
     About,
@@ -32,7 +31,7 @@ from torchfedrpc.rpc.interfaces import network_site, parse_address
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.processes import Process, start_worker
 from torchfedrpc.rpc.surroundings import Surroundings
-from torchfedrpc.tasks import Tasks
+from torchfedrpc.tasks import Tasks, call_on
 
 logger = logging.getLogger(__name__)
 

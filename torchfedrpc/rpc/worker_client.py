@@ -13,7 +13,6 @@ import torch
 
 from torchfedrpc.errors import ConfigError, SerializationError, WorkerLostError
 from torchfedrpc.events import Event
-from torchfedrpc.host.answer import call_on
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration
 from torchfedrpc.rpc import endpoint
 from torchfedrpc.rpc.backend import torch_rpc
@@ -28,6 +27,7 @@ from torchfedrpc.rpc.message import (
     read_report,
 )
 from torchfedrpc.rpc.rrefs import hold
+from torchfedrpc.tasks import call_on
 from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel
 from torchfedrpc.wire.shared import SharedValue, shared_values

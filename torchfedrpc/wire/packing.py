@@ -19,14 +19,15 @@ from torch.nn.parameter import Parameter
 from torchfedrpc.errors import SerializationError, UntrustedTypeError
 from torchfedrpc.wire import arrays, encodings, rebuild
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.cuda_order import Fence, fence
 from torchfedrpc.wire.file import TensorFiles, are_large, mapped_copies
 from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.scan import BUILD, REDUCE, check_depth, is_plain_data, with_requests
 from torchfedrpc.wire.tensors import (
+    Fence,
     PlainTensors,
     View,
     check_can_travel,
+    fence,
     gather_slots,
     is_joined,
     is_plain,

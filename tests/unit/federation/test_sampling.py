@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchfedrpc.federation.sampling import sample_clients
+from torchfedrpc.federation.trainer import sample_clients
 
 CLIENTS = [f"client_{number}" for number in range(1, 101)]
 

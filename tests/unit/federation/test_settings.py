@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchfedrpc.federation.settings import as_settings
+from torchfedrpc.federation.trainer import as_settings
 
 
 def test_keys_are_attributes_at_every_depth() -> None:

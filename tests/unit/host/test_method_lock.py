@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from torchfedrpc.host.method_lock import MethodLock
+from torchfedrpc.host.process_state import MethodLock
 
 _TIMEOUT_S = 10.0
 

@@ -29,8 +29,8 @@ from torchfedrpc.rpc.message import (
     read_parcel,
 )
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.cuda_order import fence
 from torchfedrpc.wire.packing import Parcel, Unreadable, pack
+from torchfedrpc.wire.tensors import fence
 
 CPU = torch.device("cpu")
 GPUS = [torch.device("cuda", number) for number in range(4)]
