@@ -26,7 +26,7 @@ from torchfedrpc.events import Event, ProgressReported
 from torchfedrpc.experiments.classification import ClassificationLearner
 from torchfedrpc.experiments.data.partition import iid
 from torchfedrpc.experiments.data.synthetic import synthetic
-from torchfedrpc.experiments.model import build_model, initial_weights
+from torchfedrpc.experiments.training import build_model, initial_weights
 from torchfedrpc.federation.fedavg import FedAvgTrainer
 from torchfedrpc.wire.fingerprint import fingerprint
 
@@ -40,7 +40,7 @@ _NUM_BLENDING = 2
 _LARGE = 600_000  # float32: large enough for workers to map the shared value, and the driver the results
 _OWN_BATCH_SIZE = 64
 _DATASET: dict[str, Any] = {"_target_": "torchfedrpc.experiments.data.synthetic.synthetic", "num_samples": 2500}
-_MODEL = {"_target_": "torchfedrpc.experiments.models.mlp.MLP"}
+_MODEL = {"_target_": "torchfedrpc.experiments.models.MLP"}
 
 _TRAPS = "TORCHFEDRPC_CHAOS_TRAPS"  # the folder of traps, in the environment of workers
 

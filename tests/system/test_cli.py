@@ -238,7 +238,7 @@ def test_info_has_a_help_and_refuses_arguments(
 
 
 def test_a_model_that_cannot_be_found_is_one_line_with_the_next_step(tmp_path: Path) -> None:
-    done = _command(tmp_path, *SMOKE, "model._target_=torchfedrpc.experiments.models.mlp.MPL")
+    done = _command(tmp_path, *SMOKE, "model._target_=torchfedrpc.experiments.models.MPL")
     assert done.returncode == 1
     assert re.match(r"torchfedrpc: cannot find .* \(did you mean 'MLP'\?\)", done.stderr.splitlines()[-1]), (
         done.stderr

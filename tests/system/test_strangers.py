@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(LAUNCHED, reason="starts launches of its own")
 
 CLIENT = {
     "dataset": {"_target_": "torchfedrpc.experiments.data.synthetic.synthetic", "num_samples": 20},
-    "model": {"_target_": "torchfedrpc.experiments.models.logistic.LogisticRegression"},
+    "model": {"_target_": "torchfedrpc.experiments.models.LogisticRegression"},
     "indices": np.arange(4),
 }
 MEDIAN_S = 0.1  # none takes longer than 3 s, which the peer sees to

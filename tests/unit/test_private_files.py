@@ -188,7 +188,7 @@ async def test_an_experiments_model_follows_no_link(
             "runtime": {"execution_mode": "local", "num_clients": 2},
             "dataset": {"_target_": "torchfedrpc.experiments.data.synthetic.synthetic", "num_samples": 60},
             "partition": {"_target_": "torchfedrpc.experiments.data.partition.iid", "seed": 0},
-            "model": {"_target_": "torchfedrpc.experiments.models.logistic.LogisticRegression"},
+            "model": {"_target_": "torchfedrpc.experiments.models.LogisticRegression"},
             "learner": {"_target_": "torchfedrpc.experiments.classification.ClassificationLearner"},
             "trainer": {"_target_": "torchfedrpc.federation.fedavg.FedAvgTrainer", "num_rounds": 1},
         }

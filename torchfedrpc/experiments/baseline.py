@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from torchfedrpc.experiments.data.samples import TrainTest
-from torchfedrpc.experiments.model import build_model
-from torchfedrpc.experiments.training import Optimisation, Score, fit, score
+from torchfedrpc.experiments.training import Optimisation, Score, build_model, fit, score
 
 
 def train_centrally(

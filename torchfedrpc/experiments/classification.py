@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
-from torchfedrpc.experiments.model import build_model, copy_weights, initial_weights
 from torchfedrpc.experiments.recipe import build
-from torchfedrpc.experiments.training import Optimisation, fit, score
+from torchfedrpc.experiments.training import Optimisation, build_model, copy_weights, fit, initial_weights, score
 from torchfedrpc.federation.learner_base import Learner
 from torchfedrpc.host.context import current_call
 from torchfedrpc.registry import learner

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import hydra
+import numpy as np
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -17,11 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, GroupCallError, SnapshotError, WorkerLostError
 from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
-from torchfedrpc.experiments.info import describe
+from torchfedrpc.host.process import num_usable_cores
 from torchfedrpc.launcher import Launch
 from torchfedrpc.private_files import close_to_others, make_private, replaced
+from torchfedrpc.rpc import world
+from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.run import drive, leave_no_word
 from torchfedrpc.signals import run_interruptible
+from torchfedrpc.version import __version__
 
 _INFO = "Print the versions, the machine and the transport between processes; torchfedrpc --help is of experiments."
 _BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in the driver's process
@@ -92,3 +99,29 @@ def plain(config: DictConfig) -> dict[str, object]:
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def describe() -> str:
+    """Return one line per fact that a bug report or a measurement should state."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    facts = {
+        "torchfedrpc": __version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        "numpy": np.__version__,
+        "system": platform.platform(),
+        "cores": f"{num_usable_cores()} of {os.cpu_count()}",
+        "GPUs": ", ".join(gpus) or "none",
+        "calls between processes": _road(),
+        "snapshots on disk": tempfile.gettempdir(),
+    }
+    return "\n".join(f"{name + ':':<25}{fact}" for name, fact in facts.items())
+
+
+def _road() -> str:
+    try:
+        torch_rpc()
+    except ConfigError as error:
+        return f"not available: {error}"
+    transport, channels = world.choose_transport(RuntimeConfig())
+    return f"TensorPipe, transport {transport}, channels {' '.join(channels)} (runtime.transport, runtime.channels)"

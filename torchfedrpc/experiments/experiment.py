@@ -19,11 +19,10 @@ from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.baseline import train_centrally
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.history import History, RoundRecord
-from torchfedrpc.experiments.model import build_model, initial_weights
 from torchfedrpc.experiments.progress import live_progress
 from torchfedrpc.experiments.recipe import build, locate
 from torchfedrpc.experiments.report import print_table
-from torchfedrpc.experiments.training import Score, score
+from torchfedrpc.experiments.training import Score, build_model, initial_weights, score
 from torchfedrpc.federation.checkpoints import SUBFOLDER, Checkpoints
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.private_files import make_private, replaced

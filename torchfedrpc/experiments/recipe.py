@@ -112,7 +112,7 @@ def _find_trusted(target: Any, trusted: frozenset[str]) -> None:
 def _is_for_all(entry: Any) -> bool:
     """Return whether recipes may call an object without trusted packages: it makes data, a model, or a layer."""
     home = _home(entry)
-    if home.startswith(_OURS):
+    if f"{home}.".startswith(_OURS):
         return True
     return home.startswith(_TORCH) and isinstance(entry, type) and issubclass(entry, nn.Module)
 

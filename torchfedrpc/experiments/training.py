@@ -1,16 +1,19 @@
-"""Local training and scoring of a classifier, as functions of a model and its samples."""
+"""Models from recipes, and local training and scoring of a classifier, as functions of a model and its samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.data.samples import Samples
+from torchfedrpc.experiments.recipe import build
 
 _SCORE_BATCH_SIZE = 1024
 """Bounds the memory for activations during scoring."""
@@ -118,3 +121,36 @@ def score(model: nn.Module, samples: Samples) -> Score:
         num_correct += int((logits.argmax(dim=1) == labels).sum())
         num_seen += len(labels)
     return Score(num_correct / max(1, num_seen), loss / max(1, num_seen), num_seen)
+
+
+def build_model(recipe: Mapping[str, Any], seed: int, trusted_modules: Iterable[str] = ()) -> nn.Module:
+    """Build a model with initial weights drawn from ``seed``; the global random stream is preserved.
+
+    Args:
+        recipe: Recipe of the model.
+        seed: Seed of the weights.
+        trusted_modules: Packages that the recipe may name, as in `build`.
+
+    Raises:
+        ConfigError: If the recipe is invalid, or does not create a module.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = build(recipe, trusted_modules)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{recipe['_target_']} makes a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the model's state dict, which later training does not change."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def initial_weights(recipe: Mapping[str, Any], seed: int, trusted_modules: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Return the initial weights of a model that `build_model` builds with these arguments.
+
+    Raises:
+        ConfigError: As in `build_model`.
+    """
+    return copy_weights(build_model(recipe, seed, trusted_modules))

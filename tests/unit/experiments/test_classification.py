@@ -15,7 +15,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.experiments.classification import ClassificationLearner
 from torchfedrpc.experiments.data.samples import TrainTest
 from torchfedrpc.experiments.data.synthetic import synthetic
-from torchfedrpc.experiments.model import initial_weights
+from torchfedrpc.experiments.training import initial_weights
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.testing import check_snapshot
 from torchfedrpc.testing.rehearsal import Step, rehearsal
@@ -23,7 +23,7 @@ from torchfedrpc.wire.packing import pack
 
 DATASET = {"_target_": f"{__name__}.counted_dataset"}
 RUNTIME = RuntimeConfig(execution_mode="local", trusted_modules=[__name__])
-MODEL = {"_target_": "torchfedrpc.experiments.models.mlp.MLP"}
+MODEL = {"_target_": "torchfedrpc.experiments.models.MLP"}
 CLIENTS = ["client_1", "client_2", "client_3"]
 
 _num_loads = 0

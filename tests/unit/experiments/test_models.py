@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments.model import build_model, copy_weights, initial_weights
+from torchfedrpc.experiments.training import build_model, copy_weights, initial_weights
 
-MODELS = ["conv_net.ConvNet", "mlp.MLP", "logistic.LogisticRegression"]
+MODELS = ["ConvNet", "MLP", "LogisticRegression"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -23,14 +23,14 @@ def test_a_model_has_no_running_statistics(name: str) -> None:
 
 
 def test_sizes_can_be_chosen() -> None:
-    conv_net = {"_target_": "torchfedrpc.experiments.models.conv_net.ConvNet", "image_size": 28, "channels": [4, 6]}
+    conv_net = {"_target_": "torchfedrpc.experiments.models.ConvNet", "image_size": 28, "channels": [4, 6]}
     assert build_model(conv_net, seed=0)(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
-    mlp = {"_target_": "torchfedrpc.experiments.models.mlp.MLP", "num_inputs": 12, "hidden": [5, 4], "num_classes": 3}
+    mlp = {"_target_": "torchfedrpc.experiments.models.MLP", "num_inputs": 12, "hidden": [5, 4], "num_classes": 3}
     assert build_model(mlp, seed=0)(torch.zeros(2, 12)).shape == (2, 3)
 
 
 def test_initial_weights_follow_the_seed_and_leave_the_random_stream_alone() -> None:
-    recipe = {"_target_": "torchfedrpc.experiments.models.mlp.MLP"}
+    recipe = {"_target_": "torchfedrpc.experiments.models.MLP"}
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)

@@ -13,7 +13,7 @@ import torch
 
 import torchfedrpc as tfr
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments.models.logistic import LogisticRegression
+from torchfedrpc.experiments.models import LogisticRegression
 from torchfedrpc.experiments.recipe import build, locate
 
 HERE = [__name__]
@@ -82,9 +82,7 @@ def test_text_is_never_interpolated() -> None:
 
 
 def test_models_of_this_library_and_torch_nn_need_no_trust() -> None:
-    assert isinstance(
-        build({"_target_": "torchfedrpc.experiments.models.logistic.LogisticRegression"}), LogisticRegression
-    )
+    assert isinstance(build({"_target_": "torchfedrpc.experiments.models.LogisticRegression"}), LogisticRegression)
     linear = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}
     relu = {"_target_": "torch.nn.modules.activation.ReLU"}
     model = build({"_target_": "torch.nn.Sequential", "_args_": [linear, relu]})
@@ -122,7 +120,7 @@ REFUSED = [
     *(
         "torchfedrpc.experiments.data.samples.torch.load",
         "torchfedrpc.experiments.data.samples.dataclass",
-        "torchfedrpc.experiments.models.mlp.nn",
+        "torchfedrpc.experiments.models.nn",
     ),
     *("hydra.utils.get_method", "sklearn.datasets.load_digits", "test_models.torch.load"),
 ]
@@ -225,8 +223,8 @@ def test_a_module_that_is_not_installed_is_named_with_the_next_step() -> None:
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("torchfedrpc.experiments.models.mlp.MPL", "'MLP'"),
-        ("torchfedrpc.experiments.models.convnet.ConvNet", "'conv_net'"),
+        ("torchfedrpc.experiments.models.MPL", "'MLP'"),
+        ("torchfedrpc.experiments.data.digit.digits", "'digits'"),
         ("torch.nn.Linaer", "'Linear'"),
         (f"{__name__}.Pair.Iner", "'Inner'"),
     ],

@@ -9,10 +9,9 @@ import torch
 
 from torchfedrpc.experiments.baseline import train_centrally
 from torchfedrpc.experiments.data.synthetic import synthetic
-from torchfedrpc.experiments.model import build_model, copy_weights
-from torchfedrpc.experiments.training import Optimisation, fit, score
+from torchfedrpc.experiments.training import Optimisation, build_model, copy_weights, fit, score
 
-MLP = {"_target_": "torchfedrpc.experiments.models.mlp.MLP"}
+MLP = {"_target_": "torchfedrpc.experiments.models.MLP"}
 
 
 def test_training_learns() -> None:

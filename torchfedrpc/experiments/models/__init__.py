@@ -1,1 +1,0 @@
-"""Small models for small images. Any other ``torch.nn.Module`` can be used instead."""
