@@ -49,7 +49,6 @@ fork_server.main(control, forks=bool(forks))
 """
 _NUMBER = struct.Struct("q")  # see fork_server.py
 _LOOK_S = 0.02
-_REAP_S = 0.1  # from the end of a worker's link to the server's report of its status
 _END_S = 0.5
 
 
@@ -105,7 +104,7 @@ class ForkedProcess(Process):
         self._poll.register(connection, select.POLLIN)
 
     def status(self) -> int | None:
-        if self._status is None and self._poll.poll(_REAP_S * 1000):
+        if self._status is None and self._poll.poll(0):
             try:
                 self._end(self._connection.recv(_NUMBER.size))
             except ConnectionResetError:

@@ -41,6 +41,7 @@ _START_S = 120.0  # a new process imports torch before its first heartbeat, perh
 # 1000 beats is more than 2 s late, and one in 10,000 more than 3 s.
 _LEAST_HEARTBEAT_TIMEOUT_S = 5.0
 _NOTICE_S = 1.0  # if a link or an RPC connection breaks, the heartbeat usually reports the loss within this time
+_REAP_S = 0.1  # from the end of a worker's link to the fork server's report of its status
 _CLOSE_TIMEOUT_S = 4.0
 _WORLDLESS = "the run has no world any more"
 _MAX_FAILURES = 5  # in succession, to form a world or to carry one call
@@ -255,6 +256,7 @@ class WorkerGroup:
         if heartbeat.leaving.done():
             self._hear_leavers()
         loss = await heartbeat.lost
+        await _reap(member)
         if member in self._everybody():
             self._lose(member.label, loss)
 
@@ -471,6 +473,7 @@ class WorkerGroup:
             if not isinstance(error, RefusalError):
                 if member.heartbeat is not None:
                     await asyncio.wait([member.lost], timeout=_NOTICE_S)
+                await _reap(member)
                 self._give_up(member, "its process ended" if member.how_it_ended() else "its control link ended")
             if member.lost.done():
                 reason = f"{member.lost.result().reason}{member.how_it_ended()}"
@@ -486,6 +489,12 @@ class WorkerGroup:
         if member in self._everybody():
             self._watch.remove(member.label)
             self._lose(member.label, Loss(reason, None))
+
+
+async def _reap(member: Member) -> None:
+    """Wait for the exit status of a process that is lost; one that is frozen has none."""
+    if member.process is not None:
+        await member.process.ends_within(_REAP_S)
 
 
 def _no_world(error: Exception) -> WorkerLostError:

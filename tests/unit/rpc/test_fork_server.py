@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -159,7 +160,16 @@ async def test_status_is_known_as_the_link_ends(server: ForkServer) -> None:
     async with forked(server) as worker:
         worker.tell("os._exit(3)")
         assert worker.link.recv(1) == b""
+        assert await worker.process.ends_within(0.1)
         assert worker.process.status() == 3
+
+
+async def test_status_of_a_worker_that_runs_or_is_frozen_takes_no_time(server: ForkServer) -> None:
+    async with forked(server) as worker:
+        worker.process.send_signal(signal.SIGSTOP)
+        began_s = time.monotonic()
+        assert [worker.process.status() for _ in range(20)] == [None] * 20
+        assert time.monotonic() - began_s < 1  # the event loop asks
 
 
 async def test_signals_reach_a_worker(server: ForkServer) -> None:
@@ -194,8 +204,9 @@ async def test_server_that_cannot_import_ends_like_a_worker(folder: Path, surrou
     (folder / "torchfedrpc" / "rpc" / "worker.py").write_text("import os; os._exit(7)")
     server = ForkServer(surroundings)
     async with forked(server) as worker:
-        assert worker.process.status() == 7
         assert worker.link.recv(1) == b""
+        assert await worker.process.ends_within(0.1)
+        assert worker.process.status() == 7
     assert server.end()
 
 
