@@ -131,9 +131,11 @@ class AbstractExecutor(ABC):
 
     Attributes:
         ends_early: Reason for an early end of the run, set before `close`; empty if the run ends well.
+        join_address: Address ``HOST:PORT`` at which workers can join the run; None if they cannot.
     """
 
     ends_early = ""
+    join_address: str | None = None
 
     def __init__(self, config: RuntimeConfig | None = None) -> None:
         self.config = config or RuntimeConfig()
@@ -267,11 +269,6 @@ class AbstractExecutor(ABC):
         Raises:
             WorkerLostError: If the learner has no RRef now.
         """
-        return None
-
-    @property
-    def join_address(self) -> str | None:
-        """Address ``HOST:PORT`` at which workers can join the run; None if the mode does not accept workers."""
         return None
 
     def workers(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -29,15 +29,22 @@ from torchfedrpc.wire.shared import SharedValue
 
 
 class Learners(Protocol):
-    """Learners of an executor's clients, in this process or on workers."""
+    """Base class of the learners of an executor's clients, in this process or on workers.
+
+    Attributes:
+        join_address: Address ``HOST:PORT`` at which workers can join the run; None if it does not accept workers.
+    """
+
+    join_address: str | None = None
 
     async def open(self) -> None:
         """Prepare for calls."""
+        return
 
     async def close(self, reason: str) -> None:
         """Fail the pending calls, and release all resources. The reason is empty if the run ends well."""
 
-    async def call(self, call: Call) -> Outcome:
+    def call(self, call: Call) -> Coroutine[Any, Any, Outcome]:
         """Run a call, a snapshot or a restore of a learner, behind the calls submitted before."""
 
     def stream(self, call: Call) -> Steps:
@@ -45,6 +52,7 @@ class Learners(Protocol):
 
     async def capture(self, call: Call) -> Outcome | None:
         """Take a learner's part of a consistent snapshot; None if the learner was given up."""
+        return await self.call(call)
 
     async def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> None:
         """Run calls, by place, and reduce their results in their hosts."""
@@ -60,12 +68,14 @@ class Learners(Protocol):
 
     def unshare(self, value: SharedValue) -> None:
         """Free a shared value in all caches."""
+        return
 
     def worker_of(self, client_id: str) -> str:
         """Return the name of the process that has a client's learner."""
 
     def rref(self, client_id: str) -> Any:
         """Return a learner's RRef; None if calls do not use RPC."""
+        return None
 
     def workers(self) -> list[str]:
         """Return the names of the processes that run learners."""
@@ -75,10 +85,6 @@ class Learners(Protocol):
 
     def stats(self) -> dict[str, Any]:
         """Return counters for ``proxy.stats()``."""
-
-    @property
-    def join_address(self) -> str | None:
-        """Address ``HOST:PORT`` at which workers can join the run; None if the run does not accept workers."""
 
 
 class NotOpened:
@@ -125,6 +131,7 @@ class CallExecutor(AbstractExecutor):
         self._spec = spec
         self.allow = spec.learner.allow_list()
         self._learners = self._make_learners(spec)
+        self.join_address = self._learners.join_address
         self._sharing = Sharing(self._learners)
         await self._learners.open()
 
@@ -373,11 +380,6 @@ class CallExecutor(AbstractExecutor):
     def workers(self) -> list[str]:
         """Return the names of the processes that run learners."""
         return self._learners.workers()
-
-    @property
-    def join_address(self) -> str | None:
-        """Address ``HOST:PORT`` at which workers can join the run; None if the run does not accept workers."""
-        return None if isinstance(self._learners, NotOpened) else self._learners.join_address
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         """Inject faults into workers at later calls."""

@@ -10,7 +10,7 @@ from typing import Any
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.executors.base import ExecutorSpec
-from torchfedrpc.executors.call_executor import CallExecutor, without_traces
+from torchfedrpc.executors.call_executor import CallExecutor, Learners, without_traces
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.host.faults import Fault
@@ -19,7 +19,7 @@ from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.registry import executor
 from torchfedrpc.wire.packing import Packed, Reference, SentApart, pack
-from torchfedrpc.wire.shared import SharedValue, shared_values
+from torchfedrpc.wire.shared import shared_values
 
 
 @executor("local")
@@ -30,7 +30,7 @@ class LocalExecutor(CallExecutor):
         return LocalLearners(self.config, spec, self._durations)
 
 
-class LocalLearners:
+class LocalLearners(Learners):
     """Learners of the driver's host, which queues their calls in order.
 
     Args:
@@ -40,7 +40,6 @@ class LocalLearners:
     """
 
     label = "local"
-    join_address = None
 
     def __init__(self, config: RuntimeConfig, spec: ExecutorSpec, durations: Durations) -> None:
         self._config = config
@@ -51,25 +50,16 @@ class LocalLearners:
         self._next_batch_id = -(1 << 40)
         self._unsubmitted: list[tuple[Call, Reply]] = []  # calls of this tick, which may yet share values
 
-    async def open(self) -> None:
-        """Do nothing: the host is ready."""
-
     async def close(self, reason: str) -> None:
         """End the host. A sync method that ignores its cancellation is abandoned after 2 seconds."""
         self.is_open = False
         await asyncio.to_thread(self._host.close)
 
     async def call(self, call: Call) -> Outcome:
-        """Run a call, a snapshot or a restore of a learner, behind the calls submitted before."""
         return await answer(partial(self._submit, call), partial(self._cancel, call))
 
     def stream(self, call: Call) -> LocalStream:
-        """Return the steps of a stream, which opens with its first one."""
         return LocalStream(self, self._host, call)
-
-    async def capture(self, call: Call) -> Outcome | None:
-        """Take a learner's part of a consistent snapshot."""
-        return await self.call(call)
 
     async def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> None:
         """Run calls, by place, and reduce their results in the host; retry calls whose methods have not begun."""
@@ -115,11 +105,9 @@ class LocalLearners:
         self._host.cancel(batch.call_id)
 
     def take_value(self, obj: Any) -> Packed:
-        """Pack the present value of an object, for one call."""
         return self._host.take_value(obj)
 
     def take_shared(self, obj: Any) -> Packed:
-        """Pack the present value of an object, for several calls."""
         return self._host.take_value(obj)
 
     def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
@@ -132,18 +120,10 @@ class LocalLearners:
 
         return Reference((tuple(map(opened, args)), {name: opened(arg) for name, arg in kwargs.items()}))
 
-    def unshare(self, value: SharedValue) -> None:
-        """Do nothing: only the calls that use a value refer to it."""
-
     def worker_of(self, client_id: str) -> str:
-        """Return ``local``."""
         return self.label
 
-    def rref(self, client_id: str) -> None:
-        """Return None: calls do not use RPC."""
-
     def workers(self) -> list[str]:
-        """Return the only name, ``local``."""
         return [self.label]
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:

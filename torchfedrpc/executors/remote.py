@@ -16,6 +16,7 @@ from torchfedrpc.events import WorkerJoined, WorkerLeft, WorkerLost
 from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.batches import Batches
+from torchfedrpc.executors.call_executor import Learners
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.executors.journal import Journal, Journals
 from torchfedrpc.executors.learner_session import LearnerSession, SessionStream
@@ -41,7 +42,7 @@ _FIRST_TIMEOUT_S = 120.0  # until the first worker joins a run without other wor
 _MAX_PLAIN_ARGUMENTS = 64
 
 
-class RemoteLearners:
+class RemoteLearners(Learners):
     """Learners of a run on workers in a world of torch RPC; clients are placed again as workers come and go.
 
     Args:
@@ -67,6 +68,7 @@ class RemoteLearners:
         self._config = config
         self._spec = spec
         self._joined = next((source for source in sources if isinstance(source, JoinedSource)), None)
+        self.join_address = self._joined.address if self._joined is not None else None
         self._group = WorkerGroup(sources, spec.learner)
         self._workers = self._group.workers
         self._places: dict[str, str] = {}  # client -> name of the worker that it is placed on
@@ -115,16 +117,13 @@ class RemoteLearners:
     # Calls.
 
     def call(self, call: Call) -> Coroutine[Any, Any, Outcome]:
-        """Run a call, a snapshot or a restore of a learner, behind the calls submitted before."""
         session = self._sessions.get(call.client_id) or self._session(call.client_id)
         return session.call(call)
 
     def stream(self, call: Call) -> SessionStream:
-        """Return the steps of a stream. The first step opens it."""
         return SessionStream(self._session(call.client_id), call)
 
     async def capture(self, call: Call) -> Outcome | None:
-        """Take a learner's part of a consistent snapshot; None if the learner was given up."""
         session = self._session(call.client_id)
         return None if session.given_up is not None else await self.call(call)
 
@@ -134,7 +133,6 @@ class RemoteLearners:
         return Batches(self, reduction, self._config.call_timeout_s).make(parts)
 
     def take_value(self, obj: Any) -> Packed:
-        """Pack the present value of an object, for one call."""
         return pack(obj)
 
     def take_shared(self, obj: Any) -> Packed:
@@ -188,11 +186,6 @@ class RemoteLearners:
     def workers(self) -> list[str]:
         """Return the names of the workers: ``worker1`` and so on, and the addresses of listening workers."""
         return [worker.label for worker in self._workers if worker.machine is not None]
-
-    @property
-    def join_address(self) -> str | None:
-        """Address ``HOST:PORT`` at which workers can join the run; None if the run does not accept workers."""
-        return self._joined.address if self._joined is not None else None
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         """Inject faults into workers at later calls."""
