@@ -213,18 +213,15 @@ class LearnerProxy:
                 with contextlib.suppress(Exception):
                     await _to_its_end(self._exit.__aexit__(kind, error, traceback))
                 self._before_close.clear()
-                self._take_no_calls()
+                self._calls.close()
             raise
-        self._exit.callback(self._take_no_calls)
+        self._exit.callback(self._calls.close)
         while self._before_close:
             self._exit.push_async_callback(self._before_close.pop(0))
         await _to_its_end(self._exit.__aexit__(kind, error, traceback))
 
     async def _close_router(self, kind: object, error: BaseException | None, traceback: object) -> None:
         await self._router.close(_why_early(error))
-
-    def _take_no_calls(self) -> None:
-        self._calls.close()
 
     def _closed(self) -> None:
         LearnerProxy._open_in_process = None

@@ -79,7 +79,7 @@ def test_interface_of_a_world_that_no_member_joins_binds_no_later_proxy(monkeypa
     monkeypatch.setattr(world, "_JOIN_TIMEOUT_S", 0.5)
     store, port = world.serve_store("127.0.0.1")
     transport, channels = world.choose_transport(RuntimeConfig())
-    plan = world.WorldPlan(1, ["driver", "worker1"], "127.0.0.1", port, transport, channels, True, [None])
+    plan = world.WorldPlan(1, "127.0.0.1", port, transport, channels, True, [None])
     with pytest.raises(tfr.WorkerLostError, match=r"a member did not join"):
         world.join(plan, 0, "eth0")  # torch looks an interface up as an agent starts, which this one does not
     world.check_interface("wg0")

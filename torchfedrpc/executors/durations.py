@@ -20,30 +20,18 @@ class Durations:
         self._seconds: OrderedDict[tuple[str, str], tuple[float, ...]] = OrderedDict()  # client, method -> last calls
         self._at_least: OrderedDict[tuple[str, str], float] = OrderedDict()  # lower bounds, from interrupted calls
 
-    def __len__(self) -> int:
-        return len(self._seconds)
-
     def note(self, call: Call, outcome: Outcome) -> None:
         """Record the duration of a call, also of an interrupted one."""
+        key = call.client_id, call.method
         if outcome.kind == "value":
-            self.saw(call.client_id, call.method, outcome.seconds)
+            self._seconds[key] = (*self._seconds.pop(key, ()), outcome.seconds)[-_NUM_KEPT:]
+            self._at_least.pop(key, None)
+            if len(self._seconds) > _MAX_CLIENTS:
+                self._seconds.popitem(last=False)
         elif outcome.cut_off and outcome.seconds and call.kind == "call":
-            self.cut_off(call.client_id, call.method, outcome.seconds)
-
-    def saw(self, client_id: str, method: str, seconds: float) -> None:
-        """Record the duration of a call that ended."""
-        key = client_id, method
-        self._seconds[key] = (*self._seconds.pop(key, ()), seconds)[-_NUM_KEPT:]
-        self._at_least.pop(key, None)
-        if len(self._seconds) > _MAX_CLIENTS:
-            self._seconds.popitem(last=False)
-
-    def cut_off(self, client_id: str, method: str, seconds: float) -> None:
-        """Record the duration of a call at its interruption by a deadline or a cancellation."""
-        key = client_id, method
-        self._at_least[key] = max(seconds, self._at_least.pop(key, 0.0))
-        if len(self._at_least) > _MAX_CLIENTS:
-            self._at_least.popitem(last=False)
+            self._at_least[key] = max(outcome.seconds, self._at_least.pop(key, 0.0))
+            if len(self._at_least) > _MAX_CLIENTS:
+                self._at_least.popitem(last=False)
 
     def expected(self, client_ids: Sequence[str], method: str) -> dict[str, float]:
         """Return the expected seconds per client: the median of its last calls, else the median of the other clients.

@@ -232,7 +232,8 @@ class LearnerSession:
 
     async def _prepare(self) -> Member:
         while True:
-            self._check()
+            if self._given_up is not None:
+                raise WorkerLostError(self._given_up)
             target = await self._run.worker(self.client_id)
             try:
                 if self._worker is not None and self._worker.is_gone:
@@ -359,15 +360,6 @@ class LearnerSession:
         self._given_up = reason
         self._journal.forget()
         return WorkerLostError(reason)
-
-    def _check(self) -> None:
-        """Check that the learner was not given up.
-
-        Raises:
-            WorkerLostError: If the learner was given up.
-        """
-        if self._given_up is not None:
-            raise WorkerLostError(self._given_up)
 
     # Snapshots.
 

@@ -11,10 +11,9 @@ from torchfedrpc.errors import SerializationError
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.wire.scan import check_depth, check_opcodes
 
-_INTERNAL = "torch.distributed.rpc.internal"
-_ENTRIES = {"torchfedrpc.rpc.endpoint": ("serve", "acknowledge", "rref")}
 _PLAIN = {
-    _INTERNAL: ("PythonUDF", "RemoteException", "_InternalRPCPickler"),
+    "torchfedrpc.rpc.endpoint": ("serve", "acknowledge", "rref"),
+    "torch.distributed.rpc.internal": ("PythonUDF", "RemoteException", "_InternalRPCPickler"),
 }
 _RECEIVER = "_tensor_receiver"
 
@@ -54,7 +53,7 @@ class GuardedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _get_receiver
-        if name in _PLAIN.get(module, ()) or name in _ENTRIES.get(module, ()):
+        if name in _PLAIN.get(module, ()):
             return super().find_class(module, name)
         entry = getattr(builtins, name, None) if module == "builtins" else None
         if isinstance(entry, type) and issubclass(entry, Exception):  # the type of an RPC-level error

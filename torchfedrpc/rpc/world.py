@@ -59,7 +59,6 @@ class WorldPlan:
 
     Attributes:
         generation: number of the world, unique in the driver's process.
-        labels: its members by rank: ``driver``, ``worker1``, ...
         store_host: the address at which the driver serves the world's store.
         store_port: the store's port.
         transport: TensorPipe's transport.
@@ -69,13 +68,17 @@ class WorldPlan:
     """
 
     generation: int
-    labels: list[str]
     store_host: str
     store_port: int
     transport: str
     channels: list[str]
     gpus_in_sight: bool
     device_maps: list[tuple[str, str] | None]
+
+    @property
+    def size(self) -> int:
+        """Number of members: the driver and the workers."""
+        return 1 + len(self.device_maps)
 
     def name(self, rank: int) -> str:
         """Return the RPC name of a member, which has only letters and digits.
@@ -195,7 +198,7 @@ def join(plan: WorldPlan, rank: int, interface: str) -> None:
     set_connection_warnings(False)
     try:
         client = _distributed.TCPStore(plan.store_host, plan.store_port, is_master=False, timeout=timeout)
-        world_size = len(plan.labels)
+        world_size = plan.size
         # Torch looks for the owner of any later RRef in the driver's first agent, whose world may have fewer ranks.
         num_names = max(world_size, MAX_MEMBERS) if rank == 0 and not _has_rrefs else world_size
         _agents_store = store = _LettingStore(client, _stand_ins(plan, range(world_size, num_names)))
@@ -267,7 +270,6 @@ class DriverPlace:
         self._store, port = serve_store(address)
         self._plan = plan = WorldPlan(
             generation=next(_generations),
-            labels=["driver", *(member.label for member in members)],
             store_host=address,
             store_port=port,
             transport=transport,
@@ -305,7 +307,7 @@ class DriverPlace:
         The store is served on, since a member may connect to it only later, and looks for a closed one for 30 s.
         """
         if self._store is not None and self._plan is not None:
-            for key, value in _stand_ins(self._plan, range(len(self._plan.labels))).items():
+            for key, value in _stand_ins(self._plan, range(self._plan.size)).items():
                 self._store.set(key, value)
 
     async def leave(self) -> None:

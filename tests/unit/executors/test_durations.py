@@ -12,12 +12,24 @@ import torchfedrpc as tfr
 from torchfedrpc.events import CallStarted, Event
 from torchfedrpc.executors import durations as durations_module
 from torchfedrpc.executors.durations import Durations, fastest_first, longest_first
+from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.wire.packing import pack_nothing
+
+
+def saw(durations: Durations, client_id: str, method: str, seconds: float) -> None:
+    """Note a call that has succeeded."""
+    durations.note(Call(1, client_id, method, pack_nothing()), Outcome("value", seconds=seconds))
+
+
+def cut_off(durations: Durations, client_id: str, method: str, seconds: float) -> None:
+    """Note a call that was interrupted."""
+    durations.note(Call(1, client_id, method, pack_nothing()), Outcome("cancelled", cut_off=True, seconds=seconds))
 
 
 def test_client_without_calls_is_expected_to_take_the_usual_time() -> None:
     durations = Durations()
     for client, seconds in {"a": 0.1, "b": 0.1, "c": 5.0}.items():
-        durations.saw(client, "train", seconds)
+        saw(durations, client, "train", seconds)
     assert durations.expected("abcd", "train") == {"a": 0.1, "b": 0.1, "c": 5.0, "d": 0.1}
     assert durations.expected("abcd", "evaluate") == dict.fromkeys("abcd", 0.0)
     assert longest_first(durations.expected("abcd", "train")) == ["c", "a", "b", "d"]
@@ -26,12 +38,12 @@ def test_client_without_calls_is_expected_to_take_the_usual_time() -> None:
 def test_single_slow_call_does_not_make_its_client_slow() -> None:
     durations = Durations()
     for seconds in (0.1, 5.0):
-        durations.saw("a", "train", seconds)
+        saw(durations, "a", "train", seconds)
     assert durations.expected("a", "train") == {"a": 0.1}
-    durations.saw("a", "train", 5.0)
+    saw(durations, "a", "train", 5.0)
     assert durations.expected("a", "train") == {"a": 5.0}
     for _ in range(2):
-        durations.saw("a", "train", 0.2)
+        saw(durations, "a", "train", 0.2)
     assert durations.expected("a", "train") == {"a": 0.2}
 
 
@@ -46,12 +58,12 @@ def test_clients_that_take_about_as_long_as_most_keep_their_order() -> None:
 def test_times_of_the_clients_called_least_recently_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(durations_module, "_MAX_CLIENTS", 4)
     durations = Durations()
-    durations.saw("a", "train", 9.0)
+    saw(durations, "a", "train", 9.0)
     for number in range(50):
-        durations.saw(f"client_{number}", "train", 0.1)
-        durations.saw(f"client_{number}", f"method_{number}", 0.1)
-        durations.saw("a", "train", 9.0)
-    assert len(durations) == 4
+        saw(durations, f"client_{number}", "train", 0.1)
+        saw(durations, f"client_{number}", f"method_{number}", 0.1)
+        saw(durations, "a", "train", 9.0)
+    assert len(durations._seconds) == 4
     assert durations.expected(["a", "client_49", "client_3"], "train") == {
         "a": 9.0,
         "client_49": 0.1,
@@ -120,10 +132,10 @@ async def test_client_that_every_deadline_cuts_off_is_known_as_slow(mode: str) -
 
 def test_lower_bound_of_a_client_that_was_cut_off_holds_until_a_call_of_it_ends() -> None:
     durations = Durations()
-    durations.cut_off("a", "work", 1.0)
+    cut_off(durations, "a", "work", 1.0)
     assert durations.expected("ab", "work") == {"a": 1.0, "b": 0.0}
-    durations.saw("b", "work", 0.2)
-    durations.cut_off("a", "work", 0.5)
+    saw(durations, "b", "work", 0.2)
+    cut_off(durations, "a", "work", 0.5)
     assert durations.expected("abc", "work") == {"a": 1.0, "b": 0.2, "c": 0.2}
-    durations.saw("a", "work", 0.1)
+    saw(durations, "a", "work", 0.1)
     assert durations.expected("a", "work") == {"a": 0.1}

@@ -137,7 +137,6 @@ def test_device_map_leaves_all_workers_out_where_the_driver_has_no_gpu(monkeypat
 
 PLAN = world.WorldPlan(
     generation=7,
-    labels=["driver", "worker1", "worker2", "worker3", "worker4"],
     store_host="127.0.0.1",
     store_port=1,
     transport="uv",
