@@ -459,9 +459,9 @@ MUTATIONS = [
     Mutation(
         "a stream whose worker is lost keeps its learner",
         "executors/learner_session.py",
-        "            self._lose(self._worker.gone())\n",
-        "            pass\n",
-        "tests/system/test_recovery.py -k stream_is_lost --timeout 30",
+        "            self._session.lose(self._worker, gone)\n        self._give_turn()\n",
+        "            self._session.lose(self._worker, gone)\n",
+        "tests/unit/executors/test_learner_session.py",
     ),
     Mutation(
         "a call that is made again reports its progress again",

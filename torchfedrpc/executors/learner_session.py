@@ -456,7 +456,8 @@ class LearnerSession:
 class SessionStream:
     """Steps of a stream on its learner's worker. The stream holds the learner's lock from first to last step.
 
-    If the worker is lost, the stream ends with a WorkerLostError, and the learner is rebuilt in its last state.
+    If the worker is lost, the next step ends the stream with a WorkerLostError, and the learner is rebuilt as it was
+    before the stream.
 
     Args:
         session: The learner's session.
@@ -469,12 +470,9 @@ class SessionStream:
         self._worker: Member | None = None
         self._num_items = 0
         self._has_turn = self._is_stepping = self._is_closed = False
-        self._gone: WorkerGone | None = None
 
     async def next(self) -> Outcome:
         """Run the method up to its next item."""
-        if self._gone is not None:
-            return self._lost(self._gone)
         self._is_stepping = True
         try:
             outcome = await self._step()
@@ -514,7 +512,6 @@ class SessionStream:
         if self._is_closed:
             return Outcome("cancelled", never_ran=True)
         self._worker = worker
-        worker.lost.add_done_callback(self._worker_lost)
         return await worker.submit(call)
 
     def _cancel(self) -> None:
@@ -543,13 +540,7 @@ class SessionStream:
         if self._ends():
             self._session.settle(self._call, outcome, self._num_items)
 
-    def _worker_lost(self, lost: asyncio.Future[Any]) -> None:
-        """Release the lock of an idle stream when its worker is lost."""
-        if self._worker is not None and not self._is_stepping:
-            self._lose(self._worker.gone())
-
     def _lose(self, gone: WorkerGone) -> None:
-        self._gone = gone
         if self._has_turn and self._worker is not None:
             self._session.lose(self._worker, gone)
         self._give_turn()
@@ -561,8 +552,6 @@ class SessionStream:
     def _ends(self) -> bool:
         """End the hold on the lock, and return whether it was held."""
         had_turn, self._has_turn = self._has_turn, False
-        if self._worker is not None:
-            self._worker.lost.remove_done_callback(self._worker_lost)
         return had_turn
 
     def _lost(self, gone: WorkerGone) -> Outcome:

@@ -882,14 +882,29 @@ async def test_worker_loss_between_two_steps_ends_the_stream_and_frees_the_learn
         second = FakeWorker("worker2")
         run.place(second)
         first.end()
-        await within(task)  # though nobody asks the stream
-        assert second.learners["a"] == ["new 2", "1", "3"]
+        await settled()
+        assert not task.done()  # the stream is open until its reader asks or closes it
         for _ in range(2):
             outcome = await within(steps.next())
             lost(outcome, r"its worker was lost \(its process ended\), and the stream with it: open another")
+        await within(task)
+        assert second.learners["a"] == ["new 2", "1", "3"]
         steps.close()
         await settled()
         assert not any("cancel" in request for request in second.log)
+
+
+async def test_worker_loss_between_two_steps_of_a_stream_that_is_closed_frees_the_learner() -> None:
+    async with opened() as (run, first):
+        await called(run, 1)
+        steps = stream(run, 2)
+        await kinds(steps, 1)
+        second = FakeWorker("worker2")
+        run.place(second)
+        first.end()
+        steps.close()
+        await called(run, 3)
+        assert second.learners["a"] == ["new 2", "1", "3"]
 
 
 @pytest.mark.parametrize("request_", ["stream 2", "advance 2 1"])
