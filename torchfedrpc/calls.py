@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import Counter
@@ -217,14 +218,14 @@ class Calls:
         Raises:
             ConfigError: If the proxy is closed, or was opened in another event loop.
             MethodNotFoundError: If the method's name is no string.
-            SerializationError: If a shared reference among the arguments was released.
         """
         self.check_open()
         in_order = self.router.plan(self.in_order(clients), method, is_awaited=options.ends_early)
         common = None
         if (args or kwargs) and len(in_order) > 1:
-            common = self.router.pack_common(args, kwargs, len(in_order))
-            args, kwargs = common.args, common.kwargs
+            with contextlib.suppress(Exception):  # each call meets the error, and names its client
+                common = self.router.pack_common(args, kwargs, len(in_order))
+                args, kwargs = common.args, common.kwargs
         invocations = []
         for client_id in in_order:
             if own := clients[client_id]:

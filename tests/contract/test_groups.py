@@ -19,6 +19,13 @@ from torchfedrpc.events import CallStarted
 NOT_TO_THE_END: tuple[Any, ...] = ([], [("hold cancelled", True)])
 
 
+class NoMemory:
+    """Takes more memory than there is as it is packed."""
+
+    def __getstate__(self) -> Any:
+        raise MemoryError
+
+
 async def test_a_group_call_gives_results_in_the_groups_order(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
     ids = fresh.apart(6)[::-1]
     group = proxy.clients(ids)
@@ -265,6 +272,27 @@ async def test_arguments_that_cannot_be_sent_fail_for_every_client(proxy: tfr.Le
     with pytest.raises(tfr.GroupCallError) as caught:
         await proxy.clients(fresh.apart(2)).call("append", lambda: 1)
     assert all(isinstance(error, tfr.SerializationError) for error in caught.value.exceptions)
+
+
+@pytest.mark.parametrize("what", ["no memory", "a released reference"])
+async def test_arguments_that_cannot_be_packed_fail_for_every_client(
+    proxy: tfr.LearnerProxy, fresh: Fresh, what: str
+) -> None:
+    argument: Any = NoMemory()
+    if what == "a released reference":
+        argument = await proxy.share(torch.ones(3))
+        await argument.release()
+    group = proxy.clients(fresh.apart(2)).options(on_error="collect")
+    for failures in (
+        (await group.call("append", argument)).failures,
+        dict([pair async for pair in group.as_completed("append", argument)]),
+    ):
+        assert [type(error) for error in failures.values()] == (
+            [MemoryError] * 2 if what == "no memory" else [tfr.SerializationError] * 2
+        )
+    with pytest.raises(tfr.GroupCallError) as caught:
+        await group.reduce("append", tfr.Sum(), argument)
+    assert list(caught.value.failures) == list(group)
 
 
 async def test_an_error_that_is_no_exception_is_raised_itself(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:

@@ -214,6 +214,11 @@ def silence(heartbeat_process: int) -> None:
         os.close(page)
 
 
+def values_kept_by_workers(proxy: tfr.LearnerProxy) -> set[int]:
+    """Return the numbers of the shared values that workers keep for later calls."""
+    return {number for member in members_of(proxy).values() for number in member.client._placed}
+
+
 @contextlib.contextmanager
 def not_carried(method: str) -> Iterator[None]:
     """Let RPC fail each request of the driver that has a call of a method."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from conftest import shared_memory_of
-from internals import remote_learners
+from internals import remote_learners, values_kept_by_workers
 from losses import kill, pid_of, pseudo
 from test_recovery_sharing import NUM_BYTES, SIZE, Adding, add
 
@@ -70,6 +70,24 @@ async def test_rounds_leave_nothing_in_driver_and_workers() -> None:
             assert len(pooled()) <= 4
             for pid, then in zip(processes, before, strict=True):
                 assert held_by(pid)[0] - then < 10 * MODEL_BYTES, how  # an allocator has its ups and downs
+
+
+async def test_a_cancelled_reduce_leaves_no_value_at_its_workers() -> None:
+    async with tfr.LearnerProxy(Loading, ["a", "b", "c", "d"], runtime=pseudo()) as proxy:
+        weights = {f"layer{number}": torch.zeros(1 << 18) for number in range(4)}
+        group = proxy.clients()
+        await group.call("load", weights)
+        for num_ticks in range(6):
+            busy = asyncio.ensure_future(proxy.clients(["a", "b"]).call("load", weights))
+            for _ in range(4):
+                await asyncio.sleep(0)
+            reducing = asyncio.ensure_future(group.reduce("load", tfr.Sum(), weights))
+            for _ in range(num_ticks):
+                await asyncio.sleep(0)
+            reducing.cancel()
+            await asyncio.gather(reducing, busy, return_exceptions=True)
+            await group.call("load", weights)  # behind what was cancelled
+            assert not values_kept_by_workers(proxy), num_ticks
 
 
 async def test_the_journal_counts_what_its_calls_share_once() -> None:

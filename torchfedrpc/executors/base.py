@@ -208,7 +208,7 @@ class AbstractExecutor(ABC):
             num_calls: Number of calls with these arguments.
 
         Raises:
-            SerializationError: If a shared reference among the arguments was released.
+            SerializationError: If they cannot be sent, or a shared reference among them was released.
         """
         return Arguments(args, kwargs)
 

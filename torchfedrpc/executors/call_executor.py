@@ -277,20 +277,15 @@ class CallExecutor(AbstractExecutor):
     def pack_common(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> Arguments:
         """Pack the arguments that several calls have in common, large values apart.
 
-        Arguments that cannot be sent are returned as they are: each call raises the error.
-
         Raises:
-            SerializationError: If a shared reference among the arguments was released.
+            SerializationError: If they cannot be sent, or a shared reference among them was released.
         """
         args, kwargs = held(args, kwargs)
         num_bytes = estimate(args, kwargs)
         if num_bytes >= MIN_SHARED_BYTES:
             args, kwargs = self._sharing.shared(args, kwargs, num_calls)
             num_bytes = estimate(args, kwargs)
-        try:
-            packed = self._learners.take_arguments(args, kwargs)
-        except SerializationError:
-            packed = None
+        packed = self._learners.take_arguments(args, kwargs)
         if isinstance(packed, Parcel) and packed.slots:
             packed = replace(packed, is_common=True)
         return Arguments(args, kwargs, num_bytes, _tick_values(args, kwargs), packed)
@@ -409,6 +404,7 @@ class CallExecutor(AbstractExecutor):
             self._holders[value][0] -= 1
             if not self._holders[value][0]:
                 num_bytes += self._holders.pop(value)[1]
+                value.num_unsent = 0  # else workers would keep it for calls that were cancelled before they were sent
                 self._learners.unshare(value)
         return num_bytes
 

@@ -48,13 +48,14 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
                 self._close_gate(client_id)
                 self._wanted.append(client_id)
         self._fill()
-        turns = {client_id: self._gates[client_id].request() for client_id in client_ids if client_id in self._gates}
+        gates = {client_id: self._gates[client_id] for client_id in client_ids if client_id in self._gates}
+        turns = [gate.request() for gate in gates.values()]
         try:
-            for turn in turns.values():
+            for turn in turns:
                 await turn
-        finally:
-            for client_id, turn in turns.items():
-                self._gates[client_id].withdraw(turn)
+        finally:  # where a cancelled caller was the last one, its gate is gone already
+            for (client_id, gate), turn in zip(gates.items(), turns, strict=True):
+                gate.withdraw(turn)
                 self._drop_idle_gate(client_id)
 
     async def __anext__(self) -> tuple[str, bytes]:
@@ -99,7 +100,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
             self._drop_idle_gate(client_id)
 
     def _drop_idle_gate(self, client_id: str) -> None:
-        if not self._gates[client_id].is_held:
+        if client_id in self._gates and not self._gates[client_id].is_held:
             del self._gates[client_id]
 
 

@@ -46,6 +46,7 @@ class FakeWorker(Member):
 
     Attributes:
         log: Requests in order, such as ``call 3``, ``snapshot``, ``advance 3 1`` and ``cancel 3``.
+        limits: Id of each call that was submitted -> its limit in seconds, of the last time.
         learners: Client -> what was done to its learner since it was made, such as ``new 2``, ``3`` and ``3 closed``.
         holds: Requests, by their words in the log or by the first of these, that wait for `answer`.
         num_items: Items of each stream.
@@ -56,6 +57,7 @@ class FakeWorker(Member):
         super().__init__(label, link=None, machine="here")  # type: ignore[arg-type]
         self.begin()
         self.log: list[str] = []
+        self.limits: dict[int, float | None] = {}
         self.learners: dict[str, list[str]] = {}
         self.holds: set[str] = set()
         self.num_items = num_items
@@ -100,6 +102,7 @@ class FakeWorker(Member):
 
     async def submit(self, call: Call) -> Outcome:
         request = f"{call.kind} {call.call_id}" if call.kind in ("call", "stream") else call.kind
+        self.limits[call.call_id] = call.run_timeout_s
         given = await self._asked(request, call.kind)
         learner = self.state_of(call.client_id)
         if call.kind == "snapshot":

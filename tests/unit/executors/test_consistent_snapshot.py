@@ -171,6 +171,21 @@ async def test_a_cancelled_call_of_several_learners_holds_nobody_back() -> None:
     following.cancel()
 
 
+async def test_a_call_of_several_learners_may_be_cancelled_as_the_gates_open() -> None:
+    learners = Learners()
+    cut = Cut("ab", learners.take)
+    both = asyncio.ensure_future(cut.passed("a", "b"))
+    await asyncio.sleep(0)
+    both.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await both
+    await turns()
+    await asyncio.wait_for(learners.call(cut, "a"), 5)
+    await asyncio.wait_for(learners.call(cut, "b"), 5)
+    assert cut.is_over
+    cut.close()
+
+
 async def test_closing_lets_everybody_through() -> None:
     learners = Learners()
     cut = Cut("abcdef", learners.take)

@@ -6,7 +6,6 @@ import errno
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,11 +94,10 @@ def refuse_snapshot(journal: Journal) -> None:
 # Calls.
 
 
-def test_journal_repeats_calls_in_the_order_of_their_ends_and_without_limits(journal: Journal) -> None:
+def test_journal_repeats_calls_in_the_order_of_their_ends(journal: Journal) -> None:
     add(journal, 2, 1, 3)
     assert repeated(journal) == [2, 1, 3]
     assert [entry.number for entry in journal.entries] == [1, 2, 3]
-    assert {entry.call.run_timeout_s for entry in journal.entries} == {None}
     assert journal.has_state
     assert journal.is_complete
 
@@ -590,11 +588,6 @@ def test_snapshot_from_before_a_restore_or_a_give_up_is_dropped_when_it_comes(
     assert journal.keep(number, state())
     journal.kept(number, 100)
     assert not journals._states
-
-
-def test_restore_keeps_no_limit_of_its_own(journal: Journal) -> None:
-    journal.add(replace(call(1, kind="restore"), run_timeout_s=3.0), VALUE)
-    assert journal.entries[0].call.run_timeout_s is None
 
 
 def test_closed_journals_keep_nothing(journals: Journals, journal: Journal) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -163,6 +164,21 @@ async def test_worker_loss_replays_the_journal_in_order_behind_the_snapshot() ->
         await within(asyncio.gather(*tasks))
         assert second.log == ["restore", "call 4", "call 5", "call 6", "snapshot", "call 7"]
         assert second.learners["a"] == ["new 2", "1", "2", "3", "4", "5", "6", "7"]
+
+
+async def test_replayed_calls_have_no_limit_and_the_interrupted_one_keeps_its_own() -> None:
+    async with opened() as (run, first):
+        session = run.session()
+        await within(session.call(replace(call(1), run_timeout_s=3.0)))
+        first.holds = {"call 2"}
+        task = asyncio.ensure_future(session.call(replace(call(2), run_timeout_s=4.0)))
+        await settled()
+        second = FakeWorker("worker2")
+        run.place(second)
+        first.end(2)
+        await within(task)
+        assert first.limits == {1: 3.0, 2: 4.0}
+        assert second.limits == {1: None, 2: 4.0}
 
 
 async def test_worker_loss_between_two_calls_is_found_by_the_next_one() -> None:
