@@ -212,11 +212,7 @@ class LearnerHost:
         return outcome.result(call, self.allow, self.worker)
 
     def take_value(self, obj: Any) -> Packed:
-        """Pack an object as it is now, for a learner or a caller.
-
-        Raises:
-            SerializationError: If it cannot be sent.
-        """
+        """Pack an object as it is now, for a learner or a caller."""
         return self._process.take_value(obj)
 
     def show_files(self, are_seen: bool) -> None:

@@ -76,27 +76,15 @@ class ProcessState:
         self._reporting = threading.Lock()  # a method may report from several threads
 
     def take_value(self, obj: Any) -> Packed:
-        """Pack an object as it is now.
-
-        Raises:
-            SerializationError: If it cannot be sent.
-        """
+        """Pack an object as it is now."""
         return pack(obj) if self.by_value else Reference(obj)
 
     def take_result(self, obj: Any) -> Packed:
-        """Pack the result of a method.
-
-        Raises:
-            SerializationError: If it cannot be sent.
-        """
+        """Pack the result of a method."""
         return pack(obj, in_files=self.shows_files, pool=self._file_pool) if self.by_value else Reference(obj)
 
     def send_report(self, job: Job, progress: Any) -> None:
-        """Send progress of a job to the driver.
-
-        Raises:
-            SerializationError: If it cannot be sent.
-        """
+        """Send progress of a job to the driver."""
         value = self.take_value(progress)
         value.copy().open(self.allow)  # a type that may not travel raises in the method, not in the driver
         with self._reporting:

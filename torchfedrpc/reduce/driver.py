@@ -67,9 +67,6 @@ class Reduction:
         nodes: Partial results.
         counted: Places of the clients with a result in ``nodes``.
         stopped: Done when the pending calls are cancelled.
-
-    Raises:
-        SerializationError: If the reducer cannot be sent.
     """
 
     def __init__(

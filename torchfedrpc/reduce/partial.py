@@ -25,22 +25,14 @@ _KINDS = {"Mean": Mean, "Sum": Sum}
 
 
 def pack_reducer(reducer: Reducer) -> Parcel:
-    """Take the present state of an empty reducer.
-
-    Raises:
-        SerializationError: If it cannot be sent.
-    """
+    """Take the present state of an empty reducer."""
     if is_builtin(reducer) and reducer._entries is None:  # type: ignore[attr-defined]
         return pack((type(reducer).__name__, reducer.value, getattr(reducer, "weight", None)))  # type: ignore[attr-defined]
     return pack(reducer)
 
 
 def open_reducer(parcel: Packed, allow: AllowList) -> Reducer:
-    """Return the reducer of a parcel.
-
-    Raises:
-        SerializationError: If it cannot be read.
-    """
+    """Return the reducer of a parcel."""
     match parcel.open(allow):
         case ("WeightedMean", value, weight):
             return WeightedMean(value, weight)
@@ -52,11 +44,7 @@ def open_reducer(parcel: Packed, allow: AllowList) -> Reducer:
 
 
 def pack_nodes(nodes: list[Node]) -> Parcel:
-    """Take partial results of one reducer. The parcel has the memory of a bundled reducer, which is not used again.
-
-    Raises:
-        SerializationError: If they cannot be sent.
-    """
+    """Pack partial results of one reducer. The parcel has a bundled reducer's memory, which is not used again."""
     if not all(is_builtin(reducer) for _, _, reducer in nodes):
         return pack(nodes)
     forms: dict[tuple[str, bool], int] = {}
@@ -75,9 +63,6 @@ def open_nodes(parcel: Packed, reducer: Reducer, allow: AllowList) -> list[Node]
         parcel: From `pack_nodes`.
         reducer: An empty reducer.
         allow: The types that may travel.
-
-    Raises:
-        SerializationError: If they cannot be read.
     """
     tensors: list[Tensor | None] = []
     data: Any = parcel.open(allow, tensors)  # type: ignore[arg-type]

@@ -109,9 +109,6 @@ class Forest:
 
         This waits for threads that are merging. The result of a concurrent `add` is in these nodes or in the next
         ones.
-
-        Raises:
-            MergeError: As in `add`.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._num_climbing == 0)

@@ -242,11 +242,7 @@ def pack_nothing() -> Parcel:
 
 
 def restore(kind: str, *parts: Any) -> Any:
-    """Stand in the pickle of a parcel for `_Builder.restore`.
-
-    Raises:
-        SerializationError: Always: only `Parcel.open` reads such a pickle.
-    """
+    """Stand in the pickle of a parcel for `_Builder.restore`."""
     raise SerializationError(f"this pickle is the head of a parcel ({kind}): open it with Parcel.open")
 
 

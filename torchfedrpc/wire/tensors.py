@@ -303,11 +303,7 @@ def dtype_named(name: str) -> torch.dtype:
 def check_extent(
     shape: tuple[int, ...], stride: tuple[int, ...], offset: int, dtype: torch.dtype, num_bytes: int
 ) -> None:
-    """Check that a tensor lies within its memory, which torch would enlarge otherwise.
-
-    Raises:
-        SerializationError: If it does not.
-    """
+    """Check that a tensor lies within its memory, which torch would enlarge otherwise."""
     _check_sizes(shape, stride, (offset, num_bytes))
     last = offset + reach(shape, stride)[1]
     if min(offset, *shape, *stride, 0) < 0 or (0 not in shape and (last + 1) * dtype.itemsize > num_bytes):
