@@ -49,7 +49,7 @@ def asks_to_leave(proxy: tfr.LearnerProxy, worker: str) -> bool:
 
 def sessions_of(proxy: tfr.LearnerProxy) -> dict[str, Any]:
     """The sessions of the learners that were called."""
-    sessions: dict[str, Any] = remote_learners(proxy)._sessions
+    sessions: dict[str, Any] = remote_learners(proxy)._run.sessions
     return sessions
 
 

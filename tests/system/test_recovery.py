@@ -207,14 +207,14 @@ async def test_a_worker_may_be_lost_while_another_is_replaced(
 
     clients = [*islice(on_1, 2), *islice(on_2, 2)]
     await steps.check(*clients)
-    places = dict(remote_learners(proxy)._places)
+    places = dict(remote_learners(proxy)._run.places)
     unsubscribe = proxy.subscribe(on_event)
     kill(proxy, "worker1")
     await steps.check(*clients)
     unsubscribe()
     await steps.check(*clients)
     assert seen.workers == ["worker1", "worker2"]
-    assert remote_learners(proxy)._places == places  # no learner moves to and fro
+    assert remote_learners(proxy)._run.places == places  # no learner moves to and fro
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -118,7 +118,7 @@ async def test_what_cannot_be_captured_is_warned_about_once_past_the_bound_and_l
 async def test_learner_that_can_be_captured_again_is_rebuilt_again(
     proxy: tfr.LearnerProxy, one: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_learners(proxy), "_warned_of", {"'hidden'"})
+    monkeypatch.setattr(remote_learners(proxy)._run, "_warned_of", {"'hidden'"})
     await proxy.custom_method(one, "hide", "lock")
     for _ in range(MAX_CALLS + 1):
         await proxy.custom_method(one, "step")
@@ -137,7 +137,7 @@ async def test_learner_that_can_be_captured_again_is_rebuilt_again(
 async def test_warning_that_is_an_error_holds_up_no_outcome(
     proxy: tfr.LearnerProxy, one: str, latch: Latch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(remote_learners(proxy), "_warned_of", set())
+    monkeypatch.setattr(remote_learners(proxy)._run, "_warned_of", set())
     await proxy.custom_method(one, "hide", "lock")
     with pytest.raises(tfr.CallTimeoutError):
         await proxy.options(timeout_s=0.3).custom_method(one, "hold", latch.path)

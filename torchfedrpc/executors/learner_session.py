@@ -3,42 +3,105 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import warnings
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.executors.admission import Admission
+from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.executors.journal import Entry, Journal, Journals
-from torchfedrpc.executors.snapshot_throttle import SnapshotThrottle
+from torchfedrpc.executors.snapshot_throttle import SnapshotBudget, SnapshotThrottle
 from torchfedrpc.host.call import Call, CallKind, Outcome, Registration
 from torchfedrpc.rpc.member import Member, WorkerGone
 from torchfedrpc.rpc.worker_client import UndeliverableError
-from torchfedrpc.tasks import Turns
-from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.rpc.workers import Workers, WorkerState
+from torchfedrpc.tasks import Tasks, Turns
 from torchfedrpc.wire.packing import Packed, pack
 
 logger = logging.getLogger(__name__)
 
 
-class Run(Protocol):
-    """Interface of a run for its sessions."""
+class Run:
+    """What the sessions of a run share: places and workers, journals, the throttles of snapshots, tasks.
 
-    allow: AllowList
-    max_recoveries: int
-    journals_are_kept: bool
-    journals: Journals
-    durations: Durations
+    Args:
+        config: The run's configuration.
+        spec: The run's learners.
+        workers: The table of workers.
+        admission: Counts the journals' arguments beyond their bound.
+        durations: Records the durations of cancelled calls.
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether the proxy is closed."""
+    Attributes:
+        allow: Types that results and states may have.
+        durations: The same.
+        max_recoveries: Number of consecutive losses of a worker that a learner's calls are repeated after.
+        journals_are_kept: Whether lost learners are rebuilt.
+        journals: The journals of all learners.
+        places: Client -> name of the worker that it is placed on.
+        sessions: Sessions of the clients with at least one call.
+        is_closed: Whether the proxy is closed.
+    """
+
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        spec: ExecutorSpec,
+        workers: Workers,
+        admission: Admission,
+        durations: Durations,
+    ) -> None:
+        self.allow = spec.learner.allow_list()
+        self.durations = durations
+        self.max_recoveries = config.max_recoveries
+        self.journals_are_kept = config.on_worker_lost == "recover"
+        self.journals = Journals(config, admission)
+        self.places: dict[str, str] = {}
+        self.sessions: dict[str, LearnerSession] = {}
+        self.is_closed = False
+        self._spec = spec
+        self._workers = workers
+        self._budget = SnapshotBudget()
+        self._throttles: dict[str, SnapshotThrottle] = {}
+        self._tasks = Tasks()
+        self._call_ids = itertools.count(-(1 << 40), -1)  # disjoint from the ids of a proxy and an executor
+        self._warned_of: set[str | None] = set()  # attributes that cannot be captured and have had a warning
+
+    def end(self) -> None:
+        """Begin no more sessions, and let calls that find no worker end."""
+        self.is_closed = True
+
+    async def close(self) -> None:
+        """Wait for the tasks, and free sessions and journals."""
+        await self._tasks.wait()
+        self.sessions.clear()
+        self.journals.close()
+
+    def session(self, client_id: str) -> LearnerSession:
+        """Return the session of a client; its first call makes it.
+
+        Raises:
+            WorkerLostError: If the proxy is closed.
+        """
+        session = self.sessions.get(client_id)
+        if session is None:
+            if self.is_closed:
+                raise WorkerLostError("the proxy is closed")
+            constructor = self._spec.constructor_arguments(client_id)
+            session = LearnerSession(client_id, constructor, Journal(client_id, self.journals), self)
+            self.sessions[client_id] = session
+        return session
 
     def present_worker(self, client_id: str) -> Member | None:
         """Return the worker that a client is placed on if it can be called now, else None."""
+        return self._workers.present.get(self.places[client_id])
 
     async def worker(self, client_id: str) -> Member:
         """Wait for the worker that a client is placed on, and return it.
@@ -46,27 +109,51 @@ class Run(Protocol):
         Raises:
             WorkerLostError: If the worker is lost and no other process is expected.
         """
+        return await self._workers.wait_for(lambda: self.places[client_id])
 
     def stays(self, client_id: str, worker: Member) -> bool:
-        """Keep a learner that cannot be captured on its worker; return False if that worker is about to leave."""
+        """Leave a learner that cannot be captured where it is. Returns False if its worker is about to leave."""
+        entry = self._workers.get(worker.label)
+        if entry is None or entry.state is not WorkerState.SERVING:
+            return False
+        self.places[client_id] = worker.label
+        return True
 
     def worker_of(self, client_id: str) -> str:
         """Return the name of the worker that has a client's learner, or that the client is placed on."""
+        session = self.sessions.get(client_id)
+        worker = session.worker if session is not None else None
+        return worker.label if worker is not None else self.places[client_id]
 
     def throttle(self, worker: Member) -> SnapshotThrottle:
         """Return the throttle for snapshots to and from a worker."""
+        return self._throttles.setdefault(worker.label, SnapshotThrottle(self._budget))
 
     def next_call_id(self) -> int:
-        """Return an id for a call that the session makes itself."""
+        """Return an id for a call that the run makes itself."""
+        return next(self._call_ids)
 
     def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine as a task until the run ends."""
+        self._tasks.start(coroutine)
 
     def relieve_journals(self) -> None:
         """Start snapshots that bring the journals of all learners under their bound."""
+        for journal, limit in self.journals.relief():
+            self.sessions[journal.client_id].request_snapshot(limit)
 
     def warn_of_refusal(self, client_id: str, error: Exception, *, is_first: bool) -> None:
-        """Warn that a learner cannot be rebuilt, once per cause."""
+        """Warn that a learner cannot be rebuilt, once per attribute that cannot be captured."""
+        message = f"{client_id} could not be rebuilt if its worker were lost: {error}"
+        attribute = getattr(error, "attribute", None)
+        if attribute in self._warned_of:
+            logger.log(logging.INFO if is_first else logging.DEBUG, message)
+            return
+        self._warned_of.add(attribute)
+        try:
+            warnings.warn(f"{message} (this is said once, of the first such client)", stacklevel=2)
+        except Exception:  # warnings are errors here, and no caller can handle them
+            logger.warning(message)
 
 
 class LearnerSession:

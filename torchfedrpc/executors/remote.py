@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import sys
-import warnings
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +16,8 @@ from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.batches import Batches
 from torchfedrpc.executors.call_executor import Learners
 from torchfedrpc.executors.durations import Durations
-from torchfedrpc.executors.journal import Journal, Journals
-from torchfedrpc.executors.learner_session import LearnerSession, SessionStream
+from torchfedrpc.executors.learner_session import Run, SessionStream
 from torchfedrpc.executors.placement import LOCAL, even_out, place_again, place_clients
-from torchfedrpc.executors.snapshot_throttle import SnapshotBudget, SnapshotThrottle
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.reduce.driver import Reduction
@@ -61,27 +57,16 @@ class RemoteLearners(Learners):
         admission: Admission,
         durations: Durations,
     ) -> None:
-        self.allow = spec.learner.allow_list()
-        self.max_recoveries = config.max_recoveries
-        self.journals_are_kept = config.on_worker_lost == "recover"
-        self.durations = durations
         self._config = config
         self._spec = spec
         self._joined = next((source for source in sources if isinstance(source, JoinedSource)), None)
         self.join_address = self._joined.address if self._joined is not None else None
         self._group = WorkerGroup(sources, spec.learner)
         self._workers = self._group.workers
-        self._places: dict[str, str] = {}  # client -> name of the worker that it is placed on
-        self._sessions: dict[str, LearnerSession] = {}  # of clients with at least one call
-        self.journals = Journals(config, admission)
-        self._budget = SnapshotBudget()
-        self._throttles: dict[str, SnapshotThrottle] = {}
+        self._run = Run(config, spec, self._workers, admission, durations)
         self._file_pool = FilePool()
-        self._tasks = Tasks()
         self._following = Tasks()
-        self._own_call_ids = itertools.count(-(1 << 40), -1)  # disjoint from the ids of a proxy and an executor
         self._plain_arguments: dict[bytes, Packed] = {}  # cache: pickle -> arguments without tensors
-        self._warned_of: set[str | None] = set()  # attributes that cannot be captured and have had a warning
         self._num_lost = 0
         self._last_loss = ""
         self._stats_at_close: dict[str, Any] | None = None  # once closed
@@ -107,30 +92,29 @@ class RemoteLearners(Learners):
     async def close(self, reason: str) -> None:
         """Fail the pending calls, end the world, and release the workers."""
         self._stats_at_close = {**self.stats(), "journal_bytes": 0, "workers": {}}
+        self._run.end()
         self._following.cancel()
         await self._group.close(reason)
-        await self._tasks.wait()
-        self._sessions.clear()
-        self.journals.close()
+        await self._run.close()
         self._file_pool.close()
 
     # Calls.
 
     def call(self, call: Call) -> Coroutine[Any, Any, Outcome]:
-        session = self._sessions.get(call.client_id) or self._session(call.client_id)
+        session = self._run.sessions.get(call.client_id) or self._run.session(call.client_id)
         return session.call(call)
 
     def stream(self, call: Call) -> SessionStream:
-        return SessionStream(self._session(call.client_id), call)
+        return SessionStream(self._run.session(call.client_id), call)
 
     async def capture(self, call: Call) -> Outcome | None:
-        session = self._session(call.client_id)
+        session = self._run.session(call.client_id)
         return None if session.given_up is not None else await self.call(call)
 
     def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> Coroutine[Any, Any, None]:
         """Run calls, by place, and reduce their results on the workers."""
-        parts = {place: (call, self._session(call.client_id)) for place, call in calls.items()}
-        return Batches(self, reduction, self._config.call_timeout_s).make(parts)
+        parts = {place: (call, self._run.session(call.client_id)) for place, call in calls.items()}
+        return Batches(self._run, reduction, self._config.call_timeout_s).make(parts)
 
     def take_value(self, obj: Any) -> Packed:
         return pack(obj)
@@ -164,7 +148,7 @@ class RemoteLearners(Learners):
         Raises:
             WorkerLostError: If the learner has no RRef now.
         """
-        session = self._session(client_id)
+        session = self._run.session(client_id)
         worker = session.worker
         if worker is None and session.turns.take_now():
             worker = session.ready()
@@ -183,6 +167,9 @@ class RemoteLearners(Learners):
         )
         raise WorkerLostError(f"{client_id} on {label}: {reason}")
 
+    def worker_of(self, client_id: str) -> str:
+        return self._run.worker_of(client_id)
+
     def workers(self) -> list[str]:
         """Return the names of the workers: ``worker1`` and so on, and the addresses of listening workers."""
         return [worker.label for worker in self._workers if worker.machine is not None]
@@ -200,75 +187,12 @@ class RemoteLearners(Learners):
             "bytes_sent": sum(one.num_sent_bytes for one in traffic),
             "bytes_received": sum(one.num_received_bytes for one in traffic),
             "snapshot_bytes": sum(one.num_snapshot_bytes for one in traffic),
-            "journal_bytes": self.journals.num_bytes,
+            "journal_bytes": self._run.journals.num_bytes,
             "workers_lost": self._num_lost,
             "workers": {
                 label: {"learners": len(member.registrations)} for label, member in self._workers.members.items()
             },
         }
-
-    # Interface for sessions.
-
-    def present_worker(self, client_id: str) -> Member | None:
-        """Return the worker that a client is placed on if it can be called now, else None."""
-        return self._workers.present.get(self._places[client_id])
-
-    async def worker(self, client_id: str) -> Member:
-        """Wait for the worker that a client is placed on, and return it.
-
-        Raises:
-            WorkerLostError: If the worker is lost and no other process is expected.
-        """
-        return await self._workers.wait_for(lambda: self._places[client_id])
-
-    def stays(self, client_id: str, worker: Member) -> bool:
-        """Leave a learner that cannot be captured where it is. Returns False if its worker is about to leave."""
-        entry = self._workers.get(worker.label)
-        if entry is None or entry.state is not WorkerState.SERVING:
-            return False
-        self._places[client_id] = worker.label
-        return True
-
-    def worker_of(self, client_id: str) -> str:
-        """Return the name of the worker that has a client's learner, or that the client is placed on."""
-        session = self._sessions.get(client_id)
-        worker = session.worker if session is not None else None
-        return worker.label if worker is not None else self._places[client_id]
-
-    def throttle(self, worker: Member) -> SnapshotThrottle:
-        """Return the throttle for snapshots to and from a worker."""
-        return self._throttles.setdefault(worker.label, SnapshotThrottle(self._budget))
-
-    def next_call_id(self) -> int:
-        """Return an id for a call that the run makes itself."""
-        return next(self._own_call_ids)
-
-    def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine as a task until the run ends."""
-        self._tasks.start(coroutine)
-
-    def relieve_journals(self) -> None:
-        """Start snapshots that bring the journals of all learners under their bound."""
-        for journal, limit in self.journals.relief():
-            self._sessions[journal.client_id].request_snapshot(limit)
-
-    def warn_of_refusal(self, client_id: str, error: Exception, *, is_first: bool) -> None:
-        """Warn that a learner cannot be rebuilt, once per attribute that cannot be captured."""
-        message = f"{client_id} could not be rebuilt if its worker were lost: {error}"
-        attribute = getattr(error, "attribute", None)
-        if attribute in self._warned_of:
-            logger.log(logging.INFO if is_first else logging.DEBUG, message)
-            return
-        self._warned_of.add(attribute)
-        try:
-            warnings.warn(f"{message} (this is said once, of the first such client)", stacklevel=2)
-        except Exception:  # warnings are errors here, and no caller can handle them
-            logger.warning(message)
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the proxy is closed."""
-        return self._stats_at_close is not None
 
     # Workers that come and go.
 
@@ -290,14 +214,14 @@ class RemoteLearners(Learners):
             elif isinstance(event, WorkerLost):
                 self._num_lost += 1
                 self._last_loss = self._workers[event.worker].reason
-                if self.journals_are_kept:
+                if self._run.journals_are_kept:
                     self._do_without(event.worker)
                 else:
                     self._give_up(event.worker)
 
     def _publish_progress(self, arrived: ProgressArrived) -> None:
         """Publish progress, unless the same call has reported it before it was repeated."""
-        session = self._sessions.get(arrived.call.client_id)
+        session = self._run.sessions.get(arrived.call.client_id)
         if session is not None and session.is_next_report(arrived.call, arrived.number):
             self._spec.publish_progress(arrived.call, arrived.number, arrived.value)
 
@@ -331,16 +255,16 @@ class RemoteLearners(Learners):
         if worker.state is WorkerState.LEAVING and worker.member is not None:
             logger.info("%s leaves: its learners are moved", label)
             self._place_again(self._clients_of(label))
-            self.in_background(self._drain(worker, worker.member))
+            self._run.in_background(self._drain(worker, worker.member))
 
     async def _drain(self, worker: Worker, member: Member) -> None:
         """Move all learners off a worker, and release it."""
         await self._move_off(member)
-        if worker.member is member and not self.is_closed:  # else it was lost meanwhile, or the run has ended
+        if worker.member is member and not self._run.is_closed:  # else it was lost meanwhile, or the run has ended
             self._group.release(worker.label)
 
     async def _move_off(self, member: Member) -> None:
-        moving = [session for session in self._sessions.values() if session.worker is member]
+        moving = [session for session in self._run.sessions.values() if session.worker is member]
         await asyncio.gather(*(session.move() for session in moving))
 
     def _give_up(self, label: str) -> None:
@@ -348,7 +272,7 @@ class RemoteLearners(Learners):
         where = self._workers[label].reason
         self._workers.give_up(label, f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it")
         for client_id in self._clients_of(label):  # an interrupted move leaves the learner where it was
-            self._places[client_id] = self.worker_of(client_id)
+            self._run.places[client_id] = self.worker_of(client_id)
 
     def _do_without(self, label: str) -> None:
         """Let the clients of a worker that was lost or has left wait for another, or place them on other workers."""
@@ -366,42 +290,34 @@ class RemoteLearners(Learners):
 
     def _place_all(self) -> None:
         machines = {worker.label: worker.machine for worker in self._workers if worker.machine is not None}
-        self._places = place_clients(list(self._spec.clients), self._config.client_endpoints, machines)
+        self._run.places |= place_clients(list(self._spec.clients), self._config.client_endpoints, machines)
 
     def _place_again(self, clients: Sequence[str]) -> None:
         """Place clients on present workers, as far as their endpoints allow."""
-        self._places |= place_again(clients, self._config.client_endpoints, self._workers.machines, self._places)
+        places, endpoints = self._run.places, self._config.client_endpoints
+        places |= place_again(clients, endpoints, self._workers.machines, places)
         self._workers.changed()
 
     def _balance(self) -> None:
         """Give new workers an equal share of the clients. Their learners move between two calls."""
         endpoints, there = self._config.client_endpoints, {LOCAL, *self._workers.members}
-        self._place_again([client_id for client_id in endpoints if self._places.get(client_id, LOCAL) not in there])
+        places, sessions = self._run.places, self._run.sessions
+        self._place_again([client_id for client_id in endpoints if places.get(client_id, LOCAL) not in there])
         # Workers with a replacement on its way keep their share.
         labels = [
             worker.label
             for worker in self._workers
             if worker.machine is not None and (worker.label in self._workers.present or worker.source.replaces)
         ]
-        clients = [client_id for client_id in self._spec.clients if client_id in self._places]
-        moved = even_out(clients, endpoints, labels, self._places, lambda client_id: client_id not in self._sessions)
-        self._places |= moved
+        clients = [client_id for client_id in self._spec.clients if client_id in places]
+        moved = even_out(clients, endpoints, labels, places, lambda client_id: client_id not in sessions)
+        places |= moved
         for client_id in moved:
-            if (session := self._sessions.get(client_id)) is not None and session.worker is not None:
-                self.in_background(session.move())
+            if (session := sessions.get(client_id)) is not None and session.worker is not None:
+                self._run.in_background(session.move())
         for worker in self._workers:
             if worker.deadline is not None and not self._clients_of(worker.label):
                 worker.stop_waiting()
 
     def _clients_of(self, label: str) -> list[str]:
-        return [client_id for client_id, place in self._places.items() if place == label]
-
-    def _session(self, client_id: str) -> LearnerSession:
-        session = self._sessions.get(client_id)
-        if session is None:
-            if self.is_closed:
-                raise WorkerLostError("the proxy is closed")
-            constructor = self._spec.constructor_arguments(client_id)
-            session = LearnerSession(client_id, constructor, Journal(client_id, self.journals), self)
-            self._sessions[client_id] = session
-        return session
+        return [client_id for client_id, place in self._run.places.items() if place == label]

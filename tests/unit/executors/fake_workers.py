@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,9 +14,8 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import SnapshotError, WorkerLostError
 from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.durations import Durations
-from torchfedrpc.executors.journal import Journal, Journals
-from torchfedrpc.executors.learner_session import LearnerSession
-from torchfedrpc.executors.snapshot_throttle import SnapshotBudget, SnapshotThrottle
+from torchfedrpc.executors.journal import Journal
+from torchfedrpc.executors.learner_session import LearnerSession, Run
 from torchfedrpc.host.call import Batch, Call, CallKind, Outcome
 from torchfedrpc.host.snapshot import _HEADER
 from torchfedrpc.reduce.worker import BatchJob
@@ -235,7 +234,7 @@ def tensor_of(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-class FakeRun:
+class FakeRun(Run):
     """A run that places all clients on one worker.
 
     Attributes:
@@ -245,21 +244,17 @@ class FakeRun:
 
     def __init__(self, *, max_recoveries: int = 3, **runtime: Any) -> None:
         config = RuntimeConfig(max_recoveries=max_recoveries, **runtime)
-        self.allow = ALLOW
-        self.max_recoveries = max_recoveries
-        self.journals_are_kept = config.on_worker_lost == "recover"
-        self.durations = Durations()
-        self.journals = Journals(config, Admission(1 << 30))
-        self.sessions: dict[str, LearnerSession] = {}
+        table: Any = None  # of workers: there is one at a time
+        spec: Any = SimpleNamespace(
+            learner=SimpleNamespace(allow_list=lambda: ALLOW),
+            constructor_arguments=lambda client_id: pack({"client": client_id}),
+        )
+        super().__init__(config, spec, table, Admission(1 << 30), Durations())
         self.refusals: list[tuple[str, bool]] = []
-        self.is_closed = False
         self.stay = True
         self._target: FakeWorker | None = None
         self._failure: str | None = None
         self._changed = asyncio.Event()
-        self._throttles: dict[str, SnapshotThrottle] = {}
-        self._ids = itertools.count(-1, -1)
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def place(self, worker: FakeWorker | None) -> None:
         """Place all clients on a worker; None if it is waited for."""
@@ -272,21 +267,17 @@ class FakeRun:
         self._changed.set()
 
     def session(self, client_id: str = "a") -> LearnerSession:
-        if client_id not in self.sessions:
-            journal = Journal(client_id, self.journals)
-            run: Any = self  # with workers of its own
-            self.sessions[client_id] = LearnerSession(client_id, pack({"client": client_id}), journal, run)
-        return self.sessions[client_id]
+        return super().session(client_id)
 
     def journal(self, client_id: str = "a") -> Journal:
         return self.session(client_id)._journal
 
     async def close(self) -> None:
         """Wait for all that goes on, and check that each turn was passed on."""
-        while self._tasks:
-            await within(asyncio.wait(self._tasks))
+        while self._tasks._tasks:
+            await within(self._tasks.wait())
         held = [client_id for client_id, session in self.sessions.items() if session.turns.is_held]
-        self.journals.close()
+        await super().close()
         assert not held, f"turns were never passed on: {held}"
 
     def present_worker(self, client_id: str) -> FakeWorker | None:
@@ -301,29 +292,15 @@ class FakeRun:
             self._changed.clear()
             await self._changed.wait()
 
-    def stays(self, client_id: str, worker: FakeWorker) -> bool:
+    def stays(self, client_id: str, worker: Member) -> bool:
         if self.stay:
+            assert isinstance(worker, FakeWorker)
             self.place(worker)
         return self.stay
 
     def worker_of(self, client_id: str) -> str:
         worker = self.session(client_id).worker or self._target
         return worker.label if worker is not None else "a lost worker"
-
-    def throttle(self, worker: Member) -> SnapshotThrottle:
-        return self._throttles.setdefault(worker.label, SnapshotThrottle(SnapshotBudget()))
-
-    def next_call_id(self) -> int:
-        return next(self._ids)
-
-    def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def relieve_journals(self) -> None:
-        for journal, limit in self.journals.relief():
-            self.sessions[journal.client_id].request_snapshot(limit)
 
     def warn_of_refusal(self, client_id: str, error: Exception, *, is_first: bool) -> None:
         self.refusals.append((client_id, is_first))
