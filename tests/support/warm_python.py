@@ -40,7 +40,8 @@ _IMPORTED: tuple[str, ...] = (
 )
 _IMPORTED += ("torchfedrpc.executors.distributed", "torchfedrpc.worker_cli", "torchfedrpc.rpc.launch", "learners")
 _IMPORTED += ("torch.distributed.launcher.api", "torch._dynamo")  # the latter by the first optimizer of a process
-_IMPORTED += ("torchfedrpc.experiments.cli", "matplotlib.figure", "sklearn.datasets")
+_IMPORTED += ("torchfedrpc.experiments.cli",)
+_IMPORTED_IF_THERE = ("matplotlib.figure", "sklearn.datasets")
 _SET_CHILD_SUBREAPER = 36  # of prctl
 _NEW_NETWORK = 0x40000000  # of setns
 _NEW_HOSTNAME = 0x04000000  # of unshare
@@ -178,7 +179,9 @@ def _suits(variables: Mapping[str, str]) -> bool:
 def serve(descriptor: int) -> None:
     """Fork processes until the other end is closed; those that are forked run what they are to run, and return."""
     for name in _IMPORTED:
-        with contextlib.suppress(ImportError):  # of an optional package
+        importlib.import_module(name)
+    for name in _IMPORTED_IF_THERE:
+        with contextlib.suppress(ImportError):
             importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
