@@ -182,11 +182,11 @@ class RemoteLearners(Learners):
         """Return bytes sent and received, workers lost, and the number of learners of each worker."""
         if self._stats_at_close is not None:
             return self._stats_at_close
-        traffic = list(self._group.traffic.values())
+        traffic = self._group.traffic
         return {
-            "bytes_sent": sum(one.num_sent_bytes for one in traffic),
-            "bytes_received": sum(one.num_received_bytes for one in traffic),
-            "snapshot_bytes": sum(one.num_snapshot_bytes for one in traffic),
+            "bytes_sent": traffic.num_sent_bytes,
+            "bytes_received": traffic.num_received_bytes,
+            "snapshot_bytes": traffic.num_snapshot_bytes,
             "journal_bytes": self._run.journals.num_bytes,
             "workers_lost": self._num_lost,
             "workers": {

@@ -60,7 +60,7 @@ class ProgressArrived(Event):
 
 @dataclass
 class Traffic:
-    """Bytes that went to a worker and came from it, in all worlds.
+    """Bytes that went to the workers of a run and came from them, in all worlds.
 
     Attributes:
         num_sent_bytes: Arguments of calls.

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -69,13 +69,13 @@ class WorkerGroup:
         events: Events of workers and worlds once the group is open, `WorkerLeaving` and `ProgressArrived` among them.
             A task that waits for events handles one before calls notice the change, or the end of a call that has
             reported progress.
-        traffic: Label -> bytes, of all present and former workers.
+        traffic: Bytes sent to and received from all present and former workers.
     """
 
     def __init__(self, sources: Sequence[Source], learner: LearnerSpec) -> None:
         self.workers = Workers()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
+        self.traffic = Traffic()
         self._sources = sources
         self._learner = learner
         self._recovers = learner.runtime.on_worker_lost == "recover"
@@ -394,7 +394,7 @@ class WorkerGroup:
                 plan.name(rank),
                 keys[member.label],
                 frozenset([torch.device(pair[0])] if pair else []),
-                self.traffic[member.label],
+                self.traffic,
                 events=self.events,
                 sees_files=member.sees_files,
                 pid=member.pid,
