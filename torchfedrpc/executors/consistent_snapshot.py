@@ -10,11 +10,14 @@ from typing import Any
 from torchfedrpc.executors.snapshot_throttle import SnapshotBudget
 from torchfedrpc.tasks import Turns
 
+_STUCK_S = 1.0  # a snapshot that takes longer waits for a call that was cut off, and holds up no other learner
+
 
 class Cut(AsyncIterator[tuple[str, bytes]]):
     """Consistent snapshot of learners: ``async for client_id, data in cut``, in any order.
 
-    Few snapshots are in flight at a time, so that they are never all in memory. A call of a learner waits until the
+    Few snapshots are in flight at a time, so that they are never all in memory; those that a busy learner holds up do
+    not count. A call of a learner waits until the
     learner's snapshot was requested (`passed`), and moves that request to the front of the queue. Calls no longer
     wait after all snapshots were requested, or after `close`.
 
@@ -29,7 +32,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         self._wanted: deque[str] = deque()
         self._gates: dict[str, Turns] = {}  # of learners with waiting calls
         self._closed: set[str] = set()  # learners whose snapshot was not requested, though calls or requests wait
-        self._taking: dict[asyncio.Task[bytes], str] = {}
+        self._taking: dict[asyncio.Task[bytes], tuple[str, float]] = {}  # each with its client and when it began
         self._take = take
         self._budget = SnapshotBudget()
 
@@ -52,7 +55,9 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         turns = [gate.request() for gate in gates.values()]
         try:
             for turn in turns:
-                await turn
+                while not turn.done():
+                    await asyncio.wait([turn], timeout=_STUCK_S)
+                    self._fill()
         finally:  # where a cancelled caller was the last one, its gate is gone already
             for (client_id, gate), turn in zip(gates.items(), turns, strict=True):
                 gate.withdraw(turn)
@@ -64,7 +69,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
             raise StopAsyncIteration
         done, _ = await asyncio.wait(self._taking, return_when=asyncio.FIRST_COMPLETED)
         task = done.pop()
-        client_id, data = self._taking.pop(task), task.result()
+        (client_id, _), data = self._taking.pop(task), task.result()
         self._budget.saw(len(data))
         return client_id, data
 
@@ -78,15 +83,18 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
             self._open_gate(client_id)
 
     def _fill(self) -> None:
-        while self._untaken and self._budget.fits(len(self._taking)):
+        loop = asyncio.get_running_loop()
+        while self._untaken and self._budget.fits(
+            sum(task.done() or loop.time() - began < _STUCK_S for task, (_, began) in self._taking.items())
+        ):
             wanted = self._wanted.popleft() if self._wanted else next(iter(self._untaken))
             if wanted not in self._untaken:  # several calls of one learner waited
                 continue
             del self._untaken[wanted]
             self._close_gate(wanted)
-            self._taking[asyncio.ensure_future(self._take(wanted))] = wanted
+            self._taking[asyncio.ensure_future(self._take(wanted))] = wanted, loop.time()
             # The task sends its request in its first step; the loop runs that step before this callback.
-            asyncio.get_running_loop().call_soon(self._open_gate, wanted)
+            loop.call_soon(self._open_gate, wanted)
 
     def _close_gate(self, client_id: str) -> None:
         if client_id not in self._closed:

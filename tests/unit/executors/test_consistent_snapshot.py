@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from torchfedrpc.executors import consistent_snapshot as cut_module
 from torchfedrpc.executors import snapshot_throttle as module
 from torchfedrpc.executors.consistent_snapshot import Cut
 
@@ -183,6 +184,20 @@ async def test_a_call_of_several_learners_may_be_cancelled_as_the_gates_open() -
     await asyncio.wait_for(learners.call(cut, "a"), 5)
     await asyncio.wait_for(learners.call(cut, "b"), 5)
     assert cut.is_over
+    cut.close()
+
+
+async def test_snapshots_behind_busy_learners_hold_up_no_other_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_module, "_STUCK_S", 0.05)
+    learners = Learners()
+    cut = Cut("abcd", learners.take)
+    following = asyncio.ensure_future(anext(cut))
+    await turns()
+    assert list(learners.pending) == ["a", "b"]  # and they stay so
+    await asyncio.wait_for(learners.call(cut, "c"), 5)
+    await asyncio.wait_for(learners.call(cut, "d"), 5)
+    assert learners.log[2:] == ["state c", "state d", "call 0 c", "call 0 d"]  # in place of both
+    following.cancel()
     cut.close()
 
 
