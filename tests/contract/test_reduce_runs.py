@@ -141,7 +141,7 @@ async def test_calls_that_wait_for_admission_run_though_others_do_not_go_togethe
         assert proxy.stats()["pending_calls"] == 0
 
 
-@pytest.mark.parametrize("options", [{"timeout_s": 0.3, "on_error": "collect"}, {"min_results": 1}])
+@pytest.mark.parametrize("options", [{"timeout_s": 1.5, "on_error": "collect"}, {"min_results": 1}])
 async def test_stop_of_a_reduce_reaches_a_call_that_waits_for_admission(
     runtime: dict[str, Any], latch: Latch, options: dict[str, Any]
 ) -> None:
