@@ -296,8 +296,8 @@ MUTATIONS = [
     Mutation(
         "a call's timeout is not kept",
         "calls.py",
-        "(options.timeout_s) as deadline:\n                return await answer\n        except StopAsyncIteration",
-        "(None) as deadline:\n                return await answer\n        except StopAsyncIteration",
+        "return await within(options.timeout_s, answer, late)",
+        "return await answer",
         "tests/contract/test_deadlines.py -k local",
     ),
     Mutation(

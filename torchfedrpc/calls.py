@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from torchfedrpc.errors import (
@@ -25,6 +26,7 @@ from torchfedrpc.events import CallEnded, CallStarted, EventBus
 from torchfedrpc.executors.base import Arguments, Invocation
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.options import CallOptions
+from torchfedrpc.tasks import within
 
 T = TypeVar("T")
 
@@ -247,12 +249,7 @@ class Calls:
             self.check_open()
             self.check_client(client_id)
             self.check_not_reading(client_id, what)
-            async with asyncio.timeout(options.timeout_s) as deadline:
-                return await answer
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise self.late(options, client_id, what) from None
+            return await within(options.timeout_s, answer, partial(self.late, options, client_id, what))
         finally:
             answer.close()
 
@@ -323,15 +320,12 @@ class Calls:
         try:
             if options.timeout_s is None:
                 return await answer
-            async with asyncio.timeout(options.timeout_s) as deadline:
-                return await answer
+            late = partial(self.late, options, invocation.client_id, invocation.method)
+            return await within(options.timeout_s, answer, late)
         except StopAsyncIteration:
             raise
         except BaseException as error:
             failure = error
-            if isinstance(error, TimeoutError) and options.timeout_s is not None and deadline.expired():
-                failure = self.late(options, invocation.client_id, invocation.method)
-                raise failure from None
             raise
         finally:
             observed.end(failure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torchfedrpc.calls import Calls
@@ -12,6 +13,7 @@ from torchfedrpc.executors.base import Invocation
 from torchfedrpc.options import CallOptions
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.reduce.tree import MergeError, prototype_of
+from torchfedrpc.tasks import within
 
 
 async def reduce(
@@ -137,13 +139,8 @@ async def _make_calls(
 
 async def _merge(options: CallOptions, reduction: Reduction, method: str) -> Any:
     """Merge the partial results and return the value, within another ``timeout_s``."""
-    try:
-        async with asyncio.timeout(options.timeout_s) as deadline:
-            return await reduction.finish()
-    except TimeoutError:
-        if not deadline.expired():
-            raise
-        raise _not_merged(options, reduction, method, "the driver") from None
+    late = partial(_not_merged, options, reduction, method, "the driver")
+    return await within(options.timeout_s, reduction.finish(), late)
 
 
 def _not_merged(options: CallOptions, reduction: Reduction, method: str, where: str) -> CallTimeoutError:

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Tasks:
@@ -56,6 +58,24 @@ async def all_of(*coroutines: Coroutine[Any, Any, Any]) -> list[Any]:
         return [task.result() for task in tasks]
     finally:
         del error, tasks
+
+
+async def within(timeout_s: float | None, answer: Awaitable[T], late: Callable[[], Exception]) -> T:
+    """Await an answer for some time, None for no limit, and raise an error that is made then if it did not come.
+
+    The error is in no reference cycle with the running task, which `asyncio.timeout` refers to.
+    """
+    deadline: asyncio.Timeout | None = None
+    try:
+        async with asyncio.timeout(timeout_s) as deadline:
+            return await answer
+    except TimeoutError:
+        assert deadline is not None
+        if not deadline.expired():
+            raise
+    finally:
+        deadline = None
+    raise late()
 
 
 async def all_ended(tasks: list[asyncio.Task[None]]) -> None:

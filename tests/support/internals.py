@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import math
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -220,14 +222,14 @@ def values_kept_by_workers(proxy: tfr.LearnerProxy) -> set[int]:
 
 
 @contextlib.contextmanager
-def not_carried(method: str) -> Iterator[None]:
-    """Let RPC fail each request of the driver that has a call of a method."""
+def not_carried(method: str, num_requests: float = math.inf) -> Iterator[None]:
+    """Let RPC fail the next requests of the driver that have a call of a method."""
     client_class: Any = WorkerClient
-    send = client_class._send
+    send, num_failed = client_class._send, itertools.count(1)
 
     def send_unless(client: Any, entry: Any, alone: int | None, *args: Any, **options: Any) -> Any:
         for item in args[0] if args else ():
-            if item[0] == "submit" and item[2][0][2] == method:
+            if item[0] == "submit" and item[2][0][2] == method and next(num_failed) <= num_requests:
                 raise RuntimeError(f"{method} is not carried")
         return send(client, entry, alone, *args, **options)
 

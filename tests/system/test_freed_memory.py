@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -54,6 +55,9 @@ class Weighing:
 
     def measure(self, weights: torch.Tensor, size: int) -> torch.Tensor:
         return torch.ones(size)
+
+    def take_slowly(self, weights: torch.Tensor) -> None:
+        time.sleep(0.1)
 
     async def take_async(self, weights: torch.Tensor) -> None:
         self._see(weights)
@@ -153,3 +157,16 @@ async def test_a_callers_tensors_are_freed_where_the_results_do_not_go_together(
         del weights, own
         await proxy.clients().call("alive")  # the calls after the reduce have gone on
         assert [ref() is not None for ref in there] == [False] * 2
+
+
+async def test_a_callers_tensors_are_freed_after_a_group_call_that_reached_its_deadline(
+    proxy: tfr.LearnerProxy,
+) -> None:
+    with no_collections():
+        small = torch.ones(10)
+        there = memory_of(small)
+        with pytest.raises(tfr.GroupCallError):
+            await proxy.clients().options(timeout_s=0.01).call("take_slowly", small)
+        del small
+        await proxy.clients().call("alive")  # the calls have ended
+        assert there() is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Latch
 from internals import not_carried
 from learners import Mortal, Stillborn
@@ -64,6 +65,15 @@ async def test_calls_that_rpc_cannot_carry_fail_and_the_others_are_made_once(
                     await call
         await steps.check(*CLIENTS)
         assert seen.workers == []
+
+
+async def test_requests_that_fail_together_as_a_connection_does_are_sent_again() -> None:
+    clients = [f"client_{number}" for number in range(8)]
+    async with tfr.LearnerProxy(Mortal, clients, runtime=pseudo(num_processes=1)) as proxy:
+        await proxy.clients().call("append", 0)
+        with not_carried("append", num_requests=len(clients)):
+            counts = await proxy.clients({one: {"item": torch.zeros(80_000)} for one in clients}).call("append")
+        assert dict(counts) == dict.fromkeys(clients, 2)
 
 
 async def test_no_one_is_rebuilt_where_a_loss_is_to_fail_and_clients_of_other_workers_go_on(

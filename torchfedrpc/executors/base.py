@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import ConfigError, SerializationError
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import EventBus, ProgressReported
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.shared_arguments import SharedRef
@@ -24,7 +24,7 @@ from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.tasks import call_on
-from torchfedrpc.wire.packing import Packed, Reference, pack
+from torchfedrpc.wire.packing import Packed
 from torchfedrpc.wire.shared import SharedValue
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class ExecutorSpec:
         """
         report = partial(call_on, asyncio.get_running_loop(), self.publish_progress)
         process = ProcessState(self.learner, choose_device(0), in_driver=True, report=report)
-        return LearnerHost(self.learner, process, constructor_arguments=self.constructor_arguments)
+        return LearnerHost(self.learner, process, clients=self.clients)
 
     def publish_progress(self, call: Call, number: int, progress: Packed) -> None:
         """Publish a `Report` of progress; called on the driver's event loop."""
@@ -62,18 +62,6 @@ class ExecutorSpec:
             logger.exception("the progress of %s.%s cannot be read", call.client_id, call.method)
             return
         self.events.publish(ProgressReported(call.call_id, call.client_id, call.method, value))
-
-    def constructor_arguments(self, client_id: str, *, by_value: bool = True) -> Packed:
-        """Return the present keyword arguments of a learner's constructor.
-
-        Raises:
-            SerializationError: If they cannot be sent.
-        """
-        kwargs = self.clients[client_id]
-        try:
-            return pack(kwargs) if by_value else Reference(kwargs)
-        except SerializationError as error:
-            raise type(error)(f"the constructor arguments of {client_id} cannot be sent: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ class Run:
         if session is None:
             if self.is_closed:
                 raise WorkerLostError("the proxy is closed")
-            constructor = self._spec.constructor_arguments(client_id)
+            constructor = Registration.of(client_id, self._spec.clients[client_id]).kwargs
             session = LearnerSession(client_id, constructor, Journal(client_id, self.journals), self)
             self.sessions[client_id] = session
         return session

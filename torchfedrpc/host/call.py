@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from torchfedrpc import errors
 from torchfedrpc.errors import SerializationError, WorkerLostError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import Failure
-from torchfedrpc.wire.packing import Packed, Reference
+from torchfedrpc.wire.packing import Packed, Reference, pack
 
 _TAKEN = Reference(None)
 
@@ -32,6 +32,18 @@ class Registration:
     client_id: str
     kwargs: Packed
     build: int = 0
+
+    @classmethod
+    def of(cls, client_id: str, kwargs: Mapping[str, Any], *, by_value: bool = True) -> Registration:
+        """Return the first registration of a client, with the present keyword arguments, copied if ``by_value``.
+
+        Raises:
+            SerializationError: If they cannot be sent.
+        """
+        try:
+            return cls(client_id, pack(kwargs) if by_value else Reference(kwargs))
+        except SerializationError as error:
+            raise type(error)(f"the constructor arguments of {client_id} cannot be sent: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,8 +42,7 @@ class LearnerHost:
             limits do not apply while a debugger is attached, and outcomes are not kept. Default: That of a worker
             without a GPU, which reports no progress.
         worker: Name of this process in messages.
-        constructor_arguments: Returns the packed keyword arguments of a client's learner, copied if ``by_value``.
-            Then learners need not be registered.
+        clients: Client -> keyword arguments of its learner's constructor. These learners need not be registered.
     """
 
     def __init__(
@@ -52,11 +51,11 @@ class LearnerHost:
         process: ProcessState | None = None,
         *,
         worker: str = "local",
-        constructor_arguments: Callable[..., Packed] | None = None,
+        clients: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.worker = worker
         self.call_timeout_s = spec.runtime.call_timeout_s
-        self._constructor_arguments = constructor_arguments
+        self._clients = clients or {}
         self._process = process if process is not None else ProcessState(spec)
         self._learners = LearnerCache(spec, self._process)
         self._runner = Runner(self._process, self._learners)
@@ -250,9 +249,8 @@ class LearnerHost:
 
     def _register_local(self, client_id: str) -> None:
         """Register a learner of the driver's process, if it is not registered."""
-        if self._constructor_arguments is not None and client_id not in self._mailboxes:
-            kwargs = self._constructor_arguments(client_id, by_value=self._process.by_value)
-            self.register(Registration(client_id, kwargs))
+        if client_id not in self._mailboxes and client_id in self._clients:
+            self.register(Registration.of(client_id, self._clients[client_id], by_value=self._process.by_value))
 
     def _enqueue(self, job: Job) -> Job | None:
         """Queue a job, with the lock held; returns it if it is to begin now."""

@@ -130,8 +130,7 @@ class WorkerClient:
         self.broken = asyncio.Event()
         self.failures: list[tuple[list[Call | Batch], Exception]] = []
         self._loop = asyncio.get_running_loop()
-        self._rpc = torch_rpc()
-        self._worker: Any = self._rpc.get_worker_info(name)
+        self._worker: Any = torch_rpc().get_worker_info(name)
         self._secret = secret
         self._covered = covered
         self._traffic = traffic
@@ -403,7 +402,7 @@ class WorkerClient:
         self._num_kept_bytes = 0
         # 0 disables RPC's own timeout. The event loop keeps deadlines; only `rref` blocks it.
         header = (self._secret, self._next_request, self._num_heard, acknowledged, alone)
-        sent = self._rpc.rpc_async(self._worker, entry, args=(header, *args), timeout=timeout_s)
+        sent = torch_rpc().rpc_async(self._worker, entry, args=(header, *args), timeout=timeout_s)
         self._next_request += 1  # only if it was sent: the worker waits for each number
         return sent
 

@@ -307,15 +307,17 @@ class WorkerGroup:
         is_reached = member.client is client and await client.is_reached()
         if member.client is not client:
             return
-        for requests, error in client.failures:
-            is_found = is_reached and len(requests) == 1
-            for request in requests:
-                self._num_suspicions[request.call_id] += 1
-                if is_found or self._num_suspicions[request.call_id] > _MAX_FAILURES:
-                    del self._num_suspicions[request.call_id]
-                    undeliverable = UndeliverableError(f"torch RPC cannot carry the call or its answer: {error}")
-                    undeliverable.__cause__ = error
-                    client.fail(request, undeliverable)
+        # A broken connection fails each open request, and any of these may have had any open call.
+        suspects = {request.call_id: (request, error) for requests, error in client.failures for request in requests}
+        found = {requests[0].call_id for requests, _ in client.failures if is_reached and len(requests) == 1}
+        for call_id, (request, error) in suspects.items():
+            self._num_suspicions[call_id] += 1
+            if call_id in found or self._num_suspicions[call_id] > _MAX_FAILURES:
+                del self._num_suspicions[call_id]
+                undeliverable = UndeliverableError(f"torch RPC cannot carry the call or its answer: {error}")
+                undeliverable.__cause__ = error
+                client.fail(request, undeliverable)
+        for _, error in client.failures:
             logger.info("a request to %s failed: %s", member.label, error)
         # In this world the worker might wait for the request that it could not read before it serves the next one.
         self._break()

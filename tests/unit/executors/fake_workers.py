@@ -247,7 +247,7 @@ class FakeRun(Run):
         table: Any = None  # of workers: there is one at a time
         spec: Any = SimpleNamespace(
             learner=SimpleNamespace(allow_list=lambda: ALLOW),
-            constructor_arguments=lambda client_id: pack({"client": client_id}),
+            clients={client_id: {"client": client_id} for client_id in "abcdef"},
         )
         super().__init__(config, spec, table, Admission(1 << 30), Durations())
         self.refusals: list[tuple[str, bool]] = []

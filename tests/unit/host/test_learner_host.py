@@ -22,7 +22,7 @@ from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.randomness import RandomStreams
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce import reducers
-from torchfedrpc.wire.packing import Packed, Parcel, pack
+from torchfedrpc.wire.packing import Parcel, pack
 
 TIMEOUT_S = 20.0
 opened = threading.Event()
@@ -283,12 +283,9 @@ def test_random_streams_that_cannot_be_restored_leave_the_host_to_other_calls(
             raise RuntimeError("out of memory")
         give_back(streams)
 
-    def no_arguments(client_id: str, *, by_value: bool) -> Packed:
-        return pack({})
-
     monkeypatch.setattr(RandomStreams, "give_back", fails_on_loop)
     spec, _ = LearnerSpec.of(Counting, 0, RuntimeConfig())
-    host = LearnerHost(spec, ProcessState(spec, in_driver=True), constructor_arguments=no_arguments)
+    host = LearnerHost(spec, ProcessState(spec, in_driver=True), clients={"client_1": {}})
     asked(host, call(1, "add_on_loop"))
     assert result(host, call(2)) == 2
     assert num_failures == 1
