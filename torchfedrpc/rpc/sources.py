@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import signal
 import socket
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torchfedrpc.config import RuntimeConfig
@@ -36,8 +36,7 @@ from torchfedrpc.tasks import Tasks, call_on
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 4.0
-_FIRST_PAUSE_S = 0.25
-_MAX_PAUSE_S = 2.0
+_PAUSES_S = (0.0, 0.25, 0.5, 1.0, 2.0)  # before the attempts to get a worker; the last before all further ones
 _BUSY_TIMEOUT_S = 8.0  # a worker needs up to 5 s to end an earlier run
 _BUSY_RETRY_S = 0.25
 
@@ -77,8 +76,12 @@ class Source:
         if member.heartbeat is not None:
             member.heartbeat.close()
 
-    def lost(self, member: Member, *, has_served: bool) -> bool:
+    def lost(self, member: Member, num_useless: int) -> bool:
         """Note that a worker was lost or has left, after `release`.
+
+        Args:
+            member: The worker.
+            num_useless: Number of workers in succession with its name that were lost before they served.
 
         Returns:
             Whether its name is kept for a replacement, which arrives later.
@@ -94,21 +97,6 @@ class Source:
         Args:
             reason: why the run ended early, for workers that other machines started; empty if it ended well.
         """
-
-
-class _Backoff:
-    """Pauses before attempts to get a worker: none before the first, then 0.25 s, doubled up to 2 s."""
-
-    def __init__(self) -> None:
-        self._pause_s = 0.0
-
-    def reset(self) -> None:
-        """Begin again without a pause."""
-        self._pause_s = 0.0
-
-    async def pause(self) -> None:
-        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _MAX_PAUSE_S) or _FIRST_PAUSE_S
-        await asyncio.sleep(pause_s)
 
 
 class ProcessSource(Source):
@@ -130,7 +118,6 @@ class ProcessSource(Source):
         self._surroundings = surroundings
         self._labels = [f"worker{number}" for number in range(1, count + 1)]
         self.processes: dict[Member, Process] = {}
-        self._backoffs: defaultdict[str, _Backoff] = defaultdict(_Backoff)
         self._starting = Tasks()
         self._ending = Tasks()
 
@@ -145,11 +132,9 @@ class ProcessSource(Source):
             process.send_signal(signal.SIGKILL)
             self._end(member)
 
-    def lost(self, member: Member, *, has_served: bool) -> bool:
+    def lost(self, member: Member, num_useless: int) -> bool:
         """Start a replacement."""
-        if has_served:
-            self._backoffs[member.label].reset()
-        self._starting.start(self._replace(member.label))
+        self._starting.start(self._replace(member.label, num_useless))
         return True
 
     def abandon(self) -> None:
@@ -165,10 +150,10 @@ class ProcessSource(Source):
             self._end(member)
         await self._ending.wait()
 
-    async def _replace(self, label: str) -> None:
+    async def _replace(self, label: str, num_failures: int) -> None:
         has_warned = False
-        while True:
-            await self._backoffs[label].pause()
+        for pause_s in _pauses_s(num_failures):
+            await asyncio.sleep(pause_s)
             try:
                 self.arrivals.put_nowait(await self._start(label))
                 return
@@ -211,7 +196,6 @@ class DialledSource(Source):
         self._addresses = addresses
         self._token = token
         self._members: dict[str, Member] = {}
-        self._backoffs: defaultdict[str, _Backoff] = defaultdict(_Backoff)
         self._dialling = Tasks()
 
     async def gather(self, runtime: RuntimeConfig) -> Sequence[Member]:
@@ -227,12 +211,10 @@ class DialledSource(Source):
                 raise outcome
         return [self._members[address] for address in self._addresses]
 
-    def lost(self, member: Member, *, has_served: bool) -> bool:
+    def lost(self, member: Member, num_useless: int) -> bool:
         """Dial its address until it is there again."""
         self._members.pop(member.label, None)
-        if has_served:
-            self._backoffs[member.label].reset()
-        self._dialling.start(self._dial_again(member.label))
+        self._dialling.start(self._dial_again(member.label, num_useless))
         return True
 
     async def close(self, reason: str) -> None:
@@ -258,10 +240,10 @@ class DialledSource(Source):
                 was_busy = True
             await asyncio.sleep(_BUSY_RETRY_S)
 
-    async def _dial_again(self, address: str) -> None:
+    async def _dial_again(self, address: str, num_failures: int) -> None:
         logged = ""
-        while True:
-            await self._backoffs[address].pause()
+        for pause_s in _pauses_s(num_failures):
+            await asyncio.sleep(pause_s)
             try:
                 await self._dial(address, _BUSY_TIMEOUT_S)
                 self.arrivals.put_nowait(self._members[address])
@@ -314,7 +296,7 @@ class JoinedSource(Source):
         """The command that starts a worker and lets it join."""
         return f"torchfedrpc-worker --join {self.address} --token-file FILE"
 
-    def lost(self, member: Member, *, has_served: bool) -> bool:
+    def lost(self, member: Member, num_useless: int) -> bool:
         """Keep no place: the next worker that joins is a new one."""
         if member in self._members:
             self._members.remove(member)
@@ -374,3 +356,8 @@ def _unusable(address: str, error: HandshakeError) -> ConfigError | WorkerLostEr
             f"{address} --token-file FILE"
         )
     return WorkerLostError(f"client_endpoints: the worker at {address} cannot be used: {error}")
+
+
+def _pauses_s(num_failures: int) -> Iterator[float]:
+    """Yield the pauses before attempts to get a worker, after some failures."""
+    return itertools.chain(_PAUSES_S[num_failures:], itertools.repeat(_PAUSES_S[-1]))

@@ -90,7 +90,7 @@ class WorkerGroup:
         self._num_changes = 0  # losses and arrivals, each of which voids the world that is formed
         self._tasks = Tasks()
         self._num_suspicions: Counter[int] = Counter()  # call id -> number of times that RPC failed to carry it
-        self._num_useless: Counter[str] = Counter()  # name -> workers in succession that were lost before any call
+        self._num_useless: Counter[str] = Counter()  # name -> workers in succession that were lost before they served
         self._told: dict[str, str] = {}  # name -> how the last newcomer of that name was lost
 
     async def gather(self) -> None:
@@ -265,7 +265,6 @@ class WorkerGroup:
         is_new = worker.newcomer is not None
         member = worker.newcomer or worker.member
         assert member is not None
-        was_reached = member.client is not None
         if not is_new:
             self._num_changes += 1
             self._place.let_go()  # so that members that are joining do not wait for it
@@ -281,7 +280,6 @@ class WorkerGroup:
         logger.log(logging.INFO if is_told else logging.WARNING, "%s is lost: %s", label, reason)
         self.events.put_nowait(WorkerLost(label, reason))
         self._remove(worker, member, replace(loss, reason=reason), has_left=False)
-        self._num_useless[label] += not was_reached
         if is_new and self.workers.members:
             return  # the other workers continue
         if self._num_useless[label] > _MAX_FAILURES:
@@ -291,12 +289,13 @@ class WorkerGroup:
 
     def _remove(self, worker: Worker, member: Member, loss: Loss, *, has_left: bool) -> None:
         """Take the process of a worker out of the table, fail its requests, and let it go."""
-        label, has_served = worker.label, worker.has_served
+        label = worker.label
+        self._num_useless[label] = 0 if worker.has_served else self._num_useless[label] + 1
         self.workers.lose(label, f"{label} has left" if has_left else f"{label} was lost ({loss.reason})")
         member.lose(loss)
         worker.source.release(member, "" if has_left else loss.reason)
         if has_left or self._recovers:
-            is_replaced = worker.source.lost(member, has_served=has_served)
+            is_replaced = worker.source.lost(member, self._num_useless[label])
             worker.machine = worker.machine if is_replaced else None
 
     async def _examine(self, member: Member, client: WorkerClient) -> None:
@@ -356,7 +355,6 @@ class WorkerGroup:
     def _announce(self, seconds: float) -> None:
         """Let the workers of a new world accept calls."""
         if self.workers.failure is None and self.workers.members:
-            self._num_useless.clear()
             self.events.put_nowait(WorldFormed(self._generation, seconds))
             for label in self.workers.serve():
                 self.events.put_nowait(WorkerJoined(label))
