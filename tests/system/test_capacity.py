@@ -89,7 +89,7 @@ async def test_a_group_beyond_the_limit_fails_for_the_members_that_are_too_many(
 async def test_a_reduce_beyond_the_limit_fails_for_the_members_that_are_too_many(proxy: tfr.LearnerProxy) -> None:
     result = await proxy.clients().options(on_error="collect").reduce("same", tfr.Sum(), 1)
     assert (result.value, result.count) == (LIMIT, LIMIT)
-    assert list(result.failures) == CLIENTS[LIMIT:]
+    assert len(result.failures) == len(CLIENTS) - LIMIT
     assert all(isinstance(error, tfr.CapacityError) for error in result.failures.values())
     assert proxy.stats()["pending_calls"] == 0
 

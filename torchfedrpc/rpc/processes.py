@@ -100,6 +100,7 @@ class ForkedProcess(Process):
         self.pid = pid
         self._connection = connection
         self._status = status
+        self._reading: asyncio.Task[None] | None = None
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
 
@@ -116,21 +117,26 @@ class ForkedProcess(Process):
             self._connection.send(bytes([number]))
 
     async def ends_within(self, timeout_s: float | None) -> bool:
+        if self._status is None:
+            if self._reading is None:  # one task for all callers: a socket has one reader
+                self._reading = asyncio.ensure_future(self._read())
+            await asyncio.wait([self._reading], timeout=timeout_s)
+        return self._status is not None
+
+    async def _read(self) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
-                while self._status is None:
-                    self._end(await asyncio.get_running_loop().sock_recv(self._connection, _NUMBER.size))
-        except TimeoutError:
-            return False
+            self._end(await asyncio.get_running_loop().sock_recv(self._connection, _NUMBER.size))
         except ConnectionResetError:
             self._end(b"")
-        return True
 
     def _end(self, told: bytes) -> None:
-        # If the server was killed, its workers were killed with it, and no report comes.
-        self._status = _NUMBER.unpack(told)[0] if told else -signal.SIGKILL
+        if self._status is None:
+            # If the server was killed, its workers were killed with it, and no report comes.
+            self._status = _NUMBER.unpack(told)[0] if told else -signal.SIGKILL
 
     def close(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
         self._connection.close()
 
 

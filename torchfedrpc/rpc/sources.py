@@ -126,11 +126,11 @@ class ProcessSource(Source):
         return [await self._start(label) for label in self._labels]
 
     def release(self, member: Member, reason: str) -> None:
-        """Kill the process, before its heartbeat connection closes: that lets a stopped process go on."""
-        if (process := self.processes.get(member)) is not None:
+        """Kill the process."""
+        if (process := self.processes.pop(member, None)) is not None:
             member.link.close()
             process.send_signal(signal.SIGKILL)
-            self._end(member)
+            self._ending.start(_bury(member, process))
 
     def lost(self, member: Member, num_useless: int) -> bool:
         """Start a replacement."""
@@ -326,6 +326,17 @@ class JoinedSource(Source):
             return
         self._members.append(member)
         self.arrivals.put_nowait(member)
+
+
+async def _bury(member: Member, process: Process) -> None:
+    """Wait for the end of a process that was killed, and only then close its heartbeat connection.
+
+    If that closes before, the heartbeat process lets a stopped worker continue, with calls that were cancelled.
+    """
+    await process.ends_within(None)
+    if member.heartbeat is not None:
+        member.heartbeat.close()
+    process.close()
 
 
 async def _stop(link: Link, process: Process) -> None:
