@@ -613,7 +613,7 @@ MUTATIONS = [
     Mutation(
         "a group with a deadline starts the slowest first",
         "executors/call_executor.py",
-        "return fastest_first(expected) if is_awaited else longest_first(expected)",
+        "return fastest_first(expected) if may_end_early else longest_first(expected)",
         "return longest_first(expected)",
         "tests/unit/executors/test_durations.py tests/contract/test_groups.py -k 'local or durations'",
     ),

@@ -222,7 +222,7 @@ class Calls:
             MethodNotFoundError: If the method's name is no string.
         """
         self.check_open()
-        in_order = self.router.plan(self.in_order(clients), method, is_awaited=options.ends_early)
+        in_order = self.router.plan(self.in_order(clients), method, may_end_early=options.may_end_early)
         common = None
         if (args or kwargs) and len(in_order) > 1:
             with contextlib.suppress(Exception):  # each call meets the error, and names its client

@@ -54,12 +54,11 @@ async def reduce(
         calls.router.allow,
         num_retries=options.retries,
         min_results=options.min_results,
-        is_watched=options.ends_early or bool(calls.opening.events.subscribers),
+        is_watched=options.may_end_early or bool(calls.opening.events.subscribers),
     )
-    refused: dict[str, BaseException] = {}
     try:
         try:
-            await _make_calls(calls, options, reduction, invocations, refused, method)
+            refused = await _make_calls(calls, options, reduction, invocations, method)
         finally:
             for client_id in reduction.pending:  # after a deadline, a quorum or a cancellation
                 reduction.calls[client_id].end(asyncio.CancelledError())
@@ -84,19 +83,20 @@ async def _make_calls(
     options: CallOptions,
     reduction: Reduction,
     invocations: Sequence[Invocation],
-    refused: dict[str, BaseException],
     method: str,
-) -> None:
+) -> dict[str, BaseException]:
     """Make the calls of a reduction, stop it at its deadline, and wait for its partial results.
 
-    Calls that may not be submitted are added to ``refused``, by client.
-
     Batches that owe no result and do not end within another ``timeout_s`` are left to end in the background.
+
+    Returns:
+        Client -> error of each call that could not be submitted.
 
     Raises:
         CallTimeoutError: If the partial results did not come within another ``timeout_s`` after the stop.
         BaseException: If a method raised it, and it is no Exception.
     """
+    refused: dict[str, BaseException] = {}
 
     async def run() -> None:
         """Count the calls in the step of the event loop that submits them."""
@@ -135,6 +135,7 @@ async def _make_calls(
     for error in reduction.failures.values():
         if not isinstance(error, Exception):
             raise error
+    return refused
 
 
 async def _merge(options: CallOptions, reduction: Reduction, method: str) -> Any:

@@ -65,7 +65,7 @@ class CallOptions:
                 raise ConfigError(f"options({name}=...) must be {expected}, not {getattr(self, name)!r}")
 
     @property
-    def ends_early(self) -> bool:
+    def may_end_early(self) -> bool:
         """Whether a group call may end before all of its calls have: it has a deadline or a quorum."""
         return self.timeout_s is not None or self.min_results is not None
 

@@ -367,7 +367,7 @@ async def test_workers_that_are_of_no_use_do_a_run_no_harm(
         assert proxy.join_address is not None
         await steps.check(*CLIENTS)
         for number in range(1, 8):
-            group_of(proxy)._num_useless[f"worker{number + 1}"] = 6  # as at an address, where each has the same name
+            group_of(proxy)._num_failures[f"worker{number + 1}"] = 6  # as at an address, where each has the same name
             # It has no learner: what a worker that is started in another folder finds.
             guest = await until_up(proxy.join_address, token)
             answering = asyncio.ensure_future(asyncio.to_thread(_refuse, guest))

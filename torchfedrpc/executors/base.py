@@ -200,13 +200,13 @@ class AbstractExecutor(ABC):
         """
         return Arguments(args, kwargs)
 
-    def plan(self, client_ids: Sequence[str], method: str, *, is_awaited: bool) -> list[str]:
+    def plan(self, client_ids: Sequence[str], method: str, *, may_end_early: bool) -> list[str]:
         """Return the clients of a group call in the order in which to submit their calls.
 
         Args:
             client_ids: The group's clients.
             method: The method's name.
-            is_awaited: Whether the group has a deadline or a quorum.
+            may_end_early: Whether the group has a deadline or a quorum.
         """
         return list(client_ids)
 

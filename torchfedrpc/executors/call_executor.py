@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -28,7 +28,7 @@ from torchfedrpc.wire.packing import Packed, Parcel, pack, pack_nothing
 from torchfedrpc.wire.shared import SharedValue
 
 
-class Learners(Protocol):
+class Learners(ABC):
     """Base class of the learners of an executor's clients, in this process or on workers.
 
     Attributes:
@@ -37,16 +37,18 @@ class Learners(Protocol):
 
     join_address: str | None = None
 
-    async def open(self) -> None:
-        """Prepare for calls."""
-        return
+    async def open(self) -> None:  # noqa: B027 (optional to override)
+        """Prepare for calls. By default nothing is prepared."""
 
+    @abstractmethod
     async def close(self, reason: str) -> None:
         """Fail the pending calls, and release all resources. The reason is empty if the run ends well."""
 
+    @abstractmethod
     def call(self, call: Call) -> Coroutine[Any, Any, Outcome]:
         """Run a call, a snapshot or a restore of a learner, behind the calls submitted before."""
 
+    @abstractmethod
     def stream(self, call: Call) -> Steps:
         """Return the steps of a stream. The first step opens it."""
 
@@ -54,22 +56,26 @@ class Learners(Protocol):
         """Take a learner's part of a consistent snapshot; None if the learner was given up."""
         return await self.call(call)
 
+    @abstractmethod
     async def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> None:
         """Run calls, by place, and reduce their results in their hosts."""
 
+    @abstractmethod
     def take_value(self, obj: Any) -> Packed:
         """Pack the present value of an object, for one call."""
 
+    @abstractmethod
     def take_shared(self, obj: Any) -> Packed:
         """Pack the present value of an object, for several calls."""
 
+    @abstractmethod
     def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         """Pack the arguments of a call, which may contain shared values."""
 
-    def unshare(self, value: SharedValue) -> None:
-        """Free a shared value in all caches."""
-        return
+    def unshare(self, value: SharedValue) -> None:  # noqa: B027
+        """Free a shared value in all caches. By default there are none."""
 
+    @abstractmethod
     def worker_of(self, client_id: str) -> str:
         """Return the name of the process that has a client's learner."""
 
@@ -77,12 +83,15 @@ class Learners(Protocol):
         """Return a learner's RRef; None if calls do not use RPC."""
         return None
 
+    @abstractmethod
     def workers(self) -> list[str]:
         """Return the names of the processes that run learners."""
 
+    @abstractmethod
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         """Inject faults into workers at later calls."""
 
+    @abstractmethod
     def stats(self) -> dict[str, Any]:
         """Return counters for ``proxy.stats()``."""
 
@@ -154,7 +163,7 @@ class CallExecutor(AbstractExecutor):
         if (arguments := invocation.common) is None:
             given = _held(invocation)
             arguments = self._recognised(*given)
-        num_bytes = self._num_bytes(arguments) if arguments.values else arguments.num_bytes
+        num_bytes = self._num_bytes(arguments)
         has_waited = await self._admission.admit(num_bytes)
         values: tuple[SharedValue, ...] = ()
         try:
@@ -165,7 +174,7 @@ class CallExecutor(AbstractExecutor):
             if values:
                 num_bytes -= self._hold(values, num_bytes)
             if self._cut is not None:
-                await self._pass(call.client_id)
+                await self._wait_for_cut(call.client_id)
             for remaining in range(invocation.retries, -1, -1):
                 outcome = await self._learners.call(call)
                 if not (remaining and outcome.may_succeed_later):
@@ -193,13 +202,7 @@ class CallExecutor(AbstractExecutor):
         calls: dict[int, Call] = {}
         admitted: list[tuple[int, tuple[SharedValue, ...]]] = []
         for invocation in invocations:
-            arguments = invocation.common or Arguments(
-                invocation.args,
-                invocation.kwargs,
-                estimate(invocation.args, invocation.kwargs),
-                _tick_values(invocation.args, invocation.kwargs),
-            )
-            num_bytes = self._num_bytes(arguments) if arguments.values else arguments.num_bytes
+            num_bytes = self._num_bytes(invocation.common or _own(invocation.args, invocation.kwargs))
             if not self._admission.admit_now(num_bytes):
                 turn = self._admission.request(num_bytes)
                 requests[turn] = num_bytes
@@ -208,9 +211,8 @@ class CallExecutor(AbstractExecutor):
                 admitted.append(self._add_call(calls, reduction, invocation, num_bytes))
         try:
             try:
-                if calls and self._cut is not None:
-                    await self._pass(*(call.client_id for call in calls.values()))
                 if calls:
+                    await self._wait_for_cut(*(call.client_id for call in calls.values()))
                     await self._learners.reduce(reduction, calls)
             finally:  # before the wait for calls that need this room
                 for num_bytes, values in admitted:
@@ -247,9 +249,8 @@ class CallExecutor(AbstractExecutor):
         values: tuple[SharedValue, ...] = ()
         try:
             num_bytes, values = self._add_call(calls, reduction, invocation, num_bytes)
-            if self._cut is not None:
-                await self._pass(invocation.client_id)
             if calls:
+                await self._wait_for_cut(invocation.client_id)
                 await self._learners.reduce(reduction, calls)
         finally:
             self._admission.release(num_bytes + self._release(values))
@@ -263,9 +264,7 @@ class CallExecutor(AbstractExecutor):
             Bytes admitted for this call alone, and the shared values that only calls of its tick use.
         """
         try:
-            if (arguments := invocation.common) is None:
-                args, kwargs = _held(invocation)
-                arguments = Arguments(args, kwargs, num_bytes, _tick_values(args, kwargs))
+            arguments = invocation.common or _own(*_held(invocation))
             call, values = self._call(invocation, arguments, num_bytes)
         except Exception as error:
             reduction.note(invocation.client_id, without_traces(error))  # they refer to the reduction and arguments
@@ -294,7 +293,7 @@ class CallExecutor(AbstractExecutor):
         """Return the arguments of a single call, with values that it shares with calls of this tick."""
         if self._sharing.has_seen:
             args, kwargs = self._sharing.recognised(args, kwargs)
-        return Arguments(args, kwargs, estimate(args, kwargs), _tick_values(args, kwargs))
+        return _own(args, kwargs)
 
     def _num_bytes(self, arguments: Arguments) -> int:
         """Return the estimated bytes of a call's arguments, without shared values that other calls have."""
@@ -304,10 +303,10 @@ class CallExecutor(AbstractExecutor):
                 num_bytes += value.num_bytes
         return num_bytes
 
-    def plan(self, client_ids: Sequence[str], method: str, *, is_awaited: bool) -> list[str]:
+    def plan(self, client_ids: Sequence[str], method: str, *, may_end_early: bool) -> list[str]:
         """Order clients by the durations of earlier calls: longest first, or fastest first if awaited."""
         expected = self._durations.expected(client_ids, method)
-        return fastest_first(expected) if is_awaited else longest_first(expected)
+        return fastest_first(expected) if may_end_early else longest_first(expected)
 
     async def snapshot(self, client_id: str) -> bytes:
         """Return a learner's state between two calls."""
@@ -318,8 +317,7 @@ class CallExecutor(AbstractExecutor):
     async def wait_behind_calls(self, client_id: str) -> None:
         """Wait behind calls that wait for admission, and for a checkpoint's snapshot of the learner."""
         await self._admission.admit(0)
-        if self._cut is not None:
-            await self._pass(client_id)
+        await self._wait_for_cut(client_id)
 
     async def capture(self, client_id: str) -> bytes:
         """Return a learner's part of a consistent snapshot; empty if the learner was given up."""
@@ -337,8 +335,7 @@ class CallExecutor(AbstractExecutor):
             state = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             arguments = self._learners.take_value((state, constructor))
             call = Call(next(self._own_call_ids), client_id, "restore", arguments, kind="restore")
-            if self._cut is not None:
-                await self._pass(client_id)
+            await self._wait_for_cut(client_id)
             self.result(await self._learners.call(call), call)
         finally:
             self._admission.release(len(data))
@@ -352,12 +349,12 @@ class CallExecutor(AbstractExecutor):
         """Let calls submitted from now on wait for their learners' snapshots of this consistent snapshot."""
         self._cut = cut
 
-    async def _pass(self, *client_ids: str) -> None:
+    async def _wait_for_cut(self, *client_ids: str) -> None:
         """Wait until the consistent snapshot in progress, if any, has requested the snapshots of these learners."""
-        if self._cut is not None:
-            await self._cut.passed(*client_ids)
-        if self._cut is not None and self._cut.is_over:
-            self._cut = None
+        if (cut := self._cut) is not None:
+            await cut.passed(*client_ids)
+            if cut.is_over and self._cut is cut:
+                self._cut = None
 
     def share(self, obj: Any) -> SharedRef:
         """Return a shared reference to the present value of an object, for arguments of later calls."""
@@ -489,6 +486,11 @@ def without_traces(error: Exception) -> Exception:
     while part is not None:
         part = part.with_traceback(None).__context__
     return error
+
+
+def _own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Return the arguments of a single call."""
+    return Arguments(args, kwargs, estimate(args, kwargs), _tick_values(args, kwargs))
 
 
 def _tick_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SharedValue, ...]:

@@ -17,9 +17,8 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
     """Consistent snapshot of learners: ``async for client_id, data in cut``, in any order.
 
     Few snapshots are in flight at a time, so that they are never all in memory; those that a busy learner holds up do
-    not count. A call of a learner waits until the
-    learner's snapshot was requested (`passed`), and moves that request to the front of the queue. Calls no longer
-    wait after all snapshots were requested, or after `close`.
+    not count. A call of a learner waits until the learner's snapshot was requested (`passed`), and moves that request
+    to the front of the queue. Calls no longer wait after all snapshots were requested, or after `close`.
 
     Args:
         client_ids: The clients.
@@ -30,8 +29,8 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
     def __init__(self, client_ids: Iterable[str], take: Callable[[str], Coroutine[Any, Any, bytes]]) -> None:
         self._untaken = OrderedDict.fromkeys(client_ids)
         self._wanted: deque[str] = deque()
-        self._gates: dict[str, Turns] = {}  # of learners with waiting calls
-        self._closed: set[str] = set()  # learners whose snapshot was not requested, though calls or requests wait
+        self._locks: dict[str, Turns] = {}  # client -> FIFO lock of its calls, as long as it is held
+        self._locked: set[str] = set()  # clients whose lock this object holds, until their snapshot is requested
         self._taking: dict[asyncio.Task[bytes], tuple[str, float]] = {}  # each with its client and when it began
         self._take = take
         self._budget = SnapshotBudget()
@@ -39,7 +38,7 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
     @property
     def is_over(self) -> bool:
         """Whether no call waits, and no later one will."""
-        return not self._untaken and not self._gates
+        return not self._untaken and not self._locks
 
     async def passed(self, *client_ids: str) -> None:
         """Wait until the snapshots of these learners were requested. Callers of a learner continue in FIFO order.
@@ -48,20 +47,20 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
         """
         for client_id in client_ids:
             if client_id in self._untaken:
-                self._close_gate(client_id)
+                self._lock(client_id)
                 self._wanted.append(client_id)
         self._fill()
-        gates = {client_id: self._gates[client_id] for client_id in client_ids if client_id in self._gates}
-        turns = [gate.request() for gate in gates.values()]
+        locks = {client_id: self._locks[client_id] for client_id in client_ids if client_id in self._locks}
+        turns = [lock.request() for lock in locks.values()]
         try:
             for turn in turns:
                 while not turn.done():
                     await asyncio.wait([turn], timeout=_STUCK_S)
-                    self._fill()
-        finally:  # where a cancelled caller was the last one, its gate is gone already
-            for (client_id, gate), turn in zip(gates.items(), turns, strict=True):
-                gate.withdraw(turn)
-                self._drop_idle_gate(client_id)
+                    self._fill()  # a snapshot in flight for that long no longer counts in the budget
+        finally:  # the lock of a cancelled turn may be free, and dropped, by now
+            for (client_id, lock), turn in zip(locks.items(), turns, strict=True):
+                lock.withdraw(turn)
+                self._drop_free_lock(client_id)
 
     async def __anext__(self) -> tuple[str, bytes]:
         self._fill()
@@ -79,8 +78,8 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
             task.cancel()
             task.add_done_callback(_retrieve)
         self._untaken.clear()
-        for client_id in list(self._closed):
-            self._open_gate(client_id)
+        for client_id in list(self._locked):
+            self._unlock(client_id)
 
     def _fill(self) -> None:
         loop = asyncio.get_running_loop()
@@ -91,25 +90,25 @@ class Cut(AsyncIterator[tuple[str, bytes]]):
             if wanted not in self._untaken:  # several calls of one learner waited
                 continue
             del self._untaken[wanted]
-            self._close_gate(wanted)
+            self._lock(wanted)
             self._taking[asyncio.ensure_future(self._take(wanted))] = wanted, loop.time()
             # The task sends its request in its first step; the loop runs that step before this callback.
-            loop.call_soon(self._open_gate, wanted)
+            loop.call_soon(self._unlock, wanted)
 
-    def _close_gate(self, client_id: str) -> None:
-        if client_id not in self._closed:
-            self._closed.add(client_id)
-            self._gates.setdefault(client_id, Turns()).take_now()
+    def _lock(self, client_id: str) -> None:
+        if client_id not in self._locked:
+            self._locked.add(client_id)
+            self._locks.setdefault(client_id, Turns()).take_now()
 
-    def _open_gate(self, client_id: str) -> None:
-        if client_id in self._closed:
-            self._closed.discard(client_id)
-            self._gates[client_id].give()
-            self._drop_idle_gate(client_id)
+    def _unlock(self, client_id: str) -> None:
+        if client_id in self._locked:
+            self._locked.discard(client_id)
+            self._locks[client_id].give()
+            self._drop_free_lock(client_id)
 
-    def _drop_idle_gate(self, client_id: str) -> None:
-        if client_id in self._gates and not self._gates[client_id].is_held:
-            del self._gates[client_id]
+    def _drop_free_lock(self, client_id: str) -> None:
+        if client_id in self._locks and not self._locks[client_id].is_held:
+            del self._locks[client_id]
 
 
 def _retrieve(task: asyncio.Task[bytes]) -> None:

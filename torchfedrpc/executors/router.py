@@ -62,16 +62,18 @@ class ExecutorRouter:
             executor.ends_early = reason
         await self._begun.aclose()
 
-    def plan(self, client_ids: Iterable[str], method: str, *, is_awaited: bool) -> list[str]:
+    def plan(self, client_ids: Iterable[str], method: str, *, may_end_early: bool) -> list[str]:
         """Return the clients of a group's call in the order of submission; see `AbstractExecutor.plan`."""
         if self._local is self._main:
-            plan: list[str] = self._main.plan(list(client_ids), method, is_awaited=is_awaited)
+            plan: list[str] = self._main.plan(list(client_ids), method, may_end_early=may_end_early)
             return plan
         by_executor: dict[AbstractExecutor, list[str]] = {}
         for client_id in client_ids:
             by_executor.setdefault(self.get_executor(client_id), []).append(client_id)
-        plans = [executor.plan(of_one, method, is_awaited=is_awaited) for executor, of_one in by_executor.items()]
-        return [client_id for plan in plans for client_id in plan]
+        plan = []
+        for executor, of_one in by_executor.items():
+            plan += executor.plan(of_one, method, may_end_early=may_end_early)
+        return plan
 
     def pack_common(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_calls: int) -> Arguments:
         """Pack the arguments that several calls have in common; see `AbstractExecutor.pack_common`."""

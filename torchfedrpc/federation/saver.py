@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -79,9 +80,9 @@ class Saver:
     async def round_done(self, num_done: int) -> None:
         """Save a round that has ended, before the next one begins, if a checkpoint is due.
 
-        This waits for the states of learners, for at most a second: one may be busy with a call that was cut off. It
-        waits for the disk after the last round, and after a signal, which then cancels the run. A save that is still
-        writing one second after the end of the next round delays the next checkpoint by a round.
+        This waits for the states of learners, for at most a second: one may be busy with a call that was cut off. An
+        earlier save that is still writing delays it by at most another second, and the next checkpoint by a round if
+        it takes longer. After the last round, and after a signal that then cancels the run, this waits for the disk.
         """
         is_interrupted = self._finishing.is_requested
         is_last = is_interrupted or num_done >= self._trainer.num_rounds
@@ -94,7 +95,8 @@ class Saver:
             if is_last:
                 await self._settle()
             else:
-                await asyncio.wait([captured], timeout=_CAPTURE_S)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(captured.wait(), _CAPTURE_S)
         if is_interrupted:
             self._finishing.done()
             await asyncio.get_running_loop().create_future()  # until the run is cancelled
@@ -119,13 +121,13 @@ class Saver:
         if self._saving is not None:
             await asyncio.shield(self._saving)
 
-    def _start(self, num_done: int) -> asyncio.Future[None]:
+    def _start(self, num_done: int) -> asyncio.Event:
         """Capture the trainer's present state, and start to capture and write those of learners.
 
         Returns:
-            A future that is done when the states of learners have arrived.
+            Set when the states of learners have been captured and written; only the commit is left.
         """
-        captured: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        captured = asyncio.Event()
         if self._proxy.stats()["pending_calls"]:
             logger.warning(
                 "calls are running as round %d ends: its checkpoint has what they do to learners, not their results",
@@ -138,20 +140,20 @@ class Saver:
             cut = self._proxy.cut(changed)
         except Exception as error:
             self._log_failure(num_done, error)
-            captured.set_result(None)
+            captured.set()
         else:
             self._saving = asyncio.ensure_future(self._save(num_done, state, cut, changed, captured))
         return captured
 
     async def _save(
-        self, num_done: int, state: Parcel, cut: Cut, changed: Mapping[str, int], captured: asyncio.Future[None]
+        self, num_done: int, state: Parcel, cut: Cut, changed: Mapping[str, int], captured: asyncio.Event
     ) -> None:
         began = time.monotonic()
         try:
             save = await self._on_disk(partial(self._checkpoints.store.begin, num_done, self._base))
             try:
                 num_bytes = await self._write_learners(save, cut)
-                captured.set_result(None)
+                captured.set()
                 self._base = await self._on_disk(partial(save.commit, self._config, state))
             except BaseException:
                 await self._on_disk(save.abort)
@@ -163,8 +165,7 @@ class Saver:
             return
         finally:
             cut.close()
-            if not captured.done():
-                captured.set_result(None)
+            captured.set()
         self.num_done = num_done
         self._saved.update(changed)
         self._proxy.publish(CheckpointSaved(num_done - 1, len(changed), num_bytes, time.monotonic() - began))

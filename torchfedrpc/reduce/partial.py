@@ -69,9 +69,11 @@ def open_nodes(parcel: Packed, reducer: Reducer, allow: AllowList) -> list[Node]
     try:
         if isinstance(parcel, Reference) or (type(data) is list and not is_builtin(reducer)):  # of objects
             return [_node(*node) for node in data]
-        if {type(data), *map(type, data)} != {tuple, list}:  # another type could run code of its class
+        if type(data) is not tuple or [*map(type, data)] != [list, list]:  # another type could run code of its class
             raise TypeError
         forms, parts = data
+        if {*map(type, forms), *map(type, parts)} - {tuple}:
+            raise TypeError
         known = []
         for name, is_array in forms:
             if type(is_array) is not bool:

@@ -76,12 +76,12 @@ class Source:
         if member.heartbeat is not None:
             member.heartbeat.close()
 
-    def lost(self, member: Member, num_useless: int) -> bool:
+    def lost(self, member: Member, num_failures: int) -> bool:
         """Note that a worker was lost or has left, after `release`.
 
         Args:
             member: The worker.
-            num_useless: Number of workers in succession with its name that were lost before they served.
+            num_failures: Number of workers in succession with its name that were lost before they served.
 
         Returns:
             Whether its name is kept for a replacement, which arrives later.
@@ -130,11 +130,11 @@ class ProcessSource(Source):
         if (process := self.processes.pop(member, None)) is not None:
             member.link.close()
             process.send_signal(signal.SIGKILL)
-            self._ending.start(_bury(member, process))
+            self._ending.start(_close_after_end(member, process))
 
-    def lost(self, member: Member, num_useless: int) -> bool:
+    def lost(self, member: Member, num_failures: int) -> bool:
         """Start a replacement."""
-        self._starting.start(self._replace(member.label, num_useless))
+        self._starting.start(self._replace(member.label, num_failures))
         return True
 
     def abandon(self) -> None:
@@ -211,10 +211,10 @@ class DialledSource(Source):
                 raise outcome
         return [self._members[address] for address in self._addresses]
 
-    def lost(self, member: Member, num_useless: int) -> bool:
+    def lost(self, member: Member, num_failures: int) -> bool:
         """Dial its address until it is there again."""
         self._members.pop(member.label, None)
-        self._dialling.start(self._dial_again(member.label, num_useless))
+        self._dialling.start(self._dial_again(member.label, num_failures))
         return True
 
     async def close(self, reason: str) -> None:
@@ -296,7 +296,7 @@ class JoinedSource(Source):
         """The command that starts a worker and lets it join."""
         return f"torchfedrpc-worker --join {self.address} --token-file FILE"
 
-    def lost(self, member: Member, num_useless: int) -> bool:
+    def lost(self, member: Member, num_failures: int) -> bool:
         """Keep no place: the next worker that joins is a new one."""
         if member in self._members:
             self._members.remove(member)
@@ -328,10 +328,10 @@ class JoinedSource(Source):
         self.arrivals.put_nowait(member)
 
 
-async def _bury(member: Member, process: Process) -> None:
-    """Wait for the end of a process that was killed, and only then close its heartbeat connection.
+async def _close_after_end(member: Member, process: Process) -> None:
+    """Wait for the end of a killed process, then close its heartbeat connection.
 
-    If that closes before, the heartbeat process lets a stopped worker continue, with calls that were cancelled.
+    Closed earlier, it would let the heartbeat process continue a stopped worker, with calls that were cancelled.
     """
     await process.ends_within(None)
     if member.heartbeat is not None:

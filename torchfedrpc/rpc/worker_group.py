@@ -90,7 +90,7 @@ class WorkerGroup:
         self._num_changes = 0  # losses and arrivals, each of which voids the world that is formed
         self._tasks = Tasks()
         self._num_suspicions: Counter[int] = Counter()  # call id -> number of times that RPC failed to carry it
-        self._num_useless: Counter[str] = Counter()  # name -> workers in succession that were lost before they served
+        self._num_failures: Counter[str] = Counter()  # name -> workers in succession lost before they served
         self._told: dict[str, str] = {}  # name -> how the last newcomer of that name was lost
 
     async def gather(self) -> None:
@@ -282,7 +282,7 @@ class WorkerGroup:
         self._remove(worker, member, replace(loss, reason=reason), has_left=False)
         if is_new and self.workers.members:
             return  # the other workers continue
-        if self._num_useless[label] > _MAX_FAILURES:
+        if self._num_failures[label] > _MAX_FAILURES:
             self._fail(WorkerLostError(f"{label} was lost {_MAX_FAILURES + 1} times in succession: {reason}"))
         elif self._recovers and not is_new:
             self._break()
@@ -290,12 +290,12 @@ class WorkerGroup:
     def _remove(self, worker: Worker, member: Member, loss: Loss, *, has_left: bool) -> None:
         """Take the process of a worker out of the table, fail its requests, and let it go."""
         label = worker.label
-        self._num_useless[label] = 0 if worker.has_served else self._num_useless[label] + 1
+        self._num_failures[label] = 0 if worker.has_served else self._num_failures[label] + 1
         self.workers.lose(label, f"{label} has left" if has_left else f"{label} was lost ({loss.reason})")
         member.lose(loss)
         worker.source.release(member, "" if has_left else loss.reason)
         if has_left or self._recovers:
-            is_replaced = worker.source.lost(member, self._num_useless[label])
+            is_replaced = worker.source.lost(member, self._num_failures[label])
             worker.machine = worker.machine if is_replaced else None
 
     async def _examine(self, member: Member, client: WorkerClient) -> None:
