@@ -24,7 +24,15 @@ from torchfedrpc.federation.checkpoint_store import CheckpointStore
 
 JOB = ("experiment=smoke", "trainer.num_rounds=10", "trainer.local_epochs=20")
 MODULE = (sys.executable, "-m", "torchfedrpc")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=3")
+TORCHRUN = (
+    sys.executable,
+    "-B",
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=3",
+    "--max-restarts=3",
+)
 Result = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
 
 
