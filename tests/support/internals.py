@@ -60,6 +60,13 @@ def journal_of(proxy: tfr.LearnerProxy, client_id: str) -> Any:
     return sessions_of(proxy)[client_id]._journal
 
 
+async def snapshots_are_stored(proxy: tfr.LearnerProxy) -> None:
+    """Wait until no snapshot is on its way."""
+    async with asyncio.timeout(30):
+        while any(session._journal.awaits_snapshot for session in sessions_of(proxy).values()):
+            await asyncio.sleep(0.001)
+
+
 def processes_of(proxy: tfr.LearnerProxy) -> dict[Any, Any]:
     """The worker processes that an open proxy has started."""
     processes: dict[Any, Any] = group_of(proxy)._sources[0].processes

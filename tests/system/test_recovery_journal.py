@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Latch, opened
-from internals import journal_of, remote_learners, sessions_of
+from internals import journal_of, remote_learners, sessions_of, snapshots_are_stored
 from learners import Mortal
 from losses import SEED, Losses, kill, pseudo, seen
 
@@ -44,13 +44,6 @@ def clients(proxy: tfr.LearnerProxy) -> Iterator[str]:
 @pytest.fixture
 def one(clients: Iterator[str]) -> str:
     return next(clients)
-
-
-async def snapshots_are_stored(proxy: tfr.LearnerProxy) -> None:
-    """Wait until no snapshot is on its way."""
-    async with asyncio.timeout(30):
-        while any(session._journal.awaits_snapshot for session in sessions_of(proxy).values()):
-            await asyncio.sleep(0.001)
 
 
 async def test_a_rebuilt_learner_runs_only_the_calls_since_its_snapshot_again(
