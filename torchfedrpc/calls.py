@@ -155,8 +155,7 @@ class Calls:
         """
         if self.opening.open_streams:
             self.check_not_reading(invocation.client_id, invocation.method)
-        if self.router.config.max_pending_calls is not None:
-            self.check_capacity(invocation.client_id, invocation.method)
+        self.check_capacity(invocation.client_id, invocation.method)
 
     def check_capacity(self, client_id: str, method: str) -> None:
         """Check that one more call, or step of a stream, may be pending.

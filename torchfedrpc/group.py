@@ -198,7 +198,7 @@ class LearnerGroup:
         self._check(method, results, failures)
         if not counted:
             if failures:
-                raise self._group_error(method, failures, {})
+                raise self._group_error(method, {}, failures)
             raise ConfigError(f"{method}: there is nothing to reduce, since the group has no clients: name some")
         return ReduceResult(value, len(counted), failures)
 
@@ -222,7 +222,7 @@ class LearnerGroup:
         needed = self._options.min_results
         if needed is None:
             if failures and self._options.on_error == "raise":
-                raise self._group_error(method, failures, results)
+                raise self._group_error(method, results, failures)
         elif len(results) < needed:
             late = any(isinstance(error, CallTimeoutError) for error in failures.values())
             when = f" within {self._options.timeout_s} s" if late else ""
@@ -233,7 +233,7 @@ class LearnerGroup:
                 failures,
             )
 
-    def _group_error(self, method: str, failures: dict[str, Exception], results: dict[str, Any]) -> GroupCallError:
+    def _group_error(self, method: str, results: dict[str, Any], failures: dict[str, Exception]) -> GroupCallError:
         first = next(iter(failures.values()))
         others = f"; options(on_error='collect') returns the other {len(results)} results" if results else ""
         return GroupCallError(

@@ -99,6 +99,11 @@ class Batch:
     is_watched: bool = False
     timeout_s: float | None = None
 
+    @property
+    def common(self) -> Packed:
+        """Arguments of the first call. Calls with the same object are sent without theirs."""
+        return self.calls[0][1].arguments
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

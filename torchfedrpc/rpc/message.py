@@ -155,7 +155,7 @@ def batch_message(batch: Batch, covered: MappedDevices) -> Any:
     """Return a batch as a tuple. Arguments that calls have in common with the first call are in it once."""
     timeout_s = None if batch.timeout_s is None else float(batch.timeout_s)
     fields = (batch.call_id, batch.num_places, batch.is_watched, timeout_s)
-    common = batch.calls[0][1].arguments
+    common = batch.common
     calls = [(place, call_message(call, covered, common)) for place, call in batch.calls]
     return fields, parcel_message(batch.prototype, covered), parcel_message(common, covered), calls
 

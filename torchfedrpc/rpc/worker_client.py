@@ -192,13 +192,14 @@ class WorkerClient:
     def run_batch(self, batch: Batch) -> asyncio.Future[Outcome]:
         """Send a batch. See `submit`."""
         lent: list[TensorFiles | None] = []
-        common = home = None
+        common = batch.common  # sent once
+        self._traffic.num_sent_bytes += common.num_bytes
+        home = home_device(common)
         for _, call in batch.calls:
             lent += self._lent(call)
-            if call.arguments is not common:  # what calls have in common with the first one is sent once
+            if call.arguments is not common:
                 self._traffic.num_sent_bytes += call.arguments.num_bytes
                 home = home or home_device(call.arguments)
-                common = common or call.arguments
         return self._ask(batch, "batch", batch_message(batch, self._covered), home=home, lent=lent)
 
     def advance(self, request: Call | Batch, step: int) -> asyncio.Future[Outcome]:
