@@ -18,6 +18,7 @@ from torchfedrpc.host.randomness import call_seed
 from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, load, reinstate, seal, taken
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.storage import BlobStore
+from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Packed, Parcel, pack
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class LearnerCache:
         if self._limit is not None:
             self._used(mailbox)
 
-    def snapshot(self, job: Job, *, in_files: bool = False, limit_bytes: int | None = None) -> Parcel:
+    def snapshot(self, job: Job, *, pool: FilePool | None = None, limit_bytes: int | None = None) -> Parcel:
         """Return a snapshot of the job's learner. See `taken`.
 
         Raises:
@@ -88,7 +89,7 @@ class LearnerCache:
                 mailbox.learner,
                 process.shared,
                 process.device,
-                in_files=in_files,
+                pool=pool,
                 limit_bytes=limit_bytes,
             )
 

@@ -19,6 +19,8 @@ from torchfedrpc.host.torch_settings import OpenedSettings, adopt_settings
 from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Packed, Reference, pack
 
+_SNAPSHOT_BYTES = 128 << 20  # of idle files: the driver maps a learner's last snapshot while the next one is taken
+
 
 class ProcessState:
     """State of a process that its calls share.
@@ -45,6 +47,7 @@ class ProcessState:
         activity: Shows the running calls to another process; None in the driver.
         saboteur: Injects faults, in a test; else None.
         shows_files: Whether the driver can open memory files of this process, which large results then use.
+        snapshot_pool: Memory files of large snapshots.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ProcessState:
         self.activity = activity
         self.saboteur: Saboteur | None = None
         self.shows_files = False
+        self.snapshot_pool = FilePool(_SNAPSHOT_BYTES)
         self._file_pool = FilePool()
         self._report = report
         self._reporting = threading.Lock()  # a method may report from several threads
@@ -101,6 +105,7 @@ class ProcessState:
     def close(self) -> None:
         """End the clocks, and release the memory files of results."""
         self.deadlines.close()
+        self.snapshot_pool.close()
         self._file_pool.close()
 
 

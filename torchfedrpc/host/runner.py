@@ -87,7 +87,8 @@ class Runner:
         try:
             arguments = job.call.arguments.open(self._process.allow)
             if job.call.kind == "snapshot":
-                snapshot = self._learners.snapshot(job, in_files=self._process.shows_files, limit_bytes=arguments)
+                pool = self._process.snapshot_pool if self._process.shows_files else None
+                snapshot = self._learners.snapshot(job, pool=pool, limit_bytes=arguments)
                 return Outcome("value", snapshot)
             state, kwargs = arguments
             self._learners.restore(job, state.numpy().data, kwargs)

@@ -20,6 +20,7 @@ from torchfedrpc.host.shared_objects import SharedObjects
 from torchfedrpc.host.state_comparison import Difference, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.file import TensorFiles
+from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.serializer import chunks_of, read
 
@@ -146,7 +147,7 @@ def taken(
     shared: SharedObjects | None = None,
     device: torch.device | None = None,
     *,
-    in_files: bool = False,
+    pool: FilePool | None = None,
     limit_bytes: int | None = None,
 ) -> Parcel:
     """Return a snapshot as bytes without header, which `seal` adds. They share no memory with the learner.
@@ -161,7 +162,7 @@ def taken(
         shared: Shared objects of this process.
         device: Device of this process's learners, besides the CPU. In another process its tensors go to the device of
             that one.
-        in_files: Whether a large snapshot is written to memory files, which other processes may map.
+        pool: Has the memory file for a large snapshot, which other processes may map; None to send the bytes.
         limit_bytes: Size above which only the size is returned; None for no limit.
 
     Returns:
@@ -177,7 +178,7 @@ def taken(
             return pack(parcel.num_bytes)
         chunks: list[bytes | memoryview] = [bytes(_HEADER.size), *chunks_of(parcel)]
         is_in_place = all(slot.is_cpu or slot.device == device for slot in parcel.slots)
-        files, data = _joined(chunks, in_files=in_files and parcel.is_large)
+        files, data = _joined(chunks, pool if parcel.is_large else None)
         # Read from the bytes and not from the learner's memory, to which a __setstate__ might write.
         rebuilt = _rebuilt(files, data, allow, device)
     except SerializationError as error:
@@ -191,11 +192,11 @@ def taken(
     return replace(pack(data, copy=False), files=files)
 
 
-def _joined(chunks: list[bytes | memoryview], *, in_files: bool) -> tuple[TensorFiles | None, Tensor]:
-    """Return the chunks of a snapshot as one tensor, in memory files if there is room for them."""
-    if in_files:
+def _joined(chunks: list[bytes | memoryview], pool: FilePool | None) -> tuple[TensorFiles | None, Tensor]:
+    """Return the chunks of a snapshot as one tensor, in a memory file if there is room for it."""
+    if pool is not None:
         with contextlib.suppress(OSError):  # there is no room: it is sent instead
-            files = TensorFiles.of_bytes(chunks)
+            files = TensorFiles.of_bytes(chunks, pool)
             return files, files.tensors()[0]
     return None, torch.frombuffer(bytearray().join(chunks), dtype=torch.uint8)
 

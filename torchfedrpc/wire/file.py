@@ -92,15 +92,19 @@ class TensorFiles:
         return files
 
     @classmethod
-    def of_bytes(cls, chunks: Sequence[bytes | memoryview]) -> TensorFiles:
+    def of_bytes(cls, chunks: Sequence[bytes | memoryview], pool: FilePool | None = None) -> TensorFiles:
         """Copy bytes into one file, as one tensor, uint8 [num_bytes].
+
+        Args:
+            chunks: The bytes, one behind the other.
+            pool: Has the file, and takes it back; without it the file is new and sealed.
 
         Raises:
             OSError: If there is no room for it.
         """
         files = cls()
         num_bytes = sum(map(len, chunks))
-        files._files.append((_sealed_file(chunks, num_bytes), [(0, num_bytes, "uint8", (num_bytes,), (1,))]))
+        files._files.append((_file(chunks, num_bytes, pool), [(0, num_bytes, "uint8", (num_bytes,), (1,))]))
         return files
 
     @classmethod
@@ -205,8 +209,7 @@ class TensorFiles:
             chunks += [memory_of(tensor), bytes(padding)]
             num_bytes += tensor.nbytes + padding
         num_bytes = max(num_bytes, 1)
-        file = _sealed_file(chunks, num_bytes) if pool is None else pool.file_of(chunks, num_bytes)
-        self._files.append((file, extents))
+        self._files.append((_file(chunks, num_bytes, pool), extents))
 
 
 def _give_back(files: list[tuple[MemoryFile, Sequence[_Extent]]]) -> None:
@@ -214,8 +217,10 @@ def _give_back(files: list[tuple[MemoryFile, Sequence[_Extent]]]) -> None:
         file.give_back()
 
 
-def _sealed_file(chunks: Iterable[bytes | memoryview], num_bytes: int) -> MemoryFile:
-    """Write chunks one behind the other into a memory file, which never changes again."""
+def _file(chunks: Iterable[bytes | memoryview], num_bytes: int, pool: FilePool | None) -> MemoryFile:
+    """Write chunks one behind the other into a file of a pool, or into one that never changes again."""
+    if pool is not None:
+        return pool.file_of(chunks, num_bytes)
     file = MemoryFile(memory_file.create(num_bytes), num_bytes)
     try:
         file.write(chunks)

@@ -70,9 +70,13 @@ class FilePool:
     """Memory files of one process that are not in use. Thread-safe.
 
     A forked child leaves the files to its parent: it makes new ones, and closes those that it gives back.
+
+    Args:
+        max_bytes: Size in bytes of the files that it keeps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._files: list[MemoryFile] = []  # the oldest first
@@ -120,7 +124,7 @@ class FilePool:
 
     def _has_room(self) -> bool:
         num_bytes = sum(file.num_bytes for file in self._files)
-        return self._is_open and num_bytes <= _MAX_BYTES and len(self._files) <= _MAX_FILES
+        return self._is_open and num_bytes <= self._max_bytes and len(self._files) <= _MAX_FILES
 
     def _unused(self, num_bytes: int) -> MemoryFile | None:
         if not self._is_usable():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -22,6 +24,7 @@ from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.randomness import RandomStreams
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce import reducers
+from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.packing import Parcel, pack
 
 TIMEOUT_S = 20.0
@@ -314,3 +317,39 @@ def test_call_fails_if_a_setting_cannot_be_restored(
     finally:
         torch.set_default_dtype(torch.float32)
     assert result(host, call(3)) == 2
+
+
+class Large(Counting):
+    """Has a state that snapshots carry in memory files."""
+
+    def __init__(self, client_id: str) -> None:
+        super().__init__(client_id)
+        self.weights = torch.ones(1 << 20)
+
+
+def test_a_later_snapshot_is_written_to_memory_that_no_reader_has() -> None:
+    host = LearnerHost(LearnerSpec.of(Large, 0, RuntimeConfig())[0])
+    host.register(Registration("client_1", pack({})))
+    host.show_files(True)
+    try:
+        result(host, call(1))
+        kept, first = snapshot_in_file(host, 2)
+        _, second = snapshot_in_file(host, 3)
+        assert first != second  # the driver still reads the first one
+        del kept
+        gc.collect()
+        assert {snapshot_in_file(host, 4)[1], snapshot_in_file(host, 5)[1]} <= {first, second}
+    finally:
+        assert host.close()
+
+
+def snapshot_in_file(host: LearnerHost, call_id: int) -> tuple[torch.Tensor, int]:
+    """A snapshot as a driver has it, which has opened its file, and the number of that file."""
+    outcome = asked(host, replace(call(call_id, "snapshot"), arguments=pack(None), kind="snapshot")).result(TIMEOUT_S)
+    parcel = outcome.parcel
+    assert isinstance(parcel, Parcel)
+    assert parcel.files is not None
+    addresses = parcel.files.addresses()
+    (read,) = TensorFiles.at(addresses, os.getpid()).tensors()
+    host.acknowledge([call_id])
+    return read, addresses[0][1]

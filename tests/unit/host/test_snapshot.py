@@ -25,9 +25,11 @@ from torchfedrpc.host.snapshot import Snapshot, capture, check_belongs, dump, lo
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.testing.rehearsal import Rehearsal, Step, rehearsal
 from torchfedrpc.wire.allowlist import AllowList
+from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Parcel, pack
 from torchfedrpc.wire.serializer import ParameterSerializer
 
+POOL = FilePool()
 ALLOW = AllowList([__name__])
 HEADER = struct.Struct("<8sII")
 
@@ -314,10 +316,16 @@ class Rounding(Large):
         self.weights = self.weights.round()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _closed_pool(_nothing_left_behind: None) -> Iterator[None]:
+    yield
+    POOL.close()
+
+
 def in_files(state: Any, **limits: Any) -> Parcel:
     """A snapshot in memory that other processes may map, of a state with such a learner in it."""
     snapshot = Snapshot("client_1", "there.Learner", {"step": 2}, ("state_dict", state))
-    return taken(snapshot, ALLOW, in_files=True, **limits)
+    return taken(snapshot, ALLOW, pool=POOL, **limits)
 
 
 @pytest.mark.parametrize(

@@ -182,9 +182,9 @@ def test_file_is_kept_only_if_all_requests_that_name_it_were_answered(
     assert num_memory_files() - num_files == (num_requests == num_answers)
 
 
-def test_pool_keeps_the_youngest_files_within_its_bounds(monkeypatch: pytest.MonkeyPatch, pool: FilePool) -> None:
+def test_pool_keeps_the_youngest_files_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     num_files = num_memory_files()
-    monkeypatch.setattr(file_pool, "_MAX_BYTES", 3 * NUM_BYTES)
+    pool = FilePool(3 * NUM_BYTES)
     files = [filled(pool, value) for value in range(6)]
     known = [memory(file) for file in files]
     for file in files:
@@ -196,6 +196,7 @@ def test_pool_keeps_the_youngest_files_within_its_bounds(monkeypatch: pytest.Mon
     oldest.close()
     assert num_memory_files() - num_files == 1
     assert memory(filled(pool, 0)) is known[3]
+    pool.close()
 
 
 def test_few_files_with_readers_are_tried(monkeypatch: pytest.MonkeyPatch, pool: FilePool) -> None:
