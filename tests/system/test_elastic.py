@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -229,6 +230,25 @@ async def test_workers_join_and_leave_a_running_job_and_no_call_is_lost_or_run_t
             await steps.check(*CLIENTS)
             assert set(where(proxy).values()) == {"worker1"}
     assert seen.names(WorkerLost) == [other for other in ("worker2", "worker3") if other != leaving]
+
+
+class Interrupted:
+    def __init__(self, client_id: str) -> None: ...
+
+    def interrupt(self) -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+
+async def test_a_worker_hears_a_signal_that_does_not_interrupt_its_main_thread(token: str) -> None:
+    address = free_address()
+    with joining(address, token) as worker:
+        runtime = {"join_at": address, "token_file": token}
+        async with tfr.LearnerProxy(Interrupted, ["client_1"], runtime=runtime) as proxy:
+            seen = Comings()
+            proxy.subscribe(seen)
+            await proxy.custom_method("client_1", "interrupt")
+            assert await seen.left() == "worker1"
+            assert await asyncio.to_thread(worker.ended) == 0
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ _ABANDONED = 3  # a method went on after the end, and its thread was left behind
 # A launcher looks at its ranks one by one, torchrun ten times a second, and blames the first that it finds ended. The
 # driver should be the first.
 _LAST_S = 0.5
+_SIGNALS_S = 0.5  # until a signal is handled that did not interrupt the main thread's wait
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def serve(
     threading.Thread(
         target=_listen, args=(link, messages, worker, notice, owns_process), name="torchfedrpc-link", daemon=True
     ).start()
-    while (message := messages.get())["do"] != "stop":
+    while (message := _next(messages))["do"] != "stop":
         number = message.pop("number")
         try:
             answer = worker.obey(message)
@@ -169,6 +170,13 @@ def serve(
         with contextlib.suppress(OSError):  # the driver is gone, which the link's thread notices too
             link.send({**answer, "number": number})
     return worker.end(message["reason"])
+
+
+def _next(messages: queue.SimpleQueue[Message]) -> Message:
+    """Wait for a message. A signal that came in the moment before the wait is handled between two short ones."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return messages.get(timeout=_SIGNALS_S)
 
 
 def _listen(
