@@ -274,9 +274,30 @@ MUTATIONS = [
     Mutation(
         "all calls of a method have one seed",
         "host/runner.py",
-        "call.method, mailbox.count(call.method))",
-        "call.method, 0 * mailbox.count(call.method))",
+        "number = mailbox.count(call.method) if",
+        "number = 0 * mailbox.count(call.method) if",
         "tests/contract/test_random.py -k local",
+    ),
+    Mutation(
+        "all calls of a stateless learner have one number",
+        "executors/call_counts.py",
+        "method: number + 1}",
+        "method: number}",
+        "tests/contract/test_stateless.py -k local",
+    ),
+    Mutation(
+        "a checkpoint has the numbers of later calls",
+        "executors/call_counts.py",
+        "self._at_cut = self._of_clients.copy()",
+        "self._at_cut = self._of_clients",
+        "tests/unit/executors/test_call_counts.py",
+    ),
+    Mutation(
+        "a stateless learner beyond the limit goes to disk",
+        "host/learner_cache.py",
+        "        if self._spec.stateless:\n",
+        "        if False:\n",
+        "tests/contract/test_stateless.py -k local",
     ),
     Mutation(
         "a later step of a call does not go on with its streams",

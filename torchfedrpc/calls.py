@@ -66,13 +66,15 @@ class Calls:
     Args:
         router: Returns the executor of a client.
         client_ids: All clients, in order.
+        are_stateless: Whether the learners are stateless.
 
     Attributes:
         opening: Counters and events since the proxy was last opened.
     """
 
-    def __init__(self, router: ExecutorRouter, client_ids: tuple[str, ...]) -> None:
+    def __init__(self, router: ExecutorRouter, client_ids: tuple[str, ...], *, are_stateless: bool = False) -> None:
         self.client_ids = client_ids
+        self._are_stateless = are_stateless
         self.router = router
         self.opening = Opening()
         self._order = {client_id: index for index, client_id in enumerate(client_ids)}
@@ -138,19 +140,32 @@ class Calls:
 
         Raises:
             LearnerBusyError: If such a stream holds the learner.
+            ConfigError: If any stream of a stateless learner is open.
         """
         open_streams = self.opening.open_streams
+        if self._are_stateless and client_id in open_streams.values():
+            raise ConfigError(
+                f"{client_id}.{method} is called while a stream of this client is open, which is state, and the "
+                f"learner is stateless: read the stream to its end or close it first (await stream.aclose()), or set "
+                f"stateless = False"
+            )
         if open_streams and any(open_streams.get(stream) == client_id for stream in reading.get()):
             raise LearnerBusyError(
                 f"{client_id}.{method} would wait for ever: it is called in the loop over a stream of that client, "
                 f"which holds the learner. Call it after the loop, or close the stream first: await stream.aclose()"
             )
 
+    @property
+    def may_refuse(self) -> bool:
+        """Whether `check` may refuse a call now."""
+        return bool(self.opening.open_streams) or self.router.config.max_pending_calls is not None
+
     def check(self, invocation: Invocation) -> None:
         """Check that a call may be submitted now.
 
         Raises:
             LearnerBusyError: If this task, or the task that started it, reads a stream of that learner.
+            ConfigError: If a stream of the learner is open, which is stateless.
             CapacityError: If ``runtime.max_pending_calls`` calls are pending.
         """
         if self.opening.open_streams:
@@ -217,7 +232,8 @@ class Calls:
             kwargs: Keyword arguments.
 
         Raises:
-            ConfigError: If the proxy is closed, or was opened in another event loop.
+            ConfigError: If the proxy is closed, was opened in another event loop, or ``method`` is
+                ``set_model_weights`` of a stateless learner.
             MethodNotFoundError: If the method's name is no string.
         """
         self.check_open()
@@ -281,7 +297,8 @@ class Calls:
         """Return a call with the next id.
 
         Raises:
-            ConfigError: If the proxy is closed, or was opened in another event loop.
+            ConfigError: If the proxy is closed, or was opened in another event loop; if the method sets the weights
+                of a stateless learner.
             UnknownClientError: If there is no such client.
             MethodNotFoundError: If the method's name is no string.
         """
@@ -300,6 +317,12 @@ class Calls:
     ) -> Invocation:
         if not isinstance(method, str):
             raise MethodNotFoundError(f"{client_id}: a method is called by its name, not by {method!r}")
+        if self._are_stateless and method == "set_model_weights":
+            raise ConfigError(
+                f"set_model_weights of {client_id}: its learner is stateless, so that no later call would have these "
+                f"weights. Give them with each call, for example as an argument of train_epoch, or set stateless = "
+                f"False (learner.keep_weights=true of the bundled learner)"
+            )
         run_timeout_s = self.router.config.call_timeout_s if options.timeout_s is None else None
         # Plain strings: the guard of RPC refuses numpy's subclasses of str.
         return Invocation(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from torchfedrpc.calls import Calls
-from torchfedrpc.errors import CallTimeoutError, CapacityError, LearnerBusyError
+from torchfedrpc.errors import CallTimeoutError, CapacityError, ConfigError, LearnerBusyError
 from torchfedrpc.executors.base import Invocation
 from torchfedrpc.options import CallOptions
 from torchfedrpc.reduce.driver import Reduction
@@ -104,7 +104,7 @@ async def _make_calls(
         for invocation in invocations:
             try:
                 calls.check(invocation)
-            except (LearnerBusyError, CapacityError) as error:
+            except (LearnerBusyError, CapacityError, ConfigError) as error:
                 refused[invocation.client_id] = error
             else:
                 reduction.calls[invocation.client_id] = calls.begin_call(invocation)

@@ -171,7 +171,7 @@ class LearnerProxy:
             if client_id not in kwargs_by_client:
                 raise ConfigError(f"client_endpoints names {client_id!r}, which is no client of this proxy")
         self._router = ExecutorRouter(config)
-        self._calls = Calls(self._router, tuple(kwargs_by_client))
+        self._calls = Calls(self._router, tuple(kwargs_by_client), are_stateless=spec.stateless)
         self._spec = ExecutorSpec(spec, kwargs_by_client, self._calls.opening.events)
         self._options = CallOptions()
         self._exit = AsyncExitStack()
@@ -378,7 +378,9 @@ class LearnerProxy:
         Raises:
             UnknownClientError: If there is no client of an id.
             SnapshotError: If a state cannot be captured; the message names the attribute and the remedy.
+            ConfigError: If the learners are stateless.
         """
+        self._check_have_state("snapshots")
         for client_id in self._calls.client_ids if ids is None else list(_kwargs_by_id(ids)):
             snapshot = self._router.get_executor(client_id).snapshot(client_id)
             yield client_id, await self._calls.apart(self._options, client_id, "snapshot", snapshot)
@@ -391,13 +393,21 @@ class LearnerProxy:
 
         Raises:
             UnknownClientError: If there is no client of an id; no learner is restored then.
-            ConfigError: If the snapshots are not a mapping.
+            ConfigError: If the snapshots are not a mapping, or the learners are stateless.
             GroupCallError: If some learners could not be restored; the others were. Its ``failures`` has one of the
                 following errors per failed client.
             SnapshotError: If the bytes are damaged, or belong to another client or learner; that learner keeps its
                 state.
             WorkerLostError: If the learner was given up.
             UntrustedTypeError: If the bytes contain a type that ``runtime.trusted_modules`` does not cover.
+        """
+        self._check_have_state("restore")
+        await self.continue_from(snapshots)
+
+    async def continue_from(self, snapshots: Mapping[str, bytes]) -> None:
+        """Restore the snapshots of a `cut`, as `restore` does and with its errors.
+
+        The snapshots of stateless learners have the numbers of their calls; one with a state raises `SnapshotError`.
         """
         self._calls.check_open()
         if not isinstance(snapshots, Mapping):
@@ -418,6 +428,19 @@ class LearnerProxy:
                 + (f"; {num_restored} of {len(outcomes)} learners were restored" if num_restored else ""),
                 failures,
                 {client_id: None for client_id in outcomes if client_id not in failures},
+            )
+
+    def _check_have_state(self, what: str) -> None:
+        """Check that the learners are not stateless.
+
+        Raises:
+            ConfigError: If they are.
+        """
+        if self._spec.learner.stateless:
+            name, verb = self._spec.learner.name, "return" if what == "snapshots" else "restore"
+            raise ConfigError(
+                f"{name} is stateless, so that {what}() has no state to {verb}: give each call what it needs, set "
+                f"stateless = False if a call leaves something for a later one, or resume a run by tfr.Checkpoints"
             )
 
     async def _restore(self, client_id: str, snapshot: bytes) -> None:
@@ -447,6 +470,7 @@ class LearnerProxy:
             "seed": learner.seed,
             "clients": f"{len(self._spec.clients)} ({ids.hexdigest()[:16]})",
             "constructor_arguments": arguments.hexdigest()[:16],
+            **({"stateless": True} if learner.stateless else {}),
             **{name: getattr(learner.runtime, name) for name in _SETTINGS_OF_BITS},
         }
 

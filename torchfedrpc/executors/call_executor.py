@@ -15,13 +15,14 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
 from torchfedrpc.executors.admission import Admission, estimate
 from torchfedrpc.executors.base import AbstractExecutor, Arguments, ExecutorSpec, Invocation
+from torchfedrpc.executors.call_counts import CallCounts
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.durations import Durations, fastest_first, longest_first
 from torchfedrpc.executors.shared_arguments import MIN_SHARED_BYTES, SharedRef, Sharing, held
 from torchfedrpc.executors.stream import ItemStream, Steps
 from torchfedrpc.host.call import Call, CallKind, Outcome
 from torchfedrpc.host.faults import Fault
-from torchfedrpc.host.snapshot import seal
+from torchfedrpc.host.snapshot import load, seal
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.tasks import all_ended
 from torchfedrpc.wire.packing import Packed, Parcel, pack, pack_nothing
@@ -117,6 +118,7 @@ class CallExecutor(AbstractExecutor):
         self._admission = Admission(self.config.max_inflight_bytes)
         self._cut: Cut | None = None
         self._durations = Durations()
+        self._counts: CallCounts | None = None  # of stateless learners; hosts count the calls of others
         self._holders: dict[SharedValue, list[int]] = {}  # of a tick -> calls that have it, bytes admitted for it
         self._learners: Learners | NotOpened = NotOpened()
         self._sharing: Sharing | NotOpened = NotOpened()
@@ -139,6 +141,7 @@ class CallExecutor(AbstractExecutor):
         self._was_opened = True
         self._spec = spec
         self.allow = spec.learner.allow_list()
+        self._counts = CallCounts(spec.learner.name) if spec.learner.stateless else None
         self._learners = self._make_learners(spec)
         self.join_address = self._learners.join_address
         self._sharing = Sharing(self._learners)
@@ -321,6 +324,8 @@ class CallExecutor(AbstractExecutor):
 
     async def capture(self, client_id: str) -> bytes:
         """Return a learner's part of a consistent snapshot; empty if the learner was given up."""
+        if self._counts is not None:
+            return self._counts.capture(client_id)
         call = self._snapshot_call(client_id)
         outcome = await self._learners.capture(call)
         return await self._sealed(outcome, call) if outcome is not None else b""
@@ -329,6 +334,9 @@ class CallExecutor(AbstractExecutor):
         """Replace a learner by a new one with the state of a snapshot."""
         if not isinstance(data, bytes | bytearray | memoryview) or not data:
             raise SnapshotError(f"the snapshot of {client_id} must be bytes as snapshots() gives them, not {data!r}")
+        if self._counts is not None:
+            self._counts.restore(load(data, self.allow), client_id)
+            return
         constructor = dict(self._spec.clients[client_id])
         await self._admission.admit(len(data))
         try:
@@ -347,7 +355,10 @@ class CallExecutor(AbstractExecutor):
 
     def follow(self, cut: Cut) -> None:
         """Let calls submitted from now on wait for their learners' snapshots of this consistent snapshot."""
-        self._cut = cut
+        if self._counts is not None:
+            self._counts.cut()
+        else:
+            self._cut = cut
 
     async def _wait_for_cut(self, *client_ids: str) -> None:
         """Wait until the consistent snapshot in progress, if any, has requested the snapshots of these learners."""
@@ -423,9 +434,9 @@ class CallExecutor(AbstractExecutor):
                 packed = self._learners.take_arguments(args, kwargs) if args or kwargs else pack_nothing()
         except SerializationError as error:
             raise _unsendable(invocation, error) from error
-        return Call(
-            invocation.call_id, invocation.client_id, invocation.method, packed, invocation.run_timeout_s, kind
-        ), values
+        client_id, method = invocation.client_id, invocation.method
+        number = self._counts.next_number(client_id, method) if self._counts is not None else None
+        return Call(invocation.call_id, client_id, method, packed, invocation.run_timeout_s, kind, number), values
 
     def _snapshot_call(self, client_id: str) -> Call:
         return Call(next(self._own_call_ids), client_id, "snapshot", pack(None), kind="snapshot")

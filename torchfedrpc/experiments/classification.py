@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.recipe import build
 from torchfedrpc.experiments.training import Optimisation, build_model, copy_weights, fit, initial_weights, score
@@ -28,7 +29,8 @@ class ClassificationLearner(Learner):
     """Learner that trains a classifier on the client's share of a dataset, by SGD.
 
     Dataset and model are given as recipes and built on the learner's worker: the dataset once per process, the model
-    once per concurrent call. `build` defines what recipes may name. A learner's only state is its weights.
+    once per concurrent call. `build` defines what recipes may name. A learner's only state is its weights, which it
+    keeps with ``keep_weights``. Without, it is stateless, and calls have the weights they need as arguments.
 
     Args:
         client_id: The client of this learner.
@@ -40,6 +42,8 @@ class ClassificationLearner(Learner):
         learning_rate: Learning rate of SGD.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
+        keep_weights: Whether the learner has the weights of its last training, or of `set_model_weights`, in its next
+            call. An experiment with False declares its learners stateless.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class ClassificationLearner(Learner):
         learning_rate: float = 0.1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        keep_weights: bool = True,
     ) -> None:
         super().__init__(client_id)
         self._dataset_recipe = dataset
@@ -61,6 +66,9 @@ class ClassificationLearner(Learner):
         self._seed = seed
         self._indices = torch.from_numpy(indices)
         self._optimisation = Optimisation(batch_size, learning_rate, momentum, weight_decay)
+        if not isinstance(keep_weights, bool):
+            raise ConfigError(f"keep_weights is True or False, not {keep_weights!r:.200}")
+        self._keeps_weights = keep_weights
         self._weights: Mapping[str, Tensor] | None = None
 
     def train_epoch(
@@ -71,7 +79,7 @@ class ClassificationLearner(Learner):
         learning_rate: float | None = None,
         proximal_mu: float = 0.0,
     ) -> dict[str, Any]:
-        """Train for some epochs, and keep the result as the learner's weights.
+        """Train for some epochs, and keep the result as the learner's weights with ``keep_weights``.
 
         Args:
             model_weights: Initial weights, a state dict. Default: The learner's weights.
@@ -85,6 +93,7 @@ class ClassificationLearner(Learner):
 
         Raises:
             CancelledError: If the call was cancelled; the learner's weights are unchanged.
+            ConfigError: If no weights are given, and the learner keeps none.
         """
         call = current_call()
         optimisation = dataclasses.replace(self._optimisation, proximal_mu=proximal_mu)
@@ -99,9 +108,11 @@ class ClassificationLearner(Learner):
                 optimisation=optimisation,
                 is_cancelled=lambda: call.cancelled,
             )
-            self._weights = copy_weights(model)
+            weights = copy_weights(model)
+        if self._keeps_weights:
+            self._weights = weights
         return {
-            "model_weights": self._weights,
+            "model_weights": weights,
             "num_samples": len(self._indices),
             "train_loss": train_loss,
         }
@@ -114,19 +125,39 @@ class ClassificationLearner(Learner):
 
         Returns:
             ``accuracy`` (0 to 1), ``loss`` (mean cross-entropy) and ``num_samples``.
+
+        Raises:
+            ConfigError: If no weights are given, and the learner keeps none.
         """
         with self._borrowed_model(model_weights) as model:
             return dataclasses.asdict(score(model, self._train_set().take(self._indices)))
 
     def get_model_weights(self) -> Mapping[str, Tensor]:
-        """Return the learner's weights, a state dict: as last trained or set, else the initial weights."""
+        """Return the learner's weights, a state dict: as last trained or set, else the initial weights.
+
+        Raises:
+            ConfigError: If the learner keeps no weights.
+        """
+        self._check_keeps_weights()
         if self._weights is None:
             return self._shared_initial_weights()
         return self._weights
 
     def set_model_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the learner's weights to ``weights``, a state dict."""
+        """Set the learner's weights to ``weights``, a state dict.
+
+        Raises:
+            ConfigError: If the learner keeps no weights.
+        """
+        self._check_keeps_weights()
         self._weights = weights
+
+    def _check_keeps_weights(self) -> None:
+        if not self._keeps_weights:
+            raise ConfigError(
+                f"the learner of {self.client_id} keeps no weights from call to call: give them with each call, as "
+                f"train_epoch(model_weights=...) and evaluate(model_weights=...), or set learner.keep_weights=true"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for snapshots: the learner's weights. The constructor creates everything else."""

@@ -17,6 +17,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.baseline import train_centrally
+from torchfedrpc.experiments.classification import ClassificationLearner
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.history import History, RoundRecord
 from torchfedrpc.experiments.progress import live_progress
@@ -43,7 +44,8 @@ class ExperimentConfig:
             `torchfedrpc.experiments.data.partition`.
         model: Recipe of a module.
         learner: Class of the learners as ``_target_``, and settings for its constructor, which receives ``dataset``,
-            ``indices``, ``model`` and ``seed`` as well.
+            ``indices``, ``model`` and ``seed`` as well. `ClassificationLearner` with ``keep_weights`` of false is
+            declared stateless.
         trainer: Class of the trainer as ``_target_``, and its settings. It is constructed like ``FedAvgTrainer``, its
             state has the history, and its ``train`` returns the final weights.
         baseline: Settings of `train_centrally`; None for no baseline.
@@ -154,7 +156,7 @@ async def _train(
 ) -> tuple[dict[str, Tensor], list[RoundRecord]]:
     """Run the trainer, and return the final weights and the rounds."""
     clients = _divide(config, train_set)
-    async with LearnerProxy(locate(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
+    async with LearnerProxy(_learner(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
         going_on = f", going on after round {found.round_num}" if found is not None else ""
         print(f"{len(clients)} clients, {proxy.mode} mode{going_on}", file=stream, flush=True)
@@ -202,6 +204,16 @@ def _divide(config: ExperimentConfig, train_set: Samples) -> dict[str, dict[str,
         **_settings(config.learner),
     }
     return {client_id: {"indices": indices, **common} for client_id, indices in zip(client_ids, parts, strict=True)}
+
+
+def _learner(recipe: Recipe) -> Callable[..., Any]:
+    """Return what makes the learners. The bundled ones are stateless without ``keep_weights``."""
+    learner: Any = locate(recipe)
+    if learner is ClassificationLearner and recipe.get("keep_weights") is False:  # another class may have other state
+        learner = partial(learner)
+        learner.stateless = True
+    made: Callable[..., Any] = learner
+    return made
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

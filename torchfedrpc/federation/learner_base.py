@@ -41,9 +41,13 @@ class Learner(ABC):
         not_state: Names of attributes outside the state, such as ``{"loader"}``. The constructor creates them, and
             the state must not refer to them. A method wrapped by ``functools.lru_cache`` may be named too. It is
             ignored if ``state_dict()`` defines the state.
+        stateless: Whether no call leaves anything in the learner that a later call needs; caches are fine. The calls
+            of a stateless learner run on any worker, where a learner is made if there is none.
+            ``torchfedrpc.testing.check_stateless`` checks that by replay.
     """
 
     not_state: ClassVar[Collection[str]] = frozenset()
+    stateless: ClassVar[bool] = False
 
     def __init__(self, client_id: str) -> None:
         self.client_id = client_id

@@ -213,7 +213,7 @@ class Saver:
         state = await self._on_disk(partial(found.read_state, self._trainer.trusted_modules))
         snapshots = found.snapshots()
         while batch := await self._on_disk(partial(_next_batch, snapshots)):
-            await self._proxy.restore(batch)
+            await self._proxy.continue_from(batch)
         self._trainer.load_state_dict(state["trainer"])
         _set_random_streams(state["streams"])
         self._saved = self._proxy.changes()

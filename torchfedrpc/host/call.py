@@ -61,6 +61,7 @@ class Call:
             stream has this time.
         kind: ``call`` runs a method, ``stream`` iterates over what a generator method yields, ``snapshot`` takes the
             learner's state, ``restore`` replaces it.
+        number: Number of this call among those of its client and method, which seeds it; None if the host counts.
     """
 
     call_id: int
@@ -69,10 +70,11 @@ class Call:
     arguments: Packed
     run_timeout_s: float | None = None
     kind: CallKind = "call"
+    number: int | None = None
 
     def taken(self) -> Call:
         """Return this call without its arguments, which belong to the method by now."""
-        return Call(self.call_id, self.client_id, self.method, _TAKEN, self.run_timeout_s, self.kind)
+        return Call(self.call_id, self.client_id, self.method, _TAKEN, self.run_timeout_s, self.kind, self.number)
 
 
 Report = Callable[[Call, int, Packed], None]

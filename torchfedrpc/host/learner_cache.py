@@ -1,4 +1,7 @@
-"""Cache of a host's learners: made and restored when they are called; beyond a limit they wait on disk."""
+"""Cache of a host's learners: made and restored when they are called; beyond a limit they wait on disk.
+
+Stateless learners beyond the limit are dropped, and made anew.
+"""
 
 from __future__ import annotations
 
@@ -124,8 +127,17 @@ class LearnerCache:
             self._used(mailbox)
 
     def evict(self, job: Job) -> None:
-        """Store the job's learner on disk. One that cannot be captured stays in memory until after its next call."""
+        """Store the job's learner on disk, or drop it if it is stateless.
+
+        A learner that cannot be captured stays in memory until after its next call.
+        """
         mailbox = job.mailbox
+        if self._spec.stateless:
+            with self._lock:
+                if self._mailboxes.get(mailbox.client_id) is mailbox:
+                    del self._mailboxes[mailbox.client_id]
+            mailbox.learner, mailbox.made = None, False
+            return
         try:
             snapshot = seal(self.snapshot(job).open(self._process.allow))
             with self._lock:
@@ -186,6 +198,13 @@ class LearnerCache:
             self._kinds.add(kind)
             if hidden := hidden_methods(kind, self._spec.taken_names):
                 logger.warning(hidden)
+            if getattr(kind, "stateless", False) is True and not self._spec.stateless:
+                logger.warning(
+                    "%s says stateless = True, and %s, which makes it, does not: its learners keep to their workers. "
+                    "Set stateless = True on the factory too",
+                    kind.__qualname__,
+                    self._spec.name,
+                )
         return learner
 
     def _apart(self, job: Job, method: str, function: Callable[[], T]) -> T:

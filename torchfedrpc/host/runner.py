@@ -54,7 +54,8 @@ class Runner:
         if job.cancelled:  # while learners were made or evicted
             return Outcome("cancelled", never_ran=True)
         job.call = call.taken()
-        seed = call_seed(process.seed, call.client_id, call.method, mailbox.count(call.method))
+        number = mailbox.count(call.method) if call.number is None else call.number
+        seed = call_seed(process.seed, call.client_id, call.method, number)
         scope = CallScope(process, job, call.method, seed)
         job.context = scope.new_context()
         # If a setting cannot be restored, the first step on this thread fails the call.

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -228,6 +228,13 @@ def seal(data: Tensor) -> memoryview:
 def dump(snapshot: Snapshot, allow: AllowList, learner: Any = None) -> bytearray:
     """Return a snapshot as bytes: `taken` and `seal` in one step."""
     return bytearray(seal(taken(snapshot, allow, learner).open(allow)))
+
+
+def dump_counts(client_id: str, learner: str, counts: Mapping[str, int]) -> bytes:
+    """Return a snapshot without state as bytes."""
+    parcel = pack(dict(vars(Snapshot(client_id, learner, dict(counts), None))))
+    _, data = _joined([bytes(_HEADER.size), *chunks_of(parcel)], None)
+    return bytes(seal(data))
 
 
 def load(data: bytes | bytearray | memoryview, allow: AllowList, device: torch.device | None = None) -> Snapshot:

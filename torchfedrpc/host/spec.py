@@ -27,6 +27,7 @@ class LearnerSpec:
         qualname: Its name there.
         seed: The run's seed.
         runtime: The run's configuration.
+        stateless: Whether no call leaves anything in a learner that a later call needs.
         taken_names: See `hidden_methods`. Used if a factory makes the learners, whose class is unknown before.
     """
 
@@ -34,6 +35,7 @@ class LearnerSpec:
     qualname: str
     seed: int
     runtime: RuntimeConfig
+    stateless: bool = False
     taken_names: Mapping[str, list[str]] = field(default_factory=dict)
 
     @classmethod
@@ -52,10 +54,11 @@ class LearnerSpec:
             The spec, and the partial's keyword arguments.
 
         Raises:
-            ConfigError: If it cannot be found by its name (a lambda, a closure), is not callable, or has a
-                ``not_state`` that is no collection of names.
+            ConfigError: If it cannot be found by its name (a lambda, a closure), is not callable, has a
+                ``not_state`` that is no collection of names, or a ``stateless`` that is no bool.
         """
         entry: Any = get_learner(learner) if isinstance(learner, str) else learner
+        stateless = getattr(entry, "stateless", None)
         kwargs: dict[str, Any] = {}
         if isinstance(entry, functools.partial):
             if entry.args:
@@ -64,6 +67,7 @@ class LearnerSpec:
                     "the first positional one is the client id"
                 )
             entry, kwargs = entry.func, dict(entry.keywords)
+            stateless = getattr(entry, "stateless", None) if stateless is None else stateless
         module, qualname = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
         if not callable(entry) or module is None or qualname is None:
             raise ConfigError(f"a learner must be a class, a factory function or a registered name, not {entry!r}")
@@ -73,7 +77,12 @@ class LearnerSpec:
                 f"could find it: {_REMEDY}"
             )
         not_state_of(entry)
-        spec = cls(module, qualname, seed, runtime)
+        if not isinstance(stateless, bool | None):
+            raise ConfigError(
+                f"{qualname}.stateless is True or False, not {stateless!r:.200}: True promises that no call leaves "
+                f"anything in the learner that a later call needs"
+            )
+        spec = cls(module, qualname, seed, runtime, stateless=bool(stateless))
         if spec.load() is not entry:
             raise ConfigError(f"the learner's name {module}.{qualname} leads to another object: {_REMEDY}")
         return spec, kwargs

@@ -125,7 +125,7 @@ def call_message(call: Call, covered: MappedDevices, common: Packed | None = Non
     timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # the guard refuses numpy's
     arguments = call.arguments
     values = shared_values(arguments) if isinstance(arguments, Parcel) and arguments.apart else ()
-    fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind)
+    fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind, call.number)
     return (
         fields,
         parcel_message(arguments, covered) if arguments is not common else None,
@@ -141,13 +141,13 @@ def read_call(message: Any, device: torch.device, common: Packed | None = None) 
     """
     match message:
         case (
-            (int(call_id), str(client_id), str(method), float() | None as run_timeout_s, kind),
+            (int(call_id), str(client_id), str(method), float() | None as timeout_s, kind, int() | None as number),
             tuple() | None as arguments,
             tuple(numbers),
         ) if kind in _KINDS and {*map(type, numbers)} <= {int}:
             parcel = read_parcel(arguments, device) or common
             if parcel is not None:
-                return Call(call_id, client_id, method, parcel, run_timeout_s, kind), numbers
+                return Call(call_id, client_id, method, parcel, timeout_s, kind, number), numbers
     raise SerializationError(_OTHER_FORM)
 
 

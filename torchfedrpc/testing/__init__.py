@@ -1,6 +1,7 @@
-"""Fault injection and snapshot checks for users' tests."""
+"""Fault injection, and checks of learners' state, for users' tests."""
 
 from torchfedrpc.testing.faults import Faults
 from torchfedrpc.testing.snapshots import check_snapshot
+from torchfedrpc.testing.stateless import check_stateless
 
-__all__ = ["Faults", "check_snapshot"]
+__all__ = ["Faults", "check_snapshot", "check_stateless"]

@@ -1,11 +1,11 @@
-"""Learner on a host in this process with synchronous calls, for the replays of `check_snapshot`."""
+"""Learner on a host in this process with synchronous calls, for checks by replay."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.mailbox import Reply
 from torchfedrpc.host.snapshot import seal
 from torchfedrpc.host.spec import LearnerSpec
+from torchfedrpc.wire.fingerprint import difference
 from torchfedrpc.wire.packing import Packed, pack
 
 _WORKER = "a rehearsal"
@@ -90,17 +91,21 @@ class Rehearsal:
         """The learner; None before it is created."""
         return self._mailbox.learner
 
-    def call(self, step: Step) -> Any:
+    def call(self, step: Step, number: int | None = None) -> Any:
         """Return the result of a method, or the list of the items of a generator method.
+
+        Args:
+            step: The call.
+            number: Its number among those of its method, which seeds it; None if the host counts.
 
         Raises:
             Exception: If the constructor or the method raised it.
         """
-        self._make()
+        self.make()
         method = getattr(self.learner, step.method, None)
         if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
-            return list(self._items(step))
-        return self._ask("call", step.method, (tuple(step.args), dict(step.kwargs)))
+            return list(self._items(step, number))
+        return self._ask("call", step.method, (tuple(step.args), dict(step.kwargs)), number)
 
     def snapshot(self) -> bytes:
         """Return the learner's snapshot.
@@ -118,27 +123,30 @@ class Rehearsal:
         """
         self._ask("restore", "restore", (torch.frombuffer(bytearray(snapshot), dtype=torch.uint8), None))
 
-    def _make(self) -> None:
+    def make(self) -> None:
+        """Create the learner, unless it was."""
         # Only the learner shows whether a method is a generator. Any call creates the learner, even a refused one.
         if not self._mailbox.made:
             with contextlib.suppress(MethodNotFoundError):
                 self._ask("call", "_", ((), {}))
 
-    def _ask(self, kind: Literal["call", "snapshot", "restore"], method: str, arguments: Any) -> Any:
-        call = Call(next(self._call_ids), self._client_id, method, pack(arguments), kind=kind)
+    def _ask(
+        self, kind: Literal["call", "snapshot", "restore"], method: str, arguments: Any, number: int | None = None
+    ) -> Any:
+        call = Call(next(self._call_ids), self._client_id, method, pack(arguments), kind=kind, number=number)
         outcome = self._wait(call, partial(self._host.submit, call))
         return outcome.result(call, self._host.allow, _WORKER)
 
-    def _items(self, step: Step) -> Iterator[Any]:
+    def _items(self, step: Step, number: int | None) -> Iterator[Any]:
         arguments = pack((tuple(step.args), dict(step.kwargs)))
-        call = Call(next(self._call_ids), self._client_id, step.method, arguments, kind="stream")
+        call = Call(next(self._call_ids), self._client_id, step.method, arguments, kind="stream", number=number)
         outcome = self._wait(call, partial(self._host.submit, call))
-        for number in itertools.count(1):
+        for step_number in itertools.count(1):
             item = outcome.result(call, self._host.allow, _WORKER)
             if outcome.kind == "end":
                 return
             yield item
-            outcome = self._wait(call, partial(self._host.advance, call.call_id, number))
+            outcome = self._wait(call, partial(self._host.advance, call.call_id, step_number))
 
     def _wait(self, call: Call, send: Callable[[Reply], None]) -> Outcome:
         future: Future[Outcome] = Future()
@@ -147,3 +155,21 @@ class Rehearsal:
         if outcome.is_final:
             self._host.acknowledge([call.call_id])
         return outcome
+
+
+def differing_attributes(
+    learner: Any, other: Any, *, ignore: Collection[str] = (), with_gradients: bool = False
+) -> list[str]:
+    """Return the names of the attributes that one of two learners lacks, or has with another value."""
+    ours, theirs = (dict(getattr(one, "__dict__", {})) for one in (learner, other))
+    names = [name for name in dict.fromkeys(itertools.chain(theirs, ours)) if name not in ignore]
+    return [name for name in names if _differs(name, ours, theirs, with_gradients=with_gradients)]
+
+
+def _differs(name: str, ours: dict[str, Any], theirs: dict[str, Any], *, with_gradients: bool) -> bool:
+    if name not in ours or name not in theirs:
+        return True
+    try:
+        return difference(ours[name], theirs[name], with_gradients=with_gradients) is not None
+    except Exception:  # for example a lock, which cannot be pickled and is created again by the constructor
+        return type(ours[name]) is not type(theirs[name])

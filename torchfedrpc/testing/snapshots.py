@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, SnapshotError
 from torchfedrpc.host.snapshot import load
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.testing.rehearsal import Rehearsal, Step, rehearsal
+from torchfedrpc.testing.rehearsal import Rehearsal, Step, differing_attributes, rehearsal
 from torchfedrpc.wire.fingerprint import difference
 from torchfedrpc.wire.packing import Packed, pack
 
@@ -150,10 +149,9 @@ class _Check:
             for step in self.steps[:split]:
                 original.call(step)
             restored.restore(snapshot)
-            now, before = (dict(getattr(run.learner, "__dict__", {})) for run in (restored, original))
-        names = [name for name in dict.fromkeys(itertools.chain(before, now)) if name not in self.ignore]
+            now, before = restored.learner, original.learner
         for of_what, with_gradients in (("", False), ("the gradients in ", True)):
-            if lost := [name for name in names if _is_lost(name, now, before, with_gradients=with_gradients)]:
+            if lost := differing_attributes(now, before, ignore=self.ignore, with_gradients=with_gradients):
                 return (
                     f"Not restored: {of_what}{', '.join(map(repr, lost))}. state_dict() and load_state_dict(), or "
                     f"__getstate__() and __setstate__(), must carry all that a later call depends on"
@@ -179,12 +177,3 @@ class _Check:
 
     def _opened(self) -> AbstractContextManager[Rehearsal]:
         return rehearsal(self.spec, self.client_id, self.kwargs)
-
-
-def _is_lost(name: str, now: dict[str, Any], before: dict[str, Any], *, with_gradients: bool) -> bool:
-    if name not in now or name not in before:
-        return True
-    try:
-        return difference(now[name], before[name], with_gradients=with_gradients) is not None
-    except Exception:  # for example a lock, which cannot be pickled and is created again by the constructor
-        return type(now[name]) is not type(before[name])

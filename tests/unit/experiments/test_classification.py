@@ -12,12 +12,14 @@ import torch
 
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.classification import ClassificationLearner
 from torchfedrpc.experiments.data.samples import TrainTest
 from torchfedrpc.experiments.data.synthetic import synthetic
+from torchfedrpc.experiments.experiment import _learner
 from torchfedrpc.experiments.training import initial_weights
 from torchfedrpc.host.spec import LearnerSpec
-from torchfedrpc.testing import check_snapshot
+from torchfedrpc.testing import check_snapshot, check_stateless
 from torchfedrpc.testing.rehearsal import Step, rehearsal
 from torchfedrpc.wire.packing import pack
 
@@ -162,6 +164,54 @@ def test_a_learners_snapshot_holds_its_weights_and_no_data() -> None:
         run.call(Step("train_epoch"))
         num_weights = sum(weight.numel() for weight in run.call(Step("get_model_weights")).values())
         assert len(run.snapshot()) < 4 * num_weights + 2000
+
+
+def test_a_learner_without_weights_of_its_own_says_how_to_have_them() -> None:
+    client = {"dataset": DATASET, "indices": np.arange(80), "model": MODEL, "seed": 7, "keep_weights": False}
+
+    async def main() -> None:
+        async with tfr.LearnerProxy("classification", {"a": client}, runtime=RUNTIME) as proxy:
+            first = (await proxy.train_epoch("a", model_weights=initial_weights(MODEL, seed=7)))["model_weights"]
+            remedy = r"give them with each call, as train_epoch\(model_weights=\.\.\.\).*learner\.keep_weights=true"
+            for method, args in {
+                "get_model_weights": (),
+                "set_model_weights": (first,),
+                "train_epoch": (),
+                "evaluate": (),
+            }.items():
+                with pytest.raises(ConfigError, match=remedy):
+                    await proxy.custom_method("a", method, *args)
+
+    asyncio.run(main())
+
+
+def test_the_bundled_learner_without_weights_of_its_own_is_stateless() -> None:
+    kwargs: dict[str, Any] = {"dataset": DATASET, "indices": np.arange(80), "model": MODEL, "momentum": 0.9}
+    with pytest.raises(ConfigError, match="keep_weights is True or False, not 'false'"):
+        ClassificationLearner("client_1", **kwargs, keep_weights="false")  # type: ignore[arg-type]
+    kwargs["keep_weights"] = False
+    weights = {"model_weights": initial_weights(MODEL, seed=3)}
+    calls = [("train_epoch", weights), ("evaluate", weights)]
+    check_stateless(ClassificationLearner, calls, kwargs=kwargs, trusted_modules=[__name__])
+    kwargs["keep_weights"] = True
+    with pytest.raises(ConfigError, match="'_weights'"):
+        check_stateless(ClassificationLearner, [*calls, "evaluate"], kwargs=kwargs, trusted_modules=[__name__])
+
+
+class WithCount(ClassificationLearner):
+    num_calls = 0
+
+
+@pytest.mark.parametrize(
+    ("cls", "keeps_weights", "is_stateless"),
+    [(ClassificationLearner, False, True), (ClassificationLearner, True, False), (WithCount, False, False)],
+)
+def test_an_experiment_declares_only_the_bundled_learner_stateless(
+    cls: type, keeps_weights: bool, is_stateless: bool
+) -> None:
+    recipe = {"_target_": f"{cls.__module__}.{cls.__name__}", "keep_weights": keeps_weights}
+    spec, _ = LearnerSpec.of(_learner(recipe), 0, RuntimeConfig())
+    assert spec.stateless is is_stateless
 
 
 def test_users_learner_need_not_be_complete_unless_it_derives() -> None:

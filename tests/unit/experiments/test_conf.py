@@ -140,6 +140,7 @@ def test_the_keys_are_these() -> None:
         "dataset.test_fraction",
         "learner._target_",
         "learner.batch_size",
+        "learner.keep_weights",
         "learner.learning_rate",
         "learner.momentum",
         "learner.weight_decay",

@@ -1,0 +1,50 @@
+"""Numbers of the calls of stateless learners."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchfedrpc.errors import SnapshotError
+from torchfedrpc.executors.call_counts import CallCounts
+from torchfedrpc.host.snapshot import Snapshot, load
+from torchfedrpc.wire.allowlist import AllowList
+
+ALLOW = AllowList(["methods"])
+
+
+def counts_of(data: bytes) -> dict[str, int]:
+    return load(data, ALLOW).counts
+
+
+def test_calls_are_numbered_by_client_and_method() -> None:
+    counts = CallCounts("methods.Learner")
+    calls = [("a", "train"), ("a", "train"), ("b", "train"), ("a", "evaluate"), ("a", "train")]
+    assert [counts.next_number(*call) for call in calls] == [0, 1, 0, 0, 2]
+
+
+def test_a_checkpoint_has_the_numbers_as_of_its_cut() -> None:
+    counts = CallCounts("methods.Learner")
+    counts.next_number("a", "train")
+    counts.cut()
+    counts.next_number("a", "train")
+    counts.next_number("b", "train")
+    assert counts_of(counts.capture("a")) == {"train": 1}
+    assert counts_of(counts.capture("b")) == {}
+
+
+def test_a_run_goes_on_from_the_numbers_of_a_checkpoint() -> None:
+    counts, resumed = CallCounts("methods.Learner"), CallCounts("methods.Learner")
+    for _ in range(3):
+        counts.next_number("a", "train")
+    counts.cut()
+    resumed.restore(load(counts.capture("a"), ALLOW), "a")
+    assert resumed.next_number("a", "train") == 3
+    assert resumed.next_number("a", "evaluate") == 0
+
+
+def test_a_snapshot_of_another_client_or_with_a_state_is_refused() -> None:
+    counts = CallCounts("methods.Learner")
+    with pytest.raises(SnapshotError, match="of 'b' and not of 'a'"):
+        counts.restore(Snapshot("b", "methods.Learner", {}, None), "a")
+    with pytest.raises(SnapshotError, match="stateless = False"):
+        counts.restore(Snapshot("a", "methods.Learner", {}, ("attributes", {})), "a")
