@@ -18,9 +18,9 @@ class Tasks:
     """Tasks in the background, which end together. An error of one is logged."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def start(self, coroutine: Coroutine[Any, Any, object]) -> None:
         """Run a coroutine as a task."""
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
@@ -35,7 +35,7 @@ class Tasks:
         """Wait until all tasks have ended."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _end(self, task: asyncio.Task[None]) -> None:
+    def _end(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a task of the run failed", exc_info=error)
@@ -160,14 +160,15 @@ class Turns:
         else:
             turn.cancel()
 
-    def give(self) -> None:
-        """Release the lock to the first waiting caller."""
+    def give(self) -> bool:
+        """Release the lock to the first waiting caller, and return whether there was one."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(None)
-                return
+                return True
         self._is_held = False
+        return False
 
 
 def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: Any) -> None:

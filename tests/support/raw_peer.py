@@ -134,7 +134,7 @@ def items(canary: str) -> Iterator[tuple[str, int, list[Any]]]:
             question,
             [
                 ("register", client, parcel_message(pack({**kwargs, "indices": _no_indices()}), frozenset()), 0),
-                ("submit", question, ((question, client, "get_model_weights", None, "call"), arguments, ())),
+                ("submit", question, ((question, client, "get_model_weights", None, "call", None), arguments, ())),
             ],
         )
     for verb, arguments in (

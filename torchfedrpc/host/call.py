@@ -14,8 +14,8 @@ from torchfedrpc.wire.packing import Packed, Reference, pack
 
 _TAKEN = Reference(None)
 
-OutcomeKind = Literal["value", "item", "end", "failed", "cancelled"]
-CallKind = Literal["call", "stream", "snapshot", "restore"]
+OutcomeKind = Literal["value", "item", "end", "failed", "cancelled", "given_back"]
+CallKind = Literal["call", "stream", "snapshot", "restore", "barrier"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Call:
         run_timeout_s: Seconds the method may run, time in the queue not counted; None for no limit. Each step of a
             stream has this time.
         kind: ``call`` runs a method, ``stream`` iterates over what a generator method yields, ``snapshot`` takes the
-            learner's state, ``restore`` replaces it.
+            learner's state, ``restore`` replaces it, ``barrier`` does nothing in its turn.
         number: Number of this call among those of its client and method, which seeds it; None if the host counts.
     """
 
@@ -108,12 +108,28 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeBack:
+    """Request to give calls back that have not begun.
+
+    Attributes:
+        call_id: Unique in a run, also among calls.
+        candidates: Ids of calls; the later ones are given back first.
+        half: Whether to give back half of those that have not begun, or all of them.
+    """
+
+    call_id: int
+    candidates: tuple[int, ...]
+    half: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """Outcome of a call, of one step of a stream, or of a batch.
 
     Attributes:
         kind: ``value`` (it returned), ``item`` (the stream yielded, or calls of a watched batch have ended), ``end``
-            (the stream is over), ``failed`` or ``cancelled``.
+            (the stream is over), ``failed``, ``cancelled``, or ``given_back`` (it was not begun, and another worker
+            is to run it).
         parcel: The result or the item; of a batch the partial results.
         failure: The exception of the method.
         never_ran: Whether the method was not begun, so that the call may be sent again.
@@ -121,7 +137,8 @@ class Outcome:
             cannot be repeated.
         error: An exception of the caller's own process, raised as it is.
         seconds: Seconds the method ran; of a value and of a call that was cut off.
-        of_calls: Of a batch: places of the calls that have ended and their outcomes, without values.
+        of_calls: Of a batch: places of the calls that have ended and their outcomes, without values. Of a `TakeBack`:
+            ids of the calls that were given back.
     """
 
     kind: OutcomeKind
@@ -154,7 +171,7 @@ class Outcome:
 
         Raises:
             Exception: `error`, or the exception of the method, with a note that names client, method and worker.
-            SerializationError: If the result cannot be read here.
+            SerializationError: If the result cannot be read here, or the call was given back, as none was asked for.
             WorkerLostError: If the worker gave the call up because it is closing.
         """
         if self.error is not None:
@@ -164,6 +181,8 @@ class Outcome:
             raise self.failure.restore(allow, f"in {where}")
         if self.kind == "cancelled":
             raise WorkerLostError(f"{where} was given up, since the worker is closing")
+        if self.kind == "given_back":
+            raise SerializationError(f"{where} was given back, which nothing has requested")
         if self.parcel is None:
             return None
         try:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from torchfedrpc.errors import CallTimeoutError
-from torchfedrpc.host.call import Batch, Call, Outcome, Registration
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration, TakeBack
 from torchfedrpc.host.deadlines import debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
 from torchfedrpc.host.learner_cache import LearnerCache
@@ -25,6 +25,8 @@ from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.tasks import call_on
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, Parcel, Reference
+
+_GIVEN_BACK = Outcome("given_back", never_ran=True)
 
 
 class LearnerHost:
@@ -86,6 +88,15 @@ class LearnerHost:
                 mailbox = self._mailboxes[client_id] = Mailbox(client_id, registration.kwargs, registration.build)
             return mailbox
 
+    def register_own(self, client_id: str) -> None:
+        """Register a learner of ``clients``, if it is not registered.
+
+        Raises:
+            SerializationError: If its constructor's arguments cannot be copied.
+        """
+        if client_id not in self._mailboxes and client_id in self._clients:
+            self.register(Registration.of(client_id, self._clients[client_id], by_value=self._process.by_value))
+
     def mailbox(self, client_id: str) -> Mailbox:
         """Return the mailbox of a registered learner.
 
@@ -103,7 +114,7 @@ class LearnerHost:
 
     def submit(self, call: Call, reply: Reply) -> None:
         """Queue a call of a registered learner. ``reply`` receives its (first) outcome, on any thread."""
-        self._register_local(call.client_id)
+        self.register_own(call.client_id)
         begins = known = None
         with self._lock:
             if call.call_id in self._jobs or call.call_id in self._outcomes:
@@ -112,20 +123,20 @@ class LearnerHost:
                 begins = self._enqueue(Job(call, self._mailboxes[call.client_id]))
                 self._replies[call.call_id] = reply
         if begins is not None:
-            self._sync.put(partial(self._turn, begins, self._begin))
+            self._start(begins)
         if known is not None:
             reply(known)
 
     def run_batch(self, batch: Batch, reply: Reply) -> None:
         """Queue the calls of a batch. ``reply`` receives its (first) outcome, on any thread."""
         for _, call in batch.calls:
-            self._register_local(call.client_id)
+            self.register_own(call.client_id)
         begins: list[Job] = []
-        mailboxes = [self._mailboxes[call.client_id] for _, call in batch.calls]  # fails before anything is queued
         with self._lock:
             known = self._outcomes.get(batch.call_id)
             batch_job = self._batches.get(batch.call_id)
             if batch_job is None and known is None:
+                mailboxes = [self._mailboxes[call.client_id] for _, call in batch.calls]  # fails before all else
                 batch_job = BatchJob(batch, self.allow, by_value=self._process.by_value)
                 self._batches[batch.call_id] = batch_job
                 for (place, call), mailbox in zip(batch.calls, mailboxes, strict=True):
@@ -135,7 +146,7 @@ class LearnerHost:
             if batch_job is not None:
                 batch_job.watch(0, reply)
         for job in begins:
-            self._sync.put(partial(self._turn, job, self._begin))
+            self._start(job)
         if known is not None:
             reply(known)
         elif batch_job is not None:
@@ -182,6 +193,30 @@ class LearnerHost:
             with self._lock:
                 outcome = outcome or self._outcomes.get(call_id)
             reply(outcome or Outcome("cancelled", never_ran=True))
+
+    def take_back(self, request: TakeBack, reply: Reply) -> None:
+        """Give calls back that have not begun. Their own replies receive the outcome ``given_back``."""
+        with self._lock:
+            outcome = self._outcomes.get(request.call_id)
+            given: list[tuple[Job, Reply | None]] = []
+            begins: list[Job] = []
+            if outcome is None:
+                jobs = [self._jobs[call_id] for call_id in request.candidates if call_id in self._jobs]
+                waiting = [job for job in jobs if not job.has_begun and job.call.kind != "barrier"]
+                for job in waiting[len(waiting) // 2 if request.half else 0 :]:
+                    if (following := self._withdraw(job, _GIVEN_BACK)) is not None:
+                        begins.append(following)
+                    given.append((job, self._replies.pop(job.call.call_id, None)))
+                outcome = Outcome("value", of_calls=tuple((job.call.call_id, _GIVEN_BACK) for job, _ in given))
+                self._outcomes[request.call_id] = outcome
+        for job in begins:
+            self._start(job)
+        reply(outcome)  # before the end of a batch whose other calls have ended
+        for job, reply_of_call in given:
+            if job.batch is not None:
+                self._call_ended(job.batch, job.place, _GIVEN_BACK)
+            if reply_of_call is not None:
+                reply_of_call(_GIVEN_BACK)
 
     def acknowledge(self, call_ids: Iterable[int]) -> None:
         """Drop the outcomes of calls, which have arrived at the driver."""
@@ -247,10 +282,16 @@ class LearnerHost:
             self._outcomes.clear()
         return ended
 
-    def _register_local(self, client_id: str) -> None:
-        """Register a learner of the driver's process, if it is not registered."""
-        if client_id not in self._mailboxes and client_id in self._clients:
-            self.register(Registration.of(client_id, self._clients[client_id], by_value=self._process.by_value))
+    def _withdraw(self, job: Job, outcome: Outcome) -> Job | None:
+        """Remove a job that has not begun, with the lock held. Returns the learner's job that begins instead."""
+        job.is_withdrawn = True
+        del self._jobs[job.call.call_id]
+        self._keep(job, outcome)
+        if job is job.mailbox.current:
+            return job.mailbox.next_job()
+        assert job.mailbox.queue is not None
+        job.mailbox.queue.remove(job)
+        return None
 
     def _enqueue(self, job: Job) -> Job | None:
         """Queue a job, with the lock held; returns it if it is to begin now."""
@@ -261,6 +302,13 @@ class LearnerHost:
         job.mailbox.current = job
         return job
 
+    def _start(self, job: Job) -> None:
+        """Begin a job that has its learner, on a thread of sync methods. A barrier ends at once."""
+        if job.call.kind == "barrier":
+            self._done(job, Outcome("value"))
+        else:
+            self._sync.put(partial(self._turn, job, self._begin))
+
     # On the threads of sync methods.
 
     def _turn(self, job: Job, steps_of: Callable[[Job], Outcome | Steps]) -> None:
@@ -269,6 +317,10 @@ class LearnerHost:
         slot = None
         process.method_lock.enter(exclusive=False)
         try:
+            with self._lock:
+                if job.is_withdrawn:
+                    return
+                job.has_begun = True
             if process.activity is not None:
                 slot = process.activity.enter(call_id)
             result = steps_of(job)
@@ -319,7 +371,7 @@ class LearnerHost:
             with self._lock:
                 following = mailbox.next_job()
             if following is not None:
-                self._sync.put(partial(self._turn, following, self._begin))
+                self._start(following)
             if not self._learners.is_surplus(num_coming):
                 break
 
@@ -430,7 +482,7 @@ class LearnerHost:
                 job.num_items += 1
                 job.last_item = None if self._process.in_driver else outcome
         if following is not None:
-            self._sync.put(partial(self._turn, following, self._begin))
+            self._start(following)
         if batch_job is not None:
             self._call_ended(batch_job, job.place, outcome)
         if reply is not None:
@@ -463,17 +515,18 @@ class LearnerHost:
             if job is None or job.cancelled:
                 return None
             job.cancelled = True
-            job.last_item = None
+            job.last_item = following = None
             reply = self._replies.pop(call_id, None)
             idle_stream, job.stepping = not job.stepping, True
-            queued = job is not job.mailbox.current
-            if queued:
-                assert job.mailbox.queue is not None
-                job.mailbox.queue.remove(job)
-                del self._jobs[call_id]
-            seconds = time.perf_counter() - job.began if job.began else 0.0  # its method may not have begun
-            outcome = replace(outcome, never_ran=queued, cut_off=not queued and not idle_stream, seconds=seconds)
-            self._keep(job, outcome)
+            if job.has_begun:
+                seconds = time.perf_counter() - job.began if job.began else 0.0  # its method may not have begun
+                outcome = replace(outcome, cut_off=not idle_stream, seconds=seconds)
+                self._keep(job, outcome)
+            else:
+                outcome = replace(outcome, never_ran=True)
+                following = self._withdraw(job, outcome)
+        if following is not None:
+            self._start(following)
         if job.batch is not None:
             self._call_ended(job.batch, job.place, outcome)
         if reply is not None:

@@ -90,6 +90,8 @@ class Job:
     Attributes:
         call: The call.
         mailbox: The mailbox of its learner.
+        has_begun: Whether a thread has it.
+        is_withdrawn: Whether it was cancelled or given back before it began.
         cancelled: Whether the call was cancelled or has overrun its time.
         context: Its context variables, the scope of the call among them; None before it begins.
         on_loop: Whether its steps run in the event loop.
@@ -106,6 +108,8 @@ class Job:
 
     call: Call
     mailbox: Mailbox
+    has_begun: bool = False
+    is_withdrawn: bool = False
     cancelled: bool = False
     context: contextvars.Context | None = None
     on_loop: bool = False

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from torchfedrpc.errors import SerializationError
-from torchfedrpc.host.call import Call, Outcome, Registration
+from torchfedrpc.host.call import Call, Outcome, Registration, TakeBack
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.rpc.backend import async_entry
 from torchfedrpc.rpc.message import MappedDevices, read_batch, read_call, read_files, read_parcel
@@ -264,7 +264,7 @@ def _read(endpoint: Endpoint, world: _World, item: Any) -> _Action:
     """Return the action of an item. If the item cannot be read, the action reports that."""
     try:
         verb, *arguments = item
-        numbers = arguments[:1] if verb in ("submit", "batch") else arguments if verb in _QUESTIONS else ()
+        numbers = arguments[: _NUM_NUMBERS[verb]] if verb in _QUESTIONS else ()
         if {*map(type, numbers)} - {int}:
             raise SerializationError(f"{verb} takes numbers")
         return _VERBS[verb](endpoint, world, *arguments)
@@ -320,6 +320,16 @@ def _cancel(endpoint: Endpoint, world: _World, question: int, call_id: int) -> _
     return _answering(reply, lambda host: host.cancel(call_id, reply))
 
 
+def _take_back(
+    endpoint: Endpoint, world: _World, question: int, call_id: int, candidates: Any, half: bool
+) -> _Action:
+    """Give calls back that have not begun. The answer has their ids."""
+    if type(candidates) is not tuple or {*map(type, candidates)} - {int}:
+        raise SerializationError("take_back takes the ids of calls")
+    request, reply = TakeBack(call_id, candidates, bool(half)), partial(world.answers.outcome, question)
+    return _answering(reply, lambda host: host.take_back(request, reply))
+
+
 def _register(endpoint: Endpoint, world: _World, client_id: str, kwargs: Any, build: int) -> _Action:
     """Register a learner, which its first call makes."""
     arguments = read_parcel(kwargs, endpoint.device)
@@ -367,7 +377,9 @@ def _unshare(endpoint: Endpoint, world: _World, number: int) -> _Action:
     return lambda host: world.values.pop(number, None)
 
 
-_QUESTIONS = ("submit", "batch", "advance", "cancel")
+_QUESTIONS = ("submit", "batch", "advance", "cancel", "take_back")
+
+_NUM_NUMBERS = {"submit": 1, "batch": 1, "advance": 3, "cancel": 2, "take_back": 2}  # that come first in a question
 
 _VERBS: dict[str, Callable[..., _Action]] = {
     "submit": _submit,
@@ -375,6 +387,7 @@ _VERBS: dict[str, Callable[..., _Action]] = {
     "cancel_batch": _cancel_batch,
     "advance": _advance,
     "cancel": _cancel,
+    "take_back": _take_back,
     "register": _register,
     "forget": _forget,
     "share": _share,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.host.call import Batch, Call, Outcome, Registration
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration, TakeBack
 from torchfedrpc.rpc.control_link import Link, Message, in_short
 from torchfedrpc.rpc.heartbeat import Loss
 from torchfedrpc.rpc.processes import Process
-from torchfedrpc.rpc.worker_client import UndeliverableError, WorkerClient, WorldOver
+from torchfedrpc.rpc.worker_client import Request, UndeliverableError, WorkerClient, WorldOver
 from torchfedrpc.wire.file import TensorFiles
 
 _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
@@ -134,6 +134,10 @@ class Member:
         """Register a learner, which its next call makes."""
         self.registrations[registration.client_id] = registration
 
+    def touch(self, client_id: str) -> None:
+        """Move a registration behind the others, of which the first is the least recently used."""
+        self.registrations[client_id] = self.registrations.pop(client_id)
+
     def forget(self, client_id: str) -> None:
         """Let it drop a learner. All calls of the learner must have ended."""
         if self.registrations.pop(client_id, None) is not None:
@@ -161,8 +165,7 @@ class Member:
         self.sent[batch.call_id] = None
 
         def send(client: WorkerClient) -> asyncio.Future[Outcome]:
-            for _, call in batch.calls:
-                client.register(self.registrations[call.client_id])
+            client.register_all(batch, self.registrations)
             return client.run_batch(batch)
 
         return self._ask(batch, send)
@@ -182,6 +185,11 @@ class Member:
         if self.client is not None:
             self.client.cancel_batch(batch)
 
+    def take_back(self, request: TakeBack) -> Coroutine[Any, Any, Outcome]:
+        """Request calls back that have not begun; the outcome has their ids. Errors are those of `advance`."""
+        self.sent[request.call_id] = None
+        return self._ask(request, lambda client: client.take_back(request))
+
     async def cancel(self, call: Call) -> Outcome:
         """Cancel a call. Returns its outcome. Errors are those of `advance`."""
         if (outcome := self._unread.pop(call.call_id, None)) is None:
@@ -189,7 +197,7 @@ class Member:
         self.sent.pop(call.call_id, None)
         return outcome
 
-    async def _ask(self, request: Call | Batch, send: Callable[[WorkerClient], asyncio.Future[Outcome]]) -> Outcome:
+    async def _ask(self, request: Request, send: Callable[[WorkerClient], asyncio.Future[Outcome]]) -> Outcome:
         """Send a request in the present world, and in each later one until an answer comes."""
         while True:
             client = self.client or await self._next_client()
@@ -208,7 +216,7 @@ class Member:
                 self._cancelled.discard(request.call_id)
             return outcome
 
-    def _fail(self, request: Call | Batch, answer: asyncio.Future[Outcome], error: BaseException) -> None:
+    def _fail(self, request: Request, answer: asyncio.Future[Outcome], error: BaseException) -> None:
         """Note that the caller of a request gets an error.
 
         If the caller was cancelled in the very tick in which the outcome came, the worker may have forgotten it

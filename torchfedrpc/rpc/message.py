@@ -123,18 +123,28 @@ def home_device(parcel: Packed) -> torch.device | None:
 def call_message(call: Call, covered: MappedDevices, common: Packed | None = None) -> Any:
     """Return a call as a tuple, without its arguments if they are the common ones."""
     timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # the guard refuses numpy's
-    arguments = call.arguments
-    values = shared_values(arguments) if isinstance(arguments, Parcel) and arguments.apart else ()
     fields = (call.call_id, call.client_id, call.method, timeout_s, call.kind, call.number)
-    return (
-        fields,
-        parcel_message(arguments, covered) if arguments is not common else None,
-        tuple([value.number for value in values]) if values else (),
-    )
+    if call.arguments is common:
+        return fields, None, None
+    return fields, parcel_message(call.arguments, covered), _numbers(call.arguments)
 
 
-def read_call(message: Any, device: torch.device, common: Packed | None = None) -> tuple[Call, tuple[int, ...]]:
+def _numbers(arguments: Packed) -> tuple[int, ...]:
+    """Return the numbers of the shared values that arguments refer to."""
+    if not isinstance(arguments, Parcel) or not arguments.apart:
+        return ()
+    return tuple([value.number for value in shared_values(arguments)])
+
+
+def read_call(
+    message: Any, device: torch.device, common: tuple[Packed, tuple[int, ...]] | None = None
+) -> tuple[Call, tuple[int, ...]]:
     """Return the call of a message, and the numbers of the shared values that its arguments refer to.
+
+    Args:
+        message: From `call_message`, as it arrived.
+        device: Device of the worker.
+        common: The arguments of calls without any in the message, and the numbers.
 
     Raises:
         SerializationError: If the message has another form.
@@ -142,11 +152,14 @@ def read_call(message: Any, device: torch.device, common: Packed | None = None) 
     match message:
         case (
             (int(call_id), str(client_id), str(method), float() | None as timeout_s, kind, int() | None as number),
-            tuple() | None as arguments,
-            tuple(numbers),
-        ) if kind in _KINDS and {*map(type, numbers)} <= {int}:
-            parcel = read_parcel(arguments, device) or common
-            if parcel is not None:
+            arguments,
+            numbers,
+        ) if kind in _KINDS:
+            if arguments is None and numbers is None and common is not None:
+                return Call(call_id, client_id, method, common[0], timeout_s, kind, number), common[1]
+            if type(arguments) is type(numbers) is tuple and {*map(type, numbers)} <= {int}:
+                parcel = read_parcel(arguments, device)
+                assert parcel is not None
                 return Call(call_id, client_id, method, parcel, timeout_s, kind, number), numbers
     raise SerializationError(_OTHER_FORM)
 
@@ -157,7 +170,7 @@ def batch_message(batch: Batch, covered: MappedDevices) -> Any:
     fields = (batch.call_id, batch.num_places, batch.is_watched, timeout_s)
     common = batch.common
     calls = [(place, call_message(call, covered, common)) for place, call in batch.calls]
-    return fields, parcel_message(batch.prototype, covered), parcel_message(common, covered), calls
+    return fields, parcel_message(batch.prototype, covered), parcel_message(common, covered), _numbers(common), calls
 
 
 def read_batch(message: Any, device: torch.device) -> tuple[Batch, list[tuple[int, ...]]]:
@@ -171,14 +184,17 @@ def read_batch(message: Any, device: torch.device) -> tuple[Batch, list[tuple[in
             (int(call_id), int(num_places), bool(is_watched), float() | None as timeout_s),
             tuple() as prototype,
             tuple() as arguments,
+            tuple(common_numbers),
             list(calls),
-        ):
+        ) if {*map(type, common_numbers)} <= {int}:
             pass
         case _:
             raise SerializationError(_OTHER_FORM)
-    common = read_parcel(arguments, device)
-    if isinstance(common, Parcel) and common.slots and len(calls) > 1:
-        common = replace(common, is_common=True)
+    parcel = read_parcel(arguments, device)
+    assert parcel is not None
+    if isinstance(parcel, Parcel) and parcel.slots and len(calls) > 1:
+        parcel = replace(parcel, is_common=True)
+    common = parcel, common_numbers
     read: list[tuple[int, Call]] = []
     numbers: list[tuple[int, ...]] = []
     for part in calls:
@@ -189,9 +205,9 @@ def read_batch(message: Any, device: torch.device) -> tuple[Batch, list[tuple[in
                 raise SerializationError(_OTHER_FORM)
         read.append((place, call))
         numbers.append(of_call)
-    parcel = read_parcel(prototype, device)
-    assert parcel is not None
-    return Batch(call_id, parcel, num_places, tuple(read), is_watched, timeout_s), numbers
+    reducer = read_parcel(prototype, device)
+    assert reducer is not None
+    return Batch(call_id, reducer, num_places, tuple(read), is_watched, timeout_s), numbers
 
 
 def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from torchfedrpc.errors import ConfigError, SerializationError, WorkerLostError
 from torchfedrpc.events import Event
-from torchfedrpc.host.call import Batch, Call, Outcome, Registration
+from torchfedrpc.host.call import Batch, Call, Outcome, Registration, TakeBack
 from torchfedrpc.rpc import endpoint
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.message import (
@@ -32,13 +32,16 @@ from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
-_METHODS = ("call", "stream")
+_METHODS = ("call", "stream", "barrier")
 _MAX_KEPT_BYTES = 8 << 20  # outcomes that a worker keeps until the next request to it acknowledges them
 _MAX_ITEMS = 64  # in one request, so that the worker begins with it while the next one is packed
 _LARGE_BYTES = 256 << 10  # a larger item begins a new request, so that those before it do not wait for it
 _LATE_S = 0.02  # items that are not urgent wait so long for others to share a request with
 _RREF_TIMEOUT_S = 2.0  # it blocks the event loop; a worker answers beside its training, within a millisecond
 _MAX_OPEN = 2  # empty requests that are sent only so that the worker can answer
+
+
+Request = Call | Batch | TakeBack
 
 
 class WorldOver(Exception):
@@ -82,7 +85,7 @@ class _Share:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    request: Call | Batch
+    request: Request
     future: asyncio.Future[Outcome]
     home: torch.device | None
     lent: Sequence[TensorFiles | None]  # returned to the pool when the answer shows that the worker has opened them
@@ -128,7 +131,7 @@ class WorkerClient:
     ) -> None:
         self.label = label
         self.broken = asyncio.Event()
-        self.failures: list[tuple[list[Call | Batch], Exception]] = []
+        self.failures: list[tuple[list[Request], Exception]] = []
         self._loop = asyncio.get_running_loop()
         self._worker: Any = torch_rpc().get_worker_info(name)
         self._secret = secret
@@ -164,6 +167,16 @@ class WorkerClient:
             kwargs = None if client_id in self._known else parcel_message(registration.kwargs, self._covered)
             self._put(("register", client_id, kwargs, registration.build))
 
+    def register_all(self, batch: Batch, registrations: Mapping[str, Registration]) -> None:
+        """Register the learners of a batch that were not registered in this world.
+
+        The worker does not need those that it has forgotten since it received the batch in an earlier world: it has
+        given their calls back.
+        """
+        for _, call in batch.calls:
+            if call.client_id not in self._learners and (known := registrations.get(call.client_id)) is not None:
+                self.register(known)
+
     def confirmed(self) -> set[str]:
         """Return the clients whose learners the worker has confirmed as registered."""
         return {client_id for client_id, rref in self._learners.items() if rref is not None}
@@ -185,21 +198,21 @@ class WorkerClient:
             self._traffic.num_sent_bytes += num_bytes
         else:
             self._traffic.num_snapshot_bytes += num_bytes
-        lent = self._lent(call)
+        lent = self._lent(call.arguments)
         message = call_message(call, self._covered)
         return self._ask(call, "submit", message, home=home_device(call.arguments), lent=lent, num_bytes=num_bytes)
 
     def run_batch(self, batch: Batch) -> asyncio.Future[Outcome]:
         """Send a batch. See `submit`."""
-        lent: list[TensorFiles | None] = []
         common = batch.common  # sent once
+        others = [call.arguments for _, call in batch.calls if call.arguments is not common]
+        lent = list(self._lent(common, len(batch.calls) - len(others)))
         self._traffic.num_sent_bytes += common.num_bytes
         home = home_device(common)
-        for _, call in batch.calls:
-            lent += self._lent(call)
-            if call.arguments is not common:
-                self._traffic.num_sent_bytes += call.arguments.num_bytes
-                home = home or home_device(call.arguments)
+        for arguments in others:
+            lent += self._lent(arguments)
+            self._traffic.num_sent_bytes += arguments.num_bytes
+            home = home or home_device(arguments)
         return self._ask(batch, "batch", batch_message(batch, self._covered), home=home, lent=lent)
 
     def advance(self, request: Call | Batch, step: int) -> asyncio.Future[Outcome]:
@@ -209,6 +222,10 @@ class WorkerClient:
     def cancel(self, call: Call) -> asyncio.Future[Outcome]:
         """Cancel a call. Returns a future of its outcome."""
         return self._ask(call, "cancel", call.call_id, is_cancel=True)
+
+    def take_back(self, request: TakeBack) -> asyncio.Future[Outcome]:
+        """Request calls back that have not begun. Returns a future of their ids."""
+        return self._ask(request, "take_back", request.call_id, request.candidates, request.half)
 
     def cancel_batch(self, batch: Batch) -> None:
         """Cancel the calls of a batch that have not ended. Its answer has the results of the others."""
@@ -258,7 +275,7 @@ class WorkerClient:
             self._placed.discard(value.number)
             self._put_late(("unshare", value.number))
 
-    def fail(self, request: Call | Batch, error: Exception) -> None:
+    def fail(self, request: Request, error: Exception) -> None:
         """Raise an error at the callers of a request."""
         for number, question in list(self._questions.items()):
             if question.request.call_id == request.call_id:
@@ -283,7 +300,7 @@ class WorkerClient:
 
     def _ask(
         self,
-        request: Call | Batch,
+        request: Request,
         verb: str,
         *arguments: Any,
         home: torch.device | None = None,
@@ -305,25 +322,29 @@ class WorkerClient:
             self._put(item, num_bytes)
         return future
 
-    def _lent(self, call: Call) -> Sequence[TensorFiles | None]:
-        """Send the values that a call shares with others, unless the worker has them."""
-        arguments = call.arguments
+    def _lent(self, arguments: Packed, num_calls: int = 1) -> Sequence[TensorFiles | None]:
+        """Send the values that calls share with others, unless the worker has them.
+
+        Args:
+            arguments: The arguments of the calls.
+            num_calls: Number of calls to this worker that have these.
+        """
         if not isinstance(arguments, Parcel) or not arguments.apart:
             return ()
-        return [self._share(value) for value in shared_values(arguments)]
+        return [self._share(value, num_calls) for value in shared_values(arguments)]
 
-    def _share(self, value: SharedValue) -> TensorFiles | None:
+    def _share(self, value: SharedValue, num_calls: int) -> TensorFiles | None:
         """Send a value unless the worker has it. Returns the files that it opens, in use until the answer."""
-        value.num_unsent = max(value.num_unsent - 1, 0)
+        value.num_unsent = max(value.num_unsent - num_calls, 0)
         if value.number in self._placed:
             return None
         if (share := self._shares.get(value.number)) is not None:
             assert share.num_calls is not None
-            share.num_calls += 1
+            share.num_calls += num_calls
             return None
         self._traffic.num_sent_bytes += value.num_bytes
         lent = value.lend() if self._sees_files else None
-        share = _Share(value, lent, 1 if value.is_for_tick else None)
+        share = _Share(value, lent, num_calls if value.is_for_tick else None)
         if value.is_for_tick:
             self._shares[value.number] = share
         else:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.rpc.member import Member
@@ -201,9 +202,9 @@ class Workers:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def next_change(self) -> None:
-        """Wait until `changed`."""
-        await self._changed.wait()
+    def next_change(self) -> Coroutine[Any, Any, object]:
+        """Return a coroutine that waits until `changed` is called after this call."""
+        return self._changed.wait()
 
     def why_given_up(self, label: str) -> str | None:
         """Return the reason why a worker cannot be called, now or soon; None if it can."""

@@ -104,6 +104,10 @@ def with_requests(head: bytes) -> bytes:
         SerializationError: If it uses opcodes that CPython's pickler of protocol 4 and 5 does not, or claims more
             bytes than it has.
     """
+    return _with_requests_of_short(head) if len(head) <= _SHALLOW_BYTES else _with_requests(head)
+
+
+def _with_requests(head: bytes) -> bytes:
     parts = _parts(head, _common_opcodes())
     if all(_kept_opcodes().fullmatch(head, start, end) for start, end, is_run in parts if is_run):
         return head
@@ -111,6 +115,10 @@ def with_requests(head: bytes) -> bytes:
     pieces = [rewrite(_request_for, head[start:end]) if is_run else head[start:end] for start, end, is_run in parts]
     body = b"".join(pieces)
     return bytes((_FRAME,)) + len(body).to_bytes(8, "little") + body  # without it, each opcode is read separately
+
+
+# The calls of a round often have equal short pickles, of which only the tensors beside them differ.
+_with_requests_of_short = functools.lru_cache(maxsize=64)(_with_requests)
 
 
 def check_depth(head: bytes, obj: Any) -> None:

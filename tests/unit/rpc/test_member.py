@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -103,6 +103,10 @@ class Client:
         self.log: list[str] = []
         self.open: dict[str, asyncio.Future[Outcome]] = {}
         self.told: set[str] = set()
+
+    def register_all(self, batch: Batch, registrations: Mapping[str, Registration]) -> None:
+        for _, call in batch.calls:
+            self.register(registrations[call.client_id])
 
     def register(self, registration: Registration) -> None:
         self.log.append(f"register {registration.client_id} {registration.build}")

@@ -133,7 +133,7 @@ def test_batch_names_the_shared_values_of_each_of_its_calls() -> None:
 
 def test_timeouts_of_numpy_travel_as_plain_numbers() -> None:
     batch = batch_of(Call(1, "a", "train", pack(None), np.float64(2.5)), timeout_s=np.float64(3.5))
-    fields, _, _, [(_, (of_call, _, _))] = batch_message(batch, NOTHING)
+    fields, _, _, _, [(_, (of_call, _, _))] = batch_message(batch, NOTHING)
     assert (type(fields[3]), type(of_call[3])) == (float, float)
 
 
@@ -148,24 +148,29 @@ GOOD = call_message(Call(1, "a", "train", pack(((), {}))), NOTHING)
         None,
         (),
         ((1, 4, False, None), PROTOTYPE),
-        ((1, 4, False), PROTOTYPE, ARGUMENTS, []),
-        (("1", 4, False, None), PROTOTYPE, ARGUMENTS, []),
-        ((1, "4", False, None), PROTOTYPE, ARGUMENTS, []),
-        ((1, 4, 0, None), PROTOTYPE, ARGUMENTS, []),
-        ((1, 4, False, "3"), PROTOTYPE, ARGUMENTS, []),
-        ((1, 4, False, None), None, ARGUMENTS, []),
-        ((1, 4, False, None), PROTOTYPE, None, []),
-        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, None),
-        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, [GOOD]),
-        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, [("0", GOOD)]),
-        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, [(-1, GOOD)]),
-        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, [(4, GOOD)]),
-        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, [(0, None)]),
-        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, [(0, GOOD), (1, GOOD[:2])]),
+        ((1, 4, False), PROTOTYPE, ARGUMENTS, (), []),
+        (("1", 4, False, None), PROTOTYPE, ARGUMENTS, (), []),
+        ((1, "4", False, None), PROTOTYPE, ARGUMENTS, (), []),
+        ((1, 4, 0, None), PROTOTYPE, ARGUMENTS, (), []),
+        ((1, 4, False, "3"), PROTOTYPE, ARGUMENTS, (), []),
+        ((1, 4, False, None), None, ARGUMENTS, (), []),
+        ((1, 4, False, None), PROTOTYPE, None, (), []),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), None),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), [GOOD]),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), [("0", GOOD)]),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), [(-1, GOOD)]),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), [(4, GOOD)]),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), [(0, None)]),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), [(0, GOOD), (1, GOOD[:2])]),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, None, [(0, GOOD)]),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, ("5",), [(0, GOOD)]),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), [(0, (GOOD[0], None, ()))]),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), [(0, (GOOD[0], ARGUMENTS, None))]),
+        ((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), [(0, (GOOD[0], ARGUMENTS, ("5",)))]),
     ],
 )
 def test_batch_of_another_form_is_an_error_of_ours(message: Any) -> None:
-    read_batch(((1, 4, False, None), PROTOTYPE, ARGUMENTS, [(0, GOOD)]), CPU)
+    read_batch(((1, 4, False, None), PROTOTYPE, ARGUMENTS, (), [(0, GOOD)]), CPU)
     with pytest.raises(SerializationError):
         read_batch(message, CPU)
 

@@ -217,6 +217,13 @@ async def test_next_change_is_the_next_one() -> None:
     await within(task)
 
 
+async def test_a_change_behind_the_request_is_not_missed_if_it_comes_before_the_wait() -> None:
+    workers = Workers()
+    change = workers.next_change()
+    workers.changed()
+    await within(asyncio.ensure_future(change))
+
+
 # Workers that do not come back.
 
 
