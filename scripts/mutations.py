@@ -430,9 +430,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a call whose worker is lost is not made again",
-        "executors/learner_session.py",
-        "                    self.lose(worker, gone)\n        except asyncio.CancelledError",
-        "                    raise WorkerLostError(gone.reason) from gone\n        except asyncio.CancelledError",
+        "executors/session.py",
+        "                    self.lose(worker, gone)\n                else:",
+        "                    raise WorkerLostError(gone.reason) from gone\n                else:",
         "tests/system/test_recovery.py -k same_bits",
     ),
     Mutation(
@@ -479,16 +479,16 @@ MUTATIONS = [
     ),
     Mutation(
         "a stream whose worker is lost keeps its learner",
-        "executors/learner_session.py",
+        "executors/session.py",
         "            self._session.lose(self._worker, gone)\n        self._give_turn()\n",
         "            self._session.lose(self._worker, gone)\n",
         "tests/unit/executors/test_learner_session.py",
     ),
     Mutation(
         "a call that is made again reports its progress again",
-        "executors/learner_session.py",
-        "if call.call_id != self._call_id or number < self._num_reports:",
-        "if call.call_id != self._call_id:",
+        "executors/session.py",
+        "if call.call_id != self._call.call_id or number < self._num_reports:",
+        "if call.call_id != self._call.call_id:",
         "tests/system/test_recovery.py -k not_reported_again",
     ),
     Mutation(
@@ -509,17 +509,17 @@ MUTATIONS = [
     Mutation(
         "the calls of a lost batch are not made again",
         "executors/batches.py",
-        "            self._lose(worker, calls, parts, gone)\n",
-        "            self._lose(worker, calls, parts, gone)\n            for place in calls:\n"
+        "parts[place] for place in calls.keys() & wanted}, gone)\n",
+        "parts[place] for place in calls.keys() & wanted}, gone)\n            for place in calls:\n"
         "                parts.pop(place)[1].turns.give()\n",
         "tests/system/test_recovery_reduce.py -k lost_while_its_calls",
     ),
     Mutation(
         "the calls of a lost batch are in the journal before they are made again",
         "executors/batches.py",
-        "            parts[place][1].lose(worker, gone)\n",
-        "            parts[place][1].lose(worker, gone)\n"
-        '            parts[place][1]._journal.add(calls[place], Outcome("value"))\n',
+        "        for _, session in parts.values():\n            session.lose(worker, gone)\n",
+        "        for call, session in parts.values():\n            session.lose(worker, gone)\n"
+        '            session._journal.add(call, Outcome("value"))\n',
         "tests/system/test_recovery_reduce.py -k lost_while_its_calls",
     ),
     Mutation(
@@ -589,7 +589,7 @@ MUTATIONS = [
     # Workers and worlds.
     Mutation(
         "a worker leaves before its learners have moved",
-        "executors/remote.py",
+        "executors/stateful.py",
         "        await asyncio.gather(*(session.move() for session in moving))\n",
         "",
         "tests/system/test_elastic.py -k 'no_call_is_lost or few_states'",

@@ -164,17 +164,17 @@ def pid_of(proxy: tfr.LearnerProxy, worker: str) -> int | None:
 def after_moves(proxy: tfr.LearnerProxy, then: Callable[[], Awaitable[None]]) -> Iterator[None]:
     """Await something whenever all learners of a worker that leaves have moved, before the worker is released."""
     learners = remote_learners(proxy)
-    move_off = learners._move_off
+    clear = learners._clear
 
-    async def move_off_and_then(member: Any) -> None:
-        await move_off(member)
+    async def clear_and_then(member: Any) -> None:
+        await clear(member)
         await then()
 
-    learners._move_off = move_off_and_then
+    learners._clear = clear_and_then
     try:
         yield
     finally:
-        del learners._move_off
+        del learners._clear
 
 
 def started_pid_of(proxy: tfr.LearnerProxy, worker: str) -> int | None:

@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torchfedrpc.errors import WorkerLostError
-from torchfedrpc.executors.learner_session import LearnerSession, Run
+from torchfedrpc.errors import SerializationError, WorkerLostError
+from torchfedrpc.executors.session import Run, Session
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.rpc.member import Member, WorkerGone
 from torchfedrpc.rpc.worker_client import UndeliverableError
 from torchfedrpc.tasks import all_ended, raise_first
 
-Parts = dict[int, tuple[Call, LearnerSession]]
+Parts = dict[int, tuple[Call, Session]]
 """Calls by place, each with the session of its learner, whose lock it holds."""
 
 
@@ -64,11 +64,11 @@ class Batches:
             self.reduction.stop()
             raise
 
-    async def _make_later(self, place: int, call: Call, session: LearnerSession, turn: asyncio.Future[None]) -> None:
+    async def _make_later(self, place: int, call: Call, session: Session, turn: asyncio.Future[None]) -> None:
         waiting: set[asyncio.Future[Any]] = {turn, self.reduction.stopped}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if self.reduction.stopped.done():
-            session.turns.withdraw(turn)
+            session.withdraw(turn)
         else:
             session.begin(call)
             await self._make({place: (call, session)})
@@ -81,7 +81,7 @@ class Batches:
                 raise_first(await asyncio.gather(*asking, return_exceptions=True))
         finally:
             for _, session in parts.values():
-                session.turns.give()
+                session.release()
 
     async def _placed(self, parts: Parts) -> dict[Member, dict[int, Call]]:
         """Move or rebuild learners as needed, and return the calls of each worker. Calls of lost learners fail."""
@@ -100,7 +100,7 @@ class Batches:
                 call, session = parts[place]
                 if isinstance(answer, WorkerLostError):
                     del parts[place]
-                    session.turns.give()
+                    session.release()
                     self.reduction.note(call.client_id, session.lost(call, str(answer)))
                 elif isinstance(answer, BaseException):
                     try:
@@ -117,43 +117,45 @@ class Batches:
             call, session = parts[place]
             if call.client_id not in self.reduction.succeeded:
                 del parts[place]
-                session.turns.give()
+                session.release()
 
     async def _ask(self, worker: Member, calls: dict[int, Call], parts: Parts) -> None:
         """Run one batch. Calls to repeat stay in the parts, with their locks held."""
         if self.reduction.stopped.done():
             self._drop_unwanted(calls, parts)
-            calls = {place: call for place, call in calls.items() if place in parts}
-        if not calls:
+        wanted = {place: call for place, call in calls.items() if place in parts}
+        if not wanted:
             return
-        batch = self.reduction.batch(self.run.next_call_id(), calls, self.timeout_s)
+        batch = self.reduction.batch(self.run.next_call_id(), wanted, self.timeout_s)
         try:
             outcome, again = await self.reduction.run(worker, batch)
         except WorkerGone as gone:
-            self._lose(worker, calls, parts, gone)
+            self._lose(worker, {place: parts[place] for place in calls.keys() & wanted}, gone)
             return
         except UndeliverableError as error:
-            for place, call in calls.items():
-                _, session = parts.pop(place)
+            for place in calls.keys() & wanted:
+                call, session = parts.pop(place)
                 session.settle(call, Outcome("failed", error=session.lost(call, str(error)), cut_off=True))
             raise WorkerLostError(f"the partial results of {worker.label} are lost: {error}") from error
         self.num_losses = 0
         for place, of_call in outcome.of_calls:
             if place not in again:
+                if place not in calls:
+                    raise SerializationError(f"{worker.label} has answered calls that it had given back")
                 call, session = parts.pop(place)
                 self.run.durations.note(call, of_call)
                 session.settle(call, of_call)
         self.reduction.take(worker, batch, outcome)
 
-    def _lose(self, worker: Member, calls: dict[int, Call], parts: Parts, gone: WorkerGone) -> None:
-        """Record the loss of a worker.
+    def _lose(self, worker: Member, parts: Parts, gone: WorkerGone) -> None:
+        """Record the loss of a worker with these calls.
 
         Raises:
             WorkerLostError: If workers that ran none of the calls were lost more than ``max_recoveries`` times.
         """
-        for place in calls:
-            parts[place][1].lose(worker, gone)
-        if self.run.journals_are_kept and not any(call.call_id in gone.running for call in calls.values()):
+        for _, session in parts.values():
+            session.lose(worker, gone)
+        if self.run.recovers and not any(call.call_id in gone.running for call, _ in parts.values()):
             self.num_losses += 1
         if self.num_losses > self.run.max_recoveries:
             raise WorkerLostError(

@@ -203,23 +203,31 @@ class CallExecutor(AbstractExecutor):
         tasks: list[asyncio.Task[None]] = []
         requests: dict[asyncio.Future[None], int] = {}  # places in the queue that no task has taken over
         calls: dict[int, Call] = {}
-        admitted: list[tuple[int, tuple[SharedValue, ...]]] = []
-        for invocation in invocations:
-            num_bytes = self._num_bytes(invocation.common or _own(invocation.args, invocation.kwargs))
-            if not self._admission.admit_now(num_bytes):
-                turn = self._admission.request(num_bytes)
-                requests[turn] = num_bytes
-                tasks.append(asyncio.ensure_future(self._reduce_late(reduction, invocation, turn, requests)))
-            else:
-                admitted.append(self._add_call(calls, reduction, invocation, num_bytes))
+        admitted: list[tuple[int, tuple[SharedValue, ...], int]] = []
+        for common, alike in itertools.groupby(invocations, lambda invocation: invocation.common):
+            several = list(alike)
+            if common is not None:
+                num_bytes = self._num_bytes(common)  # packed once
+                if self._admission.admit_now(num_bytes):
+                    admitted.append(self._add_alike(calls, reduction, several, common, num_bytes))
+                    continue
+            for invocation in several:
+                num_bytes = self._num_bytes(common or _own(invocation.args, invocation.kwargs))
+                if not self._admission.admit_now(num_bytes):
+                    turn = self._admission.request(num_bytes)
+                    requests[turn] = num_bytes
+                    tasks.append(asyncio.ensure_future(self._reduce_late(reduction, invocation, turn, requests)))
+                else:
+                    admitted.append((*self._add_call(calls, reduction, invocation, num_bytes), 1))
         try:
             try:
                 if calls:
-                    await self._wait_for_cut(*(call.client_id for call in calls.values()))
+                    if self._cut is not None:
+                        await self._wait_for_cut(*[call.client_id for call in calls.values()])
                     await self._learners.reduce(reduction, calls)
             finally:  # before the wait for calls that need this room
-                for num_bytes, values in admitted:
-                    self._admission.release(num_bytes + self._release(values) if values else num_bytes)
+                for num_bytes, values, num_calls in admitted:
+                    self._admission.release(num_bytes + self._release(values, num_calls) if values else num_bytes)
         except Exception:
             await all_ended(tasks)  # all calls run to their end
             raise
@@ -258,6 +266,27 @@ class CallExecutor(AbstractExecutor):
         finally:
             self._admission.release(num_bytes + self._release(values))
 
+    def _add_alike(
+        self,
+        calls: dict[int, Call],
+        reduction: Reduction,
+        invocations: Sequence[Invocation],
+        common: Arguments,
+        num_bytes: int,
+    ) -> tuple[int, tuple[SharedValue, ...], int]:
+        """Add calls with common arguments to those to make, by place.
+
+        Returns:
+            Bytes admitted for these calls alone, the shared values that only calls of their tick use, and the number
+            of calls.
+        """
+        for invocation in invocations:
+            call, _ = self._call(invocation, common)
+            calls[reduction.places[invocation.client_id]] = call
+        values, num_calls = common.values, len(invocations)
+        own_bytes = num_bytes - self._hold(values, num_bytes, num_calls) if values else num_bytes
+        return own_bytes, values, num_calls
+
     def _add_call(
         self, calls: dict[int, Call], reduction: Reduction, invocation: Invocation, num_bytes: int
     ) -> tuple[int, tuple[SharedValue, ...]]:
@@ -285,6 +314,8 @@ class CallExecutor(AbstractExecutor):
         args, kwargs = held(args, kwargs)
         num_bytes = estimate(args, kwargs)
         if num_bytes >= MIN_SHARED_BYTES:
+            if self._counts is not None:  # another worker may run some of the calls later: workers keep the values
+                num_calls += 1
             args, kwargs = self._sharing.shared(args, kwargs, num_calls)
             num_bytes = estimate(args, kwargs)
         packed = self._learners.take_arguments(args, kwargs)
@@ -351,7 +382,12 @@ class CallExecutor(AbstractExecutor):
     def stream(self, invocation: Invocation) -> ItemStream:
         """Open a stream. The first step sends the call."""
         call, _ = self._call(invocation, Arguments(invocation.args, invocation.kwargs), kind="stream")
-        return CallStream(self, self._learners.stream(call), call)
+        return CallStream(self, call)
+
+    def begin_stream(self, call: Call) -> tuple[Call, Steps]:
+        """Return the call of a stream, with its number if the driver numbers calls, and the steps of its method."""
+        call = replace(call, number=self._next_number(call.client_id, call.method))
+        return call, self._learners.stream(call)
 
     def follow(self, cut: Cut) -> None:
         """Let calls submitted from now on wait for their learners' snapshots of this consistent snapshot."""
@@ -393,8 +429,8 @@ class CallExecutor(AbstractExecutor):
         own = {} if isinstance(self._learners, NotOpened) else self._learners.stats()
         return {**super().stats(), **own}
 
-    def _hold(self, values: Iterable[SharedValue], num_bytes: int) -> int:
-        """Add a call to the holders of these values; return the bytes admitted for values without other holders."""
+    def _hold(self, values: Iterable[SharedValue], num_bytes: int, num_calls: int = 1) -> int:
+        """Add calls to the holders of these values; return the bytes admitted for values without other holders."""
         num_own = 0
         for value in values:
             holders = self._holders.get(value)
@@ -402,14 +438,14 @@ class CallExecutor(AbstractExecutor):
                 admitted = min(value.num_bytes, num_bytes - num_own)
                 holders = self._holders[value] = [0, admitted]
                 num_own += admitted
-            holders[0] += 1
+            holders[0] += num_calls
         return num_own
 
-    def _release(self, values: Iterable[SharedValue]) -> int:
-        """Remove a call from the holders of these values; return the bytes admitted for values without holders."""
+    def _release(self, values: Iterable[SharedValue], num_calls: int = 1) -> int:
+        """Remove calls from the holders of these values; return the bytes admitted for values without holders."""
         num_bytes = 0
         for value in values:
-            self._holders[value][0] -= 1
+            self._holders[value][0] -= num_calls
             if not self._holders[value][0]:
                 num_bytes += self._holders.pop(value)[1]
                 value.num_unsent = 0  # else workers would keep it for calls that were cancelled before they were sent
@@ -435,8 +471,12 @@ class CallExecutor(AbstractExecutor):
         except SerializationError as error:
             raise _unsendable(invocation, error) from error
         client_id, method = invocation.client_id, invocation.method
-        number = self._counts.next_number(client_id, method) if self._counts is not None else None
+        number = self._next_number(client_id, method) if kind == "call" else None  # a stream begins later
         return Call(invocation.call_id, client_id, method, packed, invocation.run_timeout_s, kind, number), values
+
+    def _next_number(self, client_id: str, method: str) -> int | None:
+        """Return the number of a stateless learner's next call; None for learners with state, whose hosts count."""
+        return self._counts.next_number(client_id, method) if self._counts is not None else None
 
     def _snapshot_call(self, client_id: str) -> Call:
         return Call(next(self._own_call_ids), client_id, "snapshot", pack(None), kind="snapshot")
@@ -444,6 +484,11 @@ class CallExecutor(AbstractExecutor):
     async def _sealed(self, outcome: Outcome, call: Call) -> bytes:
         data: torch.Tensor = self.result(outcome, call)
         return await asyncio.to_thread(lambda: bytes(seal(data)))
+
+    def uncount(self, call: Call) -> None:
+        """Give the number of a stateless learner's call, which left nothing, to the next one."""
+        if self._counts is not None and call.number is not None:
+            self._counts.give_back(call.client_id, call.method, call.number)
 
     def result(self, outcome: Outcome, call: Call) -> Any:
         """Return the result of a call or the item of a stream; see `Outcome.result`."""
@@ -455,38 +500,39 @@ class CallStream:
 
     Args:
         executor: The executor.
-        steps: The steps of the method.
         call: The call.
     """
 
-    def __init__(self, executor: CallExecutor, steps: Steps, call: Call) -> None:
+    def __init__(self, executor: CallExecutor, call: Call) -> None:
         self._executor = executor
-        self._steps = steps
         self._call = call
-        self._is_begun = self._ended = self._closed = False
+        self._steps: Steps | None = None  # from the first step on
+        self._ended = self._closed = False
 
     async def step(self) -> Any:
         """Return the next item."""
         if self._ended or self._closed:
             raise StopAsyncIteration
         try:
-            if not self._is_begun:
+            if self._steps is None:
                 await self._executor.wait_behind_calls(self._call.client_id)
                 if self._closed:
                     raise StopAsyncIteration
-            self._is_begun = True
+                self._call, self._steps = self._executor.begin_stream(self._call)
             outcome = await self._steps.next()
         except BaseException:
             self._ended = True
             raise
         self._ended = outcome.kind != "item"
+        if outcome.never_ran:  # such as one that is lost: the next one is the same as this one would have been
+            self._executor.uncount(self._call)
         if outcome.kind == "end" or self._closed:
             raise StopAsyncIteration
         return self._executor.result(outcome, self._call)
 
     def close(self) -> None:
         """Close the generator on its host, if it is open. The learner is free after the generator has ended."""
-        if self._is_begun and not self._ended and not self._closed:
+        if self._steps is not None and not self._ended and not self._closed:
             self._steps.close()
         self._closed = True
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.call_executor import CallExecutor
+from torchfedrpc.executors.durations import Durations
 from torchfedrpc.executors.placement import ClientEndpoint, addresses
 from torchfedrpc.executors.remote import RemoteLearners
+from torchfedrpc.executors.stateful import StatefulLearners
 from torchfedrpc.host.process import num_usable_cores
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.handshake import load_token
@@ -28,7 +31,7 @@ class PseudoExecutor(CallExecutor):
         count = self.config.num_processes or min(num_usable_cores(), max(len(spec.clients) - len(elsewhere), 1))
         own = ProcessSource(count, Surroundings.of_this_process(fixed_hashes=True))
         sources = [own, *_sources_elsewhere(self.config)]
-        return RemoteLearners(self.config, spec, sources, self._admission, self._durations)
+        return _on_workers(self.config, spec, sources, self._admission, self._durations)
 
 
 @executor("distributed")
@@ -45,7 +48,14 @@ class DistributedExecutor(CallExecutor):
                 "tfr.run(main), and the script with torchrun --nproc-per-node=3 script.py; or workers that listen "
                 "(client_endpoints with their addresses), or that join (runtime.join_at)"
             )
-        return RemoteLearners(self.config, spec, sources, self._admission, self._durations)
+        return _on_workers(self.config, spec, sources, self._admission, self._durations)
+
+
+def _on_workers(
+    config: RuntimeConfig, spec: ExecutorSpec, sources: list[Source], admission: Admission, durations: Durations
+) -> RemoteLearners:
+    """Return the learners of a run on workers."""
+    return StatefulLearners(config, spec, sources, admission, durations)
 
 
 def _sources_elsewhere(config: RuntimeConfig) -> list[Source]:

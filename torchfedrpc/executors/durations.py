@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from torchfedrpc.host.call import Call, Outcome
 
 _NUM_KEPT = 3  # durations of a client's last calls; the median counts, since a worker may be disturbed for a while
-_MUCH = 1.5  # ratio to the usual duration above (or below) which a client is submitted out of the group's order
+UNUSUAL = 1.5  # ratio to the usual duration above (or below) which a client is submitted out of the group's order
+_SMOOTHING = 0.2  # weight of a call's duration in the mean of its method, which so follows some ten calls
 _MAX_CLIENTS = 1 << 16  # with one method each; about 20 MB
 
 
@@ -19,12 +20,16 @@ class Durations:
     def __init__(self) -> None:
         self._seconds: OrderedDict[tuple[str, str], tuple[float, ...]] = OrderedDict()  # client, method -> last calls
         self._at_least: OrderedDict[tuple[str, str], float] = OrderedDict()  # lower bounds, from interrupted calls
+        self._of_methods: dict[str, float] = {}  # smoothed over the calls of all clients
 
     def note(self, call: Call, outcome: Outcome) -> None:
         """Record the duration of a call, also of an interrupted one."""
         key = call.client_id, call.method
         if outcome.kind == "value":
-            self._seconds[key] = (*self._seconds.pop(key, ()), outcome.seconds)[-_NUM_KEPT:]
+            seconds, method = outcome.seconds, call.method
+            self._seconds[key] = (*self._seconds.pop(key, ()), seconds)[-_NUM_KEPT:]
+            before = self._of_methods.get(method, seconds)
+            self._of_methods[method] = before + _SMOOTHING * (seconds - before)
             self._at_least.pop(key, None)
             if len(self._seconds) > _MAX_CLIENTS:
                 self._seconds.popitem(last=False)
@@ -32,6 +37,18 @@ class Durations:
             self._at_least[key] = max(outcome.seconds, self._at_least.pop(key, 0.0))
             if len(self._at_least) > _MAX_CLIENTS:
                 self._at_least.popitem(last=False)
+
+    def of_call(self, call: Call) -> float | None:
+        """Return the expected seconds of a call: of its client's last calls, else the mean of all; None before any.
+
+        The mean, since it is added up to the work of a worker; `expected` has the median, which one slow client does
+        not move, since it decides which clients leave the group's order.
+        """
+        key = call.client_id, call.method
+        last = self._seconds.get(key)
+        expected = statistics.median_low(last) if last else self._of_methods.get(call.method)
+        at_least = self._at_least.get(key) if self._at_least else None
+        return expected if at_least is None else max(expected or 0.0, at_least)
 
     def expected(self, client_ids: Sequence[str], method: str) -> dict[str, float]:
         """Return the expected seconds per client: the median of its last calls, else the median of the other clients.
@@ -56,7 +73,7 @@ def longest_first(expected: Mapping[str, float]) -> list[str]:
 
     Keeping the order lets results of neighbours arrive one after another, so that a reduction holds few of them.
     """
-    ordinary = _MUCH * statistics.median(expected.values()) if expected else 0.0
+    ordinary = UNUSUAL * statistics.median(expected.values()) if expected else 0.0
     slow = [client_id for client_id, seconds in expected.items() if seconds > ordinary]
     slow.sort(key=expected.__getitem__, reverse=True)
     return list(dict.fromkeys([*slow, *expected]))
@@ -71,6 +88,6 @@ def fastest_first(expected: Mapping[str, float]) -> list[str]:
 
     def seconds(client_id: str) -> float:
         own = expected[client_id]
-        return usual if usual <= own * _MUCH and own <= usual * _MUCH else own
+        return usual if usual <= own * UNUSUAL and own <= usual * UNUSUAL else own
 
     return sorted(expected, key=seconds)

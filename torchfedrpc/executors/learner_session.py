@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import warnings
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -18,19 +16,19 @@ from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.executors.journal import Entry, Journal, Journals
+from torchfedrpc.executors.session import Run, Session
 from torchfedrpc.executors.snapshot_throttle import SnapshotBudget, SnapshotThrottle
 from torchfedrpc.host.call import Call, CallKind, Outcome, Registration
 from torchfedrpc.rpc.member import Member, WorkerGone
 from torchfedrpc.rpc.worker_client import UndeliverableError
 from torchfedrpc.rpc.workers import Workers, WorkerState
-from torchfedrpc.tasks import Tasks, Turns
 from torchfedrpc.wire.packing import Packed, pack
 
 logger = logging.getLogger(__name__)
 
 
-class Run:
-    """What the sessions of a run share: places and workers, journals, the throttles of snapshots, tasks.
+class LearnerRun(Run):
+    """What the sessions of learners with state share: places and workers, journals, the throttles of snapshots.
 
     Args:
         config: The run's configuration.
@@ -40,14 +38,9 @@ class Run:
         durations: Records the durations of cancelled calls.
 
     Attributes:
-        allow: Types that results and states may have.
-        durations: The same.
-        max_recoveries: Number of consecutive losses of a worker that a learner's calls are repeated after.
-        journals_are_kept: Whether lost learners are rebuilt.
         journals: The journals of all learners.
         places: Client -> name of the worker that it is placed on.
         sessions: Sessions of the clients with at least one call.
-        is_closed: Whether the proxy is closed.
     """
 
     def __init__(
@@ -58,29 +51,18 @@ class Run:
         admission: Admission,
         durations: Durations,
     ) -> None:
-        self.allow = spec.learner.allow_list()
-        self.durations = durations
-        self.max_recoveries = config.max_recoveries
-        self.journals_are_kept = config.on_worker_lost == "recover"
+        super().__init__(config, spec, durations)
         self.journals = Journals(config, admission)
         self.places: dict[str, str] = {}
         self.sessions: dict[str, LearnerSession] = {}
-        self.is_closed = False
-        self._spec = spec
         self._workers = workers
         self._budget = SnapshotBudget()
         self._throttles: dict[str, SnapshotThrottle] = {}
-        self._tasks = Tasks()
-        self._call_ids = itertools.count(-(1 << 40), -1)  # disjoint from the ids of a proxy and an executor
         self._warned_of: set[str | None] = set()  # attributes that cannot be captured and have had a warning
-
-    def end(self) -> None:
-        """Begin no more sessions, and let calls that find no worker end."""
-        self.is_closed = True
 
     async def close(self) -> None:
         """Wait for the tasks, and free sessions and journals."""
-        await self._tasks.wait()
+        await super().close()
         self.sessions.clear()
         self.journals.close()
 
@@ -92,9 +74,7 @@ class Run:
         """
         session = self.sessions.get(client_id)
         if session is None:
-            if self.is_closed:
-                raise WorkerLostError("the proxy is closed")
-            constructor = Registration.of(client_id, self._spec.clients[client_id]).kwargs
+            constructor = self.constructor(client_id)
             session = LearnerSession(client_id, constructor, Journal(client_id, self.journals), self)
             self.sessions[client_id] = session
         return session
@@ -129,14 +109,6 @@ class Run:
         """Return the throttle for snapshots to and from a worker."""
         return self._throttles.setdefault(worker.label, SnapshotThrottle(self._budget))
 
-    def next_call_id(self) -> int:
-        """Return an id for a call that the run makes itself."""
-        return next(self._call_ids)
-
-    def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine as a task until the run ends."""
-        self._tasks.start(coroutine)
-
     def relieve_journals(self) -> None:
         """Start snapshots that bring the journals of all learners under their bound."""
         for journal, limit in self.journals.relief():
@@ -156,7 +128,7 @@ class Run:
             logger.warning(message)
 
 
-class LearnerSession:
+class LearnerSession(Session):
     """Session of one learner, which makes its calls one at a time, in the order of submission.
 
     The first call creates the learner. After the loss of its worker, the next call rebuilds the learner on another
@@ -170,68 +142,30 @@ class LearnerSession:
         run: The run.
     """
 
-    def __init__(self, client_id: str, constructor: Packed, journal: Journal, run: Run) -> None:
-        self.client_id = client_id
-        self.turns = Turns()
+    _run: LearnerRun
+
+    def __init__(self, client_id: str, constructor: Packed, journal: Journal, run: LearnerRun) -> None:
+        super().__init__(client_id, run)
         self._constructor = constructor
         self._journal = journal
-        self._run = run
         self._worker: Member | None = None  # the worker that has the learner
         self._num_builds = 0
         self._num_losses = 0  # consecutive losses of a worker with a running call of this learner
-        self._given_up: str | None = None
+        self.given_up: str | None = None
         self._preparing: asyncio.Task[Member] | None = None
-        self._call_id = 0  # of the user's current call
         self._sent_id = 0  # of the call sent last, which may be a replayed one
-        self._num_reports = 0  # published progress reports of the current call
 
     @property
     def worker(self) -> Member | None:
         """The worker that has the learner; None if there is none."""
         return self._worker if self._worker is not None and not self._worker.is_gone else None
 
-    @property
-    def given_up(self) -> str | None:
-        """Reason why the learner was given up; None if it was not."""
-        return self._given_up
-
     # Calls.
 
-    async def call(self, call: Call) -> Outcome:
-        """Make a call behind the calls submitted before; if its worker is lost, repeat the call on another worker."""
-        if not self.turns.take_now():
-            await self.turns.take()
-        self.begin(call)
-        worker = None
-        try:
-            while True:
-                worker = None
-                worker = self.ready() or await self.prepared()
-                try:
-                    outcome = await worker.submit(call)
-                    break
-                except WorkerGone as gone:
-                    self.lose(worker, gone)
-        except asyncio.CancelledError:
-            self._run.in_background(self._cancel(call, worker))
-            raise
-        except UndeliverableError as error:
-            outcome = Outcome("failed", error=self.lost(call, str(error)), cut_off=True)
-        except WorkerLostError as error:
-            self.turns.give()
-            if self._run.is_closed:
-                return Outcome("cancelled", never_ran=True)
-            return Outcome("failed", error=self.lost(call, str(error)), never_ran=True)
-        except BaseException:
-            self.turns.give()
-            raise
-        self.settle(call, outcome)
-        return outcome
-
     def begin(self, call: Call) -> None:
-        """Record the current call, for its progress reports."""
-        self._call_id = self._sent_id = call.call_id
-        self._num_reports = 0
+        """Record the current call, for its progress reports and for losses."""
+        super().begin(call)
+        self._sent_id = call.call_id
 
     def settle(self, call: Call, outcome: Outcome, num_items: int = 0) -> None:
         """Record a call that has ended and release the lock; first take a snapshot if the call cannot be replayed."""
@@ -246,43 +180,15 @@ class LearnerSession:
         if self._run.journals.needs_relief:
             self._run.relieve_journals()
 
-    def is_next_report(self, call: Call, number: int) -> bool:
-        """Return whether a progress report is new; a call repeated after a loss repeats its reports."""
-        if call.call_id != self._call_id or number < self._num_reports:
-            return False
-        self._num_reports = number + 1
-        return True
-
     def lost(self, call: Call, reason: str) -> WorkerLostError:
         """Return the error of a call that fails because its learner is lost."""
         worker = self._run.worker_of(self.client_id)
         return WorkerLostError(f"{call.client_id}.{call.method} on {worker}: {reason}")
 
-    def in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine as a task until the run ends."""
-        self._run.in_background(coroutine)
-
     async def settled(self) -> None:
         """Wait for the end of a move or rebuild in progress."""
         if self._preparing is not None:
             await asyncio.wait([self._preparing])
-
-    async def _cancel(self, call: Call, worker: Member | None) -> None:
-        """Cancel a call on its worker, and release the lock when the learner is free."""
-        if worker is None:  # the call was not sent
-            await self.settled()
-            self.turns.give()
-            return
-        try:
-            outcome = await worker.cancel(call)
-        except WorkerGone as gone:
-            self.lose(worker, gone)
-            self.turns.give()
-            return
-        except UndeliverableError:
-            outcome = Outcome("cancelled", cut_off=True)
-        self._run.durations.note(call, outcome)
-        self.settle(call, outcome)
 
     # Placement of the learner.
 
@@ -292,7 +198,7 @@ class LearnerSession:
         The caller holds the lock.
         """
         target = self._run.present_worker(self.client_id)
-        if target is None or self._given_up is not None:
+        if target is None or self.given_up is not None:
             return None
         if self._worker is target:
             return target
@@ -319,8 +225,8 @@ class LearnerSession:
 
     async def _prepare(self) -> Member:
         while True:
-            if self._given_up is not None:
-                raise WorkerLostError(self._given_up)
+            if self.given_up is not None:
+                raise WorkerLostError(self.given_up)
             target = await self._run.worker(self.client_id)
             try:
                 if self._worker is not None and self._worker.is_gone:
@@ -330,7 +236,7 @@ class LearnerSession:
                 elif self._worker is None:
                     await self._build(target)
                 else:
-                    self._sent_id = self._call_id  # the replay is over
+                    self._sent_id = self._call.call_id  # the replay is over
                     return target
             except WorkerGone as gone:
                 self.lose(target if self._worker is None else self._worker, gone)
@@ -414,7 +320,7 @@ class LearnerSession:
             worker = self.worker
             if (
                 worker is not None
-                and self._given_up is None
+                and self.given_up is None
                 and self._run.present_worker(self.client_id) is not worker
             ):
                 await self._leave(worker)
@@ -431,7 +337,7 @@ class LearnerSession:
         where = f"{worker.label} was lost ({gone.reason})"
         if self._sent_id in gone.running:
             self._num_losses += 1
-        if not self._run.journals_are_kept:
+        if not self._run.recovers:
             self.give_up(f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it")
         elif had_learner and self._journal.unrecoverable is not None:
             self.give_up(f"{where}, and its learner could not be rebuilt: {self._journal.unrecoverable}")
@@ -444,7 +350,7 @@ class LearnerSession:
 
     def give_up(self, reason: str) -> WorkerLostError:
         """Fail all later calls for this reason, and return their error."""
-        self._given_up = reason
+        self.given_up = reason
         self._journal.forget()
         return WorkerLostError(reason)
 
@@ -478,7 +384,7 @@ class LearnerSession:
                 self.turns.give()
 
         try:
-            if worker is None or self._given_up is not None or self._journal.is_settled:
+            if worker is None or self.given_up is not None or self._journal.is_settled:
                 self._journal.not_taken()
             else:
                 await self._snapshot(worker, limit, captured)
@@ -538,109 +444,3 @@ class LearnerSession:
 
     def _own_call(self, kind: CallKind, arguments: Packed) -> Call:
         return Call(self._run.next_call_id(), self.client_id, kind, arguments, kind=kind)
-
-
-class SessionStream:
-    """Steps of a stream on its learner's worker. The stream holds the learner's lock from first to last step.
-
-    If the worker is lost, the next step ends the stream with a WorkerLostError, and the learner is rebuilt as it was
-    before the stream.
-
-    Args:
-        session: The learner's session.
-        call: The call.
-    """
-
-    def __init__(self, session: LearnerSession, call: Call) -> None:
-        self._session = session
-        self._call = call
-        self._worker: Member | None = None
-        self._num_items = 0
-        self._has_turn = self._is_stepping = self._is_closed = False
-
-    async def next(self) -> Outcome:
-        """Run the method up to its next item."""
-        self._is_stepping = True
-        try:
-            outcome = await self._step()
-        except asyncio.CancelledError:
-            self._cancel()
-            raise
-        except WorkerGone as gone:
-            self._lose(gone)
-            return self._lost(gone)
-        except UndeliverableError as error:
-            outcome = Outcome("failed", error=self._session.lost(self._call, str(error)), cut_off=True)
-        except WorkerLostError as error:
-            self._give_turn()
-            return Outcome("failed", error=self._session.lost(self._call, str(error)), never_ran=True)
-        finally:
-            self._is_stepping = False
-        if outcome.is_final:
-            self._settle(outcome)
-        else:
-            self._num_items += 1
-        return outcome
-
-    def close(self) -> None:
-        """Close the generator. This ends a step in progress."""
-        self._is_closed = True
-        if self._has_turn and self._worker is not None:
-            self._cancel()
-
-    async def _step(self) -> Outcome:
-        session, call = self._session, self._call
-        if self._worker is not None:
-            return await self._worker.advance(call, self._num_items)
-        await session.turns.take()
-        self._has_turn = True
-        session.begin(call)
-        worker = session.ready() or await session.prepared()
-        if self._is_closed:
-            return Outcome("cancelled", never_ran=True)
-        self._worker = worker
-        return await worker.submit(call)
-
-    def _cancel(self) -> None:
-        if self._has_turn:
-            self._session.in_background(self._cancelled(self._is_stepping))
-
-    async def _cancelled(self, was_stepping: bool) -> None:
-        """Close the generator on its worker, and release the lock when it has ended."""
-        worker = self._worker
-        if worker is None:
-            await self._session.settled()
-            self._give_turn()
-            return
-        try:
-            outcome = await worker.cancel(self._call)
-        except WorkerGone as gone:
-            self._lose(gone)
-            return
-        except UndeliverableError:
-            outcome = Outcome("cancelled", cut_off=True)
-        if was_stepping and not outcome.never_ran:  # the worker may have made an item that has not arrived
-            outcome = replace(outcome, cut_off=True)
-        self._settle(outcome)
-
-    def _settle(self, outcome: Outcome) -> None:
-        if self._ends():
-            self._session.settle(self._call, outcome, self._num_items)
-
-    def _lose(self, gone: WorkerGone) -> None:
-        if self._has_turn and self._worker is not None:
-            self._session.lose(self._worker, gone)
-        self._give_turn()
-
-    def _give_turn(self) -> None:
-        if self._ends():
-            self._session.turns.give()
-
-    def _ends(self) -> bool:
-        """End the hold on the lock, and return whether it was held."""
-        had_turn, self._has_turn = self._has_turn, False
-        return had_turn
-
-    def _lost(self, gone: WorkerGone) -> Outcome:
-        reason = f"its worker was lost ({gone.reason}), and the stream with it: open another"
-        return Outcome("failed", error=self._session.lost(self._call, reason), never_ran=True)

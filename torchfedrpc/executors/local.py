@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.errors import ConfigError, SerializationError, WorkerLostError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.call_executor import CallExecutor, Learners, without_traces
 from torchfedrpc.executors.durations import Durations
@@ -63,6 +63,13 @@ class LocalLearners(Learners):
 
     async def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> None:
         """Run calls, by place, and reduce their results in the host; retry calls whose methods have not begun."""
+        calls = dict(calls)
+        for place, call in list(calls.items()):
+            try:
+                self._host.register_own(call.client_id)
+            except SerializationError as error:
+                del calls[place]
+                reduction.note(call.client_id, without_traces(error))
         while calls:
             self._next_batch_id -= 1
             batch = reduction.batch(self._next_batch_id, calls, self._config.call_timeout_s)

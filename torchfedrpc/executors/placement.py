@@ -89,7 +89,7 @@ def place_clients(
         endpoint = ClientEndpoint.parse(client_id, text)
         if endpoint.kind == "local":
             continue
-        there = _workers_at(endpoint, machines)
+        there = workers_at(endpoint, machines)
         if not there:
             hosts = ", ".join(f"host:{machine}" for machine in dict.fromkeys(machines.values()))
             raise ConfigError(
@@ -129,7 +129,7 @@ def place_again(
         there = everywhere
         if client_id in endpoints:
             endpoint = ClientEndpoint.parse(client_id, endpoints[client_id])
-            there = _workers_at(endpoint, machines) if endpoint.kind in ("host", "address") else there
+            there = workers_at(endpoint, machines) if endpoint.kind in ("host", "address") else there
         else:
             there = for_all
         if there:
@@ -174,7 +174,8 @@ def even_out(
     return {next(following): label for label in pool for _ in range(shares[label] - len(clients_of[label]))}
 
 
-def _workers_at(endpoint: ClientEndpoint, machines: Mapping[str, str]) -> list[str]:
+def workers_at(endpoint: ClientEndpoint, machines: Mapping[str, str]) -> list[str]:
+    """Return the workers of an endpoint that is not local, among those whose machines are given."""
     if endpoint.kind == "rank":
         return [label for label in machines if label == f"worker{endpoint.rank}"]
     if endpoint.kind == "address":

@@ -1,26 +1,22 @@
-"""Learners on workers, and their placement as workers come and go."""
+"""Learners on workers: the workers of a run, their events, and caches of arguments."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import WorkerJoined, WorkerLeft, WorkerLost
-from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.base import ExecutorSpec
-from torchfedrpc.executors.batches import Batches
 from torchfedrpc.executors.call_executor import Learners
-from torchfedrpc.executors.durations import Durations
-from torchfedrpc.executors.learner_session import Run, SessionStream
-from torchfedrpc.executors.placement import LOCAL, even_out, place_again, place_clients
-from torchfedrpc.host.call import Call, Outcome
+from torchfedrpc.executors.session import Run, Session, SessionStream
+from torchfedrpc.host.call import Call
 from torchfedrpc.host.faults import Fault
-from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.rpc.backend import torch_rpc
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sources import JoinedSource, Source
@@ -39,31 +35,25 @@ _MAX_PLAIN_ARGUMENTS = 64
 
 
 class RemoteLearners(Learners):
-    """Learners of a run on workers in a world of torch RPC; clients are placed again as workers come and go.
+    """Base class of the learners of a run on workers, in a world of torch RPC.
+
+    A subclass decides which worker runs the calls of a client, also as workers come and go.
 
     Args:
         config: The run's configuration.
         spec: The run.
         sources: The sources of workers.
-        admission: Counts the journals' arguments beyond their bound.
-        durations: Records the durations of cancelled calls.
     """
 
-    def __init__(
-        self,
-        config: RuntimeConfig,
-        spec: ExecutorSpec,
-        sources: list[Source],
-        admission: Admission,
-        durations: Durations,
-    ) -> None:
+    _run: Run  # of the subclass
+
+    def __init__(self, config: RuntimeConfig, spec: ExecutorSpec, sources: list[Source]) -> None:
         self._config = config
         self._spec = spec
         self._joined = next((source for source in sources if isinstance(source, JoinedSource)), None)
         self.join_address = self._joined.address if self._joined is not None else None
         self._group = WorkerGroup(sources, spec.learner)
         self._workers = self._group.workers
-        self._run = Run(config, spec, self._workers, admission, durations)
         self._file_pool = FilePool()
         self._following = Tasks()
         self._plain_arguments: dict[bytes, Packed] = {}  # cache: pickle -> arguments without tensors
@@ -91,7 +81,7 @@ class RemoteLearners(Learners):
 
     async def close(self, reason: str) -> None:
         """Fail the pending calls, end the world, and release the workers."""
-        self._stats_at_close = {**self.stats(), "journal_bytes": 0, "workers": {}}
+        self._stats_at_close = {**self.stats(), "workers": {}}
         self._run.end()
         self._following.cancel()
         await self._group.close(reason)
@@ -100,21 +90,20 @@ class RemoteLearners(Learners):
 
     # Calls.
 
-    def call(self, call: Call) -> Coroutine[Any, Any, Outcome]:
-        session = self._run.sessions.get(call.client_id) or self._run.session(call.client_id)
-        return session.call(call)
+    @abstractmethod
+    def session(self, client_id: str) -> Session:
+        """Return the session of a client.
+
+        Raises:
+            WorkerLostError: If the proxy is closed.
+        """
+
+    @abstractmethod
+    def _present_session(self, client_id: str) -> Session | None:
+        """Return the session of a client, if there is one."""
 
     def stream(self, call: Call) -> SessionStream:
-        return SessionStream(self._run.session(call.client_id), call)
-
-    async def capture(self, call: Call) -> Outcome | None:
-        session = self._run.session(call.client_id)
-        return None if session.given_up is not None else await self.call(call)
-
-    def reduce(self, reduction: Reduction, calls: Mapping[int, Call]) -> Coroutine[Any, Any, None]:
-        """Run calls, by place, and reduce their results on the workers."""
-        parts = {place: (call, self._run.session(call.client_id)) for place, call in calls.items()}
-        return Batches(self._run, reduction, self._config.call_timeout_s).make(parts)
+        return SessionStream(self, call)
 
     def take_value(self, obj: Any) -> Packed:
         return pack(obj)
@@ -142,34 +131,6 @@ class RemoteLearners(Learners):
             if member.client is not None:
                 member.client.unshare(value)
 
-    def rref(self, client_id: str) -> Any:
-        """Return a learner's RRef. A learner without calls is registered for that.
-
-        Raises:
-            WorkerLostError: If the learner has no RRef now.
-        """
-        session = self._run.session(client_id)
-        worker = session.worker
-        if worker is None and session.turns.take_now():
-            worker = session.ready()
-            session.turns.give()
-        if worker is not None and worker.client is not None:
-            worker.client.register(worker.registrations[client_id])
-            return worker.client.rref(client_id)
-        label = self.worker_of(client_id)
-        reason = (
-            session.given_up
-            or self._workers.why_given_up(label)
-            or (
-                "its learner has no RRef while the world is formed anew, its worker is lost or leaves, or it is "
-                "rebuilt; await a call of this client, and ask again"
-            )
-        )
-        raise WorkerLostError(f"{client_id} on {label}: {reason}")
-
-    def worker_of(self, client_id: str) -> str:
-        return self._run.worker_of(client_id)
-
     def workers(self) -> list[str]:
         """Return the names of the workers: ``worker1`` and so on, and the addresses of listening workers."""
         return [worker.label for worker in self._workers if worker.machine is not None]
@@ -187,7 +148,7 @@ class RemoteLearners(Learners):
             "bytes_sent": traffic.num_sent_bytes,
             "bytes_received": traffic.num_received_bytes,
             "snapshot_bytes": traffic.num_snapshot_bytes,
-            "journal_bytes": self._run.journals.num_bytes,
+            "journal_bytes": 0,
             "workers_lost": self._num_lost,
             "workers": {
                 label: {"learners": len(member.registrations)} for label, member in self._workers.members.items()
@@ -196,32 +157,68 @@ class RemoteLearners(Learners):
 
     # Workers that come and go.
 
+    @abstractmethod
+    def _place_all(self) -> None:
+        """Place the clients on the first workers.
+
+        Raises:
+            ConfigError: If an endpoint is malformed, or names no worker of this run.
+        """
+
+    @abstractmethod
+    def _worker_joined(self, label: str) -> None:
+        """Let calls run on a worker that accepts them now."""
+
+    @abstractmethod
+    async def _clear(self, member: Member) -> None:
+        """Make a worker that asks to leave free of calls and learners."""
+
+    @abstractmethod
+    def _worker_left(self, label: str) -> None:
+        """Do without a worker that has left."""
+
+    @abstractmethod
+    def _give_up(self, label: str) -> None:
+        """Fail the calls that need a worker that was lost."""
+
+    def _worker_leaving(self, label: str) -> None:
+        worker = self._workers[label]
+        if worker.state is WorkerState.LEAVING and worker.member is not None:
+            logger.info("%s leaves", label)
+            self._run.in_background(self._drain(worker, worker.member))
+
+    async def _drain(self, worker: Worker, member: Member) -> None:
+        """Release a worker once it is free of calls and learners."""
+        await self._clear(member)
+        if worker.member is member and not self._run.is_closed:  # else it was lost meanwhile, or the run has ended
+            self._group.release(worker.label)
+
     async def _follow(self) -> None:
         """Follow what becomes of the workers, event after event."""
         while True:
             event = await self._group.events.get()
             if isinstance(event, WorkerLeaving):
-                self._empty(event.worker)
+                self._worker_leaving(event.worker)
                 continue
             if isinstance(event, ProgressArrived):
                 self._publish_progress(event)
                 continue
             self._spec.events.publish(event)
             if isinstance(event, WorkerJoined):
-                self._balance()
+                self._worker_joined(event.worker)
             elif isinstance(event, WorkerLeft):
-                self._do_without(event.worker)
+                self._worker_left(event.worker)
             elif isinstance(event, WorkerLost):
                 self._num_lost += 1
                 self._last_loss = self._workers[event.worker].reason
-                if self._run.journals_are_kept:
-                    self._do_without(event.worker)
+                if self._run.recovers:
+                    self._worker_left(event.worker)
                 else:
                     self._give_up(event.worker)
 
     def _publish_progress(self, arrived: ProgressArrived) -> None:
         """Publish progress, unless the same call has reported it before it was repeated."""
-        session = self._run.sessions.get(arrived.call.client_id)
+        session = self._present_session(arrived.call.client_id)
         if session is not None and session.is_next_report(arrived.call, arrived.number):
             self._spec.publish_progress(arrived.call, arrived.number, arrived.value)
 
@@ -248,76 +245,3 @@ class RemoteLearners(Learners):
                 ) from None
         if self._workers.failure is not None:
             raise self._workers.failure
-
-    def _empty(self, label: str) -> None:
-        """Move the learners of a worker that asks to leave."""
-        worker = self._workers[label]
-        if worker.state is WorkerState.LEAVING and worker.member is not None:
-            logger.info("%s leaves: its learners are moved", label)
-            self._place_again(self._clients_of(label))
-            self._run.in_background(self._drain(worker, worker.member))
-
-    async def _drain(self, worker: Worker, member: Member) -> None:
-        """Move all learners off a worker, and release it."""
-        await self._move_off(member)
-        if worker.member is member and not self._run.is_closed:  # else it was lost meanwhile, or the run has ended
-            self._group.release(worker.label)
-
-    async def _move_off(self, member: Member) -> None:
-        moving = [session for session in self._run.sessions.values() if session.worker is member]
-        await asyncio.gather(*(session.move() for session in moving))
-
-    def _give_up(self, label: str) -> None:
-        """Fail the calls of a lost worker's learners, which are not rebuilt."""
-        where = self._workers[label].reason
-        self._workers.give_up(label, f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it")
-        for client_id in self._clients_of(label):  # an interrupted move leaves the learner where it was
-            self._run.places[client_id] = self.worker_of(client_id)
-
-    def _do_without(self, label: str) -> None:
-        """Let the clients of a worker that was lost or has left wait for another, or place them on other workers."""
-        worker = self._workers[label]
-        if worker.machine is None:
-            self._place_again(self._clients_of(label))
-        clients = self._clients_of(label)
-        if clients and self._group.expects_workers:
-            self._workers.expect(label, self._config.rejoin_timeout_s)
-        elif clients and self._workers.present:
-            endpoint = self._config.client_endpoints.get(clients[0])
-            self._workers.give_up(label, f"{worker.reason}, and no worker is left where {endpoint!r} wants it")
-        elif worker.machine is None and not clients:
-            self._workers.remove(label)
-
-    def _place_all(self) -> None:
-        machines = {worker.label: worker.machine for worker in self._workers if worker.machine is not None}
-        self._run.places |= place_clients(list(self._spec.clients), self._config.client_endpoints, machines)
-
-    def _place_again(self, clients: Sequence[str]) -> None:
-        """Place clients on present workers, as far as their endpoints allow."""
-        places, endpoints = self._run.places, self._config.client_endpoints
-        places |= place_again(clients, endpoints, self._workers.machines, places)
-        self._workers.changed()
-
-    def _balance(self) -> None:
-        """Give new workers an equal share of the clients. Their learners move between two calls."""
-        endpoints, there = self._config.client_endpoints, {LOCAL, *self._workers.members}
-        places, sessions = self._run.places, self._run.sessions
-        self._place_again([client_id for client_id in endpoints if places.get(client_id, LOCAL) not in there])
-        # Workers with a replacement on its way keep their share.
-        labels = [
-            worker.label
-            for worker in self._workers
-            if worker.machine is not None and (worker.label in self._workers.present or worker.source.replaces)
-        ]
-        clients = [client_id for client_id in self._spec.clients if client_id in places]
-        moved = even_out(clients, endpoints, labels, places, lambda client_id: client_id not in sessions)
-        places |= moved
-        for client_id in moved:
-            if (session := sessions.get(client_id)) is not None and session.worker is not None:
-                self._run.in_background(session.move())
-        for worker in self._workers:
-            if worker.deadline is not None and not self._clients_of(worker.label):
-                worker.stop_waiting()
-
-    def _clients_of(self, label: str) -> list[str]:
-        return [client_id for client_id, place in self._run.places.items() if place == label]

@@ -15,18 +15,20 @@ from torchfedrpc.errors import SnapshotError, WorkerLostError
 from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.executors.journal import Journal
-from torchfedrpc.executors.learner_session import LearnerSession, Run
-from torchfedrpc.host.call import Batch, Call, CallKind, Outcome
+from torchfedrpc.executors.learner_session import LearnerRun, LearnerSession
+from torchfedrpc.host.call import Batch, Call, CallKind, Outcome, TakeBack
 from torchfedrpc.host.snapshot import _HEADER
 from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.rpc.heartbeat import Loss
 from torchfedrpc.rpc.member import Member
+from torchfedrpc.rpc.workers import Workers
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import pack
 
 ALLOW = AllowList(["summing"])
 CUT_OFF = Outcome("cancelled", cut_off=True)
+GIVEN_BACK = Outcome("given_back", never_ran=True)
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -179,13 +181,30 @@ class FakeWorker(Member):
         elif (due := job.next_reply()) is not None:
             due[0](due[1])
 
+    async def take_back(self, request: TakeBack) -> Outcome:
+        given = await self._asked("take back " + " ".join(map(str, request.candidates)), "take back")
+        if given is not None:
+            return given
+        of_batches = [call.call_id for job in self._jobs.values() for _, call in self._open_calls(job)]
+        waiting = [one for one in request.candidates if f"call {one}" in self._pending or one in of_batches]
+        taken = waiting[len(waiting) // 2 if request.half else 0 :]
+        for call_id in taken:
+            if call_id in of_batches:
+                self.end_call(call_id, GIVEN_BACK)
+            else:
+                self.release(f"call {call_id}", GIVEN_BACK)
+        return Outcome("value", of_calls=tuple((call_id, GIVEN_BACK) for call_id in taken))
+
+    def _open_calls(self, job: BatchJob) -> list[tuple[int, Call]]:
+        ended = {place for place, _ in job.outcomes}
+        return [(place, call) for place, call in job.batch.calls if place not in ended]
+
     def cancel_batch(self, batch: Batch) -> None:
         self.log.append("cancel_batch " + " ".join(str(call.call_id) for _, call in batch.calls))
-        job = self._jobs[batch.call_id]
-        ended = {place for place, _ in job.outcomes}
-        for place, call in batch.calls:
-            if place not in ended:
-                self.end_call(call.call_id, CUT_OFF)
+        if self.is_gone:
+            return
+        for _, call in self._open_calls(self._jobs[batch.call_id]):
+            self.end_call(call.call_id, CUT_OFF)
 
     async def _batch_answer(self, job: BatchJob, num_known: int) -> Outcome:
         if (final := self._finals.get(job.batch.call_id)) is not None:
@@ -234,7 +253,7 @@ def tensor_of(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-class FakeRun(Run):
+class FakeRun(LearnerRun):
     """A run that places all clients on one worker.
 
     Attributes:
@@ -307,3 +326,13 @@ class FakeRun(Run):
 
 
 UNCAPTURABLE = SnapshotError("an autograd graph is kept in an attribute")
+
+
+def table_of(*workers: FakeWorker) -> Workers:
+    """The table of a run whose workers accept calls."""
+    table = Workers()
+    source: Any = SimpleNamespace(replaces=False)
+    for worker in workers:
+        table.enlist(table.admit(source, worker))
+    table.serve()
+    return table

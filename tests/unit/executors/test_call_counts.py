@@ -48,3 +48,43 @@ def test_a_snapshot_of_another_client_or_with_a_state_is_refused() -> None:
         counts.restore(Snapshot("b", "methods.Learner", {}, None), "a")
     with pytest.raises(SnapshotError, match="stateless = False"):
         counts.restore(Snapshot("a", "methods.Learner", {}, ("attributes", {})), "a")
+
+
+def test_the_number_of_a_lost_call_is_that_of_the_next_one() -> None:
+    counts = CallCounts("methods.Learner")
+    numbers = [counts.next_number("a", "draw") for _ in range(4)]
+    for number in (2, 1):
+        counts.give_back("a", "draw", number)
+    assert [counts.next_number("b", "draw"), counts.next_number("a", "train")] == [0, 0]
+    assert [counts.next_number("a", "draw") for _ in range(3)] == [1, 2, 4]
+    assert numbers == [0, 1, 2, 3]
+
+
+def resumed_from(counts: CallCounts) -> CallCounts:
+    counts.cut()
+    resumed = CallCounts("methods.Learner")
+    resumed.restore(load(counts.capture("a"), ALLOW), "a")
+    return resumed
+
+
+@pytest.mark.parametrize(("given_back", "following"), [((3,), 3), ((3, 2), 2), ((2, 3), 2), ((1,), 4), ((1, 3), 3)])
+def test_a_resumed_run_numbers_calls_as_the_one_that_goes_on(given_back: tuple[int, ...], following: int) -> None:
+    counts = CallCounts("methods.Learner")
+    for _ in range(4):
+        counts.next_number("a", "draw")
+    for number in given_back:
+        counts.give_back("a", "draw", number)
+    resumed = resumed_from(counts)
+    for one in (counts, resumed):
+        assert [one.next_number("a", "draw") for _ in range(2)] == [following, following + 1]
+
+
+def test_a_number_from_before_a_restore_goes_to_no_call() -> None:
+    counts, fresh = CallCounts("methods.Learner"), CallCounts("methods.Learner")
+    fresh.cut()
+    for _ in range(3):
+        counts.next_number("a", "draw")
+    counts.give_back("a", "draw", 1)
+    counts.restore(load(fresh.capture("a"), ALLOW), "a")
+    counts.give_back("a", "draw", 2)
+    assert [counts.next_number("a", "draw") for _ in range(3)] == [0, 1, 2]

@@ -15,7 +15,7 @@ from fake_workers import CUT_OFF, UNCAPTURABLE, FakeRun, FakeWorker, call, tenso
 from settling import settled, within
 
 from torchfedrpc.errors import WorkerLostError
-from torchfedrpc.executors.learner_session import SessionStream
+from torchfedrpc.executors.session import SessionStream
 from torchfedrpc.executors.snapshot_throttle import BUDGET_BYTES
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.host.snapshot import _HEADER
@@ -843,7 +843,7 @@ async def test_move_leaves_a_learner_that_is_where_it_should_be() -> None:
 
 
 def stream(run: FakeRun, call_id: int) -> SessionStream:
-    return SessionStream(run.session(), call(call_id, kind="stream"))
+    return SessionStream(run, call(call_id, kind="stream"))
 
 
 async def kinds(steps: SessionStream, count: int) -> list[str]:
