@@ -55,6 +55,7 @@ async def reduce(
         num_retries=options.retries,
         min_results=options.min_results,
         is_watched=options.may_end_early or bool(calls.opening.events.subscribers),
+        fastest_first=options.may_end_early,
     )
     try:
         try:
@@ -100,10 +101,11 @@ async def _make_calls(
 
     async def run() -> None:
         """Count the calls in the step of the event loop that submits them."""
-        submitted = []
+        submitted, may_refuse = [], calls.may_refuse
         for invocation in invocations:
             try:
-                calls.check(invocation)
+                if may_refuse:
+                    calls.check(invocation)
             except (LearnerBusyError, CapacityError, ConfigError) as error:
                 refused[invocation.client_id] = error
             else:
@@ -135,6 +137,8 @@ async def _make_calls(
     for error in reduction.failures.values():
         if not isinstance(error, Exception):
             raise error
+    if reduction.pending and not reduction.stopped.done():
+        raise RuntimeError(f"calls of {', '.join(reduction.pending)} have no end, which is an error of torchfedrpc")
     return refused
 
 

@@ -86,6 +86,14 @@ async def test_a_class_stands_for_a_reducer_and_a_reducer_may_be_used_again(
     assert reducer.text == ""
 
 
+async def test_a_reducer_that_has_a_result_counts_it_with_each_client(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
+    reducer = tfr.Sum()
+    reducer.add(torch.full((2,), 10.0))
+    for _ in range(2):
+        total = await proxy.clients(fresh.apart(3)).reduce("same", reducer, torch.ones(2))
+        assert total.value.tolist() == [33.0, 33.0]
+
+
 async def test_a_clients_own_arguments_are_merged_over_the_calls(proxy: tfr.LearnerProxy, fresh: Fresh) -> None:
     first, second, third = fresh.together(3)
     group = proxy.clients({first: {"text": "a"}, second: {}, third: {"text": "c"}})

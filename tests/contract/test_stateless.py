@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import weakref
 from collections.abc import AsyncIterator, Iterator
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import torchfedrpc as tfr
-from torchfedrpc.errors import ConfigError
+from torchfedrpc.errors import ConfigError, GroupCallError, SerializationError
 
 CLIENTS = [f"client_{number}" for number in range(12)]
 WEIGHTS = torch.ones(3)
@@ -135,6 +136,36 @@ async def test_a_factory_that_does_not_carry_the_promise_of_its_class_is_warned_
     async with tfr.LearnerProxy(make_stateless, CLIENTS, runtime="local") as proxy:
         await proxy.clients().call("draw")
     assert not caplog.records
+
+
+@pytest.mark.parametrize("learner", [Stateless, Drawer])
+async def test_arguments_of_a_constructor_that_cannot_be_sent_are_the_error_of_each_call(
+    lone_runtime: dict[str, Any], learner: type
+) -> None:
+    clients = {client: {"scale": lambda: 1.0} for client in CLIENTS[:2]}
+    async with tfr.LearnerProxy(learner, clients, runtime=lone_runtime) as proxy, asyncio.timeout(20):
+        for _ in range(2):
+            with pytest.raises(SerializationError, match="the constructor arguments of client_0 cannot be sent"):
+                await anext(proxy.stream(CLIENTS[0], "draws"))
+            with pytest.raises(SerializationError, match="the constructor arguments of client_0 cannot be sent"):
+                await proxy.custom_method(CLIENTS[0], "draw")
+        reduced = proxy.clients().options(on_error="collect").reduce("update", tfr.WeightedMean(), weights=WEIGHTS)
+        with pytest.raises(GroupCallError, match=r"client_0, client_1, .* constructor arguments of client_0 cannot"):
+            await reduced
+
+
+async def test_a_stream_is_numbered_at_its_first_step(runtime: dict[str, Any]) -> None:
+    async def drawn(learner: Any, runtime: Any) -> list[float]:
+        async with tfr.LearnerProxy(learner, CLIENTS, runtime=runtime, seed=3) as proxy:
+            unread, later = proxy.stream(CLIENTS[0], "draws"), proxy.stream(CLIENTS[0], "draws")
+            items = []
+            for stream in (proxy.stream(CLIENTS[0], "draws"), later):
+                items.append(await anext(stream))
+                await stream.aclose()
+            await unread.aclose()
+            return items
+
+    assert await drawn(Stateless, runtime) == await drawn(Drawer, "local")
 
 
 def test_a_promise_that_is_no_bool_is_refused() -> None:

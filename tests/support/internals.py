@@ -245,3 +245,13 @@ def not_carried(method: str, num_requests: float = math.inf) -> Iterator[None]:
         yield
     finally:
         client_class._send = send
+
+
+async def take_calls_back(proxy: tfr.LearnerProxy) -> int:
+    """Take half of the calls that have not begun back from each worker; how many calls came back."""
+    dealer, num_taken = remote_learners(proxy)._dealer, 0
+    for worker, load in list(dealer._loads.items()):
+        candidates = [(one, place) for one in load.assignments for place in one.calls]
+        if candidates and not worker.is_gone:
+            num_taken += await dealer._take_back(worker, load, candidates, half=True)
+    return num_taken

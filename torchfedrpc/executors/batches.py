@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchfedrpc.errors import SerializationError, WorkerLostError
+from torchfedrpc.executors.call_executor import without_traces
+from torchfedrpc.executors.dealer import Assignment, Dealer, Returned
 from torchfedrpc.executors.session import Run, Session
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.reduce.driver import Reduction
@@ -31,13 +33,13 @@ class Batches:
         run: The run.
         reduction: The reduction.
         timeout_s: Seconds that merging may take on a worker; None for no limit.
-        num_losses: Consecutive losses of workers that ran none of the calls.
+        num_losses: Place -> how often workers with that call were lost while they ran none of the calls.
     """
 
     run: Run
     reduction: Reduction
     timeout_s: float | None
-    num_losses: int = 0
+    num_losses: Counter[int] = field(default_factory=Counter)
 
     async def make(self, parts: Parts) -> None:
         """Make calls. Calls of busy learners are separate batches.
@@ -137,8 +139,8 @@ class Batches:
                 call, session = parts.pop(place)
                 session.settle(call, Outcome("failed", error=session.lost(call, str(error)), cut_off=True))
             raise WorkerLostError(f"the partial results of {worker.label} are lost: {error}") from error
-        self.num_losses = 0
         for place, of_call in outcome.of_calls:
+            self.num_losses.pop(place, None)
             if place not in again:
                 if place not in calls:
                     raise SerializationError(f"{worker.label} has answered calls that it had given back")
@@ -151,15 +153,119 @@ class Batches:
         """Record the loss of a worker with these calls.
 
         Raises:
-            WorkerLostError: If workers that ran none of the calls were lost more than ``max_recoveries`` times.
+            WorkerLostError: If workers with the same call that ran none were lost more than ``max_recoveries`` times.
         """
         for _, session in parts.values():
             session.lose(worker, gone)
         if self.run.recovers and not any(call.call_id in gone.running for call, _ in parts.values()):
-            self.num_losses += 1
-        if self.num_losses > self.run.max_recoveries:
+            self.num_losses.update(parts.keys())
+        if (num_losses := max(map(self.num_losses.__getitem__, parts), default=0)) > self.run.max_recoveries:
             raise WorkerLostError(
                 f"{worker.label} was lost while its partial results were collected (times in succession: "
-                f"{self.num_losses}), so the reduction was given up: see the worker's output for why it ends; "
+                f"{num_losses}), so the reduction was given up: see the worker's output for why it ends; "
                 f"runtime.max_recoveries={self.run.max_recoveries} is how often they are made again"
             )
+
+
+@dataclass(eq=False, kw_only=True)
+class DealtBatches(Batches):
+    """Calls of stateless learners in a reduction: a batch for each worker, from which idle workers take calls.
+
+    Attributes:
+        dealer: Deals the calls.
+    """
+
+    dealer: Dealer
+
+    async def _make(self, parts: Parts) -> None:
+        """Deal calls until all have ended, also those that are lost, given back or to be repeated."""
+        returned: asyncio.Queue[Returned] = asyncio.Queue()
+        returned.put_nowait((list(parts), None))
+        asking: set[asyncio.Task[None]] = set()
+        waiting: list[int] = []  # places of calls that no worker accepts now
+        errors: list[BaseException | None] = []
+        try:
+            while parts:
+                if not (waiting or asking or returned.qsize()):
+                    raise RuntimeError(f"calls at {sorted(parts)} are dealt to no worker: an error of torchfedrpc")
+                places, giver = await self._next(returned, waiting)
+                calls = self._unended([*waiting, *places], parts)
+                assignments = self._dealt(calls, parts, returned, giver)
+                waiting = [place for place in calls if place in parts]
+                for assignment in assignments:
+                    waiting = [place for place in waiting if place not in assignment.calls]
+                    asking.add(asyncio.ensure_future(self._run(assignment, parts, returned, errors)))
+                if giver is not None:
+                    self.dealer.rebalance()  # other workers may be idle yet
+                asking = {task for task in asking if not task.done()}
+        finally:
+            await asyncio.gather(*asking)
+            for _, session in parts.values():
+                session.release()
+        raise_first(errors)
+
+    async def _next(self, returned: asyncio.Queue[Returned], waiting: list[int]) -> Returned:
+        """Return the next calls to deal; none if calls wait for a worker and the workers have changed."""
+        if not waiting:
+            return await returned.get()
+        getting = asyncio.ensure_future(returned.get())
+        changing = asyncio.ensure_future(self.dealer.next_change())
+        changes: set[asyncio.Future[Any]] = {getting, changing}
+        if not self.reduction.stopped.done():
+            changes.add(self.reduction.stopped)
+        try:
+            await asyncio.wait(changes, return_when=asyncio.FIRST_COMPLETED)
+            return getting.result() if getting.done() else ([], None)
+        finally:
+            getting.cancel()
+            changing.cancel()
+
+    def _unended(self, places: list[int], parts: Parts) -> dict[int, Call]:
+        """Return the calls to deal, by place. Calls that were given up fail; a stopped reduction drops its own."""
+        if self.reduction.stopped.done():
+            self._drop_unwanted(places, parts)
+        for place in places:
+            if place in parts and (reason := parts[place][1].given_up) is not None:
+                self._fail(place, parts, reason)
+        return {place: parts[place][0] for place in places if place in parts}
+
+    def _dealt(
+        self, calls: dict[int, Call], parts: Parts, returned: asyncio.Queue[Returned], giver: Member | None
+    ) -> list[Assignment]:
+        """Deal calls to the workers that accept them now. Calls that no worker will accept fail."""
+        if not calls:
+            return []
+        are_ranges = not self.reduction.fastest_first
+        assignments, errors = self.dealer.deal(calls, returned, are_ranges=are_ranges, without=giver)
+        for place, error in errors.items():
+            call, session = parts.pop(place)
+            session.release()
+            self.reduction.note(call.client_id, without_traces(error))
+        for place in calls.keys() - {place for one in assignments for place in one.calls}:
+            if place in parts and (reason := self.dealer.eligible.why_none(calls[place].client_id)) is not None:
+                self._fail(place, parts, reason)
+        return assignments
+
+    async def _run(
+        self,
+        assignment: Assignment,
+        parts: Parts,
+        returned: asyncio.Queue[Returned],
+        errors: list[BaseException | None],
+    ) -> None:
+        """Run the calls of a worker as a batch, and return those to deal again."""
+        try:
+            await self._ask(assignment.worker, assignment.calls, parts)
+        except Exception as error:
+            errors.append(error)
+            for place in [place for place in assignment.calls if place in parts]:
+                _, session = parts.pop(place)
+                session.release()
+        finally:
+            self.dealer.end(assignment)
+            returned.put_nowait(([place for place in assignment.calls if place in parts], None))
+
+    def _fail(self, place: int, parts: Parts, reason: str) -> None:
+        call, session = parts.pop(place)
+        session.release()
+        self.reduction.note(call.client_id, session.lost(call, reason))

@@ -35,9 +35,10 @@ class CallCounts:
     def give_back(self, client_id: str, method: str, number: int) -> None:
         """Give the number of a call that was lost to the next call of the method."""
         counts = self._of_clients.get(client_id, {})
-        count, free = counts.get(method, 0), self._free.setdefault((client_id, method), set())
-        if number >= count:  # of a call from before a restore
+        count = counts.get(method, 0)
+        if not self._at_cut.get(client_id, {}).get(method, 0) <= number < count:  # from before a cut or a restore
             return
+        free = self._free.setdefault((client_id, method), set())
         free.add(number)
         while count - 1 in free:
             count -= 1

@@ -524,7 +524,7 @@ class CallStream:
             self._ended = True
             raise
         self._ended = outcome.kind != "item"
-        if outcome.never_ran:  # such as one that is lost: the next one is the same as this one would have been
+        if outcome.never_ran:  # or is lost: it has left nothing, so that its number is free
             self._executor.uncount(self._call)
         if outcome.kind == "end" or self._closed:
             raise StopAsyncIteration

@@ -11,6 +11,7 @@ from torchfedrpc.executors.durations import Durations
 from torchfedrpc.executors.placement import ClientEndpoint, addresses
 from torchfedrpc.executors.remote import RemoteLearners
 from torchfedrpc.executors.stateful import StatefulLearners
+from torchfedrpc.executors.stateless import StatelessLearners
 from torchfedrpc.host.process import num_usable_cores
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.handshake import load_token
@@ -55,6 +56,8 @@ def _on_workers(
     config: RuntimeConfig, spec: ExecutorSpec, sources: list[Source], admission: Admission, durations: Durations
 ) -> RemoteLearners:
     """Return the learners of a run on workers."""
+    if spec.learner.stateless:
+        return StatelessLearners(config, spec, sources, durations)
     return StatefulLearners(config, spec, sources, admission, durations)
 
 

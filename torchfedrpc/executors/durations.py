@@ -1,4 +1,7 @@
-"""Durations of calls, which determine the order in which a group call submits them. Results do not depend on it."""
+"""Durations of calls, which determine in which order, and on which worker if stateless, calls of a group run.
+
+Results do not depend on it.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,7 +80,7 @@ def place_clients(
         ConfigError: If an endpoint is malformed, or names no worker of this run.
     """
     places: dict[str, str] = {}
-    labels = open_to_all(list(machines), endpoints)
+    labels = open_to_all(list(machines), addresses(endpoints))
     num_on_machine: Counter[str] = Counter()
     free = [client_id for client_id in client_ids if client_id not in endpoints]
     for position, client_id in enumerate(free):
@@ -101,9 +101,13 @@ def place_clients(
     return places
 
 
-def open_to_all(labels: Sequence[str], endpoints: Mapping[str, str]) -> list[str]:
-    """Return the workers for clients without an endpoint: those that no endpoint names by address, else all."""
-    named = addresses(endpoints)
+def open_to_all(labels: Sequence[str], named: Container[str]) -> list[str]:
+    """Return the workers for clients without an endpoint: those that none names by its address, else all.
+
+    Args:
+        labels: The workers.
+        named: The `addresses` of all endpoints.
+    """
     return [label for label in labels if label not in named] or list(labels)
 
 
@@ -124,7 +128,7 @@ def place_again(
     loads = Counter(dict.fromkeys(machines, 0))
     loads.update(label for label in places.values() if label in machines)
     moved: dict[str, str] = {}
-    everywhere, for_all = list(machines), open_to_all(list(machines), endpoints)
+    everywhere, for_all = list(machines), open_to_all(list(machines), addresses(endpoints))
     for client_id in client_ids:
         there = everywhere
         if client_id in endpoints:
@@ -157,7 +161,7 @@ def even_out(
     Returns:
         Client id -> label of its new worker, of the clients that move.
     """
-    pool = open_to_all(labels, endpoints)
+    pool = open_to_all(labels, addresses(endpoints))
     free = [client_id for client_id in client_ids if client_id not in endpoints]
     clients_of: dict[str, list[str]] = {label: [] for label in pool}
     moving: list[str] = []

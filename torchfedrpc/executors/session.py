@@ -323,6 +323,8 @@ class SessionStream:
             return
         except UndeliverableError:
             outcome = Outcome("cancelled", cut_off=True)
+        if outcome.kind == "given_back" and self._is_stepping:  # the step ends the stream once it has a worker
+            return
         if was_stepping and not outcome.never_ran:  # the worker may have made an item that has not arrived
             outcome = replace(outcome, cut_off=True)
         self._settle(outcome)

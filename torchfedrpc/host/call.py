@@ -132,7 +132,7 @@ class Outcome:
             is to run it).
         parcel: The result or the item; of a batch the partial results.
         failure: The exception of the method.
-        never_ran: Whether the method was not begun, so that the call may be sent again.
+        never_ran: Whether the method was not begun, or its stream is lost, so that the call may be made again.
         cut_off: Whether a deadline or a cancellation ended the method early, so that its effects on the learner
             cannot be repeated.
         error: An exception of the caller's own process, raised as it is.

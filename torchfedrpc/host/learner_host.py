@@ -106,7 +106,7 @@ class LearnerHost:
         return self._mailboxes[client_id]
 
     def forget(self, client_id: str) -> None:
-        """Drop a learner that has moved. No call of it may be here."""
+        """Drop a learner that has moved, or that is stateless and idle. No call of it may be here."""
         with self._lock:
             mailbox = self._mailboxes.pop(client_id, None)
         if mailbox is not None:

@@ -55,12 +55,14 @@ class Reduction:
         num_retries: Number of retries of a call if its method has not begun.
         min_results: Number of results after which the other calls are cancelled; None for no such number.
         is_watched: Whether the end of each call is reported at once, rather than with the partial results.
+        fastest_first: Whether the calls that are expected to be fastest begin first.
 
     Attributes:
         prototype: The packed reducer, copied for each use.
         client_ids: The clients, by place.
         places: Client -> its place.
         is_watched: Whether the end of each call is reported at once.
+        fastest_first: Whether the calls that are expected to be fastest begin first.
         calls: Client -> its call; calls that have begun.
         succeeded: Clients with a success as their last end.
         failures: Client -> error of its last end.
@@ -78,11 +80,13 @@ class Reduction:
         num_retries: int = 0,
         min_results: int | None = None,
         is_watched: bool = False,
+        fastest_first: bool = False,
     ) -> None:
         self.prototype: Packed = pack_reducer(prototype)
         self.client_ids = tuple(client_ids)
         self.places = dict(zip(client_ids, range(len(client_ids)), strict=True))
         self.is_watched = is_watched
+        self.fastest_first = fastest_first
         self.calls: dict[str, CountedCall] = {}
         self.succeeded: set[str] = set()
         self.failures: dict[str, BaseException] = {}
@@ -180,7 +184,8 @@ class Reduction:
         """Run a batch to its end, and record the ends of its calls. `take` then takes its partial results.
 
         Returns:
-            The final outcome, which contains the outcomes of all calls; and place -> call of those to repeat.
+            The final outcome, which contains the outcomes of all calls; and place -> call of those to repeat, on
+            another worker if they were given back.
 
         Raises:
             SerializationError: If the worker answers with other calls than it was sent.
@@ -201,10 +206,13 @@ class Reduction:
         if len(outcome.of_calls) != len(calls) or dict(outcome.of_calls).keys() != calls.keys():
             raise SerializationError(f"{worker.label} has answered a batch with other calls than it was sent")
         self._note_calls(worker, calls, outcome.of_calls[num_known:])
-        if not self._num_retries:
-            return outcome, {}
-        again = {place: calls[place] for place, of_call in outcome.of_calls if self._is_to_repeat(place, of_call)}
-        self._num_repeats.update(again.keys())
+        again = {}
+        for place, of_call in outcome.of_calls:
+            if of_call.kind == "given_back":
+                again[place] = calls[place]
+            elif self._num_retries and self._is_to_repeat(place, of_call):
+                again[place] = calls[place]
+                self._num_repeats[place] += 1
         return outcome, again
 
     def take(self, worker: BatchWorker, batch: Batch, outcome: Outcome) -> None:
@@ -254,7 +262,7 @@ class Reduction:
                 raise SerializationError(f"{worker.label} has answered a batch with other calls than it was sent")
             if outcome.kind == "value":
                 self.note(call.client_id, None)
-            elif not self._is_to_repeat(place, outcome):
+            elif outcome.kind != "given_back" and not self._is_to_repeat(place, outcome):
                 self.note(call.client_id, _error_of(outcome, call, self._allow, worker.label))
 
     def _is_to_repeat(self, place: int, outcome: Outcome) -> bool:

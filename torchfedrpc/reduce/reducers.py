@@ -118,6 +118,11 @@ class BuiltinReducer:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(value={self.value!r})"
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no results."""
+        return self._entries is None
+
     def add(self, result: Any, /) -> None:
         """Add a client's result.
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Container, Iterable
 from typing import Any, TypeVar
 
-from torchfedrpc.reduce.reducers import Reducer, is_builtin
+from torchfedrpc.reduce.reducers import BuiltinReducer, Reducer, is_builtin
 
 Node = tuple[int, int, Reducer]
 """Level, index, and the reducer with the results of all clients of this node."""
@@ -65,6 +65,9 @@ class Forest:
 
     def __init__(self, prototype: Reducer, num_places: int) -> None:
         self._prototype = prototype
+        # A user's reducer may keep sums in containers; an empty one of ours has nothing to share.
+        has_none = isinstance(prototype, BuiltinReducer) and is_builtin(prototype) and prototype.is_empty
+        self._copy: Callable[[Reducer], Reducer] = copy.copy if has_none else copy.deepcopy
         self._num_places = num_places
         self._added: set[int] = set()
         self._nodes: dict[tuple[int, int], Reducer] = {}
@@ -89,7 +92,7 @@ class Forest:
             ValueError: If the client was added before.
             Exception: If the reducer's ``add`` raised it; the client may be added later.
         """
-        reducer = copy.deepcopy(self._prototype)
+        reducer = self._copy(self._prototype)
         reducer.add(result)
         with self._changed:
             self._check_usable()

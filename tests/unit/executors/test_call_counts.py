@@ -88,3 +88,14 @@ def test_a_number_from_before_a_restore_goes_to_no_call() -> None:
     counts.restore(load(fresh.capture("a"), ALLOW), "a")
     counts.give_back("a", "draw", 2)
     assert [counts.next_number("a", "draw") for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_number_from_before_a_cut_goes_to_no_call() -> None:
+    counts = CallCounts("methods.Learner")
+    for _ in range(3):
+        counts.next_number("a", "draw")
+    resumed = resumed_from(counts)
+    assert counts.next_number("a", "draw") == 3
+    for number in (1, 3):
+        counts.give_back("a", "draw", number)
+    assert [counts.next_number("a", "draw"), resumed.next_number("a", "draw")] == [3, 3]
