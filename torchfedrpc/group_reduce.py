@@ -13,7 +13,7 @@ from torchfedrpc.executors.base import Invocation
 from torchfedrpc.options import CallOptions
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.reduce.tree import MergeError, prototype_of
-from torchfedrpc.tasks import within
+from torchfedrpc.tasks import begin, within
 
 
 async def reduce(
@@ -117,7 +117,7 @@ async def _make_calls(
     if timeout_s is None:
         await run()  # a quorum stops it
     else:
-        running, done = asyncio.ensure_future(run()), set[asyncio.Future[None]]()
+        running, done = begin(run()), set[asyncio.Future[None]]()
         try:
             done, _ = await asyncio.wait(
                 {running, reduction.stopped}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED

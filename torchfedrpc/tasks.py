@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+F = TypeVar("F", bound=asyncio.Future[Any])
 
 
 class Tasks:
@@ -39,6 +40,48 @@ class Tasks:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a task of the run failed", exc_info=error)
+
+
+def begin(coroutine: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+    """Run a coroutine up to its first wait at once, as its caller would, and the rest as a task.
+
+    A task alone begins one step of the event loop later, behind what others submit in this step. The first part must
+    not depend on the current task, as `asyncio.timeout` does.
+    """
+    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    try:
+        awaited = coroutine.send(None)
+    except StopIteration as end:
+        future.set_result(end.value)
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        return asyncio.ensure_future(_Begun(coroutine, awaited))
+    return future
+
+
+class _Begun(Coroutine[Any, Any, T]):
+    """A coroutine that has begun, and what it awaits."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], awaited: Any) -> None:
+        self._coroutine = coroutine
+        self._awaited: list[Any] = [awaited]
+
+    def send(self, value: Any) -> Any:
+        return self._awaited.pop() if self._awaited else self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        self._awaited.clear()
+        try:
+            return self._coroutine.throw(*error)
+        finally:
+            del error  # whose traceback has this frame
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        raise NotImplementedError("a task runs it")
 
 
 async def all_of(*coroutines: Coroutine[Any, Any, Any]) -> list[Any]:
@@ -78,7 +121,7 @@ async def within(timeout_s: float | None, answer: Awaitable[T], late: Callable[[
     raise late()
 
 
-async def all_ended(tasks: list[asyncio.Task[None]]) -> None:
+async def all_ended(tasks: list[F]) -> None:
     """Wait for all tasks, remove them from the list, and raise the error of the first failed one.
 
     Cancelling the caller cancels the tasks.

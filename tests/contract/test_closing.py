@@ -13,6 +13,7 @@ from conftest import Latch, Seen
 from learners import Probe
 
 import torchfedrpc as tfr
+from torchfedrpc.events import CallEnded
 
 
 @pytest.mark.parametrize("method", ["hold", "hold_async", "hold_stubbornly"])
@@ -41,6 +42,29 @@ async def test_an_open_stream_ends_with_the_proxy(lone_runtime: dict[str, Any]) 
         for _ in range(2):
             with pytest.raises(tfr.ConfigError, match="the proxy is not open"):
                 await anext(stream)
+
+
+async def test_calls_behind_an_open_stream_end_with_the_proxy(lone_runtime: dict[str, Any]) -> None:
+    seen = Seen()
+    async with tfr.LearnerProxy(Probe, ["a", "b"], runtime=lone_runtime) as proxy:
+        proxy.subscribe(seen)
+        stream = proxy.stream("a", "count", 5)
+        assert await asyncio.create_task(anext(stream)) == 0  # whose reader is another task
+        waiting = [
+            asyncio.ensure_future(proxy.custom_method("a", "work")),
+            asyncio.ensure_future(proxy.clients().call("work")),
+            asyncio.ensure_future(proxy.clients().reduce("work", tfr.Sum())),
+            asyncio.ensure_future(proxy.clients().options(timeout_s=60).reduce("work", tfr.Sum())),
+            asyncio.ensure_future(anext(proxy.stream("a", "count", 5))),
+        ]
+        await seen.until(lambda: any(isinstance(event, CallEnded) for event in seen.events))  # that of b
+    done, pending = await asyncio.wait(waiting, timeout=20)
+    assert not pending
+    for task in done:
+        error = task.exception()
+        assert isinstance(error, tfr.WorkerLostError | tfr.GroupCallError), error
+        assert "clos" in str(error)
+    await stream.aclose()
 
 
 @pytest.mark.parametrize("method", ["stream_with_hold", "stream_with_hold_async"])

@@ -55,6 +55,30 @@ async def test_the_bits_do_not_depend_on_mode_number_of_workers_and_placement(
             await check_nothing_goes_on(proxy)
 
 
+class Numbered:
+    """Numbers its calls."""
+
+    def __init__(self, client_id: str) -> None:
+        self.num_calls = 0
+
+    def count(self) -> int:
+        self.num_calls += 1
+        return self.num_calls
+
+
+@pytest.mark.parametrize("timeout_s", [None, 30.0])
+@pytest.mark.parametrize("endpoints", [{}, {IDS[2]: "local"}])
+async def test_a_reduce_is_before_calls_that_are_submitted_after_it(
+    runtime: dict[str, Any], timeout_s: float | None, endpoints: dict[str, str]
+) -> None:
+    runtime = {**runtime, "client_endpoints": endpoints}
+    async with tfr.LearnerProxy(Numbered, IDS[:3], runtime=runtime) as proxy:
+        reducing = asyncio.ensure_future(proxy.clients().options(timeout_s=timeout_s).reduce("count", tfr.Sum()))
+        following = [asyncio.ensure_future(proxy.custom_method(client, "count")) for client in IDS[:3]]
+        assert await asyncio.gather(*following) == [2, 2, 2]
+        assert (await reducing).value == 3
+
+
 # Kinds of executors.
 
 

@@ -106,6 +106,22 @@ async def test_streams_snapshots_and_reductions_stay_behind_calls_that_wait_for_
     assert await proxy.custom_method(one, "had") == [1, 2, 3, 4]
 
 
+async def test_calls_that_are_admitted_together_stay_in_their_order(
+    proxy: tfr.LearnerProxy, clients: Iterator[str], latch: Latch, seen: Seen
+) -> None:
+    one, other = next(clients), next(clients)
+    small = LARGE[: len(LARGE) // 2]
+    holding = asyncio.ensure_future(proxy.custom_method(other, "hold", latch.path, LARGE, small))
+    await seen.reported(other)
+    waiting = [
+        *await submitted(proxy, proxy.clients([one]).reduce("count", tfr.Sum(), 1, small)),
+        *await submitted(proxy, proxy.custom_method(one, "take", 2, small)),
+    ]
+    latch.open()
+    await asyncio.gather(holding, *waiting)
+    assert await proxy.custom_method(one, "had") == [1, 2]
+
+
 async def test_call_that_waits_for_room_has_the_value_of_its_admission(
     proxy: tfr.LearnerProxy, clients: Iterator[str], latch: Latch, seen: Seen
 ) -> None:

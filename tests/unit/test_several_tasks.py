@@ -9,7 +9,7 @@ import weakref
 import pytest
 from settling import settled
 
-from torchfedrpc.tasks import all_ended, all_of
+from torchfedrpc.tasks import all_ended, all_of, begin
 
 TIMEOUT_S = 20.0
 
@@ -71,7 +71,7 @@ async def test_failure_is_raised_when_all_have_ended() -> None:
         asyncio.ensure_future(failing(ValueError("second"), second)),
         asyncio.ensure_future(third.wait()),
     ]
-    ended = asyncio.ensure_future(all_ended(tasks))  # type: ignore[arg-type]
+    ended = asyncio.ensure_future(all_ended(tasks))
     second.set()
     await settled()
     first.set()
@@ -96,3 +96,51 @@ async def test_tasks_are_cancelled_with_their_caller() -> None:
 
 async def test_nothing_to_wait_for_has_ended() -> None:
     await asyncio.wait_for(all_ended([]), TIMEOUT_S)
+
+
+async def test_a_coroutine_that_is_begun_runs_to_its_first_wait_at_once() -> None:
+    log: list[str] = []
+    release = asyncio.get_running_loop().create_future()
+
+    async def work() -> int:
+        log.append("begun")
+        log.append(await release)
+        await asyncio.sleep(0)
+        return 3
+
+    future = begin(work())
+    assert log == ["begun"]
+    release.set_result("released")  # before the task runs
+    assert await future == 3
+    assert log == ["begun", "released"]
+
+
+async def test_a_coroutine_that_waits_for_nothing_has_ended_as_it_is_begun() -> None:
+    async def work() -> int:
+        return 3
+
+    async def fail() -> None:
+        raise ValueError("on purpose")
+
+    assert begin(work()).result() == 3
+    with pytest.raises(ValueError, match="on purpose"):
+        await begin(fail())
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+async def test_a_coroutine_that_was_begun_is_cancelled_where_it_waits(num_steps: int) -> None:
+    log: list[str] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            log.append("ended")
+
+    future = begin(work())
+    for _ in range(num_steps):
+        await asyncio.sleep(0)
+    future.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await future
+    assert log == ["ended"]

@@ -249,13 +249,14 @@ class CallExecutor(AbstractExecutor):
         requests: dict[asyncio.Future[None], int],
     ) -> None:
         """Run one call of a reduction once its request for admission is granted, unless the reduction is stopped."""
-        waiting: set[asyncio.Future[None]] = {turn, reduction.stopped}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         num_bytes = requests.pop(turn)
-        if reduction.stopped.done():
-            self._admission.withdraw(turn, num_bytes)
-            return
-        await self._admission.wait(turn, num_bytes)
+        reduction.stopped.add_done_callback(lambda _: turn.cancel())
+        try:
+            await self._admission.wait(turn, num_bytes)
+        except asyncio.CancelledError:
+            if turn.cancelled() and reduction.stopped.done():
+                return
+            raise
         calls: dict[int, Call] = {}
         values: tuple[SharedValue, ...] = ()
         try:

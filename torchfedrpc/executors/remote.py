@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,6 +60,7 @@ class RemoteLearners(Learners):
         self._plain_arguments: dict[bytes, Packed] = {}  # cache: pickle -> arguments without tensors
         self._num_lost = 0
         self._last_loss = ""
+        self._streams: weakref.WeakSet[SessionStream] = weakref.WeakSet()
         self._stats_at_close: dict[str, Any] | None = None  # once closed
 
     async def open(self) -> None:
@@ -85,6 +87,8 @@ class RemoteLearners(Learners):
         self._run.end()
         self._following.cancel()
         await self._group.close(reason)
+        for stream in list(self._streams):  # calls that wait behind it end now
+            stream.give_up()
         await self._run.close()
         self._file_pool.close()
 
@@ -103,7 +107,9 @@ class RemoteLearners(Learners):
         """Return the session of a client, if there is one."""
 
     def stream(self, call: Call) -> SessionStream:
-        return SessionStream(self, call)
+        stream = SessionStream(self, call)
+        self._streams.add(stream)
+        return stream
 
     def take_value(self, obj: Any) -> Packed:
         return pack(obj)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import warnings
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -18,7 +17,7 @@ from torchfedrpc.host.faults import Fault
 from torchfedrpc.launcher import Launch
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.registry import executors
-from torchfedrpc.tasks import all_ended
+from torchfedrpc.tasks import all_ended, begin
 
 
 class ExecutorRouter:
@@ -81,14 +80,13 @@ class ExecutorRouter:
 
     def reduce(self, reduction: Reduction, invocations: Sequence[Invocation]) -> Coroutine[Any, Any, None]:
         """Run calls and reduce their results, on the executor of each client; see `AbstractExecutor.reduce`."""
-        if self._local is self._main:  # without a task, so that calls are submitted in this step of the event loop
+        if self._local is self._main:
             making: Coroutine[Any, Any, None] = self._main.reduce(reduction, invocations)
             return making
         of_executors: dict[AbstractExecutor, list[Invocation]] = {}
         for invocation in invocations:
             of_executors.setdefault(self.get_executor(invocation.client_id), []).append(invocation)
-        reducing = (executor.reduce(reduction, own) for executor, own in of_executors.items())
-        return all_ended([asyncio.ensure_future(one) for one in reducing])
+        return all_ended([begin(executor.reduce(reduction, own)) for executor, own in of_executors.items()])
 
     def share(self, obj: Any) -> SharedRef:
         """Return a shared reference to the present value of an object, for later calls on any executor."""

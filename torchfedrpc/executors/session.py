@@ -284,6 +284,11 @@ class SessionStream:
         if self._has_turn and self._worker is not None:
             self._cancel()
 
+    def give_up(self) -> None:
+        """Release the lock, since the run has ended."""
+        self._is_closed = True
+        self._give_turn()
+
     async def _step(self) -> Outcome:
         call = self._call
         if self._worker is not None:
