@@ -235,6 +235,8 @@ def _sums() -> list[Row]:
 
 
 def _fedavg() -> list[Row]:
+    sticky, best = "ours, with state", "best schedule"
+
     def rounds(kind: str, in_words: str, local: float, two: float) -> list[Row]:
         ahead = tuple(Line(peer.label, "time", 1.0) for peer in ALL_PEERS)
         alone = tuple(_entry(program, kind) for program in (CALLS, PLAIN, PFL))  # others have workers only
@@ -251,13 +253,30 @@ def _fedavg() -> list[Row]:
                 f"{kind}_two",
                 f"FedAvg round, 20 of 100 clients, {in_words}, 2 workers",
                 "rounds: two workers",
-                (_entry(CALLS, f"{kind}_two", apart="two workers"), _entry(PLAIN, kind), *both),
-                (Line(BY_HAND.label, "time", two), Line("plain loop", "time"), *ahead),
+                (
+                    _entry(CALLS, f"{kind}_two", apart="two workers"),
+                    _entry(CALLS, f"{kind}_two_sticky", sticky, apart="sticky"),
+                    _entry(PLAIN, kind),
+                    *both,
+                ),
+                (Line(BY_HAND.label, "time", two), Line(sticky, "time"), Line("plain loop", "time"), *ahead),
             ),
         ]
 
+    def eight(kind: str, in_words: str) -> Row:
+        entries = (
+            _entry(CALLS, f"{kind}_eight"),
+            _entry(CALLS, f"{kind}_eight_sticky", sticky, apart="sticky"),
+            _entry(PLAIN, f"{kind}_eight", best),
+        )
+        lines = (Line(best, "time", 1.15), Line(sticky, "time"))
+        return Row(
+            f"{kind}_eight", f"round of clients that sleep, {in_words}, 8 workers", "eight workers", entries, lines
+        )
+
     unsorted = [*rounds("mlp", "MLP", 1.2, 1.15), *rounds("cnn", "CNN", 1.03, 1.05)]
-    return sorted(unsorted, key=lambda row: row.setting)
+    sleeping = [eight("equal", "32 of 200 equal ones"), eight("skewed", "64 of 200 skewed ones")]
+    return [*sorted(unsorted, key=lambda row: row.setting), *sleeping]
 
 
 def _many() -> list[Row]:

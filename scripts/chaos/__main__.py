@@ -27,7 +27,7 @@ from chaos.faults import ELASTIC, WORKERS
 from chaos.leaks import marked, nothing_left
 from chaos.report import Report
 from chaos.stage import Disturbance, expected_digests, pseudo, time_a_round
-from chaos.workload import Traps
+from chaos.workload import Traps, are_stateless, make_all_stateless
 
 NUM_WORKERS = 3
 MAX_ROUNDS = 10
@@ -36,6 +36,7 @@ _ELASTIC_HEARTBEAT_S = 5.0  # the workers of these runs are not stopped, and a s
 _LISTENED_TO = [f"client_{number}" for number in range(1, 7)]
 _TIMED_ROUNDS = 3
 _LAUNCHES_EVERY = 25  # faults, one cuts the link of a launch
+_OF_STATE = "snapshot|eviction|learners move"  # faults that stateless learners do not have
 _LISTENERS_EVERY = 17  # faults of workers that come and go, one cuts the link of a worker that listens
 
 
@@ -132,6 +133,8 @@ class Chaos:
     def _runs(self, table: Iterable[str], num_faults: int, title: str) -> Iterator[tuple[list[str], int]]:
         """The names of the faults of each run, and its number."""
         names = [name for name in table if re.search(self.only, name)]
+        if are_stateless():
+            names = [name for name in names if not re.search(_OF_STATE, name)]
         if not names or not num_faults:
             return
         self.report.begin(title)
@@ -159,6 +162,7 @@ def main() -> int:
     parser.add_argument("--elastic", type=int, default=20, help="of workers that listen or join (20)")
     parser.add_argument("--kills", type=int, default=20, help="of the driver (20)")
     parser.add_argument("--only", default="", metavar="REGEX", help="faults of workers with such names")
+    parser.add_argument("--stateless", action="store_true", help="all learners are stateless")
     parser.add_argument("--seed", type=int, help="draws the faults, workers and moments (default: from the commit)")
     parser.add_argument("--quick", action="store_true", help="a few of each, in about a minute")
     parser.add_argument("--namespaces", action="store_true", help="cut links in a quick run, too; needs root")
@@ -175,6 +179,8 @@ def main() -> int:
             num_launches = num_listeners = 0
         num_faults, num_elastic = options.faults - num_launches, options.elastic - num_listeners
         plan = Plan(num_faults, num_elastic, options.kills, num_launches, num_listeners)
+    if options.stateless:
+        make_all_stateless()
     torch.set_num_threads(1)
     logging.getLogger("torchfedrpc").setLevel(logging.ERROR)  # the losses are in the table
     report = Report()

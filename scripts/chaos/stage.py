@@ -291,7 +291,8 @@ class Scene:
         streaming = self.trainer.streaming(self.round_num)
         cohort = self.trainer.select_clients(self.round_num)
         num_calls = sum(internals.worker_of(self.proxy, one) == worker for one in (*cohort, streaming))
-        faults: Faults = getattr(Faults(), kind)(worker, at_call=self.draw.randint(1, num_calls))
+        at_call = self.draw.randint(1, max(num_calls, 1))  # stateless learners may all have been elsewhere
+        faults: Faults = getattr(Faults(), kind)(worker, at_call=at_call)
         pid = internals.pid_of(self.proxy, worker)
         async with faults.injected(self.proxy):
             self.ready.set()

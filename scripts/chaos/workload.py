@@ -43,6 +43,7 @@ _DATASET: dict[str, Any] = {"_target_": "torchfedrpc.experiments.data.synthetic.
 _MODEL = {"_target_": "torchfedrpc.experiments.models.MLP"}
 
 _TRAPS = "TORCHFEDRPC_CHAOS_TRAPS"  # the folder of traps, in the environment of workers
+_STATELESS = "TORCHFEDRPC_CHAOS_STATELESS"  # set if all learners are stateless, in the environment of drivers
 
 faulthandler.register(signal.SIGUSR2)  # if a round hangs, its workers are asked for their stacks
 
@@ -217,6 +218,57 @@ class StatefulLearner(TrappedLearner):
         return total
 
 
+class StatelessLearner(ClassificationLearner):
+    """The bundled learner without weights of its own; it draws from the three random streams, and reports."""
+
+    def __init__(self, client_id: str, **settings: Any) -> None:
+        super().__init__(client_id, **settings, keep_weights=False)
+
+    def train_epoch(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Train as the bundled learner, and draw."""
+        return {**super().train_epoch(*args, **kwargs), "own_loss": self._drawn()}
+
+    async def evaluate(  # type: ignore[override]  # a learner's methods may be async
+        self, model_weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Evaluate as the bundled learner, in two steps of the event loop, and with noise."""
+        scored = super().evaluate(model_weights)
+        await asyncio.sleep(0)
+        return {**scored, "noise": random.random()}
+
+    def blend(self, values: Tensor) -> Tensor:
+        """Return half of the values [_LARGE], which it changes in place."""
+        return values.mul_(0.5)
+
+    def own_epochs(self, count: int) -> Iterator[dict[str, Any]]:
+        """Draw for each item."""
+        for _ in range(count):
+            yield {"loss": self._drawn(), "weights": torch.randn(100)}
+
+    def _drawn(self) -> float:
+        drawn = np.random.uniform(0.1, 0.2) * random.uniform(0.5, 1.0) + float(torch.randn(()))
+        tfr.current_call().report({"loss": drawn})
+        return drawn
+
+
+def are_stateless() -> bool:
+    """Whether all learners of the run are stateless."""
+    return _STATELESS in os.environ
+
+
+def make_all_stateless() -> None:
+    """Let all learners of runs from now on be stateless, in processes that this one starts too."""
+    os.environ[_STATELESS] = "1"
+
+
+def make_stateless_learner(client_id: str, **settings: Any) -> ClassificationLearner:
+    """The learner of each client, if all are stateless."""
+    return StatelessLearner(client_id, **settings)
+
+
+make_stateless_learner.stateless = True  # type: ignore[attr-defined]
+
+
 def make_learner(client_id: str, **settings: Any) -> ClassificationLearner:
     """The bundled learner for odd clients, a stateful one for even ones."""
     kind = TrappedLearner if _number(client_id) % 2 else StatefulLearner
@@ -265,7 +317,8 @@ class ChaosTrainer(FedAvgTrainer):
         """
         async with self._disturbed(self, round_num):
             with self.activities.doing("restore"):
-                await self.learner_proxy.restore(self._snapshots)
+                if self._snapshots:
+                    await self.learner_proxy.restore(self._snapshots)
             async with asyncio.TaskGroup() as group:
                 reading = group.create_task(self._read(self.streaming(round_num)))
                 training = group.create_task(self._trained(round_num))
@@ -315,6 +368,8 @@ class ChaosTrainer(FedAvgTrainer):
             return dict(await group.call("blend", values))
 
     async def _take_snapshots(self, client_ids: list[str]) -> dict[str, bytes]:
+        if are_stateless():
+            return {}
         with self.activities.doing("snapshot"):
             return {client_id: data async for client_id, data in self.learner_proxy.snapshots(client_ids)}
 
@@ -353,7 +408,8 @@ def open_proxy(runtime: Mapping[str, Any], seed: int) -> tfr.LearnerProxy:
         f"client_{number}": {"dataset": _DATASET, "model": _MODEL, "seed": 0, "indices": indices, "momentum": 0.5}
         for number, indices in enumerate(iid(labels, NUM_CLIENTS), start=1)
     }
-    return tfr.LearnerProxy(make_learner, clients, runtime=runtime, seed=seed)
+    learner = make_stateless_learner if are_stateless() else make_learner
+    return tfr.LearnerProxy(learner, clients, runtime=runtime, seed=seed)
 
 
 async def federate(
@@ -381,7 +437,7 @@ async def federate(
 
 async def end_of(trainer: ChaosTrainer) -> Digests:
     """The digests of the global weights and of the state of every learner, between two rounds."""
-    states = [(client_id, data) async for client_id, data in trainer.learner_proxy.snapshots()]
+    states = [] if are_stateless() else [one async for one in trainer.learner_proxy.snapshots()]
     return {"weights": digest(dict(trainer.weights or {})), "snapshots": digest(states)}
 
 

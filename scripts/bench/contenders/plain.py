@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
@@ -20,6 +21,7 @@ async def prepare(workloads: tuple[str, ...]) -> AsyncIterator[Mapping[str, Repe
     torch.set_num_threads(1)
     model, small = copying(workload.model_weights()), copying(workload.small_weights())
     repeats = {"push": model, "pull": model, "small": small}
+    repeats |= {f"{kind}_eight": best_schedule(kind) for kind in workload.SLEEPS}
     repeats |= {kind: workload.rounds(kind, lambda *args, kind=kind: a_round(kind, *args)) for kind in workload.KINDS}
     if any(name.endswith("_two") for name in workloads):
         context = multiprocessing.get_context("spawn")
@@ -42,6 +44,16 @@ async def prepare(workloads: tuple[str, ...]) -> AsyncIterator[Mapping[str, Repe
     else:
         workload.make_ready()
         yield repeats
+
+
+def best_schedule(kind: str) -> Repeat:
+    """``equal_eight`` or ``skewed_eight``, as if on eight workers: sleeps as long as the best schedule takes."""
+
+    def a_round(round_num: int) -> int:
+        time.sleep(workload.best_schedule_s(kind, round_num))
+        return sum(workload.sleepers(kind, round_num))
+
+    return workload.sleeping(kind, a_round)
 
 
 def copying(weights: Weights) -> Repeat:

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import functools
 import gc
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -73,20 +74,48 @@ class BenchLearner:
         return {"model_weights": kept(), "num_samples": workload.NUM_SAMPLES}
 
 
-class FedAvgLearner:
-    """A client of FedAvg."""
+class StickyFedAvgLearner:
+    """A client of FedAvg, which stays on its worker."""
 
     def __init__(self, client_id: str) -> None:
         self.number = int(client_id.removeprefix("client_")) - 1
         workload.client_data(self.number)
 
     def no_op(self) -> None:
-        """Nothing; a first call makes the learner."""
+        """Make the data of all clients, as other contenders do; a first call makes the learner."""
+        workload.make_ready()
 
     def train_epoch(self, kind: str, weights: Weights) -> dict[str, Any]:
         """One local epoch from the given weights."""
         trained = workload.train_client(kind, weights, self.number)
         return {"model_weights": trained, "num_samples": workload.NUM_SAMPLES}
+
+
+class FedAvgLearner(StickyFedAvgLearner):
+    """A client of FedAvg, whose calls run anywhere."""
+
+    stateless = True
+
+
+class StickySleeper:
+    """A client that sleeps, and stays on its worker."""
+
+    def __init__(self, client_id: str) -> None:
+        self.number = int(client_id.removeprefix("client_")) - 1
+
+    def no_op(self) -> None:
+        """Nothing; a first call makes the learner."""
+
+    def sleep(self, kind: str) -> int:
+        """Sleep as long as its client does, and give its number."""
+        time.sleep(workload.sleep_s(kind, self.number))
+        return self.number
+
+
+class Sleeper(StickySleeper):
+    """A client that sleeps anywhere."""
+
+    stateless = True
 
 
 class Calls:
@@ -116,7 +145,12 @@ class Calls:
             **{
                 f"{kind}{where}": partial(workload.rounds, kind, partial(self.fedavg_round, kind))
                 for kind in workload.KINDS
-                for where in ("", "_two")
+                for where in ("", "_two", "_two_sticky")
+            },
+            **{
+                f"{kind}_eight{which}": partial(workload.sleeping, kind, partial(self.sleeping_round, kind))
+                for kind in workload.SLEEPS
+                for which in ("", "_sticky")
             },
         }
 
@@ -217,6 +251,11 @@ class Calls:
         reduced = await cohort.reduce("train_epoch", tfr.WeightedMean(), kind=kind, weights=weights)
         return dict(reduced.value)
 
+    async def sleeping_round(self, kind: str, round_num: int) -> int:
+        """A round of clients that sleep."""
+        cohort = self.proxy.clients([self.client_ids[client] for client in workload.sleepers(kind, round_num)])
+        return int((await cohort.reduce("sleep", tfr.Sum, kind=kind)).value)
+
 
 def return_free_memory() -> None:
     """Return free memory to the system, so that the next growth shows."""
@@ -236,10 +275,15 @@ async def prepare(workloads: tuple[str, ...]) -> AsyncIterator[Mapping[str, Repe
     torch.set_num_threads(1)
     learner: type = BenchLearner
     runtime: dict[str, Any] = {"execution_mode": "pseudo", "num_clients": 1, "num_processes": 1}
+    is_sticky = any(name.endswith("_sticky") for name in workloads)
     if any(name.startswith(workload.KINDS) for name in workloads):
-        learner, runtime["num_clients"] = FedAvgLearner, workload.NUM_CLIENTS
-        runtime |= {"num_processes": 2} if any(name.endswith("_two") for name in workloads) else {}
+        learner = StickyFedAvgLearner if is_sticky else FedAvgLearner
+        runtime["num_clients"] = workload.NUM_CLIENTS
+        runtime |= {"num_processes": 2} if any("_two" in name for name in workloads) else {}
         runtime["execution_mode"] = "pseudo" if runtime["num_processes"] == 2 else "local"
+    elif any("_eight" in name for name in workloads):
+        learner = StickySleeper if is_sticky else Sleeper
+        runtime |= {"num_clients": workload.NUM_SLEEPERS, "num_processes": workload.NUM_SLEEPING_WORKERS}
     elif "gathered" in workloads:
         runtime |= {"num_clients": workload.NUM_GATHERED_LEARNERS, "num_processes": 2}
     elif any(name.startswith(("fan_", "reduce_", "gather_")) for name in workloads):

@@ -13,6 +13,8 @@ Workloads that a peer may serve, and what one repetition of each is:
   `train_client`, and the results are averaged, weighted by samples. The first round of a request has number 0 and
   starts from `initial_weights`. Check: `fingerprint` of the weights after the last round.
 - ``mlp_two``, ``cnn_two``: the same with the clients on two workers.
+- ``equal_eight``, ``skewed_eight``: one round of a cohort of `sleepers`, each of which sleeps for `sleep_s`, on eight
+  workers. Check: the sum of the clients' numbers.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ NUM_SELECTED = 20
 NUM_SAMPLES = 50
 BATCH_SIZE = 10
 LEARNING_RATE = 0.05
+
+
+NUM_SLEEPERS = 200
+NUM_SLEEPING_WORKERS = 8
+SLEEP_S = 0.03  # of equal clients, and the median of skewed ones
 
 
 def model_weights() -> Weights:
@@ -170,6 +177,53 @@ def rounds(kind: str, a_round: Round) -> Repeat:
             weights = await result if inspect.isawaitable(result) else result
             seconds.append(time.perf_counter() - began)
         return Measured(seconds, fingerprint(weights))
+
+    return repeat
+
+
+# Clients that sleep, on more workers than there are cores.
+
+SLEEPS = {"equal": 32, "skewed": 64}
+"""How many clients of a kind sleep in a round."""
+
+
+@functools.cache
+def sleep_s(kind: str, client: int) -> float:
+    """How long a client sleeps each time; a skewed one by a log-normal distribution."""
+    if kind == "equal":
+        return SLEEP_S
+    return float(SLEEP_S * np.random.default_rng((5, client)).lognormal(0.0, 1.0))
+
+
+def sleepers(kind: str, round_num: int) -> list[int]:
+    """The clients of a round, numbers 0 .. NUM_SLEEPERS - 1."""
+    chosen = np.random.default_rng((6, round_num)).choice(NUM_SLEEPERS, SLEEPS[kind], replace=False)
+    return [int(client) for client in np.sort(chosen)]
+
+
+def best_schedule_s(kind: str, round_num: int) -> float:
+    """How long a round takes if each client goes to the worker that is free first, the longest first."""
+    ends = [0.0] * NUM_SLEEPING_WORKERS
+    for seconds in sorted((sleep_s(kind, client) for client in sleepers(kind, round_num)), reverse=True):
+        ends[ends.index(min(ends))] += seconds
+    return max(ends)
+
+
+Sleep = Callable[[int], "int | Awaitable[int]"]
+"""A round of clients that sleep: takes its number, and gives the sum of the clients' numbers; may be async."""
+
+
+def sleeping(kind: str, a_round: Sleep) -> Repeat:
+    """``equal_eight`` or ``skewed_eight``."""
+
+    async def repeat(count: int) -> Measured:
+        total, seconds = 0, []
+        for round_num in range(count):
+            began = time.perf_counter()
+            result = a_round(round_num)
+            total += await result if inspect.isawaitable(result) else result
+            seconds.append(time.perf_counter() - began)
+        return Measured(seconds, str(total))
 
     return repeat
 
