@@ -144,7 +144,7 @@ class Dealer:
             WorkerLostError: If no worker that may run it is left, and none is expected.
             SerializationError: If the constructor's arguments cannot be sent.
         """
-        seconds = self._run.durations.of_call(call) or _UNKNOWN_S
+        seconds = self._expected_s(call)
         while (worker := self.least_busy(call.client_id, seconds, without)) is None:
             if (reason := self.eligible.why_none(call.client_id)) is not None:
                 raise WorkerLostError(reason)
@@ -178,7 +178,7 @@ class Dealer:
             worker accepts now is in neither.
         """
         now, of_workers = time.monotonic(), dict[Member, list[int]]()
-        seconds = {place: self._run.durations.of_call(call) or _UNKNOWN_S for place, call in calls.items()}
+        seconds = {place: self._expected_s(call) for place, call in calls.items()}
         remaining = defaultdict(float, {worker: load.remaining_s(now) for worker, load in self._loads.items()})
         divide = in_ranges if are_ranges else one_by_one
         for workers, places in self._by_workers(calls, without):
@@ -312,27 +312,28 @@ class Dealer:
         Raises:
             SerializationError: If the constructor's arguments cannot be sent.
         """
-        if client_id not in worker.registrations:
-            worker.register(Registration(client_id, self._run.constructor(client_id), 1))
+        if self._add(worker, client_id):
             self._forget_idle(worker, but=client_id)
-        elif self._max_learners is not None:
-            worker.touch(client_id)
 
     def _register_all(self, worker: Member, clients: Mapping[int, str]) -> dict[int, Exception]:
         """Register the learners of several clients, by place. Returns the errors by place."""
         errors: dict[int, Exception] = {}
-        registered = worker.registrations
         for place, client_id in clients.items():
-            if client_id in registered:
-                if self._max_learners is not None:
-                    worker.touch(client_id)
-                continue
             try:
-                worker.register(Registration(client_id, self._run.constructor(client_id), 1))
+                self._add(worker, client_id)
             except Exception as error:  # such as one of memory
                 errors[place] = error
         self._forget_idle(worker)
         return errors
+
+    def _add(self, worker: Member, client_id: str) -> bool:
+        """Register a learner, or note that it is called again; return whether it is new."""
+        is_new = client_id not in worker.registrations
+        if is_new:
+            worker.register(Registration(client_id, self._run.constructor(client_id), 1))
+        elif self._max_learners is not None:
+            worker.touch(client_id)
+        return is_new
 
     def _forget_idle(self, worker: Member, but: str | None = None) -> None:
         """Let a worker forget learners without calls, beyond the limit, the least recently called first."""
@@ -341,6 +342,9 @@ class Dealer:
             idle = (client_id for client_id in registered if client_id != but and client_id not in self._busy)
             for client_id in list(itertools.islice(idle, len(registered) - self._max_learners)):
                 worker.forget(client_id)
+
+    def _expected_s(self, call: Call) -> float:
+        return self._run.durations.of_call(call) or _UNKNOWN_S
 
     def _remaining_s(self, worker: Member, now: float) -> float:
         load = self._loads.get(worker)

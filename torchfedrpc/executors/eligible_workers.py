@@ -26,7 +26,7 @@ class EligibleWorkers:
 
     def note_machines(self) -> None:
         """Note the machines of the workers that are there now."""
-        self._machines |= {worker.label: worker.machine for worker in self._workers if worker.machine is not None}
+        self._machines |= self._workers.known_machines
 
     def of(self, client_id: str) -> list[Member]:
         """Return the workers that accept calls of a client now."""

@@ -139,7 +139,7 @@ class RemoteLearners(Learners):
 
     def workers(self) -> list[str]:
         """Return the names of the workers: ``worker1`` and so on, and the addresses of listening workers."""
-        return [worker.label for worker in self._workers if worker.machine is not None]
+        return list(self._workers.known_machines)
 
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         """Inject faults into workers at later calls."""

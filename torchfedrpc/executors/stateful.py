@@ -138,8 +138,8 @@ class StatefulLearners(RemoteLearners):
             self._workers.remove(label)
 
     def _place_all(self) -> None:
-        machines = {worker.label: worker.machine for worker in self._workers if worker.machine is not None}
-        self._run.places |= place_clients(list(self._spec.clients), self._config.client_endpoints, machines)
+        clients, endpoints = list(self._spec.clients), self._config.client_endpoints
+        self._run.places |= place_clients(clients, endpoints, self._workers.known_machines)
 
     def _place_again(self, clients: Sequence[str]) -> None:
         """Place clients on present workers, as far as their endpoints allow."""

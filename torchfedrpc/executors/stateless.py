@@ -179,8 +179,8 @@ class StatelessLearners(RemoteLearners):
         return self._dealer.label_of(client_id)
 
     def _place_all(self) -> None:
-        machines = {worker.label: worker.machine for worker in self._workers if worker.machine is not None}
-        place_clients(list(self._spec.clients), self._config.client_endpoints, machines)  # which checks the endpoints
+        clients, endpoints = list(self._spec.clients), self._config.client_endpoints
+        place_clients(clients, endpoints, self._workers.known_machines)  # which checks the endpoints
         self._dealer.eligible.note_machines()
 
     def _worker_joined(self, label: str) -> None:

@@ -125,6 +125,11 @@ class Workers:
         """Name -> machine of the workers that clients can be placed on now."""
         return {label: member.machine for label, member in self.present.items()}
 
+    @property
+    def known_machines(self) -> dict[str, str]:
+        """Name -> machine of all workers except those whose clients are placed on other workers."""
+        return {worker.label: worker.machine for worker in self if worker.machine is not None}
+
     def admit(self, source: Source, member: Member) -> Worker:
         """Add a process that is to be prepared, and name it if it has no name."""
         if not member.label:
