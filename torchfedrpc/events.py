@@ -16,6 +16,21 @@ class Event:
 
 
 @dataclass(frozen=True)
+class RunStarted(Event):
+    """Start of a run of a trainer, in the execution mode ``mode``, with ``num_clients`` clients."""
+
+    mode: str
+    num_clients: int
+
+
+@dataclass(frozen=True)
+class RunEnded(Event):
+    """End of a run of a trainer; ``error`` is None if it ended well."""
+
+    error: BaseException | None
+
+
+@dataclass(frozen=True)
 class CallStarted(Event):
     """Submission of a call. The call may still wait in its learner's queue."""
 
@@ -25,14 +40,37 @@ class CallStarted(Event):
 
 
 @dataclass(frozen=True)
+class CallTimes:
+    """Stages of a call, in seconds. Their sum is `CallEnded.seconds`.
+
+    Attributes:
+        queue_s: Waiting: for admission, the learner's earlier calls, a worker, and the worker's other calls.
+        transfer_s: Sending the call to the worker.
+        run_s: Running the method, and packing its result.
+        return_s: Sending the result to the driver and reading it.
+    """
+
+    queue_s: float
+    transfer_s: float
+    run_s: float
+    return_s: float
+
+
+@dataclass(frozen=True)
 class CallEnded(Event):
-    """End of a call after ``seconds``; ``error`` is None if it returned a result."""
+    """End of a call after ``seconds``; ``error`` is None if it returned a result.
+
+    ``worker`` is the name of the process that ran it, empty if none did. ``times`` are its stages; None if they are
+    unknown.
+    """
 
     call_id: int
     client_id: str
     method: str
     seconds: float
     error: BaseException | None
+    worker: str = ""
+    times: CallTimes | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +106,46 @@ class WorkerLeft(Event):
     """Orderly departure of the worker ``worker``. Its learners were moved, or wait until it returns."""
 
     worker: str
+
+
+@dataclass(frozen=True)
+class WorkerLogged(Event):
+    """Record that the process ``worker`` logged or printed.
+
+    Attributes:
+        worker: Name of the process.
+        client_id: The client whose method logged it; None if no method did.
+        level: Level as in `logging`, such as ``logging.INFO``.
+        logger: Name of the logger; of printed lines ``stdout`` or ``stderr``.
+        message: The message, with the traceback if it has one.
+        time: When it was logged, by the worker's clock, in seconds since the epoch.
+    """
+
+    worker: str
+    client_id: str | None
+    level: int
+    logger: str
+    message: str
+    time: float
+
+
+@dataclass(frozen=True)
+class ReplayStarted(Event):
+    """Start of the replay of ``num_calls`` calls of a client's journal on ``worker``, which rebuilds its learner."""
+
+    client_id: str
+    worker: str
+    num_calls: int
+
+
+@dataclass(frozen=True)
+class ReplayEnded(Event):
+    """End of the replay of ``num_calls`` calls of a client's journal on ``worker``, after ``seconds``."""
+
+    client_id: str
+    worker: str
+    num_calls: int
+    seconds: float
 
 
 @dataclass(frozen=True)
