@@ -1,36 +1,33 @@
-"""The ``torchfedrpc`` command: runs an experiment or a sweep configured by hydra, or ``torchfedrpc info``."""
+"""The ``torchfedrpc`` command: runs an experiment or a sweep configured by hydra, or a subcommand."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import os
-import platform
 import signal
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-import numpy as np
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import ConfigError, GroupCallError, SnapshotError, WorkerLostError
+from torchfedrpc.errors import ConfigError, GroupCallError, SnapshotError, TorchFedRpcError, WorkerLostError
 from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
-from torchfedrpc.host.process import num_usable_cores
 from torchfedrpc.launcher import Launch
 from torchfedrpc.private_files import close_to_others, make_private, replaced
-from torchfedrpc.rpc import world
-from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.run import drive, leave_no_word
+from torchfedrpc.run import drive
 from torchfedrpc.signals import run_interruptible
-from torchfedrpc.version import __version__
 
-_INFO = "Print the versions, the machine and the transport between processes; torchfedrpc --help is of experiments."
+COMMANDS = {
+    "info": "torchfedrpc.experiments.info",
+}
+"""Subcommand -> module with ``main(arguments: Sequence[str]) -> int``, which returns the exit status."""
+
 _BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in the driver's process
 
 ConfigStore.instance().store(group="runtime", name="schema", node=RuntimeConfig)
@@ -45,7 +42,7 @@ def _task(config: DictConfig) -> float:
     except (ConfigError, GroupCallError, SnapshotError, WorkerLostError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN or "HYDRA_FULL_ERROR" in os.environ:
             raise  # hydra continues with the other jobs
-        sys.exit("\n".join([f"torchfedrpc: {error}", *getattr(error, "__notes__", [])]))
+        sys.exit(_one_line(error))
 
 
 def _check_launcher() -> None:
@@ -83,15 +80,26 @@ def _run(config: DictConfig, output_dir: Path) -> float:
 
 def main() -> None:
     """Run the command line; on the other ranks of a launch, serve learners until rank 0 ends."""
-    if sys.argv[1:2] == ["info"]:
-        leave_no_word()  # this process does not run a rank's script, even if a launcher's variables are set
-        argparse.ArgumentParser("torchfedrpc info", description=_INFO).parse_args(sys.argv[2:])
-        print(describe())
-        return
+    module = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
+        if module is not None:
+            sys.exit(_call_command(module, sys.argv[2:]))
         drive(_task)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _call_command(module: str, arguments: Sequence[str]) -> int:
+    """Return the exit status of a subcommand."""
+    try:
+        status: int = importlib.import_module(module).main(arguments)
+    except TorchFedRpcError as error:
+        sys.exit(_one_line(error))
+    return status
+
+
+def _one_line(error: BaseException) -> str:
+    return "\n".join([f"torchfedrpc: {error}", *getattr(error, "__notes__", [])])
 
 
 def plain(config: DictConfig) -> dict[str, object]:
@@ -99,29 +107,3 @@ def plain(config: DictConfig) -> dict[str, object]:
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def describe() -> str:
-    """Return one line per fact that a bug report or a measurement should state."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    facts = {
-        "torchfedrpc": __version__,
-        "python": platform.python_version(),
-        "torch": f"{torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}",
-        "numpy": np.__version__,
-        "system": platform.platform(),
-        "cores": f"{num_usable_cores()} of {os.cpu_count()}",
-        "GPUs": ", ".join(gpus) or "none",
-        "calls between processes": _road(),
-        "snapshots on disk": tempfile.gettempdir(),
-    }
-    return "\n".join(f"{name + ':':<25}{fact}" for name, fact in facts.items())
-
-
-def _road() -> str:
-    try:
-        torch_rpc()
-    except ConfigError as error:
-        return f"not available: {error}"
-    transport, channels = world.choose_transport(RuntimeConfig())
-    return f"TensorPipe, transport {transport}, channels {' '.join(channels)} (runtime.transport, runtime.channels)"
