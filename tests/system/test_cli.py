@@ -250,22 +250,22 @@ LAUNCHER = """
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
 
-class JoblibLauncher(BasicLauncher):
+class ProcessLauncher(BasicLauncher):
     pass
 
-node = {"_target_": f"{__name__}.JoblibLauncher"}
-ConfigStore.instance().store(group="hydra/launcher", name="joblib", node=node)
+node = {"_target_": f"{__name__}.ProcessLauncher"}
+ConfigStore.instance().store(group="hydra/launcher", name="processes", node=node)
 """
 
 
 def test_a_sweep_under_torchrun_by_another_launcher_names_the_one_that_works(tmp_path: Path) -> None:
     (tmp_path / "hydra_plugins").mkdir()
-    (tmp_path / "hydra_plugins" / "joblib_like.py").write_text(LAUNCHER)
+    (tmp_path / "hydra_plugins" / "process_launcher.py").write_text(LAUNCHER)
     (tmp_path / "script.py").write_text("from torchfedrpc.experiments.cli import main\nmain()\n")
-    arguments = ["-m", *SMOKE[:1], "hydra/launcher=joblib", f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=1,2"]
+    arguments = ["-m", *SMOKE[:1], "hydra/launcher=processes", f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=1,2"]
     code, output = run_launch(tmp_path / "script.py", *arguments, num_processes=2)
     assert code != 0, output
-    assert "hydra/launcher=joblib (hydra_plugins.joblib_like.JoblibLauncher) starts the jobs of a sweep in" in output
+    assert "hydra/launcher=processes (hydra_plugins.process_launcher.ProcessLauncher) starts the jobs" in output
     assert "set hydra/launcher=basic" in output
     assert not list(tmp_path.glob("sweep/*/history.jsonl"))
 
