@@ -79,14 +79,6 @@ def test_elastic_example_has_the_same_result_though_workers_join_leave_and_die(t
         assert count_rounds(alone) == num_rounds
 
 
-def test_the_readmes_learner_and_trainer_run() -> None:
-    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    code = readme.split("```python\n", 1)[1].split("```", 1)[0]
-    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("local tensor([")
-
-
 def test_the_readme_says_what_cannot_be_guarded_and_what_to_do() -> None:
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     security = " ".join(readme.split("\n## Security\n", 1)[1].split("\n## ", 1)[0].split())
