@@ -708,6 +708,28 @@ MUTATIONS = [
         "if False:",
         "tests/system/test_runtime_settings.py",
     ),
+    # Callbacks.
+    Mutation(
+        "exceptions of callbacks are only logged",
+        "federation/callback_calls.py",
+        'if method == "on_run_start" or not self._named[name].may_fail:',
+        "if False:",
+        "tests/system/test_callbacks.py",
+    ),
+    Mutation(
+        "callbacks start anew after a resume",
+        "federation/saver.py",
+        '        self._callbacks.load_state_dict(state["callbacks"])\n',
+        "",
+        "tests/system/test_callbacks.py",
+    ),
+    Mutation(
+        "a stopped run is not saved",
+        "federation/saver.py",
+        "is_last = is_last or is_interrupted or",
+        "is_last = is_interrupted or",
+        "tests/system/test_callbacks.py",
+    ),
     # RRefs and the heartbeat.
     Mutation(
         "a worker gives no RRef up",

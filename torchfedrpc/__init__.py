@@ -51,6 +51,7 @@ from torchfedrpc.executors.local import LocalExecutor
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.experiments.classification import ClassificationLearner
+from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.federation.checkpoints import Checkpoints
 from torchfedrpc.federation.fedavg import FedAvgTrainer, FedProxTrainer
 from torchfedrpc.federation.learner_base import Learner
@@ -78,6 +79,7 @@ __all__ = [
     "CallStarted",
     "CallTimeoutError",
     "CallTimes",
+    "Callback",
     "CapacityError",
     "CheckpointSaved",
     "Checkpoints",
@@ -115,6 +117,7 @@ __all__ = [
     "ReplayStarted",
     "RoundEnded",
     "RoundStarted",
+    "Run",
     "RunEnded",
     "RunStarted",
     "RuntimeConfig",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import torchfedrpc as tfr
-from torchfedrpc.events import Event, RoundEnded, RoundStarted
+from torchfedrpc.events import Event, RoundEnded, RoundStarted, RunEnded, RunStarted
 from torchfedrpc.federation.fedavg import FedAvgTrainer, FedProxTrainer
 
 CLIENTS = ["client_1", "client_2", "client_3", "client_4"]
@@ -118,7 +118,8 @@ def test_rounds_are_counted_and_announced() -> None:
         return await OneTrainer({"num_rounds": 3}, proxy).train()
 
     assert _with_proxy(train) == [0, 1, 2]
-    assert events == [RoundStarted(0, 3), RoundStarted(1, 3), RoundStarted(2, 3)]
+    rounds = [RoundStarted(0, 3), RoundStarted(1, 3), RoundStarted(2, 3)]
+    assert events == [RunStarted("local", 4), *rounds, RunEnded(None)]
 
 
 def test_aggregation_weighs_by_samples_where_they_are_given() -> None:

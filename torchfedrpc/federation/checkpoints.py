@@ -167,7 +167,12 @@ class Checkpoints:
 
 def plain(config: Any) -> dict[str, Any]:
     """Return dotted key -> plain value of all settings; other values are represented by their type and a hash."""
-    return dict(_flattened("", _items(config) or getattr(config, "__dict__", {})))
+    return dict(_flattened("", settings_of(config)))
+
+
+def settings_of(config: Any) -> Mapping[str, Any]:
+    """Return the settings of a mapping or an object by name."""
+    return _items(config) or getattr(config, "__dict__", {})
 
 
 def check_equal(found: Checkpoint, config: Mapping[str, Any], *, with_proxy: bool) -> None:

@@ -19,6 +19,7 @@ from torchfedrpc.errors import ConfigError, SnapshotError, TorchFedRpcError
 from torchfedrpc.events import CheckpointSaved
 from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.snapshot_throttle import BUDGET_BYTES
+from torchfedrpc.federation.callback_calls import CallbackCalls
 from torchfedrpc.federation.checkpoint_store import Checkpoint, Save
 from torchfedrpc.federation.checkpoints import Checkpoints, Resumable, check_equal
 from torchfedrpc.signals import Finishing
@@ -41,11 +42,17 @@ class Saver:
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, trainer: Resumable, config: dict[str, Any], owns_folder: bool
+        self,
+        checkpoints: Checkpoints,
+        trainer: Resumable,
+        callbacks: CallbackCalls,
+        config: dict[str, Any],
+        owns_folder: bool,
     ) -> None:
         self.num_done = 0
         self._checkpoints = checkpoints
         self._trainer = trainer
+        self._callbacks = callbacks
         self._proxy = trainer.learner_proxy
         self._config = config
         self._owns_folder = owns_folder
@@ -60,8 +67,8 @@ class Saver:
             self._finishing.close()
 
     @classmethod
-    async def begin(cls, checkpoints: Checkpoints, trainer: Resumable) -> Saver:
-        """Open the checkpoints, and restore trainer and learners if there is a checkpoint to resume from.
+    async def begin(cls, checkpoints: Checkpoints, trainer: Resumable, callbacks: CallbackCalls) -> Saver:
+        """Open the checkpoints, and restore trainer, callbacks and learners if there is one to resume from.
 
         Raises:
             ConfigError: If another run uses the folder, or the checkpoint has another configuration.
@@ -71,21 +78,25 @@ class Saver:
         config = await asyncio.to_thread(checkpoints.config_of, trainer)
         owns_folder = not checkpoints.is_open
         found = await asyncio.to_thread(checkpoints.open)
-        saver = cls(checkpoints, trainer, config, owns_folder)
+        saver = cls(checkpoints, trainer, callbacks, config, owns_folder)
         trainer.learner_proxy.before_close(saver.close)
         if found is not None:
             await saver._restore(found)
         return saver
 
-    async def round_done(self, num_done: int) -> None:
+    async def round_done(self, num_done: int, *, is_last: bool) -> None:
         """Save a round that has ended, before the next one begins, if a checkpoint is due.
 
         This waits for the states of learners, for at most a second: one may be busy with a call that was cut off. An
         earlier save that is still writing delays it by at most another second, and the next checkpoint by a round if
         it takes longer. After the last round, and after a signal that then cancels the run, this waits for the disk.
+
+        Args:
+            num_done: Number of rounds done.
+            is_last: Whether the run stops here, though it may have fewer rounds than it was to have.
         """
         is_interrupted = self._finishing.is_requested
-        is_last = is_interrupted or num_done >= self._trainer.num_rounds
+        is_last = is_last or is_interrupted or num_done >= self._trainer.num_rounds
         every = self._checkpoints.every
         self._is_due |= every is not None and (is_last or num_done % every == 0)
         if self._is_due and (is_last or await self._has_settled(_POSTPONE_S)):
@@ -136,7 +147,8 @@ class Saver:
         versions = self._proxy.changes()
         changed = {name: version for name, version in versions.items() if self._saved.get(name) != version}
         try:
-            state = pack({"trainer": self._trainer.state_dict(), "streams": _random_streams()})
+            states = {"trainer": self._trainer.state_dict(), "callbacks": self._callbacks.state_dict()}
+            state = pack({**states, "streams": _random_streams()})
             cut = self._proxy.cut(changed)
         except Exception as error:
             self._log_failure(num_done, error)
@@ -215,6 +227,7 @@ class Saver:
         while batch := await self._on_disk(partial(_next_batch, snapshots)):
             await self._proxy.continue_from(batch)
         self._trainer.load_state_dict(state["trainer"])
+        self._callbacks.load_state_dict(state["callbacks"])
         _set_random_streams(state["streams"])
         self._saved = self._proxy.changes()
         self._base, self.num_done = found, found.round_num

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +18,9 @@ from torch import Tensor
 from torchfedrpc.errors import ConfigError, SerializationError, suggest
 from torchfedrpc.events import RoundStarted
 from torchfedrpc.federation.aggregation import weighted_mean
-from torchfedrpc.federation.checkpoints import Checkpoints
+from torchfedrpc.federation.callback_calls import CallbackCalls
+from torchfedrpc.federation.callbacks import Callback, Run
+from torchfedrpc.federation.checkpoints import Checkpoints, settings_of
 from torchfedrpc.federation.saver import Saver
 from torchfedrpc.federation.trainer_state import give_state, has_state_dict, state_of
 from torchfedrpc.proxy import LearnerProxy
@@ -41,6 +47,8 @@ class AbstractFederationTrainer(ABC):
         config: The settings; keys of a mapping, also of nested ones, are attributes too.
         learner_proxy: The proxy.
         checkpoints: Where and how often the run is saved; None (default) to save nothing. Set it before `train`.
+        callbacks: The callbacks of the run, in the order of their calls; default: none. Set them before `train`.
+        output_dir: Folder for files of callbacks; None (default) if there is none. Set it before `train`.
         not_state: Names of attributes that do not belong to the trainer's state; a subclass may add more.
 
     Raises:
@@ -48,11 +56,20 @@ class AbstractFederationTrainer(ABC):
     """
 
     not_state: ClassVar[frozenset[str]] = frozenset(
-        {"config", "learner_proxy", "checkpoints", "_not_saved", "_seed", "_cohort_size"}
+        {"config", "learner_proxy", "checkpoints", "callbacks", "output_dir"}
+        | {"_callback_calls", "_not_saved", "_seed", "_cohort_size"}
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if inspect.iscoroutinefunction(train := vars(cls).get("train")):
+            setattr(cls, "train", _as_run(train))  # noqa: B010 - a type checker refuses the assignment
 
     def __init__(self, config: Any, learner_proxy: LearnerProxy) -> None:
         self.checkpoints: Checkpoints | None = None
+        self.callbacks: list[Callback] = []
+        self.output_dir: Path | None = None
+        self._callback_calls: CallbackCalls | None = None
         self._not_saved: set[str] = set()  # attributes that cannot be saved and have had a warning
         self.config = as_settings(config)
         self.learner_proxy = learner_proxy
@@ -62,7 +79,35 @@ class AbstractFederationTrainer(ABC):
 
     @abstractmethod
     async def train(self) -> Any:
-        """Run the whole algorithm."""
+        """Run the whole algorithm. It is one run for the callbacks, from its first round to its return."""
+
+    @asynccontextmanager
+    async def running(self, config: Mapping[str, Any] | None = None) -> AsyncIterator[Run]:
+        """Extend the run that `train` is for the callbacks: it ends with this block.
+
+        So files that are written after `train` are there at `Callback.on_run_end`, and their failure is the run's.
+
+        Args:
+            config: The settings that callbacks see. Default: The trainer's config.
+
+        Raises:
+            ConfigError: If one of ``callbacks`` is not a `Callback`.
+        """
+        if self._callback_calls is not None:
+            yield self._callback_calls.run
+            return
+        settings = settings_of(self.config) if config is None else config
+        calls = CallbackCalls(Run(settings, self.learner_proxy, self, self.output_dir), self.callbacks)
+        self._callback_calls = calls
+        error: BaseException | None = None
+        try:
+            yield calls.run
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._callback_calls = None
+            await calls.end(error)
 
     def select_clients(self, round_num: int) -> list[str]:
         """Draw the cohort of a round, as a function of the seed and ``round_num`` only.
@@ -88,7 +133,7 @@ class AbstractFederationTrainer(ABC):
         return await asyncio.to_thread(weighted_mean, weights_list, num_samples)
 
     async def rounds(self) -> AsyncIterator[int]:
-        """Yield the numbers of the rounds, 0 to ``num_rounds - 1``, and publish the start of each.
+        """Yield the numbers of the rounds, 0 to ``num_rounds - 1``; publish their starts, and call the callbacks.
 
         With ``checkpoints`` the run is saved between two rounds and resumes from a checkpoint: the states of trainer
         and learners are restored before the first remaining round. The code of `train` before its loop runs again
@@ -98,14 +143,22 @@ class AbstractFederationTrainer(ABC):
         Raises:
             ConfigError: If the config has no valid ``num_rounds``, or the checkpoint does not fit this run.
             SnapshotError: If the checkpoint cannot be read.
+            Exception: If a callback raised it.
         """
+        if self._callback_calls is None and self.callbacks:
+            raise ConfigError("a trainer with callbacks must loop over self.rounds() inside its train()")
+        calls = self._callback_calls or CallbackCalls(Run(settings_of(self.config), self.learner_proxy, self), [])
         num_rounds = self.num_rounds
-        saver = await Saver.begin(self.checkpoints, self) if self.checkpoints is not None else None
+        saver = await Saver.begin(self.checkpoints, self, calls) if self.checkpoints is not None else None
+        await calls.start()
         for round_num in range(saver.num_done if saver is not None else 0, num_rounds):
+            if calls.run.stop_reason is not None:
+                break
             self.learner_proxy.publish(RoundStarted(round_num, num_rounds))
             yield round_num
+            await calls.end_round(round_num, num_rounds)
             if saver is not None:
-                await saver.round_done(round_num + 1)
+                await saver.round_done(round_num + 1, is_last=calls.run.stop_reason is not None)
         if saver is not None:
             await saver.close()
 
@@ -169,6 +222,17 @@ class AbstractFederationTrainer(ABC):
             return value
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}, the number of clients"
         raise ConfigError(f"the trainer's {name} must be a whole number {bounds}, not {value!r}")
+
+
+def _as_run(train: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Return a subclass's `train` as one run of the trainer, so that its end is known, an error included."""
+
+    @functools.wraps(train)
+    async def train_as_run(self: AbstractFederationTrainer, *args: Any, **kwargs: Any) -> Any:
+        async with self.running():
+            return await train(self, *args, **kwargs)
+
+    return train_as_run
 
 
 def sample_clients(client_ids: Sequence[str], num_selected: int, *, seed: int, round_num: int) -> list[str]:
