@@ -25,6 +25,7 @@ FLOORS = [
         "registry",
         "launcher",
         "events",
+        "interactive",
         "private_files",
         "storage",
         "tasks",

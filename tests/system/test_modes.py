@@ -452,28 +452,6 @@ def test_pseudo_mode_names_a_missing_main_guard(tmp_path: Path) -> None:
     assert 'if __name__ == "__main__":' in output
 
 
-@pytest.mark.parametrize("how", ["stdin", "-c"])
-def test_a_learner_of_an_interactive_session_works_locally_and_is_refused_elsewhere(how: str) -> None:
-    code = (
-        "import asyncio, torchfedrpc as tfr\n"
-        "class Learner:\n    def __init__(self, client_id):\n        pass\n"
-        "    def same(self, value):\n        return value\n"
-        "async def main(runtime):\n"
-        "    async with tfr.LearnerProxy(Learner, ['a'], runtime=runtime) as proxy:\n"
-        "        return await proxy.custom_method('a', 'same', 5)\n"
-        "print('local', tfr.run(main, 'local'))\n"
-        "try:\n    tfr.run(main, {'num_processes': 1})\n"
-        "except tfr.ConfigError as error:\n    print('refused', error)\n"
-    )
-    command = [sys.executable, "-"] if how == "stdin" else [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, input=code if how == "stdin" else "", env=environment(), capture_output=True, text=True, timeout=60
-    )
-    assert "local 5" in done.stdout, done.stderr
-    assert "refused" in done.stdout, done.stderr
-    assert "interactive session" in done.stdout
-
-
 def test_run_refuses_what_is_no_coroutine_function() -> None:
     with pytest.raises(tfr.ConfigError, match="coroutine function"):
         tfr.run(lambda: None)  # type: ignore[arg-type,return-value]

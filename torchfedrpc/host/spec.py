@@ -12,6 +12,7 @@ from typing import Any
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.host.attributes import not_state_of
+from torchfedrpc.interactive import show_names
 from torchfedrpc.registry import get_learner
 from torchfedrpc.wire.allowlist import AllowList
 
@@ -57,6 +58,7 @@ class LearnerSpec:
             ConfigError: If it cannot be found by its name (a lambda, a closure), is not callable, has a
                 ``not_state`` that is no collection of names, or a ``stateless`` that is no bool.
         """
+        show_names()
         entry: Any = get_learner(learner) if isinstance(learner, str) else learner
         stateless = getattr(entry, "stateless", None)
         kwargs: dict[str, Any] = {}

@@ -44,8 +44,8 @@ class _Request:
         link: Descriptor of the worker's end of the control link.
         stdout: Descriptor of its standard output.
         stderr: Descriptor of its standard error.
-        message: ``path``, ``arguments``, ``folder``, ``variables`` and ``remote``, see `Surroundings`; empty if the
-            driver has withdrawn the request.
+        message: ``path``, ``arguments``, ``folder``, ``variables``, ``interactive`` and ``remote``, see
+            `Surroundings`; empty if the driver has withdrawn the request.
     """
 
     connection: socket.socket
@@ -208,7 +208,8 @@ def _become_worker(request: _Request) -> NoReturn:
     for descriptor, standard in ((request.stdout, 1), (request.stderr, 2)):
         os.dup2(descriptor, standard)
         os.close(descriptor)
-    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]  # the server's is no terminal
+    # The server's is no terminal. That of a notebook is a pipe, and shows what a learner prints at once.
+    sys.stdout.reconfigure(line_buffering=os.isatty(1) or message["interactive"])  # type: ignore[union-attr]
     if message["folder"] is not None:
         os.chdir(message["folder"])
     for name, value in message["variables"].items():

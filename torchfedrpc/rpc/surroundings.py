@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import linecache
 import logging
 import os
+import pickle
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.interactive import is_interactive
 
 logger = logging.getLogger(__name__)
 
 FORKS = hasattr(os, "memfd_create")  # on Linux; elsewhere system libraries do not work after a fork
 _MAIN = "__mp_main__"  # as multiprocessing calls it, so that guards of other libraries know it
+_OF_SESSION = (
+    "classes that are defined in an interactive session reach only the worker processes that the session itself "
+    "starts (pseudo mode), and no worker that listens or joins, nor a rank of a launch: move them to a module that "
+    "the workers can import, or use local or pseudo mode"
+)
 _HASH_SEED = "PYTHONHASHSEED"
 _FIXED_HASHES = "1"  # with 0, Python's flags differ from those of the driver
 # Variables that no import reads. The first changes all the time, the other is set for `deterministic` runs.
@@ -81,6 +90,7 @@ class Surroundings:
             "arguments": self.arguments,
             "folder": self.folder,
             "variables": {name: self.variables.get(name) for name in _READ_LATE},
+            "interactive": is_interactive(),
         }
 
 
@@ -104,15 +114,68 @@ def describe_main(*, by_name: bool = False) -> dict[str, str]:
         ConfigError: If the script is no file, as in an interactive session.
     """
     main = sys.modules["__main__"]
+    if is_interactive():
+        raise ConfigError(_OF_SESSION)
     if main.__spec__ is not None:
         return {"module": main.__spec__.name}
-    path = getattr(main, "__file__", None)
-    if path is None or not Path(path).is_file():
+    path = Path(str(main.__file__))
+    return {"module": path.stem} if by_name else {"path": str(path.resolve())}
+
+
+def pack_main(learner: object) -> bytes | None:
+    """Pickle the classes of an interactive session as they are now; return None if the driver runs a script.
+
+    Args:
+        learner: The learner's class or factory, which has to be among them if the session defines it.
+
+    Raises:
+        ConfigError: If cloudpickle is missing, or the learner uses something that cannot be pickled.
+    """
+    if not is_interactive():
+        return None
+    try:
+        from torchfedrpc.rpc.cells import pack_session  # noqa: PLC0415 - cloudpickle is optional
+    except ImportError:
         raise ConfigError(
-            "a learner that is defined in an interactive session lives in local mode alone: move its class to a "
-            "module for worker processes to import, or set runtime.execution_mode=local"
-        )
-    return {"module": Path(path).stem} if by_name else {"path": str(Path(path).resolve())}
+            "classes that are defined in an interactive session reach worker processes by cloudpickle, which is not "
+            "installed: pip install 'torchfedrpc[notebook]', or move them to a module, or set "
+            "runtime.execution_mode=local"
+        ) from None
+    return pack_session(learner)
+
+
+class Session:
+    """The classes of the driver's interactive session, as a worker receives them.
+
+    Unpickling runs code of the sender's choice, so a worker accepts it from the process that started it alone.
+
+    Args:
+        is_own: Whether the driver started this process.
+    """
+
+    def __init__(self, *, is_own: bool) -> None:
+        self._is_own = is_own
+        self._data = bytearray()
+
+    def take(self, data: bytes) -> None:
+        """Take a part of the pickle.
+
+        Raises:
+            ConfigError: If the driver did not start this process.
+        """
+        if not self._is_own:
+            raise ConfigError(_OF_SESSION)
+        self._data += data
+
+    def adopt(self) -> None:
+        """Make the module ``__main__`` of what was taken, if anything was."""
+        data, self._data = self._data, bytearray()
+        if data:
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            sources, names = pickle.loads(data)
+            vars(main).update(names)
+            for file, lines in sources.items():  # for tracebacks, and for inspect.getsource
+                linecache.cache[file] = (sum(map(len, lines)), None, lines, file)
 
 
 def adopt_main(description: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
 import os
 import queue
@@ -31,7 +32,7 @@ from torchfedrpc.rpc.endpoint import Endpoint
 from torchfedrpc.rpc.heartbeat import HeartbeatProcess
 from torchfedrpc.rpc.heartbeat_connection import dial_heartbeat
 from torchfedrpc.rpc.interfaces import address_of, interface_of
-from torchfedrpc.rpc.surroundings import adopt_main
+from torchfedrpc.rpc.surroundings import Session, adopt_main
 from torchfedrpc.wire.file import TensorFiles
 
 # Exit statuses.
@@ -67,7 +68,7 @@ def main(link_descriptor: int) -> None:
     """
     launcher.become_worker()
     with _handling({signal.SIGINT: signal.SIG_IGN}):
-        ending = serve(_link_of(link_descriptor))
+        ending = serve(_link_of(link_descriptor), is_own=True)
     _end_process(ending, 0)
 
 
@@ -139,6 +140,7 @@ def serve(
     activity: Activity | None = None,
     notice: str = "",
     owns_process: bool = True,
+    is_own: bool = False,
 ) -> Ending:
     """Serve learners until the driver stops this worker.
 
@@ -148,12 +150,13 @@ def serve(
         activity: shows the running calls to the heartbeat process; made unless given.
         notice: a line for stderr if the driver is gone.
         owns_process: whether this process only serves, so that it may end in the middle of an import.
+        is_own: whether the driver started this process, so that it may send classes by value.
 
     Returns:
         How that ended.
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    worker = _Worker(link, local_index, activity or Activity())
+    worker = _Worker(link, local_index, activity or Activity(), is_own=is_own)
     threading.Thread(
         target=_listen, args=(link, messages, worker, notice, owns_process), name="torchfedrpc-link", daemon=True
     ).start()
@@ -218,7 +221,7 @@ class _Worker:
         is_preparing: whether it begins a run and has not answered yet.
     """
 
-    def __init__(self, link: Link, local_index: int | None, activity: Activity) -> None:
+    def __init__(self, link: Link, local_index: int | None, activity: Activity, *, is_own: bool = False) -> None:
         self.is_preparing = False
         self._is_clean = True
         self._is_joined = False
@@ -229,6 +232,7 @@ class _Worker:
         self._host: LearnerHost | None = None
         self._endpoint: Endpoint | None = None
         self._stack = ExitStack()
+        self._session = Session(is_own=is_own)
         self._probe: TensorFiles | None = None  # the driver looks for it, to learn if it sees our files
         self._server = socket.socket()  # the driver connects to it, to learn whether it reaches this worker
 
@@ -236,6 +240,7 @@ class _Worker:
         """Obey a message; returns the answer."""
         verbs: dict[str, Callable[..., Message]] = {
             "connect": self.connect,
+            "take_session": self.take_session,
             "prepare": self.prepare,
             "join": self.join,
             "leave": self.leave,
@@ -262,6 +267,11 @@ class _Worker:
         self._server = socket.create_server((address, 0))
         return {"host": address, "port": self._server.getsockname()[1]}
 
+    def take_session(self, data: str) -> Message:
+        """Take a part of the classes of an interactive session, which `prepare` adopts."""
+        self._session.take(base64.b64decode(data))
+        return {}
+
     def prepare(
         self,
         spec: Message,
@@ -274,6 +284,7 @@ class _Worker:
         """Begin a run: import the learner's module. Learners are made later, one by one."""
         self.close()  # a run whose end was not received
         learner = LearnerSpec.from_message(spec)
+        self._session.adopt()
         if main is not None:
             adopt_main(main)
         device = choose_device(local_index if self._local_index is None else self._local_index)

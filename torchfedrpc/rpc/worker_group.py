@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import itertools
 import logging
@@ -27,7 +28,7 @@ from torchfedrpc.rpc.heartbeat import Heartbeat, Loss, Watch
 from torchfedrpc.rpc.heartbeat_connection import open_heartbeat
 from torchfedrpc.rpc.member import Member, RefusalError
 from torchfedrpc.rpc.sources import Source
-from torchfedrpc.rpc.surroundings import describe_main
+from torchfedrpc.rpc.surroundings import describe_main, pack_main
 from torchfedrpc.rpc.worker_client import Traffic, UndeliverableError, WorkerClient
 from torchfedrpc.rpc.workers import Worker, Workers, WorkerState
 from torchfedrpc.rpc.world import DriverPlace
@@ -44,6 +45,7 @@ _NOTICE_S = 1.0  # if a link or an RPC connection breaks, the heartbeat usually 
 _REAP_S = 0.1  # from the end of a worker's link to the fork server's report of its status
 _CLOSE_TIMEOUT_S = 4.0
 _WORLDLESS = "the run has no world any more"
+_SESSION_CHUNK_BYTES = 8 << 20  # to encode more would hold the event loop up for some 20 ms
 _MAX_FAILURES = 5  # in succession, to form a world or to carry one call
 
 
@@ -91,6 +93,7 @@ class WorkerGroup:
         self._tasks = Tasks()
         self._num_suspicions: Counter[int] = Counter()  # call id -> number of times that RPC failed to carry it
         self._num_failures: Counter[str] = Counter()  # name -> workers in succession lost before they served
+        self._session: bytes | None = None  # the classes of an interactive session
         self._told: dict[str, str] = {}  # name -> how the last newcomer of that name was lost
 
     async def gather(self) -> None:
@@ -418,7 +421,7 @@ class WorkerGroup:
         self._check_heartbeat_timeout(member)
         if member.heartbeat is None:
             await self._open_heartbeat(member)
-        imports_main = member.imports_main is not None and "__main__" in learner.allow_list().trusted
+        main = await self._send_main(member) if "__main__" in learner.allow_list().trusted else None
         probe = None if member.elsewhere else TensorFiles.probe()
         with contextlib.closing(probe) if probe is not None else contextlib.nullcontext():
             message: Message = {
@@ -426,7 +429,7 @@ class WorkerGroup:
                 "spec": learner.to_message(),
                 "label": member.label,
                 "local_index": member.local_index,
-                "main": describe_main(by_name=member.imports_main == "name") if imports_main else None,
+                "main": main,
                 "settings": self._settings,
                 "driver": (os.getpid(), probe.addresses()) if probe is not None else None,
             }
@@ -436,6 +439,23 @@ class WorkerGroup:
             raise error
         for problem in answer["problems"]:
             logger.warning("%s: %s", member.label, problem)
+
+    async def _send_main(self, member: Member) -> Message | None:
+        """Return the driver's script, for a worker to import it; None if it need not, or was sent a session instead.
+
+        Raises:
+            ConfigError: If the worker may not have the session, or something in it cannot be pickled.
+        """
+        if member.imports_main is None:
+            return None
+        if member.imports_main == "path" and self._session is None:  # as of the opening, for replacements too
+            self._session = pack_main(self._learner.load())
+        if member.imports_main == "name" or self._session is None:
+            return describe_main(by_name=member.imports_main == "name")
+        for begin in range(0, len(self._session), _SESSION_CHUNK_BYTES):
+            data = base64.b64encode(self._session[begin : begin + _SESSION_CHUNK_BYTES]).decode()
+            await self._tell(member, {"do": "take_session", "data": data})
+        return None
 
     async def _open_heartbeat(self, member: Member) -> None:
         address = self._place.address([*self.workers.members.values(), member])

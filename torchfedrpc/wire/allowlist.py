@@ -268,6 +268,11 @@ class AllowList:
             raise UntrustedTypeError(f"{module}.{name} may not travel: {error}") from error
         for part in name.split("."):
             owner = vars(owner).get(part) if isinstance(owner, type) else getattr(owner, part, None)
+            if owner is None and _root(module) == "__main__":
+                raise UntrustedTypeError(
+                    f"{module}.{name} may not travel: this process does not have it; a class of an interactive "
+                    f"session reaches workers as it is when the proxy is opened (open it again), if it can be pickled"
+                )
             if not isinstance(owner, type) or _root(owner.__module__) != _root(module):
                 raise UntrustedTypeError(
                     f"{module}.{name} may not travel: of a trusted package only classes that it defines itself are "
