@@ -25,6 +25,7 @@ from torchfedrpc.errors import (
 from torchfedrpc.events import CallEnded, CallStarted, EventBus
 from torchfedrpc.executors.base import Arguments, Invocation
 from torchfedrpc.executors.router import ExecutorRouter
+from torchfedrpc.host.call_trace import CallTrace
 from torchfedrpc.options import CallOptions
 from torchfedrpc.tasks import within
 
@@ -334,6 +335,7 @@ class Calls:
             run_timeout_s,
             options.retries,
             common,
+            CallTrace() if self.opening.events.subscribers else None,
         )
 
     async def observed(self, options: CallOptions, invocation: Invocation, answer: Any) -> Any:
@@ -361,7 +363,10 @@ class Calls:
         opening.num_calls += 1
         opening.num_pending += 1
         opening.num_changes[invocation.client_id] += 1
-        return ObservedCall(opening, invocation.call_id, invocation.client_id, invocation.method, time.perf_counter())
+        began = time.perf_counter()
+        if (trace := invocation.trace) is not None:
+            trace.begin(began)
+        return ObservedCall(opening, invocation.call_id, invocation.client_id, invocation.method, began, trace=trace)
 
 
 @dataclass(eq=False, slots=True)
@@ -375,6 +380,7 @@ class ObservedCall:
         method: The method's name.
         began: Start of the call, by `time.perf_counter`, in seconds.
         has_ended: Whether the end was counted.
+        trace: Records its stages, if events are subscribed to.
     """
 
     opening: Opening
@@ -383,6 +389,7 @@ class ObservedCall:
     method: str
     began: float
     has_ended: bool = False
+    trace: CallTrace | None = None
 
     def end(self, failure: BaseException | None) -> None:
         """Count the end of the call and publish it; a second call does nothing."""
@@ -394,5 +401,8 @@ class ObservedCall:
         opening.num_pending -= 1
         opening.num_failed += failure is not None
         if opening.events.subscribers:
-            seconds = time.perf_counter() - self.began
-            opening.events.publish(CallEnded(self.call_id, self.client_id, self.method, seconds, failure))
+            now, trace = time.perf_counter(), self.trace
+            worker, times = (trace.worker, trace.times(now)) if trace is not None else ("", None)
+            opening.events.publish(
+                CallEnded(self.call_id, self.client_id, self.method, now - self.began, failure, worker, times)
+            )

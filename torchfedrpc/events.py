@@ -43,11 +43,24 @@ class CallStarted(Event):
 class CallTimes:
     """Stages of a call, in seconds. Their sum is `CallEnded.seconds`.
 
+    The durations on a worker are measured by the worker. What is left is divided between ``transfer_s`` and
+    ``return_s`` by the clocks. Worker processes on the driver's machine have the driver's clock. Those on other
+    machines are compared with it by the fastest exchange of a call and its outcome so far; the error is at most half
+    of that exchange's time on the way (`round_trip_s` in ``proxy.stats()``).
+
+    In local mode, ``transfer_s`` and ``return_s`` are the changes of thread. Each item of a stream is a call. A call
+    of a reduce ends when its worker reports that, before the partial results. A call that is sent more than once,
+    after a retry or a loss, has the stages of its last attempt; the time before, that of replays included, is
+    ``queue_s``. A call that ends without an outcome, by a deadline, a cancellation or a loss, has all time since it
+    was sent in ``run_s``, and without having been sent in ``queue_s``.
+
     Attributes:
-        queue_s: Waiting: for admission, the learner's earlier calls, a worker, and the worker's other calls.
-        transfer_s: Sending the call to the worker.
-        run_s: Running the method, and packing its result.
-        return_s: Sending the result to the driver and reading it.
+        queue_s: Waiting: for admission, earlier calls of the learner, a worker, and other calls of that worker.
+            Packing the arguments is a part of it.
+        transfer_s: Sending the call to its worker, until it is in the worker's queue.
+        run_s: From the beginning on the worker to the packed result: making the learner or reading it from disk,
+            opening the arguments, the method. An async method may wait meanwhile.
+        return_s: Sending the result to the driver, and opening it there.
     """
 
     queue_s: float
@@ -60,8 +73,9 @@ class CallTimes:
 class CallEnded(Event):
     """End of a call after ``seconds``; ``error`` is None if it returned a result.
 
-    ``worker`` is the name of the process that ran it, empty if none did. ``times`` are its stages; None if they are
-    unknown.
+    ``worker`` is the name of the process to which it was sent last, empty if it was not sent. ``times`` are its
+    stages: None in a mode of one's own that overrides `execute_method` alone, and for calls that were submitted
+    before anybody subscribed.
     """
 
     call_id: int

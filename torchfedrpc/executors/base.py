@@ -17,6 +17,7 @@ from torchfedrpc.executors.consistent_snapshot import Cut
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.executors.stream import ItemStream
 from torchfedrpc.host.call import Call
+from torchfedrpc.host.call_trace import CallTrace
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.process import choose_device
@@ -96,6 +97,7 @@ class Invocation:
         run_timeout_s: Seconds the method may run; None for no limit.
         retries: Number of times to send the call again if the method has not begun.
         common: The same arguments, if other calls of a group have them too; else None.
+        trace: Records the stages of the call, if events are subscribed to.
     """
 
     call_id: int
@@ -106,6 +108,7 @@ class Invocation:
     run_timeout_s: float | None = None
     retries: int = 0
     common: Arguments | None = None
+    trace: CallTrace | None = None
 
 
 class AbstractExecutor(ABC):

@@ -473,7 +473,10 @@ class CallExecutor(AbstractExecutor):
             raise _unsendable(invocation, error) from error
         client_id, method = invocation.client_id, invocation.method
         number = self._next_number(client_id, method) if kind == "call" else None  # a stream begins later
-        return Call(invocation.call_id, client_id, method, packed, invocation.run_timeout_s, kind, number), values
+        if (trace := invocation.trace) is not None:
+            trace.is_kept = True
+        timeout_s = invocation.run_timeout_s
+        return Call(invocation.call_id, client_id, method, packed, timeout_s, kind, number, trace), values
 
     def _next_number(self, client_id: str, method: str) -> int | None:
         """Return the number of a stateless learner's next call; None for learners with state, whose hosts count."""

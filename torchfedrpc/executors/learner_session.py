@@ -272,7 +272,7 @@ class LearnerSession(Session):
 
     async def _repeat(self, worker: Member, entry: Entry) -> Outcome:
         """Replay a call of the journal; of a stream, as many steps as it had."""
-        call = replace(entry.call, run_timeout_s=None)  # it has ended in time before
+        call = replace(entry.call, run_timeout_s=None, trace=None)  # it has ended, in time, before
         outcome = await worker.submit(call)
         if call.kind != "stream":
             return outcome

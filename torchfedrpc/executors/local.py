@@ -13,6 +13,7 @@ from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.call_executor import CallExecutor, Learners, without_traces
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.host.call import Batch, Call, Outcome
+from torchfedrpc.host.call_trace import CallTrace
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost, answer
 from torchfedrpc.host.mailbox import Reply
@@ -40,6 +41,7 @@ class LocalLearners(Learners):
     """
 
     label = "local"
+    clock_ahead_s = 0.0
 
     def __init__(self, config: RuntimeConfig, spec: ExecutorSpec, durations: Durations) -> None:
         self._config = config
@@ -56,7 +58,13 @@ class LocalLearners(Learners):
         await asyncio.to_thread(self._host.close)
 
     async def call(self, call: Call) -> Outcome:
-        return await answer(partial(self._submit, call), partial(self._cancel, call))
+        trace = call.trace
+        if trace is not None:
+            trace.sent(self.label)
+        outcome = await answer(partial(self._submit, call), partial(self._cancel, call))
+        if trace is not None:
+            trace.answered(outcome.stamps)
+        return outcome
 
     def stream(self, call: Call) -> LocalStream:
         return LocalStream(self, self._host, call)
@@ -92,6 +100,7 @@ class LocalLearners(Learners):
         if not self.is_open:
             raise WorkerLostError("the proxy is closed")
         self.submit_tick()  # calls of this tick come before the batch
+        batch.sent(self.label)
         return await answer(partial(self._host.run_batch, batch), lambda: None)
 
     async def advance(self, batch: Batch, num_known: int, /) -> Outcome:
@@ -189,20 +198,26 @@ class LocalStream:
         self._learners = learners
         self._host = host
         self._call = call
+        self._trace: CallTrace | None = call.trace
         self._num_items = 0
 
     async def next(self) -> Outcome:
         """Run the method up to its next item."""
         if not self._learners.is_open:
             return Outcome("cancelled", never_ran=True)
-        call, step = self._call, self._num_items
+        call, trace, step = self._call, self._trace, self._num_items
         self._num_items += 1
+        if trace is not None:
+            trace.sent(self._learners.label)
         if step:
             ask = partial(self._host.advance, call.call_id, step)
         else:
             self._learners.submit_tick()  # calls of this tick come before the stream
             ask, self._call = partial(self._host.submit, call), call.taken()
-        return await answer(ask, self.close)
+        outcome = await answer(ask, self.close)
+        if trace is not None:
+            trace.answered(outcome.stamps)
+        return outcome
 
     def close(self) -> None:
         """Close the generator if it is open."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torchfedrpc import errors
 from torchfedrpc.errors import SerializationError, WorkerLostError
+from torchfedrpc.host.call_trace import CallTrace, Stamps
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import Failure
 from torchfedrpc.wire.packing import Packed, Reference, pack
@@ -62,6 +63,7 @@ class Call:
         kind: ``call`` runs a method, ``stream`` iterates over what a generator method yields, ``snapshot`` takes the
             learner's state, ``restore`` replaces it, ``barrier`` does nothing in its turn.
         number: Number of this call among those of its client and method, which seeds it; None if the host counts.
+        trace: Records its stages on the driver, if events are subscribed to.
     """
 
     call_id: int
@@ -71,6 +73,7 @@ class Call:
     run_timeout_s: float | None = None
     kind: CallKind = "call"
     number: int | None = None
+    trace: CallTrace | None = field(default=None, compare=False, repr=False)
 
     def taken(self) -> Call:
         """Return this call without its arguments, which belong to the method by now."""
@@ -106,6 +109,13 @@ class Batch:
         """Arguments of the first call. Calls with the same object are sent without theirs."""
         return self.calls[0][1].arguments
 
+    def sent(self, worker: str) -> None:
+        """Record in the traces of the calls, if they are kept, that they are sent to a worker."""
+        if self.calls[0][1].trace is not None:
+            for _, call in self.calls:
+                if call.trace is not None:
+                    call.trace.sent(worker)
+
 
 @dataclass(frozen=True, slots=True)
 class TakeBack:
@@ -137,6 +147,7 @@ class Outcome:
             cannot be repeated.
         error: An exception of the caller's own process, raised as it is.
         seconds: Seconds the method ran; of a value and of a call that was cut off.
+        stamps: When this process received the call, began it, and had this outcome; None if that is unknown.
         of_calls: Of a batch: places of the calls that have ended and their outcomes, without values. Of a `TakeBack`:
             ids of the calls that were given back.
     """
@@ -148,6 +159,7 @@ class Outcome:
     cut_off: bool = False
     error: Exception | None = None
     seconds: float = 0.0
+    stamps: Stamps | None = None
     of_calls: tuple[tuple[int, Outcome], ...] = ()
 
     @property

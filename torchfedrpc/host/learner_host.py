@@ -166,7 +166,7 @@ class LearnerHost:
             if job is not None and not job.stepping and job.num_items != step + 1:
                 advances = job
                 self._replies[call_id] = reply
-                job.stepping, job.last_item = True, None
+                job.stepping, job.last_item, job.received = True, None, time.perf_counter()
             else:
                 known = self._repeated(call_id, step, reply)
         if advances is not None:
@@ -320,7 +320,7 @@ class LearnerHost:
             with self._lock:
                 if job.is_withdrawn:
                     return
-                job.has_begun = True
+                job.has_begun, job.begun = True, time.perf_counter()
             if process.activity is not None:
                 slot = process.activity.enter(call_id)
             result = steps_of(job)
@@ -394,6 +394,7 @@ class LearnerHost:
             self._sync.put(partial(self._turn, job, steps_of))
 
     async def _item(self, job: Job) -> Outcome:
+        job.begun = time.perf_counter()
         self._start_clock(job)
         return await self._runner.item(job)
 
@@ -467,6 +468,8 @@ class LearnerHost:
         """Answer a job, and begin the learner's next one. Close a stream that was cancelled meanwhile."""
         job.task = None
         self._process.deadlines.stop(job.call.call_id)
+        if outcome.stamps is None:
+            outcome = _stamped(outcome, job)
         following, batch_job, unread = None, None, False
         with self._lock:
             reply = self._replies.pop(job.call.call_id, None)
@@ -520,7 +523,7 @@ class LearnerHost:
             idle_stream, job.stepping = not job.stepping, True
             if job.has_begun:
                 seconds = time.perf_counter() - job.began if job.began else 0.0  # its method may not have begun
-                outcome = replace(outcome, cut_off=not idle_stream, seconds=seconds)
+                outcome = _stamped(replace(outcome, cut_off=not idle_stream, seconds=seconds), job)
                 self._keep(job, outcome)
             else:
                 outcome = replace(outcome, never_ran=True)
@@ -541,6 +544,11 @@ class LearnerHost:
         """Keep a final outcome for a repeated request. A batch keeps the outcomes of its calls itself."""
         if job.batch is None and not self._process.in_driver:
             self._outcomes[job.call.call_id] = outcome
+
+
+def _stamped(outcome: Outcome, job: Job) -> Outcome:
+    """Return the outcome of a job with its stamps, if a thread has begun with the job."""
+    return replace(outcome, stamps=(job.received, job.begun, time.perf_counter())) if job.begun else outcome
 
 
 async def answer(send: Callable[[Reply], None], cancel: Callable[[], None]) -> Outcome:

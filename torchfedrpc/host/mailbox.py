@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -100,7 +101,9 @@ class Job:
         stepping: Whether the call runs or waits to run; False if a stream is open and idle.
         num_items: Number of items of the stream so far.
         last_item: The last item, until the next is requested.
-        began: When its method began, by `time.perf_counter`.
+        received: When this process received the call, or the request for the next item, by `time.perf_counter`.
+        begun: When a thread began with it, likewise; 0 before that.
+        began: When its method began, likewise.
         batch: The batch to which its result is added, if any.
         place: The client's place in the batch's reduction.
         num_reports: Number of its reports of progress.
@@ -118,6 +121,8 @@ class Job:
     stepping: bool = True
     num_items: int = 0
     last_item: Outcome | None = None
+    received: float = field(default_factory=time.perf_counter)
+    begun: float = 0.0
     began: float = 0.0
     batch: BatchJob | None = None
     place: int = 0

@@ -158,7 +158,9 @@ class Runner:
             if job.batch is not None and not job.cancelled:
                 job.batch.add(job.place, box[0])
                 box[0] = None
-            return Outcome(kind, self._process.take_result(box[0]), seconds=seconds)
+            result = self._process.take_result(box[0])
+            stamps = (job.received, job.begun, time.perf_counter())
+            return Outcome(kind, result, seconds=seconds, stamps=stamps)
         except SerializationError as error:
             where = f"{job.call.client_id}.{job.call.method}"
             if inspect.isgenerator(box[0]) or inspect.isasyncgen(box[0]):

@@ -33,7 +33,13 @@ class CountedCall(Protocol):
 class BatchWorker(Protocol):
     """Process that runs batches."""
 
-    label: str
+    @property
+    def label(self) -> str:
+        """Its name."""
+
+    @property
+    def clock_ahead_s(self) -> float:
+        """Seconds that its clock is ahead of the driver's."""
 
     async def run_batch(self, batch: Batch) -> Outcome:
         """Run a batch, or attach to a running one, and return its first outcome."""
@@ -260,6 +266,8 @@ class Reduction:
         for place, outcome in of_calls:
             if (call := calls.get(place)) is None:
                 raise SerializationError(f"{worker.label} has answered a batch with other calls than it was sent")
+            if call.trace is not None:
+                call.trace.answered(outcome.stamps, worker.clock_ahead_s)
             if outcome.kind == "value":
                 self.note(call.client_id, None)
             elif outcome.kind != "given_back" and not self._is_to_repeat(place, outcome):

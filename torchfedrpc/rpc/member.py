@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torchfedrpc.rpc.control_link import Link, Message, in_short
 from torchfedrpc.rpc.heartbeat import Loss
 from torchfedrpc.rpc.processes import Process
 from torchfedrpc.rpc.worker_client import Request, UndeliverableError, WorkerClient, WorldOver
+from torchfedrpc.rpc.worker_clock import WorkerClock
 from torchfedrpc.wire.file import TensorFiles
 
 _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
@@ -62,6 +64,7 @@ class Member:
         client: Sends requests to it in the present world; None while the world is re-formed.
         confirmed: Clients whose learners it has confirmed as registered, in earlier worlds.
         sent: Ids of requests without a final answer, in the order of sending.
+        clock: Its clock, compared with the driver's.
     """
 
     label: str
@@ -80,6 +83,7 @@ class Member:
     client: WorkerClient | None = None
     confirmed: set[str] = field(default_factory=set)
     sent: dict[int, None] = field(default_factory=dict)
+    clock: WorkerClock = field(default_factory=WorkerClock)
     lost: asyncio.Future[Loss] = field(init=False)
     _cancelled: set[int] = field(default_factory=set)  # ids of batches
     _unread: dict[int, Outcome] = field(default_factory=dict)  # of calls that were cancelled as their outcomes came
@@ -115,6 +119,11 @@ class Member:
         self.lost.set_result(replace(loss, running=tuple(running)))
         self.leave_world()
         self._changed.set()
+
+    @property
+    def clock_ahead_s(self) -> float:
+        """Seconds that its clock is ahead of the driver's, as well as that is known."""
+        return self.clock.offset_s
 
     def gone(self) -> WorkerGone:
         """Return the error of requests to a process that is gone."""
@@ -153,16 +162,19 @@ class Member:
             UndeliverableError: If RPC cannot carry the call or its answer.
         """
         self.sent[call.call_id] = None
+        if call.trace is not None:
+            call.trace.sent(self.label)
 
         def send(client: WorkerClient) -> asyncio.Future[Outcome]:
             client.register(self.registrations[call.client_id])
             return client.submit(call)
 
-        return self._ask(call, send)
+        return self._ask(call, send, sent_at=time.perf_counter())
 
     def run_batch(self, batch: Batch) -> Coroutine[Any, Any, Outcome]:
         """Run a batch, or join it; as of `submit`."""
         self.sent[batch.call_id] = None
+        batch.sent(self.label)
 
         def send(client: WorkerClient) -> asyncio.Future[Outcome]:
             client.register_all(batch, self.registrations)
@@ -177,6 +189,8 @@ class Member:
             WorkerGone: If the worker is lost.
             UndeliverableError: If RPC cannot carry the answer.
         """
+        if isinstance(request, Call) and request.trace is not None:
+            request.trace.sent(self.label)
         return self._ask(request, lambda client: client.advance(request, step))
 
     def cancel_batch(self, batch: Batch) -> None:
@@ -197,8 +211,16 @@ class Member:
         self.sent.pop(call.call_id, None)
         return outcome
 
-    async def _ask(self, request: Request, send: Callable[[WorkerClient], asyncio.Future[Outcome]]) -> Outcome:
-        """Send a request in the present world, and in each later one until an answer comes."""
+    async def _ask(
+        self, request: Request, send: Callable[[WorkerClient], asyncio.Future[Outcome]], sent_at: float | None = None
+    ) -> Outcome:
+        """Send a request in the present world, and in each later one until an answer comes.
+
+        Args:
+            request: The request.
+            send: Sends it.
+            sent_at: The present time, if the clocks are to be compared by it.
+        """
         while True:
             client = self.client or await self._next_client()
             answer = send(client)
@@ -207,10 +229,16 @@ class Member:
             try:
                 outcome = await answer
             except WorldOver:
+                sent_at = None
                 continue
             except BaseException as error:
                 self._fail(request, answer, error)
                 raise
+            if (stamps := outcome.stamps) is not None:
+                if sent_at is not None:
+                    self.clock.note(sent_at, stamps)
+                if isinstance(request, Call) and request.trace is not None:
+                    request.trace.answered(stamps, self.clock.offset_s)
             if outcome.kind != "item":
                 self.sent.pop(request.call_id, None)
                 self._cancelled.discard(request.call_id)
@@ -273,6 +301,7 @@ class Member:
             } if _DEVICE.fullmatch(device) and all(isinstance(problem, str) for problem in problems):
                 self.device, self.visible_gpus, self.sees_files = device, visible_gpus, sees_files
                 self.pid = files[0] if files is not None and TensorFiles.is_found(*files) else None
+                self.clock.is_common = self.pid is not None or self.process is not None
                 return True
         return False
 

@@ -215,7 +215,7 @@ def outcome_message(outcome: Outcome, covered: MappedDevices) -> Any:
     failure, parcel = outcome.failure, outcome.parcel
     parts = failure and (failure.type_name, failure.message, failure.traceback, failure.body)
     files = parcel.files if isinstance(parcel, Parcel) else None
-    flags = (outcome.kind, outcome.never_ran, outcome.cut_off, outcome.seconds, files is not None)
+    flags = (outcome.kind, outcome.never_ran, outcome.cut_off, outcome.seconds, files is not None, outcome.stamps)
     of_calls = [(place, outcome_message(one, covered)) for place, one in outcome.of_calls]
     if parcel is None:
         return flags, parts, None, of_calls
@@ -257,11 +257,11 @@ def read_outcome(message: Any, home: torch.device | None, pid: int | None = None
     """
     match message:
         case (
-            (str(kind), bool(never_ran), bool(cut_off), int() | float() as seconds, bool(is_in_files)),
+            (str(kind), bool(never_ran), bool(cut_off), int() | float() as seconds, bool(is_in_files), stamps),
             parts,
             content,
             list(of_calls),
-        ) if (settled := _OUTCOMES.get(kind)) is not None and math.isfinite(seconds):
+        ) if (settled := _OUTCOMES.get(kind)) is not None and math.isfinite(seconds) and _are_stamps(stamps):
             failure = _read_failure(parts)
         case _:
             raise SerializationError(_OTHER_FORM)
@@ -273,7 +273,14 @@ def read_outcome(message: Any, home: torch.device | None, pid: int | None = None
     else:
         parcel = read_parcel(content, home, move_all=True)
     ended = tuple(_read_ended(one) for one in of_calls)
-    return Outcome(settled, parcel, failure, never_ran, cut_off, seconds=seconds, of_calls=ended)
+    return Outcome(settled, parcel, failure, never_ran, cut_off, seconds=seconds, stamps=stamps, of_calls=ended)
+
+
+def _are_stamps(stamps: Any) -> bool:
+    """Whether this is the field of an outcome's `Stamps`."""
+    if stamps is None:
+        return True
+    return type(stamps) is tuple and [*map(type, stamps)] == [float, float, float] and math.isfinite(sum(stamps))
 
 
 def _read_ended(message: Any) -> tuple[int, Outcome]:

@@ -133,6 +133,8 @@ async def test_reduction_is_finished_with_the_threads_of_the_driver(
 class Worker:
     """Answers the requests of a batch as a test tells it to."""
 
+    clock_ahead_s = 0.0
+
     def __init__(self, label: str = "worker1") -> None:
         self.label = label
         self.log: list[str] = []

@@ -44,7 +44,7 @@ def test_a_parcel_that_has_arrived_takes_its_memory_from_the_message() -> None:
     assert len(message[2]) == 1  # RPC's threads hold it for a while
 
 
-_FLAGS = ("value", False, False, 0.1, False)
+_FLAGS = ("value", False, False, 0.1, False, (1.0, 2.0, 3.0))
 
 
 @pytest.mark.parametrize(
@@ -55,18 +55,23 @@ _FLAGS = ("value", False, False, 0.1, False)
         (_FLAGS, None, None),
         (("other", *_FLAGS[1:]), None, None, []),
         ((["value"], *_FLAGS[1:]), None, None, []),
-        (("value", 0, False, 0.1, False), None, None, []),
-        (("value", False, False, "0.1", False), None, None, []),
-        (("value", False, False, float("nan"), False), None, None, []),
-        (("value", False, False, float("inf"), False), None, None, []),
+        (("value", 0, False, 0.1, False, None), None, None, []),
+        (("value", False, False, "0.1", False, None), None, None, []),
+        (("value", False, False, float("nan"), False, None), None, None, []),
+        (("value", False, False, float("inf"), False, None), None, None, []),
+        ((*_FLAGS[:5], (1.0, 2.0)), None, None, []),
+        ((*_FLAGS[:5], [1.0, 2.0, 3.0]), None, None, []),
+        ((*_FLAGS[:5], (1.0, 2, 3.0)), None, None, []),
+        ((*_FLAGS[:5], (1.0, float("nan"), 3.0)), None, None, []),
+        ((*_FLAGS[:5], 1.0), None, None, []),
         (_FLAGS, ("ValueError",), None, []),
         (_FLAGS, (1, "text", "", None), None, []),
         (_FLAGS, ("ValueError", "text", "", "body"), None, []),
         (_FLAGS, [], None, []),
-        ((*_FLAGS[:4], True), None, None, []),
-        ((*_FLAGS[:4], True), None, (b"", [], 5), []),
-        ((*_FLAGS[:4], True), None, (b"", [], [["../../mem", 1, 1, 1, []]]), []),
-        ((*_FLAGS[:4], True), None, (b"", [], [[0, 1, 1]]), []),
+        ((*_FLAGS[:4], True, None), None, None, []),
+        ((*_FLAGS[:4], True, None), None, (b"", [], 5), []),
+        ((*_FLAGS[:4], True, None), None, (b"", [], [["../../mem", 1, 1, 1, []]]), []),
+        ((*_FLAGS[:4], True, None), None, (b"", [], [[0, 1, 1]]), []),
         (_FLAGS, None, None, None),
         (_FLAGS, None, None, (0,)),
         (_FLAGS, None, None, [None]),
