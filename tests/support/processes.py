@@ -21,12 +21,13 @@ from folders import SUPPORT, TESTS
 import torchfedrpc
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE")
+_LAUNCHER_PREFIXES = ("TORCHELASTIC", "GROUP_", "ROLE_", "SLURM_", "OMPI_", "PMI")
 
 
 def environment() -> dict[str, str]:
     """The environment of this process without the variables of a launcher, and with the modules of tests."""
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
-    kept = {name: value for name, value in kept.items() if not name.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))}
+    kept = {name: value for name, value in kept.items() if not name.startswith(_LAUNCHER_PREFIXES)}
     path = os.pathsep.join([str(SUPPORT), str(TESTS), str(TESTS / "system"), *filter(None, [kept.get("PYTHONPATH")])])
     return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 

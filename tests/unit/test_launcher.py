@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from torchfedrpc import launcher
@@ -22,7 +24,7 @@ OTHERS = ["GROUP_RANK", "LOCAL_WORLD_SIZE", "ROLE_RANK", "TORCHELASTIC_MAX_RESTA
 
 @pytest.fixture(autouse=True)
 def _no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*TORCHRUN, *OTHERS]:
+    for name in [*TORCHRUN, *OTHERS, *SALLOC, *SRUN, *OPEN_MPI, *MPICH, launcher._RANK_PID]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launcher, "_is_worker", False)
 
@@ -150,3 +152,155 @@ def test_a_launch_whose_variables_do_not_go_together_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         Launch.from_environment()
+
+
+# srun and mpirun, with the variables that Slurm 24.11, Open MPI 5.0 and MPICH 4 set.
+
+SRUN = {
+    "SLURM_JOB_ID": "6",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEPID": "0",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "3",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+    "SLURM_STEP_NODELIST": "rack2-node[07-09,12],login1",
+    "SLURM_JOB_NODELIST": "rack1-node[01-09]",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.77.0.9",
+}
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
+SALLOC = {
+    **BATCH,
+    "SLURM_STEP_ID": "4294967290",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+    "SLURM_STEP_NODELIST": "node1",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "prterun-hub-2123@1",
+}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "9", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+def _launch_of(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> Launch | None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return Launch.from_environment()
+
+
+def test_tasks_of_srun_are_ranks_whose_store_is_on_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = _launch_of(monkeypatch, SRUN)
+    assert launch is not None
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.num_nodes) == (2, 3, 0, None)
+    assert launch.master_address == "rack2-node07"
+    assert 20000 <= launch.master_port < 29500
+    assert not launch.agent_store
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    other = Launch.from_environment()
+    assert other is not None
+    assert other.master_port != launch.master_port  # two steps of a job may run at once on the same nodes
+
+
+def test_tasks_of_srun_on_one_machine_meet_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = _launch_of(monkeypatch, {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3"})
+    assert launch is not None
+    assert (launch.num_nodes, launch.master_address) == (1, "127.0.0.1")
+
+
+@pytest.mark.parametrize("variables", [BATCH, SALLOC], ids=["batch script", "shell of salloc"])
+def test_a_process_in_an_allocation_that_srun_has_not_started_waits_for_no_ranks(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    assert _launch_of(monkeypatch, variables) is None
+    assert not launcher.is_process_of_rank()
+
+
+def test_world_size_of_1_lets_tasks_of_srun_run_jobs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _launch_of(monkeypatch, {**SRUN, "WORLD_SIZE": "1"}) is None
+
+
+def test_variables_of_torch_that_a_batch_script_exports_come_before_those_of_srun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = {"WORLD_SIZE": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
+    launch = _launch_of(monkeypatch, {**SRUN, **own})
+    assert launch is not None
+    assert (launch.rank, launch.master_address, launch.master_port) == (2, "10.0.0.1", 29501)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=8, and srun has started 3 processes .*: unset WORLD_SIZE"):
+        Launch.from_environment()
+
+
+@pytest.mark.usefixtures("_launched")
+def test_ranks_of_a_torchrun_that_srun_has_started_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Launch.from_environment()
+    assert _launch_of(monkeypatch, SRUN) == before
+    monkeypatch.delenv("LOCAL_RANK")  # as of ranks that a script of the user numbers
+    launch = _launch_of(monkeypatch, {**SRUN, "SLURM_LOCALID": "5"})
+    assert launch is not None
+    assert (launch.rank, launch.local_rank) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank", "world_size"),
+    [({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 3, 4), (MPICH, 1, 2)],
+    ids=["Open MPI", "MPICH"],
+)
+def test_processes_of_mpirun_on_one_machine_are_ranks(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], rank: int, world_size: int
+) -> None:
+    launch = _launch_of(monkeypatch, variables)
+    assert launch is not None
+    assert (launch.rank, launch.world_size, launch.local_rank) == (rank, world_size, 1)
+    assert (launch.num_nodes, launch.master_address) == (1, "127.0.0.1")
+    monkeypatch.setenv(launcher._RANK_PID, str(os.getpid()))  # which it would set
+    assert launcher.is_process_of_rank()
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        (OPEN_MPI, r"mpirun has started 4 .* such as mpirun -x MASTER_ADDR=10\.0\.0\.1"),
+        ({**MPICH, "MPI_LOCALNRANKS": "1"}, r"such as mpiexec -genv MASTER_ADDR 10\.0\.0\.1"),
+        ({**SRUN, "MASTER_ADDR": "localhost"}, r"MASTER_ADDR=localhost leads to each machine itself.*export MASTER"),
+    ],
+    ids=["Open MPI", "MPICH", "srun"],
+)
+def test_a_launch_on_several_machines_that_names_no_address_is_refused_with_the_line_to_write(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], line: str
+) -> None:
+    with pytest.raises(ConfigError, match=line):
+        _launch_of(monkeypatch, variables)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    launch = Launch.from_environment()
+    assert launch is not None
+    assert (launch.master_address, launch.num_nodes) == ("10.0.0.1", None)
+
+
+def test_mpirun_in_an_allocation_comes_before_the_srun_that_has_started_its_daemon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    daemon = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "rack1-node02"}
+    launch = _launch_of(monkeypatch, {**daemon, **OPEN_MPI})
+    assert launch is not None
+    assert (launch.rank, launch.world_size, launch.master_address) == (3, 4, "rack1-node01")
+
+
+def test_srun_with_the_interface_of_mpi_is_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = _launch_of(monkeypatch, {**SRUN, "PMI_RANK": "2", "PMI_SIZE": "3"})
+    assert launch is not None
+    assert launch.master_address == "rack2-node07"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("n[1-3]", "n1"), ("n[007,9]-x,m", "n007-x"), ("r[2-3]n[5,6]", "r2n5"), ("", "")],
+)
+def test_the_first_machine_of_a_list_is_found(nodes: str, first: str) -> None:
+    assert launcher._first_node(nodes) == first

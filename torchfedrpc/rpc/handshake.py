@@ -37,7 +37,7 @@ import torch
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.rpc.control_link import Link, close_in_children, end_when_cut_off
-from torchfedrpc.rpc.interfaces import describe_os_error, network_site, parse_address
+from torchfedrpc.rpc.interfaces import describe_address, describe_os_error, network_site, parse_address
 from torchfedrpc.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -121,11 +121,14 @@ async def dial(address: str, token: bytes, about: About, *, timeout_s: float) ->
         HandshakeError: If the listener is unreachable, refuses, or cannot be trusted.
     """
     host, port = parse_address(address)
+    loop = asyncio.get_running_loop()
     connection = socket.socket()
     try:
         connection.setblocking(False)
         async with asyncio.timeout(timeout_s):
-            await asyncio.get_running_loop().sock_connect(connection, (host, port))
+            found = await loop.getaddrinfo(host, port, family=socket.AF_INET, type=socket.SOCK_STREAM)
+            address = describe_address(host, port, str(found[0][4][0]))
+            await loop.sock_connect(connection, found[0][4])
         listener = await handshake_as_dialler(
             connection, token, about, address=address, timeout_s=min(timeout_s, HANDSHAKE_TIMEOUT_S)
         )

@@ -36,7 +36,20 @@ def parse_address(address: str, *, any_port: bool = False) -> tuple[str, int]:
 
 def describe_os_error(error: OSError) -> str:
     """The system's text for an error, without the address that Python puts into it as a tuple."""
-    return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error)
+    if isinstance(error, socket.gaierror):
+        return str(error.strerror)
+    return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error) or "no answer"
+
+
+def describe_address(host: str, port: int, resolved: str) -> str:
+    """``HOST:PORT``, and of a host name the address that this machine resolves it to.
+
+    Systems such as Debian resolve the own name of a machine to 127.0.1.1, which leads no other machine to it.
+    """
+    if resolved == host:
+        return f"{host}:{port}"
+    itself = ", this machine itself: see its /etc/hosts" if resolved.startswith("127.") else ""
+    return f"{host}:{port} (here {resolved}{itself})"
 
 
 def address_of(interface: str) -> str:

@@ -19,7 +19,7 @@ import torch.distributed
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
-from torchfedrpc.launcher import Launch
+from torchfedrpc.launcher import Launch, is_loopback
 from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.handshake import (
     TOKEN_VARIABLE,
@@ -35,7 +35,7 @@ from torchfedrpc.rpc.handshake import (
     load_token,
 )
 from torchfedrpc.rpc.heartbeat_connection import EPHEMERAL_PORTS
-from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, describe_os_error, network_site
+from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, describe_address, describe_os_error, network_site
 from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.sources import Source
 
@@ -326,21 +326,67 @@ def _listen_addresses(launch: Launch, interface: str | None) -> tuple[str, str]:
         return (address := address_of(interface)), address
     # A launcher that does not tell the number of machines gives the first one's address, which all ranks reach. A
     # loopback address, or this name of one, leads to no other machine.
-    is_loopback = launch.master_address == "localhost" or launch.master_address.startswith("127.")
-    if launch.num_nodes == 1 or (launch.num_nodes is None and is_loopback):
+    if launch.num_nodes == 1 or (launch.num_nodes is None and is_loopback(launch.master_address)):
         loopback = address_of(LOOPBACK)
         return loopback, loopback
     resolved = socket.gethostbyname(launch.master_address)
     # Some systems resolve a host's own name to a loopback address, which other machines cannot dial.
-    return launch.master_address, "" if resolved.startswith("127.") else resolved
+    return launch.master_address, "" if is_loopback(resolved) else resolved
 
 
 def _open_store(launch: Launch, *, serve: bool, timeout_s: float = _GATHER_TIMEOUT_S) -> Any:
+    """Open the launch's store.
+
+    Args:
+        launch: The launch of this process.
+        serve: Whether this process serves it.
+        timeout_s: Seconds to wait for the process that serves it.
+
+    Raises:
+        ConfigError: If this process cannot serve it, or does not reach the one that does.
+    """
+    if not serve:
+        _wait_for_store(launch, timeout_s)
     distributed: Any = torch.distributed  # some builds have it without its stores
-    return distributed.TCPStore(
-        launch.master_address,
-        launch.master_port,
-        is_master=serve,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    try:
+        return distributed.TCPStore(
+            launch.master_address,
+            launch.master_port,
+            is_master=serve,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except RuntimeError as error:
+        raise ConfigError(
+            f"rank {launch.rank} cannot {'serve' if serve else 'use'} the store of the launch at "
+            f"{launch.master_address}:{launch.master_port}: {str(error).splitlines()[0]}; MASTER_ADDR has to be an "
+            f"address of rank 0's machine, and MASTER_PORT a port that is free there"
+        ) from error
+
+
+def _wait_for_store(launch: Launch, timeout_s: float) -> None:
+    """Wait until the launch's store accepts connections, and report every 10 s that it does not.
+
+    Raises:
+        ConfigError: If it does not in time.
+    """
+    began, next_log_s = time.monotonic(), _LOG_EVERY_S
+    host, port = launch.master_address, launch.master_port
+    while True:
+        where = f"{host}:{port}"
+        try:
+            where = describe_address(host, port, resolved := socket.gethostbyname(host))
+            socket.create_connection((resolved, port), timeout=_DIAL_TIMEOUT_S).close()
+            return
+        except OSError as error:
+            unreached = f"{where} cannot be reached from {socket.gethostname()} ({describe_os_error(error)})"
+        waited_s = time.monotonic() - began
+        if waited_s > timeout_s:
+            raise ConfigError(
+                f"rank {launch.rank} found no rank 0 within {timeout_s:.0f} s: {unreached}. MASTER_ADDR has to be an "
+                f"address of rank 0's machine at which the others reach it, and rank 0 has to be started"
+            )
+        if waited_s > next_log_s:
+            logger.warning("rank %d waits for rank 0, for %.0f s so far: %s", launch.rank, waited_s, unreached)
+            next_log_s += _LOG_EVERY_S
+        time.sleep(_RETRY_S)
