@@ -255,3 +255,8 @@ async def take_calls_back(proxy: tfr.LearnerProxy) -> int:
         if candidates and not worker.is_gone:
             num_taken += await dealer._take_back(worker, load, candidates, half=True)
     return num_taken
+
+
+def subscribers_of(proxy: tfr.LearnerProxy) -> list[Any]:
+    """The subscribers to the events of a proxy; without any, calls make no events."""
+    return list(proxy._calls.opening.events.subscribers)

@@ -22,7 +22,7 @@ from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.history import History, RoundRecord
 from torchfedrpc.experiments.progress import live_progress
 from torchfedrpc.experiments.recipe import build, locate
-from torchfedrpc.experiments.report import print_table
+from torchfedrpc.experiments.round_table import print_table
 from torchfedrpc.experiments.training import Score, build_model, initial_weights, score
 from torchfedrpc.federation.checkpoints import SUBFOLDER, Checkpoints
 from torchfedrpc.host.process import process_settings

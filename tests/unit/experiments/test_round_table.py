@@ -11,7 +11,7 @@ import pytest
 from conftest import needs
 
 from torchfedrpc.experiments.history import RoundRecord
-from torchfedrpc.experiments.report import print_table
+from torchfedrpc.experiments.round_table import print_table
 
 
 def _record(round_num: int, num_bytes: int = 1_000_000) -> RoundRecord:
