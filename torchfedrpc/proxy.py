@@ -521,7 +521,7 @@ class LearnerProxy:
             - ``journal_bytes``: Bytes of arguments that the journal holds now, for the replay of lost calls.
             - ``workers_lost``: Number of workers lost so far.
             - ``workers``: Name of a process with learners -> ``{"learners": number}``. In local mode the only name
-              is ``local``. Empty after the proxy is closed.
+                is ``local``. Empty after the proxy is closed.
         """
         return self._calls.stats()
 

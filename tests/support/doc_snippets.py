@@ -5,6 +5,7 @@ folder. A comment of HTML above a block, which no reader sees, says otherwise:
 
     <!-- snippet: file NAME -->           written to a file; of any language
     <!-- snippet: within NAME -->         python, in place of the line "# SNIPPET" of tests/support/snippets/NAME.py
+    <!-- snippet: peer NAME -->           python, in the environment that scripts/bench/setup-peers makes for NAME
     <!-- snippet: tested by TEST -->      not run here, but by a test: tests/system/test_x.py::test_y
     <!-- snippet: not run: REASON -->     not run at all
 """
@@ -15,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,11 @@ from folders import ROOT, SUPPORT
 from processes import environment
 
 _LANGUAGES = ("python", "sh")
-_DIRECTIVE = re.compile(r"<!-- snippet: (?P<verb>file|within|tested by|not run:) (?P<what>.+?) -->\s*")
+_DIRECTIVE = re.compile(r"<!-- snippet: (?P<verb>file|within|peer|tested by|not run:) (?P<what>.+?) -->\s*")
 _FENCE = re.compile(r"(?P<indent> *)```(?P<language>[a-z]*)(?P<options>.*)")
 _HOLE = re.compile(r"^(?P<indent> *)# SNIPPET\n", re.MULTILINE)
 _TIMEOUT_S = 240
+_PEERS = ROOT / "scripts" / "bench" / ".peers"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,17 @@ class Snippet:
     @property
     def runs(self) -> bool:
         """Whether the block is run by `run_page`."""
-        return self.language in _LANGUAGES and self.verb in ("", "within")
+        return self.language in _LANGUAGES and (self.verb in ("", "within") or self.runs_at_peer)
+
+    @property
+    def runs_at_peer(self) -> bool:
+        """Whether the block runs in the environment of a peer, which is there."""
+        return self.verb == "peer" and self.python.exists()
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that runs the block."""
+        return _PEERS / self.what / "bin" / "python" if self.verb == "peer" else Path(sys.executable)
 
 
 def pages() -> list[Path]:
@@ -96,23 +109,25 @@ def snippets(page: Path) -> list[Snippet]:
     return found
 
 
-def run_page(page: Path, folder: Path) -> None:
-    """Run the blocks of a page in a folder, one after another.
+def run_page(page: Path, folder: Path) -> list[str]:
+    """Run the blocks of a page in a folder, one after another; returns what each of them printed.
 
     Raises:
         AssertionError: If a block fails; it shows the block and what it printed.
     """
+    printed = []
     for snippet in snippets(page):
         if snippet.verb == "file":
             path = folder / snippet.what
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(snippet.code, encoding="utf-8")
         elif snippet.runs:
-            run(snippet, folder)
+            printed.append(run(snippet, folder))
+    return printed
 
 
-def run(snippet: Snippet, folder: Path) -> None:
-    """Run a block in a folder."""
+def run(snippet: Snippet, folder: Path) -> str:
+    """Run a block in a folder; returns what it printed."""
     if snippet.language == "python":
         code = snippet.code
         if snippet.verb == "within":
@@ -120,22 +135,25 @@ def run(snippet: Snippet, folder: Path) -> None:
             code = _HOLE.sub(lambda hole: textwrap.indent(snippet.code, hole["indent"]), frame)
         script = folder / f"snippet_{snippet.line}.py"
         script.write_text(code, encoding="utf-8")
-        command = [sys.executable, script.name]
+        command = [str(snippet.python), script.name]
     else:
         command = ["bash", "-euo", "pipefail", "-c", snippet.code]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    variables = {**environment(), "PATH": path, "TMPDIR": str(folder)}
+    variables = {**environment(), "PATH": path}
     variables.pop("PYTHONPATH")  # a reader has none
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
-    )
-    shown = f"{snippet.place} ends with status {done.returncode}\n{snippet.code}\n{done.stdout[-4000:]}"
+    output = folder / f"output_{snippet.line}.txt"  # a pipe would wait for all that the block has started
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary, output.open("wb") as file:  # short, for Ray's sockets
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**variables, "TMPDIR": temporary, "RAY_TMPDIR": temporary},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    printed = output.read_text(encoding="utf-8", errors="replace")
+    shown = f"{snippet.place} ends with status {done.returncode}\n{snippet.code}\n{printed[-4000:]}"
     assert done.returncode == 0, shown
+    return printed

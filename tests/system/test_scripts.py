@@ -12,7 +12,8 @@ import pytest
 from folders import ROOT
 
 SCRIPTS = ROOT / "scripts"
-RUN_BY_NIGHT = ["test", "chaos/run", "bench/table"]
+RUN_BY_NIGHT = ["test", "lower-bounds", "chaos/run", "bench/table"]
+RUN_BY_CI = ["check", "docs", "test", "chaos/run", "bench/table"]
 CI = ROOT / ".ci" / "run"
 
 
@@ -24,7 +25,7 @@ def tree(tmp_path: Path) -> Path:
     shutil.copy(SCRIPTS / "nightly", tmp_path / "scripts")
     if CI.exists():
         shutil.copy(CI, tmp_path / ".ci")
-    for name in ("check", *RUN_BY_NIGHT):
+    for name in {*RUN_BY_CI, *RUN_BY_NIGHT}:
         assert os.access(SCRIPTS / name, os.X_OK)
         script = tmp_path / "scripts" / name
         script.write_text(f'#!/bin/sh\necho {name} "$@" >>ran\n[ "$FAILING" != {name} ]\n')
@@ -51,18 +52,18 @@ def nightly(tree: Path, *arguments: str, failing: str = "") -> tuple[subprocess.
 
 
 @pytest.mark.skipif(not CI.exists(), reason="the sources of a release are without it")
-@pytest.mark.parametrize("failing", ["", "check", *RUN_BY_NIGHT])
+@pytest.mark.parametrize("failing", ["", *RUN_BY_CI])
 def test_continuous_integration_runs_all_and_fails_if_one_of_them_does(tree: Path, failing: str) -> None:
     done, ran = run(tree, ".ci/run", failing=failing)
     assert (done.returncode != 0) == bool(failing)
     if not failing:
-        assert sorted(ran) == ["bench/table --smoke", "chaos/run --quick", "check", "test"]
+        assert sorted(ran) == ["bench/table --smoke", "chaos/run --quick", "check", "docs", "test"]
 
 
 @pytest.mark.parametrize("failing", RUN_BY_NIGHT)
 def test_the_nightly_script_runs_all_and_fails_if_one_of_them_does(tree: Path, failing: str) -> None:
     done, ran = nightly(tree, failing=failing)
-    assert [line.split()[0] for line in ran] == ["test", "chaos/run", "chaos/run", "bench/table"]
+    assert [line.split()[0] for line in ran] == ["test", "lower-bounds", "chaos/run", "chaos/run", "bench/table"]
     assert done.returncode == 1
     assert f"nightly: failed: scripts/{failing}" in done.stderr
 
@@ -75,4 +76,4 @@ def test_the_nightly_script_prints_a_fresh_seed_and_takes_an_earlier_one(tree: P
         seeds += re.findall(r"scripts/chaos/run --seed (\d+)", done.stdout)
     assert len(set(seeds)) == 2
     options = ("", " --stateless")
-    assert nightly(tree, seeds[0])[1][1:3] == [f"chaos/run{option} --seed {seeds[0]}" for option in options]
+    assert nightly(tree, seeds[0])[1][2:4] == [f"chaos/run{option} --seed {seeds[0]}" for option in options]

@@ -9,12 +9,20 @@ from doc_snippets import pages, run_page, snippets
 from folders import ROOT, SUPPORT, TESTS
 
 pytestmark = pytest.mark.timeout(600)
-WITH_CODE = [page for page in pages() if any(snippet.runs for snippet in snippets(page))]
+COMPARED = ROOT / "docs" / "coming-from.md"
+WITH_CODE = [page for page in pages() if page != COMPARED and any(snippet.runs for snippet in snippets(page))]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks_of_a_page_run_as_they_stand(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path)
+
+
+def test_one_task_gives_the_same_in_all_libraries(tmp_path: Path) -> None:
+    printed = run_page(COMPARED, tmp_path)
+    assert len(printed) >= 4  # those of the other libraries run where they are installed
+    for output in printed:
+        assert "accuracy 0.964" in output.splitlines()
 
 
 def test_blocks_that_do_not_run_here_cite_a_test_or_a_reason() -> None:
