@@ -51,8 +51,10 @@ from torchfedrpc.executors.local import LocalExecutor
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.experiments.classification import ClassificationLearner
+from torchfedrpc.federation.best_model import BestModel
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.federation.checkpoints import Checkpoints
+from torchfedrpc.federation.early_stopping import EarlyStopping
 from torchfedrpc.federation.fedavg import FedAvgTrainer, FedProxTrainer
 from torchfedrpc.federation.learner_base import Learner
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
@@ -75,6 +77,7 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "AbstractExecutor",
     "AbstractFederationTrainer",
+    "BestModel",
     "CallEnded",
     "CallStarted",
     "CallTimeoutError",
@@ -87,6 +90,7 @@ __all__ = [
     "ConfigError",
     "DeviceMap",
     "DistributedExecutor",
+    "EarlyStopping",
     "Event",
     "ExecutionMode",
     "ExecutorRouter",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +26,7 @@ from torchfedrpc.experiments.progress import live_progress
 from torchfedrpc.experiments.recipe import build, locate
 from torchfedrpc.experiments.round_table import print_table
 from torchfedrpc.experiments.training import Score, build_model, initial_weights, score
+from torchfedrpc.federation.callbacks import Callback
 from torchfedrpc.federation.checkpoints import SUBFOLDER, Checkpoints
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.private_files import make_private, replaced
@@ -48,6 +51,8 @@ class ExperimentConfig:
             declared stateless.
         trainer: Class of the trainer as ``_target_``, and its settings. It is constructed like ``FedAvgTrainer``, its
             state has the history, and its ``train`` returns the final weights.
+        callbacks: Name -> recipe of a `torchfedrpc.Callback`.
+        logger: Name -> recipe of a logger, which is a `torchfedrpc.Callback` as well, called after all others.
         baseline: Settings of `train_centrally`; None for no baseline.
         checkpoint_every: Number of rounds between checkpoints; None for no checkpoints.
         resume: ``never``, ``auto`` or an output folder, as in `Checkpoints`.
@@ -60,6 +65,8 @@ class ExperimentConfig:
     model: Recipe
     learner: Recipe
     trainer: Recipe
+    callbacks: Mapping[str, Recipe] = dataclasses.field(default_factory=dict)
+    logger: Mapping[str, Recipe] = dataclasses.field(default_factory=dict)
     baseline: Recipe | None = None
     checkpoint_every: int | None = 1
     resume: str = "never"
@@ -130,15 +137,19 @@ async def run_experiment(
     stream = stream or sys.stdout
     if note := extras.missing_line([("live bar", "rich"), ("picture", "matplotlib")]):
         print(note, file=stream)
+    callbacks = _callbacks(config)
     data: TrainTest = build(config.dataset, config.trusted_modules)
     metrics_of = partial(_metrics, build_model(config.model, config.seed, config.trusted_modules), data.test)
-    weights, history = await _train(config, data.train, metrics_of, output_dir / "history.jsonl", checkpoints, stream)
-    with replaced(output_dir / "model.pt") as file:
-        torch.save(weights, file)
-    with process_settings(config.runtime):
-        baseline = _train_baseline(config, data)
-        accuracy = metrics_of(weights)["test_accuracy"]
-    _draw(history, baseline, output_dir / "metrics.png")
+    async with AsyncExitStack() as run:
+        weights, history = await _train(
+            config, data.train, metrics_of, output_dir, checkpoints, callbacks, stream, run
+        )
+        with replaced(output_dir / "model.pt") as file:
+            torch.save(weights, file)
+        with process_settings(config.runtime):
+            baseline = _train_baseline(config, data)
+            accuracy = metrics_of(weights)["test_accuracy"]
+        _draw(history, baseline, output_dir / "metrics.png")
     print_table(history, stream)
     if baseline:
         print(f"centralised baseline: test accuracy {baseline[-1].accuracy:.3f}", file=stream)
@@ -150,17 +161,19 @@ async def _train(
     config: ExperimentConfig,
     train_set: Samples,
     metrics_of: Callable[[Mapping[str, Tensor]], Mapping[str, float]],
-    history_path: Path,
+    output_dir: Path,
     checkpoints: Checkpoints,
+    callbacks: list[Callback],
     stream: TextIO,
+    run: AsyncExitStack,
 ) -> tuple[dict[str, Tensor], list[RoundRecord]]:
-    """Run the trainer, and return the final weights and the rounds."""
+    """Run the trainer, and return the final weights and the rounds. The run ends with the stack ``run``."""
     clients = _divide(config, train_set)
     async with LearnerProxy(_learner(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
         going_on = f", going on after round {found.round_num}" if found is not None else ""
         print(f"{len(clients)} clients, {proxy.mode} mode{going_on}", file=stream, flush=True)
-        history = History(history_path, proxy, goes_on=found is not None)
+        history = History(output_dir / "history.jsonl", proxy, goes_on=found is not None)
         trainer = locate(config.trainer)(
             _settings(config.trainer),
             proxy,
@@ -168,7 +181,8 @@ async def _train(
             score=metrics_of,
             history=history,
         )
-        trainer.checkpoints = checkpoints
+        trainer.checkpoints, trainer.callbacks, trainer.output_dir = checkpoints, callbacks, output_dir
+        await run.enter_async_context(trainer.running(_as_mapping(config)))
         with live_progress(stream) as show:
             proxy.subscribe(show)
             weights = await trainer.train()
@@ -181,7 +195,35 @@ async def _train(
 
 
 def _is_required(item: dataclasses.Field[Any]) -> bool:
-    return item.default is dataclasses.MISSING
+    return item.default is item.default_factory is dataclasses.MISSING
+
+
+def _callbacks(config: ExperimentConfig) -> list[Callback]:
+    """Return the callbacks, then the loggers.
+
+    Raises:
+        ConfigError: If one cannot be made, or the package of a logger is not installed.
+    """
+    made: list[Callback] = []
+    for group in ("callbacks", "logger"):
+        for name, recipe in (getattr(config, group) or {}).items():
+            try:
+                made.append(locate(recipe)(**_settings(recipe)))
+            except TypeError as error:
+                raise ConfigError(f"{group}.{name}: {error}") from error
+            if not isinstance(made[-1], Callback):
+                raise ConfigError(
+                    f"{group}.{name}: {recipe['_target_']} makes no tfr.Callback; derive its class from it"
+                )
+    return made
+
+
+def _as_mapping(config: ExperimentConfig) -> dict[str, Any]:
+    """Return the configuration as dicts, lists and plain values."""
+    return dataclasses.asdict(
+        config,
+        dict_factory=lambda items: {key: value.value if isinstance(value, Enum) else value for key, value in items},
+    )
 
 
 def _metrics(model: nn.Module, test_set: Samples, weights: Mapping[str, Tensor]) -> dict[str, float]:

@@ -18,18 +18,19 @@ def available(module: str) -> bool:
         return False
 
 
-def require(module: str, purpose: str) -> None:
+def require(module: str, purpose: str, *, extra: str = "experiments") -> None:
     """Check that an optional module is installed.
 
     Args:
         module: Top-level name of the module.
         purpose: The feature that needs the module, as the start of the error message.
+        extra: The extra that installs it.
 
     Raises:
         ConfigError: If the module is not installed; the message gives the install command.
     """
     if not available(module):
-        raise ConfigError(f"{purpose} needs {module}, which is not installed: {INSTALL_COMMAND}")
+        raise ConfigError(f"{purpose} needs {module}, which is not installed: pip install 'torchfedrpc[{extra}]'")
 
 
 def missing_line(features: Iterable[tuple[str, str]]) -> str | None:

@@ -41,6 +41,27 @@ class RoundRecord:
     bytes_received: int
 
 
+class RoundMeter:
+    """Meter of a run's time and traffic, from one round's end to the next.
+
+    Args:
+        proxy: The run's proxy, which counts the bytes sent and received.
+    """
+
+    def __init__(self, proxy: LearnerProxy) -> None:
+        self._proxy = proxy
+        self._time, self._traffic = time.perf_counter(), proxy.stats()
+
+    def take(self) -> dict[str, Any]:
+        """Return ``seconds``, ``bytes_sent`` and ``bytes_received`` since the last time."""
+        now, traffic = time.perf_counter(), self._proxy.stats()
+        taken: dict[str, Any] = {"seconds": round(now - self._time, 6)} | {
+            name: traffic[name] - self._traffic[name] for name in ("bytes_sent", "bytes_received")
+        }
+        self._time, self._traffic = now, traffic
+        return taken
+
+
 class History:
     """Log of the rounds of a run, in memory and in a file to which each round is appended at its end.
 
@@ -57,14 +78,13 @@ class History:
         self.records: list[RoundRecord] = []
         self._path = path
         self._proxy = proxy
-        self._last_time, self._last_traffic = time.perf_counter(), proxy.stats()
+        self._meter = RoundMeter(proxy)
         if not goes_on:
             with replaced(path):
                 pass
 
     def append(self, ended: RoundEnded) -> None:
         """Record a round at its end."""
-        now, traffic = time.perf_counter(), self._proxy.stats()
         metrics = {name: _finite(value) for name, value in ended.metrics.items()}
         num_clients = metrics.get("num_clients")
         record = RoundRecord(
@@ -73,11 +93,8 @@ class History:
             test_loss=metrics.get("test_loss"),
             train_loss=metrics.get("train_loss"),
             num_clients=None if num_clients is None else int(num_clients),
-            seconds=round(now - self._last_time, 6),
-            bytes_sent=traffic["bytes_sent"] - self._last_traffic["bytes_sent"],
-            bytes_received=traffic["bytes_received"] - self._last_traffic["bytes_received"],
+            **self._meter.take(),
         )
-        self._last_time, self._last_traffic = now, traffic
         self.records.append(record)
         descriptor = open_private(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         with os.fdopen(descriptor, "a", encoding="utf-8") as file:
@@ -92,7 +109,7 @@ class History:
         self.records[:] = [RoundRecord(**record) for record in state["records"]]
         with replaced(self._path) as file:
             file.write("".join(map(_line, self.records)).encode())
-        self._last_time, self._last_traffic = time.perf_counter(), self._proxy.stats()
+        self._meter = RoundMeter(self._proxy)
 
 
 def _line(record: RoundRecord) -> str:

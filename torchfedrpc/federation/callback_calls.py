@@ -49,8 +49,11 @@ class CallbackCalls:
         self._stopped_by = ""
         self._unsubscribe: Callable[[], None] = lambda: None
 
-    async def start(self) -> None:
+    async def start(self, first_round: int) -> None:
         """Call `Callback.on_run_start`, and publish `RunStarted`. A second call does nothing.
+
+        Args:
+            first_round: Number of the run's first round.
 
         Raises:
             Exception: If a callback raised it.
@@ -58,6 +61,7 @@ class CallbackCalls:
         if self._is_started:
             return
         self._is_started = True
+        self.run.first_round = first_round
         for name in self._named:
             await self._call(name, "on_run_start")
             self._started.append(name)

@@ -21,6 +21,7 @@ class Run:
         proxy: The proxy of the learners. The command has closed it by `Callback.on_run_end`.
         trainer: The trainer; Any, since callbacks read attributes of its subclass, such as ``weights``.
         output_dir: Folder for files of the run; None if the trainer has none.
+        first_round: Number of the first round; above 0 if the run resumes from a checkpoint.
         stop_reason: Why the run stops early; None if it does not.
     """
 
@@ -28,6 +29,7 @@ class Run:
     proxy: LearnerProxy
     trainer: Any
     output_dir: Path | None = None
+    first_round: int = 0
     stop_reason: str | None = None
 
     def stop(self, reason: str) -> None:

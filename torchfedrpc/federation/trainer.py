@@ -150,8 +150,9 @@ class AbstractFederationTrainer(ABC):
         calls = self._callback_calls or CallbackCalls(Run(settings_of(self.config), self.learner_proxy, self), [])
         num_rounds = self.num_rounds
         saver = await Saver.begin(self.checkpoints, self, calls) if self.checkpoints is not None else None
-        await calls.start()
-        for round_num in range(saver.num_done if saver is not None else 0, num_rounds):
+        first_round = saver.num_done if saver is not None else 0
+        await calls.start(first_round)
+        for round_num in range(first_round, num_rounds):
             if calls.run.stop_reason is not None:
                 break
             self.learner_proxy.publish(RoundStarted(round_num, num_rounds))

@@ -15,8 +15,10 @@ from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments import cli  # registers the runtime's schema
 from torchfedrpc.experiments.experiment import ExperimentConfig
 from torchfedrpc.experiments.recipe import locate
+from torchfedrpc.federation.callbacks import Callback
 
-GROUPS = ["runtime", "dataset", "partition", "model", "learner", "trainer", "experiment", "hydra"]
+GROUPS = ["runtime", "dataset", "partition", "model", "learner", "trainer", "callbacks", "logger"]
+GROUPS += ["experiment", "hydra"]
 OPTIONS = [
     (group, option.name.removesuffix(".yaml"))
     for group in GROUPS
@@ -56,6 +58,16 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         assert callable(locate(recipe))
     assert isinstance(locate(experiment.learner), type)
     assert isinstance(locate(experiment.trainer), type)
+    for recipe in {**experiment.callbacks, **experiment.logger}.values():
+        assert issubclass(locate(recipe), Callback)
+
+
+def test_a_group_of_recipes_takes_one_option_or_several() -> None:
+    assert list(_compose("logger=csv").logger) == ["csv"]
+    config = _compose("logger=[csv,tensorboard]", "logger.csv.path=rounds.csv", "callbacks=[best_model]")
+    assert list(config.logger) == ["csv", "tensorboard"]
+    assert config.logger.csv.path == "rounds.csv"
+    assert _compose("+logger.mine._target_=lab.Logger").logger.mine._target_ == "lab.Logger"
 
 
 def test_the_default_is_fedavg_of_a_cnn_on_digits() -> None:

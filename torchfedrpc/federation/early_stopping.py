@@ -1,0 +1,59 @@
+"""Early stopping: the run ends when a metric has not improved for some rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.events import RoundEnded
+from torchfedrpc.federation.callbacks import Callback, Run
+from torchfedrpc.federation.watched_metric import WatchedMetric
+
+
+class EarlyStopping(Callback):
+    """Stops the run after ``patience`` rounds in a row without a better metric. A run that resumes counts on.
+
+    Args:
+        metric: Name of a metric in `RoundEnded`. Rounds without it do not count, once a round has had it.
+        mode: ``min`` or ``max``. Default: ``min`` if the name ends with ``loss``, ``max`` if with ``accuracy``.
+        patience: Number of rounds, at least 1.
+        min_delta: A metric is better if it exceeds the best one by more than this, in its own unit.
+
+    Raises:
+        ConfigError: If a setting is invalid; at the end of the first round, if it has no such metric.
+    """
+
+    def __init__(
+        self, metric: str = "test_loss", *, mode: str | None = None, patience: int = 10, min_delta: float = 0.0
+    ) -> None:
+        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+            raise ConfigError(f"EarlyStopping: patience must be a whole number of at least 1, not {patience!r}")
+        self._watched = WatchedMetric("EarlyStopping", metric, mode, min_delta)
+        self._patience = patience
+        self._num_worse = 0
+
+    def on_round_end(self, run: Run, ended: RoundEnded) -> None:
+        """Stop the run if the patience is over."""
+        is_better = self._watched.is_improved_by(ended)
+        if is_better is not None:
+            self._num_worse = 0 if is_better else self._num_worse + 1
+        if self._num_worse >= self._patience:
+            best, round_num = self._watched.best, self._watched.best_round
+            run.stop(
+                f"{self._watched.name} has not improved for {self._num_worse} rounds; "
+                + (
+                    f"the best was {best:.6g} in round {round_num + 1}"
+                    if best is not None
+                    else "it was never a number"
+                )
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best metric, and the number of rounds since."""
+        return {"watched": self._watched.state_dict(), "num_worse": self._num_worse}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a result of `state_dict`."""
+        self._watched.load_state_dict(state["watched"])
+        self._num_worse = state["num_worse"]

@@ -1,0 +1,78 @@
+"""Metric that a callback watches: whether a round improves it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torchfedrpc.errors import ConfigError, suggest
+from torchfedrpc.events import RoundEnded
+
+_MODES = {"min": -1.0, "max": 1.0}
+
+
+class WatchedMetric:
+    """A metric, its best value so far, and the round that had it.
+
+    Args:
+        owner: Name of the callback, for error messages.
+        name: Name of the metric.
+        mode: ``min`` or ``max``. None: ``min`` if the name ends with ``loss``, ``max`` if with ``accuracy``.
+        min_delta: A value improves the best one if it is better by more than this.
+
+    Attributes:
+        best: The best value; None before the first one.
+        best_round: Its round.
+
+    Raises:
+        ConfigError: If ``mode`` is another one, or cannot be told from the name, or ``min_delta`` is negative.
+    """
+
+    def __init__(self, owner: str, name: str, mode: str | None, min_delta: float = 0.0) -> None:
+        endings = {"loss": "min", "accuracy": "max"}
+        known = [found for ending, found in endings.items() if name.endswith(ending)]
+        if mode is None and not known:
+            raise ConfigError(f"{owner}: set mode to min or max, which the name of the metric {name} does not tell")
+        if mode not in (None, *_MODES):
+            raise ConfigError(f"{owner}: mode must be min or max, not {mode!r}")
+        if not min_delta >= 0:
+            raise ConfigError(f"{owner}: min_delta must be at least 0, not {min_delta!r}")
+        self.name = name
+        self.best: float | None = None
+        self.best_round = -1
+        self._owner = owner
+        self._sign = _MODES[mode or known[0]]
+        self._min_delta = min_delta
+        self._is_known = False  # whether a round has had the metric
+
+    def is_improved_by(self, ended: RoundEnded) -> bool | None:
+        """Compare the metric of a round with the best so far, and keep it if it is better; NaN is not.
+
+        Returns:
+            Whether it is better; None if this round does not have the metric, which an earlier one had.
+
+        Raises:
+            ConfigError: If no round has had the metric so far; the message names the nearest one.
+        """
+        if self.name not in ended.metrics:
+            if self._is_known:
+                return None
+            hint = suggest(self.name, ended.metrics) if ended.metrics else ": publish tfr.RoundEnded with metrics"
+            raise ConfigError(
+                f"{self._owner}: the trainer published no metric {self.name!r} in round {ended.round_num}{hint}"
+            )
+        self._is_known = True
+        value = float(ended.metrics[self.name])
+        if math.isnan(value) or (self.best is not None and not self._sign * (value - self.best) > self._min_delta):
+            return False
+        self.best, self.best_round = value, ended.round_num
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value and its round."""
+        return {"best": self.best, "best_round": self.best_round, "is_known": self._is_known}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a result of `state_dict`."""
+        self.best, self.best_round, self._is_known = state["best"], state["best_round"], state["is_known"]
