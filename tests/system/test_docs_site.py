@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+from doc_snippets import snippets
 from folders import ROOT
 
 import torchfedrpc as tfr
@@ -36,6 +38,19 @@ def test_the_reference_has_every_public_name() -> None:
         and getattr(getattr(tfr, name), "__module__", "") not in whole
     ]
     assert missing == ["__version__"]
+
+
+def test_the_readme_in_chinese_has_the_code_and_the_headings_of_the_english_one() -> None:
+    english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
+
+    def code(page: Path) -> list[str]:
+        return [re.sub(r" *#.*", "", snippet.code) for snippet in snippets(page)]
+
+    def num_headings(page: Path) -> int:
+        return page.read_text(encoding="utf-8").count("\n## ")
+
+    assert code(chinese) == code(english)
+    assert num_headings(chinese) == num_headings(english)
 
 
 @pytest.mark.parametrize(
