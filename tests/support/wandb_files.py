@@ -29,7 +29,7 @@ def records(path: Path) -> Iterator[Any]:
         parts += data[position : position + length]
         position += length
         if kind in (_FULL, _LAST):
-            yield wandb_internal_pb2.Record.FromString(parts)  # type: ignore[attr-defined]
+            yield wandb_internal_pb2.Record.FromString(parts)
             parts = b""
 
 

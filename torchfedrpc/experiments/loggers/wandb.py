@@ -50,7 +50,7 @@ class WandbLogger(RunLogger):
             settings=wandb.Settings(console="off", silent=True),
             **options,
         )
-        self._run.config.update(dict(settings), allow_val_change=True)  # type: ignore[no-untyped-call]
+        self._run.config.update(dict(settings), allow_val_change=True)
 
     def write(self, round_num: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a round."""
