@@ -117,7 +117,7 @@ def test_no_imports_go_in_a_circle() -> None:
     [
         ("torch.distributed.rpc", {"torchfedrpc.rpc.backend"}),
         ("hydra", {"torchfedrpc.experiments.cli"}),
-        ("rich", {"torchfedrpc.experiments.progress_bar", "torchfedrpc.experiments.rich_table"}),
+        ("rich", {"torchfedrpc.experiments.terminal_view", "torchfedrpc.experiments.rich_table"}),
         ("matplotlib", {"torchfedrpc.experiments.metrics_plot"}),
         ("mlflow", {"torchfedrpc.experiments.loggers.mlflow"}),
         ("tensorboard", {"torchfedrpc.experiments.loggers.tensorboard"}),

@@ -183,7 +183,7 @@ async def _train(
         )
         trainer.checkpoints, trainer.callbacks, trainer.output_dir = checkpoints, callbacks, output_dir
         await run.enter_async_context(trainer.running(_as_mapping(config)))
-        with live_progress(stream) as show:
+        with live_progress(stream, proxy.stats) as show:
             proxy.subscribe(show)
             weights = await trainer.train()
     if not isinstance(weights, Mapping):

@@ -1,31 +1,36 @@
-"""Progress display of a run: a live bar on a terminal, else one line per round."""
+"""Progress display of a run: a live view on a terminal, else lines."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
-from torchfedrpc.events import Event, RoundEnded, Subscriber
+from torchfedrpc.events import Event, ReplayEnded, RoundEnded, Subscriber, WorkerJoined, WorkerLeft, WorkerLost
 from torchfedrpc.experiments import extras
+from torchfedrpc.experiments.run_status import RunStatus
 
 
-def live_progress(stream: TextIO) -> AbstractContextManager[Subscriber]:
-    """Return a progress display for a stream: a bar if it is a terminal and rich is installed, else lines.
+def live_progress(stream: TextIO, stats: Callable[[], Mapping[str, Any]]) -> AbstractContextManager[Subscriber]:
+    """Return a progress display for a stream: a live view if it is a terminal and rich is installed, else lines.
+
+    Args:
+        stream: The output stream.
+        stats: The statistics of the run, as of `LearnerProxy.stats`.
 
     Returns:
         A context manager that provides a callback for ``proxy.subscribe``.
     """
     if stream.isatty() and extras.available("rich"):
-        from torchfedrpc.experiments.progress_bar import BarProgress  # noqa: PLC0415 - rich is optional
+        from torchfedrpc.experiments.terminal_view import TerminalView  # noqa: PLC0415 - rich is optional
 
-        return BarProgress(stream)
+        return TerminalView(stream, stats)
     return LineProgress(stream)
 
 
 class LineProgress:
-    """Progress display that writes a line at the end of each round.
+    """Progress display that writes a line at the end of each round, and for each loss, return, replay and drain.
 
     Args:
         stream: The output stream.
@@ -33,10 +38,9 @@ class LineProgress:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._round_ends: list[float] = []
 
     def __enter__(self) -> Subscriber:
-        self._round_ends = [time.monotonic()]
+        self._status = RunStatus()
         return self._show
 
     def __exit__(
@@ -45,23 +49,37 @@ class LineProgress:
         """Do nothing: no resource is open."""
 
     def _show(self, event: Event) -> None:
-        if not isinstance(event, RoundEnded):
-            return
-        num_done = event.round_num + 1
-        parts = [f"round {num_done:>{len(str(event.num_rounds))}}/{event.num_rounds}"]
-        parts += describe_metrics(event)
-        self._round_ends.append(time.monotonic())
-        if num_done < event.num_rounds:
-            parts.append(f"{self._round_s() * (event.num_rounds - num_done):.0f} s left")
-        print("  ".join(parts), file=self._stream, flush=True)
-
-    def _round_s(self) -> float:
-        """Return the mean seconds of a round. The first of several is omitted, since it loads data and libraries."""
-        ends = self._round_ends if len(self._round_ends) == 2 else self._round_ends[1:]
-        return (ends[-1] - ends[0]) / (len(ends) - 1)
+        self._status.add(event)
+        line = describe_round(event, self._status) if isinstance(event, RoundEnded) else describe_worker(event)
+        if line is not None:
+            print(line, file=self._stream, flush=True)
 
 
-def describe_metrics(ended: RoundEnded) -> list[str]:
+def describe_round(ended: RoundEnded, status: RunStatus) -> str:
+    """Return the line of a round: its number, its main metrics, and the time left."""
+    num_done = ended.round_num + 1
+    parts = [f"round {num_done:>{len(str(ended.num_rounds))}}/{ended.num_rounds}", *describe_metrics(ended.metrics)]
+    if status.seconds_left is not None:
+        parts.append(f"{status.seconds_left:.0f} s left")
+    return "  ".join(parts)
+
+
+def describe_worker(event: Event) -> str | None:
+    """Return the line of a loss, return, replay or drain; None for any other event."""
+    match event:
+        case WorkerLost():
+            return f"lost {event.worker}: {event.reason}"
+        case WorkerJoined():
+            return f"{event.worker} has joined"
+        case WorkerLeft():
+            return f"{event.worker} has left in order"
+        case ReplayEnded():
+            return f"rebuilt {event.client_id} on {event.worker}: {event.num_calls} calls in {event.seconds:.1f} s"
+        case _:
+            return None
+
+
+def describe_metrics(metrics: Mapping[str, float]) -> list[str]:
     """Return the main metrics of a round, each as a short text."""
     formats = {
         "test_accuracy": "accuracy {:.3f}",
@@ -69,4 +87,4 @@ def describe_metrics(ended: RoundEnded) -> list[str]:
         "train_loss": "train loss {:.3f}",
         "num_clients": "{:.0f} clients",
     }
-    return [text.format(ended.metrics[name]) for name, text in formats.items() if name in ended.metrics]
+    return [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
