@@ -12,12 +12,14 @@ from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.run_status import RunStatus
 
 
-def live_progress(stream: TextIO, stats: Callable[[], Mapping[str, Any]]) -> AbstractContextManager[Subscriber]:
+def live_progress(
+    stream: TextIO, stats: Callable[[], Mapping[str, Any]] | None = None
+) -> AbstractContextManager[Subscriber]:
     """Return a progress display for a stream: a live view if it is a terminal and rich is installed, else lines.
 
     Args:
         stream: The output stream.
-        stats: The statistics of the run, as of `LearnerProxy.stats`.
+        stats: `LearnerProxy.stats` of the run. Default: The view has neither bytes nor workers.
 
     Returns:
         A context manager that provides a callback for ``proxy.subscribe``.
@@ -58,7 +60,7 @@ class LineProgress:
 def describe_round(ended: RoundEnded, status: RunStatus) -> str:
     """Return the line of a round: its number, its main metrics, and the time left."""
     num_done = ended.round_num + 1
-    parts = [f"round {num_done:>{len(str(ended.num_rounds))}}/{ended.num_rounds}", *describe_metrics(ended.metrics)]
+    parts = [f"round {num_done:>{len(str(ended.num_rounds))}}/{ended.num_rounds}", *describe_metrics(ended)]
     if status.seconds_left is not None:
         parts.append(f"{status.seconds_left:.0f} s left")
     return "  ".join(parts)
@@ -79,7 +81,7 @@ def describe_worker(event: Event) -> str | None:
             return None
 
 
-def describe_metrics(metrics: Mapping[str, float]) -> list[str]:
+def describe_metrics(ended: RoundEnded) -> list[str]:
     """Return the main metrics of a round, each as a short text."""
     formats = {
         "test_accuracy": "accuracy {:.3f}",
@@ -87,4 +89,4 @@ def describe_metrics(metrics: Mapping[str, float]) -> list[str]:
         "train_loss": "train loss {:.3f}",
         "num_clients": "{:.0f} clients",
     }
-    return [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
+    return [text.format(ended.metrics[name]) for name, text in formats.items() if name in ended.metrics]

@@ -26,13 +26,13 @@ class RunStatus:
     Attributes:
         num_done: Number of rounds done.
         num_rounds: Number of rounds of the whole run; 0 before the first one.
-        metrics: Metrics of the last round.
+        ended: End of the last round; None before the first one has ended.
         num_calls: Number of calls that have ended.
     """
 
     def __init__(self) -> None:
         self.num_done = self.num_rounds = self.num_calls = 0
-        self.metrics: dict[str, float] = {}
+        self.ended: RoundEnded | None = None
         self._calls: dict[int, CallInFlight] = {}
         self._durations: dict[str, tuple[int, float]] = {}  # of a method's calls: number and sum
         self._round_ends = [time.monotonic()]
@@ -51,7 +51,7 @@ class RunStatus:
                 self.num_done, self.num_rounds = event.round_num, event.num_rounds
             case RoundEnded():
                 self.num_done, self.num_rounds = event.round_num + 1, event.num_rounds
-                self.metrics = event.metrics
+                self.ended = event
                 self._round_ends.append(time.monotonic())
             case _:
                 pass

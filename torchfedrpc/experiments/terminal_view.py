@@ -39,14 +39,14 @@ class TerminalView:
 
     Args:
         stream: A terminal.
-        stats: The statistics of the run, as of `LearnerProxy.stats`.
+        stats: `LearnerProxy.stats` of the run. Default: The view has neither bytes nor workers.
     """
 
-    def __init__(self, stream: TextIO, stats: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, stream: TextIO, stats: Callable[[], Mapping[str, Any]] | None = None) -> None:
         self._console = Console(file=stream)
         self._status = RunStatus()
         self._workers = Workers()
-        self._stats = stats
+        self._stats = stats or (dict)
         self._exit = ExitStack()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -103,15 +103,17 @@ def view_of(status: RunStatus, stats: Mapping[str, Any], workers: Workers, width
         f"{status.num_in_flight} calls in flight"
         + (f" for {longest:.0f} s" if (longest := status.longest_s) > 1 else ""),
         f"{status.num_calls} done",
-        f"sent {_size(stats['bytes_sent'])}",
-        f"received {_size(stats['bytes_received'])}",
-        *([f"workers lost: {stats['workers_lost']}"] if stats["workers_lost"] else []),
     ]
+    if stats:
+        parts += [f"sent {_size(stats['bytes_sent'])}", f"received {_size(stats['bytes_received'])}"]
+    if stats.get("workers_lost"):
+        parts.append(f"workers lost: {stats['workers_lost']}")
     lines.append(Text("   ".join(parts)))
     if late := status.stragglers():
         calls = ", ".join(f"{call.client_id} {call.method} {seconds:.0f} s" for call, seconds in late)
         lines.append(Text(f"stragglers: {calls}", style="yellow"))
-    lines.append(_table(stats["workers"], workers))
+    if stats:
+        lines.append(_table(stats["workers"], workers))
     return Group(*lines)
 
 
@@ -121,7 +123,7 @@ def round_lines(status: RunStatus, width: int) -> list[RenderableType]:
     left = "" if status.seconds_left is None else f"{status.seconds_left:.0f} s left"
     bar = ProgressBar(total=status.num_rounds or 1, completed=status.num_done, width=min(40, width // 3))
     line.add_row(Text("rounds", style="bold"), bar, f"{status.num_done}/{status.num_rounds}", left)
-    metrics = describe_metrics(status.metrics)
+    metrics = [] if status.ended is None else describe_metrics(status.ended)
     return [line, Text("   ".join(metrics))] if metrics else [line]
 
 
