@@ -39,15 +39,14 @@ class EarlyStopping(Callback):
         if is_better is not None:
             self._num_worse = 0 if is_better else self._num_worse + 1
         if self._num_worse >= self._patience:
-            best, round_num = self._watched.best, self._watched.best_round
-            run.stop(
-                f"{self._watched.name} has not improved for {self._num_worse} rounds; "
-                + (
-                    f"the best was {best:.6g} in round {round_num + 1}"
-                    if best is not None
-                    else "it was never a number"
-                )
+            best = self._watched.best
+            found = (
+                f"the best was {best:.6g} in round {self._watched.best_round + 1}"
+                if best is not None
+                else "it was NaN"
             )
+            rounds = "a round" if self._num_worse == 1 else f"{self._num_worse} rounds"
+            run.stop(f"{self._watched.name} has not improved for {rounds}; {found}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best metric, and the number of rounds since."""

@@ -98,7 +98,7 @@ async def test_stop_is_told_to_the_tool(tmp_path: Path) -> None:
     await train(tmp_path, stopping, JsonLinesLogger())
     log = read_json_lines(tmp_path)
     assert log.status == "finished"
-    assert log.reason == "extra has not improved for 1 rounds; the best was 0.25 in round 3"
+    assert log.reason == "extra has not improved for a round; the best was 0.25 in round 3"
 
 
 async def test_rounds_that_could_not_be_written_are_written_later(

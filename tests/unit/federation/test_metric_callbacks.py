@@ -54,7 +54,7 @@ def test_early_stopping_tells_the_best_round() -> None:
     _, reason = stopped_after(tfr.EarlyStopping(patience=2), [3, 0.25, 2, 1])
     assert reason == "test_loss has not improved for 2 rounds; the best was 0.25 in round 2"
     _, reason = stopped_after(tfr.EarlyStopping(patience=1), [math.nan])
-    assert reason == "test_loss has not improved for 1 rounds; it was never a number"
+    assert reason == "test_loss has not improved for a round; it was NaN"
 
 
 def test_early_stopping_counts_on_after_a_resume() -> None:
