@@ -25,6 +25,7 @@ _LEAST = {
     "max_pending_calls": 1,
     "max_inflight_bytes": 1,
     "max_resident_learners": 1,
+    "workers_per_device": 1,
 }
 _MIB = 1024 * 1024
 
@@ -85,8 +86,12 @@ class RuntimeConfig:
             distributed if ``join_at`` is set; else local.
         num_clients: Number of clients (``client_1 .. client_N``) of a proxy without client ids. Default: the keys of
             ``client_endpoints``, else one client per process of ``num_processes``.
-        num_processes: Number of worker processes in pseudo mode; the other modes ignore it. Default: one per core
-            that this process may use, and no more than clients.
+        num_processes: Number of worker processes in pseudo mode; the other modes ignore it. Default: as many as
+            visible GPUs times ``workers_per_device``, without a GPU one per core that this process may use; no more
+            than clients.
+        workers_per_device: Number of worker processes for each visible GPU in pseudo mode, unless ``num_processes``
+            is set. Workers have the GPUs in turn. More than one pays where learners leave their GPU idle; each has a
+            CUDA context and a memory cache of its own.
         use_multiprocessing: Lets ``auto`` select pseudo mode.
         client_endpoints: Client id -> endpoint: ``worker1``, ``rank:2``, ``host:NAME`` (any worker on that machine),
             ``local`` (the driver's process), or the address of a listening worker (``torchfedrpc-worker --listen``):
@@ -161,6 +166,7 @@ class RuntimeConfig:
     execution_mode: str = ExecutionMode.auto  # str, since modes can be registered
     num_clients: int | None = None
     num_processes: int | None = None
+    workers_per_device: int = 1
     use_multiprocessing: bool = False
     client_endpoints: dict[str, str] = field(default_factory=dict)
     call_timeout_s: float | None = 300.0

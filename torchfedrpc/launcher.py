@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torchfedrpc.errors import ConfigError
@@ -166,6 +168,8 @@ class Launch:
         Raises:
             ConfigError: If some of the launcher's variables are missing or not numbers.
         """
+        if _hidden is not None:
+            return _hidden
         environment = _variables()
         if "WORLD_SIZE" not in environment and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
             raise ConfigError(
@@ -198,6 +202,31 @@ class Launch:
             ) from None
         except ValueError as error:
             raise ConfigError(f"a launcher's variable is no number: {error}") from None
+
+
+# By these, libraries find their place in a launch of torchrun, mpirun or srun.
+_PLACE = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
+    r"|(OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD)_\w+|MPI_LOCAL\w+|SLURM_(NTASKS|PROCID|LOCALID|STEP_NUM_TASKS)"
+)
+_hidden: Launch | None = None  # the launch whose variables are hidden
+
+
+@contextmanager
+def hidden_from_learners(launch: Launch) -> Iterator[None]:
+    """Remove the variables of this process's launch from the environment, and restore them at the end.
+
+    A learner's library that finds them, such as accelerate or Lightning, takes its training for a part of a training
+    on all ranks, and waits for the other ranks.
+    """
+    global _hidden
+    taken = {name: os.environ.pop(name) for name in list(os.environ) if _PLACE.fullmatch(name)}
+    before, _hidden = _hidden, launch
+    try:
+        yield
+    finally:
+        _hidden = before
+        os.environ.update(taken)
 
 
 _RANK_PID = "TORCHFEDRPC_RANK_PID"

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.launcher import Launch, check_is_driver, is_process_of_rank
+from torchfedrpc.launcher import Launch, check_is_driver, hidden_from_learners, is_process_of_rank
 from torchfedrpc.signals import run_interruptible
 
 P = ParamSpec("P")
@@ -63,11 +63,13 @@ def drive(job: Callable[[], T]) -> T | None:
         leave_no_word()  # from here on failures reach the driver over the control link
         with _ended_by_ctrl_c():
             link = ranks.dial_driver(launch)
-        if not worker.serve_launch(link, launch.local_rank).is_clean:
+        with hidden_from_learners(launch):
+            is_clean = worker.serve_launch(link, launch.local_rank).is_clean
+        if not is_clean:
             _leave_behind()
         return None
     check_is_driver()
-    with ranks.driving(launch):
+    with ranks.driving(launch), hidden_from_learners(launch):
         return job()
 
 

@@ -8,6 +8,7 @@ import gc
 from typing import Any
 
 import pytest
+import torch
 from conftest import Fresh, Latch, Seen
 
 import torchfedrpc as tfr
@@ -297,3 +298,91 @@ async def test_a_stream_runs_behind_a_call_with_a_large_argument_of_the_same_tic
             assert await call == 1
             assert await step == 0
     assert await proxy.custom_method(one, "what_happened") == [bytes(20_000), 0, "closed"]
+
+
+# Values that are sent into a stream.
+
+TALKS = ["talk", "talk_async"]
+
+
+@pytest.mark.parametrize("method", TALKS)
+async def test_a_sent_value_is_the_result_of_the_yield_that_waits(
+    proxy: tfr.LearnerProxy, one: str, method: str
+) -> None:
+    stream = proxy.stream(one, method, 10)
+    assert await stream.asend(None) == 10
+    assert await stream.asend(5) == 15
+    assert await anext(stream) == 15
+    assert await stream.asend(torch.tensor(2)) == 17
+    with pytest.raises(StopAsyncIteration):
+        await stream.asend("end")
+    assert await proxy.custom_method(one, "what_happened") == [5, None, torch.tensor(2), "end", "closed"]
+
+
+@pytest.mark.parametrize("method", TALKS)
+async def test_sent_values_are_taken_by_value(proxy: tfr.LearnerProxy, one: str, method: str) -> None:
+    stream = proxy.stream(one, method, torch.zeros(2))
+    await anext(stream)
+    sent = torch.ones(2)
+    step = asyncio.ensure_future(stream.asend(sent))
+    assert torch.equal(await step, torch.ones(2))
+    sent += 5
+    assert torch.equal(await anext(stream), torch.ones(2))
+    await stream.aclose()
+
+
+async def test_a_stream_that_begins_with_a_value_is_refused_and_can_go_on(proxy: tfr.LearnerProxy, one: str) -> None:
+    stream = proxy.stream(one, "talk", 1)
+    with pytest.raises(TypeError, match=rf"{one}\.talk begins with None"):
+        await stream.asend(2)
+    assert await proxy.custom_method(one, "append", 1) == 1  # the learner is free
+    assert await anext(stream) == 1
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("method", TALKS)
+async def test_a_value_that_cannot_be_sent_closes_the_stream(proxy: tfr.LearnerProxy, one: str, method: str) -> None:
+    stream = proxy.stream(one, method, 1)
+    await anext(stream)
+    with pytest.raises(tfr.SerializationError, match=rf"sent to {one}\.{method} cannot be sent"):
+        await stream.asend(lambda: None)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    assert await proxy.custom_method(one, "what_happened") == ["closed"]
+
+
+@pytest.mark.parametrize("method", TALKS)
+async def test_an_error_that_a_sent_value_raises_arrives_with_its_step(
+    proxy: tfr.LearnerProxy, one: str, method: str
+) -> None:
+    stream = proxy.stream(one, method, 1)
+    await anext(stream)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        await stream.asend([])
+    assert (await proxy.custom_method(one, "what_happened"))[-1] == "closed"
+
+
+async def test_an_iterator_that_takes_no_values_says_so(proxy: tfr.LearnerProxy, one: str) -> None:
+    stream = proxy.stream(one, "plain_iterator", [1, 2])
+    assert await anext(stream) == 1
+    with pytest.raises(TypeError, match="plain_iterator returned a list_iterator, into which no value can be sent"):
+        await stream.asend(3)
+    assert await proxy.custom_method(one, "append", 1) == 1
+
+
+@pytest.mark.parametrize("method", TALKS)
+async def test_closing_and_a_deadline_end_a_stream_that_was_sent_values(
+    proxy: tfr.LearnerProxy, fresh: Fresh, method: str
+) -> None:
+    one, other = fresh.apart(2)
+    stream = proxy.stream(one, method, 1)
+    await anext(stream)
+    await stream.asend(2)
+    await stream.aclose()
+    assert await proxy.custom_method(one, "what_happened") == [2, "closed"]
+    stream = proxy.options(timeout_s=60).stream(other, method, 1)
+    await anext(stream)
+    assert await stream.asend(3) == 4
+    del stream
+    gc.collect()
+    assert await proxy.custom_method(other, "what_happened") == [3, "closed"]

@@ -430,6 +430,18 @@ _FILLING: dict[str, bytes] = {
         called(RESTORE, text("function"), text("torch.nn.functional.relu")), called(RESTORE, text("plain"), b"K\x00")
     ),
     "a function of torch that is not listed": called(RESTORE, text("function"), text("torch.load")),
+    "a partial of a class that is no layer": called(RESTORE, text("partial"), TRUSTED, b")", b"}"),
+    "a partial of an optimiser": called(RESTORE, text("partial"), named("torch.optim.sgd", "SGD"), b")", b"}"),
+    "a layer with a text filled in": called(
+        RESTORE, text("partial"), named("torch.nn.modules.linear", "Linear"), text("x") + b"\x85", b"}"
+    ),
+    "a partial of a layer, called": called(
+        called(RESTORE, text("partial"), named("torch.nn.modules.linear", "Linear"), b")", b"}"), b"K\x01", b"K\x01"
+    ),
+    "a factory that is a partial of a layer": called(
+        named("collections", "defaultdict"),
+        called(RESTORE, text("partial"), named("torch.nn.modules.linear", "Linear"), b"K\x01K\x01\x86", b"}"),
+    ),
     "a layer, made without its constructor's consent": named("torch.nn.modules.linear", "Linear") + b"K\x01\x85\x81",
     "a pipe that opens files": named("torch.utils.data.datapipes.iter.fileopener", "FileOpenerIterDataPipe")
     + b")\x81",

@@ -10,7 +10,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -579,6 +579,28 @@ class Probe:
         finally:
             await asyncio.sleep(0)
             self.log.append("closed")
+
+    def talk(self, total: Any) -> Generator[Any, Any, None]:
+        try:
+            while (value := (yield total)) != "end":
+                self.log.append(value)
+                total = total if value is None else total + value
+            self.log.append("end")
+        finally:
+            self.log.append("closed")
+
+    async def talk_async(self, total: Any) -> AsyncGenerator[Any, Any]:
+        try:
+            while (value := (yield total)) != "end":
+                await asyncio.sleep(0)
+                self.log.append(value)
+                total = total if value is None else total + value
+            self.log.append("end")
+        finally:
+            self.log.append("closed")
+
+    def plain_iterator(self, items: list[Any]) -> Iterator[Any]:
+        return iter(items)
 
     def each_of(self, items: list[Any]) -> Iterator[Any]:
         yield from items

@@ -1,4 +1,4 @@
-"""270 kinds of learners, each undisturbed and disturbed: the results agree, or the state is refused aloud."""
+"""300 kinds of learners, each undisturbed and disturbed: the results agree, or the state is refused aloud."""
 
 from __future__ import annotations
 

@@ -142,3 +142,23 @@ async def test_tensors_between_gpus_avoid_host_memory(proxy: tfr.LearnerProxy) -
     assert names_of_copies(profiled) == []
     assert await learner.end_profile() == []
     assert float(given.sum()) == SIZE
+
+
+class Large:
+    """A learner with 16 MB on its device."""
+
+    def __init__(self, client_id: str) -> None:
+        self.kept = torch.zeros(SIZE, device=tfr.current_call().device)
+
+    def step(self) -> float:
+        self.kept += 1
+        return float(self.kept[0])
+
+
+async def test_an_evicted_learner_frees_its_memory_and_comes_back_to_its_device() -> None:
+    before = torch.cuda.memory_allocated()
+    async with tfr.LearnerProxy(Large, runtime={"num_clients": 8, "max_resident_learners": 1}) as proxy:
+        for number in (1.0, 2.0):
+            for client_id in proxy.client_ids:
+                assert await proxy.custom_method(client_id, "step") == number
+                assert torch.cuda.memory_allocated() - before <= 3 * 4 * SIZE

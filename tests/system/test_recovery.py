@@ -390,6 +390,23 @@ async def test_a_stream_is_lost_with_its_worker_and_the_learner_is_as_before_it(
     assert [item async for item in proxy.stream(idle, method, NUM_ITEMS)] == expected[idle][method]
 
 
+@pytest.mark.parametrize("method", ["talk", "talk_async"])
+async def test_values_sent_into_a_stream_are_part_of_the_state_after_a_loss(
+    proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str], method: str
+) -> None:
+    done, under_way = next(on_1), next(on_1)
+    stream, lost = proxy.stream(done, method, 1), proxy.stream(under_way, method, 1)
+    assert [await anext(stream), await stream.asend(2), await anext(lost), await lost.asend(3)] == [1, 3, 1, 4]
+    with pytest.raises(StopAsyncIteration):
+        await stream.asend("end")
+    assert await proxy.custom_method(done, "append", "after") == 4
+    kill(proxy, "worker1")
+    with pytest.raises(tfr.WorkerLostError, match=rf"{under_way}\.{method} on worker1: .*stream"):
+        await lost.asend(5)
+    happened = await proxy.clients([done, under_way]).call("what_happened")
+    assert dict(happened) == {done: [2, "end", "closed", "after"], under_way: []}
+
+
 async def test_a_stream_that_is_left_early_is_left_there_again(
     proxy: tfr.LearnerProxy, seen: Losses, on_1: Iterator[str]
 ) -> None:

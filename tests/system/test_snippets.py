@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import needs
 from doc_snippets import pages, run_page, snippets
 from folders import ROOT, SUPPORT, TESTS
 
 pytestmark = pytest.mark.timeout(600)
+PACKAGES = {"learners.md": ("transformers", "accelerate", "torchvision", "lightning")}
 COMPARED = ROOT / "docs" / "coming-from.md"
 WITH_CODE = [page for page in pages() if page != COMPARED and any(snippet.runs for snippet in snippets(page))]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks_of_a_page_run_as_they_stand(page: Path, tmp_path: Path) -> None:
+    for package in PACKAGES.get(page.name, ()):
+        needs(package)
     run_page(page, tmp_path)
 
 

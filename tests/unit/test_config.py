@@ -284,6 +284,7 @@ def test_error_of_a_wrong_type_names_key_and_value(key: str, value: Any) -> None
         ("num_clients", -1, "at least 1, not -1"),
         ("torch_threads", 0, "at least 1, not 0"),
         ("max_concurrent_calls", 0, "at least 1, not 0"),
+        ("workers_per_device", 0, "at least 1, not 0"),
         ("num_processes", -1, "must not be negative, it is -1"),
         ("call_timeout_s", 0, "above 0 seconds (None for no limit), but it is 0"),
         ("call_timeout_s", -0.5, "above 0 seconds (None for no limit), but it is -0.5"),

@@ -8,7 +8,7 @@ import pytest
 
 from torchfedrpc import launcher
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.launcher import Launch, become_worker, check_is_driver
+from torchfedrpc.launcher import Launch, become_worker, check_is_driver, hidden_from_learners
 
 TORCHRUN = {
     "RANK": "3",
@@ -107,6 +107,23 @@ def test_a_variable_that_is_no_number_is_shown(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_process_of_no_launch_may_drive() -> None:
     assert check_is_driver() is None
+
+
+@pytest.mark.usefixtures("_launched")
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"])
+def test_variables_of_a_launch_are_hidden_from_learners_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "4")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    before, launch = dict(os.environ), Launch.from_environment()
+    assert launch is not None
+    with hidden_from_learners(launch):
+        assert before.keys() - os.environ.keys() >= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", name}
+        assert os.environ["SLURM_JOB_ID"] == "7"
+        assert Launch.from_environment() == launch
+    assert dict(os.environ) == before
+    assert Launch.from_environment() == launch
 
 
 @pytest.mark.usefixtures("_launched")

@@ -390,6 +390,17 @@ class CallExecutor(AbstractExecutor):
         call = replace(call, number=self._next_number(call.client_id, call.method))
         return call, self._learners.stream(call)
 
+    def take_sent(self, call: Call, value: Any) -> Packed:
+        """Pack a value that is sent into a stream.
+
+        Raises:
+            SerializationError: If it cannot be sent.
+        """
+        try:
+            return self._learners.take_value(value)
+        except SerializationError as error:
+            raise type(error)(f"the value sent to {call.client_id}.{call.method} cannot be sent: {error}") from error
+
     def follow(self, cut: Cut) -> None:
         """Let calls submitted from now on wait for their learners' snapshots of this consistent snapshot."""
         if self._counts is not None:
@@ -513,17 +524,18 @@ class CallStream:
         self._steps: Steps | None = None  # from the first step on
         self._ended = self._closed = False
 
-    async def step(self) -> Any:
-        """Return the next item."""
+    async def step(self, value: Any = None) -> Any:
+        """Send a value into the generator, and return the next item."""
         if self._ended or self._closed:
             raise StopAsyncIteration
+        sent = None if value is None else self._executor.take_sent(self._call, value)  # an error lets `close` close
         try:
             if self._steps is None:
                 await self._executor.wait_behind_calls(self._call.client_id)
                 if self._closed:
                     raise StopAsyncIteration
                 self._call, self._steps = self._executor.begin_stream(self._call)
-            outcome = await self._steps.next()
+            outcome = await self._steps.next(sent)
         except BaseException:
             self._ended = True
             raise

@@ -12,7 +12,7 @@ from torchfedrpc.executors.placement import ClientEndpoint, addresses
 from torchfedrpc.executors.remote import RemoteLearners
 from torchfedrpc.executors.stateful import StatefulLearners
 from torchfedrpc.executors.stateless import StatelessLearners
-from torchfedrpc.host.process import num_usable_cores
+from torchfedrpc.host.process import default_num_workers
 from torchfedrpc.registry import executor
 from torchfedrpc.rpc.handshake import load_token
 from torchfedrpc.rpc.launch import current_workers
@@ -29,7 +29,7 @@ class PseudoExecutor(CallExecutor):
             client: ClientEndpoint.parse(client, text) for client, text in self.config.client_endpoints.items()
         }
         elsewhere = {client for client, endpoint in endpoints.items() if endpoint.kind in ("local", "address")}
-        count = self.config.num_processes or min(num_usable_cores(), max(len(spec.clients) - len(elsewhere), 1))
+        count = num_workers(self.config, len(spec.clients) - len(elsewhere))
         own = ProcessSource(count, Surroundings.of_this_process(fixed_hashes=True))
         sources = [own, *_sources_elsewhere(self.config)]
         return _on_workers(self.config, spec, sources, self._admission, self._durations)
@@ -76,3 +76,8 @@ def _sources_elsewhere(config: RuntimeConfig) -> list[Source]:
         if config.join_at is not None:
             sources.append(JoinedSource(config.join_at, token))
     return sources
+
+
+def num_workers(config: RuntimeConfig, num_clients: int) -> int:
+    """Return the number of worker processes of pseudo mode for so many clients."""
+    return config.num_processes or min(default_num_workers(config.workers_per_device), max(num_clients, 1))

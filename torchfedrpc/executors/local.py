@@ -201,8 +201,8 @@ class LocalStream:
         self._trace: CallTrace | None = call.trace
         self._num_items = 0
 
-    async def next(self) -> Outcome:
-        """Run the method up to its next item."""
+    async def next(self, sent: Packed | None = None) -> Outcome:
+        """Send a value, if any, and run the method up to its next item."""
         if not self._learners.is_open:
             return Outcome("cancelled", never_ran=True)
         call, trace, step = self._call, self._trace, self._num_items
@@ -210,7 +210,7 @@ class LocalStream:
         if trace is not None:
             trace.sent(self._learners.label)
         if step:
-            ask = partial(self._host.advance, call.call_id, step)
+            ask = partial(self._host.advance, call.call_id, step, sent=sent)
         else:
             self._learners.submit_tick()  # calls of this tick come before the stream
             ask, self._call = partial(self._host.submit, call), call.taken()

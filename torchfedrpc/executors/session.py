@@ -245,17 +245,19 @@ class SessionStream:
         self._call = call
         self._worker: Member | None = None
         self._num_items = 0
+        self._has_sent = False  # values, which no journal keeps
         self._has_turn = self._is_stepping = self._is_closed = False
 
-    async def next(self) -> Outcome:
-        """Run the method up to its next item.
+    async def next(self, sent: Packed | None = None) -> Outcome:
+        """Send a value, if any, and run the method up to its next item.
 
         Raises:
             SerializationError: If the constructor's arguments cannot be sent.
         """
         self._is_stepping = True
         try:
-            outcome = await self._step()
+            self._has_sent |= sent is not None
+            outcome = await self._step(sent)
         except asyncio.CancelledError:
             self._cancel()
             raise
@@ -289,10 +291,10 @@ class SessionStream:
         self._is_closed = True
         self._give_turn()
 
-    async def _step(self) -> Outcome:
+    async def _step(self, sent: Packed | None) -> Outcome:
         call = self._call
         if self._worker is not None:
-            return await self._worker.advance(call, self._num_items)
+            return await self._worker.advance(call, self._num_items, sent)
         try:
             session = self._session = self._sessions.session(call.client_id)
         except WorkerLostError:  # the proxy is closed
@@ -335,6 +337,8 @@ class SessionStream:
         self._settle(outcome)
 
     def _settle(self, outcome: Outcome) -> None:
+        if self._has_sent:
+            outcome = replace(outcome, cut_off=True)
         if self._ends():
             self._session.settle(self._call, outcome, self._num_items)
 

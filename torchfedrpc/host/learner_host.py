@@ -152,8 +152,15 @@ class LearnerHost:
         elif batch_job is not None:
             self._tell(batch_job)
 
-    def advance(self, call_id: int, step: int, reply: Reply) -> None:
-        """Ask an open stream for item number ``step``, from 0, or a batch for the calls ended since then."""
+    def advance(self, call_id: int, step: int, reply: Reply, sent: Packed | None = None) -> None:
+        """Ask an open stream for item number ``step``, from 0, or a batch for the calls ended since then.
+
+        Args:
+            call_id: The call of the stream, or the batch.
+            step: Number of the item; a repeated request has the item that was made.
+            reply: Receives the outcome, on any thread.
+            sent: Value that is sent into the stream's generator, if any.
+        """
         with self._lock:
             if (batch_job := self._batches.get(call_id)) is not None:
                 batch_job.watch(step, reply)
@@ -167,6 +174,7 @@ class LearnerHost:
                 advances = job
                 self._replies[call_id] = reply
                 job.stepping, job.last_item, job.received = True, None, time.perf_counter()
+                job.sent = sent
             else:
                 known = self._repeated(call_id, step, reply)
         if advances is not None:

@@ -101,6 +101,7 @@ class Job:
         stepping: Whether the call runs or waits to run; False if a stream is open and idle.
         num_items: Number of items of the stream so far.
         last_item: The last item, until the next is requested.
+        sent: Value to send into the generator of the stream with its next step, if any.
         received: When this process received the call, or the request for the next item, by `time.perf_counter`.
         begun: When a thread began with it, likewise; 0 before that.
         began: When its method began, likewise.
@@ -121,6 +122,7 @@ class Job:
     stepping: bool = True
     num_items: int = 0
     last_item: Outcome | None = None
+    sent: Packed | None = None
     received: float = field(default_factory=time.perf_counter)
     begun: float = 0.0
     began: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copyreg
 import enum
+import functools
 import gc
 import random
 import reprlib
@@ -186,6 +187,12 @@ def _bit_generator(generator: Any) -> list[Group]:
     return [("parts", [(".state", generator.state), (".seed_seq", getattr(generator, "seed_seq", None))])]
 
 
+def _partial(partial: functools.partial[Any]) -> list[Group]:
+    # Its reduction differs once its ``__dict__`` was looked at, even if that is empty.
+    parts = [(".func", partial.func), (".args", partial.args), (".keywords", partial.keywords)]
+    return [("parts", parts), ("attributes", partial.__dict__)]
+
+
 def _self_of(method: Any) -> list[Group]:
     return [("parts", [(".__self__", method.__self__)])]
 
@@ -246,6 +253,7 @@ _FAMILIES: tuple[tuple[Any, Kind], ...] = (
     (torch.Generator, Kind("object", difference=_other_generator, refusal=_of_process)),
     (np.random.BitGenerator, Kind("object", _bit_generator)),
     (BaseException, Kind("object", _exception)),
+    (functools.partial, Kind("object", _partial)),
     (weakref.ref, Kind("object", lambda one: [("parts", [("()", one())])])),
 )
 _PLAIN: dict[type, Kind] = {

@@ -60,6 +60,13 @@ def choose_device(local_index: int) -> torch.device:
     return torch.device("cuda", local_index % torch.cuda.device_count())
 
 
+def default_num_workers(workers_per_device: int) -> int:
+    """Return the number of worker processes that keep this machine busy: so many per GPU, or one per core."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count() * workers_per_device
+    return num_usable_cores()
+
+
 def num_usable_cores() -> int:
     """Return the number of cores that this process may use, or of the machine if the system has no such limit."""
     if hasattr(os, "sched_getaffinity"):

@@ -132,7 +132,17 @@ class Runner:
                 job.task = asyncio.current_task()
             if job.cancelled:  # after `task` is set, so that no later cancellation is missed
                 return await self.close_stream(job)
-            box = [await anext(iterator) if isinstance(iterator, AsyncIterator) else next(iterator)]
+            sent, job.sent = job.sent, None
+            if sent is None:
+                box = [await anext(iterator) if isinstance(iterator, AsyncIterator) else next(iterator)]
+            else:
+                try:
+                    send, value = _sender(job, iterator), sent.open(self._process.allow)
+                except BaseException:
+                    await _close(iterator)
+                    raise
+                made = send(value)
+                box = [await made if isinstance(iterator, AsyncIterator) else made]
             outcome = self._gave(job, "item", box)
             if outcome.kind == "failed":
                 await _close(iterator)
@@ -215,6 +225,22 @@ def _iterator(job: Job, value: Any) -> Iterator[Any] | AsyncIterator[Any]:
         f"{job.call.client_id}: {job.call.method} is no generator method, it returned a {type(value).__name__}: "
         f"await the call instead of streaming it"
     )
+
+
+def _sender(job: Job, iterator: Any) -> Callable[[Any], Any]:
+    """Return the method of an iterator that sends a value into it.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    send = getattr(iterator, "asend" if isinstance(iterator, AsyncIterator) else "send", None)
+    if send is None:
+        raise TypeError(
+            f"{job.call.method} returned a {type(iterator).__name__}, into which no value can be sent: make it a "
+            f"generator method (yield), or read the stream without asend"
+        )
+    found: Callable[[Any], Any] = send
+    return found
 
 
 async def _close(iterator: Any) -> None:

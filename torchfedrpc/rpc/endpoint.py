@@ -308,10 +308,12 @@ def _cancel_batch(endpoint: Endpoint, world: _World, call_id: int) -> _Action:
     return lambda host: host.cancel(call_id)
 
 
-def _advance(endpoint: Endpoint, world: _World, question: int, call_id: int, step: int) -> _Action:
+def _advance(
+    endpoint: Endpoint, world: _World, question: int, call_id: int, step: int, message: Any = None
+) -> _Action:
     """Request the next item of an open stream, or the calls of a batch that have ended. The answer is the outcome."""
-    reply = partial(world.answers.outcome, question)
-    return _answering(reply, lambda host: host.advance(call_id, step, reply))
+    sent, reply = read_parcel(message, endpoint.device), partial(world.answers.outcome, question)
+    return _answering(reply, lambda host: host.advance(call_id, step, reply, sent))
 
 
 def _cancel(endpoint: Endpoint, world: _World, question: int, call_id: int) -> _Action:

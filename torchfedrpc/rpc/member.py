@@ -18,6 +18,7 @@ from torchfedrpc.rpc.processes import Process
 from torchfedrpc.rpc.worker_client import Request, UndeliverableError, WorkerClient, WorldOver
 from torchfedrpc.rpc.worker_clock import WorkerClock
 from torchfedrpc.wire.file import TensorFiles
+from torchfedrpc.wire.packing import Packed
 
 _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
 
@@ -182,8 +183,13 @@ class Member:
 
         return self._ask(batch, send)
 
-    def advance(self, request: Call | Batch, step: int) -> Coroutine[Any, Any, Outcome]:
+    def advance(self, request: Call | Batch, step: int, sent: Packed | None = None) -> Coroutine[Any, Any, Outcome]:
         """Ask an open stream for its item number ``step``, or a watched batch for the calls ended since then.
+
+        Args:
+            request: The call of the stream, or the batch.
+            step: Number of the item, from 0.
+            sent: Value that is sent into the stream's generator, if any.
 
         Raises:
             WorkerGone: If the worker is lost.
@@ -191,7 +197,7 @@ class Member:
         """
         if isinstance(request, Call) and request.trace is not None:
             request.trace.sent(self.label)
-        return self._ask(request, lambda client: client.advance(request, step))
+        return self._ask(request, lambda client: client.advance(request, step, sent))
 
     def cancel_batch(self, batch: Batch) -> None:
         """Cancel the calls of a batch that have not ended; its final outcome has the results of the others."""

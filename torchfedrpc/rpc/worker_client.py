@@ -215,9 +215,20 @@ class WorkerClient:
             home = home or home_device(arguments)
         return self._ask(batch, "batch", batch_message(batch, self._covered), home=home, lent=lent)
 
-    def advance(self, request: Call | Batch, step: int) -> asyncio.Future[Outcome]:
-        """Ask an open stream for its item number ``step``, or a watched batch for the calls ended since then."""
-        return self._ask(request, "advance", request.call_id, step)
+    def advance(self, request: Call | Batch, step: int, sent: Packed | None = None) -> asyncio.Future[Outcome]:
+        """Ask an open stream for its item number ``step``, or a watched batch for the calls ended since then.
+
+        Args:
+            request: The call of the stream, or the batch.
+            step: Number of the item, from 0.
+            sent: Value that is sent into the stream's generator, if any.
+        """
+        if sent is None:
+            return self._ask(request, "advance", request.call_id, step)
+        self._traffic.num_sent_bytes += sent.num_bytes
+        message = parcel_message(sent, self._covered)
+        home = home_device(sent)
+        return self._ask(request, "advance", request.call_id, step, message, home=home, num_bytes=sent.num_bytes)
 
     def cancel(self, call: Call) -> asyncio.Future[Outcome]:
         """Cancel a call. Returns a future of its outcome."""

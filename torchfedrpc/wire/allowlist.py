@@ -298,9 +298,9 @@ def _advice(module: str, name: str) -> str:
     root = _root(module)
     if found is not None and not isinstance(found, type):
         return f"it is a {type(found).__name__} and no class; {_LEAVE_OUT}"
-    if root in sys.stdlib_module_names or root == "numpy":
-        return f"it is of {'numpy' if root == 'numpy' else 'the standard library'}; {_LEAVE_OUT}"
-    return f"if it is a class of yours, name its package in runtime.trusted_modules=[{root}]; else {_LEAVE_OUT}"
+    if root in sys.stdlib_module_names or root in _LIBRARIES:
+        return f"it is of {root if root in _LIBRARIES else 'the standard library'}; {_LEAVE_OUT}"
+    return f"if you trust its package, name it in runtime.trusted_modules=[{root}]; else {_LEAVE_OUT}"
 
 
 def _find_known(module: str, name: str) -> Any:

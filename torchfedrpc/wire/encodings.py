@@ -186,17 +186,29 @@ def function_named(name: Any) -> Callable[..., Any]:
     return found
 
 
+def _is_layer(function: Any) -> bool:
+    """Return whether it is a class of torch's layers, which models keep to make more of them."""
+    return (
+        isinstance(function, type)
+        and issubclass(function, torch.nn.Module)
+        and function.__module__.startswith("torch.nn.modules.")
+    )
+
+
 def _partial_parts(partial: functools.partial[Any]) -> tuple[Any, ...] | None:
-    """Return the parts of a listed function with numbers filled in; None for any other partial."""
+    """Return the parts of a listed function or layer with numbers filled in; None for any other partial."""
     values = [*partial.args, *partial.keywords.values()]
-    name = _names().get(partial.func) if isinstance(partial.func, types.FunctionType) else None
-    if name is None or not all(type(value) in _NUMBERS for value in values):
+    function: Any = partial.func
+    if not _is_layer(function):
+        function = _names().get(function) if isinstance(function, types.FunctionType) else None
+    if function is None or not all(type(value) in _NUMBERS for value in values):
         return None
-    return "partial", name, partial.args, partial.keywords
+    return "partial", function, partial.args, partial.keywords
 
 
-def _make_partial(name: Any, args: Any, keywords: Any) -> functools.partial[Any]:
-    function = function_named(name)
+def _make_partial(function: Any, args: Any, keywords: Any) -> functools.partial[Any]:
+    if not _is_layer(function):
+        function = function_named(function)
     if type(args) is not tuple or type(keywords) is not dict:
         raise UntrustedTypeError("a pickle fills arguments into a function that are none")
     if not all(type(value) in _NUMBERS for value in (*args, *keywords.values())):

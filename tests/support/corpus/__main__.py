@@ -7,7 +7,7 @@ import sys
 import time
 
 from corpus import ways
-from corpus.registry import KINDS, NUM_ROUNDS, WAYS
+from corpus.registry import NUM_ROUNDS, WAYS, present
 from corpus.table import page
 from corpus.ways import surprises
 
@@ -31,7 +31,7 @@ async def observe() -> None:
     found["restored"] = await ways.restored(expected, taken)
     clock("restored")
     print(f"{'':26}" + "".join(f"{way:16}" for way in WAYS))
-    for name in KINDS:
+    for name in [entry.name for entry in present()]:
         print(f"{name:26}" + "".join(f"{found[way][name].word:16}" for way in WAYS))
     for way in WAYS:
         print(f"\n{way}")

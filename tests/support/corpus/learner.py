@@ -11,6 +11,7 @@ from corpus import (
     containers,
     data,
     gradients,
+    libraries,
     modules,
     optimisers,
     plain,
@@ -20,7 +21,10 @@ from corpus import (
 )
 from corpus.registry import kind_of
 
-TOPICS = (gradients, optimisers, modules, tensors, arrays, containers, values, plain, data, randomness, asynchronous)
+TOPICS = (
+    gradients, optimisers, modules, tensors, arrays, containers, values, plain, data, randomness, asynchronous,
+    libraries,
+)  # fmt: skip
 
 num_made: Counter[str] = Counter()  # client -> how often a learner of it was made in this process
 

@@ -510,3 +510,39 @@ class ModuleStateDict(nn.Module):
         with torch.no_grad():
             self.linear.weight += self.count
         return bits(self.count, self.linear.weight)
+
+
+# Compiled modules.
+
+
+@kind(refused="'model'")
+class Compiled(Trained):
+    """A model that `torch.compile` wraps."""
+
+    def make_model(self) -> nn.Module:
+        model: Any = torch.compile(nn.Linear(4, 1), backend="eager")
+        assert isinstance(model, nn.Module)
+        return model
+
+
+@kind(refused="'model'")
+class CompiledInPlace(Trained):
+    """A model compiled in place, by its `compile()`."""
+
+    def make_model(self) -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        model.compile(backend="eager")
+        return model
+
+
+@kind()
+class CompiledStateDict(Compiled):
+    """A compiled model whose weights are in `state_dict()` of the learner."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": self.x, "y": self.y, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.x, self.y = state["x"], state["y"]
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])

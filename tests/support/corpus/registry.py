@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,6 +66,7 @@ class Kind:
         refused: the attribute (or other part) that keeps a snapshot from being taken; None where there is one.
         documented: why its results may differ; None where they must not.
         expected: way -> `SAME`, `STAYS` or `REFUSED`.
+        needs: the optional packages that its learner imports.
     """
 
     name: str
@@ -74,6 +77,12 @@ class Kind:
     refused: str | None
     documented: str | None
     expected: dict[str, str]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def is_present(self) -> bool:
+        """Whether it can run here; in continuous integration (`CI` is set) it has to."""
+        return bool(os.environ.get("CI")) or all(map(importlib.util.find_spec, self.needs))
 
     @property
     def sentence(self) -> str:
@@ -101,6 +110,7 @@ def kind(
     documented: str | None = None,
     num_clients: int = 1,
     ways: dict[str, str] | None = None,
+    needs: tuple[str, ...] = (),
 ) -> Callable[[type], type]:
     """Put a class into the corpus.
 
@@ -110,6 +120,7 @@ def kind(
         documented: the reason why its results may differ.
         num_clients: how many learners of it there are; those of one kind follow each other.
         ways: outcomes that are others than those that follow from ``refused``.
+        needs: the optional packages that its learner imports.
     """
 
     def register(cls: type) -> type:
@@ -121,7 +132,7 @@ def kind(
         clients = tuple(f"{name}-{number}" for number in range(1, num_clients + 1))
         expected = dict(_REFUSAL) if refused is not None else dict.fromkeys(WAYS, SAME)
         topic = cls.__module__.rpartition(".")[2]
-        found = Kind(name, topic, cls, asks, clients, refused, documented, expected | (ways or {}))
+        found = Kind(name, topic, cls, asks, clients, refused, documented, expected | (ways or {}), needs)
         KINDS[name] = found
         _KIND_OF.update(dict.fromkeys(clients, found))
         cls.ready = _ready
@@ -135,9 +146,14 @@ def kind_of(client_id: str) -> Kind:
     return _KIND_OF[client_id]
 
 
+def present() -> list[Kind]:
+    """The kinds whose packages are installed."""
+    return [entry for entry in KINDS.values() if entry.is_present]
+
+
 def clients() -> Iterator[str]:
-    """All clients of the corpus, kind after kind."""
-    for entry in KINDS.values():
+    """All clients that can run here, kind after kind."""
+    for entry in present():
         yield from entry.clients
 
 

@@ -22,6 +22,9 @@ What is refused can be left out of the state with `not_state`, or given in anoth
 `load_state_dict()`. On two workers, without a fault, every kind gives the results of a local run, but for those that
 differ.
 
+What other libraries define is of packages that `trusted_modules` names: `transformers` and `tokenizers`,
+`torchvision`, `lightning`. [Learners made of other libraries](learners.md) has a whole learner of each.
+
 `PYTHONPATH=tests/support .venv/bin/python -m corpus > docs/state.md` writes this page.
 """
 _COLUMNS = ("evicted", "killed", "restored")

@@ -293,6 +293,18 @@ class PartialKept:
 
 
 @kind()
+class PartialOfLayer:
+    """A `functools.partial` of a class of layers, with numbers filled in."""
+
+    def __init__(self, client_id: str) -> None:
+        self.make_norm, self.x = functools.partial(torch.nn.LayerNorm, eps=0.1), torch.randn(3)
+
+    def step(self) -> str:
+        self.x = self.make_norm(3)(self.x).detach()
+        return bits(self.x)
+
+
+@kind()
 class TorchFunctionKept:
     """A function of torch as an attribute."""
 

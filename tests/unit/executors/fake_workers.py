@@ -24,7 +24,7 @@ from torchfedrpc.rpc.member import Member
 from torchfedrpc.rpc.workers import Workers
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import Failure
-from torchfedrpc.wire.packing import pack
+from torchfedrpc.wire.packing import Packed, pack
 
 ALLOW = AllowList(["summing"])
 CUT_OFF = Outcome("cancelled", cut_off=True)
@@ -118,7 +118,7 @@ class FakeWorker(Member):
             learner.append(str(call.call_id))
         return given or Outcome("value", pack(call.call_id))
 
-    async def advance(self, request: Call | Batch, step: int) -> Outcome:
+    async def advance(self, request: Call | Batch, step: int, sent: Packed | None = None) -> Outcome:
         given = await self._asked(f"advance {request.call_id} {step}", "advance")
         if isinstance(request, Batch):
             return await self._batch_answer(self._jobs[request.call_id], step)

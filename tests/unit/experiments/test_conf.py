@@ -192,6 +192,7 @@ def test_the_keys_are_these() -> None:
         "runtime.transport",
         "runtime.trusted_modules",
         "runtime.use_multiprocessing",
+        "runtime.workers_per_device",
         "seed",
         "trainer._target_",
         "trainer.clients_per_round",

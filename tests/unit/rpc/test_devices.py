@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.events import EventBus
 from torchfedrpc.executors.base import ExecutorSpec
+from torchfedrpc.executors.distributed import num_workers
 from torchfedrpc.host.call import Call, Outcome
-from torchfedrpc.host.process import choose_device
+from torchfedrpc.host.process import choose_device, default_num_workers
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc import world
 from torchfedrpc.rpc.message import (
@@ -109,6 +111,25 @@ def test_workers_have_the_gpus_of_their_machine_in_turn(two_gpus: None) -> None:
 def test_workers_have_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [choose_device(index) for index in range(2)] == [CPU, CPU]
+
+
+def test_pseudo_mode_has_so_many_workers_for_each_gpu(two_gpus: None) -> None:
+    assert default_num_workers(1) == 2
+    assert default_num_workers(3) == 6
+
+
+def test_pseudo_mode_has_a_worker_for_each_core_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    assert default_num_workers(4) == 3
+
+
+@pytest.mark.parametrize(("num_clients", "num_processes", "expected"), [(9, None, 4), (3, None, 3), (9, 5, 5)])
+def test_workers_of_gpus_are_no_more_than_clients_unless_their_number_is_set(
+    two_gpus: None, num_clients: int, num_processes: int | None, expected: int
+) -> None:
+    config = RuntimeConfig(num_processes=num_processes, workers_per_device=2)
+    assert num_workers(config, num_clients) == expected
 
 
 # Device maps.

@@ -320,9 +320,8 @@ def test_what_could_run_something_is_refused_by_name_with_what_to_do(
     assert f"{module}.{name} is not a type that may travel" in str(caught.value)
     assert "not_state" in str(caught.value)
     root = module.partition(".")[0]
-    is_of_library = (
-        root == "numpy" or root in sys.stdlib_module_names or not isinstance(_named(module, name), type | None)
-    )
+    is_library = root in ("numpy", "torch") or root in sys.stdlib_module_names
+    is_of_library = is_library or not isinstance(_named(module, name), type | None)
     assert (f"runtime.trusted_modules=[{root}]" in str(caught.value)) is not is_of_library
 
 
