@@ -307,8 +307,9 @@ async def test_running_extends_the_run_to_what_follows_train() -> None:
     recorder = Recorder()
     async with tfr.LearnerProxy(CountingLearner, ["a"], runtime="local") as proxy:
         trainer = CountingTrainer({"num_rounds": 1}, proxy)
-        trainer.callbacks = [recorder]
+        trainer.callbacks, trainer.output_dir = [recorder], "runs/first"
         async with trainer.running({"seed": 3}) as run:
+            assert run.output_dir == Path("runs/first")
             await trainer.train()
             assert recorder.calls[-1] == "round 0 {'steps': 1.0}"
             assert run.config == {"seed": 3}

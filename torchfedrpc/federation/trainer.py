@@ -68,7 +68,7 @@ class AbstractFederationTrainer(ABC):
     def __init__(self, config: Any, learner_proxy: LearnerProxy) -> None:
         self.checkpoints: Checkpoints | None = None
         self.callbacks: list[Callback] = []
-        self.output_dir: Path | None = None
+        self.output_dir: str | Path | None = None
         self._callback_calls: CallbackCalls | None = None
         self._not_saved: set[str] = set()  # attributes that cannot be saved and have had a warning
         self.config = as_settings(config)
@@ -97,7 +97,8 @@ class AbstractFederationTrainer(ABC):
             yield self._callback_calls.run
             return
         settings = settings_of(self.config) if config is None else config
-        calls = CallbackCalls(Run(settings, self.learner_proxy, self, self.output_dir), self.callbacks)
+        folder = None if self.output_dir is None else Path(self.output_dir)
+        calls = CallbackCalls(Run(settings, self.learner_proxy, self, folder), self.callbacks)
         self._callback_calls = calls
         error: BaseException | None = None
         try:

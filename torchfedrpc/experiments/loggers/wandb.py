@@ -40,7 +40,7 @@ class WandbLogger(RunLogger):
 
         is_resumed = "run_id" in self.tool_state
         self.tool_state.setdefault("run_id", self._options.pop("id", None) or secrets.token_hex(4))
-        options = {"dir": run.output_dir, **self._options}
+        options = {"dir": run.output_dir and run.output_dir.absolute(), **self._options}
         self._run = wandb.init(
             project=self._project,
             mode=self._mode,  # type: ignore[arg-type]
