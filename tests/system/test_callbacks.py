@@ -303,14 +303,15 @@ async def test_rounds_outside_train_refuse_callbacks() -> None:
             await trainer.fit()
 
 
-async def test_running_extends_the_run_to_what_follows_train() -> None:
+async def test_running_extends_the_run_to_what_follows_train(tmp_path: Path) -> None:
     recorder = Recorder()
     async with tfr.LearnerProxy(CountingLearner, ["a"], runtime="local") as proxy:
         trainer = CountingTrainer({"num_rounds": 1}, proxy)
-        trainer.callbacks, trainer.output_dir = [recorder], "runs/first"
+        trainer.callbacks, trainer.output_dir = [recorder], str(tmp_path / "runs" / "first")
         async with trainer.running({"seed": 3}) as run:
-            assert run.output_dir == Path("runs/first")
             await trainer.train()
             assert recorder.calls[-1] == "round 0 {'steps': 1.0}"
             assert run.config == {"seed": 3}
+            assert run.output_dir is not None
+            assert run.output_dir.is_dir()
         assert recorder.calls[-2:] == ["RunEnded", "end NoneType"]

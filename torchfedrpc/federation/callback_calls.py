@@ -50,7 +50,7 @@ class CallbackCalls:
         self._unsubscribe: Callable[[], None] = lambda: None
 
     async def start(self, first_round: int) -> None:
-        """Call `Callback.on_run_start`, and publish `RunStarted`. A second call does nothing.
+        """Create the output folder, call `Callback.on_run_start`, and publish `RunStarted`; only once.
 
         Args:
             first_round: Number of the run's first round.
@@ -62,6 +62,8 @@ class CallbackCalls:
             return
         self._is_started = True
         self.run.first_round = first_round
+        if self.run.output_dir is not None:
+            self.run.output_dir.mkdir(parents=True, exist_ok=True)
         for name in self._named:
             await self._call(name, "on_run_start")
             self._started.append(name)
