@@ -10,7 +10,7 @@ The same code runs learners in this process, in worker processes, or on the rank
 import importlib
 import typing
 
-from torchfedrpc.config import DeviceMap, ExecutionMode, Isolation, OnWorkerLost, RuntimeConfig, Transport
+from torchfedrpc.config import DeviceMap, ExecutionMode, Isolation, LogLevel, OnWorkerLost, RuntimeConfig, Transport
 from torchfedrpc.errors import (
     CallTimeoutError,
     CapacityError,
@@ -108,6 +108,7 @@ __all__ = [
     "LearnerProxy",
     "LearnerStream",
     "LocalExecutor",
+    "LogLevel",
     "Mean",
     "MethodNotFoundError",
     "OnWorkerLost",

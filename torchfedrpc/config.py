@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import sys
 import types
@@ -61,6 +62,22 @@ class DeviceMap(StrEnum):
 
     auto = "auto"
     none = "none"
+
+
+class LogLevel(StrEnum):
+    """Level from which log records of workers reach the driver."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+    critical = "critical"
+    off = "off"
+
+    @property
+    def number(self) -> int:
+        """The level as `logging` counts it; above all of them for ``off``."""
+        return logging.CRITICAL + 1 if self == LogLevel.off else int(getattr(logging, self.upper()))
 
 
 class Transport(StrEnum):
@@ -156,6 +173,9 @@ class RuntimeConfig:
             of a machine that may read each other's memory, and skipped for others), ``mpt_uv`` (multiple connections,
             for large tensors over a fast network), ``basic`` (required). Default: ``cma`` and ``basic``. Channels for
             CUDA tensors, if any, come before them.
+        worker_log_level: Level from which log records of workers reach the driver, as events `WorkerLogged` and in
+            its logging: ``debug``, ``info``, ``warning``, ``error``, ``critical`` or ``off``. Warnings and printed
+            lines reach it too; printed lines count as ``info``, and stay on the worker's own streams above that.
 
     Raises:
         ConfigError: If a value has the wrong type or is out of range.
@@ -190,6 +210,7 @@ class RuntimeConfig:
     trusted_modules: list[str] = field(default_factory=list)
     transport: Transport = Transport.auto
     channels: list[str] = field(default_factory=list)
+    worker_log_level: LogLevel = LogLevel.info
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(RuntimeConfig)

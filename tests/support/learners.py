@@ -6,10 +6,12 @@ import asyncio
 import ctypes
 import functools
 import gc
+import logging
 import os
 import random
 import threading
 import time
+import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 import torchfedrpc as tfr
 
+_log = logging.getLogger("learners.probe")
 _POLL_S = 0.001
 _meetings: dict[str, int] = {}
 _steps = 0  # of async methods, in this process
@@ -223,6 +226,32 @@ class Probe:
     async def echo_async(self, /, *args: Any, **kwargs: Any) -> Any:
         await asyncio.sleep(0)
         return args, kwargs
+
+    def log_all(self, messages: list[str], level: str) -> None:
+        for message in messages:
+            _log.log(getattr(logging, level.upper()), "%s", message)
+
+    def log_and_fail(self) -> None:
+        try:
+            _raise("value")
+        except ValueError:
+            _log.exception("about to fail")
+            raise
+
+    async def log_async(self, level: str) -> None:
+        await self.log_step("begins", level)
+        await asyncio.sleep(0.01)
+        await self.log_step("ends", level)
+
+    async def log_step(self, step: str, level: str) -> None:
+        _log.log(getattr(logging, level.upper()), "%s %s", self.client_id, step)
+
+    def print_all(self, lines: list[str]) -> None:
+        for line in lines:
+            print(line)
+
+    def warn(self, message: str) -> None:
+        warnings.warn(message, stacklevel=1)
 
     def same(self, value: Any) -> Any:
         return value

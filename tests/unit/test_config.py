@@ -16,11 +16,17 @@ from learners import Probe
 from omegaconf import OmegaConf, ValidationError
 
 import torchfedrpc as tfr
-from torchfedrpc.config import DeviceMap, ExecutionMode, Isolation, OnWorkerLost, RuntimeConfig, Transport
+from torchfedrpc.config import DeviceMap, ExecutionMode, Isolation, LogLevel, OnWorkerLost, RuntimeConfig, Transport
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.executors.router import resolve_mode
 
-CHOICES = {"on_worker_lost": OnWorkerLost, "isolation": Isolation, "device_map": DeviceMap, "transport": Transport}
+CHOICES = {
+    "on_worker_lost": OnWorkerLost,
+    "isolation": Isolation,
+    "device_map": DeviceMap,
+    "transport": Transport,
+    "worker_log_level": LogLevel,
+}
 FIELDS = [item.name for item in dataclasses.fields(RuntimeConfig)]
 
 

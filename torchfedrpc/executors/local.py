@@ -12,6 +12,7 @@ from torchfedrpc.errors import ConfigError, SerializationError, WorkerLostError
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.call_executor import CallExecutor, Learners, without_traces
 from torchfedrpc.executors.durations import Durations
+from torchfedrpc.executors.log_relay import LocalLog
 from torchfedrpc.host.call import Batch, Call, Outcome
 from torchfedrpc.host.call_trace import CallTrace
 from torchfedrpc.host.faults import Fault
@@ -48,14 +49,20 @@ class LocalLearners(Learners):
         self._durations = durations
         self._allow = spec.learner.allow_list()
         self._host = spec.make_host()
+        self._log = LocalLog(self.label, config.worker_log_level.number, spec.events)
         self.is_open = True
         self._next_batch_id = -(1 << 40)
         self._unsubmitted: list[tuple[Call, Reply]] = []  # calls of this tick, which may yet share values
+
+    async def open(self) -> None:
+        """Receive the log records of learners."""
+        self._log.open()
 
     async def close(self, reason: str) -> None:
         """End the host. A sync method that ignores its cancellation is abandoned after 2 seconds."""
         self.is_open = False
         await asyncio.to_thread(self._host.close)
+        self._log.close()
 
     async def call(self, call: Call) -> Outcome:
         trace = call.trace

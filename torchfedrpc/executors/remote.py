@@ -12,9 +12,10 @@ from typing import Any
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.events import WorkerJoined, WorkerLeft, WorkerLost
+from torchfedrpc.events import WorkerJoined, WorkerLeft, WorkerLogged, WorkerLost
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.call_executor import Learners
+from torchfedrpc.executors.log_relay import relay
 from torchfedrpc.executors.session import Run, Session, SessionStream
 from torchfedrpc.host.call import Call
 from torchfedrpc.host.faults import Fault
@@ -87,6 +88,7 @@ class RemoteLearners(Learners):
         self._run.end()
         self._following.cancel()
         await self._group.close(reason)
+        self._pass_on_the_rest()
         for stream in list(self._streams):  # calls that wait behind it end now
             stream.give_up()
         await self._run.close()
@@ -210,7 +212,9 @@ class RemoteLearners(Learners):
                 self._publish_progress(event)
                 continue
             self._spec.events.publish(event)
-            if isinstance(event, WorkerJoined):
+            if isinstance(event, WorkerLogged):
+                relay(event)
+            elif isinstance(event, WorkerJoined):
                 self._worker_joined(event.worker)
             elif isinstance(event, WorkerLeft):
                 self._worker_left(event.worker)
@@ -221,6 +225,14 @@ class RemoteLearners(Learners):
                     self._worker_left(event.worker)
                 else:
                     self._give_up(event.worker)
+
+    def _pass_on_the_rest(self) -> None:
+        """Pass the last log records on, and those of a run that was not opened."""
+        while not self._group.events.empty():
+            event = self._group.events.get_nowait()
+            if isinstance(event, WorkerLogged):
+                self._spec.events.publish(event)
+                relay(event)
 
     def _publish_progress(self, arrived: ProgressArrived) -> None:
         """Publish progress, unless the same call has reported it before it was repeated."""

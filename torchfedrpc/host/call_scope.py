@@ -207,6 +207,12 @@ scope_here: contextvars.ContextVar[CallScope | None] = contextvars.ContextVar("t
 """The scope of the running code; None in code of the host, unset in contexts that users have made."""
 
 
+def client_here() -> str | None:
+    """Return the client whose method, or constructor, this code belongs to; None in other code."""
+    scope = scope_here.get(None)
+    return scope.job.call.client_id if scope is not None else None
+
+
 def outside() -> contextvars.Context:
     """Return a context for code of the host."""
     context = contextvars.Context()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import re
 import socket
@@ -12,16 +13,21 @@ import sys
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.events import Event
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.rpc import heartbeat_process
 from torchfedrpc.rpc.control_link import close_in_children
+from torchfedrpc.rpc.log_line import read_line
 
 # A heartbeat process sends 4 bytes a second, so this is a backlog of minutes, which costs the loop a millisecond.
 _READ_BYTES = 4096
 # The ids of all calls that a page of `Activity` can hold, 510 of up to 20 digits, need fewer bytes.
 _LINE_BYTES = 12 << 10
+_PIPE_BYTES = 256 << 10  # of log lines that wait, 128 a worker and second on average
+_LOG_END = b"]"
 _IDS = re.compile(rb"(-?[0-9]{1,19}( -?[0-9]{1,19})*)?")
 
 
@@ -35,6 +41,9 @@ class HeartbeatProcess:
         activity: the running calls of this process.
         interval_s: seconds between two heartbeats.
         grace_s: seconds until this process is killed once the driver is gone.
+
+    Attributes:
+        log: descriptor of a pipe for lines of `worker_log`, which it sends on; it does not block.
 
     Raises:
         ConfigError: If this system does not show the state of a process.
@@ -61,7 +70,14 @@ class HeartbeatProcess:
                     f"this system has neither {heartbeat_process.STAT} nor {heartbeat_process.PS}, so that a stopped "
                     f"worker would go unnoticed: set runtime.execution_mode=local"
                 )
-            arguments = [connection.fileno(), activity.descriptor, process, stat, os.getpid(), interval_s, grace_s]
+            reading, self.log = os.pipe()
+            opened.callback(os.close, reading)
+            os.set_blocking(self.log, False)
+            with contextlib.suppress(OSError, AttributeError):  # beyond the user's limit, or another system
+                fcntl.fcntl(self.log, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            descriptors.append(reading)
+            of_worker = [connection.fileno(), activity.descriptor, process, stat, reading, os.getpid()]
+            arguments = [*of_worker, interval_s, grace_s]
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", heartbeat_process.__file__, *map(str, arguments)],
                 pass_fds=descriptors,
@@ -86,6 +102,7 @@ class HeartbeatProcess:
         """End it, and the heartbeat connection with it."""
         with self._process:
             self._process.kill()
+        os.close(self.log)
         if self._alive is not None:
             self._alive.close()
 
@@ -119,6 +136,11 @@ class Loss:
 class Heartbeat:
     """The heartbeat of one worker.
 
+    Args:
+        key: its name.
+        connection: the driver's end of the heartbeat connection.
+        events: receives what the worker logs.
+
     Attributes:
         connection: the driver's end of the heartbeat connection.
         lost: future of how the worker was lost; cancelled if it is no longer watched.
@@ -126,10 +148,13 @@ class Heartbeat:
         running: the calls that a stopped or ended worker was running; None if unknown.
         seen_at: when the last sign of life came, by the monotonic clock.
         ended: whether the worker's process has ended.
+        is_out_of_memory: whether the system has killed a process of the worker's control group as memory ran out.
+        memory_bytes: the memory that the worker used lately; None if unknown.
+        num_logged: number of lines of its log so far.
         is_malformed: whether the received data has another form.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, key: Hashable, connection: socket.socket, events: asyncio.Queue[Event]) -> None:
         loop = asyncio.get_running_loop()
         self.connection = connection
         self.lost: asyncio.Future[Loss] = loop.create_future()
@@ -138,6 +163,12 @@ class Heartbeat:
         self.seen_at = time.monotonic()
         self.ended = False
         self.is_malformed = False
+        self.is_out_of_memory = False
+        self.memory_bytes: int | None = None
+        self.num_logged = 0
+        self._key = key
+        self._events = events
+        self._logged: asyncio.Future[Any] = self.lost.get_loop().create_future()
         self._unfinished = b""
 
     def take(self, data: bytes) -> None:
@@ -148,16 +179,37 @@ class Heartbeat:
             if not mark:
                 self.running = None
                 self.seen_at = time.monotonic()
+            elif mark != heartbeat_process.LOGGED and line.endswith(_LOG_END):
+                continue  # the rest of a line that an earlier watch has begun to read
             elif mark in (heartbeat_process.STOPPED, heartbeat_process.ENDED):
                 if not _IDS.fullmatch(ids):
                     self.is_malformed = True
                     return
                 self.running = tuple(map(int, ids.split()))
                 self.ended = mark == heartbeat_process.ENDED
+            elif mark == heartbeat_process.LOGGED:
+                self._take_log(ids)
+            elif mark == heartbeat_process.MEMORY and ids.isdigit():
+                self.memory_bytes = int(ids)
+            elif mark == heartbeat_process.OUT_OF_MEMORY:
+                self.is_out_of_memory = True
             elif mark == heartbeat_process.LEAVING and not self.leaving.done():
                 self.leaving.set_result(None)
             # Other lines are the rest of a line that an earlier watch has begun to read.
-        self.is_malformed = max(map(len, [*lines, self._unfinished])) > _LINE_BYTES
+        self.is_malformed |= max(map(len, [*lines, self._unfinished])) > _LINE_BYTES
+
+    def _take_log(self, line: bytes) -> None:
+        self.num_logged += 1
+        if not self._logged.done():
+            self._logged.set_result(None)
+        if (event := read_line(str(self._key), line)) is not None:  # else it is the rest of a line
+            self._events.put_nowait(event)
+
+    async def has_logged(self, num_logged: int) -> None:
+        """Wait until so many lines of its log have arrived, or it is no longer watched."""
+        while self.num_logged < num_logged and not self.lost.done():
+            self._logged = self.lost.get_loop().create_future()
+            await asyncio.wait([self.lost, self._logged], return_when=asyncio.FIRST_COMPLETED)
 
 
 class Watch:
@@ -165,10 +217,12 @@ class Watch:
 
     Args:
         timeout_s: seconds without a heartbeat after which a worker is lost.
+        events: receives what workers log, as `WorkerLogged`.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, events: asyncio.Queue[Event] | None = None) -> None:
         self._timeout_s = timeout_s
+        self._events: asyncio.Queue[Event] = events if events is not None else asyncio.Queue()
         self._heartbeats: dict[Hashable, Heartbeat] = {}
         self._loop = asyncio.get_running_loop()
         self._period_s = min(heartbeat_process.INTERVAL_S, timeout_s / 4)
@@ -184,9 +238,13 @@ class Watch:
         """
         connection.setblocking(False)
         close_in_children(connection)
-        heartbeat = self._heartbeats[key] = Heartbeat(connection)
+        heartbeat = self._heartbeats[key] = Heartbeat(key, connection, self._events)
         self._loop.add_reader(connection, self._read, key)
         return heartbeat
+
+    def heartbeat(self, key: Hashable) -> Heartbeat | None:
+        """Return the heartbeat of a watched worker; None of another."""
+        return self._heartbeats.get(key)
 
     def asks_to_leave(self, key: Hashable) -> bool:
         """Return whether a watched worker has asked to leave."""
@@ -242,7 +300,8 @@ class Watch:
         if heartbeat.is_malformed:
             self._lose(key, "its heartbeat process sent malformed data")
         elif heartbeat.ended:
-            self._lose(key, "its process ended")
+            memory = ", and the system ended a process there as memory ran out" if heartbeat.is_out_of_memory else ""
+            self._lose(key, f"its process ended{memory}")
         elif not data:
             self._lose(key, "its heartbeat process ended")
 

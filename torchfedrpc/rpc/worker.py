@@ -33,6 +33,7 @@ from torchfedrpc.rpc.heartbeat import HeartbeatProcess
 from torchfedrpc.rpc.heartbeat_connection import dial_heartbeat
 from torchfedrpc.rpc.interfaces import address_of, interface_of
 from torchfedrpc.rpc.surroundings import Session, adopt_main
+from torchfedrpc.rpc.worker_log import WorkerLog
 from torchfedrpc.wire.file import TensorFiles
 
 # Exit statuses.
@@ -231,6 +232,7 @@ class _Worker:
         self._activity = activity
         self._host: LearnerHost | None = None
         self._endpoint: Endpoint | None = None
+        self._log: WorkerLog | None = None
         self._stack = ExitStack()
         self._session = Session(is_own=is_own)
         self._probe: TensorFiles | None = None  # the driver looks for it, to learn if it sees our files
@@ -280,10 +282,14 @@ class _Worker:
         main: Message | None,
         settings: dict[str, Any],
         driver: list[Any] | None = None,
+        streams: list[Any] | None = None,
     ) -> Message:
         """Begin a run: import the learner's module. Learners are made later, one by one."""
         self.close()  # a run whose end was not received
         learner = LearnerSpec.from_message(spec)
+        if self._heartbeat_process is not None:
+            level, of_driver = learner.runtime.worker_log_level, [one and tuple(one) for one in streams or ()]
+            self._log = self._stack.enter_context(WorkerLog(self._heartbeat_process.log, level, of_driver))
         self._session.adopt()
         if main is not None:
             adopt_main(main)
@@ -345,7 +351,7 @@ class _Worker:
         return {}
 
     def close(self) -> Message:
-        """End the run."""
+        """End the run. The answer has the number of lines that it has logged."""
         if self._host is not None:
             self._is_clean &= self._host.close()
         self.leave()
@@ -353,7 +359,8 @@ class _Worker:
         self._probe = None
         self._host = self._endpoint = endpoint.serving = None
         self._stack.close()
-        return {}
+        log, self._log = self._log, None
+        return {"num_logged": log.num_written() if log is not None else 0}
 
     def arm(self, faults: list[dict[str, Any]]) -> Message:
         """Let faults strike later calls, for a test."""

@@ -30,6 +30,7 @@ from torchfedrpc.rpc.member import Member, RefusalError
 from torchfedrpc.rpc.sources import Source
 from torchfedrpc.rpc.surroundings import describe_main, pack_main
 from torchfedrpc.rpc.worker_client import Traffic, UndeliverableError, WorkerClient
+from torchfedrpc.rpc.worker_log import identities
 from torchfedrpc.rpc.workers import Worker, Workers, WorkerState
 from torchfedrpc.rpc.world import DriverPlace
 from torchfedrpc.tasks import Tasks, all_of
@@ -44,6 +45,7 @@ _LEAST_HEARTBEAT_TIMEOUT_S = 5.0
 _NOTICE_S = 1.0  # if a link or an RPC connection breaks, the heartbeat usually reports the loss within this time
 _REAP_S = 0.1  # from the end of a worker's link to the fork server's report of its status
 _CLOSE_TIMEOUT_S = 4.0
+_LOG_S = 1.0  # for the last lines of a worker's log, which come by its heartbeat process
 _WORLDLESS = "the run has no world any more"
 _SESSION_CHUNK_BYTES = 8 << 20  # to encode more would hold the event loop up for some 20 ms
 _MAX_FAILURES = 5  # in succession, to form a world or to carry one call
@@ -84,7 +86,7 @@ class WorkerGroup:
         # As of the opening of the proxy, for later workers too.
         self._settings = OpenedSettings.of_this_process(learner.runtime.torch_threads).values
         self._place = DriverPlace(learner)
-        self._watch = Watch(learner.runtime.heartbeat_timeout_s)
+        self._watch = Watch(learner.runtime.heartbeat_timeout_s, self.events)
         self._watching = Tasks()
         self._generation = 0
         self._is_open = False
@@ -164,10 +166,17 @@ class WorkerGroup:
         # A lost or frozen worker does not answer; the world ends without it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await asyncio.gather(*(one.tell({"do": "close"}) for one in members.values()), return_exceptions=True)
+                await asyncio.gather(*map(self._close_member, members.values()), return_exceptions=True)
         await self._place.close()
         self._watch.close()
         await self._watching.wait()
+
+    async def _close_member(self, member: Member) -> None:
+        """End the run of a worker, and wait for the rest of its log."""
+        answer = await member.tell({"do": "close"})
+        if (heartbeat := self._watch.heartbeat(member.label)) is not None:
+            async with asyncio.timeout(_LOG_S):
+                await heartbeat.has_logged(int(answer.get("num_logged", 0)))
 
     async def arm(self, label: str, faults: Sequence[Fault]) -> None:
         """Inject faults into a worker, for a test.
@@ -432,6 +441,7 @@ class WorkerGroup:
                 "main": main,
                 "settings": self._settings,
                 "driver": (os.getpid(), probe.addresses()) if probe is not None else None,
+                "streams": None if member.elsewhere else identities(),
             }
             answer = await self._tell(member, message)
         if not member.adopt(answer):

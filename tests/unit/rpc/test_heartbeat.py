@@ -267,8 +267,10 @@ async def test_a_heartbeat_process_outlives_the_signals_that_are_sent_to_all(sta
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(worker.beating, number)
     worker.connection.settimeout(5)
-    for _ in range(20):
-        assert worker.connection.recv(1) == heartbeat_process.BEAT
+    lines: list[bytes] = []
+    while len(lines) < 20:
+        lines += worker.connection.recv(100).splitlines()
+    assert {line[:1] for line in lines} <= {b"", heartbeat_process.MEMORY}
 
 
 async def test_a_driver_that_slept_loses_dead_workers_alone(start: Start) -> None:
@@ -452,7 +454,7 @@ def test_a_heartbeat_process_that_is_stopped_leaves_no_process_and_no_descriptor
     beside.wait_for_beat()
     assert ours.recv(1) == heartbeat_process.BEAT
     beside.wait_for_beat()  # it has beaten, for any watch
-    assert len(os.listdir("/proc/self/fd")) == len(before) + 1
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 2  # `ours`, and the pipe for the log
     beside.stop()
     assert not Path(f"/proc/{beside.pid}").exists()
     assert ours.recv(1) == b""
@@ -463,7 +465,7 @@ def test_a_heartbeat_process_that_is_stopped_leaves_no_process_and_no_descriptor
 
 def test_a_heartbeat_process_has_no_descriptors_but_its_own(start: Start) -> None:
     worker = start()
-    assert len(os.listdir(f"/proc/{worker.beating}/fd")) == 3 + 4
+    assert len(os.listdir(f"/proc/{worker.beating}/fd")) == 3 + 5
 
 
 def test_the_state_of_a_process_with_an_odd_name_is_read_right() -> None:
@@ -488,7 +490,7 @@ def test_heartbeat_process_beats_for_a_worker_in_uninterruptible_sleep_only_whil
     ours, theirs = socket.socketpair()
     stat = os.open("/proc/self/stat", os.O_RDONLY)
     process = os.pidfd_open(os.getpid())
-    pread = os.pread
+    pread, log = os.pread, heartbeat_process.Log(-1)
 
     def read(descriptor: int, count: int, offset: int) -> bytes:
         if descriptor != stat:
@@ -496,15 +498,17 @@ def test_heartbeat_process_beats_for_a_worker_in_uninterruptible_sleep_only_whil
         if (look := next(looks, None)) is None:
             raise ConnectionResetError("all has been looked at")
         state, user_time = look.split()
-        return f"7 (python) {state} {'0 ' * 10}{user_time} 0 0 0".encode()
+        return f"7 (python) {state} {'0 ' * 10}{user_time} {'0 ' * 30}".encode()
 
     monkeypatch.setattr("torchfedrpc.rpc.heartbeat_process.os.pread", read)
     monkeypatch.setattr(heartbeat_process, "tell_begun", lambda: True)
     try:
         with pytest.raises(ConnectionResetError, match="looked at"):
-            heartbeat_process.watch(theirs.fileno(), activity.descriptor, process, stat, os.getppid(), 0.0, GRACE_S)
+            heartbeat_process.watch(
+                theirs.fileno(), activity.descriptor, process, stat, log, os.getppid(), 0.0, GRACE_S
+            )
         theirs.close()
-        assert ours.recv(100) == heartbeat_process.BEAT * beats
+        assert ours.recv(100).replace(heartbeat_process.MEMORY + b"0\n", b"") == heartbeat_process.BEAT * beats
     finally:
         activity.close()
         ours.close()
