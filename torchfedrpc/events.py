@@ -110,9 +110,13 @@ class WorkerLost(Event):
 
 @dataclass(frozen=True)
 class WorkerJoined(Event):
-    """Arrival of the worker ``worker``: it joined the run or replaced a lost one, and accepts calls."""
+    """Arrival of the worker ``worker``: it joined the run or replaced a lost one, and accepts calls.
+
+    ``has_returned`` shows that a worker of this name has served before, and was lost or has left.
+    """
 
     worker: str
+    has_returned: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,10 @@ class WorkerLogged(Event):
 
 @dataclass(frozen=True)
 class ReplayStarted(Event):
-    """Start of the replay of ``num_calls`` calls of a client's journal on ``worker``, which rebuilds its learner."""
+    """Start of the replay of ``num_calls`` calls of a client's journal on ``worker``, which rebuilds its learner.
+
+    `ReplayEnded` follows, unless that worker is lost too or the learner cannot be rebuilt.
+    """
 
     client_id: str
     worker: str

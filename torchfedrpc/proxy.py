@@ -520,8 +520,10 @@ class LearnerProxy:
             - ``snapshot_bytes``: Bytes of snapshots sent to and received from workers; 0 in local mode.
             - ``journal_bytes``: Bytes of arguments that the journal holds now, for the replay of lost calls.
             - ``workers_lost``: Number of workers lost so far.
-            - ``workers``: Name of a process with learners -> ``{"learners": number}``. In local mode the only name
-                is ``local``. Empty after the proxy is closed.
+            - ``workers``: Name of a process with learners -> its numbers, which docs/monitoring.md explains:
+                ``learners``, ``state``, ``machine``, ``address``, ``pid``, ``heartbeat_age_s``, ``round_trip_s``,
+                ``bytes_sent``, ``bytes_received``, ``busy_s``, ``queue``, ``memory_bytes``. In local mode the only
+                name is ``local``. Empty after the proxy is closed.
         """
         return self._calls.stats()
 

@@ -163,7 +163,8 @@ async def test_statistics_have_the_keys_that_are_documented(proxy: tfr.LearnerPr
     assert sorted(stats) == sorted(DOCUMENTED)
     assert stats["mode"] == proxy.mode
     assert all(type(stats[key]) is int for key in DOCUMENTED if key not in ("mode", "workers"))
-    keys = {"learners"}
+    keys = {"learners", "state", "machine", "address", "pid", "heartbeat_age_s", "round_trip_s", "bytes_sent"}
+    keys |= {"bytes_received", "busy_s", "queue", "memory_bytes"}
     assert all(set(numbers) == keys for numbers in stats["workers"].values())
     assert sum(numbers["learners"] for numbers in stats["workers"].values()) > 0
 

@@ -125,7 +125,7 @@ async def test_reading_the_rref_of_a_learner_that_is_given_up_does_not_rebuild_i
         for _ in range(2):
             with pytest.raises(tfr.WorkerLostError, match="so it was given up"):
                 _ = proxy.client("a").rref
-        assert proxy.stats()["workers"]["worker1"] == {"learners": 0}
+        assert proxy.stats()["workers"]["worker1"]["learners"] == 0
     assert made.read_text() == "made\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.events import ReplayEnded, ReplayStarted
 from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.base import ExecutorSpec
 from torchfedrpc.executors.durations import Durations
@@ -263,12 +265,23 @@ class LearnerSession(Session):
                     restore = self._own_call("restore", pack((snapshot, None), copy=False))  # nothing writes to it
                     outcome = await worker.submit(restore)
                     self._check_rebuilt(worker, outcome, is_failed=outcome.kind == "failed")
-            for entry in entries:
-                self._sent_id = entry.call.call_id
-                outcome = await self._repeat(worker, entry)
-                self._check_rebuilt(worker, outcome, is_failed=outcome.never_ran and outcome.kind == "failed")
+            if entries:
+                await self._replay(worker, entries)
         except (OSError, UndeliverableError) as error:
             raise self.give_up(f"it could not be rebuilt on {worker.label}: {error}") from error
+
+    async def _replay(self, worker: Member, entries: list[Entry]) -> None:
+        """Make the calls of the journal again."""
+        num_calls, label, began = len(entries), worker.label, time.monotonic()
+        logger.info("replaying %d calls of %s on %s", num_calls, self.client_id, label)
+        self._run.events.publish(ReplayStarted(self.client_id, label, num_calls))
+        for entry in entries:
+            self._sent_id = entry.call.call_id
+            outcome = await self._repeat(worker, entry)
+            self._check_rebuilt(worker, outcome, is_failed=outcome.never_ran and outcome.kind == "failed")
+        seconds = time.monotonic() - began
+        logger.info("replayed %d calls of %s on %s in %.1f s", num_calls, self.client_id, label, seconds)
+        self._run.events.publish(ReplayEnded(self.client_id, label, num_calls, seconds))
 
     async def _repeat(self, worker: Member, entry: Entry) -> Outcome:
         """Replay a call of the journal; of a stream, as many steps as it had."""

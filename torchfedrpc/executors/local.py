@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +20,7 @@ from torchfedrpc.host.call_trace import CallTrace
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost, answer
 from torchfedrpc.host.mailbox import Reply
+from torchfedrpc.host.process import resident_bytes
 from torchfedrpc.reduce.driver import Reduction
 from torchfedrpc.registry import executor
 from torchfedrpc.wire.packing import Packed, Reference, SentApart, pack
@@ -166,8 +169,25 @@ class LocalLearners(Learners):
             self._host.arm(of_label)
 
     def stats(self) -> dict[str, Any]:
-        """Return the number of learners; nothing is sent in local mode."""
-        return {"workers": {self.label: {"learners": self._host.stats()["learners"]}} if self.is_open else {}}
+        """Return the numbers of this process; nothing is sent in local mode."""
+        return {"workers": {self.label: self._stats_here()} if self.is_open else {}}
+
+    def _stats_here(self) -> dict[str, Any]:
+        of_host = self._host.stats()
+        return {
+            "learners": of_host["learners"],
+            "state": "serving",
+            "machine": socket.gethostname(),
+            "address": None,
+            "pid": os.getpid(),
+            "heartbeat_age_s": 0.0,
+            "round_trip_s": 0.0,
+            "bytes_sent": 0,
+            "bytes_received": 0,
+            "busy_s": of_host["busy_s"],
+            "queue": of_host["pending_calls"],
+            "memory_bytes": resident_bytes(),
+        }
 
     def _submit(self, call: Call, reply: Reply) -> None:
         """Submit a call; at the end of the tick if it has a value that other calls of this tick may share."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import time
 import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -148,19 +149,34 @@ class RemoteLearners(Learners):
         await asyncio.gather(*(self._group.arm(label, of_label) for label, of_label in faults.items()))
 
     def stats(self) -> dict[str, Any]:
-        """Return bytes sent and received, workers lost, and the number of learners of each worker."""
+        """Return bytes sent and received, workers lost, and the numbers of each worker."""
         if self._stats_at_close is not None:
             return self._stats_at_close
-        traffic = self._group.traffic
+        traffic = self._group.traffic.values()
         return {
-            "bytes_sent": traffic.num_sent_bytes,
-            "bytes_received": traffic.num_received_bytes,
-            "snapshot_bytes": traffic.num_snapshot_bytes,
+            "bytes_sent": sum(one.num_sent_bytes for one in traffic),
+            "bytes_received": sum(one.num_received_bytes for one in traffic),
+            "snapshot_bytes": sum(one.num_snapshot_bytes for one in traffic),
             "journal_bytes": 0,
             "workers_lost": self._num_lost,
-            "workers": {
-                label: {"learners": len(member.registrations)} for label, member in self._workers.members.items()
-            },
+            "workers": {label: self._stats_of(label, member) for label, member in self._workers.members.items()},
+        }
+
+    def _stats_of(self, label: str, member: Member) -> dict[str, Any]:
+        heartbeat, traffic = self._group.heartbeat(label), self._group.traffic[label]
+        return {
+            "learners": len(member.registrations),
+            "state": self._workers[label].state.value,
+            "machine": member.machine,
+            "address": member.address,
+            "pid": member.process_id,
+            "heartbeat_age_s": time.monotonic() - heartbeat.seen_at if heartbeat is not None else None,
+            "round_trip_s": member.clock.round_trip_s,
+            "bytes_sent": traffic.num_sent_bytes,
+            "bytes_received": traffic.num_received_bytes,
+            "busy_s": member.busy_s,
+            "queue": sum(member.sent.values()),
+            "memory_bytes": heartbeat.memory_bytes if heartbeat is not None else None,
         }
 
     # Workers that come and go.

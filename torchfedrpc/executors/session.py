@@ -37,10 +37,12 @@ class Run:
         max_recoveries: Number of consecutive losses of a worker that a learner's calls are repeated after.
         recovers: Whether calls of a lost worker are repeated.
         is_closed: Whether the proxy is closed.
+        events: Publishes the run's events.
     """
 
     def __init__(self, config: RuntimeConfig, spec: ExecutorSpec, durations: Durations) -> None:
         self.allow = spec.learner.allow_list()
+        self.events = spec.events
         self.durations = durations
         self.max_recoveries = config.max_recoveries
         self.recovers = config.on_worker_lost == "recover"

@@ -71,6 +71,7 @@ class LearnerHost:
         self._outcomes: dict[int, Outcome] = {}  # final ones, for repeated requests
         self._batches: dict[int, BatchJob] = {}  # by call id, until their final outcomes
         self._own_call_ids = itertools.count(-1, -1)  # of calls that no executor numbered
+        self._busy_s = 0.0  # that calls have run, guarded by the lock
 
     @property
     def allow(self) -> AllowList:
@@ -265,11 +266,11 @@ class LearnerHost:
         """Inject faults into this process at later calls. They replace earlier ones."""
         self._process.saboteur = Saboteur(faults, self._process.activity) if faults else None
 
-    def stats(self) -> dict[str, int]:
-        """Return the number of learners that are made, and of calls that run or wait."""
+    def stats(self) -> dict[str, Any]:
+        """Return the number of learners that are made, of calls that run or wait, and how long calls have run."""
         with self._lock:
             made = sum(mailbox.made and not mailbox.is_stored for mailbox in self._mailboxes.values())
-            return {"learners": made, "pending_calls": len(self._jobs)}
+            return {"learners": made, "pending_calls": len(self._jobs), "busy_s": self._busy_s}
 
     def close(self, timeout_s: float = 2.0) -> bool:
         """Cancel what runs and end the host's threads.
@@ -480,6 +481,8 @@ class LearnerHost:
             outcome = _stamped(outcome, job)
         following, batch_job, unread = None, None, False
         with self._lock:
+            if outcome.stamps is not None:
+                self._busy_s += outcome.stamps[2] - outcome.stamps[1]
             reply = self._replies.pop(job.call.call_id, None)
             if outcome.kind != "item":
                 job.context = None  # breaks a reference cycle: frees memory before the next garbage collection

@@ -142,6 +142,13 @@ class Link:
         address: str = self._socket.getsockname()[0]
         return address
 
+    def peer_address(self) -> str | None:
+        """Return the other end's IP address; None if the link has no addresses, or has ended."""
+        with contextlib.suppress(OSError):
+            if self._socket.family in (socket.AF_INET, socket.AF_INET6):
+                return str(self._socket.getpeername()[0])
+        return None
+
     def _take(self) -> Message | None:
         end = self._received.find(b"\n", self._num_searched)
         if end < 0:

@@ -64,7 +64,9 @@ class Member:
         lost: Future of how it was lost; made when a run begins.
         client: Sends requests to it in the present world; None while the world is re-formed.
         confirmed: Clients whose learners it has confirmed as registered, in earlier worlds.
-        sent: Ids of requests without a final answer, in the order of sending.
+        sent: Id of each request without a final answer -> number of its calls, in the order of sending.
+        busy_s: Seconds that its calls have run, of those that have ended.
+        process_id: Its process id on its machine; None until it is prepared.
         clock: Its clock, compared with the driver's.
     """
 
@@ -83,7 +85,9 @@ class Member:
     local_index: int = -1
     client: WorkerClient | None = None
     confirmed: set[str] = field(default_factory=set)
-    sent: dict[int, None] = field(default_factory=dict)
+    sent: dict[int, int] = field(default_factory=dict)
+    busy_s: float = 0.0
+    process_id: int | None = None
     clock: WorkerClock = field(default_factory=WorkerClock)
     lost: asyncio.Future[Loss] = field(init=False)
     _cancelled: set[int] = field(default_factory=set)  # ids of batches
@@ -131,6 +135,11 @@ class Member:
         loss = self.lost.result()
         return WorkerGone(loss.reason, frozenset(loss.running or ()))
 
+    @property
+    def address(self) -> str | None:
+        """IP address of its control link; None if it is a process of this machine without one."""
+        return self.link.peer_address()
+
     def how_it_ended(self) -> str:
         """Return how the process ended, as a clause after "it ended"; empty if that is unknown."""
         return self.process.how_it_ended() if self.process is not None else ""
@@ -162,7 +171,7 @@ class Member:
             WorkerGone: If the worker is lost.
             UndeliverableError: If RPC cannot carry the call or its answer.
         """
-        self.sent[call.call_id] = None
+        self.sent[call.call_id] = 1
         if call.trace is not None:
             call.trace.sent(self.label)
 
@@ -174,7 +183,7 @@ class Member:
 
     def run_batch(self, batch: Batch) -> Coroutine[Any, Any, Outcome]:
         """Run a batch, or join it; as of `submit`."""
-        self.sent[batch.call_id] = None
+        self.sent[batch.call_id] = len(batch.calls)
         batch.sent(self.label)
 
         def send(client: WorkerClient) -> asyncio.Future[Outcome]:
@@ -207,7 +216,7 @@ class Member:
 
     def take_back(self, request: TakeBack) -> Coroutine[Any, Any, Outcome]:
         """Request calls back that have not begun; the outcome has their ids. Errors are those of `advance`."""
-        self.sent[request.call_id] = None
+        self.sent[request.call_id] = 0
         return self._ask(request, lambda client: client.take_back(request))
 
     async def cancel(self, call: Call) -> Outcome:
@@ -241,6 +250,7 @@ class Member:
                 self._fail(request, answer, error)
                 raise
             if (stamps := outcome.stamps) is not None:
+                self.busy_s += stamps[2] - stamps[1]
                 if sent_at is not None:
                     self.clock.note(sent_at, stamps)
                 if isinstance(request, Call) and request.trace is not None:
@@ -248,6 +258,9 @@ class Member:
             if outcome.kind != "item":
                 self.sent.pop(request.call_id, None)
                 self._cancelled.discard(request.call_id)
+                for _, ended in outcome.of_calls:
+                    if ended.stamps is not None:
+                        self.busy_s += ended.stamps[2] - ended.stamps[1]
             return outcome
 
     def _fail(self, request: Request, answer: asyncio.Future[Outcome], error: BaseException) -> None:
@@ -304,9 +317,11 @@ class Member:
                 "sees_files": bool(sees_files),
                 "files": [_, [_]] | None as files,
                 "problems": list(problems),
+                "process_id": int(process_id),
             } if _DEVICE.fullmatch(device) and all(isinstance(problem, str) for problem in problems):
                 self.device, self.visible_gpus, self.sees_files = device, visible_gpus, sees_files
                 self.pid = files[0] if files is not None and TensorFiles.is_found(*files) else None
+                self.process_id = process_id
                 self.clock.is_common = self.pid is not None or self.process is not None
                 return True
         return False

@@ -313,6 +313,7 @@ class _Worker:
             "sees_files": driver_pid is not None,
             "files": own,
             "problems": problems,
+            "process_id": os.getpid(),
         }
 
     def join(

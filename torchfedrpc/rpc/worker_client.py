@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,10 @@ from torchfedrpc.wire.file import Address, TensorFiles
 from torchfedrpc.wire.packing import Packed, Parcel
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
+logger = logging.getLogger(__name__)
+
+_SLOW_BYTES = 8 << 20  # a request of this size may need seconds between sites
+_SLOW_S = 10.0
 _METHODS = ("call", "stream", "barrier")
 _MAX_KEPT_BYTES = 8 << 20  # outcomes that a worker keeps until the next request to it acknowledges them
 _MAX_ITEMS = 64  # in one request, so that the worker begins with it while the next one is packed
@@ -63,7 +68,7 @@ class ProgressArrived(Event):
 
 @dataclass
 class Traffic:
-    """Bytes that went to the workers of a run and came from them, in all worlds.
+    """Bytes that went to a worker of a run and came from it, in all worlds.
 
     Attributes:
         num_sent_bytes: Arguments of calls.
@@ -400,6 +405,9 @@ class WorkerClient:
                 self._request(items)
                 items = []
             items.append(self._share_item(item) if isinstance(item, _Share) else item)
+            if num_bytes >= _SLOW_BYTES and self._request(items):
+                self._watch_transfer(num_bytes)
+                items = []
         if items:
             self._request(items)
 
@@ -422,6 +430,25 @@ class WorkerClient:
         self._num_open += alone is None
         sent.add_done_callback(partial(self._answered, alone))
         return True
+
+    def _watch_transfer(self, num_bytes: int) -> None:
+        """Tell every 10 s that a large request is still on its way: a ping behind it has no answer."""
+
+        began, is_there = self._loop.time(), False
+
+        def tell() -> None:
+            if self._is_open and not is_there:
+                seconds = self._loop.time() - began
+                logger.info("sending %.0f MB to %s for %.0f s", num_bytes / 1e6, self.label, seconds)
+                self._loop.call_later(_SLOW_S, tell)
+
+        def arrived(_: Any) -> None:
+            nonlocal is_there
+            is_there = True
+
+        if (sent := self._ping()) is not None:
+            sent.add_done_callback(arrived)
+            self._loop.call_later(_SLOW_S, tell)
 
     def _ping(self) -> Any:
         """Send a request without items, which carries acknowledgements. Returns None if it cannot be sent."""

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -73,13 +73,13 @@ class WorkerGroup:
         events: Events of workers and worlds once the group is open, `WorkerLeaving` and `ProgressArrived` among them.
             A task that waits for events handles one before calls notice the change, or the end of a call that has
             reported progress.
-        traffic: Bytes sent to and received from all present and former workers.
+        traffic: Name of a worker -> bytes sent to it and received from it, by former workers of that name too.
     """
 
     def __init__(self, sources: Sequence[Source], learner: LearnerSpec) -> None:
         self.workers = Workers()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.traffic = Traffic()
+        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self._sources = sources
         self._learner = learner
         self._recovers = learner.runtime.on_worker_lost == "recover"
@@ -96,6 +96,7 @@ class WorkerGroup:
         self._num_suspicions: Counter[int] = Counter()  # call id -> number of times that RPC failed to carry it
         self._num_failures: Counter[str] = Counter()  # name -> workers in succession lost before they served
         self._session: bytes | None = None  # the classes of an interactive session
+        self._have_served: set[str] = set()
         self._told: dict[str, str] = {}  # name -> how the last newcomer of that name was lost
 
     async def gather(self) -> None:
@@ -122,7 +123,7 @@ class WorkerGroup:
             self._place.check_interface(members)
         await all_of(*map(self._prepare, members))
         await self._form(num_changes=0)
-        self.workers.serve()
+        self._have_served.update(self.workers.serve())
         self._is_open = True
         self._tasks.start(self._form_worlds())
         for source in self._sources:
@@ -193,6 +194,10 @@ class WorkerGroup:
     def is_taking_in(self) -> bool:
         """Whether a worker that was admitted is being prepared, or a world is being formed."""
         return bool(self.workers.newcomers) or self._world_is_due.is_set()
+
+    def heartbeat(self, label: str) -> Heartbeat | None:
+        """Return the heartbeat of a worker; None if it is lost."""
+        return self._watch.heartbeat(label)
 
     @property
     def expects_workers(self) -> bool:
@@ -369,7 +374,10 @@ class WorkerGroup:
         if self.workers.failure is None and self.workers.members:
             self.events.put_nowait(WorldFormed(self._generation, seconds))
             for label in self.workers.serve():
-                self.events.put_nowait(WorkerJoined(label))
+                has_returned = label in self._have_served
+                logger.info("%s %s", label, "is back" if has_returned else "has joined, and serves")
+                self.events.put_nowait(WorkerJoined(label, has_returned))
+            self._have_served.update(self.workers.present)
             self._hear_leavers()
         elif not (self.workers.failure or self.workers.newcomers or self.expects_workers):
             self._fail(WorkerLostError("no worker is left"))
@@ -406,7 +414,7 @@ class WorkerGroup:
                 plan.name(rank),
                 keys[member.label],
                 frozenset([torch.device(pair[0])] if pair else []),
-                self.traffic,
+                self.traffic[member.label],
                 events=self.events,
                 sees_files=member.sees_files,
                 pid=member.pid,

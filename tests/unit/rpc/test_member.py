@@ -20,7 +20,14 @@ from torchfedrpc.rpc.worker_client import UndeliverableError, WorldOver
 from torchfedrpc.wire.file import TensorFiles
 from torchfedrpc.wire.packing import pack
 
-GOOD: Message = {"device": "cpu", "visible_gpus": None, "sees_files": True, "files": None, "problems": []}
+GOOD: Message = {
+    "device": "cpu",
+    "visible_gpus": None,
+    "sees_files": True,
+    "files": None,
+    "problems": [],
+    "process_id": 5,
+}
 
 
 @pytest.fixture
@@ -234,7 +241,7 @@ async def test_request_between_two_worlds_fails_if_the_worker_is_lost(kind: str)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_request_that_rpc_cannot_carry_is_not_sent_again_and_does_not_count_as_running(kind: str) -> None:
     member, client = serving("a", "b")
-    member.sent[int(kind.split()[1])] = None
+    member.sent[int(kind.split()[1])] = 1
     task = asked(member, kind)
     await settled()
     client.open[kind].set_exception(UndeliverableError("torch RPC cannot carry it"))
@@ -373,7 +380,7 @@ async def test_lost_worker_was_running_the_first_call_unless_more_is_known(
 ) -> None:
     worker, _ = ends
     worker.begin()
-    worker.sent = {5: None, 6: None}
+    worker.sent = {5: 1, 6: 1}
     worker.lose(Loss("it was killed", running))
     assert worker.gone().running == expected
 
