@@ -22,10 +22,16 @@ _BLOCKED_S = 0.5  # a main thread that does not return to its event loop within 
 _FINISH_S = 1.5  # extra time for work that is nearly done, such as a round
 _LIMIT_S = 3.0  # after the signal the process ends by then; the interpreter's shutdown takes extra time
 _THREADS_S = 0.5
+_LAST_S = 1.0
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
-def run_interruptible(main: Callable[[], Coroutine[Any, Any, T]], *, notice: str = "") -> T:
+def run_interruptible(
+    main: Callable[[], Coroutine[Any, Any, T]],
+    *,
+    notice: str = "",
+    at_forced_end: Callable[[], object] | None = None,
+) -> T:
     """Run a main coroutine as `asyncio.run` does; Ctrl-C and SIGTERM end it in order, and within 5 seconds.
 
     The first signal cancels the main coroutine, so that it can clean up: at once, or after the extra time that
@@ -35,6 +41,8 @@ def run_interruptible(main: Callable[[], Coroutine[Any, Any, T]], *, notice: str
     Args:
         main: Returns the main coroutine.
         notice: A line written to stderr if a signal ends the run.
+        at_forced_end: Called on another thread, for a second at most, before the process is ended because the main
+            thread did not return in time.
 
     Raises:
         KeyboardInterrupt: If SIGINT arrived, even if the main coroutine suppressed its cancellation.
@@ -43,7 +51,7 @@ def run_interruptible(main: Callable[[], Coroutine[Any, Any, T]], *, notice: str
     """
     if threading.current_thread() is not threading.main_thread():
         return asyncio.run(main())
-    interrupts = _Interrupts(notice)
+    interrupts = _Interrupts(notice, at_forced_end)
     with interrupts.handled():
         return asyncio.run(interrupts.follow(main))
 
@@ -53,10 +61,12 @@ class _Interrupts:
 
     Args:
         notice: The line for stderr, as in `run_interruptible`.
+        at_forced_end: As in `run_interruptible`.
     """
 
-    def __init__(self, notice: str) -> None:
+    def __init__(self, notice: str, at_forced_end: Callable[[], object] | None) -> None:
         self._notice = notice
+        self._at_forced_end = at_forced_end
         self._came: list[int] = []
         self._before: dict[int, Any] = {}
         self._main_thread = threading.get_ident()
@@ -174,6 +184,10 @@ class _Interrupts:
             else:  # Windows
                 signal.raise_signal(number)
         if not self._over.wait(_LIMIT_S - blocked_s) and not debugger_attached():
+            if self._at_forced_end is not None:  # it may wait for a lock that the main thread has
+                last = threading.Thread(target=self._at_forced_end, daemon=True)
+                last.start()
+                last.join(_LAST_S)
             self._leave(number)
 
     def _leave(self, number: int) -> None:

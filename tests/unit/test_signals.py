@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Process
 
 import torchfedrpc as tfr
 from torchfedrpc.signals import run_interruptible
@@ -205,3 +207,30 @@ def test_a_method_that_goes_on_regardless_is_stopped_when_the_run_has_ended() ->
 
     tfr.run(main)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("torchfedrpc")]
+
+
+FORCED = """
+import threading, time
+from torchfedrpc import signals
+
+def last():
+    print("the table", flush=True)
+    threading.Event().wait()
+
+async def main():
+    print("ready", flush=True)
+    try:
+        time.sleep(300)
+    except KeyboardInterrupt:
+        time.sleep(300)
+
+signals.run_interruptible(main, at_forced_end=last)
+"""
+
+
+def test_a_process_that_is_ended_by_force_says_its_last_within_5_s() -> None:
+    with Process(sys.executable, "-c", FORCED) as run:
+        run.next_line("ready")
+        run.signal(signal.SIGINT)
+        run.next_line("the table", timeout_s=10)
+        assert run.ended(10) == 130

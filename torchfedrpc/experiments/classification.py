@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.experiments.data.cache import load_dataset
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
-from torchfedrpc.experiments.recipe import build
 from torchfedrpc.experiments.training import Optimisation, build_model, copy_weights, fit, initial_weights, score
 from torchfedrpc.federation.learner_base import Learner
 from torchfedrpc.host.context import current_call
@@ -171,7 +171,7 @@ class ClassificationLearner(Learner):
         call = current_call()
 
         def load() -> Samples:
-            dataset: TrainTest = build(self._dataset_recipe, call.trusted_modules)
+            dataset: TrainTest = load_dataset(self._dataset_recipe, call.trusted_modules)
             return dataset.train.to(call.device)
 
         return call.shared(("train_set", _key(self._dataset_recipe), str(call.device)), load)

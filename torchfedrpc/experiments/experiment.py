@@ -20,6 +20,7 @@ from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.baseline import train_centrally
 from torchfedrpc.experiments.classification import ClassificationLearner
+from torchfedrpc.experiments.data.cache import load_dataset
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.history import History, RoundRecord
 from torchfedrpc.experiments.progress import live_progress
@@ -138,7 +139,7 @@ async def run_experiment(
     if note := extras.missing_line([("live bar", "rich"), ("picture", "matplotlib")]):
         print(note, file=stream)
     callbacks = _callbacks(config)
-    data: TrainTest = build(config.dataset, config.trusted_modules)
+    data: TrainTest = load_dataset(config.dataset, config.trusted_modules)
     metrics_of = partial(_metrics, build_model(config.model, config.seed, config.trusted_modules), data.test)
     async with AsyncExitStack() as run:
         weights, history = await _train(

@@ -11,10 +11,10 @@ INSTALL_COMMAND = "pip install 'torchfedrpc[experiments]'"
 
 
 def available(module: str) -> bool:
-    """Return whether a top-level module can be imported, without importing it."""
+    """Return whether a module can be imported, without importing it; the packages that it is in are imported."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # sys.modules maps the name to None, or to a module without a spec
+    except (ImportError, ValueError):  # no such package; sys.modules maps the name to None, or to one without a spec
         return False
 
 

@@ -18,4 +18,6 @@ def print_rich_table(
         table.add_column(header, justify="right")
     for row in rows:
         table.add_row(*row)
-    Console(file=stream, width=None if stream.isatty() else 100).print(table)
+    needed = sum(max(map(len, column)) + 3 for column in zip(headers, *rows, strict=True)) + 1
+    width = None if stream.isatty() else max(100, needed)
+    Console(file=stream, width=width, markup=False, emoji=False).print(table)  # a cell may be "[a]" or ":x:"

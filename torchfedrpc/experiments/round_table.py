@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
-from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.history import RoundRecord
+from torchfedrpc.experiments.table import print_rows
 
 _MAX_ROWS = 10
 _HEADERS = ("rounds", "test accuracy", "test loss", "train loss", "clients", "seconds")
@@ -26,16 +26,7 @@ def print_table(records: Sequence[RoundRecord], stream: TextIO, *, title: str = 
     has_traffic = any(record.bytes_sent or record.bytes_received for record in records)
     headers = _HEADERS + (_TRAFFIC_HEADERS if has_traffic else ())
     rows = [row[: len(headers)] for row in _rows(records)]
-    if extras.available("rich"):
-        from torchfedrpc.experiments.rich_table import print_rich_table  # noqa: PLC0415 - rich is optional
-
-        print_rich_table(headers, rows, stream, title=title)
-        return
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-    if title:
-        print(title, file=stream)
-    for row in (headers, *rows):
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)), file=stream)
+    print_rows(headers, rows, stream, title=title)
 
 
 def _rows(records: Sequence[RoundRecord]) -> list[tuple[str, ...]]:

@@ -2,6 +2,8 @@
 
 ``processes.py`` starts it. Importing this module prepares it. It starts no thread and imports no module of the user,
 so that a forked worker is like a fresh interpreter that has imported torch.
+
+A template is a process that it has forked, and that serves likewise, but loads what a worker needs before the fork.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -26,6 +29,7 @@ from typing import Any, NoReturn
 import numpy.random
 
 from torchfedrpc.rpc import worker
+from torchfedrpc.wire.scan import compile_patterns
 
 NUMBER = struct.Struct("q")  # the server's reports on a worker: process id or minus an errno, then exit status
 NUM_DESCRIPTORS = 4
@@ -45,7 +49,8 @@ class _Request:
         stdout: Descriptor of its standard output.
         stderr: Descriptor of its standard error.
         message: ``path``, ``arguments``, ``folder``, ``variables``, ``interactive`` and ``remote``, see
-            `Surroundings`; empty if the driver has withdrawn the request.
+            `Surroundings`; ``preload`` for a worker of a template; ``forks`` for a template itself; empty if the
+            driver has withdrawn the request.
     """
 
     connection: socket.socket
@@ -63,7 +68,14 @@ def main(control_descriptor: int, *, forks: bool) -> NoReturn:
         forks: Whether this process forks workers. Otherwise it becomes the first worker itself.
     """
     control = socket.socket(fileno=control_descriptor)
+    if forks:
+        compile_patterns()  # each worker needs them
     request = _Server(control).serve() if forks else _receive(control)
+    while request is not None and request.message.get("forks"):
+        control.close()
+        _adopt_surroundings(request)
+        control = socket.socket(fileno=request.link)
+        request = _Server(control).serve()
     if request is None or not request.message:
         os._exit(0)
     try:
@@ -127,6 +139,8 @@ class _Server:
     def _fork(self, request: _Request) -> bool:
         """Fork a worker. Returns whether this process is the worker."""
         server = os.getpid()
+        if request.message.get("preload"):
+            _preload(**request.message["preload"])
         try:
             pid = os.fork() if request.message else -errno.ECANCELED
         except OSError as error:  # no memory or no process left
@@ -201,8 +215,40 @@ def _tell(connection: socket.socket, number: int) -> None:
         connection.send(NUMBER.pack(number), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
+def _preload(function: str, **kwargs: Any) -> None:
+    """Load what the next worker needs. Does nothing if the function returns False: it is loaded.
+
+    This process ends if that fails, or leaves a thread, which no forked process would have. The driver then has its
+    workers forked without, and they load for themselves, or fail in the same way and tell of it.
+    """
+    module, name = function.split(":")
+    try:
+        if getattr(importlib.import_module(module), name)(**kwargs):
+            gc.collect()
+            gc.freeze()
+        if threading.active_count() == 1:
+            return
+    except BaseException:
+        pass
+    os._exit(1)
+
+
 def _become_worker(request: _Request) -> NoReturn:
-    """Give this process the state of a process that the driver has just started, and serve learners."""
+    """Serve learners."""
+    _adopt_surroundings(request)
+    # A fresh interpreter seeds these at random. A fork seeds Python's own random numbers anew.
+    multiprocessing.current_process().authkey = os.urandom(32)
+    numpy.random.seed()
+    if request.message["remote"]:
+        worker.main_remote(request.link)  # which unblocks the signals once it handles them
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        worker.main(request.link)
+    os._exit(0)
+
+
+def _adopt_surroundings(request: _Request) -> None:
+    """Give this process the state of a process that the driver has just started."""
     request.connection.close()
     message = request.message
     for descriptor, standard in ((request.stdout, 1), (request.stderr, 2)):
@@ -219,12 +265,3 @@ def _become_worker(request: _Request) -> NoReturn:
     sys.path[:] = message["path"]
     sys.argv[:] = message["arguments"]
     importlib.invalidate_caches()  # of folders whose content has changed since the server looked
-    # A fresh interpreter seeds these at random. A fork seeds Python's own random numbers anew.
-    multiprocessing.current_process().authkey = os.urandom(32)
-    numpy.random.seed()
-    if message["remote"]:
-        worker.main_remote(request.link)  # which unblocks the signals once it handles them
-    else:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        worker.main(request.link)
-    os._exit(0)

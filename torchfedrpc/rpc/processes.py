@@ -50,6 +50,7 @@ fork_server.main(control, forks=bool(forks))
 _NUMBER = struct.Struct("q")  # see fork_server.py
 _LOOK_S = 0.02
 _END_S = 0.5
+_MAX_TEMPLATES = 4  # each keeps what it has loaded in memory
 
 
 class Process(ABC):
@@ -189,39 +190,120 @@ class ForkServer:
     def __init__(self, surroundings: Surroundings) -> None:
         self.surroundings = surroundings
         self.popen, self.control = _start_interpreter(surroundings, forks=True)
+        self._templates: dict[
+            tuple[Any, ...], Template | None
+        ] = {}  # by `template_key`, the latest last; None if it has failed
 
     def is_alive(self) -> bool:
         """Return whether the server can fork workers."""
         return self.popen.poll() is None and self.control.fileno() >= 0
 
-    async def fork(self, link: int, message: dict[str, Any]) -> ForkedProcess:
-        """Fork a worker. See `start_worker`."""
-        connection = _request(self.control, link)
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.sock_sendall(connection, json.dumps(message).encode() + b"\n")
-            told = await loop.sock_recv(connection, _NUMBER.size)
-        except ConnectionError:
-            told = b""
-        except BaseException:
-            connection.close()
-            raise
-        if not told:  # the server could not import torch, or was killed, and the worker has ended
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.popen.wait(_END_S)
-            return ForkedProcess(self.popen.pid, connection, self.popen.returncode)
-        (pid,) = _NUMBER.unpack(told)
-        if pid < 0:
-            connection.close()
-            raise OSError(-pid, os.strerror(-pid))
-        return ForkedProcess(pid, connection)
+    async def fork(
+        self, link: int, message: dict[str, Any], surroundings: Surroundings | None = None
+    ) -> ForkedProcess:
+        """Fork a worker, from a template if its surroundings have something to preload. See `start_worker`."""
+        if surroundings is not None and surroundings.preload is not None:
+            preload = {"preload": surroundings.preload.to_message()}
+            if (forked := await self._fork_from_template(link, message | preload, surroundings)) is not None:
+                return forked
+        connection, pid = await _fork(self.control, link, message)
+        if pid is not None:
+            return ForkedProcess(pid, connection)
+        # The server could not import torch, or was killed, and the worker has ended.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(_END_S)
+        return ForkedProcess(self.popen.pid, connection, self.popen.returncode)
+
+    async def _fork_from_template(
+        self, link: int, message: dict[str, Any], surroundings: Surroundings
+    ) -> ForkedProcess | None:
+        """Fork a worker from the template for its surroundings, made if needed; None if the template has failed."""
+        key = surroundings.template_key()
+        template = self._templates.pop(key) if key in self._templates else Template(self.control, surroundings)
+        self._templates[key] = template
+        if len(self._templates) > _MAX_TEMPLATES:
+            eldest = self._templates.pop(next(iter(self._templates)))
+            if eldest is not None:
+                eldest.close()
+        if template is None:
+            return None
+        connection, pid = await _fork(template.control, link, message)
+        if pid is not None:
+            return ForkedProcess(pid, connection)
+        connection.close()
+        template.close()
+        self._templates[key] = None
+        return None
 
     def end(self) -> bool:
         """Fork no more workers. Returns whether the server has ended; it lives as long as its workers."""
+        for template in self._templates.values():
+            if template is not None:
+                template.control.close()
         self.control.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(_END_S)
-        return self.popen.returncode is not None
+        return self.has_ended()
+
+    def has_ended(self) -> bool:
+        """Return whether the server has ended, and then release what its templates have here."""
+        if self.popen.poll() is None:
+            return False
+        for template in filter(None, self._templates.values()):
+            template.close()
+        self._templates.clear()
+        return True
+
+
+class Template:
+    """The driver's side of a process that the fork server has forked, and that forks workers with what it has loaded.
+
+    Args:
+        server: Control socket of the fork server.
+        surroundings: State that it takes over.
+
+    Attributes:
+        control: This side's end of the control socket. After it is closed, the process ends with its last worker.
+    """
+
+    def __init__(self, server: socket.socket, surroundings: Surroundings) -> None:
+        self.control, theirs = socket.socketpair()
+        close_in_children(self.control)
+        with theirs:
+            self._connection = _request(server, theirs.fileno())
+        self._connection.setblocking(True)
+        with contextlib.suppress(ConnectionError):  # the server has ended
+            self._connection.sendall(json.dumps(surroundings.to_message() | {"forks": True}).encode() + b"\n")
+
+    def close(self) -> None:
+        """Kill the process and its workers."""
+        self.control.close()
+        self._connection.close()
+
+
+async def _fork(control: socket.socket, link: int, message: dict[str, Any]) -> tuple[socket.socket, int | None]:
+    """Request a worker. Returns its connection and process id; no id if the process that forks has ended.
+
+    Raises:
+        OSError: If the system has no memory or no process left.
+    """
+    connection = _request(control, link)
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.sock_sendall(connection, json.dumps(message).encode() + b"\n")
+        told = await loop.sock_recv(connection, _NUMBER.size)
+    except ConnectionError:
+        told = b""
+    except BaseException:
+        connection.close()
+        raise
+    if not told:
+        return connection, None
+    (pid,) = _NUMBER.unpack(told)
+    if pid < 0:
+        connection.close()
+        raise OSError(-pid, os.strerror(-pid))
+    return connection, pid
 
 
 _lock = threading.Lock()
@@ -250,7 +332,7 @@ def _fork_server(surroundings: Surroundings) -> ForkServer:
     if _server is not None and not (_server.is_alive() and _server.surroundings.needs_same_server(surroundings)):
         end_fork_server()
     with _lock:
-        _former[:] = [server for server in _former if server.popen.poll() is None]
+        _former[:] = [server for server in _former if not server.has_ended()]
         if _server is None:
             _server = ForkServer(surroundings)
         return _server
@@ -336,7 +418,7 @@ async def start_worker(link: int, *, remote: bool = False, surroundings: Surroun
     here = surroundings or Surroundings.of_this_process()
     message = {**here.to_message(), "remote": remote}
     if FORKS:
-        return await _fork_server(here).fork(link, message)
+        return await _fork_server(here).fork(link, message, here)
     popen, control = _start_interpreter(here, forks=False)
     process = OwnProcess(popen, control)
     try:

@@ -11,6 +11,8 @@ import pickle
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,47 @@ _OF_SESSION = (
 )
 _HASH_SEED = "PYTHONHASHSEED"
 _FIXED_HASHES = "1"  # with 0, Python's flags differ from those of the driver
-# Variables that no import reads. The first changes all the time, the other is set for `deterministic` runs.
-_READ_LATE = {"PYTEST_CURRENT_TEST", "CUBLAS_WORKSPACE_CONFIG"}
+# Variables that no import reads. The first changes all the time, the second is set for `deterministic` runs, and
+# torch sets the third at the first step of an optimiser.
+_READ_LATE = {"PYTEST_CURRENT_TEST", "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_CACHE_DIR"}
+
+
+@dataclass(frozen=True)
+class Preload:
+    """A call that a process makes before it forks workers.
+
+    Attributes:
+        function: ``module:name``. The function must not start threads, keep files open, or use a GPU. It returns
+            whether it has loaded anything; it need not where an earlier call has.
+        kwargs: Its arguments, as plain data that JSON can carry.
+        group: Calls of one group may follow each other in one process.
+    """
+
+    function: str
+    kwargs: dict[str, Any]
+    group: str
+
+    def to_message(self) -> dict[str, Any]:
+        """Return the call as plain data."""
+        return {"function": self.function, **self.kwargs}
+
+
+_preload: Preload | None = None
+
+
+@contextmanager
+def preloading(preload: Preload) -> Iterator[None]:
+    """Have worker processes of this machine forked from one that has made a call, while the block lasts.
+
+    Each worker then has what the call has imported and loaded, in memory that is its own once it changes it. The
+    process is kept for later runs. Workers that start in another way, or for which the call fails, begin without.
+    """
+    global _preload
+    before, _preload = _preload, preload
+    try:
+        yield
+    finally:
+        _preload = before
 
 
 @dataclass(frozen=True)
@@ -44,6 +85,7 @@ class Surroundings:
         folder: Working directory; None if that of the starting process was deleted.
         variables: Environment variables.
         rights: User and groups, resource limits, CPUs and priority.
+        preload: See `preloading`; None for none.
     """
 
     flags: list[str]
@@ -52,6 +94,7 @@ class Surroundings:
     folder: str | None
     variables: dict[str, str]
     rights: tuple[Any, ...] = ()
+    preload: Preload | None = None
 
     @classmethod
     def of_this_process(cls, *, fixed_hashes: bool = False) -> Surroundings:
@@ -73,7 +116,7 @@ class Surroundings:
             folder = os.getcwd()
         except FileNotFoundError:
             folder = None
-        return cls(interpreter_flags(), list(sys.path), list(sys.argv), folder, variables, _rights())
+        return cls(interpreter_flags(), list(sys.path), list(sys.argv), folder, variables, _rights(), _preload)
 
     def needs_same_server(self, other: Surroundings) -> bool:
         """Return whether one server can fork processes of both: the state that it read at its start is equal."""
@@ -92,6 +135,11 @@ class Surroundings:
             "variables": {name: self.variables.get(name) for name in _READ_LATE},
             "interactive": is_interactive(),
         }
+
+    def template_key(self) -> tuple[Any, ...]:
+        """Return a value that is equal for surroundings whose workers one template can fork."""
+        what = None if self.preload is None else (self.preload.function, self.preload.group)
+        return what, tuple(self.path), tuple(self.arguments), self.folder
 
 
 def interpreter_flags() -> list[str]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchfedrpc.config import Isolation, OnWorkerLost, RuntimeConfig, Transport
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments import cli  # registers the runtime's schema
+from torchfedrpc.experiments import cli, sweep  # cli registers the runtime's schema
 from torchfedrpc.experiments.experiment import ExperimentConfig
 from torchfedrpc.experiments.recipe import locate
 from torchfedrpc.federation.callbacks import Callback
@@ -83,7 +83,7 @@ def test_the_default_is_fedavg_of_a_cnn_on_digits() -> None:
 
 def test_the_launcher_of_a_sweep_is_the_one_that_may_run_under_torchrun() -> None:
     config = compose("config", return_hydra_config=True)
-    assert config.hydra.launcher._target_ == cli._BASIC_LAUNCHER
+    assert config.hydra.launcher._target_ == sweep.BASIC_LAUNCHER
 
 
 def test_the_seed_reaches_everything_that_draws() -> None:

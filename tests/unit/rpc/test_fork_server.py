@@ -21,7 +21,7 @@ from processes import LightProcess, children_of, ends_within
 
 from torchfedrpc.rpc import fork_server as server_module
 from torchfedrpc.rpc.processes import ForkedProcess, ForkServer
-from torchfedrpc.rpc.surroundings import Surroundings
+from torchfedrpc.rpc.surroundings import Preload, Surroundings
 
 # Stands for the worker, without torch: evaluates the lines of its link.
 WORKER = """
@@ -43,6 +43,8 @@ def folder(tmp_path: Path) -> Path:
     (package.parent / "__init__.py").touch()
     (package / "__init__.py").touch()
     (package / "worker.py").write_text(WORKER)
+    (package.parent / "wire").mkdir()
+    (package.parent / "wire" / "scan.py").write_text("def compile_patterns(): pass\n")
     (package / "fork_server.py").symlink_to(server_module.__file__)
     return tmp_path
 
@@ -85,14 +87,74 @@ class Worker:
 async def forked(server: ForkServer, **changes: Any) -> AsyncIterator[Worker]:
     ours, theirs = socket.socketpair()
     ours.settimeout(20)
-    message = {**replace(server.surroundings, **changes).to_message(), "remote": False}
+    here = replace(server.surroundings, **changes)
+    message = {**here.to_message(), "remote": False}
     with ours:
         with theirs:
-            worker = Worker(await server.fork(theirs.fileno(), message), ours)
+            worker = Worker(await server.fork(theirs.fileno(), message, here), ours)
         try:
             yield worker
         finally:
             worker.close()
+
+
+LOADING = """
+import threading
+loaded = []
+def load(what):
+    if what == "thread":
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    if what == "error":
+        raise RuntimeError("no such data")
+    if what in loaded:
+        return False
+    loaded.append(what)
+    return True
+"""
+LOADED = "[__import__('loading').loaded, os.getppid()]"
+
+
+def _preload(folder: Path, what: str, group: str = "") -> Preload:
+    (folder / "loading.py").write_text(LOADING)
+    return Preload("loading:load", {"what": what}, group)
+
+
+async def test_workers_of_a_template_have_what_it_loads_and_no_worker_changes_it(
+    server: ForkServer, folder: Path
+) -> None:
+    async with forked(server, preload=_preload(folder, "a")) as first:
+        assert first.ask(LOADED)[0] == ["a"]
+        first.ask("__import__('loading').loaded.append('changed')")
+        async with forked(server, preload=_preload(folder, "a")) as second:
+            assert second.ask(LOADED) == [["a"], first.ask("os.getppid()")]
+        template = first.ask("os.getppid()")
+    async with forked(server, preload=_preload(folder, "b")) as third:
+        assert third.ask(LOADED) == [["a", "b"], template]
+    async with forked(server, preload=_preload(folder, "b", group="other")) as fourth:
+        loaded, other = fourth.ask(LOADED)
+        assert loaded == ["b"]
+        assert other not in (template, server.popen.pid)
+    async with forked(server) as plain:
+        assert plain.ask("'loading' in sys.modules") is False
+        assert plain.ask("os.getppid()") == server.popen.pid
+
+
+@pytest.mark.parametrize("what", ["thread", "error"])
+async def test_workers_are_forked_without_what_cannot_be_loaded_before_a_fork(
+    server: ForkServer, folder: Path, what: str
+) -> None:
+    for _ in range(2):
+        async with forked(server, preload=_preload(folder, what)) as worker:
+            assert worker.ask("['loading' in sys.modules, os.getppid()]") == [False, server.popen.pid]
+
+
+async def test_oldest_of_many_templates_ends(server: ForkServer, folder: Path) -> None:
+    templates = []
+    for number in range(6):
+        async with forked(server, preload=_preload(folder, "a", group=str(number))) as worker:
+            templates.append(worker.ask("os.getppid()"))
+    assert await asyncio.to_thread(ends_within, templates[0], 5)
+    assert set(templates[2:]) <= set(children_of(server.popen.pid))
 
 
 async def test_worker_has_path_arguments_folder_and_variables_of_the_request(
@@ -240,7 +302,7 @@ DRIVER = r"""
 import asyncio, os, socket
 from torchfedrpc.rpc import processes
 from torchfedrpc.rpc.processes import start_worker
-from torchfedrpc.rpc.surroundings import Surroundings
+from torchfedrpc.rpc.surroundings import Preload, Surroundings
 sys.path.insert(0, sys.argv.pop(1))
 
 async def main():

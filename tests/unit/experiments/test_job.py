@@ -1,0 +1,101 @@
+"""A job: what it leaves in its folder, and how it leaves its process."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.experiments.data.cache import keeping_datasets, load_dataset, preload
+from torchfedrpc.experiments.job import Job, mark_killed, one_line, read_job, unchanged_process
+
+SYNTHETIC = {"_target_": "torchfedrpc.experiments.data.synthetic.synthetic", "num_samples": 100, "seed": 1}
+
+
+def test_a_job_records_its_end(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    with job.recorded():
+        assert read_job(tmp_path)["status"] == "running"
+        job.accuracy = 0.5
+    found = read_job(tmp_path)
+    assert (found["status"], found["error"], found["accuracy"]) == ("done", "", 0.5)
+
+
+def test_an_error_is_recorded_in_a_line_and_in_full(tmp_path: Path) -> None:
+    error = ValueError("two\nlines")
+    error.add_note("a note")
+    with pytest.raises(ValueError, match="two"), Job(tmp_path).recorded():
+        raise error
+    assert read_job(tmp_path)["status"] == "failed"
+    assert read_job(tmp_path)["error"] == "ValueError: two lines (a note)"
+    assert "raise error" in (tmp_path / "error.txt").read_text()
+    with Job(tmp_path).recorded():
+        pass
+    assert not (tmp_path / "error.txt").exists()
+
+
+def test_an_interrupted_job_and_a_killed_one_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    with pytest.raises(KeyboardInterrupt), Job(tmp_path / "0").recorded():
+        raise KeyboardInterrupt
+    with Job(tmp_path / "1").recorded():
+        mark_killed(tmp_path)
+        assert [read_job(tmp_path / name)["status"] for name in "01"] == ["interrupted", "killed"]
+
+
+def test_errors_of_this_library_have_no_type_in_their_line() -> None:
+    assert one_line(ConfigError("set it")) == "set it"
+    assert one_line(KeyError()) == "KeyError"
+
+
+def test_a_job_leaves_settings_and_random_streams_as_they_were() -> None:
+    def draws() -> tuple[object, ...]:
+        streams = random.random(), np.random.rand(), torch.rand(()).item()
+        return *streams, torch.get_default_dtype(), torch.is_grad_enabled()
+
+    def change() -> None:
+        draws()
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        raise RuntimeError
+
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = draws()
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    with pytest.raises(RuntimeError), unchanged_process():
+        change()
+    assert draws() == expected
+
+
+def test_a_data_set_that_is_kept_is_the_same_and_no_change_of_a_job_stays() -> None:
+    with keeping_datasets():
+        first = load_dataset(SYNTHETIC)
+        expected = first.train.inputs.clone()
+        first.train.inputs.zero_()
+        second = load_dataset(SYNTHETIC)
+        assert torch.equal(second.train.inputs, expected)
+        assert not torch.equal(load_dataset({**SYNTHETIC, "seed": 2}).train.inputs, expected)
+    assert torch.equal(load_dataset(SYNTHETIC).train.inputs, expected)
+
+
+def test_a_preloaded_data_set_is_taken_once() -> None:
+    state = torch.get_rng_state()
+    num_threads = torch.get_num_threads()
+    try:
+        assert preload(SYNTHETIC, []) is True
+        assert preload(SYNTHETIC, []) is False
+    finally:
+        torch.set_num_threads(num_threads)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = load_dataset(SYNTHETIC), load_dataset(SYNTHETIC)
+    assert first is not second
+    first.train.inputs.zero_()
+    assert second.train.inputs.abs().sum() > 0

@@ -1,0 +1,111 @@
+"""A job: one run of the command, with a file ``job.json`` that tells how it ended."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchfedrpc.host.torch_settings import adopt_settings, read_settings
+from torchfedrpc.private_files import replaced
+
+FILE = "job.json"
+"""Name of the file in an output folder.
+
+``status`` is ``running``, ``done``, ``failed``, ``interrupted`` or ``killed``; ``error`` is one line; ``accuracy`` is
+the final test accuracy; ``seconds`` is the duration.
+"""
+
+TRACEBACK_FILE = "error.txt"
+
+
+def read_job(folder: Path) -> dict[str, Any]:
+    """Return the content of ``job.json``; empty if a folder has none."""
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def mark_killed(folder: Path) -> None:
+    """Note that the jobs in subfolders that have not told their end will not: their processes are gone."""
+    for path in folder.glob(f"**/{FILE}"):
+        if (found := read_job(path.parent)).get("status") == "running":
+            _write(path, {**found, "status": "killed"})
+
+
+class Job:
+    """Writes ``job.json`` at the beginning and at the end of a block. An error of the block is recorded and raised.
+
+    Args:
+        folder: The output folder.
+
+    Attributes:
+        accuracy: The final test accuracy, to be set in the block.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.accuracy: float | None = None
+        self._folder = folder
+
+    @contextmanager
+    def recorded(self) -> Iterator[Job]:
+        """Record what the block does."""
+        begin = time.monotonic()
+        (self._folder / TRACEBACK_FILE).unlink(missing_ok=True)
+        self._note("running", "", 0.0)
+        status, line = "failed", ""
+        try:
+            yield self
+            status = "done"
+        except Exception as error:
+            line = one_line(error)
+            with replaced(self._folder / TRACEBACK_FILE) as file:
+                file.write("".join(traceback.format_exception(error)).encode(errors="backslashreplace"))
+            raise
+        except BaseException:  # Ctrl-C and SIGTERM
+            status = "interrupted"
+            raise
+        finally:
+            self._note(status, line, time.monotonic() - begin)
+
+    def _note(self, status: str, error: str, seconds: float) -> None:
+        content = {"status": status, "error": error, "accuracy": self.accuracy, "seconds": round(seconds, 3)}
+        _write(self._folder / FILE, content)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    with replaced(path) as file:
+        file.write(json.dumps(content).encode())
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error and its notes as one line, with the name of its type if it is none of this library."""
+    name = type(error).__name__
+    text = " ".join(str(error).split())
+    if not type(error).__module__.startswith("torchfedrpc."):
+        text = f"{name}: {text}" if text else name
+    return " ".join([text or name, *(f"({' '.join(note.split())})" for note in getattr(error, "__notes__", []))])
+
+
+@contextmanager
+def unchanged_process() -> Iterator[None]:
+    """Restore torch's global settings and the global random streams after a job, for the next one in this process."""
+    settings, python, numpy = read_settings(), random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=gpus), torch.enable_grad():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        adopt_settings(settings)

@@ -1,0 +1,202 @@
+"""Results of runs, read from their output folders, and their settings as far as they differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from torchfedrpc.experiments import job
+from torchfedrpc.experiments.history import RoundRecord
+
+SEED = "seed"
+_OF_NO_RESULT = ("resume", "checkpoint_every")
+_MAX_DIGITS = 8
+_FIELDS = {item.name for item in dataclasses.fields(RoundRecord)}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has left in its output folder.
+
+    Attributes:
+        folder: The folder.
+        status: ``done``, ``failed``, ``interrupted``, ``running`` (or killed), or ``unknown``.
+        error: The error of a failed run, one line.
+        settings: Key -> value, as text: the whole configuration, and the options of groups.
+        overrides: The settings of the command line, ``key=value``.
+        records: The rounds.
+        accuracy: Final test accuracy, 0 to 1; None if there is none.
+    """
+
+    folder: Path
+    status: str
+    error: str
+    settings: Mapping[str, str] = field(repr=False)
+    overrides: Sequence[str]
+    records: Sequence[RoundRecord] = field(repr=False)
+    accuracy: float | None
+
+    @property
+    def seed(self) -> str:
+        """The seed, as text; empty if it is not known."""
+        return self.settings.get(SEED, "")
+
+    def shown(self, key: str) -> str:
+        """Return a setting for a table, with long numbers rounded."""
+        value = self.settings.get(key, "-")
+        try:
+            return f"{float(value):.4g}" if len(value) > _MAX_DIGITS else value
+        except ValueError:
+            return value
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """The best test accuracy of all rounds."""
+        measured = [record.test_accuracy for record in self.records if record.test_accuracy is not None]
+        return max(measured, default=self.accuracy)
+
+    @property
+    def loss(self) -> float | None:
+        """The test loss after the last round."""
+        return self.records[-1].test_loss if self.records else None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all rounds."""
+        return sum(record.seconds for record in self.records)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes between driver and workers, in both directions."""
+        return sum(record.bytes_sent + record.bytes_received for record in self.records)
+
+    def until(self, target: float) -> Sequence[RoundRecord] | None:
+        """Return the rounds up to the first with at least this test accuracy; None if it was not reached."""
+        for count, record in enumerate(self.records, 1):
+            if record.test_accuracy is not None and record.test_accuracy >= target:
+                return self.records[:count]
+        return None
+
+
+def find_runs(folder: Path) -> list[RunResult]:
+    """Return the runs in a folder: its own, or those in its subfolders, by the numbers in their names."""
+    names = (job.FILE, "history.jsonl")
+    folders = {path.parent for name in names for path in folder.glob(f"**/{name}")}
+    return [read_run(one) for one in sorted(folders, key=lambda path: _natural(path.relative_to(folder)))]
+
+
+def read_run(folder: Path) -> RunResult:
+    """Return what a run has left in a folder; a file that is missing or damaged counts as empty."""
+    ended = job.read_job(folder)
+    records = _records(folder / "history.jsonl")
+    overrides = [str(one) for one in _yaml(folder / ".hydra" / "overrides.yaml") or [] if not _is_hydras(str(one))]
+    choices = (_yaml(folder / ".hydra" / "hydra.yaml") or {}).get("hydra", {}).get("runtime", {}).get("choices", {})
+    config = _yaml(folder / "config.yaml") or _yaml(folder / ".hydra" / "config.yaml") or {}
+    given = dict(_split(one) for one in overrides)
+    flat = {key: _text(value) for key, value in _flat("", config)}
+    groups = {str(key): _text(value) for key, value in choices.items() if not str(key).startswith("hydra/")}
+    accuracy = ended.get("accuracy")
+    if accuracy is None and records:
+        accuracy = records[-1].test_accuracy
+    status = ended.get("status") or "unknown"
+    return RunResult(
+        folder=folder,
+        status=status,
+        error=ended.get("error") or "",
+        settings={**given, **groups, **flat},
+        overrides=overrides,
+        records=records,
+        accuracy=accuracy,
+    )
+
+
+def differing(runs: Sequence[RunResult]) -> list[str]:
+    """Return the keys of the settings that differ among runs: those of the command lines, else of the whole."""
+    given = list(dict.fromkeys(_split(one)[0] for run in runs for one in run.overrides))
+    keys = given or list(dict.fromkeys(key for run in runs for key in run.settings))
+    return [
+        key
+        for key in keys
+        if key not in _OF_NO_RESULT and len({run.settings.get(key) for run in runs}) > 1 and not _is_hydras(key)
+    ]
+
+
+def grouped(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Return the runs by their differing settings other than the seed, as a text; in the order of the runs."""
+    keys = [key for key in differing(runs) if key != SEED]
+    groups: dict[str, list[RunResult]] = {}
+    for run in runs:
+        name = " ".join(f"{key}={run.shown(key)}" for key in keys)
+        groups.setdefault(name or "all", []).append(run)
+    return groups
+
+
+def mean_and_std(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """Return mean and standard deviation (of a sample; 0 for one value) of the values; None without any."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    mean = sum(known) / len(known)
+    return mean, (sum((value - mean) ** 2 for value in known) / max(len(known) - 1, 1)) ** 0.5
+
+
+def _records(path: Path) -> list[RoundRecord]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            values = json.loads(line)
+            records.append(RoundRecord(**{key: value for key, value in values.items() if key in _FIELDS}))
+        except (ValueError, TypeError, AttributeError):  # the line that a killed run was writing
+            break
+    return records
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, OmegaConfBaseException, ValueError):
+        return None
+    except Exception as error:  # yaml's own, whose type is not ours to import
+        if type(error).__module__.startswith("yaml"):
+            return None
+        raise
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key.lstrip("+~").partition("@")[0], value
+
+
+def _is_hydras(override: str) -> bool:
+    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def _flat(prefix: str, values: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(values, Mapping) and values:
+        for key, value in values.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), value)
+    else:
+        yield prefix, values
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    parts = re.split(r"(\d+)", str(path))
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
