@@ -147,7 +147,8 @@ class RuntimeConfig:
             least recently used learners are evicted to disk, as snapshots in `tempfile`'s folder, until their next
             call. None: No eviction.
         isolation: ``value`` copies arguments and results in local mode too; ``none`` passes references there.
-        interface: Network interface for workers of several machines, such as ``wg0``. Default: loopback if all
+        interface: Network interface for workers of several machines: a name that all of them have, such as ``wg0``,
+            or a range of addresses, such as ``10.0.0.0/24``, of which each machine has one. Default: loopback if all
             workers are on one machine, else the interface that routes to the driver. Every port of the driver is on
             it, including the handshake port for the ranks of a launch; ``join_at`` has its own address.
         token_file: File with the token shared by the driver and the workers that listen or join. Only its owner may

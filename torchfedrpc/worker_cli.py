@@ -39,6 +39,7 @@ compare versions, and for the control link. Heartbeats, calls and tensors travel
 chooses, in both directions, and nothing is encrypted. So driver and workers have to reach each other on ports 32768
 to 60999 (/proc/sys/net/ipv4/ip_local_port_range), on a trusted network. Sites behind NAT need an interface of a VPN,
 such as WireGuard's, between them: listen on its address, and name it to the driver by runtime.interface=wg0.
+torchfedrpc check HOST:PORT, on the other machine, tests all of this.
 """
 
 
@@ -89,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _join(address: str, token: bytes) -> int:
     link, about = _dial(address, token)
     run = f"the run of {about.get('program', 'a driver')} on {about['machine']}"
-    print(f"joined {run}", flush=True)
-    ending = worker.serve_remote(link)
+    print(f"reached {run}", flush=True)
+    ending = worker.serve_remote(link, f"joined {run}")
     if ending.reason:
         status = _fail(f"{run} does without this worker: {ending.reason}", 1)
     else:

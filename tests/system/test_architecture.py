@@ -29,6 +29,7 @@ FLOORS = [
         "private_files",
         "storage",
         "tasks",
+        "waiting",
     },
     {"wire"},
     {"host", "reduce"},
@@ -44,7 +45,7 @@ FLOORS = [
     {"federation", "testing"},
     {"run"},
     {"experiments"},
-    {"worker_cli"},
+    {"check_cli", "worker_cli"},
     {"__init__", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

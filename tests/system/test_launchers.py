@@ -97,9 +97,9 @@ def test_script_of_a_batch_job_runs_alone(tmp_path: Path) -> None:
 
 def test_ranks_say_every_10_s_what_they_wait_for_and_end_once_rank_0_has_the_port_of_another(tmp_path: Path) -> None:
     quick = """
-        from torchfedrpc.rpc import launch
+        from torchfedrpc import waiting
 
-        launch._LOG_EVERY_S = 0.5
+        waiting.REPORT_EVERY_S = 0.5
     """
     script = write_script(tmp_path, quick, SCRIPT)
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -103,7 +103,8 @@ async def test_joining_serves_until_the_driver_says_stop_or_why_it_gives_the_wor
     out: list[str],
     err: str,
 ) -> None:
-    def serve(link: Any) -> worker.Ending:
+    def serve(link: Any, welcome: str) -> worker.Ending:
+        assert welcome == "joined the run of train.py on hub"
         message = link.receive()
         assert message["do"] == "stop"
         assert sys.path[0] == os.getcwd()
@@ -119,7 +120,7 @@ async def test_joining_serves_until_the_driver_says_stop_or_why_it_gives_the_wor
         link.stop(reason)
         assert await running == status
     said = capsys.readouterr()
-    assert said.out.splitlines() == ["joined the run of train.py on hub", *out]
+    assert said.out.splitlines() == ["reached the run of train.py on hub", *out]
     assert said.err == err
 
 
@@ -138,7 +139,7 @@ async def test_a_driver_that_is_starting_is_waited_for(
 
     monkeypatch.setattr(worker_cli, "dial", dial_and_tell)
 
-    def serve(link: Link) -> worker.Ending:
+    def serve(link: Link, welcome: str) -> worker.Ending:
         link.close()
         return worker.Ending(True, "")
 

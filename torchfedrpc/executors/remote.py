@@ -27,6 +27,7 @@ from torchfedrpc.rpc.worker_client import ProgressArrived
 from torchfedrpc.rpc.worker_group import WorkerGroup, WorkerLeaving
 from torchfedrpc.rpc.workers import Worker, WorkerState
 from torchfedrpc.tasks import Tasks
+from torchfedrpc.waiting import reported
 from torchfedrpc.wire.file_pool import FilePool
 from torchfedrpc.wire.packing import Packed, pack
 from torchfedrpc.wire.shared import SharedValue
@@ -265,17 +266,18 @@ class RemoteLearners(Learners):
         """
         assert self._joined is not None
         print(f"waiting for a worker: {self._joined.command}", file=sys.stderr, flush=True)
-        while not self._workers.present and self._workers.failure is None:
-            try:
-                async with asyncio.timeout(_FIRST_TIMEOUT_S):
-                    await self._workers.next_change()
-            except TimeoutError:
-                if self._group.is_taking_in:  # bounded by the timeout of forming a world
-                    continue
-                why = f" ({self._last_loss})" if self._last_loss else ""
-                raise ConfigError(
-                    f"no worker that can serve has joined within {_FIRST_TIMEOUT_S:.0f} s{why}: start one by "
-                    f"{self._joined.command}"
-                ) from None
+        async with reported(lambda: "waiting for a worker that joins"):
+            while not self._workers.present and self._workers.failure is None:
+                try:
+                    async with asyncio.timeout(_FIRST_TIMEOUT_S):
+                        await self._workers.next_change()
+                except TimeoutError:
+                    if self._group.is_taking_in:  # bounded by the timeout of forming a world
+                        continue
+                    why = f" ({self._last_loss})" if self._last_loss else ""
+                    raise ConfigError(
+                        f"no worker that can serve has joined within {_FIRST_TIMEOUT_S:.0f} s{why}: start one by "
+                        f"{self._joined.command}"
+                    ) from None
         if self._workers.failure is not None:
             raise self._workers.failure

@@ -30,6 +30,7 @@ from torchfedrpc.signals import run_interruptible
 
 COMMANDS = {
     "compare": "torchfedrpc.experiments.compare",
+    "check": "torchfedrpc.check_cli",
     "info": "torchfedrpc.experiments.info",
 }
 """Subcommand -> module with ``main(arguments: Sequence[str]) -> int``, which returns the exit status."""

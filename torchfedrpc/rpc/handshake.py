@@ -27,6 +27,7 @@ import socket
 import stat
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -38,6 +39,7 @@ import torch
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.rpc.control_link import Link, close_in_children, end_when_cut_off
 from torchfedrpc.rpc.interfaces import describe_address, describe_os_error, network_site, parse_address
+from torchfedrpc.rpc.preflight import max_descriptors
 from torchfedrpc.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ HANDSHAKE_TIMEOUT_S = 5.0
 CUT_OFF_TIMEOUT_S = 15.0  # of a control link, until the run's heartbeat_timeout_s is known
 TOKEN_VARIABLE = "TORCHFEDRPC_TOKEN_FILE"
 
-_PROTOCOL = {"protocol": "torchfedrpc", "number": 3}
+_PROTOCOL = {"protocol": "torchfedrpc", "number": 4}
 _LINE_BYTES = 4096
 _NONCE_BYTES = 32
 _REASON_CHARACTERS = 600  # fits into a line, even where each character is escaped
@@ -88,7 +90,7 @@ class UntrustedError(HandshakeError):
     """The other end does not prove the token, or does not speak this protocol."""
 
 
-class _MalformedError(Exception):
+class MalformedLineError(Exception):
     """The received bytes are no line of a handshake."""
 
 
@@ -171,7 +173,7 @@ async def handshake_as_dialler(
     connection.setblocking(False)
     try:
         async with asyncio.timeout(timeout_s):
-            hello = await _receive(connection)
+            hello = await receive_line(connection)
             number = hello.get("number")
             if hello.get("protocol") != _PROTOCOL["protocol"] or not isinstance(number, int):
                 raise untrusted
@@ -181,15 +183,15 @@ async def handshake_as_dialler(
                     f"install the same torchfedrpc on both"
                 )
             transcript: list[About] = [hello, {"nonce": secrets.token_hex(_NONCE_BYTES)}]
-            await _send(connection, transcript[-1])
-            if not _proves((await _receive(connection)).get("proof"), _proof(token, "listener", transcript)):
+            await send_line(connection, transcript[-1])
+            if not _proves((await receive_line(connection)).get("proof"), _proof(token, "listener", transcript)):
                 raise untrusted
             transcript.append({"about": {**_own_about(), **about}})
-            await _send(connection, {**transcript[-1], "proof": _proof(token, "dialler", transcript)})
-            reply = await _receive(connection, is_last=True)
+            await send_line(connection, {**transcript[-1], "proof": _proof(token, "dialler", transcript)})
+            reply = await receive_line(connection, is_last=True)
     except TimeoutError:
         raise _unreachable(address, f"no answer within {timeout_s:g} s", SilentError) from None
-    except _MalformedError:
+    except MalformedLineError:
         raise untrusted from None
     except OSError as error:
         raise (untrusted if hello else _unreachable(address, error)) from None
@@ -259,7 +261,7 @@ class Dialler:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 proof = _proof(self._token, "listener", [*self._transcript, reply])
-                await _send(self._connection, {**reply, "proof": proof})
+                await send_line(self._connection, {**reply, "proof": proof})
         except OSError:  # TimeoutError among them
             raise UntrustedError("it left in the middle of the handshake") from None
 
@@ -283,20 +285,20 @@ async def handshake_as_listener(
     connection.setblocking(False)
     try:
         async with asyncio.timeout(timeout_s):
-            await _send(connection, hello)
-            transcript: list[About] = [hello, await _receive(connection)]
-            await _send(connection, {"proof": _proof(token, "listener", transcript)})
+            await send_line(connection, hello)
+            transcript: list[About] = [hello, await receive_line(connection)]
+            await send_line(connection, {"proof": _proof(token, "listener", transcript)})
             has_proven = True
-            line = await _receive(connection)
+            line = await receive_line(connection)
             proof = line.pop("proof", None)
             transcript.append(line)
             if not _proves(proof, _proof(token, "dialler", transcript)):
                 raise UntrustedError("it has another token")
             if not _is_about(line.get("about")):
-                raise _MalformedError
+                raise MalformedLineError
     except TimeoutError:
         raise UntrustedError(f"it did not end the handshake within {timeout_s:g} s") from None
-    except _MalformedError:
+    except MalformedLineError:
         raise UntrustedError("the received bytes are no handshake") from None
     except OSError:
         left = "it left after it had seen the proof: it has another token"
@@ -419,13 +421,22 @@ def _own_about() -> About:
         "machine": socket.gethostname(),
         "site": network_site(),
         "pid": os.getpid(),
+        "time_s": time.time(),
+        "max_descriptors": max_descriptors(),
     }
 
 
 def _is_about(about: Any) -> bool:
     """Whether a description has the fields, and the types of fields, that its readers rely on."""
     match about:
-        case {"versions": dict(), "machine": str(), "site": str(), "pid": int()}:
+        case {
+            "versions": dict(),
+            "machine": str(),
+            "site": str(),
+            "pid": int(),
+            "time_s": float(),
+            "max_descriptors": int(),
+        }:
             return all(isinstance(about.get(name, ""), str) for name in ("role", "program"))
     return False
 
@@ -450,14 +461,15 @@ def _proves(given: object, expected: str) -> bool:
     return isinstance(given, str) and hmac.compare_digest(given.encode(errors="replace"), expected.encode())
 
 
-async def _send(connection: socket.socket, message: About) -> None:
+async def send_line(connection: socket.socket, message: About) -> None:
+    """Write one line."""
     line = json.dumps(message).encode() + b"\n"
     if len(line) > _LINE_BYTES:
         raise HandshakeError(f"the description of this end has {len(line)} bytes, and {_LINE_BYTES} are the limit")
     await asyncio.get_running_loop().sock_sendall(connection, line)
 
 
-async def _receive(connection: socket.socket, *, is_last: bool = False) -> About:
+async def receive_line(connection: socket.socket, *, is_last: bool = False) -> About:
     """Read one line, and none of the bytes behind it.
 
     Args:
@@ -466,7 +478,7 @@ async def _receive(connection: socket.socket, *, is_last: bool = False) -> About
 
     Raises:
         OSError: If the other end is gone.
-        _MalformedError: If the line is malformed, or the other end does not wait for an answer.
+        MalformedLineError: If the line is malformed, or the other end does not wait for an answer.
     """
     loop = asyncio.get_running_loop()
     line = bytearray()
@@ -476,17 +488,17 @@ async def _receive(connection: socket.socket, *, is_last: bool = False) -> About
             raise ConnectionResetError("it closed the connection")
         line += byte
         if len(line) > _LINE_BYTES:
-            raise _MalformedError
+            raise MalformedLineError
     if not is_last:
         with contextlib.suppress(BlockingIOError):
             if connection.recv(1, socket.MSG_PEEK):
-                raise _MalformedError
+                raise MalformedLineError
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
-        raise _MalformedError from None
+        raise MalformedLineError from None
     if not isinstance(message, dict):
-        raise _MalformedError
+        raise MalformedLineError
     return message
 
 

@@ -20,7 +20,7 @@ from torchfedrpc.rpc.member import Member
 
 Tell = Callable[[Message], Awaitable[Message]]
 
-EPHEMERAL_PORTS = (
+_EPHEMERAL_PORTS = (
     "every member of a world has to reach every other on ephemeral ports, not on the port of the handshake alone; "
     "sites behind NAT or a firewall need a network of their own, such as WireGuard: set runtime.interface=wg0 and "
     "dial the addresses of that network"
@@ -30,6 +30,20 @@ _TIMEOUT_S = 5.0
 _STRANGER_TIMEOUT_S = 1.0  # the worker's secret comes before the answer to `open_heartbeat`
 _SECRET_BYTES = 32
 _ADDRESS = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}")  # a host name is not looked up
+
+
+def advice(interface: str | None) -> str:
+    """Return what to do about an ephemeral port that a member of a world cannot reach.
+
+    Args:
+        interface: the run's ``runtime.interface``, if it is set.
+    """
+    if interface is None:
+        return _EPHEMERAL_PORTS
+    return (
+        f"runtime.interface={interface} has placed it there: name one whose addresses reach each other from driver "
+        f"and workers on ephemeral ports, or a range of addresses, such as 10.0.0.0/24"
+    )
 
 
 async def open_heartbeat(
@@ -71,7 +85,7 @@ async def open_heartbeat(
         except TimeoutError:
             raise WorkerLostError(f"{member.label} did not open its heartbeat connection") from None
     try:
-        await _check_reachable(host, port)
+        await check_reachable(host, port, interface)
     except BaseException:
         connection.close()
         raise
@@ -79,7 +93,9 @@ async def open_heartbeat(
     return connection
 
 
-def dial_heartbeat(host: str, port: int, secret: bytes, cut_off_timeout_s: float) -> socket.socket:
+def dial_heartbeat(
+    host: str, port: int, secret: bytes, cut_off_timeout_s: float, interface: str | None = None
+) -> socket.socket:
     """Open the heartbeat connection from the worker's side.
 
     Raises:
@@ -88,7 +104,7 @@ def dial_heartbeat(host: str, port: int, secret: bytes, cut_off_timeout_s: float
     try:
         connection = socket.create_connection((host, port), timeout=_TIMEOUT_S)
     except OSError as error:
-        raise _unreachable(host, port, error) from error
+        raise _unreachable(host, port, error, interface) from error
     connection.settimeout(None)
     connection.sendall(secret)
     end_when_cut_off(connection, cut_off_timeout_s)
@@ -119,18 +135,23 @@ async def _accept(server: socket.socket, secret: bytes) -> socket.socket:
             return connection
 
 
-async def _check_reachable(host: str, port: int) -> None:
+async def check_reachable(host: str, port: int, interface: str | None) -> None:
+    """Connect once to a port of another member.
+
+    Raises:
+        WorkerLostError: If it cannot be reached within 5 s.
+    """
     try:
         with socket.socket() as connection:
             connection.setblocking(False)
             async with asyncio.timeout(_TIMEOUT_S):
                 await asyncio.get_running_loop().sock_connect(connection, (host, port))
     except OSError as error:
-        raise _unreachable(host, port, error) from error
+        raise _unreachable(host, port, error, interface) from error
 
 
-def _unreachable(host: str, port: int, error: OSError) -> WorkerLostError:
+def _unreachable(host: str, port: int, error: OSError, interface: str | None) -> WorkerLostError:
     reason = f"no answer within {_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else describe_os_error(error)
     return WorkerLostError(
-        f"{host}:{port} cannot be reached from {socket.gethostname()} ({reason}): {EPHEMERAL_PORTS}"
+        f"{host}:{port} cannot be reached from {socket.gethostname()} ({reason}): {advice(interface)}"
     )

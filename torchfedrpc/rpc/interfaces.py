@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import re
 import socket
 import struct
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.launcher import is_loopback
 
 _IS_LINUX = sys.platform == "linux"
 LOOPBACK = "lo" if _IS_LINUX else "lo0"
@@ -46,30 +50,73 @@ def describe_address(host: str, port: int, resolved: str) -> str:
 
     Systems such as Debian resolve the own name of a machine to 127.0.1.1, which leads no other machine to it.
     """
-    if resolved == host:
+    if resolved == host or is_loopback(host):
         return f"{host}:{port}"
-    itself = ", this machine itself: see its /etc/hosts" if resolved.startswith("127.") else ""
+    itself = ", this machine itself: see its /etc/hosts" if is_loopback(resolved) else ""
     return f"{host}:{port} (here {resolved}{itself})"
 
 
 def address_of(interface: str) -> str:
-    """The IPv4 address of a network interface.
+    """The IPv4 address of a network interface, or of this machine in a range such as ``10.0.0.0/24``.
 
     Raises:
-        ConfigError: If there is no such interface, or it has no address.
+        ConfigError: If there is no such interface, it has no address, or no address is in the range.
     """
+    if "/" in interface:
+        return _address_within(interface)
+    try:
+        return _own_address(interface)
+    except OSError:
+        raise ConfigError(
+            f"runtime.interface={interface}: {socket.gethostname()} has no such network interface, or it has no IPv4 "
+            f"address (there are {_own_addresses()}); where names differ between machines, give a range of "
+            f"addresses, such as 10.0.0.0/24"
+        ) from None
+
+
+def name_of(interface: str) -> str:
+    """The name of the network interface of this machine that a name, or a range of addresses, stands for.
+
+    Raises:
+        ConfigError: If it stands for none.
+    """
+    return interface_of(address_of(interface)) if "/" in interface else interface
+
+
+def _address_within(text: str) -> str:
+    try:
+        network = ipaddress.IPv4Network(text, strict=False)
+    except ValueError:
+        raise ConfigError(
+            f"runtime.interface={text} is neither the name of a network interface nor a range of IPv4 addresses, "
+            f"such as 10.0.0.0/24"
+        ) from None
+    for _, address in _with_addresses():
+        if ipaddress.IPv4Address(address) in network:
+            return address
+    raise ConfigError(
+        f"runtime.interface={text}: {socket.gethostname()} has no address in this range (there are "
+        f"{_own_addresses()})"
+    )
+
+
+def _own_address(name: str) -> str:
     import fcntl  # noqa: PLC0415 - only Unix has it, and the package can be imported on other systems
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            packed = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        except OSError:
-            names = ", ".join(name for _, name in socket.if_nameindex())
-            raise ConfigError(
-                f"runtime.interface={interface}: no such network interface, or it has no IPv4 address (this machine "
-                f"has {names})"
-            ) from None
+        packed = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
     return socket.inet_ntoa(packed[20:24])
+
+
+def _with_addresses() -> Iterator[tuple[str, str]]:
+    """Yield the network interfaces of this machine that have an IPv4 address, with it."""
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(OSError):
+            yield name, _own_address(name)
+
+
+def _own_addresses() -> str:
+    return ", ".join(f"{name} {address}" for name, address in _with_addresses())
 
 
 def interface_of(address: str) -> str:
@@ -78,12 +125,9 @@ def interface_of(address: str) -> str:
     Raises:
         ConfigError: If no interface has it.
     """
-    for _, name in socket.if_nameindex():
-        try:
-            if address_of(name) == address:
-                return name
-        except ConfigError:
-            continue
+    for name, own in _with_addresses():
+        if own == address:
+            return name
     raise ConfigError(f"no network interface has the address {address}: name one by runtime.interface")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed
 
+from torchfedrpc import waiting
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.launcher import Launch, is_loopback
@@ -34,10 +35,12 @@ from torchfedrpc.rpc.handshake import (
     has_token_file,
     load_token,
 )
-from torchfedrpc.rpc.heartbeat_connection import EPHEMERAL_PORTS
+from torchfedrpc.rpc.heartbeat_connection import advice
 from torchfedrpc.rpc.interfaces import LOOPBACK, address_of, describe_address, describe_os_error, network_site
 from torchfedrpc.rpc.member import Member
+from torchfedrpc.rpc.preflight import warn_about
 from torchfedrpc.rpc.sources import Source
+from torchfedrpc.waiting import reported
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,6 @@ _DRIVER_KEY = "torchfedrpc/driver"
 _FAILED_KEY = "torchfedrpc/failed"  # followed by the rank
 _NOT_LISTENING = "null"
 _GATHER_TIMEOUT_S = 120.0  # ranks of one launch start together; importing torch from a cold disk takes a while
-_LOG_EVERY_S = 10.0
 _LOOK_S = 0.5
 _REPORT_TIMEOUT_S = 10.0
 _DIAL_TIMEOUT_S = 5.0
@@ -129,22 +131,19 @@ class LaunchedWorkers(Source):
 
     async def _wait_for_ranks(self) -> None:
         complete = asyncio.wrap_future(self._complete)
-        began, next_log_s = time.monotonic(), _LOG_EVERY_S
-        while not complete.done():
-            self._failure = self._failure or await asyncio.to_thread(self._look_for_failure)
-            if self._failure is not None:
-                raise ConfigError(self._failure)
-            waited_s = time.monotonic() - began
-            if waited_s > _GATHER_TIMEOUT_S:
-                raise ConfigError(
-                    f"ranks {self._missing()} of the launch did not come within {_GATHER_TIMEOUT_S:.0f} s: every "
-                    f"rank has to run the same script and reach tfr.run(main), with the token file of this one if it "
-                    f"has one"
-                )
-            if waited_s > next_log_s:
-                logger.warning("waiting for ranks %s of the launch, for %.0f s so far", self._missing(), waited_s)
-                next_log_s += _LOG_EVERY_S
-            await asyncio.wait([complete], timeout=_LOOK_S)
+        give_up_at = time.monotonic() + _GATHER_TIMEOUT_S
+        async with reported(lambda: f"waiting for ranks {self._missing()} of the launch"):
+            while not complete.done():
+                self._failure = self._failure or await asyncio.to_thread(self._look_for_failure)
+                if self._failure is not None:
+                    raise ConfigError(self._failure)
+                if time.monotonic() > give_up_at:
+                    raise ConfigError(
+                        f"ranks {self._missing()} of the launch did not come within {_GATHER_TIMEOUT_S:.0f} s: every "
+                        f"rank has to run the same script and reach tfr.run(main), with the token file of this one "
+                        f"if it has one"
+                    )
+                await asyncio.wait([complete], timeout=_LOOK_S)
 
     def _listen(self, runtime: RuntimeConfig) -> ListenerThread:
         """Listen for ranks, and publish the address, with the token unless every rank has it in a file.
@@ -163,7 +162,12 @@ class LaunchedWorkers(Source):
                 f"{self._launch.master_address} ({describe_os_error(error)}): set runtime.interface to the network "
                 f"interface of this machine at which the other machines reach it"
             ) from error
-        published = {"host": host, "port": server.getsockname()[1], "token": None if has_file else token.decode()}
+        published = {
+            "host": host,
+            "port": server.getsockname()[1],
+            "token": None if has_file else token.decode(),
+            "interface": runtime.interface,
+        }
         self._address = f"{host}:{published['port']}"
         listener = ListenerThread(Listener(server, token, self._serve))
         self._store.set(_DRIVER_KEY, json.dumps(published))
@@ -175,6 +179,7 @@ class LaunchedWorkers(Source):
         rank: Any = about.get("rank")
         if rank not in range(1, self._launch.world_size):
             await dialler.refuse(RefusedError(f"this launch has no rank {rank!r}"))
+        warn_about(about)
         link = await dialler.accept({"role": "driver"})
         if (former := self._members.get(rank)) is not None:
             former.link.close()
@@ -241,7 +246,7 @@ def dial_driver(launch: Launch) -> Link:
     address, first_seen_s, unreachable = "", 0.0, ""
     while True:
         try:
-            published_address, published_token = _wait_for_driver(store)
+            published_address, published_token, interface = _wait_for_driver(store)
         except RuntimeError as error:  # the store has ended, with the launcher and the driver
             if unreachable:
                 raise ConfigError(f"rank {launch.rank} could not join the launch: {unreachable}") from error
@@ -273,7 +278,7 @@ def dial_driver(launch: Launch) -> Link:
                 logger.debug("no driver of this launch: %s", error)
             except UnreachableError as error:
                 if is_current and not unreachable:
-                    unreachable = f"{error}; {EPHEMERAL_PORTS}"
+                    unreachable = f"{error}; {advice(interface)}"
                     logger.warning("rank %d cannot reach the driver, and tries on: %s", launch.rank, unreachable)
                     _report_failure(store, launch, f"cannot join the launch: {unreachable}", address)
         if reason:
@@ -300,8 +305,8 @@ def _report_failure(store: Any, launch: Launch, failure: str, address: str | Non
     return reason
 
 
-def _wait_for_driver(store: Any) -> tuple[str, bytes | None]:
-    """Wait until the driver listens. Returns its address, and the token unless that is in a file.
+def _wait_for_driver(store: Any) -> tuple[str, bytes | None, str | None]:
+    """Wait until the driver listens. Returns its address, the token unless that is in a file, and its interface.
 
     Raises:
         ConfigError: If the driver has ended and could not listen, or is of another version.
@@ -309,8 +314,13 @@ def _wait_for_driver(store: Any) -> tuple[str, bytes | None]:
     while not store.check([_DRIVER_KEY]) or (published := store.get(_DRIVER_KEY)) == _NOT_LISTENING.encode():
         time.sleep(_RETRY_S)
     match json.loads(published):
-        case {"host": str(host), "port": int(port), "token": str() | None as token}:
-            return f"{host}:{port}", None if token is None else token.encode()
+        case {
+            "host": str(host),
+            "port": int(port),
+            "token": str() | None as token,
+            "interface": str() | None as interface,
+        }:
+            return f"{host}:{port}", None if token is None else token.encode(), interface
         case {"failure": str(reason)}:
             raise ConfigError(f"the driver has ended, and could not tell this rank: {reason}")
     raise ConfigError(f"the launcher's store has no driver of this version of torchfedrpc under {_DRIVER_KEY}")
@@ -370,7 +380,7 @@ def _wait_for_store(launch: Launch, timeout_s: float) -> None:
     Raises:
         ConfigError: If it does not in time.
     """
-    began, next_log_s = time.monotonic(), _LOG_EVERY_S
+    began, next_report_s = time.monotonic(), waiting.REPORT_EVERY_S
     host, port = launch.master_address, launch.master_port
     while True:
         where = f"{host}:{port}"
@@ -386,7 +396,7 @@ def _wait_for_store(launch: Launch, timeout_s: float) -> None:
                 f"rank {launch.rank} found no rank 0 within {timeout_s:.0f} s: {unreached}. MASTER_ADDR has to be an "
                 f"address of rank 0's machine at which the others reach it, and rank 0 has to be started"
             )
-        if waited_s > next_log_s:
+        if waited_s > next_report_s:
             logger.warning("rank %d waits for rank 0, for %.0f s so far: %s", launch.rank, waited_s, unreached)
-            next_log_s += _LOG_EVERY_S
+            next_report_s += waiting.REPORT_EVERY_S
         time.sleep(_RETRY_S)

@@ -11,6 +11,7 @@ import sys
 import time
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.rpc import check
 from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.handshake import BusyError, Dialler, Listener, RefusedError
 from torchfedrpc.rpc.interfaces import describe_os_error
@@ -82,6 +83,9 @@ class _ListeningWorker:
     async def serve(self, dialler: Dialler) -> None:
         """Serve a driver to its end, or refuse it."""
         about = dialler.about
+        if about.get("role") == check.ROLE:
+            await check.answer(dialler, "worker")
+            return
         if about.get("role") != "driver":
             await dialler.refuse(
                 RefusedError("a worker listens there, for drivers: --join takes the address of a driver")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
+from torchfedrpc.rpc import check
 from torchfedrpc.rpc.control_link import Link
 from torchfedrpc.rpc.handshake import (
     About,
@@ -29,6 +30,7 @@ from torchfedrpc.rpc.handshake import (
 )
 from torchfedrpc.rpc.interfaces import network_site, parse_address
 from torchfedrpc.rpc.member import Member
+from torchfedrpc.rpc.preflight import warn_about
 from torchfedrpc.rpc.processes import Process, start_worker
 from torchfedrpc.rpc.surroundings import Surroundings
 from torchfedrpc.tasks import Tasks, call_on
@@ -203,12 +205,16 @@ class DialledSource(Source):
 
         Raises:
             ConfigError: If a worker has another token.
-            WorkerLostError: If a worker is not reached, has other versions, or serves another driver for 8 s.
+            WorkerLostError: If a worker is not reached, has other versions, or serves another driver for 8 s. Notes
+                name all others.
         """
         dialling = [self._dial_first(address) for address in self._addresses]
-        for outcome in await asyncio.gather(*dialling, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
+        outcomes = await asyncio.gather(*dialling, return_exceptions=True)
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if errors:
+            for error in errors[1:]:
+                errors[0].add_note(str(error))
+            raise errors[0]
         return [self._members[address] for address in self._addresses]
 
     def lost(self, member: Member, num_failures: int) -> bool:
@@ -312,6 +318,9 @@ class JoinedSource(Source):
 
     async def _serve(self, dialler: Dialler) -> None:
         """Accept a worker; on the listener's thread."""
+        if dialler.about.get("role") == check.ROLE:
+            await check.answer(dialler, "driver")
+            return
         if dialler.about.get("role") != "worker":
             await dialler.refuse(
                 RefusedError("this is a driver, where workers join; a driver dials workers that listen")
@@ -355,6 +364,7 @@ def _about_driver() -> About:
 
 def _remote_member(link: Link, about: About, label: str = "") -> Member:
     """A worker after its handshake."""
+    warn_about(about)
     return Member(label, link, about["machine"], elsewhere=about["site"] != network_site(), imports_main="name")
 
 

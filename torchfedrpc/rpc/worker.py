@@ -31,7 +31,7 @@ from torchfedrpc.rpc.control_link import Link, Message, in_short
 from torchfedrpc.rpc.endpoint import Endpoint
 from torchfedrpc.rpc.heartbeat import HeartbeatProcess
 from torchfedrpc.rpc.heartbeat_connection import dial_heartbeat
-from torchfedrpc.rpc.interfaces import address_of, interface_of
+from torchfedrpc.rpc.interfaces import address_of, interface_of, name_of
 from torchfedrpc.rpc.surroundings import Session, adopt_main
 from torchfedrpc.rpc.worker_log import WorkerLog
 from torchfedrpc.wire.file import TensorFiles
@@ -102,8 +102,10 @@ def _given_up(reason: str) -> str:
     return f"the driver does without this worker: {reason}"
 
 
-def serve_remote(link: Link) -> Ending:
+def serve_remote(link: Link, welcome: str = "") -> Ending:
     """Serve learners for a driver that did not start this process; returns how that ended.
+
+    Once the worker has joined its first world, ``welcome`` is printed unless it is empty.
 
     SIGTERM and SIGINT ask the driver to do without this worker: it moves the learners elsewhere and then stops the
     worker. A second signal ends the process at once.
@@ -121,7 +123,9 @@ def serve_remote(link: Link) -> Ending:
 
     with _handling({signal.SIGTERM: leave, signal.SIGINT: leave}):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})  # see processes.py
-        return serve(link, activity=activity, notice="the driver is gone, or has given this worker up\n")
+        return serve(
+            link, activity=activity, notice="the driver is gone, or has given this worker up\n", welcome=welcome
+        )
 
 
 def serve_launch(link: Link, local_index: int) -> Ending:
@@ -140,6 +144,7 @@ def serve(
     local_index: int | None = None,
     activity: Activity | None = None,
     notice: str = "",
+    welcome: str = "",
     owns_process: bool = True,
     is_own: bool = False,
 ) -> Ending:
@@ -150,6 +155,7 @@ def serve(
         local_index: this worker's number on its machine, for its share of the GPUs; None lets the driver choose.
         activity: shows the running calls to the heartbeat process; made unless given.
         notice: a line for stderr if the driver is gone.
+        welcome: a line for stdout once this worker has joined its first world.
         owns_process: whether this process only serves, so that it may end in the middle of an import.
         is_own: whether the driver started this process, so that it may send classes by value.
 
@@ -157,7 +163,7 @@ def serve(
         How that ended.
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    worker = _Worker(link, local_index, activity or Activity(), is_own=is_own)
+    worker = _Worker(link, local_index, activity or Activity(), welcome, is_own=is_own)
     threading.Thread(
         target=_listen, args=(link, messages, worker, notice, owns_process), name="torchfedrpc-link", daemon=True
     ).start()
@@ -222,8 +228,11 @@ class _Worker:
         is_preparing: whether it begins a run and has not answered yet.
     """
 
-    def __init__(self, link: Link, local_index: int | None, activity: Activity, *, is_own: bool = False) -> None:
+    def __init__(
+        self, link: Link, local_index: int | None, activity: Activity, welcome: str = "", *, is_own: bool = False
+    ) -> None:
         self.is_preparing = False
+        self._welcome = welcome
         self._is_clean = True
         self._is_joined = False
         self._link = link
@@ -258,12 +267,12 @@ class _Worker:
             host: the driver's address in the world.
             port: the driver's port for this connection.
             secret: the first bytes on the connection, in hexadecimal digits.
-            interface: this worker's network interface; None for the one of the control link.
+            interface: this worker's network interface, or a range of addresses; None for that of the control link.
             cut_off_timeout_s: see `end_when_cut_off`.
         """
         address = address_of(interface) if interface is not None else self._link.local_address()
         self._link.end_when_cut_off(cut_off_timeout_s)
-        connection = dial_heartbeat(host, port, bytes.fromhex(secret), cut_off_timeout_s)
+        connection = dial_heartbeat(host, port, bytes.fromhex(secret), cut_off_timeout_s, interface)
         self._heartbeat_process = HeartbeatProcess(connection, self._activity)
         self._heartbeat_process.wait_for_beat()
         self._server = socket.create_server((address, 0))
@@ -325,7 +334,7 @@ class _Worker:
             plan: the world.
             rank: this worker's rank in it.
             secret: the first bytes of the driver's requests to this worker, in hexadecimal digits.
-            interface: its network interface for the world; None for the one of the control link.
+            interface: its network interface for the world, or a range; None for the one of the control link.
             asked: ids of the calls to this worker whose answers the driver does not have.
             shows_files: whether the driver finds the files of this process.
         """
@@ -338,8 +347,12 @@ class _Worker:
         self._host.keep_only(asked)
         self._host.show_files(shows_files)
         self._endpoint.connect(bytes.fromhex(secret), covered)
-        world.join(world_plan, rank, interface or interface_of(self._link.local_address()))
+        own = name_of(interface) if interface is not None else interface_of(self._link.local_address())
+        world.join(world_plan, rank, own)
         self._is_joined = True
+        if self._welcome:
+            print(self._welcome, flush=True)
+            self._welcome = ""
         return {}
 
     def leave(self) -> Message:

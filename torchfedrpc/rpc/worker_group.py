@@ -27,6 +27,7 @@ from torchfedrpc.rpc.control_link import Message
 from torchfedrpc.rpc.heartbeat import Heartbeat, Loss, Watch
 from torchfedrpc.rpc.heartbeat_connection import open_heartbeat
 from torchfedrpc.rpc.member import Member, RefusalError
+from torchfedrpc.rpc.preflight import check_own_descriptors
 from torchfedrpc.rpc.sources import Source
 from torchfedrpc.rpc.surroundings import describe_main, pack_main
 from torchfedrpc.rpc.worker_client import Traffic, UndeliverableError, WorkerClient
@@ -34,6 +35,7 @@ from torchfedrpc.rpc.worker_log import identities
 from torchfedrpc.rpc.workers import Worker, Workers, WorkerState
 from torchfedrpc.rpc.world import DriverPlace
 from torchfedrpc.tasks import Tasks, all_of
+from torchfedrpc.waiting import reported
 from torchfedrpc.wire.file import TensorFiles
 
 logger = logging.getLogger(__name__)
@@ -119,6 +121,7 @@ class WorkerGroup:
             WorkerLostError: If a worker ended meanwhile, or cannot be reached.
         """
         members = list(self.workers.members.values())
+        check_own_descriptors(len(members))
         if members or self._learner.runtime.interface is not None:
             self._place.check_interface(members)
         await all_of(*map(self._prepare, members))
@@ -451,7 +454,8 @@ class WorkerGroup:
                 "driver": (os.getpid(), probe.addresses()) if probe is not None else None,
                 "streams": None if member.elsewhere else identities(),
             }
-            answer = await self._tell(member, message)
+            async with reported(lambda: f"{member.label} on {member.machine} imports the learner"):
+                answer = await self._tell(member, message)
         if not member.adopt(answer):
             self._give_up(member, str(error := member.misunderstood(message)))
             raise error

@@ -125,13 +125,13 @@ async def test_the_token_never_crosses_the_wire(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[Message] = []
-    send = handshake._send
+    send = handshake.send_line
 
     async def record(connection: socket.socket, message: Message) -> None:
         said.append(message)
         await send(connection, message)
 
-    monkeypatch.setattr(handshake, "_send", record)
+    monkeypatch.setattr(handshake, "send_line", record)
     dialler, listener = pair
     await both(handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS), listen(listener))
     assert [sorted(message) for message in said] == [
@@ -209,14 +209,14 @@ async def proven(token: bytes = TOKEN) -> Any:
     """All lines of a handshake."""
     dialler, listener = tcp_pair()
     said: list[Message] = []
-    send = handshake._send
+    send = handshake.send_line
 
     async def record(connection: socket.socket, message: Message) -> None:
         said.append(message)
         await send(connection, message)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(handshake, "_send", record)
+        patch.setattr(handshake, "send_line", record)
         await both(handshake_as_dialler(dialler, token, {}, address=ADDRESS), listen(listener, token))
     yield said
     dialler.close()
@@ -400,7 +400,7 @@ async def test_a_dialler_does_not_talk_to_what_is_not_ours(
 async def test_error_of_another_protocol_number_names_both(pair: tuple[socket.socket, socket.socket]) -> None:
     dialler, listener = pair
     await Raw(listener).send({"protocol": "torchfedrpc", "number": 7, "nonce": "0"})
-    with pytest.raises(UntrustedError, match=f"{ADDRESS} speaks number 7 .* number 3"):
+    with pytest.raises(UntrustedError, match=f"{ADDRESS} speaks number 7 .* number 4"):
         await handshake_as_dialler(dialler, TOKEN, {}, address=ADDRESS)
 
 

@@ -20,6 +20,7 @@ from processes import environment
 from torchrun import rank_variables
 from workers import make_token
 
+from torchfedrpc import waiting as reports
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.launcher import Launch
@@ -106,7 +107,7 @@ async def test_launch_without_a_token_file_has_a_token_in_the_store(
 ) -> None:
     rank = Rank(launch(1))
     assert len(await driver.gather(RuntimeConfig())) == 1
-    assert "null" not in published(store)
+    assert '"token": null' not in published(store)
     rank.close()
 
 
@@ -197,8 +198,8 @@ async def failure_of(driver: LaunchedWorkers) -> str:
 async def test_ranks_that_are_awaited_are_named_every_10_s(
     driver: LaunchedWorkers, launch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert module._LOG_EVERY_S == 10.0
-    monkeypatch.setattr(module, "_LOG_EVERY_S", 0.2)
+    assert reports.REPORT_EVERY_S == 10.0
+    monkeypatch.setattr(reports, "REPORT_EVERY_S", 0.2)
     monkeypatch.setattr(module, "_LOOK_S", 0.05)
     waiting = asyncio.ensure_future(driver.gather(RuntimeConfig()))
     async with asyncio.timeout(_TIMEOUT_S):
@@ -343,7 +344,7 @@ def test_rank_that_has_served_tells_no_driver_of_its_end(tmp_path: Path) -> None
 def test_ranks_that_a_run_has_not_asked_for_are_named_as_it_ends(
     driver: LaunchedWorkers, launch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_LOG_EVERY_S", 0.1)
+    monkeypatch.setattr(reports, "REPORT_EVERY_S", 0.1)
     monkeypatch.setattr(module, "_GATHER_TIMEOUT_S", 1.0)
     monkeypatch.setattr(module, "_LOOK_S", 0.05)
     driver.end(failed=False)
