@@ -146,8 +146,8 @@ MUTATIONS = [
     Mutation(
         "the dialler asks for no proof before it says who it is",
         "rpc/handshake.py",
-        'if not _proves((await _receive(connection)).get("proof"), _proof(token, "listener", transcript)):',
-        "if not await _receive(connection):",
+        'if not _proves((await receive_line(connection)).get("proof"), _proof(token, "listener", transcript)):',
+        "if not await receive_line(connection):",
         "tests/unit/rpc/test_handshake.py",
     ),
     Mutation(
