@@ -49,7 +49,7 @@ class FakeRun:
             "bytes_received": 34_000_000,
             "memory_bytes": 400_000_000,
         }
-        self.workers = {f"worker_{number}": stats for number in range(1, num_workers + 1)}
+        self.workers = {f"worker{number}": stats for number in range(1, num_workers + 1)}
         self.proxy = self
 
     def stats(self) -> dict[str, Any]:

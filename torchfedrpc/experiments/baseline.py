@@ -1,14 +1,20 @@
-"""Centralised baseline: one model trained on the data of all clients."""
+"""Centralised baseline: one model trained on the data of all clients, and its scores in ``baseline.jsonl``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from torchfedrpc.experiments.data.samples import TrainTest
 from torchfedrpc.experiments.training import Optimisation, Score, build_model, fit, score
+from torchfedrpc.private_files import replaced
+
+BASELINE_FILE = "baseline.jsonl"
 
 
 def train_centrally(
@@ -50,3 +56,12 @@ def train_centrally(
             )
             scores.append(score(network, data.test))
     return scores
+
+
+def write_baseline(path: Path, scores: Sequence[Score]) -> None:
+    """Write a line of JSON per score: ``round`` (from 0), ``test_accuracy`` and ``test_loss``."""
+    with replaced(path) as file:
+        for number, result in enumerate(scores):
+            loss = result.loss if math.isfinite(result.loss) else None
+            line = {"round": number, "test_accuracy": result.accuracy, "test_loss": loss}
+            file.write(json.dumps(line).encode() + b"\n")

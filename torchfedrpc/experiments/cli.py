@@ -32,6 +32,7 @@ COMMANDS = {
     "compare": "torchfedrpc.experiments.compare",
     "check": "torchfedrpc.check_cli",
     "info": "torchfedrpc.experiments.info",
+    "report": "torchfedrpc.experiments.report",
 }
 """Subcommand -> module with ``main(arguments: Sequence[str]) -> int``, which returns the exit status."""
 

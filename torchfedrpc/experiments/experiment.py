@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.experiments import extras
-from torchfedrpc.experiments.baseline import train_centrally
+from torchfedrpc.experiments.baseline import BASELINE_FILE, train_centrally, write_baseline
 from torchfedrpc.experiments.classification import ClassificationLearner
+from torchfedrpc.experiments.clients import CLIENTS_FILE, ClientLog
 from torchfedrpc.experiments.data.cache import load_dataset
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
-from torchfedrpc.experiments.history import History, RoundRecord
+from torchfedrpc.experiments.history import HISTORY_FILE, History, RoundRecord
 from torchfedrpc.experiments.progress import live_progress
 from torchfedrpc.experiments.recipe import build, locate
+from torchfedrpc.experiments.report_page import Report
 from torchfedrpc.experiments.round_table import print_table
+from torchfedrpc.experiments.trace import Trace
 from torchfedrpc.experiments.training import Score, build_model, initial_weights, score
 from torchfedrpc.federation.callbacks import Callback
 from torchfedrpc.federation.checkpoints import SUBFOLDER, Checkpoints
@@ -57,6 +60,10 @@ class ExperimentConfig:
         baseline: Settings of `train_centrally`; None for no baseline.
         checkpoint_every: Number of rounds between checkpoints; None for no checkpoints.
         resume: ``never``, ``auto`` or an output folder, as in `Checkpoints`.
+        trace: Whether to write ``trace.json``, as `Trace` describes.
+        trace_calls: Number of calls in the trace; None for all.
+        report: Whether to write ``report.html``.
+        client_scores: Whether each client's learner scores the final weights by ``evaluate``, if it has that method.
     """
 
     seed: int
@@ -71,6 +78,10 @@ class ExperimentConfig:
     baseline: Recipe | None = None
     checkpoint_every: int | None = 1
     resume: str = "never"
+    trace: bool = False
+    trace_calls: int | None = 10_000
+    report: bool = False
+    client_scores: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ExperimentConfig:
@@ -89,6 +100,9 @@ class ExperimentConfig:
                 f"the configuration lacks {', '.join(missing)}: give it on the command line, such as model=cnn; "
                 f"torchfedrpc --help lists the options of each group"
             )
+        for name in ("trace", "report", "client_scores"):
+            if not isinstance(value := values.get(name, False), bool):
+                raise ConfigError(f"{name} must be true or false, not {value!r}")
         return cls(**{**values, "runtime": RuntimeConfig.of(values["runtime"])})
 
     @property
@@ -116,8 +130,9 @@ async def run_experiment(
 ) -> float:
     """Run an experiment from its first round, or from a checkpoint.
 
-    It writes ``history.jsonl`` (one line per round), ``model.pt`` (the final weights) and, if matplotlib is
-    installed, ``metrics.png``.
+    It writes ``history.jsonl`` (one line per round), ``clients.jsonl``, ``baseline.jsonl``, ``model.pt`` (the final
+    weights), if matplotlib is installed ``metrics.png``, with ``trace`` also ``trace.json``, and with ``report``
+    ``report.html``.
 
     Args:
         config: The experiment.
@@ -136,7 +151,10 @@ async def run_experiment(
             return await run_experiment(config, output_dir, checkpoints=opened, stream=stream)
     make_private(output_dir)
     stream = stream or sys.stdout
-    if note := extras.missing_line([("live bar", "rich"), ("picture", "matplotlib")]):
+    features = [("live bar", "rich"), ("picture", "matplotlib")]
+    if config.report:
+        features.append(("charts in the report", "vl_convert"))
+    if note := extras.missing_line(features):
         print(note, file=stream)
     callbacks = _callbacks(config)
     data: TrainTest = load_dataset(config.dataset, config.trusted_modules)
@@ -150,6 +168,7 @@ async def run_experiment(
         with process_settings(config.runtime):
             baseline = _train_baseline(config, data)
             accuracy = metrics_of(weights)["test_accuracy"]
+        write_baseline(output_dir / BASELINE_FILE, baseline)
         _draw(history, baseline, output_dir / "metrics.png")
     print_table(history, stream)
     if baseline:
@@ -170,11 +189,13 @@ async def _train(
 ) -> tuple[dict[str, Tensor], list[RoundRecord]]:
     """Run the trainer, and return the final weights and the rounds. The run ends with the stack ``run``."""
     clients = _divide(config, train_set)
+    parts = {client_id: arguments["indices"] for client_id, arguments in clients.items()}
+    client_log = ClientLog(output_dir / CLIENTS_FILE, parts, train_set.labels.numpy())
     async with LearnerProxy(_learner(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
         going_on = f", going on after round {found.round_num}" if found is not None else ""
         print(f"{len(clients)} clients, {proxy.mode} mode{going_on}", file=stream, flush=True)
-        history = History(output_dir / "history.jsonl", proxy, goes_on=found is not None)
+        history = History(output_dir / HISTORY_FILE, proxy, goes_on=found is not None)
         trainer = locate(config.trainer)(
             _settings(config.trainer),
             proxy,
@@ -187,11 +208,15 @@ async def _train(
         with live_progress(stream, proxy.stats) as show:
             proxy.subscribe(show)
             weights = await trainer.train()
-    if not isinstance(weights, Mapping):
-        raise ConfigError(
-            f"{config.trainer['_target_']}.train() must return the final weights, a state dict; "
-            f"it returned a {type(weights).__name__}"
-        )
+        if not isinstance(weights, Mapping):
+            raise ConfigError(
+                f"{config.trainer['_target_']}.train() must return the final weights, a state dict; "
+                f"it returned a {type(weights).__name__}"
+            )
+        if config.client_scores and hasattr(locate(config.learner), "evaluate"):
+            failure = await client_log.score(proxy, weights)
+            if failure is not None:
+                print(failure, file=stream)
     return dict(weights), history.records
 
 
@@ -200,22 +225,25 @@ def _is_required(item: dataclasses.Field[Any]) -> bool:
 
 
 def _callbacks(config: ExperimentConfig) -> list[Callback]:
-    """Return the callbacks, then the loggers.
+    """Return the callbacks in the order of their calls: loggers come last, since they keep the report.
 
     Raises:
         ConfigError: If one cannot be made, or the package of a logger is not installed.
     """
+    trace = [Trace(max_calls=config.trace_calls)] if config.trace else []
+    report = [Report()] if config.report else []
+    return [*trace, *_made(config, "callbacks"), *report, *_made(config, "logger")]
+
+
+def _made(config: ExperimentConfig, group: str) -> list[Callback]:
     made: list[Callback] = []
-    for group in ("callbacks", "logger"):
-        for name, recipe in (getattr(config, group) or {}).items():
-            try:
-                made.append(locate(recipe)(**_settings(recipe)))
-            except TypeError as error:
-                raise ConfigError(f"{group}.{name}: {error}") from error
-            if not isinstance(made[-1], Callback):
-                raise ConfigError(
-                    f"{group}.{name}: {recipe['_target_']} makes no tfr.Callback; derive its class from it"
-                )
+    for name, recipe in (getattr(config, group) or {}).items():
+        try:
+            made.append(locate(recipe)(**_settings(recipe)))
+        except TypeError as error:
+            raise ConfigError(f"{group}.{name}: {error}") from error
+        if not isinstance(made[-1], Callback):
+            raise ConfigError(f"{group}.{name}: {recipe['_target_']} makes no tfr.Callback; derive its class from it")
     return made
 
 

@@ -1,4 +1,4 @@
-"""History of a run: one line of JSON per round."""
+"""``history.jsonl``: one line of JSON per round."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torchfedrpc.events import RoundEnded
 from torchfedrpc.private_files import open_private, replaced
 from torchfedrpc.proxy import LearnerProxy
+
+HISTORY_FILE = "history.jsonl"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class RoundRecord:
         seconds: Wall-clock time since the end of the previous round, scoring included, in seconds.
         bytes_sent: Bytes from the driver to workers in that time.
         bytes_received: Bytes from workers to the driver in that time.
+        more: The other metrics of the trainer by name. Each is a key of the line, after the keys above.
     """
 
     round: int
@@ -39,6 +42,7 @@ class RoundRecord:
     seconds: float
     bytes_sent: int
     bytes_received: int
+    more: Mapping[str, float | None] = field(default_factory=dict)
 
 
 class RoundMeter:
@@ -93,6 +97,7 @@ class History:
             test_loss=metrics.get("test_loss"),
             train_loss=metrics.get("train_loss"),
             num_clients=None if num_clients is None else int(num_clients),
+            more={name: value for name, value in metrics.items() if name not in RoundRecord.__annotations__},
             **self._meter.take(),
         )
         self.records.append(record)
@@ -113,7 +118,9 @@ class History:
 
 
 def _line(record: RoundRecord) -> str:
-    return json.dumps(asdict(record)) + "\n"
+    values = asdict(record)
+    more = values.pop("more")
+    return json.dumps(values | more) + "\n"
 
 
 def _finite(value: float) -> float | None:
