@@ -35,6 +35,7 @@ STAGES = ("queue", "transfer", "run", "return")
 
 _DRIVER = "driver"
 _FLUSH_BYTES = 1 << 16
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _MAX_CLOCK_ERROR_US = 1000  # by which slices of calls that ran one after the other may overlap
 _INSTANTS: Mapping[type[Event], str] = {
     RunStarted: "run started",
@@ -178,17 +179,19 @@ class Trace(Callback):
             ran = max(sent, end - round(seconds.return_s * 1e6))
         process = self._process(event.worker or _DRIVER)
         stages = {"queue": (begin, queued), "transfer": (queued, sent), "return": (ran, end)}
-        args = {"client": event.client_id, "method": event.method, "call": event.call_id}
+        args: dict[str, Any] = {"client": event.client_id, "method": event.method, "call": event.call_id}
+        encoded = _encode(args)
         for stage, (first, last) in stages.items():
             if last > first:
-                slice_of = {"name": stage, "cat": stage, "id": event.call_id, "pid": process, "tid": 0}
-                self._write(ph="b", **slice_of, ts=first, args=args)
-                self._write(ph="e", **slice_of, ts=last)
+                place = f'"name":"{stage}","cat":"{stage}","id":{event.call_id},"pid":{process},"tid":0'
+                self._add(f'{{"ph":"b",{place},"ts":{first},"args":{encoded}}}')
+                self._add(f'{{"ph":"e",{place},"ts":{last}}}')
         if event.error is not None:
             args["error"] = type(event.error).__name__
         if event.worker:
             args |= {f"{stage}_us": last - first for stage, (first, last) in stages.items()}
-            self._write(ph="X", name=event.method, cat="run", **self._lane(process, sent, ran), args=args)
+            lane = self._lane(process, sent, ran)
+            self._add(_encode({"ph": "X", "name": event.method, "cat": "run", **lane, "args": args}))
 
     def _lane(self, process: int, begin: int, end: int) -> dict[str, int]:
         """Return the place of a slice in the first lane of a process where it overlaps no other."""
@@ -235,9 +238,11 @@ class Trace(Callback):
         self._busy_s: dict[str, float] = defaultdict(float)
 
     def _write(self, **event: Any) -> None:
-        line = self._separator + json.dumps(_plain(event), separators=(",", ":"))
+        self._add(_encode(_plain(event)))
+
+    def _add(self, line: str) -> None:
+        self._lines.append(self._separator + line)
         self._separator = ",\n"
-        self._lines.append(line)
         self._num_bytes += len(line)
 
     def _flush(self) -> None:
