@@ -194,6 +194,7 @@ def test_the_keys_are_these() -> None:
         "runtime.transport",
         "runtime.trusted_modules",
         "runtime.use_multiprocessing",
+        "runtime.worker_log_level",
         "runtime.workers_per_device",
         "seed",
         "trace",
