@@ -752,6 +752,49 @@ MUTATIONS = [
         "elif True:",
         "tests/unit/rpc/test_heartbeat.py",
     ),
+    # The command.
+    Mutation(
+        "any call with a name registers it",
+        "experiments/user_modules.py",
+        ") if function == kind:",
+        "):",
+        "tests/system/test_own_methods.py",
+    ),
+    Mutation(
+        "registered names come before config files",
+        "experiments/options.py",
+        'search_path.append(provider="schema"',
+        'search_path.append(provider="registered"',
+        "tests/system/test_own_methods.py",
+    ),
+    Mutation(
+        "imports are not trusted",
+        "experiments/experiment.py",
+        "[*runtime.trusted_modules, *imports]",
+        "runtime.trusted_modules",
+        "tests/system/test_own_methods.py",
+    ),
+    Mutation(
+        "a partition has too few parts",
+        "experiments/protocols.py",
+        "if len(parts) != num_clients:",
+        "if False:",
+        "tests/unit/experiments/test_protocols.py",
+    ),
+    Mutation(
+        "the aggregate is the new model",
+        "federation/fedavg.py",
+        "self.weights = self.step(aggregate)",
+        "self.weights = aggregate",
+        "tests/unit/experiments/test_protocols.py",
+    ),
+    Mutation(
+        "a resume starts anew",
+        "experiments/resume.py",
+        "if not _has_checkpoint(folder / SUBFOLDER):",
+        "if False:",
+        "tests/system/test_new.py",
+    ),
 ]
 
 

@@ -51,6 +51,8 @@ from torchfedrpc.executors.local import LocalExecutor
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.shared_arguments import SharedRef
 from torchfedrpc.experiments.classification import ClassificationLearner
+from torchfedrpc.experiments.data.samples import Samples, TrainTest
+from torchfedrpc.experiments.recipe import build
 from torchfedrpc.federation.best_model import BestModel
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.federation.checkpoints import Checkpoints
@@ -63,7 +65,17 @@ from torchfedrpc.host.context import current_call
 from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.proxy import LearnerHandle, LearnerProxy
 from torchfedrpc.reduce.reducers import Mean, Sum, WeightedMean
-from torchfedrpc.registry import executor, get_learner, get_trainer, learner, trainer
+from torchfedrpc.registry import (
+    aggregator,
+    dataset,
+    executor,
+    get_learner,
+    get_trainer,
+    learner,
+    model,
+    partition,
+    trainer,
+)
 from torchfedrpc.run import run
 from torchfedrpc.run import tell_of_ending_script as _tell_of_ending_script
 from torchfedrpc.stream import LearnerStream
@@ -126,11 +138,13 @@ __all__ = [
     "RunEnded",
     "RunStarted",
     "RuntimeConfig",
+    "Samples",
     "SerializationError",
     "SharedRef",
     "SnapshotError",
     "Sum",
     "TorchFedRpcError",
+    "TrainTest",
     "Transport",
     "UnknownClientError",
     "UntrustedTypeError",
@@ -142,11 +156,16 @@ __all__ = [
     "WorkerLostError",
     "WorldFormed",
     "__version__",
+    "aggregator",
+    "build",
     "current_call",
+    "dataset",
     "executor",
     "get_learner",
     "get_trainer",
     "learner",
+    "model",
+    "partition",
     "run",
     "trainer",
 ]

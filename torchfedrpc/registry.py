@@ -1,4 +1,4 @@
-"""Registries of trainers, learners and execution modes by name."""
+"""Registries by name: trainers, learners, data sets, models, partitions, aggregators and execution modes."""
 
 from __future__ import annotations
 
@@ -66,6 +66,10 @@ class Registry(Generic[T]):
         """Return all names, sorted."""
         return sorted({*self._entries, *self._modules})
 
+    def name_of(self, entry: object) -> str | None:
+        """Return the name of a class or function; None if it has none, or its module has not been imported."""
+        return next((name for name, known in self._entries.items() if known is entry), None)
+
     def _import(self, name: str) -> None:
         if (module := self._modules.get(name)) is not None:
             importlib.import_module(module)  # thread-safe: Python's import lock blocks a second thread
@@ -84,10 +88,18 @@ def _is_defined_as(known: Any, entry: Any) -> bool:
 
 trainers: Registry[Any] = Registry("trainer")
 learners: Registry[Any] = Registry("learner")
+datasets: Registry[Any] = Registry("dataset")
+models: Registry[Any] = Registry("model")
+partitions: Registry[Any] = Registry("partition")
+aggregators: Registry[Any] = Registry("aggregator")
 executors: Registry[Any] = Registry("execution mode")
 
 trainer = trainers.register
 learner = learners.register
+dataset = datasets.register
+model = models.register
+partition = partitions.register
+aggregator = aggregators.register
 executor = executors.register
 get_trainer = trainers.get
 get_learner = learners.get

@@ -121,6 +121,7 @@ def test_no_imports_go_in_a_circle() -> None:
             "hydra",
             {
                 "torchfedrpc.experiments.cli",
+                "torchfedrpc.experiments.options",
                 "torchfedrpc.experiments.sweep",
                 "torchfedrpc.experiments.sweep_plugins",
             },

@@ -18,8 +18,9 @@ import torch
 from hydra import compose, initialize_config_module
 from processes import Process, children_of, descendants_of, wait_for_end
 
-from torchfedrpc.experiments import cli, extras
+from torchfedrpc.experiments import cli, extras  # noqa: F401 - cli registers the schema of the runtime
 from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
+from torchfedrpc.experiments.run_folder import plain
 from torchfedrpc.federation.checkpoint_store import CheckpointStore
 
 JOB = ("experiment=smoke", "trainer.num_rounds=10", "trainer.local_epochs=20")
@@ -55,7 +56,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """What the job gives in this process, in local mode: the other modes give the same."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with initialize_config_module("torchfedrpc.conf", version_base="1.3"):
-        config = ExperimentConfig.of(cli.plain(compose("config", overrides=[*JOB, "baseline=null", "runtime=local"])))
+        config = ExperimentConfig.of(plain(compose("config", overrides=[*JOB, "baseline=null", "runtime=local"])))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extras, "available", lambda name: False)  # pictures leave fonts open
         asyncio.run(run_experiment(config, folder, stream=io.StringIO()))

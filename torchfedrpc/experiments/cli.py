@@ -7,38 +7,50 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import ConfigError, GroupCallError, SnapshotError, TorchFedRpcError, WorkerLostError
-from torchfedrpc.experiments.data.cache import preload_of
-from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
-from torchfedrpc.experiments.job import TRACEBACK_FILE, Job, one_line, read_job, unchanged_process
-from torchfedrpc.experiments.sweep import end_early, summarised
+from torchfedrpc.errors import ConfigError, suggest
+from torchfedrpc.experiments.job import TRACEBACK_FILE, one_line, read_job
+from torchfedrpc.experiments.options import imports_of, modules_of
+from torchfedrpc.experiments.run_folder import CONFIG_FILE, run_in_folder, told
+from torchfedrpc.experiments.sweep import summarised
 from torchfedrpc.experiments.sweep_plugins import check_installed, register
-from torchfedrpc.private_files import close_to_others, make_private, replaced
-from torchfedrpc.rpc.surroundings import preloading
+from torchfedrpc.experiments.user_modules import (
+    KINDS,
+    find,
+    import_user_module,
+    is_bundled,
+    see_current_folder,
+    target_of,
+)
 from torchfedrpc.run import drive
-from torchfedrpc.signals import run_interruptible
 
 COMMANDS = {
     "compare": "torchfedrpc.experiments.compare",
     "check": "torchfedrpc.check_cli",
     "info": "torchfedrpc.experiments.info",
+    "new": "torchfedrpc.experiments.new",
+    "resume": "torchfedrpc.experiments.resume",
     "report": "torchfedrpc.experiments.report",
 }
 """Subcommand -> module with ``main(arguments: Sequence[str]) -> int``, which returns the exit status."""
 
-_TOLD_IN_A_LINE = (ConfigError, GroupCallError, SnapshotError, WorkerLostError)
 _OF_NO_RESULT = {"resume": "", "checkpoint_every": ""}  # settings that do not change what a job returns
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+_IS_OURS = "TORCHFEDRPC_FULL_ERROR"  # set beside the variable above, where the user has not set that
 
+OmegaConf.register_new_resolver("torchfedrpc.commands", lambda: ", ".join(COMMANDS), replace=True)
 ConfigStore.instance().store(group="runtime", name="schema", node=RuntimeConfig)
 
 
@@ -49,51 +61,51 @@ def _task(config: DictConfig) -> float | None:
     If a job of a sweep fails, it returns None: hydra goes on, and an optimiser counts the trial as failed.
     """
     hydra_config = HydraConfig.get()
-    is_in_sweep = hydra_config.mode == RunMode.MULTIRUN
     output_dir = Path(hydra_config.runtime.output_dir)
-    if is_in_sweep and config.resume == "auto" and (accuracy := _accuracy_if_done(config, output_dir)) is not None:
-        print(f"job {hydra_config.job.num} is done already: test accuracy {accuracy:.3f}, {output_dir}", flush=True)
-        return accuracy
-    job = Job(output_dir)
-    try:
-        close_to_others(output_dir)  # hydra has created it, and written the whole configuration into it
-        make_private(output_dir)
-        with job.recorded():
-            job.accuracy = _run(config, output_dir)
-    except Exception as error:
-        is_told_in_full = "HYDRA_FULL_ERROR" in os.environ
-        if is_in_sweep:
-            if is_told_in_full:
+    with _variables_of_the_user():
+        if hydra_config.mode != RunMode.MULTIRUN:
+            _note_modules(config)
+            return run_in_folder(config, output_dir)
+        try:
+            _note_modules(config)
+            if config.resume == "auto" and (accuracy := _accuracy_if_done(config, output_dir)) is not None:
+                num = hydra_config.job.num
+                print(f"job {num} is done already: test accuracy {accuracy:.3f}, {output_dir}", flush=True)
+                return accuracy
+            return run_in_folder(config, output_dir)
+        except Exception as error:
+            if _FULL_ERROR in os.environ:
                 traceback.print_exception(error)
             where = output_dir / TRACEBACK_FILE
             print(f"job {hydra_config.job.num} failed: {one_line(error)} ({where})", file=sys.stderr, flush=True)
-        elif is_told_in_full or not isinstance(error, _TOLD_IN_A_LINE):
-            raise
-        else:
-            sys.exit(_one_line(error))
-    return job.accuracy
+            return None
 
 
-def _run(config: DictConfig, output_dir: Path) -> float:
-    experiment = ExperimentConfig.of(plain(config))
-    with experiment.checkpoints(output_dir) as checkpoints:
-        with replaced(output_dir / "config.yaml") as file:
-            file.write(OmegaConf.to_yaml(config, resolve=True).encode())
-        preload = preload_of(experiment.dataset, experiment.trusted_modules)
-        with preloading(preload), unchanged_process():
-            accuracy = run_interruptible(
-                lambda: run_experiment(experiment, output_dir, checkpoints=checkpoints),
-                notice=f"interrupted; outputs so far: {output_dir}",
-                at_forced_end=end_early,
+def _note_modules(config: DictConfig) -> None:
+    """Add the modules that register the chosen options to ``imports``: other processes, and a resume, need them.
+
+    Raises:
+        ConfigError: If a config file of the same name as a registered option has another target.
+    """
+    modules = modules_of(config)
+    for kind, name in HydraConfig.get().runtime.choices.items():
+        entry = find(kind, name) if kind in KINDS and isinstance(name, str) else None
+        if entry is None or is_bundled(entry):
+            continue
+        if config[kind].get("_target_") != target_of(entry):
+            raise ConfigError(
+                f"{kind}={name} is the name of a config file, with the target {config[kind].get('_target_')}, and of "
+                f"the registered {target_of(entry)}: rename one of them"
             )
-    print(f"outputs: {output_dir}", flush=True)
-    return accuracy
+        modules.append(entry.__module__)
+    with open_dict(config):
+        config.imports = list(dict.fromkeys(modules))
 
 
 def _accuracy_if_done(config: DictConfig, output_dir: Path) -> float | None:
     """Return the accuracy of an earlier job in this folder; None if it is not done, or had other settings."""
     earlier = read_job(output_dir)
-    path = output_dir / "config.yaml"
+    path = output_dir / CONFIG_FILE
     if earlier.get("status") != "done" or not path.is_file():
         return None
     files = OmegaConf.to_yaml(config, resolve=True), path.read_text(encoding="utf-8")
@@ -103,40 +115,70 @@ def _accuracy_if_done(config: DictConfig, output_dir: Path) -> float | None:
 
 def main() -> None:
     """Run the command line; on the other ranks of a launch, serve learners until rank 0 ends."""
+    see_current_folder()
     module = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
         if module is not None:
-            sys.exit(_call_command(module, sys.argv[2:]))
-        drive(_run_hydra)
+            sys.exit(importlib.import_module(module).main(sys.argv[2:]))
+        with _errors_of_hydra():
+            drive(_run_hydra)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if os.environ.get(_FULL_ERROR) == "1":
+            raise
+        sys.exit(_told_of_composition(error) or told(error))
 
 
 def _run_hydra() -> None:
-    try:
-        check_installed(sys.argv[1:])
-    except ConfigError as error:
-        sys.exit(_one_line(error))
+    """Import the user's modules, from which hydra composes the configuration, and run hydra."""
+    completed = os.environ.get("COMP_LINE", "").split()[1:]
+    with suppress(*[ConfigError] if completed else []):
+        for module in imports_of(completed or sys.argv[1:]):
+            import_user_module(module)
+    check_installed(sys.argv[1:])
     register()
     with summarised():
         _task()
 
 
-def _call_command(module: str, arguments: Sequence[str]) -> int:
-    """Return the exit status of a subcommand."""
+@contextmanager
+def _errors_of_hydra() -> Iterator[None]:
+    """Let hydra raise its errors in a block, rather than print them with an advice to set a variable."""
+    ours = {} if os.environ.get(_FULL_ERROR) == "1" else {_FULL_ERROR: "1", _IS_OURS: "1"}
+    os.environ.update(ours)
     try:
-        status: int = importlib.import_module(module).main(arguments)
-    except TorchFedRpcError as error:
-        sys.exit(_one_line(error))
-    return status
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
-def _one_line(error: BaseException) -> str:
-    return "\n".join([f"torchfedrpc: {error}", *getattr(error, "__notes__", [])])
+@contextmanager
+def _variables_of_the_user() -> Iterator[None]:
+    """Undo `_errors_of_hydra` in a block, also in a process that inherits the variables: workers inherit them too."""
+    ours = {_FULL_ERROR: "1", _IS_OURS: "1"} if _IS_OURS in os.environ else {}
+    for name in ours:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(ours)
 
 
-def plain(config: DictConfig) -> dict[str, object]:
-    """Return the resolved configuration as dicts and lists, which can be sent to workers."""
-    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+def _told_of_composition(error: Exception) -> str | None:
+    """Return what the command prints of an error of hydra's; None for other errors."""
+    if not isinstance(error, CompactHydraException):
+        return None
+    if isinstance(error, MissingConfigException):
+        kind, _, name = (error.missing_cfg_file or "").removesuffix(".yaml").partition("/")
+        if kind in KINDS:
+            near = suggest(name, error.options or ())
+            return (
+                f"torchfedrpc: no {kind} named {name!r}{near}: there is no file {kind}/{name}.yaml in --config-dir, "
+                f"and no @tfr.{kind}({name!r}) in a module of imports=[...] or in a *.py file of {Path.cwd()}"
+            )
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return told(cause)
+    return f"torchfedrpc: {error}{f' {cause}' if isinstance(cause, OmegaConfBaseException) else ''}"

@@ -12,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, suggest
+from torchfedrpc.events import RoundEnded
 from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.baseline import BASELINE_FILE, train_centrally, write_baseline
 from torchfedrpc.experiments.classification import ClassificationLearner
@@ -25,11 +28,25 @@ from torchfedrpc.experiments.data.cache import load_dataset
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.history import HISTORY_FILE, History, RoundRecord
 from torchfedrpc.experiments.progress import live_progress
-from torchfedrpc.experiments.recipe import build, locate
+from torchfedrpc.experiments.protocols import (
+    check_aggregator,
+    check_dataset,
+    check_final_weights,
+    check_methods,
+    check_model,
+    check_partition,
+    check_signature,
+    check_trainer,
+    given,
+    settings_of,
+)
+from torchfedrpc.experiments.recipe import build, check_trusted, locate
 from torchfedrpc.experiments.report_page import Report
 from torchfedrpc.experiments.round_table import print_table
 from torchfedrpc.experiments.trace import Trace
-from torchfedrpc.experiments.training import Score, build_model, initial_weights, score
+from torchfedrpc.experiments.training import Score, build_model, copy_weights, score
+from torchfedrpc.experiments.user_modules import import_user_module
+from torchfedrpc.federation.aggregation import Aggregator
 from torchfedrpc.federation.callbacks import Callback
 from torchfedrpc.federation.checkpoints import SUBFOLDER, Checkpoints
 from torchfedrpc.host.process import process_settings
@@ -47,14 +64,14 @@ class ExperimentConfig:
         seed: Seed of all random draws.
         runtime: Where learners run.
         dataset: Recipe of a `TrainTest`. `build` defines what it, ``partition`` and ``model`` may call.
-        partition: Recipe of a function of ``labels`` and ``num_clients``, as in
-            `torchfedrpc.experiments.data.partition`.
+        partition: Recipe of the division among clients.
         model: Recipe of a module.
-        learner: Class of the learners as ``_target_``, and settings for its constructor, which receives ``dataset``,
-            ``indices``, ``model`` and ``seed`` as well. `ClassificationLearner` with ``keep_weights`` of false is
-            declared stateless.
-        trainer: Class of the trainer as ``_target_``, and its settings. It is constructed like ``FedAvgTrainer``, its
-            state has the history, and its ``train`` returns the final weights.
+        learner: Class of the learners as ``_target_``, and its settings. `ClassificationLearner` with
+            ``keep_weights`` of false is declared stateless.
+        trainer: Class of the trainer as ``_target_``, and its settings.
+        aggregator: Function, or class, of the aggregator as ``_target_``, and its settings; None for the trainer's
+            own. `torchfedrpc.experiments.protocols` has the arguments and results of all of these.
+        imports: Modules to import first; recipes may name what their packages define.
         callbacks: Name -> recipe of a `torchfedrpc.Callback`.
         logger: Name -> recipe of a logger, which is a `torchfedrpc.Callback` as well, called after all others.
         baseline: Settings of `train_centrally`; None for no baseline.
@@ -73,6 +90,8 @@ class ExperimentConfig:
     model: Recipe
     learner: Recipe
     trainer: Recipe
+    aggregator: Recipe | None = None
+    imports: Sequence[str] = ()
     callbacks: Mapping[str, Recipe] = dataclasses.field(default_factory=dict)
     logger: Mapping[str, Recipe] = dataclasses.field(default_factory=dict)
     baseline: Recipe | None = None
@@ -88,7 +107,8 @@ class ExperimentConfig:
         """Return a configuration from a mapping; ``runtime`` may be any value that `RuntimeConfig.of` accepts.
 
         Raises:
-            ConfigError: If a key is missing or unknown, or a setting of the runtime is invalid.
+            ConfigError: If a key is missing or unknown, a setting of the runtime is invalid, or one of ``imports``
+                cannot be imported.
         """
         known = [item.name for item in dataclasses.fields(cls)]
         for key in values:
@@ -103,11 +123,21 @@ class ExperimentConfig:
         for name in ("trace", "report", "client_scores"):
             if not isinstance(value := values.get(name, False), bool):
                 raise ConfigError(f"{name} must be true or false, not {value!r}")
-        return cls(**{**values, "runtime": RuntimeConfig.of(values["runtime"])})
+        imports = values.get("imports") or []
+        imports = [imports] if isinstance(imports, str) else list(imports)
+        for module in imports:
+            import_user_module(module)
+        runtime = RuntimeConfig.of(values["runtime"])
+        trusted = list(dict.fromkeys([*runtime.trusted_modules, *imports]))
+        runtime = dataclasses.replace(runtime, trusted_modules=trusted)
+        return cls(**{**values, "runtime": runtime, "imports": imports})
 
     @property
     def trusted_modules(self) -> list[str]:
-        """Packages that recipes may name, as on workers: the learner's package, and ``runtime.trusted_modules``."""
+        """Packages that recipes may name, as on workers: the learner's package, and ``runtime.trusted_modules``.
+
+        Those of ``imports`` are among the latter.
+        """
         return [locate(self.learner).__module__, *self.runtime.trusted_modules]
 
     def checkpoints(self, output_dir: Path) -> Checkpoints:
@@ -116,7 +146,7 @@ class ExperimentConfig:
         Raises:
             ConfigError: If ``checkpoint_every`` or ``resume`` is invalid.
         """
-        names = ("seed", "dataset", "partition", "model", "learner", "trainer")
+        names = ("seed", "dataset", "partition", "model", "learner", "trainer", "aggregator")
         config = {name: getattr(self, name) for name in names}
         return Checkpoints(output_dir / SUBFOLDER, every=self.checkpoint_every, resume=self.resume, config=config)
 
@@ -157,17 +187,22 @@ async def run_experiment(
     if note := extras.missing_line(features):
         print(note, file=stream)
     callbacks = _callbacks(config)
+    check_trainer(config.trainer)
+    check_signature("learner", config.learner)
+    aggregator = _aggregator(config)
     data: TrainTest = load_dataset(config.dataset, config.trusted_modules)
-    metrics_of = partial(_metrics, build_model(config.model, config.seed, config.trusted_modules), data.test)
+    check_dataset(config.dataset, data)
+    model = build_model(config.model, config.seed, config.trusted_modules)
+    check_model(config.model, config.dataset, model, data)
     async with AsyncExitStack() as run:
         weights, history = await _train(
-            config, data.train, metrics_of, output_dir, checkpoints, callbacks, stream, run
+            config, data, model, aggregator, output_dir, checkpoints, callbacks, stream, run
         )
         with replaced(output_dir / "model.pt") as file:
             torch.save(weights, file)
         with process_settings(config.runtime):
             baseline = _train_baseline(config, data)
-            accuracy = metrics_of(weights)["test_accuracy"]
+            accuracy = _metrics(model, data.test, weights)["test_accuracy"]
         write_baseline(output_dir / BASELINE_FILE, baseline)
         _draw(history, baseline, output_dir / "metrics.png")
     print_table(history, stream)
@@ -179,8 +214,9 @@ async def run_experiment(
 
 async def _train(
     config: ExperimentConfig,
-    train_set: Samples,
-    metrics_of: Callable[[Mapping[str, Tensor]], Mapping[str, float]],
+    data: TrainTest,
+    model: nn.Module,
+    aggregator: Aggregator | None,
     output_dir: Path,
     checkpoints: Checkpoints,
     callbacks: list[Callback],
@@ -188,36 +224,47 @@ async def _train(
     run: AsyncExitStack,
 ) -> tuple[dict[str, Tensor], list[RoundRecord]]:
     """Run the trainer, and return the final weights and the rounds. The run ends with the stack ``run``."""
-    clients = _divide(config, train_set)
-    parts = {client_id: arguments["indices"] for client_id, arguments in clients.items()}
-    client_log = ClientLog(output_dir / CLIENTS_FILE, parts, train_set.labels.numpy())
+    parts = _divide(config, data.train)
+    clients = _arguments(config, parts)
+    client_log = ClientLog(output_dir / CLIENTS_FILE, parts, data.train.labels.numpy())
     async with LearnerProxy(_learner(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
         going_on = f", going on after round {found.round_num}" if found is not None else ""
         print(f"{len(clients)} clients, {proxy.mode} mode{going_on}", file=stream, flush=True)
         history = History(output_dir / HISTORY_FILE, proxy, goes_on=found is not None)
-        trainer = locate(config.trainer)(
-            _settings(config.trainer),
-            proxy,
-            initial_weights=initial_weights(config.model, config.seed, config.trusted_modules),
-            score=metrics_of,
-            history=history,
-        )
+        make = locate(config.trainer)
+        arguments = {
+            "initial_weights": copy_weights(model),
+            "score": partial(_metrics, model, data.test),
+            "history": history,
+            "aggregator": aggregator,
+        }
+        trainer = make(settings_of(config.trainer), proxy, **given("trainer", make, arguments))
+        if getattr(trainer, "history", None) is not history:  # as part of its state, no round is there twice
+            trainer.history = history
+            proxy.subscribe(lambda event: history.append(event) if isinstance(event, RoundEnded) else None)
+        check_methods(config.learner, trainer)
         trainer.checkpoints, trainer.callbacks, trainer.output_dir = checkpoints, callbacks, output_dir
         await run.enter_async_context(trainer.running(_as_mapping(config)))
         with live_progress(stream, proxy.stats) as show:
             proxy.subscribe(show)
             weights = await trainer.train()
-        if not isinstance(weights, Mapping):
-            raise ConfigError(
-                f"{config.trainer['_target_']}.train() must return the final weights, a state dict; "
-                f"it returned a {type(weights).__name__}"
-            )
+        check_final_weights(config.trainer, weights, model)
         if config.client_scores and hasattr(locate(config.learner), "evaluate"):
             failure = await client_log.score(proxy, weights)
             if failure is not None:
                 print(failure, file=stream)
     return dict(weights), history.records
+
+
+def _aggregator(config: ExperimentConfig) -> Aggregator | None:
+    """Return the aggregator: an instance of its class, or its function with its settings."""
+    if config.aggregator is None:
+        return None
+    check_aggregator(config.aggregator, config.trainer)
+    make, settings = locate(config.aggregator), settings_of(config.aggregator)
+    made: Aggregator = make(**settings) if isinstance(make, type) else partial(make, **settings)
+    return made
 
 
 def _is_required(item: dataclasses.Field[Any]) -> bool:
@@ -239,7 +286,7 @@ def _made(config: ExperimentConfig, group: str) -> list[Callback]:
     made: list[Callback] = []
     for name, recipe in (getattr(config, group) or {}).items():
         try:
-            made.append(locate(recipe)(**_settings(recipe)))
+            made.append(locate(recipe)(**settings_of(recipe)))
         except TypeError as error:
             raise ConfigError(f"{group}.{name}: {error}") from error
         if not isinstance(made[-1], Callback):
@@ -262,19 +309,25 @@ def _metrics(model: nn.Module, test_set: Samples, weights: Mapping[str, Tensor])
     return {"test_accuracy": result.accuracy, "test_loss": result.loss}
 
 
-def _divide(config: ExperimentConfig, train_set: Samples) -> dict[str, dict[str, Any]]:
-    """Return client id -> arguments of its learner's constructor."""
+def _divide(config: ExperimentConfig, train_set: Samples) -> dict[str, npt.NDArray[np.int64]]:
+    """Return client id -> indices of its samples."""
     client_ids = config.runtime.default_client_ids()
-    parts = build(
-        config.partition, config.trusted_modules, labels=train_set.labels.numpy(), num_clients=len(client_ids)
-    )
-    common = {
-        "dataset": config.dataset,
-        "model": config.model,
-        "seed": config.seed,
-        **_settings(config.learner),
+    check_trusted(config.partition, config.trusted_modules)
+    check_signature("partition", config.partition)
+    labels = train_set.labels.numpy()
+    parts = build(config.partition, config.trusted_modules, labels=labels, num_clients=len(client_ids))
+    checked = check_partition(config.partition, parts, len(client_ids), len(labels))
+    return dict(zip(client_ids, checked, strict=True))
+
+
+def _arguments(config: ExperimentConfig, parts: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, dict[str, Any]]:
+    """Return client id -> arguments of its learner's constructor."""
+    learner, settings = locate(config.learner), settings_of(config.learner)
+    common = {"dataset": config.dataset, "model": config.model, "seed": config.seed}
+    return {
+        client_id: given("learner", learner, {"indices": indices, **common}) | settings
+        for client_id, indices in parts.items()
     }
-    return {client_id: {"indices": indices, **common} for client_id, indices in zip(client_ids, parts, strict=True)}
 
 
 def _learner(recipe: Recipe) -> Callable[..., Any]:
@@ -285,10 +338,6 @@ def _learner(recipe: Recipe) -> Callable[..., Any]:
         learner.stateless = True
     made: Callable[..., Any] = learner
     return made
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in recipe.items() if key != "_target_"}
 
 
 def _train_baseline(config: ExperimentConfig, data: TrainTest) -> list[Score]:

@@ -7,7 +7,10 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from torchfedrpc.registry import model
 
+
+@model("logistic")
 class LogisticRegression(nn.Module):
     """Linear layer initialised to zero, as is usual for convex problems.
 
@@ -28,6 +31,7 @@ class LogisticRegression(nn.Module):
         return logits
 
 
+@model("mlp")
 class MLP(nn.Module):
     """Linear layers with ReLU between them.
 
@@ -50,6 +54,7 @@ class MLP(nn.Module):
         return logits
 
 
+@model("cnn")
 class ConvNet(nn.Module):
     """Two convolutions of 3x3, each with ReLU and a max pool of 2x2, and one linear layer.
 

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from torchfedrpc.errors import ConfigError, suggest
+from torchfedrpc.host.context import current_call
 from torchfedrpc.wire.allowlist import AllowList, canonical
 
 _OWN_KEYS = ("_target_", "_args_", "_partial_")  # hydra's
@@ -29,24 +30,36 @@ _INSTALL = "install the package, or put the folder that it is in on PYTHONPATH, 
 _NEVER_WHOLE = ("torch", "torchfedrpc")  # both contain functions that run arbitrary commands or scripts
 
 
-def build(recipe: Mapping[str, Any], trusted_modules: Iterable[str] = (), /, **extra: Any) -> Any:
+def build(recipe: Mapping[str, Any], trusted_modules: Iterable[str] | None = None, /, **extra: Any) -> Any:
     """Call a recipe's target and return its result; exceptions of the target are propagated.
+
+    A learner builds its model by ``tfr.build(model)``, and the training set by ``tfr.build(dataset).train``.
 
     Args:
         recipe: ``_target_`` is the dotted name of a class or function, ``_args_`` its positional arguments; the other
             keys are keyword arguments. Nested recipes are built first. With ``_partial_`` the result is a
             `functools.partial` of the call.
         trusted_modules: Packages with classes and functions that the recipe may name, beside those always allowed.
+            Default: In a call those that its run trusts, else none.
         extra: Further keyword arguments, passed unchanged.
 
     Raises:
         ConfigError: If the recipe has no target, or its target cannot be found or is not allowed.
     """
+    check_trusted(recipe, _trusted_here() if trusted_modules is None else trusted_modules)
+    return _made(recipe, extra)
+
+
+def check_trusted(recipe: Mapping[str, Any], trusted_modules: Iterable[str]) -> None:
+    """Check that all targets of a recipe may be called; modules that are not trusted are not imported.
+
+    Raises:
+        ConfigError: If the recipe has no target, or a target cannot be found or is not allowed.
+    """
     _check_has_target(recipe)
     trusted = AllowList(trusted_modules).trusted
-    for target in _targets(recipe):  # check all targets before the first call
+    for target in _targets(recipe):
         _find_trusted(target, trusted)
-    return _made(recipe, extra)
 
 
 def locate(recipe: Mapping[str, Any], /) -> Any:
@@ -58,6 +71,13 @@ def locate(recipe: Mapping[str, Any], /) -> Any:
     _check_has_target(recipe)
     *_, found = _entries(recipe["_target_"])
     return found
+
+
+def _trusted_here() -> Iterable[str]:
+    try:
+        return current_call().trusted_modules
+    except RuntimeError:  # outside of calls
+        return ()
 
 
 def _made(value: Any, extra: Mapping[str, Any] | None = None) -> Any:

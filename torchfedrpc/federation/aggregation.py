@@ -1,18 +1,63 @@
-"""Weighted means of models."""
+"""Aggregators: what makes one model of the models of a cohort; and weighted means."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from torchfedrpc.reduce.numerics import added, kind_of, mean_from, weighted
+from torchfedrpc.reduce.reducers import Reducer, WeightedMean
 from torchfedrpc.reduce.tree import fold
+from torchfedrpc.registry import aggregator
 from torchfedrpc.wire.tensors import PlainTensors
 
 StateDict = Mapping[str, Tensor]
 """A model's parameters and buffers by name, as returned by ``Module.state_dict()``."""
+
+
+class Aggregator(Protocol):
+    """Function or object that makes one model of the models of a cohort. The bundled trainers take any.
+
+    It is called on the driver, in a thread, with all models. The result of a `ReducingAggregator` is formed on the
+    workers instead, so the driver's memory does not grow with the cohort.
+    """
+
+    def __call__(self, models: Sequence[StateDict], num_samples: Sequence[float], /) -> StateDict:
+        """Return the new global model.
+
+        Args:
+            models: A state dict per client, in the order of the cohort, all with the same names and shapes.
+            num_samples: Number of samples of each client.
+        """
+
+
+@runtime_checkable
+class ReducingAggregator(Protocol):
+    """Aggregator whose result can be formed from partial results."""
+
+    def reducer(self) -> Reducer:
+        """Return a reducer of the results of ``train_epoch``.
+
+        Its value is a mapping with ``model_weights`` (a state dict), and with ``train_loss`` if the history is to
+        have it.
+        """
+
+
+@aggregator("mean")
+class Mean:
+    """Mean of the models, weighted by the clients' numbers of samples (McMahan et al. 2017)."""
+
+    def __call__(self, models: Sequence[StateDict], num_samples: Sequence[float], /) -> dict[str, Tensor]:
+        """Return the mean, with the bits of `reducer`."""
+        return weighted_mean(models, num_samples)
+
+    def reducer(self) -> Reducer:
+        """Return the reducer that forms the mean on the workers."""
+        return WeightedMean(("model_weights", "train_loss"))
+
 
 _Part = tuple[Tensor, int]  # a weighted sum, and the number of sums on the longest path to it
 

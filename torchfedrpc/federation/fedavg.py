@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import FunctionType
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import RoundEnded
+from torchfedrpc.federation.aggregation import Aggregator, Mean, ReducingAggregator
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.proxy import LearnerProxy
-from torchfedrpc.reduce.reducers import WeightedMean
+from torchfedrpc.reduce.reducers import Reducer
 from torchfedrpc.registry import trainer
 
 
@@ -27,8 +31,8 @@ class RoundLog(Protocol):
 class FedAvgTrainer(AbstractFederationTrainer):
     """Federated averaging: each round trains a cohort from the global weights and averages (McMahan et al. 2017).
 
-    Updates are averaged on the workers. A subclass that overrides `aggregate_weights` receives all updates on the
-    driver.
+    Updates are averaged on the workers. Another aggregator than the mean, and a subclass that overrides
+    `aggregate_weights`, receive all updates on the driver.
 
     Args:
         config: ``num_rounds``, ``local_epochs`` (default: 1), ``clients_per_round`` and ``seed``.
@@ -36,10 +40,16 @@ class FedAvgTrainer(AbstractFederationTrainer):
         initial_weights: Initial global weights, a state dict. Default: Each learner starts with its initial weights.
         score: Returns metrics by name for global weights; called at the end of each round.
         history: Receives the end of each round, with its metrics. Default: A new list.
+        aggregator: Makes the new global model of the models of a cohort. Unless it is a function, it is part of the
+            trainer's state. Default: Their weighted mean.
 
     Attributes:
         weights: The global weights, a state dict; None before the first round without ``initial_weights``.
         history: The log of rounds.
+        aggregator: The aggregator.
+
+    Raises:
+        ConfigError: If an aggregator is given to a subclass that overrides `aggregate_weights`.
     """
 
     not_state: ClassVar[frozenset[str]] = AbstractFederationTrainer.not_state | {"_score"}
@@ -52,8 +62,15 @@ class FedAvgTrainer(AbstractFederationTrainer):
         initial_weights: Mapping[str, Tensor] | None = None,
         score: Callable[[Mapping[str, Tensor]], Mapping[str, float]] | None = None,
         history: RoundLog | None = None,
+        aggregator: Aggregator | None = None,
     ) -> None:
         super().__init__(config, learner_proxy)
+        self.aggregator: Aggregator = Mean() if aggregator is None else aggregator
+        if not isinstance(self.aggregator, Mean) and self._overrides_aggregation():
+            raise ConfigError(
+                f"{type(self).__qualname__} aggregates by its own aggregate_weights, and would ignore the aggregator "
+                f"{aggregator!r}: leave one of them out"
+            )
         self.weights = initial_weights
         self.history: RoundLog = [] if history is None else history
         self._score = score
@@ -79,21 +96,73 @@ class FedAvgTrainer(AbstractFederationTrainer):
         """
         cohort = self.learner_proxy.clients(self.select_clients(round_num))
         arguments = {"model_weights": self.weights, "round_num": round_num, **self.local_settings()}
-        if _averages(type(self)):
-            mean = await cohort.reduce("train_epoch", WeightedMean(("model_weights", "train_loss")), **arguments)
-            self.weights, train_loss, num_clients = mean.value["model_weights"], mean.value["train_loss"], mean.count
+        if (reducer := self._reducer()) is not None:
+            reduced = await cohort.reduce("train_epoch", reducer, **arguments)
+            if not isinstance(reduced.value, Mapping) or "model_weights" not in reduced.value:
+                made = type(reduced.value).__name__
+                raise ConfigError(
+                    f"the reducer of the aggregator {self.aggregator!r} made a {made}: it must make a mapping with "
+                    f"model_weights"
+                )
+            aggregate, num_clients = reduced.value["model_weights"], reduced.count
+            train_loss = reduced.value.get("train_loss", math.nan)
         else:
             updates = list((await cohort.train_epoch(**arguments)).values())
             num_samples = [update["num_samples"] for update in updates]
             losses = [update["train_loss"] * update["num_samples"] for update in updates if update["num_samples"]]
-            self.weights = await self.aggregate_weights([update["model_weights"] for update in updates], num_samples)
+            aggregate = await self.aggregate_weights([update["model_weights"] for update in updates], num_samples)
             train_loss = math.fsum(losses) / sum(num_samples) if losses else math.nan
             num_clients = len(updates)
+        self.weights = self.step(aggregate)
         return {
             "train_loss": train_loss,
             "num_clients": num_clients,
             **(self._score(self.weights) if self._score else {}),
         }
+
+    def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the new global weights, from the aggregate of the clients' models and ``weights``.
+
+        Here it is the aggregate. Subclasses may take it for the result of a step of an optimiser on the server, as
+        FedOpt does (Reddi et al. 2021).
+        """
+        return aggregate
+
+    async def aggregate_weights(
+        self, weights_list: Sequence[Mapping[str, Tensor]], num_samples: Sequence[float] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the aggregate of models, a state dict, by ``aggregator``. Its exceptions are propagated.
+
+        Args:
+            weights_list: A state dict per client, all with the same names and shapes.
+            num_samples: Number of samples of each client. Default: 1.
+
+        Raises:
+            ConfigError: If the aggregator returns no state dict, or one with other names.
+        """
+        counts = [1.0] * len(weights_list) if num_samples is None else num_samples
+        aggregate = await asyncio.to_thread(self.aggregator, weights_list, counts)
+        if not isinstance(aggregate, Mapping) or aggregate.keys() != weights_list[0].keys():
+            given = list(aggregate) if isinstance(aggregate, Mapping) else f"a {type(aggregate).__name__}"
+            raise ConfigError(
+                f"the aggregator {self.aggregator!r} returned {given!s:.200}: it must return a state dict with the "
+                f"names of the models, {list(weights_list[0])!s:.200}"
+            )
+        return dict(aggregate)
+
+    def _is_data(self, name: str, value: Any) -> bool:
+        is_code = name == "aggregator" and isinstance(value, Mean | FunctionType | partial)
+        return not is_code and super()._is_data(name, value)
+
+    def _reducer(self) -> Reducer | None:
+        """Return what forms the aggregate on the workers; None if the driver needs all updates."""
+        if not self._overrides_aggregation() and isinstance(self.aggregator, ReducingAggregator):
+            return self.aggregator.reducer()
+        return None
+
+    @classmethod
+    def _overrides_aggregation(cls) -> bool:
+        return cls.aggregate_weights is not FedAvgTrainer.aggregate_weights
 
     def local_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of ``train_epoch`` beside weights and round, the same for every client."""
@@ -117,8 +186,3 @@ class FedProxTrainer(FedAvgTrainer):
         if not isinstance(mu, int | float) or not mu >= 0:
             raise ConfigError(f"FedProx needs mu, a number of at least 0, in the trainer's settings; it is {mu!r}")
         return {**super().local_settings(), "proximal_mu": mu}
-
-
-def _averages(kind: type[FedAvgTrainer]) -> bool:
-    """Return whether the class aggregates updates as the base class does, so that workers can average them."""
-    return kind.aggregate_weights is AbstractFederationTrainer.aggregate_weights

@@ -40,7 +40,8 @@ class AbstractFederationTrainer(ABC):
 
     Args:
         config: A mapping or an object. The base class reads ``num_rounds`` (for `rounds`), ``clients_per_round``
-            (default: all clients) and ``seed`` (default: 0). Subclasses read further settings.
+            (default: all clients) and ``seed`` (default: 0). Subclasses read further settings, and name them in
+            ``settings``.
         learner_proxy: An open proxy, which calls the learners.
 
     Attributes:
@@ -50,6 +51,8 @@ class AbstractFederationTrainer(ABC):
         callbacks: The callbacks of the run, in the order of their calls; default: none. Set them before `train`.
         output_dir: Folder for files of callbacks; None (default) if there is none. Set it before `train`.
         not_state: Names of attributes that do not belong to the trainer's state; a subclass may add more.
+        settings: Further settings of the class and their defaults, such as ``{"mu": 0.1}``, beside those of its base
+            classes. They complete a config that is a mapping, and are options of the ``torchfedrpc`` command.
 
     Raises:
         ConfigError: If one of these settings is invalid.
@@ -59,6 +62,7 @@ class AbstractFederationTrainer(ABC):
         {"config", "learner_proxy", "checkpoints", "callbacks", "output_dir"}
         | {"_callback_calls", "_not_saved", "_seed", "_cohort_size"}
     )
+    settings: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -71,7 +75,7 @@ class AbstractFederationTrainer(ABC):
         self.output_dir: str | Path | None = None
         self._callback_calls: CallbackCalls | None = None
         self._not_saved: set[str] = set()  # attributes that cannot be saved and have had a warning
-        self.config = as_settings(config)
+        self.config = as_settings({**self.all_settings(), **config} if isinstance(config, Mapping) else config)
         self.learner_proxy = learner_proxy
         num_clients = len(learner_proxy.client_ids)
         self._seed = self._count("seed", default=0, least=0)
@@ -109,6 +113,12 @@ class AbstractFederationTrainer(ABC):
         finally:
             self._callback_calls = None
             await calls.end(error)
+
+    @classmethod
+    def all_settings(cls) -> dict[str, Any]:
+        """Return the ``settings`` of the class and its base classes."""
+        of_classes = [vars(base).get("settings") for base in reversed(cls.__mro__)]
+        return {name: value for one in of_classes if isinstance(one, Mapping) for name, value in one.items()}
 
     def select_clients(self, round_num: int) -> list[str]:
         """Draw the cohort of a round, as a function of the seed and ``round_num`` only.

@@ -12,12 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchfedrpc.config import Isolation, OnWorkerLost, RuntimeConfig, Transport
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments import cli, sweep  # cli registers the runtime's schema
+from torchfedrpc.experiments import sweep  # cli registers the runtime's schema
 from torchfedrpc.experiments.experiment import ExperimentConfig
 from torchfedrpc.experiments.recipe import locate
+from torchfedrpc.experiments.run_folder import plain
 from torchfedrpc.federation.callbacks import Callback
 
-GROUPS = ["runtime", "dataset", "partition", "model", "learner", "trainer", "callbacks", "logger"]
+GROUPS = ["runtime", "dataset", "partition", "model", "learner", "trainer", "aggregator", "callbacks", "logger"]
 GROUPS += ["experiment", "hydra"]
 OPTIONS = [
     (group, option.name.removesuffix(".yaml"))
@@ -53,7 +54,7 @@ def test_the_groups_are_these() -> None:
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     config = compose("config", overrides=[f"{group}={option}"], return_hydra_config=True)
     OmegaConf.resolve(config.trainer)
-    experiment = ExperimentConfig.of(cli.plain(_compose(*([] if group == "hydra" else [f"{group}={option}"]))))
+    experiment = ExperimentConfig.of(plain(_compose(*([] if group == "hydra" else [f"{group}={option}"]))))
     for recipe in (experiment.dataset, experiment.partition, experiment.model):
         assert callable(locate(recipe))
     assert isinstance(locate(experiment.learner), type)
@@ -100,7 +101,7 @@ def test_the_runtime_has_the_keys_and_defaults_of_its_dataclass() -> None:
 def test_overrides_reach_a_configuration_that_is_frozen_afterwards(runtime: str) -> None:
     overrides = ["runtime.execution_mode=a_mode_of_ones_own", "runtime.isolation=none", "runtime.on_worker_lost=fail"]
     overrides += ["runtime.trusted_modules=[lab]", "+runtime.client_endpoints={a: local}", "runtime.transport=shm"]
-    config = ExperimentConfig.of(cli.plain(_compose(f"runtime={runtime}", *overrides))).runtime
+    config = ExperimentConfig.of(plain(_compose(f"runtime={runtime}", *overrides))).runtime
     assert config == RuntimeConfig(
         execution_mode="a_mode_of_ones_own",
         num_clients=10,
@@ -133,13 +134,14 @@ def test_a_wrong_key_or_value_is_an_error(override: str) -> None:
 def test_a_configuration_without_a_model_says_how_to_give_one() -> None:
     message = r"the configuration lacks model: give it on the command line, such as model=cnn; torchfedrpc --help"
     with pytest.raises(ConfigError, match=message):
-        ExperimentConfig.of(cli.plain(_compose("~model")))
+        ExperimentConfig.of(plain(_compose("~model")))
     with pytest.raises(ConfigError, match="needs _target_, the dotted name of what makes it; this has none"):
-        locate(ExperimentConfig.of(cli.plain(_compose("~model._target_"))).model)
+        locate(ExperimentConfig.of(plain(_compose("~model._target_"))).model)
 
 
 def test_the_keys_are_these() -> None:
     assert _keys(_compose()) == [
+        "aggregator._target_",
         "baseline.batch_size",
         "baseline.learning_rate",
         "baseline.local_epochs",
@@ -151,6 +153,7 @@ def test_the_keys_are_these() -> None:
         "dataset._target_",
         "dataset.seed",
         "dataset.test_fraction",
+        "imports",
         "learner._target_",
         "learner.batch_size",
         "learner.keep_weights",

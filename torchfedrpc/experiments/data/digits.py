@@ -6,10 +6,12 @@ import torch
 
 from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.data.samples import Samples, TrainTest, stratified_split
+from torchfedrpc.registry import dataset
 
 _HALF_RANGE = 8.0  # pixels range from 0 to 16
 
 
+@dataset("digits")
 def digits(*, test_fraction: float = 0.2, seed: int = 0) -> TrainTest:
     """Load the digits; inputs are [num_samples, 1, 8, 8], float32, between -1 and 1.
 

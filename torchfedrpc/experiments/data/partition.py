@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.registry import partition
 
 Indices = npt.NDArray[np.int64]
 
 
+@partition("iid")
 def iid(labels: Indices, num_clients: int, *, seed: int = 0) -> list[Indices]:
     """Distribute the samples at random; numbers of samples differ by at most one.
 
@@ -27,6 +29,7 @@ def iid(labels: Indices, num_clients: int, *, seed: int = 0) -> list[Indices]:
     return _sorted(np.array_split(order, num_clients))
 
 
+@partition("dirichlet")
 def dirichlet(
     labels: Indices, num_clients: int, *, alpha: float = 0.5, min_samples: int = 10, seed: int = 0
 ) -> list[Indices]:
@@ -62,6 +65,7 @@ def dirichlet(
     return _sorted(parts)
 
 
+@partition("shards")
 def shards(labels: Indices, num_clients: int, *, shards_per_client: int = 2, seed: int = 0) -> list[Indices]:
     """Sort by class, cut into equal shards, and give each client a few: it has about as many classes.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from torchfedrpc.experiments.data.samples import Samples, TrainTest, stratified_split
+from torchfedrpc.registry import dataset
 
 
+@dataset("synthetic")
 def synthetic(
     *,
     num_samples: int = 2000,

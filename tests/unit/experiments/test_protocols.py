@@ -1,0 +1,432 @@
+"""What trainers, learners, datasets, models, partitions and aggregators must look like."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchfedrpc as tfr
+from torchfedrpc.config import RuntimeConfig
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.experiments import experiment
+from torchfedrpc.experiments.data.samples import Samples, TrainTest
+from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
+from torchfedrpc.experiments.options import option_of
+from torchfedrpc.experiments.protocols import (
+    check_aggregator,
+    check_dataset,
+    check_final_weights,
+    check_methods,
+    check_model,
+    check_partition,
+    check_signature,
+    check_trainer,
+)
+from torchfedrpc.federation.fedavg import FedAvgTrainer
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib keeps fonts open."""
+    monkeypatch.setattr(experiment, "_draw", lambda *_: None)
+
+
+FEDAVG = {"_target_": "torchfedrpc.federation.fedavg.FedAvgTrainer", "num_rounds": 1}
+
+
+def recipe(entry: Any, **settings: Any) -> dict[str, Any]:
+    """A recipe of a class or function of this module."""
+    return {"_target_": f"{entry.__module__}.{entry.__qualname__}", **settings}
+
+
+def samples(num_samples: int = 10) -> Samples:
+    return Samples(torch.zeros(num_samples, 1, 8, 8), torch.arange(num_samples) % 10)
+
+
+class NoTrainer:
+    async def train(self) -> None: ...
+
+
+class Unfinished(tfr.AbstractFederationTrainer): ...
+
+
+class PlainTrain(tfr.AbstractFederationTrainer):
+    def train(self) -> Any: ...
+
+
+class OtherArguments(FedAvgTrainer):
+    def __init__(self, config: Any, proxy: Any, strength: float) -> None: ...
+
+
+NOT_CALLABLE = 3
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (NoTrainer, "derive its class from tfr.FedAvgTrainer or tfr.AbstractFederationTrainer"),
+        (PlainTrain, "train is not async: write async def train(self)"),
+        (Unfinished, "train is missing: write async def train(self), which returns the final weights"),
+        (OtherArguments, "missing a required argument: 'strength'; it is called with (config, learner_proxy), and"),
+    ],
+)
+def test_trainers_are_checked(trainer: type, message: str) -> None:
+    with pytest.raises(
+        ConfigError, match=re.escape(f"trainer {trainer.__module__}.{trainer.__qualname__}: {message}")
+    ):
+        check_trainer(recipe(trainer))
+
+
+def test_messages_use_the_registered_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchfedrpc.registry import trainers
+
+    monkeypatch.setattr(trainers, "_entries", {**trainers._entries, "plain": PlainTrain})
+    with pytest.raises(ConfigError, match=r"^trainer plain: train is not async"):
+        check_trainer(recipe(PlainTrain))
+
+
+def test_targets_that_are_no_classes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="a class or function is expected, not 3"):
+        check_signature("learner", {"_target_": f"{__name__}.NOT_CALLABLE"})
+
+
+class NoTraining:
+    def __init__(self, client_id: str, lerning_rate: float = 0.1) -> None: ...
+
+    def train_epochs(self) -> None: ...
+
+
+class Narrow(NoTraining):
+    def train_epoch(self, model_weights: Any, round_num: int, local_epochs: int) -> None: ...
+
+
+def test_learners_are_checked_against_their_settings() -> None:
+    check_signature("learner", recipe(NoTraining, lerning_rate=1))
+    with pytest.raises(ConfigError, match=r"got an unexpected keyword argument 'learning_rate'; .*lerning_rate"):
+        check_signature("learner", recipe(NoTraining, learning_rate=1))
+
+
+async def test_learners_are_checked_against_the_calls_of_bundled_trainers() -> None:
+    async with tfr.LearnerProxy(NoTraining, ["one"]) as proxy:
+        fedavg = FedAvgTrainer({"num_rounds": 1}, proxy)
+        fedprox = tfr.FedProxTrainer({"num_rounds": 1, "mu": 0.1}, proxy)
+    with pytest.raises(ConfigError, match=r"train_epoch is missing, .* \(did you mean 'train_epochs'\?\)"):
+        check_methods(recipe(NoTraining), fedavg)
+    check_methods(recipe(Narrow), fedavg)
+    with pytest.raises(ConfigError, match=r"train_epoch: got an unexpected keyword argument 'proximal_mu'; .*mu="):
+        check_methods(recipe(Narrow), fedprox)
+
+
+def dataset() -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((samples(), samples()), "tfr.TrainTest(train, test) is expected, not a tuple"),
+        (TrainTest(samples(), [1]), "test: tfr.Samples(inputs, labels) is expected, not a list"),  # type: ignore[arg-type]
+        (TrainTest(samples(), Samples([], [])), "test.inputs: a tensor is expected, not a list"),  # type: ignore[arg-type]
+        (
+            TrainTest(samples(), Samples(torch.zeros(3, 2), torch.zeros(3))),
+            "test.labels: int64 of shape [num_samples] is expected, not torch.float32 of shape [3]",
+        ),
+        (
+            TrainTest(Samples(torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64)), samples()),
+            "train: a label for each input is expected, and at least one; it has 3 inputs and 4 labels",
+        ),
+    ],
+)
+def test_datasets_are_checked(data: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"dataset {__name__}.dataset: {message}")):
+        check_dataset(recipe(dataset), data)
+
+
+def partition(num_clients: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({}, "a list of index arrays is expected, not a dict"),
+        ([[0], [1], [2]], "it returned 3 parts for 2 clients: return one for each"),
+        ([[0], [0.5]], "part 1: whole numbers of shape [num_samples] are expected, not float64 of shape [1]"),
+        ([[0], [[1]]], "part 1: whole numbers of shape [num_samples] are expected, not int64 of shape [1, 1]"),
+        ([[0], [-1, 10]], "part 1: indices from 0 to 9 are expected, and it has -1 to 10"),
+    ],
+)
+def test_partitions_are_checked(parts: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"partition {__name__}.partition: {message}")):
+        check_partition(recipe(partition), parts, 2, 10)
+
+
+def test_partitions_may_be_of_any_whole_numbers() -> None:
+    checked = check_partition(recipe(partition), [[], torch.tensor([3, 4])], 2, 10)
+    assert [part.tolist() for part in checked] == [[], [3, 4]]
+    assert {part.dtype for part in checked} == {np.dtype(np.int64)}
+
+
+def test_partitions_take_labels_and_number_of_clients() -> None:
+    with pytest.raises(ConfigError, match="got an unexpected keyword argument 'labels'"):
+        check_signature("partition", recipe(partition))
+
+
+class Wide(nn.Module):
+    def forward(self, inputs: Tensor) -> Any:
+        return (inputs,)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            nn.Linear(3, 10),
+            "it does not take the inputs of dataset .*, torch.float32 of shape .batch, 1, 8, 8.: mat1",
+        ),
+        (Wide(), r"logits of shape \[batch, num_classes\] are expected, not a tuple"),
+        (nn.Flatten(0), r"logits of shape \[batch, num_classes\] are expected, not shape \[128\]"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), "dataset .* has 10 classes, and it returns 5 logits"),
+    ],
+)
+def test_models_are_checked(model: nn.Module, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_model(recipe(Wide), recipe(dataset), model, TrainTest(samples(), samples()))
+    assert model.training
+
+
+class NoCall:
+    pass
+
+
+def median(models: Any, num_samples: Any) -> Any:
+    return {name: torch.stack([model[name] for model in models]).median(dim=0).values for name in models[0]}
+
+
+def one_argument(models: Any) -> Any: ...
+
+
+class TakesNoAggregator(tfr.AbstractFederationTrainer):
+    async def train(self) -> Any: ...
+
+
+def test_aggregators_are_checked() -> None:
+    check_aggregator(recipe(median), FEDAVG)
+    with pytest.raises(ConfigError, match=r"__call__ is missing: write def __call__\(self, models, num_samples\)"):
+        check_aggregator(recipe(NoCall), FEDAVG)
+    with pytest.raises(ConfigError, match=r"one_argument: too many positional arguments"):
+        check_aggregator(recipe(one_argument), FEDAVG)
+    with pytest.raises(
+        ConfigError, match=r"TakesNoAggregator takes no aggregator, and would ignore aggregator .*median"
+    ):
+        check_aggregator(recipe(median), recipe(TakesNoAggregator))
+    check_aggregator({"_target_": "torchfedrpc.federation.aggregation.Mean"}, recipe(TakesNoAggregator))
+
+
+def test_final_weights_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"train\(\) must return the final weights, a state dict; .* a NoneType"):
+        check_final_weights(recipe(TakesNoAggregator), None, nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match=r"not those of the model: only one of them has bias, scale"):
+        check_final_weights(recipe(TakesNoAggregator), {"weight": 1, "scale": 1}, nn.Linear(1, 1))
+
+
+# Whole experiments.
+
+
+class Forgetful:
+    def __init__(self, client_id: str) -> None: ...
+
+    def train_epoch(self, model_weights: Any, round_num: int, local_epochs: int) -> dict[str, Any]:
+        return {"model_weights": model_weights, "train_loss": 0.0}
+
+
+class OneRound(tfr.AbstractFederationTrainer):
+    """It takes none of the keyword arguments."""
+
+    async def train(self) -> Any:
+        async for round_num in self.rounds():
+            results = await self.learner_proxy.clients().train_epoch(model_weights={}, round_num=0, local_epochs=1)
+            assert len(results) == 2
+            self.learner_proxy.publish(tfr.RoundEnded(round_num, self.num_rounds, {"train_loss": 2.0}))
+        return {"linear.weight": torch.zeros(10, 64), "linear.bias": torch.zeros(10)}
+
+
+def config(**values: Any) -> ExperimentConfig:
+    of = "torchfedrpc.experiments.{}".format
+    return ExperimentConfig.of(
+        {
+            "seed": 0,
+            "runtime": RuntimeConfig(num_clients=2),
+            "dataset": {"_target_": of("data.synthetic.synthetic"), "num_samples": 100},
+            "partition": {"_target_": of("data.partition.iid")},
+            "model": {"_target_": of("models.LogisticRegression")},
+            "learner": {"_target_": of("classification.ClassificationLearner")},
+            "trainer": FEDAVG,
+            **values,
+        }
+    )
+
+
+async def test_results_that_lack_the_number_of_samples_name_it_and_the_client(tmp_path: Path) -> None:
+    with pytest.raises(tfr.GroupCallError) as failed:
+        await run_experiment(config(learner=recipe(Forgetful)), tmp_path)
+    assert "the result has no 'num_samples', only 'model_weights', 'train_loss'" in str(failed.value.exceptions[0])
+
+
+async def test_trainer_and_learner_receive_the_arguments_that_they_name(tmp_path: Path) -> None:
+    trainer = recipe(OneRound, num_rounds=1)
+    assert await run_experiment(config(trainer=trainer, learner=recipe(Forgetful)), tmp_path) == pytest.approx(0.1)
+    assert '"train_loss": 2.0' in (tmp_path / "history.jsonl").read_text()
+
+
+class Trimming:
+    """An aggregator with a state."""
+
+    def __init__(self, fraction: float = 0.5) -> None:
+        self.num_calls = 0
+        self.fraction = fraction
+
+    def __call__(self, models: Any, num_samples: Any) -> Any:
+        assert list(num_samples) == [40, 40]
+        self.num_calls += 1
+        return {name: tensor * self.fraction for name, tensor in models[0].items()}
+
+
+class Ignoring(FedAvgTrainer):
+    async def aggregate_weights(self, weights_list: Any, num_samples: Any = None) -> Any:
+        return weights_list[0]
+
+
+async def test_aggregators_may_be_functions_or_objects_with_settings_and_a_state(tmp_path: Path) -> None:
+    await run_experiment(config(aggregator=recipe(median)), tmp_path / "median")
+    await run_experiment(config(aggregator=recipe(Trimming, fraction=0.0)), tmp_path / "trimming")
+    weights = torch.load(tmp_path / "trimming" / "model.pt", weights_only=True)
+    assert not any(tensor.any() for tensor in weights.values())
+    async with tfr.LearnerProxy(Forgetful, ["one"]) as proxy:
+        counting = Trimming()
+        counting.num_calls = 5
+        values = FedAvgTrainer({}, proxy, aggregator=counting).state_dict()["values"]
+        assert values["aggregator"].num_calls == 5
+        assert "aggregator" not in FedAvgTrainer({}, proxy, aggregator=median).state_dict()["values"]
+        assert "aggregator" not in FedAvgTrainer({}, proxy).state_dict()["values"]
+        with pytest.raises(ConfigError, match="Ignoring aggregates by its own aggregate_weights, and would ignore"):
+            Ignoring({}, proxy, aggregator=median)
+
+
+class Standing(FedAvgTrainer):
+    def step(self, aggregate: Any) -> Any:
+        assert self.weights is not None
+        assert aggregate["linear.bias"].any()
+        return {name: tensor + 1 for name, tensor in self.weights.items()}
+
+
+async def test_a_trainer_makes_the_new_weights_of_the_aggregate(tmp_path: Path) -> None:
+    for aggregator in (None, recipe(median)):
+        await run_experiment(config(trainer=recipe(Standing, num_rounds=2), aggregator=aggregator), tmp_path)
+        weights = torch.load(tmp_path / "model.pt", weights_only=True)
+        assert all(tensor.unique().tolist() == [2.0] for tensor in weights.values())
+
+
+def nothing(models: Any, num_samples: Any) -> None: ...
+
+
+async def test_aggregators_that_return_no_state_dict_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"returned a NoneType: it must return a state dict with the names"):
+        await run_experiment(config(aggregator=recipe(nothing)), tmp_path)
+
+
+class Summing:
+    """An aggregator that is formed on the workers, without a loss."""
+
+    def __call__(self, models: Any, num_samples: Any) -> Any:
+        raise AssertionError
+
+    def reducer(self) -> tfr.Sum:
+        return tfr.Sum(("model_weights",))
+
+
+class Counting(Summing):
+    def reducer(self) -> tfr.Sum:
+        return tfr.Sum("num_samples")
+
+
+async def test_a_reducer_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"the reducer of the aggregator .* made a int: it must make a mapping with"
+    ):
+        await run_experiment(config(aggregator=recipe(Counting)), tmp_path)
+
+
+async def test_a_reducing_aggregator_is_formed_on_the_workers(tmp_path: Path) -> None:
+    await run_experiment(config(aggregator=recipe(Summing)), tmp_path)
+    assert '"train_loss": null' in (tmp_path / "history.jsonl").read_text()
+
+
+# Options of hydra's groups.
+
+
+class Tuned(FedAvgTrainer):
+    settings = {"mu": 0.1}
+
+
+class TunedMore(Tuned):
+    settings = {"nu": 0.2}
+
+
+class OwnLoop(tfr.AbstractFederationTrainer):
+    settings = {"patience": 3}
+
+    async def train(self) -> Any: ...
+
+
+class OwnLearner:
+    def __init__(
+        self, client_id: str, *, indices: Any, seed: int, rate: float, layers: tuple[int, int] = (1, 2)
+    ) -> None: ...
+
+
+class SameConstructor(tfr.ClassificationLearner): ...
+
+
+class MoreArguments(tfr.ClassificationLearner):
+    def __init__(self, client_id: str, *, extra: int = 1, **others: Any) -> None: ...
+
+
+def noisy(scale: float = 1.0, seed: int = 7, draw: Callable[..., Any] = torch.randn) -> None: ...
+
+
+def trimmed(models: Any, num_samples: Any, fraction: float = 0.1) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "option"),
+    [
+        ("trainer", Tuned, {"defaults": ["fedavg", "_self_"], "mu": 0.1}),
+        ("trainer", TunedMore, {"defaults": ["fedavg", "_self_"], "mu": 0.1, "nu": 0.2}),
+        ("trainer", OwnLoop, {"num_rounds": 20, "clients_per_round": None, "seed": "${seed}", "patience": 3}),
+        ("learner", OwnLearner, {"rate": "???", "layers": [1, 2]}),
+        ("learner", SameConstructor, {"defaults": ["classification", "_self_"]}),
+        ("learner", MoreArguments, {"defaults": ["classification", "_self_"], "extra": 1}),
+        ("dataset", noisy, {"scale": 1.0, "seed": "${seed}"}),
+        ("aggregator", trimmed, {"fraction": 0.1}),
+        ("aggregator", Trimming, {"fraction": 0.5}),
+    ],
+)
+def test_options_have_the_settings_with_their_defaults(kind: str, entry: Any, option: dict[str, Any]) -> None:
+    target = {"_target_": f"{__name__}.{entry.__qualname__}"}
+    assert option_of(kind, entry) == {**target, **option}
+
+
+def test_settings_of_a_class_complete_a_mapping() -> None:
+    assert TunedMore.all_settings() == {"mu": 0.1, "nu": 0.2}
+
+
+async def test_a_trainer_has_its_settings_without_the_command() -> None:
+    async with tfr.LearnerProxy(Forgetful, ["one"]) as proxy:
+        trainer = TunedMore({"mu": 0.5}, proxy)
+    assert (trainer.config.mu, trainer.config.nu) == (0.5, 0.2)

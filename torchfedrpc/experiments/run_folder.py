@@ -1,0 +1,79 @@
+"""A run of a configuration in its output folder, and what the command tells of its errors."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+
+from torchfedrpc.errors import ConfigError, GroupCallError, SnapshotError, WorkerLostError, suggest
+from torchfedrpc.experiments.data.cache import preload_of
+from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
+from torchfedrpc.experiments.job import Job, unchanged_process
+from torchfedrpc.experiments.sweep import end_early
+from torchfedrpc.private_files import close_to_others, make_private, replaced
+from torchfedrpc.rpc.surroundings import preloading
+from torchfedrpc.signals import run_interruptible
+
+CONFIG_FILE = "config.yaml"
+"""Name of the file with the resolved configuration in an output folder."""
+
+_TOLD_IN_A_LINE = (ConfigError, GroupCallError, SnapshotError, WorkerLostError)
+
+
+def run_in_folder(config: DictConfig, output_dir: Path) -> float:
+    """Run an experiment in an output folder, and write its configuration and its `Job` there.
+
+    Returns:
+        The final test accuracy, 0 to 1.
+
+    Raises:
+        ConfigError: If a setting is invalid.
+    """
+    close_to_others(output_dir)  # hydra has created it, and written the whole configuration into it
+    make_private(output_dir)
+    with Job(output_dir).recorded() as job:
+        job.accuracy = accuracy = _run(config, output_dir)
+    return accuracy
+
+
+def _run(config: DictConfig, output_dir: Path) -> float:
+    experiment = ExperimentConfig.of(plain(config))
+    with experiment.checkpoints(output_dir) as checkpoints:
+        with replaced(output_dir / CONFIG_FILE) as file:
+            file.write(OmegaConf.to_yaml(config, resolve=True).encode())
+        preload = preload_of(experiment.dataset, experiment.trusted_modules)
+        with preloading(preload), unchanged_process():
+            accuracy = run_interruptible(
+                lambda: run_experiment(experiment, output_dir, checkpoints=checkpoints),
+                notice=f"interrupted; outputs so far: {output_dir}",
+                at_forced_end=end_early,
+            )
+    print(f"outputs: {output_dir}", flush=True)
+    return accuracy
+
+
+def plain(config: DictConfig) -> dict[str, object]:
+    """Return the resolved configuration as dicts and lists, which can be sent to workers.
+
+    Raises:
+        ConfigError: If a setting has no value.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no default: give it a value, {error.full_key}=...") from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def told(error: Exception) -> str:
+    """Return what the command prints of an error: one line if the user can act on it, else a traceback."""
+    if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
+        near = suggest(str(error.key), map(str, error.parent_node))
+        return f"torchfedrpc: unknown key {error.full_key}{near}; +{error.full_key}=... adds one"
+    if isinstance(error, _TOLD_IN_A_LINE):
+        return "\n".join([f"torchfedrpc: {error}", *getattr(error, "__notes__", [])])
+    return "".join(traceback.format_exception(error)).rstrip()
