@@ -49,7 +49,7 @@ def _command(line: str, nodes: dict[str, str], node: int) -> tuple[list[str], di
     return [*inside(list(nodes)[node]), *UNDER_HOSTNAME, f"node-{node}", *programs[words[0]], *words[1:]], variables
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 @pytest.mark.root
 @NEEDS_NAMESPACES[1]
 @pytest.mark.parametrize(
@@ -65,13 +65,13 @@ def test_two_machines_run_the_lines_of_the_page(nodes: dict[str, str], tmp_path:
             command, variables = _command(line, nodes, node)
             processes.append(stack.enter_context(Process(*command, folder=tmp_path, variables=variables)))
         for process in processes:
-            assert process.ended(120) == 0, "\n".join(one.output for one in processes)
+            assert process.ended(200) == 0, "\n".join(one.output for one in processes)
         (found,) = [line for one in processes for line in one.lines if line.startswith("machines: ")]
     assert found.endswith("node-1")
     assert ("node-0" in found) == ("nproc" in block.code)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 @pytest.mark.root
 @NEEDS_NAMESPACES[1]
 def test_a_worker_is_checked_and_serves_by_the_lines_of_the_page(nodes: dict[str, str], tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_worker_is_checked_and_serves_by_the_lines_of_the_page(nodes: dict[str
         assert driver.lines[-1] == "machines: node-1"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 @pytest.mark.root
 @NEEDS_NAMESPACES[1]
 def test_a_check_names_the_ports_that_a_firewall_closes(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_check_names_the_ports_that_a_firewall_closes(tmp_path: Path) -> None:
     assert "cannot be reached from node-1 (no answer within 5 s)" in failed
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 @pytest.mark.root
 @NEEDS_NAMESPACES[1]
 def test_machines_with_other_interface_names_share_a_range(nodes: dict[str, str], tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_values_for_a_wan_hold_on_a_slow_link_that_loses_packets(tmp_path: Path)
     assert driver.lines[-1] == "result 0 400000.0"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 def test_the_script_of_slurm_runs_its_tasks_as_ranks(tmp_path: Path) -> None:
     """A program of the name of srun starts two tasks, with the variables of one machine."""
     (tmp_path / "where.py").write_text(SCRIPT)
@@ -194,7 +194,7 @@ def test_the_script_of_slurm_runs_its_tasks_as_ranks(tmp_path: Path) -> None:
     assert "machines: " in ran.stdout, ran.stdout + ran.stderr
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 def test_pods_of_the_manifest_are_ranks(tmp_path: Path) -> None:
     service, job = yaml.safe_load_all((ROOT / "examples" / "kubernetes.yaml").read_text())
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
@@ -215,7 +215,7 @@ def test_pods_of_the_manifest_are_ranks(tmp_path: Path) -> None:
             own = {**variables, "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
             command = [sys.executable, *container["command"][1:]]
             pods.append(stack.enter_context(Process(*command, folder=tmp_path, variables=own)))
-        assert [pod.ended(100) for pod in pods] == [0] * len(pods), "\n".join(pod.output for pod in pods)
+        assert [pod.ended(200) for pod in pods] == [0] * len(pods), "\n".join(pod.output for pod in pods)
         assert pods[0].lines[-1].startswith("machines: ")
 
 
