@@ -13,7 +13,8 @@ from folders import ROOT
 
 SCRIPTS = ROOT / "scripts"
 RUN_BY_NIGHT = ["test", "lower-bounds", "chaos/run", "bench/table"]
-RUN_BY_CI = ["check", "docs", "test", "chaos/run", "bench/table"]
+SET_UP = ["setup dev,experiments,test,integrations"]
+RUN_BY_CI = ["setup", "check", "docs", "test", "chaos/run", "bench/table"]
 CI = ROOT / ".ci" / "run"
 
 
@@ -57,7 +58,7 @@ def test_continuous_integration_runs_all_and_fails_if_one_of_them_does(tree: Pat
     done, ran = run(tree, ".ci/run", failing=failing)
     assert (done.returncode != 0) == bool(failing)
     if not failing:
-        assert sorted(ran) == ["bench/table --smoke", "chaos/run --quick", "check", "docs", "test"]
+        assert sorted(ran) == ["bench/table --smoke", "chaos/run --quick", "check", "docs", *SET_UP, "test"]
 
 
 @pytest.mark.parametrize("failing", RUN_BY_NIGHT)
