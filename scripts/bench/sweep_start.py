@@ -34,7 +34,8 @@ def main() -> None:
         folder = Path(name)
         (folder / "timed.py").write_text(LEARNER)
         seeds = ",".join(map(str, range(options.jobs + 1)))
-        overrides = [f"seed={seeds}", "runtime=pseudo", "learner._target_=timed.Timed", "trainer.num_rounds=2"]
+        overrides = [f"seed={seeds}", "runtime=pseudo", "learner._target_=timed.Timed", "trainer.num_rounds=1"]
+        overrides += ["baseline=null"]
         overrides += ["dataset.seed=0"] if options.same_data else []
         command = [sys.executable, "-m", "torchfedrpc", "-m", *overrides, "hydra.sweep.dir=sweep"]
         output = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)

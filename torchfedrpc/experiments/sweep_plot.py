@@ -29,7 +29,9 @@ def draw_runs(groups: Mapping[str, Sequence[RunResult]], path: Path) -> None:
     measured = {name: [run for run in runs if run.accuracy is not None] for name, runs in groups.items()}
     measured = {name: runs for name, runs in measured.items() if runs}
     shown = sorted(measured, key=lambda name: -_mean_accuracy(measured[name]))[:_MAX_GROUPS]
-    figure = Figure(figsize=(12, max(4.0, 1.2 + 0.42 * len(shown))), layout="constrained")
+    labels = [_label(name, len(measured[name])) for name in shown]
+    num_lines = sum(2 + label.count("\n") for label in labels)  # with one between labels
+    figure = Figure(figsize=(12, max(4.0, 1.0 + 0.18 * num_lines)), layout="constrained")
     curves, ends = figure.subplots(1, 2, width_ratios=[3, 2])
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for row, name in enumerate(shown):
@@ -47,11 +49,11 @@ def draw_runs(groups: Mapping[str, Sequence[RunResult]], path: Path) -> None:
     curves.set_xlabel("rounds")
     curves.set_ylabel("test accuracy")
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ends.set_xlabel("final test accuracy: mean ± standard deviation, and each run")
-    ends.set_yticks(range(len(shown)), [_label(name, len(measured[name])) for name in shown])
+    ends.set_xlabel("final test accuracy (mean ± std, runs)")
+    ends.yaxis.tick_right()
+    ends.set_yticks(range(len(shown)), labels, fontsize="small")
     for row, label in enumerate(ends.get_yticklabels()):
         label.set_color(colours[row % len(colours)])
-    ends.yaxis.tick_right()
     ends.set_ylim(len(shown) - 0.5, -0.5)
     for axes in (curves, ends):
         axes.grid(alpha=0.3)
