@@ -76,7 +76,7 @@ from torchfedrpc.registry import (
     partition,
     trainer,
 )
-from torchfedrpc.run import run
+from torchfedrpc.run import run, run_async
 from torchfedrpc.run import tell_of_ending_script as _tell_of_ending_script
 from torchfedrpc.stream import LearnerStream
 from torchfedrpc.version import __version__
@@ -167,6 +167,7 @@ __all__ = [
     "model",
     "partition",
     "run",
+    "run_async",
     "trainer",
 ]
 

@@ -14,6 +14,12 @@ def is_interactive() -> bool:
     return hasattr(sys, "ps1") or (main.__spec__ is None and (file is None or not Path(file).is_file()))
 
 
+def is_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
 def session_names() -> dict[str, Any]:
     """Return the names that the session has defined.
 

@@ -28,6 +28,7 @@ from torchfedrpc.host.methods import hidden_methods, public_methods
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.host.torch_settings import warn_of_default_device
+from torchfedrpc.interrupts import ending_interrupted_methods
 from torchfedrpc.launcher import check_is_driver
 from torchfedrpc.options import CALL_OPTIONS, UNCHANGED, CallOptions, OnError, Unchanged
 from torchfedrpc.stream import LearnerStream
@@ -184,7 +185,8 @@ class LearnerProxy:
                 "this proxy is open already: use it, or leave its async with block before it is opened again"
                 if LearnerProxy._open_in_process is self
                 else "a proxy is open in this process already, and there can be one at a time: close it first (leave "
-                "its async with block), or give the clients of both to one proxy"
+                "its async with block, or await tfr.LearnerProxy.current().close()), or give the clients of both to "
+                "one proxy"
             )
         stack = AsyncExitStack()
         self._calls.begin()
@@ -194,6 +196,7 @@ class LearnerProxy:
             stack.callback(self._closed)
             stack.enter_context(process_settings(self._spec.learner.runtime))
             warn_of_default_device()
+            await stack.enter_async_context(ending_interrupted_methods(self._router.interrupt))
             stack.push_async_exit(self._close_router)
             await self._router.open(spec)
         except BaseException as error:
@@ -219,6 +222,26 @@ class LearnerProxy:
         while self._before_close:
             self._exit.push_async_callback(self._before_close.pop(0))
         await _to_its_end(self._exit.__aexit__(kind, error, traceback))
+
+    async def open(self) -> LearnerProxy:
+        """Open this proxy without a block, for one cell of a notebook, and the next ones: ``await proxy.open()``.
+
+        Returns:
+            This proxy. `close` closes it.
+
+        Raises:
+            ConfigError: If a proxy is open, or the workers cannot be prepared; other errors are those of the block.
+        """
+        return await self.__aenter__()
+
+    async def close(self) -> None:
+        """Close this proxy, as the end of its block does. A closed one stays so."""
+        await self.__aexit__(None, None, None)
+
+    @classmethod
+    def current(cls) -> LearnerProxy | None:
+        """Return the proxy that is open in this process; None if there is none."""
+        return LearnerProxy._open_in_process
 
     async def _close_router(self, kind: object, error: BaseException | None, traceback: object) -> None:
         await self._router.close(_why_early(error))

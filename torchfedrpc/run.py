@@ -16,7 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.launcher import Launch, check_is_driver, hidden_from_learners, is_process_of_rank
-from torchfedrpc.signals import run_interruptible
+from torchfedrpc.proxy import LearnerProxy
+from torchfedrpc.signals import cancelled_by_sigint, run_interruptible
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,14 +41,44 @@ def run(main: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kw
         SystemExit: If SIGTERM arrived; on rank 0. The exit status is 143.
         Exception: If ``main`` raised it; on rank 0.
     """
-    if not inspect.iscoroutinefunction(main):
-        raise ConfigError(f"tfr.run needs a coroutine function: async def main(): ..., not {main!r}")
+    _check_main(main, "tfr.run")
     if asyncio._get_running_loop() is not None:
         raise ConfigError(
             f"tfr.run starts an event loop, and one is running here already, as in a notebook: write "
-            f"await {main.__name__}(...) instead, or call tfr.run outside of coroutines"
+            f"await tfr.run_async({main.__name__}, ...) instead, or call tfr.run outside of coroutines"
         )
     return drive(lambda: run_interruptible(lambda: main(*args, **kwargs)))
+
+
+async def run_async(main: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a federation's main coroutine in the running event loop, as in a cell of a notebook.
+
+    Compared with ``await main(...)`` this closes a proxy that ``main`` has left open, also after an error, and lets
+    SIGINT cancel ``main`` where the session does not: in IPython on a terminal.
+
+    Raises:
+        ConfigError: If ``main`` is not a coroutine function, if this process is a worker, or in a launch of several
+            ranks, which `run` starts.
+        KeyboardInterrupt: If SIGINT arrived and cancelled ``main``.
+        Exception: If ``main`` raised it.
+    """
+    _check_main(main, "tfr.run_async")
+    if check_is_driver() is not None:
+        raise ConfigError(
+            "tfr.run_async runs in the event loop of a notebook: tfr.run(main) starts the ranks of a launch"
+        )
+    before = LearnerProxy.current()
+    try:
+        with cancelled_by_sigint():
+            return await main(*args, **kwargs)
+    finally:
+        if (proxy := LearnerProxy.current()) is not None and proxy is not before:
+            await proxy.close()
+
+
+def _check_main(main: object, runner: str) -> None:
+    if not inspect.iscoroutinefunction(main):
+        raise ConfigError(f"{runner} needs a coroutine function: async def main(): ..., not {main!r}")
 
 
 def drive(job: Callable[[], T]) -> T | None:

@@ -56,6 +56,41 @@ def run_interruptible(
         return asyncio.run(interrupts.follow(main))
 
 
+@contextmanager
+def cancelled_by_sigint() -> Iterator[None]:
+    """Let SIGINT cancel the running task inside the block, if it would raise KeyboardInterrupt anywhere in the loop.
+
+    Raises:
+        KeyboardInterrupt: In place of the `asyncio.CancelledError`.
+    """
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    num_signals = 0
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal num_signals
+        num_signals += 1
+        loop.call_soon_threadsafe(task.cancel)  # which also wakes the loop
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not num_signals:
+            raise
+        for _ in range(num_signals):
+            task.uncancel()
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class _Interrupts:
     """Handler of the signals that arrive during one run.
 

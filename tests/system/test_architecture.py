@@ -33,7 +33,7 @@ FLOORS = [
     },
     {"wire"},
     {"host", "reduce"},
-    {"signals"},
+    {"interrupts", "signals"},
     {"rpc"},
     {"executors"},
     {"options"},

@@ -277,6 +277,17 @@ class AbstractExecutor(ABC):
         """
         raise ConfigError(f"{type(self).__name__} has no workers to sabotage: override its workers() and arm()")
 
+    async def interrupt(self, give_up: bool) -> list[str]:
+        """Raise KeyboardInterrupt, once, in each sync method that goes on although its call was cancelled.
+
+        Args:
+            give_up: Whether to replace a worker process on which such a method goes on, if it can be replaced.
+
+        Returns:
+            The names of the processes on which some go on; by default there are none.
+        """
+        return []
+
     def stats(self) -> dict[str, Any]:
         """Return counters of this mode, for ``proxy.stats()``: at least ``bytes_sent`` and ``bytes_received``."""
         return {"bytes_sent": 0, "bytes_received": 0}

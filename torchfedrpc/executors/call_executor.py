@@ -93,6 +93,10 @@ class Learners(ABC):
         """Inject faults into workers at later calls."""
 
     @abstractmethod
+    async def interrupt(self, give_up: bool) -> list[str]:
+        """Interrupt cancelled methods that go on; return where some do."""
+
+    @abstractmethod
     def stats(self) -> dict[str, Any]:
         """Return counters for ``proxy.stats()``."""
 
@@ -435,6 +439,10 @@ class CallExecutor(AbstractExecutor):
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         """Inject faults into workers at later calls."""
         await self._learners.arm(faults)
+
+    async def interrupt(self, give_up: bool) -> list[str]:
+        """Interrupt cancelled methods that go on. See `AbstractExecutor.interrupt`."""
+        return [] if isinstance(self._learners, NotOpened) else await self._learners.interrupt(give_up)
 
     def stats(self) -> dict[str, Any]:
         """Return the bytes sent and received, and the number of learners of each worker."""

@@ -168,6 +168,9 @@ class LocalLearners(Learners):
                     )
             self._host.arm(of_label)
 
+    async def interrupt(self, give_up: bool) -> list[str]:
+        return [self.label] if self._host.interrupt() else []
+
     def stats(self) -> dict[str, Any]:
         """Return the numbers of this process; nothing is sent in local mode."""
         return {"workers": {self.label: self._stats_here()} if self.is_open else {}}

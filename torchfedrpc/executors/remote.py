@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import sys
 import time
@@ -79,7 +80,8 @@ class RemoteLearners(Learners):
         if is_placed:
             self._place_all()
         await self._group.open()
-        self._following.start(self._follow())
+        # A notebook shows in the present cell what is printed in a context that is not of another cell.
+        contextvars.Context().run(self._following.start, self._follow())
         if not is_placed:
             await self._first_to_join()
             self._place_all()
@@ -148,6 +150,9 @@ class RemoteLearners(Learners):
     async def arm(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         """Inject faults into workers at later calls."""
         await asyncio.gather(*(self._group.arm(label, of_label) for label, of_label in faults.items()))
+
+    async def interrupt(self, give_up: bool) -> list[str]:
+        return await self._group.interrupt(give_up)
 
     def stats(self) -> dict[str, Any]:
         """Return bytes sent and received, workers lost, and the numbers of each worker."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -105,6 +106,11 @@ class ExecutorRouter:
         each = [executor.stats() for executor in self._executors()]
         workers = {label: own for numbers in each for label, own in numbers.get("workers", {}).items()}
         return {name: sum(numbers.get(name, 0) for numbers in each) for name in names} | {"workers": workers}
+
+    async def interrupt(self, give_up: bool) -> list[str]:
+        """Interrupt cancelled methods that go on. See `AbstractExecutor.interrupt`."""
+        each = await asyncio.gather(*(executor.interrupt(give_up) for executor in self._executors()))
+        return [label for labels in each for label in labels]
 
     @property
     def join_address(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from torchfedrpc.errors import CallTimeoutError
 from torchfedrpc.host.call import Batch, Call, Outcome, Registration, TakeBack
 from torchfedrpc.host.deadlines import debugger_attached
 from torchfedrpc.host.faults import Fault, Saboteur
+from torchfedrpc.host.interruption import interrupt
 from torchfedrpc.host.learner_cache import LearnerCache
 from torchfedrpc.host.mailbox import Job, Mailbox, Reply
 from torchfedrpc.host.process_state import ProcessState
@@ -26,6 +28,7 @@ from torchfedrpc.tasks import call_on
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import Packed, Parcel, Reference
 
+_INTERRUPT_S = 1.0  # for methods that look at ``current_call().cancelled``
 _GIVEN_BACK = Outcome("given_back", never_ran=True)
 
 
@@ -67,6 +70,7 @@ class LearnerHost:
         self._lock = threading.Lock()  # guards queues of mailboxes, jobs and their states, and outcomes
         self._mailboxes: dict[str, Mailbox] = {}
         self._jobs: dict[int, Job] = {}
+        self._running: dict[int, Job] = {}  # by thread
         self._replies: dict[int, Reply] = {}  # by call id, of requests for the next outcome of a job
         self._outcomes: dict[int, Outcome] = {}  # final ones, for repeated requests
         self._batches: dict[int, BatchJob] = {}  # by call id, until their final outcomes
@@ -266,6 +270,25 @@ class LearnerHost:
         """Inject faults into this process at later calls. They replace earlier ones."""
         self._process.saboteur = Saboteur(faults, self._process.activity) if faults else None
 
+    def interrupt(self) -> bool:
+        """Raise KeyboardInterrupt, once, in each method that goes on for a second after it was seen to be cancelled.
+
+        Returns:
+            Whether any cancelled method goes on.
+        """
+        with self._lock:  # which a job takes at its end
+            jobs = list(self._running.items())
+            loop_thread, task = self._async.present_task()
+            if task is not None:
+                jobs += [(loop_thread, job) for job in self._jobs.values() if job.task is task]
+            running = [(thread, job) for thread, job in jobs if job.cancelled and job.call.call_id in self._jobs]
+            now = time.monotonic()
+            for thread, job in running:
+                job.interrupt_due = job.interrupt_due or now + _INTERRUPT_S
+                if now > job.interrupt_due and interrupt(thread):
+                    job.interrupt_due = math.inf
+            return bool(running)
+
     def stats(self) -> dict[str, Any]:
         """Return the number of learners that are made, of calls that run or wait, and how long calls have run."""
         with self._lock:
@@ -323,7 +346,8 @@ class LearnerHost:
     def _turn(self, job: Job, steps_of: Callable[[Job], Outcome | Steps]) -> None:
         """Run the next step of a job. Steps that need an event loop go on there."""
         process, call_id = self._process, job.call.call_id
-        slot = None
+        slot, thread = None, threading.get_ident()
+        self._running[thread] = job
         process.method_lock.enter(exclusive=False)
         try:
             with self._lock:
@@ -342,6 +366,7 @@ class LearnerHost:
                 self._make_room(job, 0)
                 self._give_streams_back()
         finally:
+            del self._running[thread]
             if process.activity is not None:
                 process.activity.leave(slot)
             process.method_lock.leave(exclusive=False)

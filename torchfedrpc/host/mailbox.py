@@ -108,6 +108,7 @@ class Job:
         batch: The batch to which its result is added, if any.
         place: The client's place in the batch's reduction.
         num_reports: Number of its reports of progress.
+        interrupt_due: When KeyboardInterrupt is to be raised in its method, by `time.monotonic`; 0 for never.
     """
 
     call: Call
@@ -129,3 +130,4 @@ class Job:
     batch: BatchJob | None = None
     place: int = 0
     num_reports: int = 0
+    interrupt_due: float = 0.0

@@ -106,6 +106,12 @@ class AsyncThread:
                 self._thread.start()
             self._loop.call_soon_threadsafe(function, context=outside())
 
+    def present_task(self) -> tuple[int, asyncio.Task[Any] | None]:
+        """Return the thread's identifier, and the task whose step runs there now, if any."""
+        if self._loop is None or self._thread is None or self._thread.ident is None:
+            return 0, None
+        return self._thread.ident, asyncio.current_task(self._loop)
+
     def close(self, timeout_s: float) -> bool:
         """Wait for the tasks, cancel the remaining ones, and end the thread. Returns whether it ended in time."""
         self._closed = True

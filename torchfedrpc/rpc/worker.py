@@ -257,6 +257,7 @@ class _Worker:
             "leave": self.leave,
             "close": self.close,
             "arm": self.arm,
+            "interrupt": self.interrupt,
         }
         return verbs[message.pop("do")](**message)
 
@@ -381,6 +382,10 @@ class _Worker:
         assert self._host is not None
         self._host.arm([Fault(**fault) for fault in faults])
         return {}
+
+    def interrupt(self) -> Message:
+        """Interrupt cancelled methods that go on."""
+        return {"goes_on": self._host is not None and self._host.interrupt()}
 
     def end(self, reason: str) -> Ending:
         """End the run, the heartbeat and the control link."""

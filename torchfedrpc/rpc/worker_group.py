@@ -193,6 +193,27 @@ class WorkerGroup:
             raise WorkerLostError(f"{label} is lost, so that no fault can strike it")
         await worker.member.tell({"do": "arm", "faults": [asdict(fault) for fault in faults]})
 
+    async def interrupt(self, give_up: bool) -> list[str]:
+        """Interrupt cancelled methods that go on.
+
+        Args:
+            give_up: Whether to replace the processes of this machine's driver on which some go on.
+
+        Returns:
+            The names of the workers on which some go on.
+        """
+        members = list(self.workers.members.values())
+        answers = await asyncio.gather(*(one.tell({"do": "interrupt"}) for one in members), return_exceptions=True)
+        running = [
+            member
+            for member, answer in zip(members, answers, strict=True)
+            if not isinstance(answer, BaseException) and answer.get("goes_on") is True
+        ]
+        for member in running:
+            if give_up and member.process is not None:
+                self._give_up(member, "a method of it goes on although it was interrupted")
+        return [member.label for member in running]
+
     @property
     def is_taking_in(self) -> bool:
         """Whether a worker that was admitted is being prepared, or a world is being formed."""
