@@ -171,7 +171,7 @@ def _timeline(run: RunData) -> Section:
     return Section(
         "timeline",
         "Timeline",
-        "When workers ran calls of learners. trace.json has all of it for Perfetto (ui.perfetto.dev)."
+        "When workers ran calls of learners. Perfetto (ui.perfetto.dev) shows trace.json call by call."
         if figures
         else "The trace has no round that ended.",
         figures,

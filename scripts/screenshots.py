@@ -1,0 +1,55 @@
+"""Pictures of the documentation, by a headless Chromium: see scripts/screenshots."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from browser import Browser, opened
+from PIL import Image
+
+from torchfedrpc.experiments.report_page import write_report
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+MAX_BYTES = 300_000
+_NUM_COLORS = 128
+
+
+def main() -> None:
+    """Make all pictures."""
+    parser = argparse.ArgumentParser("scripts/screenshots", description="Make the pictures in docs anew.")
+    parser.add_argument("--run", type=Path, help="output folder of a run (default: the experiment is run)")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = given.run or run_experiment(Path(folder) / "digits")
+        shutil.copy(run / "metrics.png", DOCS / "metrics.png")
+        page = write_report(run)
+        with opened(width=1200, height=1000) as browser:
+            browser.show(page, scheme="light")
+            picture(browser, DOCS / "report-light.png")
+            browser.show(page, scheme="dark")
+            browser.run("document.querySelector('#partition').scrollIntoView()")
+            picture(browser, DOCS / "report-dark.png")
+
+
+def run_experiment(folder: Path) -> Path:
+    """Run the default experiment on two workers, and return its output folder."""
+    settings = ["runtime=pseudo", "runtime.num_processes=2", f"hydra.run.dir={folder}"]
+    subprocess.run([sys.executable, "-m", "torchfedrpc", *settings], check=True)
+    return folder
+
+
+def picture(browser: Browser, path: Path) -> None:
+    """Save what the browser shows, with few colours, since a page has not many."""
+    shown = Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())).convert("RGB")
+    shown.quantize(_NUM_COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+    assert path.stat().st_size < MAX_BYTES, f"{path} has {path.stat().st_size} bytes"
+
+
+if __name__ == "__main__":
+    main()
