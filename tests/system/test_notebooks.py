@@ -152,15 +152,19 @@ def test_interrupt_closes_a_proxy_with_its_block(kernel: Kernel, mode: str, num_
 
 
 def test_interrupt_ends_the_opening_of_a_proxy(kernel: Kernel) -> None:
+    begun = kernel.folder / "begun"
     (kernel.folder / "slow_to_import.py").write_text(
-        "import os, time\nclass Learner:\n    pass\n"
-        "if 'IN_KERNEL' not in os.environ:\n    pass\n"
-        "import torchfedrpc.launcher\n"
-        "if torchfedrpc.launcher._is_worker:\n    print('begun', flush=True)\n    time.sleep(1000)\n"
+        "import time\nfrom pathlib import Path\nimport torchfedrpc.launcher\nclass Learner:\n    pass\n"
+        "if torchfedrpc.launcher._is_worker:\n    Path('begun').touch()\n    time.sleep(1000)\n"
     )
-    code = "import slow_to_import\n"
-    code += "await tfr.LearnerProxy(slow_to_import.Learner, ['a'], runtime={'num_processes': 1}).open()"
-    result = interrupted(kernel, code)
+    cell = kernel.begin(
+        "import slow_to_import\n"
+        "await tfr.LearnerProxy(slow_to_import.Learner, ['a'], runtime={'num_processes': 1}).open()"
+    )
+    while not begun.exists():  # what a worker prints arrives once the proxy is open
+        time.sleep(0.05)
+    kernel.interrupt()
+    result = kernel.end(cell)
     assert result.error == "CancelledError"
     assert result.seconds < PROMISED_S
     assert kernel.run("tfr.LearnerProxy.current()").text == ""
