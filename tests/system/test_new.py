@@ -15,11 +15,11 @@ from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments import info, new, resume
 
 COMMAND = [sys.executable, "-m", "torchfedrpc"]
-QUICK = ["--config-dir", "conf", "experiment=quick", "baseline=null"]
+QUICK = ["--config-dir", "conf", "experiment=quick", "baseline=null", "report=false"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "torchfedrpc"]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_new_project_runs_in_every_mode_and_passes_its_tests(tmp_path: Path) -> None:
     project = tmp_path / "deep" / "project"
     assert f"cd {project}\n  torchfedrpc --config-dir conf experiment=quick" in shell(
@@ -30,7 +30,7 @@ def test_a_new_project_runs_in_every_mode_and_passes_its_tests(tmp_path: Path) -
         assert f"4 clients, {mode} mode" in told
     assert len(history(project / "local")) == 5
     assert history(project / "local") == history(project / "pseudo") == history(project / "distributed")
-    assert "4 passed" in shell(project, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", timeout_s=200)
+    assert "4 passed" in shell(project, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", timeout_s=300)
 
 
 def test_a_new_project_overwrites_nothing(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_subcommands_have_a_help(command: object, words: str, capsys: pytest.Cap
 
 @pytest.mark.timeout(240)
 def test_resume_continues_a_run_in_its_folder(tmp_path: Path) -> None:
-    write = ["experiment=smoke", "runtime=local", "baseline=null"]
+    write = ["experiment=smoke", "runtime=local", "baseline=null", "report=false"]
     shell(tmp_path, *COMMAND, *write, "trainer.num_rounds=5", "hydra.run.dir=whole")
     shell(tmp_path, *COMMAND, *write, "trainer.num_rounds=3", "hydra.run.dir=part")
     told = shell(tmp_path, *COMMAND, "resume", "part", "trainer.num_rounds=5", "runtime.num_processes=1")
@@ -75,8 +75,6 @@ def test_resume_says_what_a_folder_lacks(tmp_path: Path) -> None:
         resume.main([str(tmp_path / "sweep")])
     with pytest.raises(ConfigError, match="'seed' is no KEY=VALUE"):
         resume.main([str(tmp_path / "sweep" / "0"), "seed"])
-    with pytest.raises(ConfigError, match="the configuration lacks runtime, dataset"):
-        resume.main([str(tmp_path / "sweep" / "0")])
 
 
 def test_resume_needs_a_checkpoint(tmp_path: Path) -> None:

@@ -26,11 +26,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder, with nothing imported from it, and nothing registered, before and after the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(os, "environ", os.environ.copy())
+    variables = dict(os.environ)
     for registry in KINDS.values():
+        for name in registry.names():
+            registry.get(name)  # a module registers its classes when it is first imported, and not again
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     before = set(sys.modules)
     yield tmp_path
+    os.environ.clear()
+    os.environ.update(variables)
     for name in set(sys.modules) - before:
         module = sys.modules[name]
         if any(
@@ -262,3 +266,9 @@ def test_a_setting_without_default_must_be_given(folder: Path, command: Command)
     write(folder, methods="import torchfedrpc as tfr\n@tfr.dataset('files')\ndef files(path, seed=0): ...")
     told = command("dataset=files", "runtime=local", *QUIET)
     assert told == "torchfedrpc: dataset.path has no default: give it a value, dataset.path=..."
+
+
+def test_options_are_registered_once_for_all_commands_of_a_process(folder: Path, command: Command) -> None:
+    for _ in range(2):
+        told = command("--info", "searchpath", *QUIET)
+    assert told.count("torchfedrpc://") == 1

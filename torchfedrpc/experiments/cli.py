@@ -22,7 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.experiments.job import TRACEBACK_FILE, one_line, read_job
-from torchfedrpc.experiments.options import imports_of, modules_of
+from torchfedrpc.experiments.options import imports_of, modules_of, register_options
 from torchfedrpc.experiments.run_folder import CONFIG_FILE, run_in_folder, told
 from torchfedrpc.experiments.sweep import summarised
 from torchfedrpc.experiments.sweep_plugins import check_installed, register
@@ -137,6 +137,7 @@ def _run_hydra() -> None:
         for module in imports_of(completed or sys.argv[1:]):
             import_user_module(module)
     check_installed(sys.argv[1:])
+    register_options()
     register()
     with summarised():
         _task()

@@ -67,8 +67,12 @@ class RegisteredOptionsPath(SearchPathPlugin):
         search_path.append(provider="schema", path=f"{RegisteredOptions.scheme()}://")
 
 
-for _plugin in (RegisteredOptions, RegisteredOptionsPath):
-    Plugins.instance().register(_plugin)
+def register_options() -> None:
+    """Let hydra find the options of registered names. A second call does nothing."""
+    plugins = Plugins.instance()
+    for plugin in (RegisteredOptions, RegisteredOptionsPath):
+        if plugin not in plugins.discover():
+            plugins.register(plugin)
 
 
 def option_of(kind: str, entry: Any) -> dict[str, Any]:
