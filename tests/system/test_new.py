@@ -30,7 +30,8 @@ def test_a_new_project_runs_in_every_mode_and_passes_its_tests(tmp_path: Path) -
         assert f"4 clients, {mode} mode" in told
     assert len(history(project / "local")) == 5
     assert history(project / "local") == history(project / "pseudo") == history(project / "distributed")
-    assert "4 passed" in shell(project, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", timeout_s=300)
+    pytest_here = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'of_tests'}"]
+    assert "4 passed" in shell(project, *pytest_here, timeout_s=300)
 
 
 def test_a_new_project_overwrites_nothing(tmp_path: Path) -> None:
