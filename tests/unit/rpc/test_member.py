@@ -130,7 +130,7 @@ class Client:
     def run_batch(self, batch: Batch) -> asyncio.Future[Outcome]:
         return self._ask(f"batch {batch.call_id}")
 
-    def advance(self, request: Call | Batch, step: int) -> asyncio.Future[Outcome]:
+    def advance(self, request: Call | Batch, step: int, sent: object = None) -> asyncio.Future[Outcome]:
         return self._ask(f"advance {request.call_id} {step}")
 
     def cancel(self, call: Call) -> asyncio.Future[Outcome]:
