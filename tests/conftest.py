@@ -27,10 +27,11 @@ from leftovers import held
 
 import torchfedrpc as tfr
 from torchfedrpc.events import CallEnded, Event, ProgressReported
+from torchfedrpc.launcher import Launch
 
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
 
-LAUNCHED = int(os.environ.get("WORLD_SIZE", "1")) > 1
+LAUNCHED = Launch.from_environment() is not None
 # TEST_MODES=local runs the behaviour of one mode alone, as where a system has no other.
 MODES = ["distributed"] if LAUNCHED else os.environ.get("TEST_MODES", "local,pseudo").split(",")
 NUM_CLIENTS = 400

@@ -204,9 +204,10 @@ class Launch:
             raise ConfigError(f"a launcher's variable is no number: {error}") from None
 
 
-# By these, libraries find their place in a launch of torchrun, mpirun or srun.
+# By these, libraries find that they are in a launch of torchrun, mpirun or srun. RANK alone tells a reader which process
+# it is, and no library that there are others.
 _PLACE = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
+    r"(LOCAL_|GROUP_|ROLE_)RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
     r"|(OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD)_\w+|MPI_LOCAL\w+|SLURM_(NTASKS|PROCID|LOCALID|STEP_NUM_TASKS)"
 )
 _hidden: Launch | None = None  # the launch whose variables are hidden
@@ -214,7 +215,7 @@ _hidden: Launch | None = None  # the launch whose variables are hidden
 
 @contextmanager
 def hidden_from_learners(launch: Launch) -> Iterator[None]:
-    """Remove the variables of this process's launch from the environment, and restore them at the end.
+    """Remove the variables of this process's launch but RANK from the environment, and restore them at the end.
 
     A learner's library that finds them, such as accelerate or Lightning, takes its training for a part of a training
     on all ranks, and waits for the other ranks.

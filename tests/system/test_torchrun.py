@@ -23,18 +23,20 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(720)
 def test_the_contract_suite_passes_under_torchrun(tmp_path: Path) -> None:
     code, output = run_launch(
         SUPPORT / "under_torchrun.py",
-        *("-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}", str(TESTS / "contract")),
+        *("-v", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}", str(TESTS / "contract")),
         fresh=True,
-        timeout_s=400,
+        timeout_s=700,
     )
     assert code == 0, output
     passed = re.search(r"(\d+) passed", output)
     assert passed is not None, output
     assert int(passed[1]) > 300
+    assert output.count("[distributed") > 300  # and not of another mode, as if there were no launch
+    assert "[local" not in output
 
 
 # One launch with several parts, one after another: each says what has become of it, and a test looks at that.
