@@ -204,8 +204,8 @@ class Launch:
             raise ConfigError(f"a launcher's variable is no number: {error}") from None
 
 
-# By these, libraries find that they are in a launch of torchrun, mpirun or srun. RANK alone tells a reader which process
-# it is, and no library that there are others.
+# By these, libraries find that they are in a launch of torchrun, mpirun or srun. RANK is not among them: it tells a
+# reader which process it is, and no library that there are others.
 _PLACE = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
     r"|(OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD)_\w+|MPI_LOCAL\w+|SLURM_(NTASKS|PROCID|LOCALID|STEP_NUM_TASKS)"
