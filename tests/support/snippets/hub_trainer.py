@@ -1,5 +1,14 @@
+"""Frame of a method that trains with `transformers.Trainer`."""
+
+from tempfile import TemporaryDirectory  # noqa: F401, the block uses it
+
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,  # noqa: F401
+    TrainingArguments,  # noqa: F401
+)
 
 import torchfedrpc as tfr
 
