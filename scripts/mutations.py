@@ -790,7 +790,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a resume starts anew",
-        "experiments/resume.py",
+        "experiments/commands/resume.py",
         "if not _has_checkpoint(folder / SUBFOLDER):",
         "if False:",
         "tests/system/test_new.py",

@@ -13,7 +13,7 @@ from pathlib import Path
 from browser import Browser, opened
 from PIL import Image
 
-from torchfedrpc.experiments.report_page import write_report
+from torchfedrpc.experiments.report.page import write_report
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MAX_BYTES = 300_000

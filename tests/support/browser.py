@@ -38,7 +38,8 @@ def opened(*, width: int = 1200, height: int = 900) -> Iterator[Browser]:
         options.add_argument(f"--{flag}")
     options.add_argument(f"--window-size={width},{height}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # in which Chromium leaves files
+    # Chromium leaves files here, and listens at a path of up to 107 characters, which a test's own folder may exceed.
+    with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
         driver = webdriver.Chrome(options=options, service=Service(DRIVER, env={**os.environ, "TMPDIR": folder}))
         try:
             yield _offline(driver)

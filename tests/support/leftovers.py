@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 import threading
 from collections import Counter
@@ -62,8 +63,8 @@ def shared_memory() -> Counter[str]:
     """Entries of /dev/shm, except those of other living processes."""
     found: Counter[str] = Counter()
     for entry in Path("/dev/shm").iterdir():
-        maker = entry.name.split("_")[1] if entry.name.startswith("torch_") else ""
-        if maker == str(os.getpid()) or not (maker.isdigit() and Path(f"/proc/{maker}").exists()):
+        named = re.match(r"(?:torch_|joblib_memmapping_folder_|sem\.loky-)(\d+)", entry.name)
+        if named is None or named[1] == str(os.getpid()) or not Path(f"/proc/{named[1]}").exists():
             found[f"shared memory {entry.name}"] += 1
     return found
 

@@ -12,7 +12,7 @@ import yaml
 from own_project import history, shell
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments import info, new, resume
+from torchfedrpc.experiments.commands import info, new, resume
 
 COMMAND = [sys.executable, "-m", "torchfedrpc"]
 QUICK = ["--config-dir", "conf", "experiment=quick", "baseline=null", "report=false"]

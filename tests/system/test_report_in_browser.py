@@ -11,8 +11,8 @@ from browser import FAULTS, LOW_CONTRAST, Browser, needs_browser, opened
 from conftest import needs
 from made_run import make_run
 
-from torchfedrpc.experiments.report_data import RunData
-from torchfedrpc.experiments.report_page import make_page, write_report
+from torchfedrpc.experiments.report.data import RunData
+from torchfedrpc.experiments.report.page import make_page, write_report
 
 HOSTILE = [
     "</script><script>window.hacked = 1</script>",

@@ -24,8 +24,8 @@ from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.experiments.job import TRACEBACK_FILE, one_line, read_job
 from torchfedrpc.experiments.options import imports_of, modules_of, register_options
 from torchfedrpc.experiments.run_folder import CONFIG_FILE, run_in_folder, told
-from torchfedrpc.experiments.sweep import summarised
-from torchfedrpc.experiments.sweep_plugins import check_installed, register
+from torchfedrpc.experiments.sweeps.plugins import check_installed, register
+from torchfedrpc.experiments.sweeps.sweep import summarised
 from torchfedrpc.experiments.user_modules import (
     KINDS,
     find,
@@ -37,12 +37,12 @@ from torchfedrpc.experiments.user_modules import (
 from torchfedrpc.run import drive
 
 COMMANDS = {
-    "compare": "torchfedrpc.experiments.compare",
+    "compare": "torchfedrpc.experiments.commands.compare",
     "check": "torchfedrpc.check_cli",
-    "info": "torchfedrpc.experiments.info",
-    "new": "torchfedrpc.experiments.new",
-    "resume": "torchfedrpc.experiments.resume",
-    "report": "torchfedrpc.experiments.report",
+    "info": "torchfedrpc.experiments.commands.info",
+    "new": "torchfedrpc.experiments.commands.new",
+    "resume": "torchfedrpc.experiments.commands.resume",
+    "report": "torchfedrpc.experiments.commands.report",
 }
 """Subcommand -> module with ``main(arguments: Sequence[str]) -> int``, which returns the exit status."""
 

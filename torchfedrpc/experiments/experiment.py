@@ -41,7 +41,7 @@ from torchfedrpc.experiments.protocols import (
     settings_of,
 )
 from torchfedrpc.experiments.recipe import build, check_trusted, locate
-from torchfedrpc.experiments.report_page import Report
+from torchfedrpc.experiments.report.page import Report
 from torchfedrpc.experiments.round_table import print_table
 from torchfedrpc.experiments.trace import Trace
 from torchfedrpc.experiments.training import Score, build_model, copy_weights, score

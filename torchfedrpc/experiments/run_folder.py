@@ -12,7 +12,7 @@ from torchfedrpc.errors import ConfigError, GroupCallError, SnapshotError, Worke
 from torchfedrpc.experiments.data.cache import preload_of
 from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
 from torchfedrpc.experiments.job import Job, unchanged_process
-from torchfedrpc.experiments.sweep import end_early
+from torchfedrpc.experiments.sweeps.sweep import end_early
 from torchfedrpc.private_files import close_to_others, make_private, replaced
 from torchfedrpc.rpc.surroundings import preloading
 from torchfedrpc.signals import run_interruptible

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import re
 import socket
@@ -73,8 +72,7 @@ class HeartbeatProcess:
             reading, self.log = os.pipe()
             opened.callback(os.close, reading)
             os.set_blocking(self.log, False)
-            with contextlib.suppress(OSError, AttributeError):  # beyond the user's limit, or another system
-                fcntl.fcntl(self.log, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            _enlarge_pipe(self.log)
             descriptors.append(reading)
             of_worker = [connection.fileno(), activity.descriptor, process, stat, reading, os.getpid()]
             arguments = [*of_worker, interval_s, grace_s]
@@ -105,6 +103,14 @@ class HeartbeatProcess:
         os.close(self.log)
         if self._alive is not None:
             self._alive.close()
+
+
+def _enlarge_pipe(descriptor: int) -> None:
+    """Let a pipe hold `_PIPE_BYTES`, where the system and the user's limit allow that."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl  # noqa: PLC0415 - only Unix has it, and the package can be imported on other systems
+
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _end_of_this_process() -> tuple[socket.socket | None, int]:

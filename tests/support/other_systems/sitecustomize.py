@@ -25,7 +25,7 @@ _LINUX_ONLY = {
     os: "memfd_create MFD_CLOEXEC MFD_ALLOW_SEALING pidfd_open sched_getaffinity sched_setaffinity eventfd splice "
     "copy_file_range O_PATH posix_fadvise getxattr setxattr setns unshare timerfd_create",
     fcntl: "F_ADD_SEALS F_GET_SEALS F_SEAL_SEAL F_SEAL_SHRINK F_SEAL_GROW F_SEAL_WRITE F_SETLEASE F_GETLEASE "
-    "F_SETSIG F_GETSIG F_NOTIFY F_OFD_SETLK",
+    "F_SETSIG F_GETSIG F_NOTIFY F_OFD_SETLK F_SETPIPE_SZ F_GETPIPE_SZ",
     signal: "pidfd_send_signal SIGRTMIN SIGRTMAX SIGPOLL SIGPWR SIGSTKFLT SIGCLD sigtimedwait sigwaitinfo",
     socket: "TCP_KEEPIDLE TCP_USER_TIMEOUT SO_BINDTODEVICE AF_NETLINK AF_PACKET AF_VSOCK SO_PEERCRED",
     select: "POLLRDHUP",

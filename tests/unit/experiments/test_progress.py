@@ -23,8 +23,9 @@ from torchfedrpc.events import (
     WorkerLeft,
     WorkerLost,
 )
-from torchfedrpc.experiments.progress import LineProgress, live_progress
-from torchfedrpc.experiments.run_status import RunStatus
+from torchfedrpc.experiments.progress import live_progress
+from torchfedrpc.experiments.progress.lines import LineProgress
+from torchfedrpc.experiments.progress.run_status import RunStatus
 
 
 class Terminal(io.StringIO):
@@ -37,7 +38,9 @@ class Terminal(io.StringIO):
 def test_a_stream_that_is_no_terminal_gets_a_line_for_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     times_s = iter([0.0, 5.0, 6.0, 7.0])
-    monkeypatch.setattr("torchfedrpc.experiments.run_status.time", SimpleNamespace(monotonic=lambda: next(times_s)))
+    monkeypatch.setattr(
+        "torchfedrpc.experiments.progress.run_status.time", SimpleNamespace(monotonic=lambda: next(times_s))
+    )
     with LineProgress(stream) as show:
         for round_num, accuracy in enumerate((0.5, 0.75, 0.875)):
             show(RoundStarted(round_num, 10))
@@ -128,12 +131,12 @@ async def test_the_cursor_is_visible_while_the_view_is_drawn() -> None:
 
 def test_the_view_has_rounds_calls_and_what_is_known_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("rich")
-    from torchfedrpc.experiments.terminal_view import Workers, view_of
+    from torchfedrpc.experiments.progress.terminal_view import Workers, view_of
 
     now_s = 0.0
     clock = SimpleNamespace(monotonic=lambda: now_s)
-    monkeypatch.setattr("torchfedrpc.experiments.run_status.time", clock)
-    monkeypatch.setattr("torchfedrpc.experiments.terminal_view.time", clock)
+    monkeypatch.setattr("torchfedrpc.experiments.progress.run_status.time", clock)
+    monkeypatch.setattr("torchfedrpc.experiments.progress.terminal_view.time", clock)
     status, workers = RunStatus(), Workers()
     for call in range(3):
         status.add(CallStarted(call, f"client_{call}", "train_epoch"))
@@ -160,10 +163,10 @@ def test_the_view_has_rounds_calls_and_what_is_known_of_workers(monkeypatch: pyt
 
 def test_the_view_shows_the_time_left_as_the_last_rounds_took(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("rich")
-    from torchfedrpc.experiments.terminal_view import round_lines
+    from torchfedrpc.experiments.progress.terminal_view import round_lines
 
     now_s = 0.0
-    monkeypatch.setattr("torchfedrpc.experiments.run_status.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("torchfedrpc.experiments.progress.run_status.time", SimpleNamespace(monotonic=lambda: now_s))
     status = RunStatus()
     for round_num, seconds in enumerate((50.0, 10.0, 10.0)):  # the first one loads data and libraries
         now_s += seconds
@@ -192,7 +195,7 @@ async def test_what_is_logged_and_printed_is_above_the_view() -> None:
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_a_picture_of_the_view_needs_no_network(ending: str, tmp_path: Path) -> None:
     needs("rich")
-    from torchfedrpc.experiments.terminal_view import Workers, save_picture, view_of
+    from torchfedrpc.experiments.progress.terminal_view import Workers, save_picture, view_of
 
     if ending == "png":
         needs("vl_convert")

@@ -13,10 +13,11 @@ from conftest import needs
 from made_run import make_run
 
 import torchfedrpc as tfr
-from torchfedrpc.experiments import report, report_charts
-from torchfedrpc.experiments.report_data import RunData, sample
-from torchfedrpc.experiments.report_page import make_page, write_report
-from torchfedrpc.experiments.report_sections import Figure, Section, sections
+from torchfedrpc.experiments.commands import report
+from torchfedrpc.experiments.report import charts
+from torchfedrpc.experiments.report.data import RunData, sample
+from torchfedrpc.experiments.report.page import make_page, write_report
+from torchfedrpc.experiments.report.sections import Figure, Section, sections
 
 
 def _sections(folder: Path) -> dict[str, Section]:
@@ -219,24 +220,24 @@ def test_the_bundle_is_made_once_and_kept_in_a_private_folder(
 ) -> None:
     needs("vl_convert")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = report_charts.bundle()
+    made = charts.bundle()
     assert made is not None
     assert "vegaEmbed" in made
     assert "</script" not in made.lower()
     (kept,) = (tmp_path / "torchfedrpc").iterdir()
     assert kept.parent.stat().st_mode & 0o077 == 0
     kept.write_text("kept")
-    assert report_charts.bundle() == "kept"
+    assert charts.bundle() == "kept"
 
 
 def test_a_cache_of_others_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs("vl_convert")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert report_charts.bundle()
+    assert charts.bundle()
     (kept,) = (tmp_path / "torchfedrpc").iterdir()
     kept.write_text("changed")
     kept.parent.chmod(0o777)
-    assert report_charts.bundle() != "changed"
+    assert charts.bundle() != "changed"
 
 
 def test_without_its_package_a_report_has_tables_and_says_what_brings_charts(

@@ -12,9 +12,9 @@ import pytest
 from conftest import needs
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments import compare
-from torchfedrpc.experiments.results import differing, find_runs, grouped, mean_and_std, read_run
-from torchfedrpc.experiments.summary import print_groups, print_runs, write_csv
+from torchfedrpc.experiments.commands import compare
+from torchfedrpc.experiments.sweeps.results import differing, find_runs, grouped, mean_and_std, read_run
+from torchfedrpc.experiments.sweeps.summary import print_groups, print_runs, write_csv
 
 
 def _run(
@@ -132,7 +132,7 @@ def test_csv_has_a_column_for_each_setting_and_the_numbers_to_the_target(tmp_pat
 @pytest.mark.parametrize("num_groups", [1, 3, 12, 20])
 def test_picture_of_few_and_many_groups(tmp_path: Path, num_groups: int) -> None:
     needs("matplotlib")
-    from torchfedrpc.experiments.sweep_plot import draw_runs
+    from torchfedrpc.experiments.sweeps.plot import draw_runs
 
     for group in range(num_groups):
         for seed in range(2):

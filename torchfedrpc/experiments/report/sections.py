@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchfedrpc.experiments import report_charts
-from torchfedrpc.experiments.report_data import MAX_ROWS, Record, RunData, TraceData, TracedRound, sample
+from torchfedrpc.experiments.report import charts
+from torchfedrpc.experiments.report.data import MAX_ROWS, Record, RunData, TraceData, TracedRound, sample
 from torchfedrpc.experiments.trace import STAGES
 
 _MAX_CELLS = 20_000  # of a map of clients and classes
@@ -107,7 +107,7 @@ def _by_round(name: str, caption: str, titles: Iterable[str], rows: Sequence[Seq
     columns = [Column("round", "round"), *(Column(key, title) for key, title in series.items())]
     values = {value for row in rows for value in row[1:] if value is not None}
     rounds = [row[0] for row in rows]
-    spec = report_charts.lines([*series.values()], y_title, rounds, from_zero=len(values) < 2)
+    spec = charts.lines([*series.values()], y_title, rounds, from_zero=len(values) < 2)
     return Figure(name, caption.capitalize(), columns, rows, spec, series)
 
 
@@ -132,7 +132,7 @@ def _clients(run: RunData) -> Section:
         f"{first.capitalize()}: lowest {_short(values[0])}, median {_short(values[len(values) // 2])}, highest "
         f"{_short(values[-1])}."
     )
-    spec = report_charts.client_bars(first, len(shown))
+    spec = charts.client_bars(first, len(shown))
     return Section("clients", title, text, [Figure("scores", f"{first.capitalize()} by client", columns, rows, spec)])
 
 
@@ -157,7 +157,7 @@ def _partition(run: RunData) -> Section:
         f"{len(sizes)} clients have {sizes[0]} to {sizes[-1]} training samples, "
         f"{_short(sum(sizes) / len(sizes))} on average.{_sampled(run.clients, shown, 'clients')}"
     )
-    spec = report_charts.class_map(len(shown), classes) if classes else None
+    spec = charts.class_map(len(shown), classes) if classes else None
     caption = "Samples by client and class" if classes else "Samples by client"
     return Section("partition", title, text, [Figure("classes", caption, columns, rows, spec, series or None)])
 
@@ -198,7 +198,7 @@ def _busy_map(trace: TraceData) -> Iterator[Figure]:
     columns = [Column("round", "round"), *(Column(key, f"{worker}, %") for key, worker in series.items())]
     caption = "Share of each round in which a worker ran calls" + (f" (means of {step} rounds)" if step > 1 else "")
     has_events = bool(_recoveries(trace))
-    spec = report_charts.busy_map(workers, [row[0] for row in rows], with_events=has_events)
+    spec = charts.busy_map(workers, [row[0] for row in rows], with_events=has_events)
     yield Figure("busy", caption, columns, rows, spec, series, events="events" if has_events else None)
 
 
@@ -230,7 +230,7 @@ def _call_slices(trace: TraceData) -> Iterator[Figure]:
     caption = "Calls of a round, by worker"
     if num_rounds < len(trace.rounds):
         caption += f" ({num_rounds} of {len(trace.rounds)} rounds)"
-    yield Figure("calls", caption, columns, rows, report_charts.call_slices(workers, [*kinds]), by_round=True)
+    yield Figure("calls", caption, columns, rows, charts.call_slices(workers, [*kinds]), by_round=True)
 
 
 def _recovery(run: RunData) -> Section:
@@ -322,7 +322,7 @@ def _traffic(run: RunData) -> Iterator[Figure]:
 def _stacked(name: str, caption: str, titles: Sequence[str], rows: Sequence[Sequence[Any]], y_title: str) -> Figure:
     series = {f"value{number}": title for number, title in enumerate(titles)}
     columns = [Column("round", "round"), *(Column(key, title) for key, title in series.items())]
-    spec = report_charts.bars(titles, y_title, [row[0] for row in rows])
+    spec = charts.bars(titles, y_title, [row[0] for row in rows])
     return Figure(name, caption, columns, rows, spec, series)
 
 

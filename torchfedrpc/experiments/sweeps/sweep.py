@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.data.cache import keeping_datasets
 from torchfedrpc.experiments.job import mark_killed
-from torchfedrpc.experiments.results import find_runs, grouped
-from torchfedrpc.experiments.summary import describe_states, print_groups, print_runs, write_csv
-from torchfedrpc.experiments.sweep_plugins import stop_local_jobs
+from torchfedrpc.experiments.sweeps.plugins import stop_local_jobs
+from torchfedrpc.experiments.sweeps.results import find_runs, grouped
+from torchfedrpc.experiments.sweeps.summary import describe_states, print_groups, print_runs, write_csv
 from torchfedrpc.launcher import Launch
 from torchfedrpc.private_files import close_to_others, make_private
 from torchfedrpc.storage import FileLock
@@ -74,7 +74,7 @@ class Sweep:
                 print_groups(groups, sys.stdout)
             write_csv(runs, self.folder / "sweep.csv")
             if draws and extras.available("matplotlib") and any(run.accuracy is not None for run in runs):
-                from torchfedrpc.experiments.sweep_plot import draw_runs  # noqa: PLC0415 - matplotlib is optional
+                from torchfedrpc.experiments.sweeps.plot import draw_runs  # noqa: PLC0415 - matplotlib is optional
 
                 draw_runs(groups, self.folder / "sweep.png")
             print(f"sweep: {self.folder}", flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from torchfedrpc.experiments.results import SEED, RunResult, differing, mean_and_std
+from torchfedrpc.experiments.sweeps.results import SEED, RunResult, differing, mean_and_std
 from torchfedrpc.experiments.table import print_rows
 from torchfedrpc.private_files import replaced
 

@@ -23,8 +23,8 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from torchfedrpc.events import Event, Subscriber
-from torchfedrpc.experiments.progress import describe_metrics, describe_worker
-from torchfedrpc.experiments.run_status import RunStatus
+from torchfedrpc.experiments.progress.lines import describe_metrics, describe_worker
+from torchfedrpc.experiments.progress.run_status import RunStatus
 
 _PERIOD_S = 0.25
 _NUM_ROWS = 8  # of workers; more are counted

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from torchfedrpc.experiments.results import RunResult, mean_and_std
+from torchfedrpc.experiments.sweeps.results import RunResult, mean_and_std
 from torchfedrpc.private_files import replaced
 
 _MAX_GROUPS = 12

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments import extras, report_charts
-from torchfedrpc.experiments.report_data import RunData
-from torchfedrpc.experiments.report_sections import NOT_METRICS, Figure, Section, sections
+from torchfedrpc.experiments import extras
+from torchfedrpc.experiments.report import charts
+from torchfedrpc.experiments.report.data import RunData
+from torchfedrpc.experiments.report.sections import NOT_METRICS, Figure, Section, sections
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.private_files import replaced
 from torchfedrpc.version import __version__
@@ -36,7 +37,7 @@ def write_report(folder: Path, path: Path | None = None) -> Path:
     Returns:
         The path of the report.
     """
-    page = make_page(RunData.read(folder), report_charts.bundle())
+    page = make_page(RunData.read(folder), charts.bundle())
     path = folder / REPORT_FILE if path is None else path
     with replaced(path) as file:
         file.write(page.encode("utf-8", "replace"))
@@ -64,7 +65,7 @@ def make_page(run: RunData, bundle: str | None) -> str:
     """
     parts = sections(run)
     scripts = [] if bundle is None else [bundle, _own("report.js")]
-    charts = {
+    specs = {
         figure.name: {"spec": figure.spec, "series": figure.series, "events": figure.events}
         for section in parts
         for figure in section.figures
@@ -80,7 +81,7 @@ def make_page(run: RunData, bundle: str | None) -> str:
         f"<footer>Made by torchfedrpc {__version__} on {time.strftime('%Y-%m-%d %H:%M')}.</footer>",
     ]
     if scripts:
-        data = json.dumps({"charts": charts, "config": report_charts.CONFIG}).replace("<", "\\u003c")
+        data = json.dumps({"charts": specs, "config": charts.CONFIG}).replace("<", "\\u003c")
         body.append(f'<script type="application/json" id="charts">{data}</script>')
         body += [f"<script>{script}</script>" for script in scripts]
     return "\n".join(body) + "\n"
@@ -254,4 +255,4 @@ def _is_wide(figure: Figure) -> bool:
 
 
 def _own(name: str) -> str:
-    return resources.files("torchfedrpc.experiments").joinpath(name).read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments import extras
-from torchfedrpc.experiments.results import SEED, RunResult, find_runs, grouped
-from torchfedrpc.experiments.summary import describe_states, print_groups, write_csv
+from torchfedrpc.experiments.sweeps.results import SEED, RunResult, find_runs, grouped
+from torchfedrpc.experiments.sweeps.summary import describe_states, print_groups, write_csv
 from torchfedrpc.private_files import make_private
 from torchfedrpc.run import leave_no_word
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     write_csv(runs, options.output / "compare.csv", target=options.target)
     written = ["compare.csv"]
     if extras.available("matplotlib") and any(run.accuracy is not None for run in runs):
-        from torchfedrpc.experiments.sweep_plot import draw_runs  # noqa: PLC0415 - matplotlib is optional
+        from torchfedrpc.experiments.sweeps.plot import draw_runs  # noqa: PLC0415 - matplotlib is optional
 
         draw_runs(groups, options.output / "compare.png")
         written.append("compare.png")

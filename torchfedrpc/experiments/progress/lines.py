@@ -1,41 +1,12 @@
-"""Progress display of a run: a live view on a terminal or in a notebook, else lines."""
+"""Progress display of lines: the end of each round, and what happens to workers."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 from torchfedrpc.events import Event, ReplayEnded, RoundEnded, Subscriber, WorkerJoined, WorkerLeft, WorkerLost
-from torchfedrpc.experiments import extras
-from torchfedrpc.experiments.run_status import RunStatus
-from torchfedrpc.interactive import is_notebook
-
-
-def live_progress(
-    stream: TextIO | None = None, stats: Callable[[], Mapping[str, Any]] | None = None
-) -> AbstractContextManager[Subscriber]:
-    """Return a progress display: a bar in a notebook, a live view on a terminal if rich is installed, else lines.
-
-    Args:
-        stream: The output stream. Default: stdout.
-        stats: `LearnerProxy.stats` of the run. Default: The view has neither bytes nor workers.
-
-    Returns:
-        A context manager that provides a callback for ``proxy.subscribe``.
-    """
-    if stream in (None, sys.stdout) and is_notebook():
-        from torchfedrpc.experiments.progress_cell import CellProgress  # noqa: PLC0415 - IPython is optional
-
-        return CellProgress(describe_metrics)
-    stream = stream or sys.stdout
-    if stream.isatty() and extras.available("rich"):
-        from torchfedrpc.experiments.terminal_view import TerminalView  # noqa: PLC0415 - rich is optional
-
-        return TerminalView(stream, stats)
-    return LineProgress(stream)
+from torchfedrpc.experiments.progress.run_status import RunStatus
 
 
 class LineProgress:

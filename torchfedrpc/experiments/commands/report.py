@@ -9,7 +9,7 @@ from pathlib import Path
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.history import HISTORY_FILE
-from torchfedrpc.experiments.report_page import REPORT_FILE, write_report
+from torchfedrpc.experiments.report.page import REPORT_FILE, write_report
 from torchfedrpc.experiments.trace import TRACE_FILE
 
 

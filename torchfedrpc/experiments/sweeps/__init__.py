@@ -1,0 +1,1 @@
+"""Sweeps of runs, and what several runs have in common."""
