@@ -71,9 +71,9 @@ class SharedRef(SentApart):
             )
         return self._value
 
-    def open(self, allow: AllowList) -> Any:
+    def open(self, allow: AllowList, device: torch.device | None = None) -> Any:
         """Return the object, as a copy for the caller."""
-        return self.value.open(allow)
+        return self.value.open(allow, device)
 
     async def release(self) -> None:
         """Free the object on all workers. Calls submitted before still receive it."""

@@ -112,14 +112,6 @@ def _taken(received: torch.Tensor) -> torch.Tensor:
     return slot
 
 
-def home_device(parcel: Packed) -> torch.device | None:
-    """Return the GPU of the caller's tensors, to which those of the answer go too; None without any on a GPU."""
-    for slot in parcel.slots if isinstance(parcel, Parcel) else ():
-        if slot.is_cuda:
-            return slot.device
-    return None
-
-
 def call_message(call: Call, covered: MappedDevices, common: Packed | None = None) -> Any:
     """Return a call as a tuple, without its arguments if they are the common ones."""
     timeout_s = None if call.run_timeout_s is None else float(call.run_timeout_s)  # the guard refuses numpy's

@@ -22,7 +22,6 @@ from torchfedrpc.rpc.message import (
     batch_message,
     call_message,
     file_message,
-    home_device,
     parcel_message,
     read_outcome,
     read_report,
@@ -30,7 +29,7 @@ from torchfedrpc.rpc.message import (
 from torchfedrpc.rpc.rrefs import hold
 from torchfedrpc.tasks import call_on
 from torchfedrpc.wire.file import Address, TensorFiles
-from torchfedrpc.wire.packing import Packed, Parcel
+from torchfedrpc.wire.packing import Packed, Parcel, home_device
 from torchfedrpc.wire.shared import SharedValue, shared_values
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import operator
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -53,8 +53,8 @@ class SentApart:
         """The object that opens the value."""
         raise NotImplementedError
 
-    def open(self, allow: AllowList) -> Any:
-        """Return the value, on memory that no other object shares."""
+    def open(self, allow: AllowList, device: torch.device | None = None) -> Any:
+        """Return the value, on memory that no other object shares; see `Parcel.open`."""
         raise NotImplementedError
 
 
@@ -101,19 +101,25 @@ class Parcel:
             slots = _copies(self.views, self.slots)
         return Parcel(self.head, self.views, slots, None, self.apart)
 
-    def open(self, allow: AllowList, beside: list[Tensor] | None = None) -> Any:
+    def on(self, device: torch.device) -> Parcel:
+        """Return a packed parcel with its tensors on GPUs moved to one device, on the thread that packed it."""
+        slots = _moved(self.slots, device)
+        return replace(self, slots=slots, ready=fence(slots))
+
+    def open(self, allow: AllowList, beside: list[Tensor] | None = None, device: torch.device | None = None) -> Any:
         """Return the object, built on the parcel's memory. Unless it is common, it is opened once.
 
         Args:
             allow: The types that may travel.
             beside: Receives the tensors that were packed beside the object.
+            device: GPU to which tensors on GPUs are moved; None leaves them where they are.
 
         Raises:
             UntrustedTypeError: If the pickle names a type outside the allow-list.
             SerializationError: If the parcel cannot be read.
         """
         if self.is_common and self.slots:
-            return self.copy().open(allow, beside)
+            return self.copy().open(allow, beside, device)
         if self.ready is not None:
             self.ready.wait()
         try:
@@ -124,7 +130,9 @@ class Parcel:
                 if not isinstance(slot, Tensor):
                     raise SerializationError("a parcel has slots that are no tensors")
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-                builder = _Builder(self, allow)
+                if device is not None:
+                    self.slots[:] = _moved(self.slots, device)
+                builder = _Builder(self, allow, device)
                 if is_plain:
                     obj = pickle.loads(self.head)
                 else:
@@ -151,7 +159,7 @@ class Unreadable:
         """Return this."""
         return self
 
-    def open(self, allow: AllowList, beside: list[Tensor] | None = None) -> Any:
+    def open(self, allow: AllowList, beside: list[Tensor] | None = None, device: torch.device | None = None) -> Any:
         """Raise the error."""
         raise self.error
 
@@ -167,7 +175,7 @@ class Reference:
         """Return this."""
         return self
 
-    def open(self, allow: AllowList, beside: list[Tensor] | None = None) -> Any:
+    def open(self, allow: AllowList, beside: list[Tensor] | None = None, device: torch.device | None = None) -> Any:
         """Return the object itself."""
         return self.target
 
@@ -231,6 +239,14 @@ def pack(
             files, mapped = mapped_copies(slots, pool)
             slots = mapped if files is not None else _copies(views, slots)
     return Parcel(file.getvalue(), views, slots, fence(slots) if slots else None, tuple(pickler.apart), files)
+
+
+def home_device(parcel: Packed | None) -> torch.device | None:
+    """Return the GPU of the caller's tensors, to which those of the answer go too; None without any on a GPU."""
+    for slot in parcel.slots if isinstance(parcel, Parcel) else ():
+        if slot.is_cuda:
+            return slot.device
+    return None
 
 
 _PACKED_NOTHING = Parcel(_NOTHING, [], [])
@@ -327,6 +343,12 @@ def _copies(views: list[View], slots: list[Tensor]) -> list[Tensor]:
     return [slot if index in copied else slot.clone() for index, slot in enumerate(slots)]
 
 
+def _moved(slots: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Return the slots with those on GPUs moved to one device."""
+    with PlainTensors():
+        return [slot.to(device) if slot.is_cuda else slot for slot in slots]
+
+
 def _tensor_on(memory: memoryview) -> Tensor:
     """Return a uint8 tensor [num_bytes] on memory, or on a copy if it is read-only, of which torch would warn."""
     return torch.frombuffer(bytearray(memory) if memory.readonly else memory, dtype=torch.uint8)
@@ -339,8 +361,9 @@ class _Builder:
     alive until the next garbage collection.
     """
 
-    def __init__(self, parcel: Parcel, allow: AllowList) -> None:
+    def __init__(self, parcel: Parcel, allow: AllowList, device: torch.device | None) -> None:
         self._apart = parcel.apart
+        self._device = device
         self._opened: dict[int, Any] = {}  # values of `apart`, by number: one object per parcel
         self._allow = allow
         self._copies_arrays = parcel.copies_arrays
@@ -431,7 +454,7 @@ class _Builder:
 
     def _open_apart(self, number: int) -> Any:
         if number not in self._opened:
-            self._opened[number] = self._apart[number].open(self._allow)
+            self._opened[number] = self._apart[number].open(self._allow, self._device)
         return self._opened[number]
 
 

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchfedrpc.wire.allowlist import AllowList
@@ -78,8 +79,8 @@ class SharedValue(SentApart):
             self.num_openings -= 1
             self.num_unsent -= 1
 
-    def open(self, allow: AllowList) -> Any:
-        """Return a new object of this value.
+    def open(self, allow: AllowList, device: torch.device | None = None) -> Any:
+        """Return a new object of this value, with its tensors of GPUs on ``device`` if that is given.
 
         Raises:
             UntrustedTypeError: If it names a type outside the allow-list.
@@ -91,7 +92,7 @@ class SharedValue(SentApart):
                 self.num_openings -= 1
             self._is_gone = self._files() is None and self.num_openings == 0
             parcel = self._parcel if self._is_gone else self._copy()
-        return parcel.open(allow)
+        return parcel.open(allow, device=device)
 
     def equals(self, obj: Any) -> bool:
         """Return whether an object's present value has the same bits; False if comparing them is costly.

@@ -23,7 +23,6 @@ from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.rpc import world
 from torchfedrpc.rpc.message import (
     call_message,
-    home_device,
     outcome_message,
     parcel_message,
     read_call,
@@ -31,7 +30,7 @@ from torchfedrpc.rpc.message import (
     read_parcel,
 )
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import Parcel, Unreadable, pack
+from torchfedrpc.wire.packing import Parcel, Unreadable, home_device, pack
 from torchfedrpc.wire.tensors import fence
 
 CPU = torch.device("cpu")

@@ -17,13 +17,14 @@ import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import strangers
 import torch
+from simulated_gpus import SimulatedGpus
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
@@ -869,3 +870,24 @@ def test_a_hook_that_came_keeps_its_number_beside_new_ones() -> None:
     handle = again.register_forward_hook(torch.nn.functional.relu)
     handle.remove()
     assert len(again._forward_hooks) == 1
+
+
+def test_tensors_of_gpus_are_moved_to_one_as_a_parcel_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    SimulatedGpus(2).install(monkeypatch)
+    given = [torch.ones(3), torch.full((3,), 2.0, device="cuda:0"), torch.full((3,), 3.0, device="cuda:1")]
+    tied = given[1][:2]
+    for parcel in (pack([*given, tied]), replace(pack([*given, tied]), is_common=True)):
+        opened = parcel.open(AllowList(), device=torch.device("cuda", 1))
+        assert [str(tensor.device) for tensor in opened] == ["cpu", "cuda:1", "cuda:1", "cuda:1"]
+        assert [tensor.tolist() for tensor in opened] == [tensor.tolist() for tensor in (*given, tied)]
+        assert opened[1].untyped_storage().data_ptr() == opened[3].untyped_storage().data_ptr()
+    assert [str(tensor.device) for tensor in pack(given).open(AllowList())] == ["cpu", "cuda:0", "cuda:1"]
+
+
+def test_packed_tensors_of_gpus_are_moved_to_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    SimulatedGpus(2).install(monkeypatch)
+    parcel = pack([torch.ones(3), torch.ones(3, 3).to("cuda:0"), torch.ones(3).to("cuda:1")])
+    for device, expected in (("cuda:1", ["cpu", "cuda:1", "cuda:1"]), ("cpu", ["cpu"] * 3)):
+        moved = parcel.on(torch.device(device))
+        assert [str(tensor.device) for tensor in moved.open(AllowList())] == expected
+        assert sorted(str(slot.device) for slot in parcel.slots) == ["cpu", "cuda:0", "cuda:1"]  # it is as before
