@@ -146,7 +146,8 @@ class RuntimeConfig:
         max_resident_learners: Number of learners that each process keeps in memory, beside the running ones. The
             least recently used learners are evicted to disk, as snapshots in `tempfile`'s folder, until their next
             call. None: No eviction.
-        isolation: ``value`` copies arguments and results in local mode too; ``none`` passes references there.
+        isolation: ``value`` copies arguments and results in local mode too; ``none`` passes references there,
+            and all learners have the first GPU.
         interface: Network interface for workers of several machines: a name that all of them have, such as ``wg0``,
             or a range of addresses, such as ``10.0.0.0/24``, of which each machine has one. Default: loopback if all
             workers are on one machine, else the interface that routes to the driver. Every port of the driver is on
@@ -165,7 +166,8 @@ class RuntimeConfig:
             any size.
         max_concurrent_calls: Number of sync methods that run at the same time in one process.
         device_map: ``auto`` sends CUDA tensors device to device between driver and workers; ``none`` stages them
-            through host memory.
+            through host memory, where those of a result stay unless the arguments have some on a GPU. So they do with
+            several GPUs in local mode.
         trusted_modules: Top-level packages for the allow-list, beside the learner's package. Their classes may be
             sent, and recipes (``_target_``) may name their classes and functions.
         transport: TensorPipe's transport. ``auto`` is ``uv``: torch's default, ``shm``, has lower latency but keeps

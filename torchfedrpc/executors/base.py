@@ -20,7 +20,7 @@ from torchfedrpc.host.call import Call
 from torchfedrpc.host.call_trace import CallTrace
 from torchfedrpc.host.faults import Fault
 from torchfedrpc.host.learner_host import LearnerHost
-from torchfedrpc.host.process import choose_device
+from torchfedrpc.host.process import visible_devices
 from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.reduce.driver import Reduction
@@ -52,7 +52,7 @@ class ExecutorSpec:
             ConfigError: If the learner's class cannot be found.
         """
         report = partial(call_on, asyncio.get_running_loop(), self.publish_progress)
-        process = ProcessState(self.learner, choose_device(0), in_driver=True, report=report)
+        process = ProcessState(self.learner, devices=visible_devices(), in_driver=True, report=report)
         return LearnerHost(self.learner, process, clients=self.clients)
 
     def publish_progress(self, call: Call, number: int, progress: Packed) -> None:

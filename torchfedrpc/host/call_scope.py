@@ -118,6 +118,8 @@ class CallScope:
         self._guard = _torch_c._InferenceMode(own[1])  # sets grad mode too; leaving it restores both
         self._guard.__enter__()
         try:
+            if (gpu := self.job.mailbox.device) is not None:
+                torch.cuda.set_device(gpu)  # of this thread, on which a learner of another GPU may have run
             if own is not self._outer_modes:
                 _torch_c._set_grad_enabled(own[0])
                 if own[3:] != self._outer_modes[3:]:

@@ -24,7 +24,7 @@ class CallContext:
         client_id: The client of the learner.
         method: The method's name; ``__init__`` while the learner is made.
         call_id: Unique in a run.
-        device: Device for the tensors of this process's learners.
+        device: Device for the learner's tensors.
         trusted_modules: The packages that the run trusts, the learner's own among them.
     """
 
@@ -76,6 +76,7 @@ class CallContext:
     def shared(self, key: Hashable, factory: Callable[[], T]) -> T:
         """Return an object that learners of a process share, such as a dataset, made by ``factory()`` if needed.
 
+        If the learners of local mode have several GPUs, those of each GPU share one, as with a worker for each GPU.
         Its random draws depend only on (run seed, ``repr(key)``), so use strings, numbers or tuples of them as keys;
         also those from ``current_call().generator``, asked for in the factory.
         """
@@ -91,7 +92,8 @@ class CallContext:
             )
             return scope.new_context().run(scope.run, factory)
 
-        return self._process.shared.get(key, make, in_constructor=self.method == "__init__")
+        shared = self._process.shared[self._job.mailbox.device]
+        return shared.get(key, make, in_constructor=self.method == "__init__")
 
 
 def current_call() -> CallContext:
@@ -110,7 +112,7 @@ def current_call() -> CallContext:
             client_id=job.call.client_id,
             method=scope.method,
             call_id=job.call.call_id,
-            device=process.device,
+            device=job.mailbox.device or process.device,
             trusted_modules=process.allow.trusted,
             _seed=scope.seed,
             _job=job,

@@ -77,6 +77,7 @@ class LearnerCache:
             OSError: If the learner is on disk, which cannot be read.
         """
         mailbox, process = job.mailbox, self._process
+        shared = process.shared[mailbox.device]
         if mailbox.is_stored:
             data = bytearray(self._snapshots.get(mailbox.client_id))
             if limit_bytes is not None and len(data) > limit_bytes:
@@ -84,14 +85,14 @@ class LearnerCache:
             return pack(torch.frombuffer(data, dtype=torch.uint8), copy=False)
 
         def take() -> Parcel:
-            state = capture(mailbox.learner, mailbox.client_id, process.shared) if mailbox.made else None
+            state = capture(mailbox.learner, mailbox.client_id, shared) if mailbox.made else None
             snapshot = Snapshot(mailbox.client_id, self._spec.name, dict(mailbox.counts), state)
             return taken(
                 snapshot,
                 process.allow,
                 mailbox.learner,
-                process.shared,
-                process.device,
+                shared,
+                mailbox.device or process.device,
                 pool=pool,
                 limit_bytes=limit_bytes,
             )
@@ -110,16 +111,15 @@ class LearnerCache:
             Exception: If the constructor raised it, or the snapshot cannot be restored.
         """
         process, mailbox = self._process, job.mailbox
-        snapshot = load(data, process.allow, process.device)
+        shared = process.shared[mailbox.device]
+        snapshot = load(data, process.allow, mailbox.device or process.device)
         check_belongs(snapshot, mailbox.client_id, self._spec.name)
         constructor = mailbox.kwargs if kwargs is None else process.take_value(kwargs)
         assert constructor is not None
         learner = None
         if snapshot.made:
             made = learner = self._make(job, constructor)
-            self._apart(
-                job, "load_state_dict", lambda: reinstate(made, snapshot.state, mailbox.client_id, process.shared)
-            )
+            self._apart(job, "load_state_dict", lambda: reinstate(made, snapshot.state, mailbox.client_id, shared))
         mailbox.learner, mailbox.made, mailbox.is_stored = learner, snapshot.made, False
         mailbox.kwargs = constructor if self._limit is not None or not snapshot.made else None
         mailbox.counts = Counter(snapshot.counts)
@@ -192,7 +192,7 @@ class LearnerCache:
         log("%s stays in memory beyond max_resident_learners: %s", mailbox.client_id, error)
 
     def _make(self, job: Job, packed: Packed) -> Any:
-        kwargs = packed.copy().open(self._process.allow)
+        kwargs = packed.copy().open(self._process.allow, device=job.mailbox.device)
         learner = self._apart(job, "__init__", lambda: self._factory(job.call.client_id, **kwargs))
         if (kind := type(learner)) not in self._kinds:
             self._kinds.add(kind)

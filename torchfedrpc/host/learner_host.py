@@ -47,7 +47,8 @@ class LearnerHost:
             limits do not apply while a debugger is attached, and outcomes are not kept. Default: That of a worker
             without a GPU, which reports no progress.
         worker: Name of this process in messages.
-        clients: Client -> keyword arguments of its learner's constructor. These learners need not be registered.
+        clients: Client -> keyword arguments of its learner's constructor. These learners need not be registered. They
+            have the GPUs of ``process`` in turn, in this order.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class LearnerHost:
         self._runner = Runner(self._process, self._learners)
         self._sync = SyncThreads(spec.runtime.max_concurrent_calls, self._process)
         self._async = AsyncThread(self._process)
+        # Client -> its GPU, if there are several.
+        self._gpus = dict(zip(self._clients, itertools.cycle(self._process.gpus), strict=False))
         self._merging: SyncThreads | None = None  # started by the first batch that needs it
         self._lock = threading.Lock()  # guards queues of mailboxes, jobs and their states, and outcomes
         self._mailboxes: dict[str, Mailbox] = {}
@@ -90,7 +93,9 @@ class LearnerHost:
             if mailbox is None or mailbox.build != registration.build:
                 if mailbox is not None:
                     self._learners.forget(mailbox)
-                mailbox = self._mailboxes[client_id] = Mailbox(client_id, registration.kwargs, registration.build)
+                gpu = self._gpus.get(client_id, self._process.device) if self._process.gpus else None
+                mailbox = Mailbox(client_id, registration.kwargs, registration.build, gpu)
+                self._mailboxes[client_id] = mailbox
             return mailbox
 
     def register_own(self, client_id: str) -> None:
@@ -142,7 +147,9 @@ class LearnerHost:
             batch_job = self._batches.get(batch.call_id)
             if batch_job is None and known is None:
                 mailboxes = [self._mailboxes[call.client_id] for _, call in batch.calls]  # fails before all else
-                batch_job = BatchJob(batch, self.allow, by_value=self._process.by_value)
+                gpus = self._process.gpus
+                home = self._process.home_of(*[call.arguments for _, call in batch.calls]) if gpus else None
+                batch_job = BatchJob(batch, self.allow, by_value=self._process.by_value, home=home)
                 self._batches[batch.call_id] = batch_job
                 for (place, call), mailbox in zip(batch.calls, mailboxes, strict=True):
                     job = Job(call, mailbox, batch=batch_job, place=place)

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from torchfedrpc.host.call import Call, Outcome
 from torchfedrpc.reduce.worker import BatchJob
 from torchfedrpc.wire.packing import Packed
@@ -27,6 +29,7 @@ class Mailbox:
         client_id: The client.
         kwargs: Arguments of the learner's constructor; None if the learner is made and will not be made again.
         build: Number of this learner among those of its client.
+        device: Its GPU, if the learners of this process have several; None for the device of the process.
         learner: The learner; None before its first call, and while it is on disk.
         made: Whether the learner was made.
         is_stored: Whether its snapshot is on disk, in place of `learner` and `counts`.
@@ -39,6 +42,7 @@ class Mailbox:
     client_id: str
     kwargs: Packed | None
     build: int = 0
+    device: torch.device | None = None
     learner: Any = None
     made: bool = False
     is_stored: bool = False
@@ -95,6 +99,7 @@ class Job:
         is_withdrawn: Whether it was cancelled or given back before it began.
         cancelled: Whether the call was cancelled or has overrun its time.
         context: Its context variables, the scope of the call among them; None before it begins.
+        home: Device to which its result's tensors on GPUs go; None leaves them where they are.
         on_loop: Whether its steps run in the event loop.
         task: The task of an async method or step.
         iterator: The iterator of a stream.
@@ -117,6 +122,7 @@ class Job:
     is_withdrawn: bool = False
     cancelled: bool = False
     context: contextvars.Context | None = None
+    home: torch.device | None = None
     on_loop: bool = False
     task: asyncio.Task[Any] | None = None
     iterator: Iterator[Any] | AsyncIterator[Any] | None = None

@@ -55,9 +55,15 @@ def visible_gpus() -> str | None:
 
 def choose_device(local_index: int) -> torch.device:
     """Return the device of a worker by its number on its machine: GPUs in turn, or the CPU without a GPU."""
+    devices = visible_devices()
+    return devices[local_index % len(devices)]
+
+
+def visible_devices() -> list[torch.device]:
+    """Return the GPUs that this process can use, or the CPU without a GPU."""
     if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_index % torch.cuda.device_count())
+        return [torch.device("cpu")]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def default_num_workers(workers_per_device: int) -> int:

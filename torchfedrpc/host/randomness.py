@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import random
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,35 +32,35 @@ class StreamState(NamedTuple):
     Attributes:
         python: State of `random`.
         torch_cpu: State of torch's CPU generator.
-        torch_device: State of the GPU's generator; None without a GPU.
+        torch_gpus: States of the generators of the GPUs.
         numpy_generator: The bit generator of `numpy.random`.
         numpy_gauss: A normal variate that `numpy.random` has drawn in advance, if any.
     """
 
     python: Any
     torch_cpu: Tensor
-    torch_device: Tensor | None
+    torch_gpus: list[Tensor]
     numpy_generator: Any
     numpy_gauss: float | None
 
 
 class RandomStreams:
-    """The global generators of torch (CPU and one device), numpy and `random`.
+    """The global generators of torch (CPU and GPUs of learners), numpy and `random`.
 
     The process's own state is captured once for calls that follow each other directly, since this takes longer than
     seeding a call.
 
     Args:
-        device: The device, with its generator if it is a GPU.
+        devices: The devices of the learners; those that are GPUs have a generator each.
 
     Attributes:
         aside: The process's own state while calls use the generators; else None.
         spare: Bit generators of calls that have ended, for later calls.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, devices: Iterable[torch.device]) -> None:
         self.aside: StreamState | None = None
-        self._of_device = _device_generator(device)
+        self._of_gpus = [_gpu_generator(device) for device in devices if device.type == "cuda"]
         self._words: Any = _numpy.PCG64DXSM(0)
         self._words_seed = self._words.state
         self.spare: list[Twister] = []  # making one takes 250 us
@@ -75,8 +76,8 @@ class RandomStreams:
         """
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        if self._of_device is not None:
-            self._of_device.manual_seed(seed)
+        for generator in self._of_gpus:
+            generator.manual_seed(seed)
         twister = self.spare.pop() if self.spare else Twister()
         # np.random.seed() takes no more than 32 bits as a number, and 25 us for an array; this takes 5 us.
         self._words_seed["state"]["state"] = seed
@@ -91,7 +92,7 @@ class RandomStreams:
         return StreamState(
             python=random.getstate(),
             torch_cpu=torch.default_generator.get_state(),
-            torch_device=None if self._of_device is None else self._of_device.get_state(),
+            torch_gpus=[generator.get_state() for generator in self._of_gpus] if self._of_gpus else [],
             numpy_generator=_numpy.get_bit_generator(),
             numpy_gauss=_numpy_gauss(),
         )
@@ -100,8 +101,9 @@ class RandomStreams:
         """Restore the state of the generators."""
         random.setstate(state.python)
         torch.default_generator.set_state(state.torch_cpu)
-        if self._of_device is not None and state.torch_device is not None:
-            self._of_device.set_state(state.torch_device)
+        if self._of_gpus:
+            for generator, of_gpu in zip(self._of_gpus, state.torch_gpus, strict=True):
+                generator.set_state(of_gpu)
         _numpy.set_bit_generator(state.numpy_generator)
         if state.numpy_gauss is not None:
             whole = _numpy.get_state(legacy=False)
@@ -159,8 +161,6 @@ def _numpy_gauss() -> float | None:
     return state["gauss"] if state["has_gauss"] else None
 
 
-def _device_generator(device: torch.device) -> torch.Generator | None:
-    if device.type != "cuda":
-        return None
+def _gpu_generator(device: torch.device) -> torch.Generator:
     torch.cuda.init()
     return torch.cuda.default_generators[device.index or 0]

@@ -20,7 +20,7 @@ from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.randomness import call_seed
 from torchfedrpc.host.torch_settings import glance
 from torchfedrpc.wire.exceptions import Failure
-from torchfedrpc.wire.packing import pack
+from torchfedrpc.wire.packing import Parcel, pack
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,9 @@ class Runner:
         try:
             self._learners.make_present(job)
             method = find_method(mailbox.learner, call.method, call.client_id)
-            args, kwargs = call.arguments.open(process.allow)
+            if mailbox.device is not None:
+                job.home = process.home_of(call.arguments)
+            args, kwargs = call.arguments.open(process.allow, None, mailbox.device)
         except BaseException as error:
             return failed(error, never_ran=True)
         if job.cancelled:  # while learners were made or evicted
@@ -133,11 +135,13 @@ class Runner:
             if job.cancelled:  # after `task` is set, so that no later cancellation is missed
                 return await self.close_stream(job)
             sent, job.sent = job.sent, None
+            if job.home is not None and job.num_items:
+                job.home = self._process.home_of(sent)
             if sent is None:
                 box = [await anext(iterator) if isinstance(iterator, AsyncIterator) else next(iterator)]
             else:
                 try:
-                    send, value = _sender(job, iterator), sent.open(self._process.allow)
+                    send, value = _sender(job, iterator), sent.open(self._process.allow, device=job.mailbox.device)
                 except BaseException:
                     await _close(iterator)
                     raise
@@ -166,9 +170,11 @@ class Runner:
         seconds = time.perf_counter() - job.began
         try:
             if job.batch is not None and not job.cancelled:
-                job.batch.add(job.place, box[0])
+                job.batch.add(job.place, box[0], job.mailbox.device)
                 box[0] = None
             result = self._process.take_result(box[0])
+            if job.home is not None and isinstance(result, Parcel):
+                result = result.on(job.home)
             stamps = (job.received, job.begun, time.perf_counter())
             return Outcome(kind, result, seconds=seconds, stamps=stamps)
         except SerializationError as error:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchfedrpc.errors import SerializationError
@@ -31,9 +32,9 @@ def pack_reducer(reducer: Reducer) -> Parcel:
     return pack(reducer)
 
 
-def open_reducer(parcel: Packed, allow: AllowList) -> Reducer:
-    """Return the reducer of a parcel."""
-    match parcel.open(allow):
+def open_reducer(parcel: Packed, allow: AllowList, device: torch.device | None = None) -> Reducer:
+    """Return the reducer of a parcel, with its tensors of GPUs on ``device`` if that is given."""
+    match parcel.open(allow, device=device):
         case ("WeightedMean", value, weight):
             return WeightedMean(value, weight)
         case ("Mean" | "Sum" as kind, value, None):

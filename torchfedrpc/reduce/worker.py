@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from torchfedrpc.host.call import Batch, Outcome
 from torchfedrpc.reduce.partial import open_reducer, pack_nodes
-from torchfedrpc.reduce.reducers import Reducer, is_builtin
+from torchfedrpc.reduce.reducers import is_builtin
 from torchfedrpc.reduce.tree import Forest, MergeError
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.exceptions import Failure
@@ -25,6 +27,7 @@ class BatchJob:
         batch: The calls and the reducer.
         allow: The allow-list of types.
         by_value: Whether results, and partial results, are copied.
+        home: Device to which tensors of partial results on GPUs go; None leaves them where they are.
 
     Attributes:
         batch: The batch.
@@ -32,7 +35,7 @@ class BatchJob:
         outcomes: Places and outcomes of the calls that have ended, without values.
     """
 
-    def __init__(self, batch: Batch, allow: AllowList, *, by_value: bool) -> None:
+    def __init__(self, batch: Batch, allow: AllowList, *, by_value: bool, home: torch.device | None = None) -> None:
         self.batch = batch
         self.reply: Callable[[Outcome], None] | None = None
         self.outcomes: list[tuple[int, Outcome]] = []
@@ -40,18 +43,25 @@ class BatchJob:
         self._allow = allow
         self._by_value = by_value
         self._opening = threading.Lock()
-        self._opened: tuple[Reducer, Forest] | None = None
+        self._home = home
+        self._forests: dict[torch.device | None, Forest] = {}  # by the learners' GPU, as with a worker for each GPU
+        self._is_builtin = True  # or no result has come
 
-    def add(self, place: int, result: Any) -> None:
+    def add(self, place: int, result: Any, device: torch.device | None = None) -> None:
         """Add the result of a client's call, on the thread of its method. A user-defined reducer gets it by value.
+
+        Args:
+            place: The client's place in the reduction.
+            result: The result.
+            device: See `Mailbox.device`. Results of each GPU are added up there.
 
         Raises:
             MergeError: If it cannot be merged with the result of another client.
             SerializationError: If the reducer cannot be deserialized here.
             Exception: If the reducer's ``add`` raised it.
         """
-        reducer, forest = self._open()
-        if self._by_value and not is_builtin(reducer):
+        forest = self._forest(device)
+        if self._by_value and not self._is_builtin:
             result = pack(result).open(self._allow)
         try:
             forest.add(place, result)
@@ -83,7 +93,7 @@ class BatchJob:
         """
         if any(outcome.cut_off or outcome.kind == "cancelled" for _, outcome in self.outcomes):
             return False
-        return self._opened is None or is_builtin(self._opened[0])
+        return self._is_builtin
 
     def partial_results(self) -> Packed:
         """Return the largest complete nodes.
@@ -92,21 +102,23 @@ class BatchJob:
             MergeError: If two results cannot be merged.
             SerializationError: If they cannot be sent.
         """
-        if self._opened is None:  # no call has returned a result
+        if not self._forests:  # no call has returned a result
             return pack_nodes([])
-        _, forest = self._opened
         try:
-            nodes = forest.take()
+            nodes = [node for forest in list(self._forests.values()) for node in forest.take()]
         except MergeError as error:
             raise self._sendable(error) from error.reason
-        return pack_nodes(nodes) if self._by_value else Reference(nodes)
+        if not self._by_value:
+            return Reference(nodes)
+        return pack_nodes(nodes) if self._home is None else pack_nodes(nodes).on(self._home)
 
-    def _open(self) -> tuple[Reducer, Forest]:
+    def _forest(self, device: torch.device | None) -> Forest:
         with self._opening:
-            if self._opened is None:
-                reducer = open_reducer(self.batch.prototype.copy(), self._allow)
-                self._opened = reducer, Forest(reducer, self.batch.num_places)
-            return self._opened
+            if (forest := self._forests.get(device)) is None:
+                reducer = open_reducer(self.batch.prototype.copy(), self._allow, device)
+                self._is_builtin = is_builtin(reducer)
+                forest = self._forests[device] = Forest(reducer, self.batch.num_places)
+            return forest
 
     def _sendable(self, error: MergeError) -> MergeError:
         """Return the error with a reason of a type that the allow-list covers."""

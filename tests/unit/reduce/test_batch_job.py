@@ -64,10 +64,10 @@ def test_partial_results_of_a_builtin_reducer_are_sent_without_a_copy(by_value: 
     result = torch.ones(3)
     job = batch_job(Mean(), by_value=by_value)
     job.add(0, result)
-    assert job._opened is not None
     reducer: Any
     sent: Any
-    [reducer] = job._opened[1]._nodes.values()
+    [forest] = job._forests.values()
+    [reducer] = forest._nodes.values()
     address = reducer._entries.total.data_ptr()
     [(_, _, sent)] = sent_nodes(job, Mean())
     assert sent._entries.total.data_ptr() == address != result.data_ptr()
@@ -77,8 +77,8 @@ def test_partial_results_of_a_users_reducer_are_copied() -> None:
     """It may have kept what it was given, and the learner may have what it keeps."""
     job = batch_job(Kept())
     job.add(0, torch.ones(3))
-    assert job._opened is not None
-    [reducer] = job._opened[1]._nodes.values()
+    [forest] = job._forests.values()
+    [reducer] = forest._nodes.values()
     packed = job.partial_results()
     reducer.results[0].zero_()  # type: ignore[attr-defined]
     [(_, _, sent)] = packed.open(ALLOW)
