@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -142,6 +142,91 @@ async def test_tensors_between_gpus_avoid_host_memory(proxy: tfr.LearnerProxy) -
     assert names_of_copies(profiled) == []
     assert await learner.end_profile() == []
     assert float(given.sum()) == SIZE
+
+
+# Several GPUs.
+
+
+class Placed:
+    """A learner that tells the devices of what it has and is given."""
+
+    def __init__(self, client_id: str, given: Tensor | None = None) -> None:
+        self.given = given
+        self.kept = torch.rand(300, device="cuda")  # the current GPU
+        self.table = tfr.current_call().shared("table", lambda: torch.rand(3, device=tfr.current_call().device))
+
+    def places(self) -> list[str]:
+        call = tfr.current_call()
+        places = [
+            call.device,
+            torch.cuda.current_device(),
+            self.kept.device,
+            self.table.device,
+            call.generator.device,
+        ]
+        return [str(place) for place in places]
+
+    async def places_async(self) -> list[str]:
+        await asyncio.sleep(0)
+        return self.places()
+
+    def devices(self, *tensors: Tensor) -> list[str]:
+        assert self.given is not None
+        return [str(tensor.device) for tensor in (self.given, *tensors)]
+
+    def give(self, given: Tensor | None = None) -> dict[str, Tensor]:
+        call = tfr.current_call()
+        return {
+            "drawn": torch.rand(300, generator=call.generator, device=call.device) + self.kept,
+            "cpu": torch.ones(3),
+        }
+
+    def items(self) -> Generator[Tensor, Tensor, None]:
+        given = yield self.kept
+        while True:
+            given = yield self.kept + given
+
+    def late_sum(self, tensor: Tensor) -> Tensor:
+        return make_late_ones(tfr.current_call().device) + tensor
+
+
+async def facts_of_gpus(runtime: dict[str, Any]) -> list[Any]:
+    """What learners and trainer see of devices and values: the same in each mode."""
+    facts: list[Any] = []
+
+    def add(*results: Any) -> None:
+        facts.append([(str(one.device), one.tolist()) if isinstance(one, Tensor) else one for one in results])
+
+    first, second = torch.ones(300, device="cuda:0"), torch.ones(300, device="cuda:1")
+    large = torch.ones(SIZE, device="cuda:0")
+    clients = {one: {"given": first} for one in ("a", "b")}
+    async with tfr.LearnerProxy(Placed, clients, runtime=runtime, seed=3) as proxy:
+        group = proxy.clients()
+        for method in ("places", "places_async"):
+            add(dict(await group.call(method)))
+        reference = await proxy.share(large)
+        add(dict(await group.call("devices", first, second, large, reference, torch.ones(3))))
+        for given in (None, first, second, torch.ones(3)):
+            for result in (await group.call("give", given)).values():
+                add(*result.values())
+            for reducer in (tfr.Mean("drawn"), tfr.Sum("cpu")):
+                add((await group.reduce("give", reducer, given=given)).value)
+        for one in proxy.client_ids:
+            stream = proxy.stream(one, "items")
+            add(await anext(stream), await stream.asend(first), await stream.asend(second))
+            await stream.aclose()
+            add(float((await proxy.client(one).late_sum(make_late_ones("cuda:0"))).sum()))
+        await proxy.restore({one: data async for one, data in proxy.snapshots()})
+        add(dict(await group.call("places")))
+    return facts
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("device_map", ["auto", "none"])
+async def test_local_mode_has_tensors_where_workers_have_them(device_map: str) -> None:
+    local = await facts_of_gpus({"execution_mode": "local", "device_map": device_map})
+    assert local == await facts_of_gpus(pseudo(num_processes=2, device_map=device_map))
+    assert [places[0] for places in local[0][0].values()] == ["cuda:0", "cuda:1"]
 
 
 class Large:
