@@ -13,6 +13,8 @@ from torch import Tensor
 
 import torchfedrpc as tfr
 from torchfedrpc.events import Event, ProgressReported
+from torchfedrpc.host.call import Registration
+from torchfedrpc.host.learner_host import LearnerHost
 from torchfedrpc.host.process import visible_devices
 from torchfedrpc.host.process_state import ProcessState
 from torchfedrpc.host.spec import LearnerSpec
@@ -139,6 +141,18 @@ async def test_concurrent_methods_have_the_gpus_of_their_learners() -> None:
         assert {one: {place for place, _ in own} for one, own in places.items()} == {
             one: {gpu} for one, gpu in IN_TURN.items()
         }
+
+
+async def test_learners_beside_those_of_the_run_have_the_first_gpu() -> None:
+    spec = LearnerSpec.of(OnGpu, 0, tfr.RuntimeConfig())[0]
+    process = ProcessState(spec, devices=visible_devices(), in_driver=True)
+    host = LearnerHost(spec, process, clients={"a": {}, "b": {}})
+    try:
+        host.register(Registration.of("of a mode of its own", {}))
+        assert await host.execute_method("b", "places") == [(SECOND, 1)] * 2
+        assert await host.execute_method("of a mode of its own", "places") == [(FIRST, 0)] * 2
+    finally:
+        assert host.close()
 
 
 async def test_learners_of_each_gpu_share_objects_with_the_same_bits() -> None:
