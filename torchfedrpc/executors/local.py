@@ -114,7 +114,13 @@ class LocalLearners(Learners):
         return await answer(partial(self._host.run_batch, batch), lambda: None)
 
     async def advance(self, batch: Batch, num_known: int, /) -> Outcome:
-        """Request the calls of a watched batch that have ended after the first ``num_known``, or the batch's end."""
+        """Request the calls of a watched batch that have ended after the first ``num_known``, or the batch's end.
+
+        Raises:
+            WorkerLostError: If the proxy is closed.
+        """
+        if not self.is_open:  # a closed host has forgotten the batch
+            raise WorkerLostError("the proxy is closed")
         outcome = await answer(partial(self._host.advance, batch.call_id, num_known), lambda: None)
         if outcome.is_final:
             self._host.acknowledge([batch.call_id])
