@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import logging
 import operator
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
@@ -34,6 +35,9 @@ from torchfedrpc.options import CALL_OPTIONS, UNCHANGED, CallOptions, OnError, U
 from torchfedrpc.stream import LearnerStream
 from torchfedrpc.wire.fingerprint import fingerprint
 
+logger = logging.getLogger(__name__)
+
+_NUM_NAMED = 8  # workers in the log line of the opening; more are counted
 _SETTINGS_OF_BITS = ("deterministic", "max_concurrent_calls", "torch_threads")
 
 
@@ -204,6 +208,7 @@ class LearnerProxy:
             raise
         self._calls.open(asyncio.get_running_loop())
         self._exit = stack
+        logger.info("%d clients in %s mode: %s", len(self._spec.clients), self.mode, _named(self.stats()["workers"]))
         return self
 
     async def __aexit__(
@@ -549,6 +554,17 @@ class LearnerProxy:
                 name is ``local``. Empty after the proxy is closed.
         """
         return self._calls.stats()
+
+
+def _named(workers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the first workers, each with its process and machine, and the number of the others."""
+    names = [
+        f"{label} (process {facts.get('pid')} on {facts.get('machine')})"
+        for label, facts in list(workers.items())[:_NUM_NAMED]
+    ]
+    if len(workers) > _NUM_NAMED:
+        names.append(f"and {len(workers) - _NUM_NAMED} more")
+    return ", ".join(names) or "no worker so far"
 
 
 def _why_early(error: BaseException | None) -> str:

@@ -107,8 +107,9 @@ def test_a_run_leaves_everything_in_one_folder(folder: Path, smoke: subprocess.C
 
 def test_without_a_terminal_progress_is_a_line_a_round(smoke: subprocess.CompletedProcess[str]) -> None:
     lines = smoke.stdout.splitlines()
-    assert lines[0] == "4 clients, local mode"
-    assert [line.split("  ")[0] for line in lines[1:4]] == ["round 1/3", "round 2/3", "round 3/3"]
+    assert re.fullmatch(r"\[.*\]\[INFO\] - 4 clients in local mode: local \(process \d+ on .+\)", lines[0])
+    assert lines[1] == "4 clients, local mode"
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["round 1/3", "round 2/3", "round 3/3"]
 
 
 def test_a_run_ends_with_a_table_of_its_rounds(folder: Path, smoke: subprocess.CompletedProcess[str]) -> None:

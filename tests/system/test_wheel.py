@@ -115,7 +115,7 @@ def test_both_console_scripts_of_the_wheel_do_an_experiment(folder: Path, comman
         )
     lines = output.splitlines()
     assert lines[0] == "without live bar and picture: pip install 'torchfedrpc[experiments]' brings them"
-    assert lines[1] == "4 clients, distributed mode"
+    assert "4 clients, distributed mode" in lines
     assert len((folder / "outputs" / "history.jsonl").read_text().splitlines()) == 3
     assert (folder / "outputs" / "model.pt").exists()
 

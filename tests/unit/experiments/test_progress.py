@@ -12,17 +12,7 @@ from typing import Any
 import pytest
 from conftest import needs
 
-from torchfedrpc.events import (
-    CallEnded,
-    CallStarted,
-    ReplayEnded,
-    ReplayStarted,
-    RoundEnded,
-    RoundStarted,
-    WorkerJoined,
-    WorkerLeft,
-    WorkerLost,
-)
+from torchfedrpc.events import CallEnded, CallStarted, RoundEnded, RoundStarted
 from torchfedrpc.experiments.progress import live_progress
 from torchfedrpc.experiments.progress.lines import LineProgress
 from torchfedrpc.experiments.progress.run_status import RunStatus
@@ -81,22 +71,6 @@ FULL_STATS = {
 }
 
 
-def test_losses_returns_replays_and_drains_are_lines() -> None:
-    stream = io.StringIO()
-    with LineProgress(stream) as show:
-        show(WorkerLost("worker2", "it was killed by SIGKILL"))
-        show(WorkerJoined("worker2"))
-        show(ReplayStarted("client_4", "worker2", 3))
-        show(ReplayEnded("client_4", "worker2", 3, 0.42))
-        show(WorkerLeft("worker1"))
-    assert stream.getvalue().splitlines() == [
-        "lost worker2: it was killed by SIGKILL",
-        "worker2 has joined",
-        "rebuilt client_4 on worker2: 3 calls in 0.4 s",
-        "worker1 has left in order",
-    ]
-
-
 def shown(view: Any) -> list[str]:
     from rich.console import Console
 
@@ -111,11 +85,9 @@ async def test_a_terminal_gets_a_view() -> None:
     with live_progress(stream, lambda: STATS) as show:
         show(RoundStarted(0, 20))
         show(CallStarted(1, "client_1", "train_epoch"))
-        show(WorkerLost("worker2", "it was killed"))
         show(CallEnded(1, "client_1", "train_epoch", 0.1, None))
         show(RoundEnded(6, 20, {"test_accuracy": 0.875}))
     text = stream.getvalue()
-    assert "lost worker2: it was killed" in text
     assert "7/20" in text
     assert "accuracy 0.875" in text
     assert "\x1b[?25h" in text  # the cursor is visible

@@ -1,16 +1,16 @@
-"""Progress display of lines: the end of each round, and what happens to workers."""
+"""Progress display of lines: the end of each round."""
 
 from __future__ import annotations
 
 from types import TracebackType
 from typing import TextIO
 
-from torchfedrpc.events import Event, ReplayEnded, RoundEnded, Subscriber, WorkerJoined, WorkerLeft, WorkerLost
+from torchfedrpc.events import Event, RoundEnded, Subscriber
 from torchfedrpc.experiments.progress.run_status import RunStatus
 
 
 class LineProgress:
-    """Progress display that writes a line at the end of each round, and for each loss, return, replay and drain.
+    """Progress display that writes a line at the end of each round. Losses and returns of workers are in the log.
 
     Args:
         stream: The output stream.
@@ -30,9 +30,8 @@ class LineProgress:
 
     def _show(self, event: Event) -> None:
         self._status.add(event)
-        line = describe_round(event, self._status) if isinstance(event, RoundEnded) else describe_worker(event)
-        if line is not None:
-            print(line, file=self._stream, flush=True)
+        if isinstance(event, RoundEnded):
+            print(describe_round(event, self._status), file=self._stream, flush=True)
 
 
 def describe_round(ended: RoundEnded, status: RunStatus) -> str:
@@ -42,21 +41,6 @@ def describe_round(ended: RoundEnded, status: RunStatus) -> str:
     if status.seconds_left is not None:
         parts.append(f"{status.seconds_left:.0f} s left")
     return "  ".join(parts)
-
-
-def describe_worker(event: Event) -> str | None:
-    """Return the line of a loss, return, replay or drain; None for any other event."""
-    match event:
-        case WorkerLost():
-            return f"lost {event.worker}: {event.reason}"
-        case WorkerJoined():
-            return f"{event.worker} has joined"
-        case WorkerLeft():
-            return f"{event.worker} has left in order"
-        case ReplayEnded():
-            return f"rebuilt {event.client_id} on {event.worker}: {event.num_calls} calls in {event.seconds:.1f} s"
-        case _:
-            return None
 
 
 def describe_metrics(ended: RoundEnded) -> list[str]:

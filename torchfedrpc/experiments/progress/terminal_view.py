@@ -23,7 +23,7 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from torchfedrpc.events import Event, Subscriber
-from torchfedrpc.experiments.progress.lines import describe_metrics, describe_worker
+from torchfedrpc.experiments.progress.lines import describe_metrics
 from torchfedrpc.experiments.progress.run_status import RunStatus
 
 _PERIOD_S = 0.25
@@ -34,8 +34,8 @@ _WIDTH = 100  # of a picture, in characters
 class TerminalView:
     """View of a run that is redrawn four times a second; its last state stays visible after the run.
 
-    Losses, returns, replays and drains are lines above it, as is everything that is printed or logged meanwhile. The
-    cursor stays visible, so a process that is killed leaves the terminal as it was.
+    What is printed or logged meanwhile, such as the loss of a worker, is above it. The cursor stays visible, so a
+    process that is killed leaves the terminal as it was.
 
     Args:
         stream: A terminal.
@@ -74,8 +74,6 @@ class TerminalView:
 
     def _show(self, event: Event) -> None:
         self._status.add(event)
-        if (line := describe_worker(event)) is not None:
-            self._console.print(Text(line, style="yellow"))
 
     def _draw_later(self) -> None:
         self._live.update(view_of(self._status, self._stats(), self._workers, self._console.width), refresh=True)
