@@ -7,7 +7,6 @@ import contextlib
 import copy
 import enum
 import errno
-import json
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from learners import Mortal
 
 import torchfedrpc as tfr
 from torchfedrpc.events import CheckpointSaved, RoundEnded
-from torchfedrpc.experiments.history import History
 from torchfedrpc.federation.checkpoint_store import Checkpoint, CheckpointStore
 from torchfedrpc.federation.checkpoints import plain
 from torchfedrpc.host.snapshot import load
@@ -368,23 +366,6 @@ async def test_an_open_stream_at_the_end_of_a_round_is_an_error(
         await trainer.train()
     assert f"a stream of {CLIENTS[0]} is open" in caplog.text
     assert rounds_in(tmp_path) == [2]
-
-
-def test_a_history_goes_on_in_its_file(tmp_path: Path) -> None:
-    proxy: Any = SimpleNamespace(stats=lambda: {"bytes_sent": 7, "bytes_received": 8})
-    path = tmp_path / "history.jsonl"
-    first = History(path, proxy)
-    for round_num in range(3):
-        first.append(RoundEnded(round_num, 5, {"train_loss": 1.0 / 3}))
-        if round_num == 1:
-            state = json.loads(json.dumps(first.state_dict()))
-    second = History(path, proxy, goes_on=True)
-    assert len(path.read_text().splitlines()) == 3
-    second.load_state_dict(state)
-    assert [json.loads(line)["round"] for line in path.read_text().splitlines()] == [0, 1]
-    second.append(RoundEnded(2, 5, {}))
-    assert second.records[:2] == first.records[:2]
-    assert [json.loads(line)["round"] for line in path.read_text().splitlines()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("every", 0), ("every", 1.5), ("num_kept", 0), ("num_kept", True)])

@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from omegaconf import DictConfig, OmegaConf
 from own_project import history, shell
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.commands import info, new, resume
+from torchfedrpc.experiments.run_folder import run_in_folder
+from torchfedrpc.private_files import make_private
+from torchfedrpc.storage import FileLock
 
 COMMAND = [sys.executable, "-m", "torchfedrpc"]
 QUICK = ["--config-dir", "conf", "experiment=quick", "baseline=null", "report=false"]
@@ -78,21 +83,55 @@ def test_resume_says_what_a_folder_lacks(tmp_path: Path) -> None:
         resume.main([str(tmp_path / "sweep" / "0"), "seed"])
 
 
-def test_resume_needs_a_checkpoint(tmp_path: Path) -> None:
+def settings(**changed: Any) -> DictConfig:
+    """The configuration of a run of one round of logistic regression."""
     of = "torchfedrpc.experiments.{}".format
-    config = {
+    values = {
         "seed": 0,
         "runtime": {"num_clients": 2},
-        "dataset": {"_target_": of("data.synthetic.synthetic")},
+        "dataset": {"_target_": of("data.synthetic.synthetic"), "num_samples": 100},
         "partition": {"_target_": of("data.partition.iid")},
         "model": {"_target_": of("models.LogisticRegression")},
         "learner": {"_target_": of("classification.ClassificationLearner")},
         "trainer": {"_target_": "torchfedrpc.federation.fedavg.FedAvgTrainer", "num_rounds": 1},
         "resume": "never",
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return OmegaConf.create({**values, **changed})
+
+
+def test_resume_needs_a_checkpoint(tmp_path: Path) -> None:
+    OmegaConf.save(settings(), tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match="has no checkpoint to resume from: the run ended before its first one"):
         resume.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"), [({}, "belong to a run that goes on"), ({"trace": "yes"}, "trace must be true or false")]
+)
+def test_nothing_is_written_into_the_folder_of_a_run_that_goes_on(
+    tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
+    make_private(tmp_path / "checkpoints")
+    lock = FileLock(tmp_path / "checkpoints" / "lock")
+    texts = {"job.json": '{"status": "running"}', "error.txt": "earlier", "config.yaml": "seed: 1"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        run_in_folder(settings(**changed), tmp_path)
+    lock.release()
+    assert {name: (tmp_path / name).read_text() for name in texts} == texts
+
+
+def test_a_change_that_does_not_fit_the_checkpoint_leaves_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # which keeps files of fonts open
+    run_in_folder(settings(), tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="is of another configuration: proxy.clients was"):
+        resume.main([str(tmp_path), "runtime.num_clients=3"])
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert resume.main([str(tmp_path)]) == 0
 
 
 @pytest.mark.timeout(240)

@@ -19,7 +19,8 @@ from hydra import compose, initialize_config_module
 from processes import Process, children_of, descendants_of, wait_for_end
 
 from torchfedrpc.experiments import cli, extras  # noqa: F401 - cli registers the schema of the runtime
-from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
+from torchfedrpc.experiments.experiment import run_experiment
+from torchfedrpc.experiments.experiment_config import ExperimentConfig
 from torchfedrpc.experiments.run_folder import plain
 from torchfedrpc.federation.checkpoint_store import CheckpointStore
 

@@ -14,10 +14,12 @@ import torch
 from conftest import needs
 from torchrun import run_script, write_script
 
+import torchfedrpc as tfr
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import RoundEnded
 from torchfedrpc.experiments import extras
-from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
+from torchfedrpc.experiments.experiment import run_experiment
+from torchfedrpc.experiments.experiment_config import ExperimentConfig
 from torchfedrpc.experiments.history import History
 from torchfedrpc.federation.checkpoint_store import CheckpointStore
 from torchfedrpc.private_files import close_to_others, make_private, open_private, replaced
@@ -46,8 +48,10 @@ def mode_of(path: Path) -> int:
 def write(path: Path) -> None:
     """All that a run writes into its folder, but for the picture."""
     proxy: Any = SimpleNamespace(stats=lambda: {"bytes_sent": 0, "bytes_received": 0})
-    history = History(path / "history.jsonl", proxy)
-    history.append(RoundEnded(0, 1, {}))
+    run = tfr.Run({}, proxy, None)
+    history = History(path / "history.jsonl")
+    history.on_run_start(run)
+    history.on_round_end(run, RoundEnded(0, 1, {}))
     history.load_state_dict(history.state_dict())
     store = CheckpointStore(path / "checkpoints")
     for _ in range(2):

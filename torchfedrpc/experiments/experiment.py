@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,15 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from torchfedrpc.config import RuntimeConfig
-from torchfedrpc.errors import ConfigError, suggest
-from torchfedrpc.events import RoundEnded
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.baseline import BASELINE_FILE, train_centrally, write_baseline
 from torchfedrpc.experiments.classification import ClassificationLearner
 from torchfedrpc.experiments.clients import CLIENTS_FILE, ClientLog
 from torchfedrpc.experiments.data.cache import load_dataset
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
+from torchfedrpc.experiments.experiment_config import ExperimentConfig, Recipe
 from torchfedrpc.experiments.history import HISTORY_FILE, History, RoundRecord
 from torchfedrpc.experiments.progress import live_progress
 from torchfedrpc.experiments.protocols import (
@@ -45,110 +42,12 @@ from torchfedrpc.experiments.report.page import Report
 from torchfedrpc.experiments.round_table import print_table
 from torchfedrpc.experiments.trace import Trace
 from torchfedrpc.experiments.training import Score, build_model, copy_weights, score
-from torchfedrpc.experiments.user_modules import import_user_module
 from torchfedrpc.federation.aggregation import Aggregator
 from torchfedrpc.federation.callbacks import Callback
-from torchfedrpc.federation.checkpoints import SUBFOLDER, Checkpoints
+from torchfedrpc.federation.checkpoints import Checkpoints
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.private_files import make_private, replaced
 from torchfedrpc.proxy import LearnerProxy
-
-Recipe = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ExperimentConfig:
-    """Resolved configuration of an experiment.
-
-    Attributes:
-        seed: Seed of all random draws.
-        runtime: Where learners run.
-        dataset: Recipe of a `TrainTest`. `build` defines what it, ``partition`` and ``model`` may call.
-        partition: Recipe of the division among clients.
-        model: Recipe of a module.
-        learner: Class of the learners as ``_target_``, and its settings. `ClassificationLearner` with
-            ``keep_weights`` of false is declared stateless.
-        trainer: Class of the trainer as ``_target_``, and its settings.
-        aggregator: Function, or class, of the aggregator as ``_target_``, and its settings; None for the trainer's
-            own. `torchfedrpc.experiments.protocols` has the arguments and results of all of these.
-        imports: Modules to import first; recipes may name what their packages define.
-        callbacks: Name -> recipe of a `torchfedrpc.Callback`.
-        logger: Name -> recipe of a logger, which is a `torchfedrpc.Callback` as well, called after all others.
-        baseline: Settings of `train_centrally`; None for no baseline.
-        checkpoint_every: Number of rounds between checkpoints; None for no checkpoints.
-        resume: ``never``, ``auto`` or an output folder, as in `Checkpoints`.
-        trace: Whether to write ``trace.json``, as `Trace` describes.
-        trace_calls: Number of calls in the trace; None for all.
-        report: Whether to write ``report.html``.
-        client_scores: Whether each client's learner scores the final weights by ``evaluate``, if it has that method.
-    """
-
-    seed: int
-    runtime: RuntimeConfig
-    dataset: Recipe
-    partition: Recipe
-    model: Recipe
-    learner: Recipe
-    trainer: Recipe
-    aggregator: Recipe | None = None
-    imports: Sequence[str] = ()
-    callbacks: Mapping[str, Recipe] = dataclasses.field(default_factory=dict)
-    logger: Mapping[str, Recipe] = dataclasses.field(default_factory=dict)
-    baseline: Recipe | None = None
-    checkpoint_every: int | None = 1
-    resume: str = "never"
-    trace: bool = False
-    trace_calls: int | None = 10_000
-    report: bool = False
-    client_scores: bool = False
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> ExperimentConfig:
-        """Return a configuration from a mapping; ``runtime`` may be any value that `RuntimeConfig.of` accepts.
-
-        Raises:
-            ConfigError: If a key is missing or unknown, a setting of the runtime is invalid, or one of ``imports``
-                cannot be imported.
-        """
-        known = [item.name for item in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"unknown key {key}{suggest(key, known)}")
-        missing = [item.name for item in dataclasses.fields(cls) if item.name not in values and _is_required(item)]
-        if missing:
-            raise ConfigError(
-                f"the configuration lacks {', '.join(missing)}: give it on the command line, such as model=cnn; "
-                f"torchfedrpc --help lists the options of each group"
-            )
-        for name in ("trace", "report", "client_scores"):
-            if not isinstance(value := values.get(name, False), bool):
-                raise ConfigError(f"{name} must be true or false, not {value!r}")
-        imports = values.get("imports") or []
-        imports = [imports] if isinstance(imports, str) else list(imports)
-        for module in imports:
-            import_user_module(module)
-        runtime = RuntimeConfig.of(values["runtime"])
-        trusted = list(dict.fromkeys([*runtime.trusted_modules, *imports]))
-        runtime = dataclasses.replace(runtime, trusted_modules=trusted)
-        return cls(**{**values, "runtime": runtime, "imports": imports})
-
-    @property
-    def trusted_modules(self) -> list[str]:
-        """Packages that recipes may name, as on workers: the learner's package, and ``runtime.trusted_modules``.
-
-        Those of ``imports`` are among the latter.
-        """
-        return [locate(self.learner).__module__, *self.runtime.trusted_modules]
-
-    def checkpoints(self, output_dir: Path) -> Checkpoints:
-        """Return the checkpoints of a run. Seed, data, model, learner and trainer must be equal to resume from them.
-
-        Raises:
-            ConfigError: If ``checkpoint_every`` or ``resume`` is invalid.
-        """
-        names = ("seed", "dataset", "partition", "model", "learner", "trainer", "aggregator")
-        config = {name: getattr(self, name) for name in names}
-        return Checkpoints(output_dir / SUBFOLDER, every=self.checkpoint_every, resume=self.resume, config=config)
 
 
 async def run_experiment(
@@ -156,6 +55,7 @@ async def run_experiment(
     output_dir: Path,
     *,
     checkpoints: Checkpoints | None = None,
+    callbacks: Sequence[Callback] = (),
     stream: TextIO | None = None,
 ) -> float:
     """Run an experiment from its first round, or from a checkpoint.
@@ -168,6 +68,7 @@ async def run_experiment(
         config: The experiment.
         output_dir: Folder for these files; created with access for its user only if it does not exist.
         checkpoints: The result of ``config.checkpoints(output_dir)``, if it is open already.
+        callbacks: Callbacks that are called before those of the configuration.
         stream: Stream for progress and the final table. Default: stdout.
 
     Returns:
@@ -178,83 +79,111 @@ async def run_experiment(
     """
     if checkpoints is None:
         with config.checkpoints(output_dir) as opened:
-            return await run_experiment(config, output_dir, checkpoints=opened, stream=stream)
+            return await run_experiment(config, output_dir, checkpoints=opened, callbacks=callbacks, stream=stream)
     make_private(output_dir)
     stream = stream or sys.stdout
-    features = [("live bar", "rich"), ("picture", "matplotlib")]
-    if config.report:
-        features.append(("charts in the report", "vl_convert"))
-    if note := extras.missing_line(features):
+    if note := extras.missing_line(_features(config)):
         print(note, file=stream)
-    callbacks = _callbacks(config)
-    check_trainer(config.trainer)
-    check_signature("learner", config.learner)
-    aggregator = _aggregator(config)
-    data: TrainTest = load_dataset(config.dataset, config.trusted_modules)
-    check_dataset(config.dataset, data)
-    model = build_model(config.model, config.seed, config.trusted_modules)
-    check_model(config.model, config.dataset, model, data)
+    parts = _Parts.of(config, output_dir, callbacks)
     async with AsyncExitStack() as run:
-        weights, history = await _train(
-            config, data, model, aggregator, output_dir, checkpoints, callbacks, stream, run
-        )
+        weights = await _train(config, parts, checkpoints, output_dir, stream, run)
         with replaced(output_dir / "model.pt") as file:
             torch.save(weights, file)
         with process_settings(config.runtime):
-            baseline = _train_baseline(config, data)
-            accuracy = _metrics(model, data.test, weights)["test_accuracy"]
+            baseline = _train_baseline(config, parts.data)
+            accuracy = _metrics(parts.model, parts.data.test, weights)["test_accuracy"]
         write_baseline(output_dir / BASELINE_FILE, baseline)
-        _draw(history, baseline, output_dir / "metrics.png")
-    print_table(history, stream)
+        _draw(parts.history.records, baseline, output_dir / "metrics.png")
+    print_table(parts.history.records, stream)
     if baseline:
         print(f"centralised baseline: test accuracy {baseline[-1].accuracy:.3f}", file=stream)
     print(f"final test accuracy: {accuracy:.3f}", file=stream, flush=True)
     return accuracy
 
 
+def _features(config: ExperimentConfig) -> list[tuple[str, str]]:
+    """Return what optional packages bring to a run: name and module of each."""
+    features = [("live bar", "rich"), ("picture", "matplotlib")]
+    return [*features, ("charts in the report", "vl_convert")] if config.report else features
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What an experiment is made of, on the driver.
+
+    Attributes:
+        data: The data.
+        model: The model, with the initial weights.
+        aggregator: The aggregator; None for the trainer's own.
+        history: The log of rounds.
+        callbacks: All callbacks, in the order of their calls: loggers come last, since they keep the report.
+    """
+
+    data: TrainTest
+    model: nn.Module
+    aggregator: Aggregator | None
+    history: History
+    callbacks: list[Callback]
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, output_dir: Path, callbacks: Sequence[Callback]) -> _Parts:
+        """Make and check the parts; what takes long comes last.
+
+        Raises:
+            ConfigError: If one cannot be made, or the package of a logger is not installed.
+        """
+        history = History(output_dir / HISTORY_FILE)
+        trace = [Trace(max_calls=config.trace_calls)] if config.trace else []
+        report = [Report()] if config.report else []
+        called = [history, *callbacks, *trace, *_made(config, "callbacks"), *report, *_made(config, "logger")]
+        check_trainer(config.trainer)
+        check_signature("learner", config.learner)
+        for kind, recipe in (("dataset", config.dataset), ("model", config.model)):
+            check_trusted(recipe, config.trusted_modules)
+            check_signature(kind, recipe)
+        aggregator = _aggregator(config)
+        data: TrainTest = load_dataset(config.dataset, config.trusted_modules)
+        check_dataset(config.dataset, data)
+        model = build_model(config.model, config.seed, config.trusted_modules)
+        check_model(config.model, config.dataset, model, data)
+        return cls(data, model, aggregator, history, called)
+
+
 async def _train(
     config: ExperimentConfig,
-    data: TrainTest,
-    model: nn.Module,
-    aggregator: Aggregator | None,
-    output_dir: Path,
+    parts: _Parts,
     checkpoints: Checkpoints,
-    callbacks: list[Callback],
+    output_dir: Path,
     stream: TextIO,
     run: AsyncExitStack,
-) -> tuple[dict[str, Tensor], list[RoundRecord]]:
-    """Run the trainer, and return the final weights and the rounds. The run ends with the stack ``run``."""
-    parts = _divide(config, data.train)
-    clients = _arguments(config, parts)
-    client_log = ClientLog(output_dir / CLIENTS_FILE, parts, data.train.labels.numpy())
+) -> dict[str, Tensor]:
+    """Run the trainer, and return the final weights. The run ends with the stack ``run``."""
+    indices = _divide(config, parts.data.train)
+    clients = _arguments(config, indices)
+    client_log = ClientLog(output_dir / CLIENTS_FILE, indices, parts.data.train.labels.numpy())
     async with LearnerProxy(_learner(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
         going_on = f", going on after round {found.round_num}" if found is not None else ""
         print(f"{len(clients)} clients, {proxy.mode} mode{going_on}", file=stream, flush=True)
-        history = History(output_dir / HISTORY_FILE, proxy, goes_on=found is not None)
         make = locate(config.trainer)
         arguments = {
-            "initial_weights": copy_weights(model),
-            "score": partial(_metrics, model, data.test),
-            "history": history,
-            "aggregator": aggregator,
+            "initial_weights": copy_weights(parts.model),
+            "score": partial(_metrics, parts.model, parts.data.test),
+            "aggregator": parts.aggregator,
         }
         trainer = make(settings_of(config.trainer), proxy, **given("trainer", make, arguments))
-        if getattr(trainer, "history", None) is not history:  # as part of its state, no round is there twice
-            trainer.history = history
-            proxy.subscribe(lambda event: history.append(event) if isinstance(event, RoundEnded) else None)
         check_methods(config.learner, trainer)
-        trainer.checkpoints, trainer.callbacks, trainer.output_dir = checkpoints, callbacks, output_dir
-        await run.enter_async_context(trainer.running(_as_mapping(config)))
+        trainer.checkpoints, trainer.callbacks, trainer.output_dir = checkpoints, parts.callbacks, output_dir
+        await run.enter_async_context(trainer.running(config.as_mapping()))
         with live_progress(stream, proxy.stats) as show:
             proxy.subscribe(show)
             weights = await trainer.train()
-        check_final_weights(config.trainer, weights, model)
+        check_final_weights(config.trainer, weights, parts.model)
         if config.client_scores and hasattr(locate(config.learner), "evaluate"):
             failure = await client_log.score(proxy, weights)
             if failure is not None:
                 print(failure, file=stream)
-    return dict(weights), history.records
+    return dict(weights)
 
 
 def _aggregator(config: ExperimentConfig) -> Aggregator | None:
@@ -267,21 +196,6 @@ def _aggregator(config: ExperimentConfig) -> Aggregator | None:
     return made
 
 
-def _is_required(item: dataclasses.Field[Any]) -> bool:
-    return item.default is item.default_factory is dataclasses.MISSING
-
-
-def _callbacks(config: ExperimentConfig) -> list[Callback]:
-    """Return the callbacks in the order of their calls: loggers come last, since they keep the report.
-
-    Raises:
-        ConfigError: If one cannot be made, or the package of a logger is not installed.
-    """
-    trace = [Trace(max_calls=config.trace_calls)] if config.trace else []
-    report = [Report()] if config.report else []
-    return [*trace, *_made(config, "callbacks"), *report, *_made(config, "logger")]
-
-
 def _made(config: ExperimentConfig, group: str) -> list[Callback]:
     made: list[Callback] = []
     for name, recipe in (getattr(config, group) or {}).items():
@@ -292,14 +206,6 @@ def _made(config: ExperimentConfig, group: str) -> list[Callback]:
         if not isinstance(made[-1], Callback):
             raise ConfigError(f"{group}.{name}: {recipe['_target_']} makes no tfr.Callback; derive its class from it")
     return made
-
-
-def _as_mapping(config: ExperimentConfig) -> dict[str, Any]:
-    """Return the configuration as dicts, lists and plain values."""
-    return dataclasses.asdict(
-        config,
-        dict_factory=lambda items: {key: value.value if isinstance(value, Enum) else value for key, value in items},
-    )
 
 
 def _metrics(model: nn.Module, test_set: Samples, weights: Mapping[str, Tensor]) -> dict[str, float]:

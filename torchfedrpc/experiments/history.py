@@ -9,13 +9,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import RoundEnded
+from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.private_files import open_private, replaced
 from torchfedrpc.proxy import LearnerProxy
 
 HISTORY_FILE = "history.jsonl"
+
+_NOT_METRICS = {"round", "seconds", "bytes_sent", "bytes_received", "more"}
 
 
 @dataclass(frozen=True)
@@ -66,30 +70,35 @@ class RoundMeter:
         return taken
 
 
-class History:
+class History(Callback):
     """Log of the rounds of a run, in memory and in a file to which each round is appended at its end.
 
     Args:
-        path: The file. Its content is replaced at once, or by `load_state_dict`.
-        proxy: The run's proxy, which counts the bytes sent and received.
-        goes_on: Whether `load_state_dict` follows; the file is left unchanged until then.
+        path: The file. A run from its first round replaces its content, and so does `load_state_dict`.
 
     Attributes:
         records: The rounds so far.
     """
 
-    def __init__(self, path: Path, proxy: LearnerProxy, *, goes_on: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.records: list[RoundRecord] = []
         self._path = path
-        self._proxy = proxy
-        self._meter = RoundMeter(proxy)
-        if not goes_on:
-            with replaced(path):
-                pass
+        self._meter: RoundMeter | None = None
 
-    def append(self, ended: RoundEnded) -> None:
-        """Record a round at its end."""
-        metrics = {name: _finite(value) for name, value in ended.metrics.items()}
+    def on_run_start(self, run: Run) -> None:
+        """Begin a new file, unless the run resumes."""
+        self._meter = RoundMeter(run.proxy)
+        if run.first_round == 0:
+            self._write()
+
+    def on_round_end(self, run: Run, ended: RoundEnded) -> None:
+        """Record a round.
+
+        Raises:
+            ConfigError: If a metric is not a number, or has the name of a key of a line that is none of a metric.
+        """
+        assert self._meter is not None
+        metrics = {str(name): _number(name, value) for name, value in ended.metrics.items()}
         num_clients = metrics.get("num_clients")
         record = RoundRecord(
             round=ended.round_num,
@@ -112,9 +121,11 @@ class History:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the rounds of a state, and replace the whole file by them."""
         self.records[:] = [RoundRecord(**record) for record in state["records"]]
+        self._write()
+
+    def _write(self) -> None:
         with replaced(self._path) as file:
             file.write("".join(map(_line, self.records)).encode())
-        self._meter = RoundMeter(self._proxy)
 
 
 def _line(record: RoundRecord) -> str:
@@ -123,6 +134,12 @@ def _line(record: RoundRecord) -> str:
     return json.dumps(values | more) + "\n"
 
 
-def _finite(value: float) -> float | None:
-    """Return None for NaN and infinity, which JSON lacks: a diverged loss is written as null."""
-    return value if math.isfinite(value) else None
+def _number(name: str, value: SupportsFloat) -> float | None:
+    """Return a metric as a number; None for NaN and infinity, which JSON lacks: a diverged loss is null."""
+    if name in _NOT_METRICS:
+        raise ConfigError(f"history.jsonl has a key {name!r} of its own: rename the trainer's metric {name!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last by tensors of several elements
+        raise ConfigError(f"the metric {name!r} of a round must be a number, not {value!r:.100}") from None
+    return number if math.isfinite(number) else None

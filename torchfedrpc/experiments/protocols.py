@@ -27,7 +27,7 @@ from torchfedrpc.federation.trainer import AbstractFederationTrainer
 Recipe = Mapping[str, Any]
 
 GIVEN: dict[str, tuple[str, ...]] = {
-    "trainer": ("initial_weights", "score", "history", "aggregator"),
+    "trainer": ("initial_weights", "score", "aggregator"),
     "learner": ("dataset", "indices", "model", "seed"),
     "partition": ("labels", "num_clients"),
 }
@@ -44,9 +44,9 @@ class Trainer(Protocol):
     """Algorithm of an experiment: a subclass of `torchfedrpc.AbstractFederationTrainer`, or of a bundled trainer.
 
     Its class is called as ``cls(config, learner_proxy, **given)``. ``config`` has the settings. Of the keyword
-    arguments ``initial_weights`` (a state dict), ``score`` (a function from a state dict to test metrics by name),
-    ``history`` (with ``append(RoundEnded)``) and ``aggregator`` it receives those that its constructor names.
-    Without ``history``, the rounds that it publishes as `torchfedrpc.RoundEnded` are recorded.
+    arguments ``initial_weights`` (a state dict), ``score`` (a function from a state dict to test metrics by name) and
+    ``aggregator`` it receives those that its constructor names. It loops over ``self.rounds()``, and publishes
+    `torchfedrpc.RoundEnded` with the metrics of each round.
     """
 
     def train(self) -> Awaitable[StateDict]:

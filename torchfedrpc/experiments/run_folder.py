@@ -10,9 +10,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from torchfedrpc.errors import ConfigError, GroupCallError, SnapshotError, WorkerLostError, suggest
 from torchfedrpc.experiments.data.cache import preload_of
-from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
-from torchfedrpc.experiments.job import Job, unchanged_process
+from torchfedrpc.experiments.experiment import run_experiment
+from torchfedrpc.experiments.experiment_config import ExperimentConfig
+from torchfedrpc.experiments.job import Job, read_job, unchanged_process
 from torchfedrpc.experiments.sweeps.sweep import end_early
+from torchfedrpc.federation.callbacks import Callback, Run
+from torchfedrpc.federation.checkpoint_store import is_in_use
+from torchfedrpc.federation.checkpoints import SUBFOLDER, Checkpoints
 from torchfedrpc.private_files import close_to_others, make_private, replaced
 from torchfedrpc.rpc.surroundings import preloading
 from torchfedrpc.signals import run_interruptible
@@ -30,29 +34,56 @@ def run_in_folder(config: DictConfig, output_dir: Path) -> float:
         The final test accuracy, 0 to 1.
 
     Raises:
-        ConfigError: If a setting is invalid.
+        ConfigError: If a setting is invalid, or another run uses the folder, in which nothing is written then.
     """
     close_to_others(output_dir)  # hydra has created it, and written the whole configuration into it
     make_private(output_dir)
-    with Job(output_dir).recorded() as job:
-        job.accuracy = accuracy = _run(config, output_dir)
-    return accuracy
-
-
-def _run(config: DictConfig, output_dir: Path) -> float:
-    experiment = ExperimentConfig.of(plain(config))
-    with experiment.checkpoints(output_dir) as checkpoints:
-        with replaced(output_dir / CONFIG_FILE) as file:
-            file.write(OmegaConf.to_yaml(config, resolve=True).encode())
-        preload = preload_of(experiment.dataset, experiment.trusted_modules)
-        with preloading(preload), unchanged_process():
-            accuracy = run_interruptible(
-                lambda: run_experiment(experiment, output_dir, checkpoints=checkpoints),
-                notice=f"interrupted; outputs so far: {output_dir}",
-                at_forced_end=end_early,
-            )
+    job = Job(output_dir)
+    try:
+        experiment = ExperimentConfig.of(plain(config))
+        checkpoints = experiment.checkpoints(output_dir)
+        checkpoints.open()
+    except Exception:
+        if is_in_use(output_dir / SUBFOLDER) or read_job(output_dir).get("status") == "done":
+            raise
+        with job.recorded():
+            raise
+    with checkpoints, job.recorded():
+        job.accuracy = accuracy = _run(config, experiment, checkpoints, output_dir)
     print(f"outputs: {output_dir}", flush=True)
     return accuracy
+
+
+def _run(config: DictConfig, experiment: ExperimentConfig, checkpoints: Checkpoints, output_dir: Path) -> float:
+    stored = _StoredConfig(output_dir / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
+    preload = preload_of(experiment.dataset, experiment.trusted_modules)
+    with preloading(preload), unchanged_process():
+        return run_interruptible(
+            lambda: run_experiment(experiment, output_dir, checkpoints=checkpoints, callbacks=[stored]),
+            notice=f"interrupted; outputs so far: {output_dir}",
+            at_forced_end=end_early,
+        )
+
+
+class _StoredConfig(Callback):
+    """Writes the configuration of a run, at once if there is none, else when a run that resumes has been restored.
+
+    So a change that does not fit the checkpoint leaves the configuration as it was.
+    """
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path = path
+        self._text = text
+        if not path.exists():
+            self._write()
+
+    def on_run_start(self, run: Run) -> None:
+        """Replace the configuration."""
+        self._write()
+
+    def _write(self) -> None:
+        with replaced(self._path) as file:
+            file.write(self._text.encode())
 
 
 def plain(config: DictConfig) -> dict[str, object]:

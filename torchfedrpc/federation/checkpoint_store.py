@@ -33,8 +33,20 @@ from torchfedrpc.wire.serializer import ParameterSerializer, chunks_of
 logger = logging.getLogger(__name__)
 
 _FILE = "checkpoints.sqlite"
+_LOCK = "lock"
 _HEAD = "round "
 _DIGEST_BYTES = 32
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return whether a run has locked a folder of checkpoints, which need not exist."""
+    if not (folder / _LOCK).exists():
+        return False
+    try:
+        FileLock(folder / _LOCK).release()
+    except OSError:
+        return True
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +131,7 @@ class CheckpointStore:
         """
         try:
             make_private(self.folder)
-            self._lock = FileLock(self.folder / "lock")
+            self._lock = FileLock(self.folder / _LOCK)
             _remove(self._new_path)
         except BlockingIOError as error:
             raise ConfigError(

@@ -195,10 +195,10 @@ def watch(
         if shown and num_beats % _BEATS_OF_MEMORY == 1:
             line += MEMORY + str(memory_bytes(shown)).encode() + b"\n"
         num_beats += 1
-        # If the socket is full, the oldest unsent line is kept and later ones are dropped.
+        # If the socket is full, lines wait for it, and later ones are dropped. A beat comes behind the log before it.
         if not has_told and not unsent and wants_to_leave(activity):
             line, has_told = line + LEAVING + b"\n", True
-        unsent = b"" if is_severed(activity) else send(connection, unsent or line)
+        unsent = b"" if is_severed(activity) else send(connection, unsent + line if len(unsent) <= _LOG_BYTES else unsent)
         if not has_begun:
             has_begun = tell_begun()
         ends_at, room = time.monotonic() + interval_s, _LOG_BYTES

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchfedrpc.config import Isolation, OnWorkerLost, RuntimeConfig, Transport
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments.experiment import ExperimentConfig
+from torchfedrpc.experiments.experiment_config import ExperimentConfig
 from torchfedrpc.experiments.recipe import locate
 from torchfedrpc.experiments.run_folder import plain
 from torchfedrpc.experiments.sweeps import sweep  # cli registers the runtime's schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments import experiment
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
-from torchfedrpc.experiments.experiment import ExperimentConfig, run_experiment
+from torchfedrpc.experiments.experiment import run_experiment
+from torchfedrpc.experiments.experiment_config import ExperimentConfig
 from torchfedrpc.experiments.options import option_of
 from torchfedrpc.experiments.protocols import (
     check_aggregator,
@@ -282,6 +284,32 @@ async def test_trainer_and_learner_receive_the_arguments_that_they_name(tmp_path
     trainer = recipe(OneRound, num_rounds=1)
     assert await run_experiment(config(trainer=trainer, learner=recipe(Forgetful)), tmp_path) == pytest.approx(0.1)
     assert '"train_loss": 2.0' in (tmp_path / "history.jsonl").read_text()
+
+
+class WithHistory(tfr.FedAvgTrainer):
+    """A trainer whose constructor takes no history, and which keeps one of its own."""
+
+    def __init__(self, config: Any, learner_proxy: tfr.LearnerProxy, *, initial_weights: Any) -> None:
+        super().__init__(config, learner_proxy, initial_weights=initial_weights)
+        self.history: list[Any] = []
+
+    async def train_round(self, round_num: int) -> dict[str, float]:
+        self.history.append("own")
+        return await super().train_round(round_num)
+
+
+async def test_each_round_is_one_line_whatever_the_trainer_keeps(tmp_path: Path) -> None:
+    await run_experiment(config(trainer=recipe(WithHistory, num_rounds=2)), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1]
+    assert all(line["train_loss"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "model"])
+async def test_an_unknown_setting_of_data_and_model_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    settings = {**getattr(config(), kind), "num_smaples": 3}
+    with pytest.raises(ConfigError, match=rf"^{kind}.*num_smaples"):
+        await run_experiment(config(**{kind: settings}), tmp_path)
 
 
 class Trimming:

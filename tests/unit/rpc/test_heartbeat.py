@@ -463,6 +463,23 @@ def test_a_heartbeat_process_that_is_stopped_leaves_no_process_and_no_descriptor
     activity.close()
 
 
+def test_a_worker_that_logs_more_than_its_driver_reads_beats() -> None:
+    activity, received = Activity(), b""
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 10)
+    beside = HeartbeatProcess(theirs, activity, interval_s=0.05)
+    while len(received) < 400_000:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(beside.log, heartbeat_process.LOGGED + b"x" * 1000 + b"\n")
+        received += ours.recv(2 << 10)
+        time.sleep(0.005)  # it reads a third of what could be sent
+    beside.stop()
+    ours.close()
+    activity.close()
+    assert received[200_000:].count(b"\n" + heartbeat_process.BEAT) >= 2
+
+
 def test_a_heartbeat_process_has_no_descriptors_but_its_own(start: Start) -> None:
     worker = start()
     assert len(os.listdir(f"/proc/{worker.beating}/fd")) == 3 + 5
