@@ -790,7 +790,7 @@ MUTATIONS = [
     ),
     Mutation(
         "imports are not trusted",
-        "experiments/experiment.py",
+        "experiments/experiment_config.py",
         "[*runtime.trusted_modules, *imports]",
         "runtime.trusted_modules",
         "tests/system/test_own_methods.py",

@@ -76,8 +76,8 @@ from torchfedrpc.registry import (
     partition,
     trainer,
 )
+from torchfedrpc.run import report_end_of_script as _report_end_of_script
 from torchfedrpc.run import run, run_async
-from torchfedrpc.run import tell_of_ending_script as _tell_of_ending_script
 from torchfedrpc.stream import LearnerStream
 from torchfedrpc.version import __version__
 from torchfedrpc.wire.serializer import ParameterSerializer
@@ -190,4 +190,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LATER})
 
 
-_tell_of_ending_script()
+_report_end_of_script()

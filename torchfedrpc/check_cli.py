@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torchfedrpc.rpc.check import check
 from torchfedrpc.rpc.handshake import TOKEN_VARIABLE, load_token
-from torchfedrpc.run import leave_no_word
+from torchfedrpc.run import cancel_end_report
 
 _DESCRIPTION = """\
 Check a worker that listens (torchfedrpc-worker --listen), or a driver at its runtime.join_at, from this machine:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: If the address is malformed or the token file unusable.
     """
-    leave_no_word()  # this process does not run a rank's script, even if a launcher's variables are set
+    cancel_end_report()  # this process does not run a rank's script, even if a launcher's variables are set
     parser = argparse.ArgumentParser("torchfedrpc check", description=_DESCRIPTION)
     parser.add_argument("address", metavar="HOST:PORT", help="where the worker or driver listens")
     parser.add_argument(

@@ -74,8 +74,8 @@ class CallEnded(Event):
     """End of a call after ``seconds``; ``error`` is None if it returned a result.
 
     ``worker`` is the name of the process to which it was sent last, empty if it was not sent. ``times`` are its
-    stages: None in a mode of one's own that overrides `execute_method` alone, and for calls that were submitted
-    before anybody subscribed.
+    stages: None in an execution mode that overrides `execute_method` alone, and for calls that were submitted before
+    the first subscription.
     """
 
     call_id: int

@@ -19,7 +19,7 @@ from torchfedrpc.tasks import Tasks
 logger = logging.getLogger(__name__)
 
 _NUM_LOOKS, _LOOK_S = 20, 0.2  # until a method that goes on is given up
-_wakes: int | None = None  # where this module is told of signals
+_wakes: int | None = None  # end of a socket pair to which the system writes the numbers of signals
 _CHUNK_BYTES = 4096
 
 
@@ -62,7 +62,7 @@ async def ending_interrupted_methods(interrupt: Callable[[bool], Awaitable[Seque
 
 @contextmanager
 def _noticed(interrupted: Callable[[], None]) -> Iterator[None]:
-    """Call a function on the running event loop after each SIGINT, whoever handles it."""
+    """Call a function on the running event loop after each SIGINT, also if another handler handles it."""
     global _wakes
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
@@ -83,7 +83,7 @@ def _noticed(interrupted: Callable[[], None]) -> Iterator[None]:
         except NotImplementedError:  # the loop of Windows
             yield
             return
-        _leave_forks_alone()
+        _reset_in_forks()
         _wakes = theirs.fileno()
         before = signal.set_wakeup_fd(_wakes, warn_on_full_buffer=False)
         try:
@@ -97,8 +97,8 @@ def _noticed(interrupted: Callable[[], None]) -> Iterator[None]:
 
 
 @functools.cache
-def _leave_forks_alone() -> None:
-    """Let signals of forked processes, such as those of a DataLoader, be none of this process."""
+def _reset_in_forks() -> None:
+    """Let forked processes, such as those of a DataLoader, report their signals to this process no more."""
 
     def forget() -> None:
         if _wakes is not None and (present := signal.set_wakeup_fd(-1)) != _wakes:

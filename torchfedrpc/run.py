@@ -91,29 +91,29 @@ def drive(job: Callable[[], T]) -> T | None:
     from torchfedrpc.rpc import worker  # noqa: PLC0415
 
     if launch.rank != 0:
-        leave_no_word()  # from here on failures reach the driver over the control link
+        cancel_end_report()  # from here on failures reach the driver over the control link
         with _ended_by_ctrl_c():
             link = ranks.dial_driver(launch)
         with hidden_from_learners(launch):
             is_clean = worker.serve_launch(link, launch.local_rank).is_clean
         if not is_clean:
-            _leave_behind()
+            _exit_at_once()
         return None
     check_is_driver()
     with ranks.driving(launch), hidden_from_learners(launch):
         return job()
 
 
-_is_word_due = True  # whether this rank reports the end of its script to the driver
+_is_report_due = True  # whether this rank reports the end of its script to the driver
 
 
-def leave_no_word() -> None:
+def cancel_end_report() -> None:
     """Cancel the report of this rank to the driver at the end of its script."""
-    global _is_word_due
-    _is_word_due = False
+    global _is_report_due
+    _is_report_due = False
 
 
-def tell_of_ending_script() -> None:
+def report_end_of_script() -> None:
     """Install hooks that report a rank's script to the driver if it ends before `run`; called at import.
 
     Without the report the driver would wait for that rank in vain: torchrun does not notify the machines of a launch
@@ -128,16 +128,16 @@ def tell_of_ending_script() -> None:
         if isinstance(error, Exception):
             _tell_driver(error)
         else:  # Ctrl-C: the launcher forwards it to the driver as well
-            leave_no_word()
+            cancel_end_report()
 
     sys.excepthook = hook
     atexit.register(_tell_driver, None)  # sys.exit does not reach the hook
 
 
 def _tell_driver(error: Exception | None) -> None:
-    if not (_is_word_due and is_process_of_rank()):  # a forked child of the rank inherits the hooks
+    if not (_is_report_due and is_process_of_rank()):  # a forked child of the rank inherits the hooks
         return
-    leave_no_word()
+    cancel_end_report()
     try:
         launch = Launch.from_environment()
         if launch is not None and launch.is_last_attempt:
@@ -161,7 +161,7 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _leave_behind() -> None:
+def _exit_at_once() -> None:
     """End the process at once: a running learner method would break the shutdown of the interpreter."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -24,7 +24,7 @@ from torchfedrpc.rpc.handshake import (
 )
 from torchfedrpc.rpc.interfaces import parse_address
 from torchfedrpc.rpc.listening import listen
-from torchfedrpc.run import leave_no_word
+from torchfedrpc.run import cancel_end_report
 
 _NAME = "torchfedrpc-worker"
 _DIAL_TIMEOUT_S = 5.0
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--token-file", metavar="FILE", help=f"the token that driver and workers share (default: ${TOKEN_VARIABLE})"
     )
-    leave_no_word()  # this process is not a rank, even if a launcher's variables are set
+    cancel_end_report()  # this process is not a rank, even if a launcher's variables are set
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format=f"{_NAME}: %(message)s")
     sys.path.insert(0, os.getcwd())

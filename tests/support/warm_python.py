@@ -251,7 +251,7 @@ def _become(message: dict[str, Any], descriptors: list[int]) -> None:
     if first == "-m" and rest[0] == "torch.distributed.run":
         _keep_ranks(rest)
     elif "RANK" in os.environ:
-        sys.modules["torchfedrpc.run"].tell_of_ending_script()  # as the import of our package does
+        sys.modules["torchfedrpc.run"].report_end_of_script()  # as the import of our package does
     else:
         _keep_a_fork_server()
     main = types.ModuleType("__main__")

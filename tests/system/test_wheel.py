@@ -91,7 +91,11 @@ def test_the_wheel_has_all_modules_the_configuration_and_the_mark_of_its_types(w
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "torchfedrpc").rglob("*.py")}
     options = {f"torchfedrpc/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert "torchfedrpc/conf/config.yaml" in options
-    assert names == modules | options | {"torchfedrpc/py.typed", "torchfedrpc/conf/__init__.py"}
+    experiments = ROOT / "torchfedrpc" / "experiments"
+    files = [*(experiments / "commands" / "new-project").rglob("*"), *experiments.glob("report/report.*")]
+    others = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
+    assert len(others) > 5
+    assert names == modules | options | others | {"torchfedrpc/py.typed", "torchfedrpc/conf/__init__.py"}
 
 
 def test_the_environment_has_the_wheel_and_none_of_the_extras(folder: Path, commands: Path) -> None:

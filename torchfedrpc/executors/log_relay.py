@@ -68,11 +68,11 @@ class LocalLog(logging.Handler):
         self._loop = asyncio.get_running_loop()
 
     def open(self) -> None:
-        """Receive records."""
+        """Add this handler to the root logger, before all others."""
         logging.root.handlers.insert(0, self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Publish a record that code of a learner logs, and put the prefix before its message."""
+        """Publish a record that code of a learner logs. The handlers after this one see it with a prefix."""
         client_id = client_here()
         if client_id is None:
             return
@@ -83,6 +83,6 @@ class LocalLog(logging.Handler):
         record.msg, record.args = prefix(self._worker, client_id) + message, ()
 
     def close(self) -> None:
-        """Receive no more records."""
+        """Remove this handler from the root logger."""
         logging.root.removeHandler(self)
         super().close()

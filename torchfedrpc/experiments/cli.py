@@ -23,15 +23,15 @@ from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.experiments.job import TRACEBACK_FILE, one_line, read_job
 from torchfedrpc.experiments.options import imports_of, modules_of, register_options
-from torchfedrpc.experiments.run_folder import CONFIG_FILE, run_in_folder, told
+from torchfedrpc.experiments.run_folder import CONFIG_FILE, error_text, run_in_folder
 from torchfedrpc.experiments.sweeps.plugins import check_installed, register
 from torchfedrpc.experiments.sweeps.sweep import summarised
 from torchfedrpc.experiments.user_modules import (
     KINDS,
+    add_current_folder_to_path,
     find,
     import_user_module,
     is_bundled,
-    see_current_folder,
     target_of,
 )
 from torchfedrpc.run import drive
@@ -74,7 +74,7 @@ def _task(config: DictConfig) -> float | None:
                 return accuracy
             return run_in_folder(config, output_dir)
         except Exception as error:
-            if _FULL_ERROR in os.environ:
+            if os.environ.get(_FULL_ERROR) == "1":
                 traceback.print_exception(error)
             where = output_dir / TRACEBACK_FILE
             print(f"job {hydra_config.job.num} failed: {one_line(error)} ({where})", file=sys.stderr, flush=True)
@@ -115,7 +115,7 @@ def _accuracy_if_done(config: DictConfig, output_dir: Path) -> float | None:
 
 def main() -> None:
     """Run the command line; on the other ranks of a launch, serve learners until rank 0 ends."""
-    see_current_folder()
+    add_current_folder_to_path()
     module = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
         if module is not None:
@@ -127,7 +127,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get(_FULL_ERROR) == "1":
             raise
-        sys.exit(_told_of_composition(error) or told(error))
+        sys.exit(_composition_error_text(error) or error_text(error, adds_keys=module is None))
 
 
 def _run_hydra() -> None:
@@ -146,13 +146,18 @@ def _run_hydra() -> None:
 @contextmanager
 def _errors_of_hydra() -> Iterator[None]:
     """Let hydra raise its errors in a block, rather than print them with an advice to set a variable."""
-    ours = {} if os.environ.get(_FULL_ERROR) == "1" else {_FULL_ERROR: "1", _IS_OURS: "1"}
-    os.environ.update(ours)
+    before = os.environ.get(_FULL_ERROR)
+    if before == "1":
+        yield
+        return
+    os.environ.update({_FULL_ERROR: "1", _IS_OURS: "1"})
     try:
         yield
     finally:
-        for name in ours:
+        for name in (_FULL_ERROR, _IS_OURS):
             os.environ.pop(name, None)
+        if before is not None:
+            os.environ[_FULL_ERROR] = before
 
 
 @contextmanager
@@ -167,7 +172,7 @@ def _variables_of_the_user() -> Iterator[None]:
         os.environ.update(ours)
 
 
-def _told_of_composition(error: Exception) -> str | None:
+def _composition_error_text(error: Exception) -> str | None:
     """Return what the command prints of an error of hydra's; None for other errors."""
     if not isinstance(error, CompactHydraException):
         return None
@@ -181,5 +186,5 @@ def _told_of_composition(error: Exception) -> str | None:
             )
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return told(cause)
+        return error_text(cause)
     return f"torchfedrpc: {error}{f' {cause}' if isinstance(cause, OmegaConfBaseException) else ''}"

@@ -44,25 +44,37 @@ class ClientLog:
         """Let each client's learner `evaluate` the weights on its samples, and add the results to the file.
 
         Returns:
-            A line that names the first failure; None if there was none. Clients with a failure have no score.
+            A line that names the first failure, or result without a number; None if there was none.
         """
+        without: str | None = None
         results = await proxy.clients().options(on_error="collect").call("evaluate", model_weights=weights)
         for client_id, result in results.items():
             named = result if isinstance(result, Mapping) else {"score": result}
-            self._records[client_id]["scores"] = {
-                str(name): float(value)
-                for name, value in named.items()
-                if name != "num_samples" and isinstance(value, int | float) and math.isfinite(value)
-            }
+            numbers = {str(name): _number(value) for name, value in named.items() if name != "num_samples"}
+            scores = {name: number for name, number in numbers.items() if number is not None}
+            self._records[client_id]["scores"] = scores
+            if not scores:
+                without = (
+                    without or f"no score by {client_id}: evaluate returned {result!r:.200}, without a finite number"
+                )
         self._write()
         for client_id, error in results.failures.items():
             counts = f"{len(results.failures)} of {len(self._records)} clients"
             return (
                 f"no score by {counts}: {client_id}: {type(error).__name__}: {error} (client_scores=false skips this)"
             )
-        return None
+        return without
 
     def _write(self) -> None:
         with replaced(self._path) as file:
             for record in self._records.values():
                 file.write(json.dumps(record).encode() + b"\n")
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, array or tensor of one element as a number; None if it is none, or not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None

@@ -37,7 +37,7 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def mark_killed(folder: Path) -> None:
-    """Note that the jobs in subfolders that have not told their end will not: their processes are gone."""
+    """Mark jobs in subfolders that are still ``running`` as ``killed``: their processes have ended."""
     for path in folder.glob(f"**/{FILE}"):
         if (found := read_job(path.parent)).get("status") == "running":
             _write(path, {**found, "status": "killed"})
@@ -99,7 +99,10 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def unchanged_process() -> Iterator[None]:
-    """Restore torch's global settings and the global random streams after a job, for the next one in this process."""
+    """Restore torch's global settings and random streams after a job, for the next one in this process.
+
+    Random streams of GPUs are restored if CUDA was in use before the job.
+    """
     settings, python, numpy = read_settings(), random.getstate(), np.random.get_state()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:

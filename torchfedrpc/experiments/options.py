@@ -21,7 +21,11 @@ from torchfedrpc.experiments.user_modules import KINDS, find, names, target_of
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 
 _SEED = "${seed}"
-_OF_ROUNDS = {"num_rounds": 20, "clients_per_round": None, "seed": _SEED}  # what `AbstractFederationTrainer` reads
+_BASE_SETTINGS = {
+    "num_rounds": 20,
+    "clients_per_round": None,
+    "seed": _SEED,
+}  # of `AbstractFederationTrainer`
 
 
 class RegisteredOptions(ConfigSource):
@@ -126,7 +130,7 @@ def _settings_of_trainer(entry: Any) -> tuple[str | None, dict[str, Any]]:
     if not (isinstance(entry, type) and issubclass(entry, AbstractFederationTrainer)):
         return None, {}
     base, _ = _registered_base("trainer", entry)
-    return base, {**({} if base else _OF_ROUNDS), **entry.all_settings()}
+    return base, {**({} if base else _BASE_SETTINGS), **entry.all_settings()}
 
 
 def _settings_of_parameters(kind: str, entry: Any) -> tuple[str | None, dict[str, Any]]:

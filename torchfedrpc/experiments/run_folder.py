@@ -24,7 +24,7 @@ from torchfedrpc.signals import run_interruptible
 CONFIG_FILE = "config.yaml"
 """Name of the file with the resolved configuration in an output folder."""
 
-_TOLD_IN_A_LINE = (ConfigError, GroupCallError, SnapshotError, WorkerLostError)
+_ONE_LINE_ERRORS = (ConfigError, GroupCallError, SnapshotError, WorkerLostError)
 
 
 def run_in_folder(config: DictConfig, output_dir: Path) -> float:
@@ -100,11 +100,17 @@ def plain(config: DictConfig) -> dict[str, object]:
     return {str(key): value for key, value in plain.items()}
 
 
-def told(error: Exception) -> str:
-    """Return what the command prints of an error: one line if the user can act on it, else a traceback."""
+def error_text(error: Exception, *, adds_keys: bool = True) -> str:
+    """Return the text that the command prints for an error: a line if the user can act on it, else a traceback.
+
+    Args:
+        error: The error.
+        adds_keys: Whether ``+key=value`` adds a key, as hydra has it.
+    """
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
         near = suggest(str(error.key), map(str, error.parent_node))
-        return f"torchfedrpc: unknown key {error.full_key}{near}; +{error.full_key}=... adds one"
-    if isinstance(error, _TOLD_IN_A_LINE):
+        advice = f"; +{error.full_key}=... adds one" if adds_keys else ""
+        return f"torchfedrpc: unknown key {error.full_key}{near}{advice}"
+    if isinstance(error, _ONE_LINE_ERRORS):
         return "\n".join([f"torchfedrpc: {error}", *getattr(error, "__notes__", [])])
     return "".join(traceback.format_exception(error)).rstrip()

@@ -27,6 +27,7 @@ from torchfedrpc.events import (
     WorkerLost,
     WorldFormed,
 )
+from torchfedrpc.experiments.json_values import json_value
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.private_files import open_private, replaced
 
@@ -79,12 +80,13 @@ class Trace(Callback):
             )
         self._path = None if path is None else Path(path).absolute()
         self._earlier: Path | None = None
-        self._num_calls_left = math.inf if max_calls is None else max_calls
+        self._max_calls = math.inf if max_calls is None else max_calls
+        self._num_traced = 0
         self._file: IO[bytes] | None = None
         self._lines: list[str] = []
         self._num_bytes = 0
         self._processes: dict[str, int] = {}
-        self._lanes: dict[int, list[int]] = defaultdict(list)  # process -> end of the last slice of each lane
+        self._tracks: dict[int, list[int]] = defaultdict(list)  # process -> end of the last slice of each track
         self._epoch_us = time.time() * 1e6 - time.perf_counter() * 1e6
         self._reset_sums()
 
@@ -151,12 +153,12 @@ class Trace(Callback):
             self._file.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the trace is, which a run that resumes continues."""
-        return {"path": str(self._path)}
+        """Return where the trace is, which a run that resumes continues, and the number of calls in it."""
+        return {"path": str(self._path), "num_traced": self._num_traced}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the trace of an earlier run: the one at the path of this trace, or else the one in the state."""
-        self._earlier = Path(state["path"])
+        self._earlier, self._num_traced = Path(state["path"]), state["num_traced"]
 
     def _call_ended(self, event: CallEnded) -> None:
         end = self._now_us()
@@ -167,9 +169,9 @@ class Trace(Callback):
             for stage in STAGES:
                 self._stages[stage] += getattr(seconds, f"{stage}_s")
             self._busy_s[event.worker] += seconds.run_s
-        if self._num_calls_left <= 0:
+        if self._num_traced >= self._max_calls:
             return
-        self._num_calls_left -= 1
+        self._num_traced += 1
         begin = end - round(event.seconds * 1e6)
         queued = sent = begin
         ran = end
@@ -190,21 +192,21 @@ class Trace(Callback):
             args["error"] = type(event.error).__name__
         if event.worker:
             args |= {f"{stage}_us": last - first for stage, (first, last) in stages.items()}
-            lane = self._lane(process, sent, ran)
-            self._add(_encode({"ph": "X", "name": event.method, "cat": "run", **lane, "args": args}))
+            track = self._track(process, sent, ran)
+            self._add(_encode({"ph": "X", "name": event.method, "cat": "run", **track, "args": args}))
 
-    def _lane(self, process: int, begin: int, end: int) -> dict[str, int]:
-        """Return the place of a slice in the first lane of a process where it overlaps no other."""
-        lanes = self._lanes[process]
+    def _track(self, process: int, begin: int, end: int) -> dict[str, int]:
+        """Return the place of a slice in the first track of a process where it overlaps no other."""
+        tracks = self._tracks[process]
         earliest = begin + min(_MAX_CLOCK_ERROR_US, (end - begin) // 5)
-        lane = next((number for number, last in enumerate(lanes) if last <= earliest), len(lanes))
-        if lane == len(lanes):
-            lanes.append(0)
-            name = "running" if lane == 0 else f"running {lane + 1}"
-            self._write(ph="M", name="thread_name", pid=process, tid=lane + 1, args={"name": name})
-        begin = max(begin, lanes[lane])
-        lanes[lane] = end
-        return {"pid": process, "tid": lane + 1, "ts": begin, "dur": end - begin}
+        track = next((number for number, last in enumerate(tracks) if last <= earliest), len(tracks))
+        if track == len(tracks):
+            tracks.append(0)
+            name = "running" if track == 0 else f"running {track + 1}"
+            self._write(ph="M", name="thread_name", pid=process, tid=track + 1, args={"name": name})
+        begin = max(begin, tracks[track])
+        tracks[track] = end
+        return {"pid": process, "tid": track + 1, "ts": begin, "dur": end - begin}
 
     def _here(self, worker: str = _DRIVER) -> dict[str, int]:
         return {"pid": self._process(worker), "tid": 0, "ts": self._now_us()}
@@ -238,7 +240,7 @@ class Trace(Callback):
         self._busy_s: dict[str, float] = defaultdict(float)
 
     def _write(self, **event: Any) -> None:
-        self._add(_encode(_plain(event)))
+        self._add(_encode(json_value(event)))
 
     def _add(self, line: str) -> None:
         self._lines.append(self._separator + line)
@@ -275,16 +277,3 @@ def _is_json(line: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON has: null for NaN and infinity, and text for errors and other objects."""
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return f"{type(value).__name__}: {value}"[:1000]

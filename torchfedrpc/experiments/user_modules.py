@@ -29,7 +29,7 @@ KINDS: dict[str, Registry[Any]] = {
 _OWN_FRAMES = ("<frozen importlib", importlib.__file__, __file__)
 
 
-def see_current_folder() -> None:
+def add_current_folder_to_path() -> None:
     """Let modules of the current folder be imported, as with ``python -m``; installed ones come first."""
     folder = str(Path.cwd())
     if folder not in sys.path:

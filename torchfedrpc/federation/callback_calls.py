@@ -42,7 +42,7 @@ class CallbackCalls:
                 )
             self._named[_name(callback, self._named)] = callback
         self._started: list[str] = []
-        self._is_started = False
+        self._is_started = self._is_published = False
         self._failure: Exception | None = None  # of on_event, until the end of the round
         self._ended: RoundEnded | None = None
         self._num_failures: Counter[str] = Counter()
@@ -70,6 +70,7 @@ class CallbackCalls:
         if self._named:
             self._unsubscribe = self.run.proxy.subscribe(self._on_event)
         self.run.proxy.publish(RunStarted(self.run.proxy.mode, len(self.run.proxy.client_ids)))
+        self._is_published = True
 
     async def end_round(self, round_num: int, num_rounds: int) -> None:
         """Call `Callback.on_round_end`.
@@ -96,9 +97,9 @@ class CallbackCalls:
         Raises:
             Exception: If a callback raised it and ``error`` is None.
         """
-        if self._is_started:
+        if self._is_published:
             self.run.proxy.publish(RunEnded(error))
-        elif self._named and error is None:
+        if not self._is_started and self._named and error is None:
             logger.warning(
                 "no callback of %s was called: its train() must loop over self.rounds()",
                 type(self.run.trainer).__qualname__,

@@ -123,8 +123,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
     def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the new global weights, from the aggregate of the clients' models and ``weights``.
 
-        Here it is the aggregate. Subclasses may take it for the result of a step of an optimiser on the server, as
-        FedOpt does (Reddi et al. 2021).
+        Here it is the aggregate. Subclasses may treat ``weights - aggregate`` as the gradient of an optimiser on the
+        server, as FedOpt does (Reddi et al. 2021).
         """
         return aggregate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import linecache
 import marshal
@@ -92,10 +93,9 @@ def _sources() -> dict[str, list[str]]:
 def _used_by(learner: object) -> Iterator[tuple[str, Any]]:
     """Yield the globals, and attributes of classes, that a learner's code uses, up to the first that is refused."""
     pickler = _Pickler(io.BytesIO())
-    try:
+    with contextlib.suppress(Exception):
         pickler.dump(learner)
-    except Exception:
-        seen = pickler.seen
+    seen = pickler.seen
     classes = [one for one in seen.values() if isinstance(one, type) and _is_of_session(one)]
     for names, where in ((session_names(), "the global "), *((vars(one), f"{one.__qualname__}.") for one in classes)):
         for name, value in list(names.items()):

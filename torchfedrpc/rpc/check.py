@@ -29,7 +29,7 @@ from torchfedrpc.rpc.handshake import (
     send_line,
 )
 from torchfedrpc.rpc.heartbeat_connection import check_reachable
-from torchfedrpc.rpc.interfaces import describe_address, parse_address
+from torchfedrpc.rpc.interfaces import describe_address, describe_os_error, parse_address
 
 ROLE = "check"
 
@@ -66,9 +66,11 @@ async def check(address: str, token: bytes, modules: Sequence[str] = ()) -> Asyn
     host, port = parse_address(address)
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host, port, family=socket.AF_INET, type=socket.SOCK_STREAM)
-    except OSError as error:
-        yield Finding("name", "FAIL", f"{socket.gethostname()} does not know {host} ({error.strerror})")
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+            found = await loop.getaddrinfo(host, port, family=socket.AF_INET, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        words = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        yield Finding("name", "FAIL", f"{socket.gethostname()} does not know {host} ({words})")
         return
     resolved = str(found[0][4][0])
     is_odd = is_loopback(resolved) and not is_loopback(host)

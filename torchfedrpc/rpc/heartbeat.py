@@ -21,7 +21,7 @@ from torchfedrpc.rpc import heartbeat_process
 from torchfedrpc.rpc.control_link import close_in_children
 from torchfedrpc.rpc.log_line import read_line
 
-_READ_BYTES = 64 << 10  # at once, of beats and log lines; a heartbeat process sends up to so many between two beats
+_READ_BYTES = 16 << 10  # at once, of beats and log lines; so many beats cost the loop some milliseconds
 # The ids of all calls that a page of `Activity` can hold, 510 of up to 20 digits, need fewer bytes.
 _LINE_BYTES = 12 << 10
 _PIPE_BYTES = 256 << 10  # of log lines that wait, 128 a worker and second on average

@@ -198,7 +198,9 @@ def watch(
         # If the socket is full, lines wait for it, and later ones are dropped. A beat comes behind the log before it.
         if not has_told and not unsent and wants_to_leave(activity):
             line, has_told = line + LEAVING + b"\n", True
-        unsent = b"" if is_severed(activity) else send(connection, unsent + line if len(unsent) <= _LOG_BYTES else unsent)
+        unsent = (
+            b"" if is_severed(activity) else send(connection, unsent + line if len(unsent) <= _LOG_BYTES else unsent)
+        )
         if not has_begun:
             has_begun = tell_begun()
         ends_at, room = time.monotonic() + interval_s, _LOG_BYTES

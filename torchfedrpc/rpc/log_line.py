@@ -9,7 +9,7 @@ import select
 from torchfedrpc.events import WorkerLogged
 from torchfedrpc.rpc.heartbeat_process import LOGGED
 
-LINE_BYTES = select.PIPE_BUF
+LINE_BYTES = getattr(select, "PIPE_BUF", 512)  # Windows has none, and no workers
 """Largest line: a pipe takes it at once or not at all, beside those of other threads and of forked children."""
 
 Head = tuple[int, str, str | None, float]

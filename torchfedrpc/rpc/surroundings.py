@@ -216,7 +216,7 @@ class Session:
         self._data += data
 
     def adopt(self) -> None:
-        """Make the module ``__main__`` of what was taken, if anything was."""
+        """Replace the module ``__main__`` by one with the names that were received, if there were any."""
         data, self._data = self._data, bytearray()
         if data:
             main = sys.modules["__main__"] = types.ModuleType("__main__")

@@ -101,7 +101,9 @@ class WorkerLog:
         self._undo.close()
         for lines in self._lines:
             lines.finish()
-        if self._dropped and select.select([], [self._pipe], [], _LAST_S)[1]:
+        poll = select.poll()
+        poll.register(self._pipe, select.POLLOUT)
+        if self._dropped and poll.poll(_LAST_S * 1000):
             self._tell_dropped()
 
     def num_written(self) -> int:

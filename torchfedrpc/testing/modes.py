@@ -6,9 +6,12 @@ import asyncio
 import contextlib
 import os
 import secrets
+import select
 import subprocess
 import sys
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from torchfedrpc.wire.fingerprint import difference
 
 MODES = ("local", "pseudo", "distributed")
 
-_CLIENTS = ("client_1", "client_2")  # state that learners of one process share differs where they have one each
+_CLIENTS = ("client_1", "client_2")  # two, so that state shared between learners of one process shows as a difference
+_START_S = 60.0
 _END_S = 10.0
 
 Result = dict[str, Any]
@@ -130,7 +134,7 @@ async def _result(proxy: LearnerProxy, client_id: str, step: Step, raises: Any) 
         try:
             return await proxy.execute_remote_method(client_id, step.method, *step.args, **step.kwargs)
         except TypeError as error:
-            if "proxy.stream" not in str(error):  # of a generator method
+            if f"proxy.stream({client_id!r}, {step.method!r}) iterates over it" not in str(error):
                 raise
         async with contextlib.aclosing(proxy.stream(client_id, step.method, *step.args, **step.kwargs)) as stream:
             return [item async for item in stream]
@@ -176,16 +180,22 @@ def _listening_worker() -> Iterator[tuple[str, str]]:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert worker.stdout is not None
+        reader = threading.Thread(target=deque, args=(worker.stdout, 0))  # of what learners print, which is dropped
         try:
-            assert worker.stdout is not None
-            line = worker.stdout.readline()
+            has_spoken, _, _ = select.select([worker.stdout], [], [], _START_S)
+            line = worker.stdout.readline() if has_spoken else ""
             if not line.startswith("listening on "):
                 raise WorkerLostError("torchfedrpc-worker did not start: see its output")
+            reader.start()
             yield line.split()[-1], str(token)
         finally:
             worker.terminate()
             try:
-                worker.communicate(timeout=_END_S)
+                worker.wait(_END_S)
             except subprocess.TimeoutExpired:
                 worker.kill()
-                worker.communicate()
+                worker.wait()
+            if reader.ident is not None:
+                reader.join()
+            worker.stdout.close()

@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchfedrpc.config import Isolation, OnWorkerLost, RuntimeConfig, Transport
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.experiments import cli  # noqa: F401 - registers the schema of the runtime
 from torchfedrpc.experiments.experiment_config import ExperimentConfig
 from torchfedrpc.experiments.recipe import locate
 from torchfedrpc.experiments.run_folder import plain
-from torchfedrpc.experiments.sweeps import sweep  # cli registers the runtime's schema
+from torchfedrpc.experiments.sweeps import sweep
 from torchfedrpc.federation.callbacks import Callback
 
 GROUPS = ["runtime", "dataset", "partition", "model", "learner", "trainer", "aggregator", "callbacks", "logger"]

@@ -12,7 +12,7 @@ from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.sweeps.results import SEED, RunResult, find_runs, grouped
 from torchfedrpc.experiments.sweeps.summary import describe_states, print_groups, write_csv
 from torchfedrpc.private_files import make_private
-from torchfedrpc.run import leave_no_word
+from torchfedrpc.run import cancel_end_report
 
 _DESCRIPTION = (
     "Compare runs and sweeps: final and best test accuracy, seconds and bytes, as mean ± standard deviation over the "
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: If a folder has no run, or the target is no accuracy.
     """
-    leave_no_word()  # this process does not run a rank's script, even if a launcher's variables are set
+    cancel_end_report()  # this process does not run a rank's script, even if a launcher's variables are set
     parser = argparse.ArgumentParser("torchfedrpc compare", description=_DESCRIPTION)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="output folder of a run or a sweep")
     parser.add_argument(

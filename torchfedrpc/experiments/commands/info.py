@@ -22,12 +22,12 @@ from torchfedrpc.launcher import Launch
 from torchfedrpc.proxy import LearnerProxy
 from torchfedrpc.rpc import world
 from torchfedrpc.rpc.backend import torch_rpc
-from torchfedrpc.run import leave_no_word, run
+from torchfedrpc.run import cancel_end_report, run
 from torchfedrpc.version import __version__
 
 _DESCRIPTION = (
     "Print the versions, the machine and the transport between processes, and make a call in each mode; torchfedrpc "
-    "--help is of experiments."
+    "--help describes experiments."
 )
 _TIMEOUT_S = 90.0  # of the launch by torchrun
 _NUM_CALLS = 20
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         if (line := run(_timed_call, "distributed")) is not None:
             print(line, flush=True)
         return 0
-    leave_no_word()  # this process does not run a rank's script, even if a launcher's variables are set
+    cancel_end_report()  # this process does not run a rank's script, even if a launcher's variables are set
     print(describe(), flush=True)
     if Launch.from_environment() is not None:
         print("no calls are made under a launcher: run torchfedrpc info without torchrun")

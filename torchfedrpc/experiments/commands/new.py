@@ -9,7 +9,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.run import leave_no_word
+from torchfedrpc.run import cancel_end_report
 
 _TEMPLATE = "new-project"
 _NO_MODULE = ".txt"  # suffix of files that are Python modules in a project, and none here
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: If the folder is not empty, or cannot be written.
     """
-    leave_no_word()
+    cancel_end_report()
     parser = argparse.ArgumentParser(
         "torchfedrpc new", description="Write a small project: a learner, a trainer, an experiment and tests."
     )

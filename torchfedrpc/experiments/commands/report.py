@@ -11,6 +11,7 @@ from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.history import HISTORY_FILE
 from torchfedrpc.experiments.report.page import REPORT_FILE, write_report
 from torchfedrpc.experiments.trace import TRACE_FILE
+from torchfedrpc.run import cancel_end_report
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="output folder of the run, which may be under way or interrupted")
     parser.add_argument("--output", type=Path, help=f"file to write (default: {REPORT_FILE} in the folder)")
     given = parser.parse_args(arguments)
+    cancel_end_report()  # this process does not run a rank's script, even if a launcher's variables are set
     if not any((given.folder / name).exists() for name in (HISTORY_FILE, TRACE_FILE)):
         raise ConfigError(
             f"{given.folder} is no output folder of a run: it has neither {HISTORY_FILE} nor {TRACE_FILE}. Give the "

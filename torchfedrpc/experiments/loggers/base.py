@@ -6,7 +6,7 @@ import asyncio
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,14 +42,15 @@ class RunLogger(Callback):
     logger's name, and the run goes on.
 
     Attributes:
-        tool_state: What the logger needs to go on after a resume, as plain data; part of the checkpoints.
+        tracker_state: What the logger needs to go on after a resume, as plain data; part of the checkpoints.
     """
 
     may_fail: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self.tool_state: dict[str, Any] = {}
+        self.tracker_state: dict[str, Any] = {}
         self._unwritten: list[tuple[int, dict[str, float]]] = []
+        self._submitted: list[Future[None]] = []
 
     @abstractmethod
     def open(self, run: Run, settings: Mapping[str, Any]) -> None:
@@ -98,13 +99,16 @@ class RunLogger(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs."""
-        return {"tool": self.tool_state, "unwritten": self._unwritten}
+        return {"tool": self.tracker_state, "unwritten": self._unwritten}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a result of `state_dict`."""
-        self.tool_state, self._unwritten = state["tool"], state["unwritten"]
+        self.tracker_state, self._unwritten = state["tool"], state["unwritten"]
 
     def _write(self) -> None:
+        submitted, self._submitted = self._submitted, []
+        for future in submitted:  # which have run by now
+            future.result()
         while self._unwritten:
             self.write(*self._unwritten[0])
             del self._unwritten[0]
@@ -117,6 +121,10 @@ class RunLogger(Callback):
             raise
         finally:
             self.close(outcome)
+
+    def submit(self, function: Callable[[], None]) -> None:
+        """Run a function on the logger's thread, behind those before; an exception is raised at the next write."""
+        self._submitted.append(self._thread.submit(function))
 
     async def _on_thread(self, function: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, function)

@@ -27,7 +27,7 @@ class CsvLogger(RunLogger):
     def open(self, run: Run, settings: Mapping[str, Any]) -> None:
         """Write the rows of a run that resumes."""
         self._path = output_path(self, self._given, run, "metrics.csv")
-        self._rows: list[dict[str, float]] = self.tool_state.setdefault("rows", [])
+        self._rows: list[dict[str, float]] = self.tracker_state.setdefault("rows", [])
         self._write_all(self._rows)
 
     def write(self, round_num: int, metrics: Mapping[str, float]) -> None:

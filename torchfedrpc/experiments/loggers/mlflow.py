@@ -52,12 +52,12 @@ class MlflowLogger(RunLogger):
 
         self._client = MlflowClient(self._tracking_uri)
         given = {key: str(value)[:_VALUE_LENGTH] for key, value in settings.items()}
-        if "run_id" not in self.tool_state:
+        if "run_id" not in self.tracker_state:
             found = self._client.get_experiment_by_name(self._experiment)
             number = found.experiment_id if found else self._client.create_experiment(self._experiment)
             created = self._client.create_run(number, tags=self._tags, run_name=self._run_name)
-            self.tool_state.update(run_id=created.info.run_id, num_rounds=0)
-        self._run_id = self.tool_state["run_id"]
+            self.tracker_state.update(run_id=created.info.run_id, num_rounds=0)
+        self._run_id = self.tracker_state["run_id"]
         params = self._client.get_run(self._run_id).data.params
         new = [Param(key, value) for key, value in given.items() if key not in params]
         for start in range(0, len(new), _BATCH):

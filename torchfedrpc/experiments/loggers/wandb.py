@@ -38,13 +38,13 @@ class WandbLogger(RunLogger):
         """Begin the run, or go on with it."""
         import wandb  # noqa: PLC0415 - optional, and slow to import
 
-        is_resumed = "run_id" in self.tool_state
-        self.tool_state.setdefault("run_id", self._options.pop("id", None) or secrets.token_hex(4))
+        is_resumed = "run_id" in self.tracker_state
+        self.tracker_state.setdefault("run_id", self._options.pop("id", None) or secrets.token_hex(4))
         options = {"dir": run.output_dir and run.output_dir.absolute(), **self._options}
         self._run = wandb.init(
             project=self._project,
             mode=self._mode,  # type: ignore[arg-type]
-            id=self.tool_state["run_id"],
+            id=self.tracker_state["run_id"],
             resume="allow" if is_resumed and self._mode == "online" else None,
             reinit="create_new",
             settings=wandb.Settings(console="off", silent=True),

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from torchfedrpc.events import Subscriber
 from torchfedrpc.experiments import extras
-from torchfedrpc.experiments.progress.lines import LineProgress, describe_metrics
+from torchfedrpc.experiments.progress.lines import LineProgress
 from torchfedrpc.interactive import is_notebook
 
 
@@ -28,7 +28,7 @@ def live_progress(
     if stream in (None, sys.stdout) and is_notebook():
         from torchfedrpc.experiments.progress.notebook_cell import CellProgress  # noqa: PLC0415 - IPython is optional
 
-        return CellProgress(describe_metrics)
+        return CellProgress()
     stream = stream or sys.stdout
     if stream.isatty() and extras.available("rich"):
         from torchfedrpc.experiments.progress.terminal_view import TerminalView  # noqa: PLC0415 - rich is optional

@@ -34,8 +34,8 @@ _WIDTH = 100  # of a picture, in characters
 class TerminalView:
     """View of a run that is redrawn four times a second; its last state stays visible after the run.
 
-    What is printed or logged meanwhile, such as the loss of a worker, is above it. The cursor stays visible, so a
-    process that is killed leaves the terminal as it was.
+    Lines that are printed or logged during the run, such as the loss of a worker, appear above it. The cursor stays
+    visible, so a process that is killed leaves the terminal as it was.
 
     Args:
         stream: A terminal.
@@ -46,7 +46,7 @@ class TerminalView:
         self._console = Console(file=stream)
         self._status = RunStatus()
         self._workers = Workers()
-        self._stats = stats or (dict)
+        self._stats = stats or dict
         self._exit = ExitStack()
         self._timer: asyncio.TimerHandle | None = None
 

@@ -178,20 +178,24 @@ def bundle() -> str | None:
     """
     if not extras.available("vl_convert"):
         return None
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchfedrpc"
-    path = folder / f"vega-{metadata.version('vl-convert-python')}.js"
-    with suppress(OSError, ConfigError):  # a cache that is missing or not private
-        make_private(folder)
-        return path.read_text(encoding="utf-8")
-    command = [sys.executable, "-P", "-c", _BUNDLE]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False)
-    if done.returncode != 0:
-        raise ConfigError(f"vl_convert has made no bundle of vega for the report: {done.stderr.strip()[-500:]}")
-    with suppress(OSError, ConfigError):
-        make_private(folder)
-        with replaced(path) as file:
-            file.write(done.stdout.encode())
+    with suppress(OSError, ConfigError, RuntimeError):  # no cache, or no private one, or no home
+        return _cached().read_text(encoding="utf-8")
+    command = [sys.executable, "-P", "-X", "utf8", "-c", _BUNDLE]
+    try:
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=True)
+    except subprocess.SubprocessError as error:
+        words = str(getattr(error, "stderr", None) or error).strip()
+        raise ConfigError(f"vl_convert has made no bundle of vega for the report: {words[-500:]}") from error
+    with suppress(OSError, ConfigError, RuntimeError), replaced(_cached()) as file:
+        file.write(done.stdout.encode())
     return done.stdout
+
+
+def _cached() -> Path:
+    """Return the file of the bundle in the user's cache, whose folder is made private."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchfedrpc"
+    make_private(folder)
+    return folder / f"vega-{metadata.version('vl-convert-python')}.js"
 
 
 def _chart(mark: Spec, *, height: int = _HEIGHT, transform: Sequence[Spec] = (), **encoding: Any) -> Spec:

@@ -10,12 +10,15 @@ from typing import Any
 
 from torchfedrpc.experiments.report import charts
 from torchfedrpc.experiments.report.data import MAX_ROWS, Record, RunData, TraceData, TracedRound, sample
+from torchfedrpc.experiments.setting_names import by_numbers, flattened
 from torchfedrpc.experiments.trace import STAGES
 
 _MAX_CELLS = 20_000  # of a map of clients and classes
 _MAX_COLUMNS = 60  # rounds of a map of workers
 NOT_METRICS = {"round", "num_clients", "seconds", "bytes_sent", "bytes_received"}
 _RECOVERY = {"worker lost", "worker left", "worker joined", "world formed", "replay ended"}
+_SECRET = re.compile(r"password|secret|api_?key", re.IGNORECASE)
+_USER_OF_URL = re.compile(r"://[^/\s@]*@")
 _NO_TRACE = "There is no trace.json: trace=true writes one."
 
 
@@ -180,7 +183,7 @@ def _timeline(run: RunData) -> Section:
 
 def _busy_map(trace: TraceData) -> Iterator[Figure]:
     ended = {number: traced for number, traced in sorted(trace.rounds.items()) if traced.end_us is not None}
-    workers = sorted(_keys(traced.args.get("busy_s", {}) for traced in ended.values()), key=_natural)
+    workers = sorted(_keys(traced.args.get("busy_s", {}) for traced in ended.values()), key=by_numbers)
     if not ended or not workers:
         return
     step = -(-len(ended) // _MAX_COLUMNS)
@@ -217,7 +220,7 @@ def _call_slices(trace: TraceData) -> Iterator[Figure]:
             )
     if not rows:
         return
-    workers = sorted({row[1] for row in rows}, key=_natural)
+    workers = sorted({row[1] for row in rows}, key=by_numbers)
     columns = [
         Column("round", "round"),
         Column("worker", "worker", False),
@@ -335,7 +338,7 @@ def _workers(run: RunData) -> Iterator[Figure]:
         for worker, seconds in args.get("busy_s", {}).items():
             busy[worker] = busy.get(worker, 0.0) + seconds
     at_end = run.trace.end["args"].get("workers", {}) if run.trace.end else {}
-    names = sorted({*busy, *at_end} - {""}, key=_natural)
+    names = sorted({*busy, *at_end} - {""}, key=by_numbers)
     if not names:
         return
     columns = [
@@ -358,7 +361,7 @@ def _workers(run: RunData) -> Iterator[Figure]:
 
 def _config(run: RunData) -> Section:
     columns = [Column("key", "setting", False), Column("value", "value", False)]
-    rows = [[key, _text(value)] for key, value in _flat("", run.config)]
+    rows = [[key, _shown(key, value)] for key, value in flattened(run.config)]
     if not rows:
         return Section("configuration", "Configuration", "There is no config.yaml.")
     return Section("configuration", "Configuration", "", [Figure("settings", "Settings of the run", columns, rows)])
@@ -381,19 +384,6 @@ def _keys(records: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for record in records for key in record))
 
 
-def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(f"{prefix}{key}.", value)
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _natural(name: str) -> tuple[Any, ...]:
-    """Return a key by which worker2 comes before worker10."""
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))
-
-
 def _scaled(value: Any, factor: float) -> float | None:
     return value * factor if isinstance(value, int | float) else None
 
@@ -404,3 +394,10 @@ def _text(value: Any) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _shown(key: str, value: Any) -> str:
+    """Return a setting without what gives access: the user in a URL, and passwords and keys."""
+    if value is not None and _SECRET.search(key):
+        return "(hidden)"
+    return _USER_OF_URL.sub("://...@", _text(value))

@@ -20,13 +20,17 @@ _LABEL_WIDTH = 40
 def draw_runs(groups: Mapping[str, Sequence[RunResult]], path: Path) -> None:
     """Plot the test accuracy of groups of runs into a PNG file: by rounds, and at the end with one dot per run.
 
+    Runs that are not done are left out.
+
     Of more than twelve groups, those with the best mean final accuracy are shown.
 
     Args:
         groups: Runs that differ in their seed alone, by a name.
         path: The output file.
     """
-    measured = {name: [run for run in runs if run.accuracy is not None] for name, runs in groups.items()}
+    measured = {
+        name: [run for run in runs if run.is_done and run.accuracy is not None] for name, runs in groups.items()
+    }
     measured = {name: runs for name, runs in measured.items() if runs}
     shown = sorted(measured, key=lambda name: -_mean_accuracy(measured[name]))[:_MAX_GROUPS]
     labels = [_label(name, len(measured[name])) for name in shown]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchfedrpc.experiments import job
 from torchfedrpc.experiments.history import RoundRecord
+from torchfedrpc.experiments.setting_names import by_numbers, flattened
 
 SEED = "seed"
 _OF_NO_RESULT = ("resume", "checkpoint_every")
@@ -28,7 +28,7 @@ class RunResult:
 
     Attributes:
         folder: The folder.
-        status: ``done``, ``failed``, ``interrupted``, ``running`` (or killed), or ``unknown``.
+        status: ``done``, ``failed``, ``interrupted``, ``killed``, ``running``, or ``unknown``.
         error: The error of a failed run, one line.
         settings: Key -> value, as text: the whole configuration, and the options of groups.
         overrides: The settings of the command line, ``key=value``.
@@ -43,6 +43,11 @@ class RunResult:
     overrides: Sequence[str]
     records: Sequence[RoundRecord] = field(repr=False)
     accuracy: float | None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has all its rounds, as far as is known."""
+        return self.status in ("done", "unknown")
 
     @property
     def seed(self) -> str:
@@ -90,7 +95,7 @@ def find_runs(folder: Path) -> list[RunResult]:
     """Return the runs in a folder: its own, or those in its subfolders, by the numbers in their names."""
     names = (job.FILE, "history.jsonl")
     folders = {path.parent for name in names for path in folder.glob(f"**/{name}")}
-    return [read_run(one) for one in sorted(folders, key=lambda path: _natural(path.relative_to(folder)))]
+    return [read_run(one) for one in sorted(folders, key=lambda path: by_numbers(str(path.relative_to(folder))))]
 
 
 def read_run(folder: Path) -> RunResult:
@@ -101,7 +106,7 @@ def read_run(folder: Path) -> RunResult:
     choices = (_yaml(folder / ".hydra" / "hydra.yaml") or {}).get("hydra", {}).get("runtime", {}).get("choices", {})
     config = _yaml(folder / "config.yaml") or _yaml(folder / ".hydra" / "config.yaml") or {}
     given = dict(_split(one) for one in overrides)
-    flat = {key: _text(value) for key, value in _flat("", config)}
+    flat = {key: _text(value) for key, value in flattened(config)}
     groups = {str(key): _text(value) for key, value in choices.items() if not str(key).startswith("hydra/")}
     accuracy = ended.get("accuracy")
     if accuracy is None and records:
@@ -183,20 +188,7 @@ def _is_hydras(override: str) -> bool:
     return override.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
-def _flat(prefix: str, values: Any) -> Iterable[tuple[str, Any]]:
-    if isinstance(values, Mapping) and values:
-        for key, value in values.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), value)
-    else:
-        yield prefix, values
-
-
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_text, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    parts = re.split(r"(\d+)", str(path))
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -69,7 +69,7 @@ def print_groups(groups: Mapping[str, Sequence[RunResult]], stream: TextIO, *, t
         formats += ["{:.1f}", "{:.1f}", "{:.1f}"]
     rows = []
     for name, runs in groups.items():
-        done = [run for run in runs if run.status in ("done", "unknown")]
+        done = [run for run in runs if run.is_done]
         cells = [_spread(map(column, done), text) for column, text in zip(columns, formats, strict=True)]
         if target is not None:
             num_reached = sum(run.until(target) is not None for run in done)
