@@ -170,6 +170,7 @@ def _suits(variables: Mapping[str, str]) -> bool:
     """Whether a process with this environment may be forked from the one of `environment`."""
     there = environment()
     names = {name for name in (*variables, *there) if name.startswith(_READ_AT_START)}
+    names -= {"PYTHONPATH"} - variables.keys()  # see `_become`
     return all(variables.get(name) == there.get(name) for name in names)
 
 
@@ -242,6 +243,9 @@ def _become(message: dict[str, Any], descriptors: list[int]) -> None:
     os.chdir(message["folder"])
     os.environ.clear()
     os.environ.update(message["variables"])
+    if "PYTHONPATH" not in os.environ:
+        of_tests = environment()["PYTHONPATH"].split(os.pathsep)
+        sys.path[1:] = [folder for folder in sys.path[1:] if folder not in of_tests]
     tempfile.tempdir = None
     sys.modules["numpy"].random.seed()
     arguments = message["arguments"]
