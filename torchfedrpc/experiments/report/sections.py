@@ -131,7 +131,7 @@ def _clients(run: RunData) -> Section:
     ]
     values = [record["scores"][first] for record in ranked if first in record["scores"]]
     text = (
-        f"The final model, scored by each client on its own training samples.{_sampled(ranked, shown, 'clients')} "
+        f"The final model, scored by the `evaluate` of each client's learner.{_sampled(ranked, shown, 'clients')} "
         f"{first.capitalize()}: lowest {_short(values[0])}, median {_short(values[len(values) // 2])}, highest "
         f"{_short(values[-1])}."
     )
