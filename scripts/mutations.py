@@ -797,7 +797,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a partition has too few parts",
-        "experiments/protocols.py",
+        "experiments/protocol_checks.py",
         "if len(parts) != num_clients:",
         "if False:",
         "tests/unit/experiments/test_protocols.py",

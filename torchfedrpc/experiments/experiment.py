@@ -25,7 +25,7 @@ from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.experiment_config import ExperimentConfig, Recipe
 from torchfedrpc.experiments.history import HISTORY_FILE, History, RoundRecord
 from torchfedrpc.experiments.progress import live_progress
-from torchfedrpc.experiments.protocols import (
+from torchfedrpc.experiments.protocol_checks import (
     check_aggregator,
     check_dataset,
     check_final_weights,

@@ -16,7 +16,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments.protocols import GIVEN, positional_of
+from torchfedrpc.experiments.protocol_checks import GIVEN, positional_of
 from torchfedrpc.experiments.user_modules import KINDS, find, names, target_of
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 

@@ -1,43 +1,22 @@
-"""What a trainer, learner, dataset, model, partition and aggregator of an experiment look like, and its checks.
+"""What a trainer, learner, dataset, model, partition and aggregator of an experiment look like.
 
 Each kind is a protocol of the class or function that is registered or named by ``_target_``. Beside the arguments of
-the protocol it is called with its settings, the other keys of its recipe. The checks run before the first round; a
-message names the kind, its name, and the missing piece.
+the protocol it is called with its settings, the other keys of its recipe. A run begins with a check of all of them.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torchfedrpc.errors import ConfigError, suggest
-from torchfedrpc.experiments.data.samples import Samples, TrainTest
-from torchfedrpc.experiments.recipe import locate
-from torchfedrpc.experiments.user_modules import KINDS
-from torchfedrpc.federation.aggregation import Aggregator, Mean, StateDict
-from torchfedrpc.federation.fedavg import FedAvgTrainer
-from torchfedrpc.federation.trainer import AbstractFederationTrainer
+from torchfedrpc.experiments.data.samples import TrainTest
+from torchfedrpc.federation.aggregation import Aggregator, StateDict
 
-Recipe = Mapping[str, Any]
-
-GIVEN: dict[str, tuple[str, ...]] = {
-    "trainer": ("initial_weights", "score", "aggregator"),
-    "learner": ("dataset", "indices", "model", "seed"),
-    "partition": ("labels", "num_clients"),
-}
-"""Kind -> keyword arguments that the experiment gives, beside the settings."""
-
-_POSITIONAL: dict[str, tuple[str, ...]] = {
-    "trainer": ("config", "learner_proxy"),
-    "learner": ("client_id",),
-    "aggregator": ("models", "num_samples"),  # of a function; a class is called with its settings alone
-}
+__all__ = ["Aggregator", "Dataset", "LearnerFactory", "Model", "Partition", "Trainer", "TrainsEpochs"]
 
 
 class Trainer(Protocol):
@@ -99,212 +78,3 @@ class Partition(Protocol):
         self, *, labels: npt.NDArray[np.int64], num_clients: int, **settings: Any
     ) -> Sequence[npt.NDArray[np.int64]]:
         """Return the indices of each client's samples, [num_samples], in the order of the clients."""
-
-
-__all__ = ["Aggregator", "Dataset", "LearnerFactory", "Model", "Partition", "Trainer", "TrainsEpochs"]
-
-
-def title(kind: str, recipe: Recipe) -> str:
-    """Return what messages call the class or function of a recipe: its kind, and its registered or dotted name."""
-    return f"{kind} {KINDS[kind].name_of(locate(recipe)) or recipe['_target_']}"
-
-
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings of a recipe: all keys but ``_target_``."""
-    return {key: value for key, value in recipe.items() if key != "_target_"}
-
-
-def positional_of(kind: str, entry: Any) -> tuple[str, ...]:
-    """Return the names of the positional arguments that the experiment gives a class or function."""
-    return () if kind == "aggregator" and isinstance(entry, type) else _POSITIONAL.get(kind, ())
-
-
-def given(kind: str, entry: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the experiment's keyword arguments that a class or function receives.
-
-    A partition receives all, the others those that their signature names.
-    """
-    parameters = inspect.signature(entry).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {name: value for name, value in values.items() if takes_all or kind == "partition" or name in parameters}
-
-
-def check_signature(kind: str, recipe: Recipe) -> None:
-    """Check that a class or function can be called with what the experiment gives it, and its settings.
-
-    Raises:
-        ConfigError: If it is not callable, lacks a method of its base class, lacks a parameter, or needs one more.
-    """
-    name, entry = title(kind, recipe), locate(recipe)
-    if not callable(entry):
-        raise ConfigError(f"{name}: a class or function is expected, not {entry!r:.200}")
-    if missing := sorted(getattr(entry, "__abstractmethods__", ())):
-        raise ConfigError(f"{name}: the class lacks {', '.join(missing)}, which its base class requires")
-    keywords = dict.fromkeys(given(kind, entry, dict.fromkeys(GIVEN.get(kind, ()))))
-    keywords |= {} if kind == "trainer" else settings_of(recipe)
-    _check_call(name, entry, positional_of(kind, entry), keywords)
-
-
-def check_trainer(recipe: Recipe) -> None:
-    """Check the class of a trainer.
-
-    Raises:
-        ConfigError: If it is no `Trainer`.
-    """
-    name, entry = title("trainer", recipe), locate(recipe)
-    if not (isinstance(entry, type) and issubclass(entry, AbstractFederationTrainer)):
-        raise ConfigError(f"{name}: derive its class from tfr.FedAvgTrainer or tfr.AbstractFederationTrainer")
-    if "train" in entry.__abstractmethods__:
-        raise ConfigError(f"{name}: train is missing: write async def train(self), which returns the final weights")
-    if not inspect.iscoroutinefunction(entry.train):
-        raise ConfigError(f"{name}: train is not async: write async def train(self)")
-    check_signature("trainer", recipe)
-
-
-def check_methods(recipe: Recipe, trainer: Any) -> None:
-    """Check that a bundled trainer can call the learners.
-
-    Raises:
-        ConfigError: If their class is no `TrainsEpochs`.
-    """
-    name, entry = title("learner", recipe), locate(recipe)
-    if not isinstance(entry, type) or not isinstance(trainer, FedAvgTrainer):
-        return
-    train_epoch = getattr(entry, "train_epoch", None)
-    if not callable(train_epoch):
-        near = suggest("train_epoch", [name for name in dir(entry) if not name.startswith("_")])
-        raise ConfigError(f"{name}: the method train_epoch is missing, which the trainer calls{near}")
-    if type(trainer).train_round is FedAvgTrainer.train_round:
-        keywords = dict.fromkeys(["model_weights", "round_num", *trainer.local_settings()])
-        _check_call(f"{name}: train_epoch", train_epoch, ("self",), keywords)
-
-
-def check_aggregator(recipe: Recipe, trainer: Recipe) -> None:
-    """Check the class or function of an aggregator, and that the trainer takes one.
-
-    Raises:
-        ConfigError: If it is no `Aggregator`, or the trainer would ignore it.
-    """
-    check_signature("aggregator", recipe)
-    name, entry = title("aggregator", recipe), locate(recipe)
-    if isinstance(entry, type) and not any("__call__" in vars(base) for base in entry.__mro__):
-        raise ConfigError(f"{name}: __call__ is missing: write def __call__(self, models, num_samples)")
-    if entry is not Mean and not given("trainer", locate(trainer), {"aggregator": None}):
-        raise ConfigError(
-            f"{title('trainer', trainer)} takes no aggregator, and would ignore {name}: give its constructor the "
-            f"keyword argument aggregator, or leave out aggregator="
-        )
-
-
-def _check_call(name: str, function: Any, positional: Sequence[str], keywords: Mapping[str, Any]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some builtins have none
-        return
-    try:
-        signature.bind(*positional, **keywords)
-    except TypeError as error:
-        of_call = ", ".join([*positional, *(f"{keyword}=" for keyword in keywords)])
-        raise ConfigError(f"{name}: {error}; it is called with ({of_call}), and has {signature}") from None
-
-
-def check_dataset(recipe: Recipe, data: Any) -> None:
-    """Check what a dataset's function returned.
-
-    Raises:
-        ConfigError: If it is no `TrainTest` of labelled samples.
-    """
-    name = title("dataset", recipe)
-    if not isinstance(data, TrainTest):
-        raise ConfigError(f"{name}: tfr.TrainTest(train, test) is expected, not a {type(data).__name__}")
-    for part, samples in (("train", data.train), ("test", data.test)):
-        if not isinstance(samples, Samples):
-            raise ConfigError(
-                f"{name}: {part}: tfr.Samples(inputs, labels) is expected, not a {type(samples).__name__}"
-            )
-        for field, tensor in (("inputs", samples.inputs), ("labels", samples.labels)):
-            if not isinstance(tensor, Tensor):
-                raise ConfigError(f"{name}: {part}.{field}: a tensor is expected, not a {type(tensor).__name__}")
-        if samples.labels.dtype != torch.int64 or samples.labels.dim() != 1:
-            found = f"{samples.labels.dtype} of shape {list(samples.labels.shape)}"
-            raise ConfigError(f"{name}: {part}.labels: int64 of shape [num_samples] is expected, not {found}")
-        if not 0 < len(samples.labels) == len(samples.inputs):
-            found = f"{len(samples.inputs)} inputs and {len(samples.labels)} labels"
-            raise ConfigError(f"{name}: {part}: a label for each input is expected, and at least one; it has {found}")
-
-
-def check_partition(recipe: Recipe, parts: Any, num_clients: int, num_samples: int) -> list[npt.NDArray[np.int64]]:
-    """Check what a partition's function returned.
-
-    Returns:
-        The parts, as int64 arrays.
-
-    Raises:
-        ConfigError: If it is not an array of valid indices for each client.
-    """
-    name = title("partition", recipe)
-    if not isinstance(parts, Sequence):
-        raise ConfigError(f"{name}: a list of index arrays is expected, not a {type(parts).__name__}")
-    if len(parts) != num_clients:
-        raise ConfigError(f"{name}: it returned {len(parts)} parts for {num_clients} clients: return one for each")
-    checked = []
-    for client, part in enumerate(parts):
-        indices = np.asarray(part)
-        if indices.ndim != 1 or (indices.size and not np.issubdtype(indices.dtype, np.integer)):
-            found = f"{indices.dtype} of shape {list(indices.shape)}"
-            raise ConfigError(
-                f"{name}: part {client}: whole numbers of shape [num_samples] are expected, not {found}"
-            )
-        if indices.size and not 0 <= indices.min() <= indices.max() < num_samples:
-            found = f"{indices.min()} to {indices.max()}"
-            raise ConfigError(
-                f"{name}: part {client}: indices from 0 to {num_samples - 1} are expected, and it has {found}"
-            )
-        checked.append(indices.astype(np.int64))
-    return checked
-
-
-def check_model(recipe: Recipe, dataset: Recipe, model: nn.Module, data: TrainTest) -> None:
-    """Check that a model takes the inputs of the data, and returns logits for its classes.
-
-    Raises:
-        ConfigError: If it does not.
-    """
-    name = title("model", recipe)
-    of_data = title("dataset", dataset)
-    inputs = data.test.inputs[:2]
-    num_classes = 1 + int(max(data.train.labels.max(), data.test.labels.max()))
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            logits = model.eval()(inputs)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{name}: it does not take the inputs of {of_data}, {inputs.dtype} of shape "
-            f"{['batch', *inputs.shape[1:]]!s}: {error}".replace("'", "")
-        ) from error
-    finally:
-        model.train(was_training)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
-        found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise ConfigError(f"{name}: logits of shape [batch, num_classes] are expected, not {found}")
-    if logits.shape[1] < num_classes:
-        raise ConfigError(f"{name}: {of_data} has {num_classes} classes, and it returns {logits.shape[1]} logits")
-
-
-def check_final_weights(recipe: Recipe, weights: Any, model: nn.Module) -> None:
-    """Check what a trainer's ``train`` returned.
-
-    Raises:
-        ConfigError: If it is no state dict of the model.
-    """
-    name = title("trainer", recipe)
-    if not isinstance(weights, Mapping):
-        raise ConfigError(
-            f"{name}: train() must return the final weights, a state dict; it returned a {type(weights).__name__}"
-        )
-    if odd := sorted(weights.keys() ^ model.state_dict().keys()):
-        raise ConfigError(
-            f"{name}: train() returned weights that are not those of the model: only one of them has "
-            f"{', '.join(map(str, odd[:5]))}"
-        )

@@ -21,7 +21,7 @@ from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.experiment import run_experiment
 from torchfedrpc.experiments.experiment_config import ExperimentConfig
 from torchfedrpc.experiments.options import option_of
-from torchfedrpc.experiments.protocols import (
+from torchfedrpc.experiments.protocol_checks import (
     check_aggregator,
     check_dataset,
     check_final_weights,
