@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import nbformat
 from browser import Browser, opened
 from PIL import Image
+from run_notebook import NOTEBOOK, page_of
 
 from torchfedrpc.experiments.report.page import write_report
 
@@ -29,18 +32,28 @@ def main() -> None:
         run = given.run or run_experiment(Path(folder) / "digits")
         shutil.copy(run / "metrics.png", DOCS / "metrics.png")
         page = write_report(run)
+        notebook = Path(folder) / "notebook.html"
+        notebook.write_text(page_of(nbformat.read(NOTEBOOK, as_version=4)), encoding="utf-8")
         with opened(width=1200, height=1000) as browser:
             browser.show(page, scheme="light")
             picture(browser, DOCS / "report-light.png")
             browser.show(page, scheme="dark")
             browser.run("document.querySelector('#partition').scrollIntoView()")
             picture(browser, DOCS / "report-dark.png")
+            browser.show(notebook)
+            browser.run("document.querySelector('progress').closest('div').scrollIntoView({block: 'center'})")
+            picture(browser, DOCS / "notebook.png")
 
 
 def run_experiment(folder: Path) -> Path:
-    """Run the default experiment on two workers, and return its output folder."""
-    settings = ["runtime=pseudo", "runtime.num_processes=2", f"hydra.run.dir={folder}"]
-    subprocess.run([sys.executable, "-m", "torchfedrpc", *settings], check=True)
+    """Run the default experiment on two workers, with a picture of the terminal; return its output folder."""
+    settings = ["runtime=pseudo", "runtime.num_processes=2", f"hydra.run.dir={folder}", "imports=[terminal_picture]"]
+    settings.append(
+        "+callbacks.picture={_target_: terminal_picture.TerminalPicture, path: " + f"{DOCS / 'terminal.png'}" + "}"
+    )
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run([sys.executable, "-m", "torchfedrpc", *settings], env=variables, check=True)
     return folder
 
 

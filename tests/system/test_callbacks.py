@@ -142,6 +142,18 @@ async def test_failure_at_the_start_ends_the_run_before_a_round() -> None:
     assert [first.calls, broken.calls, last.calls] == [["start", "RunEnded", "end BrokenError"][::2], ["start"], []]
 
 
+async def test_run_that_did_not_start_publishes_no_end() -> None:
+    events: list[tfr.Event] = []
+
+    class Subscriber(tfr.Callback):
+        def on_run_start(self, run: tfr.Run) -> None:
+            run.proxy.subscribe(events.append)
+
+    with pytest.raises(BrokenError):
+        await train(Subscriber(), Recorder(start=fail))
+    assert not [event for event in events if isinstance(event, tfr.RunStarted | tfr.RunEnded)]
+
+
 @pytest.mark.parametrize("method", ["round 1", "RoundStarted"])
 async def test_failure_of_a_callback_ends_the_run_with_its_name(method: str) -> None:
     broken, other = Recorder(**{method: fail}), Recorder()

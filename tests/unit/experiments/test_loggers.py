@@ -189,6 +189,12 @@ async def test_logger_without_a_folder_is_refused(tmp_path: Path) -> None:
     )
 
 
+async def test_json_lines_have_no_nan_in_settings(tmp_path: Path) -> None:
+    await train(tmp_path, JsonLinesLogger(), num_rounds=1, config={"limit": math.inf})
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
+    assert first["settings"]["limit"] is None
+
+
 async def test_metric_that_is_no_number_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     LOSSES[0], before = "low", LOSSES[0]  # type: ignore[call-overload]
     try:

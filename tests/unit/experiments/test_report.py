@@ -82,6 +82,16 @@ def test_a_usual_run_has_a_figure_for_each_question(tmp_path: Path, monkeypatch:
         assert text in page
 
 
+def test_what_gives_access_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, monkeypatch)
+    with (tmp_path / "config.yaml").open("a") as file:
+        file.write("\nlogger: {mlflow: {tracking_uri: 'https://me:hunter2@host/x', api_key: abc123}}\n")
+    page = _page(tmp_path)
+    assert "https://...@host/x" in page
+    assert "hunter2" not in page
+    assert "abc123" not in page
+
+
 def test_a_page_closes_its_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parser = _Strict()
     parser.feed(_page(make_run(tmp_path, monkeypatch, client_ids=["</td>", "<b>", "&amp;"])))

@@ -141,6 +141,18 @@ def test_picture_of_few_and_many_groups(tmp_path: Path, num_groups: int) -> None
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_picture_leaves_out_runs_that_are_not_done(tmp_path: Path) -> None:
+    needs("matplotlib")
+    from torchfedrpc.experiments.sweeps.plot import draw_runs
+
+    for seed, (status, accuracies) in enumerate([("done", [0.1, 0.2, 0.3]), ("killed", [0.1])]):
+        _run(tmp_path / "both" / str(seed), f"seed={seed}", status=status, accuracies=accuracies)
+    _run(tmp_path / "one" / "0", "seed=0", accuracies=[0.1, 0.2, 0.3])
+    for name in ("both", "one"):
+        draw_runs(grouped(find_runs(tmp_path / name)), tmp_path / f"{name}.png")
+    assert (tmp_path / "both.png").read_bytes() == (tmp_path / "one.png").read_bytes()
+
+
 def test_compare_writes_table_csv_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(2):
         _run(tmp_path / "a" / str(seed), f"seed={seed}", "lr=1", accuracies=(0.5, 0.7))

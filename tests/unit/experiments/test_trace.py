@@ -193,6 +193,19 @@ def test_a_resumed_run_continues_the_trace_with_the_same_tracks(
         assert len(_slices(path)) == 1 + number
 
 
+def test_a_resumed_run_counts_the_calls_that_the_trace_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, times = tmp_path / "trace.json", CallTimes(0.1, 0.1, 0.1, 0.1)
+    first = TracedRun(path, monkeypatch, max_calls=3)
+    first.at(1.0, _call(1, times=times))
+    first.at(2.0, _call(2, times=times))
+    first.end()
+    second = TracedRun(path, monkeypatch, max_calls=3, resumes=first.trace.state_dict())
+    for number in range(3):
+        second.at(10.0 + number, _call(number, times=times))
+    second.end()
+    assert len(_slices(path)) == 3
+
+
 def test_a_run_from_the_start_replaces_the_trace(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_text("[\n{}")
     TracedRun(path, monkeypatch).end()
