@@ -111,7 +111,7 @@ def started(folder: Path, *arguments: str) -> Run:
 @pytest.mark.parametrize(("mode", "number"), [("local", signal.SIGINT), ("pseudo", signal.SIGTERM)])
 def test_a_signal_ends_a_run_though_a_sync_method_goes_on(tmp_path: Path, mode: str, number: signal.Signals) -> None:
     with started(tmp_path, str(write_script(tmp_path, MAIN)), mode, "b") as run:
-        run.next_line("^ready")
+        run.next_line("ready$")
         status, output = run.end(number)
     assert status in STATUS[number], output
     assert ("KeyboardInterrupt" in output) == (number == signal.SIGINT)
@@ -215,7 +215,7 @@ def test_a_run_that_blocks_for_ever_outside_python_is_ended(tmp_path: Path, numb
 @MOSTLY_SIGINT
 def test_a_signal_to_torchrun_ends_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, *TORCHRUN, str(write_script(tmp_path, MAIN)), "distributed", "b") as run:
-        run.next_line("^ready")
+        run.next_line("ready$")
         status, output = run.end(number, within_s=LIMIT_S + 5)  # the launcher looks at its ranks now and then
     assert status != 0, output
     assert "Unable to shutdown" not in output

@@ -108,8 +108,8 @@ async def test_a_proxy_closes_in_time_though_a_worker_was_killed_or_frozen_a_mom
 
 
 def numbers(script: Process) -> list[int]:
-    """The numbers of a script's next line."""
-    return [int(word) for word in script.next_line().split()]
+    """The numbers of a script's next line, which begins with the names of worker and client if one has printed it."""
+    return [int(word) for word in script.next_line().rpartition("] ")[2].split()]
 
 
 HOLDING = """

@@ -174,7 +174,7 @@ def test_help_and_completion_list_the_names_of_the_current_folder(
     }.items():
         monkeypatch.setenv("COMP_LINE", line)
         monkeypatch.setenv("COMP_POINT", str(len(line)))
-        assert command("-sc", "query=bash").split() == completions
+        assert {*completions} <= {*command("-sc", "query=bash").split()}
 
 
 def test_names_that_do_not_exist_say_the_nearest_and_where_they_were_looked_for(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import errno
-import logging
 import os
 import signal
 import time
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import Latch, opened
 from internals import group_of, is_formed, members_of, remote_learners
-from learners import Mortal, Probe
+from learners import Mortal
 from losses import (
     NUM_ITEMS,
     SEED,
@@ -504,26 +503,3 @@ async def test_deadlines_and_quorums_hold_while_a_worker_is_frozen_and_what_was_
     await steps.check(other)
     assert await proxy.clients([late, cancelled]).call("what_happened") == {late: [], cancelled: []}
     assert sorted(notes.read_text().splitlines()) == [f"{client} " for client in sorted(quick)]
-
-
-async def test_replay_is_told_with_its_calls_and_its_end(caplog: pytest.LogCaptureFixture) -> None:
-    told: list[tfr.Event] = []
-    runtime = {"execution_mode": "pseudo", "num_processes": 1}
-    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
-        proxy.subscribe(told.append)
-        for number in range(3):
-            await proxy.custom_method("a", "append", number)
-        os.kill(await proxy.custom_method("a", "process_id"), signal.SIGKILL)
-        with caplog.at_level(logging.INFO):
-            assert await proxy.custom_method("a", "append", 3) == 4
-    started, ended = (event for event in told if isinstance(event, tfr.ReplayStarted | tfr.ReplayEnded))
-    assert started == tfr.ReplayStarted("a", "worker1", 4)
-    assert isinstance(ended, tfr.ReplayEnded)
-    assert (ended.client_id, ended.worker, ended.num_calls) == ("a", "worker1", 4)
-    assert ended.seconds > 0
-    assert "replaying 4 calls of a on worker1" in caplog.messages
-    assert tfr.WorkerJoined("worker1", has_returned=True) in told
-    assert "worker1 is back" in caplog.messages
-    last = [event for event in told if isinstance(event, tfr.CallEnded)][-1]
-    assert last.times is not None
-    assert last.times.queue_s > ended.seconds

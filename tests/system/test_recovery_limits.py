@@ -1,8 +1,11 @@
-"""Where recovery ends: learners that end their process each time, runs that do not recover, and the next proxy."""
+"""Where recovery ends, and what is told of it: learners that end their process each time, and the next proxy."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 from conftest import Latch
 from internals import not_carried
-from learners import Mortal, Stillborn
+from learners import Mortal, Probe, Stillborn
 from losses import SEED, Losses, Steps, kill, pid_of, pseudo, undisturbed
 
 import torchfedrpc as tfr
@@ -141,3 +144,26 @@ async def test_proxy_closes_soon_after_a_loss_and_recovers_from_another_once_it_
         await steps.check(*CLIENTS)
         assert proxy.stats()["workers_lost"] == 1
     assert seen.workers == ["worker1"] * 3
+
+
+async def test_replay_is_told_with_its_calls_and_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[tfr.Event] = []
+    runtime = {"execution_mode": "pseudo", "num_processes": 1}
+    async with tfr.LearnerProxy(Probe, ["a"], runtime=runtime) as proxy:
+        proxy.subscribe(told.append)
+        for number in range(3):
+            await proxy.custom_method("a", "append", number)
+        os.kill(await proxy.custom_method("a", "process_id"), signal.SIGKILL)
+        with caplog.at_level(logging.INFO):
+            assert await proxy.custom_method("a", "append", 3) == 4
+    started, ended = (event for event in told if isinstance(event, tfr.ReplayStarted | tfr.ReplayEnded))
+    assert started == tfr.ReplayStarted("a", "worker1", 4)
+    assert isinstance(ended, tfr.ReplayEnded)
+    assert (ended.client_id, ended.worker, ended.num_calls) == ("a", "worker1", 4)
+    assert ended.seconds > 0
+    assert "replaying 4 calls of a on worker1" in caplog.messages
+    assert tfr.WorkerJoined("worker1", has_returned=True) in told
+    assert "worker1 is back" in caplog.messages
+    last = [event for event in told if isinstance(event, tfr.CallEnded)][-1]
+    assert last.times is not None
+    assert last.times.queue_s > ended.seconds

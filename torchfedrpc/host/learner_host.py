@@ -308,7 +308,7 @@ class LearnerHost:
         Returns:
             Whether all ended in time. A sync method that does not end keeps its (daemon) thread.
         """
-        for call_id in list(self._jobs):
+        for call_id in reversed(list(self._jobs)):  # those that wait first, so that none begins behind another
             self.cancel(call_id)
         ended = self._sync.close(timeout_s) & self._async.close(timeout_s)
         if self._merging is not None:

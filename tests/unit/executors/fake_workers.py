@@ -12,6 +12,7 @@ from settling import TIMEOUT_S, within
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import SnapshotError, WorkerLostError
+from torchfedrpc.events import EventBus
 from torchfedrpc.executors.admission import Admission
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.executors.journal import Journal
@@ -266,6 +267,7 @@ class FakeRun(LearnerRun):
         table: Any = None  # of workers: there is one at a time
         spec: Any = SimpleNamespace(
             learner=SimpleNamespace(allow_list=lambda: ALLOW),
+            events=EventBus(),
             clients={client_id: {"client": client_id} for client_id in "abcdef"},
         )
         super().__init__(config, spec, table, Admission(1 << 30), Durations())

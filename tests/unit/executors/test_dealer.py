@@ -14,6 +14,7 @@ from settling import settled, within
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import WorkerLostError
+from torchfedrpc.events import EventBus
 from torchfedrpc.executors.dealer import Assignment, Dealer, Returned
 from torchfedrpc.executors.durations import Durations
 from torchfedrpc.executors.eligible_workers import EligibleWorkers
@@ -49,7 +50,9 @@ class Game:
         self.durations = Durations()
         self.clients: dict[str, dict[str, Any]] = {f"client_{number}": {} for number in range(40)}
         self.clients |= {name: {} for name in "abcdefs"}
-        spec: Any = SimpleNamespace(learner=SimpleNamespace(allow_list=lambda: ALLOW), clients=self.clients)
+        spec: Any = SimpleNamespace(
+            learner=SimpleNamespace(allow_list=lambda: ALLOW), events=EventBus(), clients=self.clients
+        )
         self.run = Run(RuntimeConfig(), spec, self.durations)
         self.busy: set[str] = set()
         eligible = EligibleWorkers(self.table, endpoints or {})

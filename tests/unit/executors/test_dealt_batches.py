@@ -13,6 +13,7 @@ from summing import Brackets
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import SerializationError, WorkerLostError
+from torchfedrpc.events import EventBus
 from torchfedrpc.executors.batches import DealtBatches, Parts
 from torchfedrpc.executors.dealer import Dealer
 from torchfedrpc.executors.durations import Durations
@@ -38,7 +39,9 @@ class Reducing:
         for client_id in CLIENTS:
             self.durations.note(call(0, client_id), Outcome("value", seconds=seconds))
         spec: Any = SimpleNamespace(
-            learner=SimpleNamespace(allow_list=lambda: ALLOW), clients={client_id: {} for client_id in CLIENTS}
+            learner=SimpleNamespace(allow_list=lambda: ALLOW),
+            events=EventBus(),
+            clients={client_id: {} for client_id in CLIENTS},
         )
         self.run = Run(RuntimeConfig(**runtime), spec, self.durations)
         self.dealer = Dealer(self.run, self.table, EligibleWorkers(self.table, {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -23,12 +24,12 @@ async def test_workers_that_listen_have_the_order_of_their_addresses(monkeypatch
     second_has_come = asyncio.Event()
     links: list[Link] = []
 
-    async def dial(address: str, *arguments: Any, **options: Any) -> tuple[Link, dict[str, str]]:
+    async def dial(address: str, *arguments: Any, **options: Any) -> tuple[Link, dict[str, Any]]:
         if address == ADDRESSES[0]:
             await second_has_come.wait()
         second_has_come.set()
         links.append(Link(socket.socket()))
-        return links[-1], {"machine": "there", "site": "another"}
+        return links[-1], {"machine": "there", "site": "another", "time_s": time.time(), "max_descriptors": 1024}
 
     monkeypatch.setattr(sources, "dial", dial)
     source = DialledSource(ADDRESSES, b"")

@@ -54,7 +54,7 @@ def _no_harm() -> Iterator[None]:
     seconds, kilobytes = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert harm() == []
-    assert time.process_time() - seconds < 1
+    assert time.process_time() - seconds < 3  # half a second on a machine that has nothing else to do
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - kilobytes < 200_000
 
 
