@@ -30,7 +30,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = given.run or run_experiment(Path(folder) / "digits")
-        shutil.copy(run / "metrics.png", DOCS / "metrics.png")
+        shutil.copyfile(run / "metrics.png", DOCS / "metrics.png")
         page = write_report(run)
         notebook = Path(folder) / "notebook.html"
         notebook.write_text(page_of(nbformat.read(NOTEBOOK, as_version=4)), encoding="utf-8")
@@ -54,13 +54,18 @@ def run_experiment(folder: Path) -> Path:
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run([sys.executable, "-m", "torchfedrpc", *settings], env=variables, check=True)
+    save(Image.open(DOCS / "terminal.png"), DOCS / "terminal.png")
     return folder
 
 
 def picture(browser: Browser, path: Path) -> None:
-    """Save what the browser shows, with few colours, since a page has not many."""
-    shown = Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())).convert("RGB")
-    shown.quantize(_NUM_COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+    """Save what the browser shows."""
+    save(Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())), path)
+
+
+def save(shown: Image.Image, path: Path) -> None:
+    """Save a picture with few colours, as a page or a terminal has not many."""
+    shown.convert("RGB").quantize(_NUM_COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
     assert path.stat().st_size < MAX_BYTES, f"{path} has {path.stat().st_size} bytes"
 
 

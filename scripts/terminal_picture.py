@@ -30,6 +30,7 @@ class TerminalPicture(tfr.Callback):
         self._status = RunStatus()
         self._workers = Workers()
         self._log = _Lines()
+        self._num_viewed = 0  # rounds
 
     def on_run_start(self, run: tfr.Run) -> None:
         """Keep what is logged."""
@@ -43,10 +44,12 @@ class TerminalPicture(tfr.Callback):
     def on_event(self, run: tfr.Run, event: tfr.Event) -> None:
         """Follow the run; save the view when half of the clients of the round have answered."""
         self._status.add(event)
-        if self._status.num_done not in (_ROUND - 1, _ROUND) or self._status.num_in_flight != 5:
+        num_done = self._status.num_done
+        if num_done not in (_ROUND - 1, _ROUND) or num_done == self._num_viewed or self._status.num_in_flight != 5:
             return
+        self._num_viewed = num_done
         view = view_of(self._status, run.proxy.stats(), self._workers, _WIDTH)
-        if self._status.num_done == _ROUND:
+        if num_done == _ROUND:
             save_picture(Group(*self._log.lines, view, ""), self._path)
 
     def on_run_end(self, run: tfr.Run, error: BaseException | None) -> None:
