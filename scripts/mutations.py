@@ -805,8 +805,8 @@ MUTATIONS = [
     Mutation(
         "the aggregate is the new model",
         "federation/fedavg.py",
-        "self.weights = self.step(aggregate)",
-        "self.weights = aggregate",
+        "self._checked(self.step(aggregate), aggregate)",
+        "aggregate",
         "tests/unit/experiments/test_protocols.py",
     ),
     Mutation(

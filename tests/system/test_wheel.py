@@ -118,7 +118,7 @@ def test_both_console_scripts_of_the_wheel_do_an_experiment(folder: Path, comman
             "hydra.run.dir=outputs",
         )
     lines = output.splitlines()
-    missing = "live bar, picture and charts in the report"
+    missing = "live bar and picture and charts in the report"
     assert f"without {missing}: pip install 'torchfedrpc[experiments]' brings them" in lines
     assert "4 clients, distributed mode" in lines
     assert len((folder / "outputs" / "history.jsonl").read_text().splitlines()) == 3

@@ -47,7 +47,9 @@ def mode_of(path: Path) -> int:
 
 def write(path: Path) -> None:
     """All that a run writes into its folder, but for the picture."""
-    proxy: Any = SimpleNamespace(stats=lambda: {"bytes_sent": 0, "bytes_received": 0})
+    proxy: Any = SimpleNamespace(
+        stats=lambda: {"bytes_sent": 0, "bytes_received": 0}, subscribe=lambda callback: lambda: None
+    )
     run = tfr.Run({}, proxy, None)
     history = History(path / "history.jsonl")
     history.on_run_start(run)

@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, suggest
-from torchfedrpc.experiments.job import TRACEBACK_FILE, one_line, read_job
+from torchfedrpc.experiments.job import one_line, read_job
 from torchfedrpc.experiments.options import imports_of, modules_of, register_options
 from torchfedrpc.experiments.run_folder import CONFIG_FILE, error_text, run_in_folder
 from torchfedrpc.experiments.sweeps.plugins import check_installed, register
@@ -76,8 +76,7 @@ def _task(config: DictConfig) -> float | None:
         except Exception as error:
             if os.environ.get(_FULL_ERROR) == "1":
                 traceback.print_exception(error)
-            where = output_dir / TRACEBACK_FILE
-            print(f"job {hydra_config.job.num} failed: {one_line(error)} ({where})", file=sys.stderr, flush=True)
+            print(f"job {hydra_config.job.num} failed: {one_line(error)}", file=sys.stderr, flush=True)
             return None
 
 

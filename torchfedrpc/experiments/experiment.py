@@ -29,6 +29,7 @@ from torchfedrpc.experiments.protocol_checks import (
     check_aggregator,
     check_dataset,
     check_final_weights,
+    check_initial_weights,
     check_methods,
     check_model,
     check_partition,
@@ -173,6 +174,7 @@ async def _train(
         }
         trainer = make(settings_of(config.trainer), proxy, **given("trainer", make, arguments))
         check_methods(config.learner, trainer)
+        check_initial_weights(config.trainer, trainer)
         trainer.checkpoints, trainer.callbacks, trainer.output_dir = checkpoints, parts.callbacks, output_dir
         await run.enter_async_context(trainer.running(config.as_mapping()))
         with live_progress(stream, proxy.stats) as show:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.events import RoundEnded
+from torchfedrpc.events import Event, RoundEnded, RoundStarted
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.private_files import open_private, replaced
 from torchfedrpc.proxy import LearnerProxy
+
+logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.jsonl"
 
@@ -32,7 +35,7 @@ class RoundRecord:
         test_loss: Mean loss of the global model on the same samples.
         train_loss: Mean loss of the cohort's local training.
         num_clients: Number of clients with a result in the aggregate.
-        seconds: Wall-clock time since the end of the previous round, scoring included, in seconds.
+        seconds: Wall-clock time since the end of the previous round, or the start of the first, scoring included.
         bytes_sent: Bytes from the driver to workers in that time.
         bytes_received: Bytes from workers to the driver in that time.
         more: The other metrics of the trainer by name. Each is a key of the line, after the keys above.
@@ -50,7 +53,7 @@ class RoundRecord:
 
 
 class RoundMeter:
-    """Meter of a run's time and traffic, from one round's end to the next.
+    """Meter of a run's time and traffic: from the start of the first round to its end, then from end to end.
 
     Args:
         proxy: The run's proxy, which counts the bytes sent and received.
@@ -58,7 +61,16 @@ class RoundMeter:
 
     def __init__(self, proxy: LearnerProxy) -> None:
         self._proxy = proxy
-        self._time, self._traffic = time.perf_counter(), proxy.stats()
+        self._begin()
+        self._unsubscribe = proxy.subscribe(self._on_event)
+
+    def _begin(self) -> None:
+        self._time, self._traffic = time.perf_counter(), self._proxy.stats()
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, RoundStarted):
+            self._unsubscribe()
+            self._begin()
 
     def take(self) -> dict[str, Any]:
         """Return ``seconds``, ``bytes_sent`` and ``bytes_received`` since the last time."""
@@ -84,6 +96,7 @@ class History(Callback):
         self.records: list[RoundRecord] = []
         self._path = path
         self._meter: RoundMeter | None = None
+        self._not_finite: set[str] = set()
 
     def on_run_start(self, run: Run) -> None:
         """Begin a new file, unless the run resumes."""
@@ -99,6 +112,10 @@ class History(Callback):
         """
         assert self._meter is not None
         metrics = {str(name): _number(name, value) for name, value in ended.metrics.items()}
+        for name in [name for name, value in metrics.items() if value is None and name not in self._not_finite]:
+            self._not_finite.add(name)
+            where = name, ended.metrics[name], ended.round_num + 1
+            logger.warning("%s is %s after round %d: the training may have diverged", *where)
         num_clients = metrics.get("num_clients")
         record = RoundRecord(
             round=ended.round_num,

@@ -223,6 +223,19 @@ def check_model(recipe: Recipe, dataset: Recipe, model: nn.Module, data: TrainTe
         raise ConfigError(f"{name}: {of_data} has {num_classes} classes, and it returns {logits.shape[1]} logits")
 
 
+def check_initial_weights(recipe: Recipe, trainer: Any) -> None:
+    """Check that a subclass of `FedAvgTrainer` begins with the experiment's model.
+
+    Raises:
+        ConfigError: If its constructor keeps the initial weights from its base class.
+    """
+    if isinstance(trainer, FedAvgTrainer) and trainer.weights is None:
+        raise ConfigError(
+            f"{title('trainer', recipe)}: it has no initial weights: let its constructor take **kwargs and pass "
+            f"them on, super().__init__(config, learner_proxy, **kwargs)"
+        )
+
+
 def check_final_weights(recipe: Recipe, weights: Any, model: nn.Module) -> None:
     """Check what a trainer's ``train`` returned.
 

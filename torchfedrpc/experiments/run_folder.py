@@ -12,7 +12,7 @@ from torchfedrpc.errors import ConfigError, GroupCallError, SnapshotError, Worke
 from torchfedrpc.experiments.data.cache import preload_of
 from torchfedrpc.experiments.experiment import run_experiment
 from torchfedrpc.experiments.experiment_config import ExperimentConfig
-from torchfedrpc.experiments.job import Job, read_job, unchanged_process
+from torchfedrpc.experiments.job import TRACEBACK_FILE, Job, read_job, unchanged_process
 from torchfedrpc.experiments.sweeps.sweep import end_early
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.federation.checkpoint_store import is_in_use
@@ -48,8 +48,15 @@ def run_in_folder(config: DictConfig, output_dir: Path) -> float:
             raise
         with job.recorded():
             raise
-    with checkpoints, job.recorded():
-        job.accuracy = accuracy = _run(config, experiment, checkpoints, output_dir)
+    with checkpoints:
+        try:
+            with job.recorded():
+                job.accuracy = accuracy = _run(config, experiment, checkpoints, output_dir)
+        except ConfigError:
+            raise
+        except Exception as error:
+            error.add_note(f"traceback: {output_dir / TRACEBACK_FILE}")
+            raise
     print(f"outputs: {output_dir}", flush=True)
     return accuracy
 

@@ -113,12 +113,21 @@ class FedAvgTrainer(AbstractFederationTrainer):
             aggregate = await self.aggregate_weights([update["model_weights"] for update in updates], num_samples)
             train_loss = math.fsum(losses) / sum(num_samples) if losses else math.nan
             num_clients = len(updates)
-        self.weights = self.step(aggregate)
+        self.weights = self._checked(self.step(aggregate), aggregate)
         return {
             "train_loss": train_loss,
             "num_clients": num_clients,
             **(self._score(self.weights) if self._score else {}),
         }
+
+    def _checked(self, weights: Mapping[str, Tensor], aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if isinstance(weights, Mapping) and weights.keys() == aggregate.keys():
+            return weights
+        given = list(weights) if isinstance(weights, Mapping) else f"a {type(weights).__name__}"
+        raise ConfigError(
+            f"{type(self).__qualname__}.step() returned {given!s:.200}: it must return the new global weights, a "
+            f"state dict with the names of its argument, {list(aggregate)!s:.200}"
+        )
 
     def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the new global weights, from the aggregate of the clients' models and ``weights``.

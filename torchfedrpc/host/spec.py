@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -106,7 +108,8 @@ class LearnerSpec:
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
             raise ConfigError(
-                f"cannot find the learner {self.module}.{self.qualname} ({error}): {_REMEDY}"
+                f"cannot find the learner {self.module}.{self.qualname} ({error}) on {socket.gethostname()} in "
+                f"{os.getcwd()}: start a worker in the folder that has the module, or {_REMEDY}"
             ) from error
         factory: Callable[..., Any] = found
         return factory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -36,6 +37,10 @@ class FakeRun:
     def __init__(self) -> None:
         self.time_s = 100.0
         self.num_bytes = 1000
+
+    def subscribe(self, callback: Callable[[tfr.Event], None]) -> Callable[[], None]:
+        self.callback = callback
+        return lambda: None
 
     def stats(self) -> dict[str, int]:
         return {"bytes_sent": self.num_bytes, "bytes_received": 2 * self.num_bytes}
@@ -146,3 +151,19 @@ def test_a_metric_that_cannot_be_kept_is_refused(
     history = _history(tmp_path / "history.jsonl", run)
     with pytest.raises(tfr.ConfigError, match=words):
         history.on_round_end(_of(run), RoundEnded(0, 1, metrics))
+
+
+def test_the_first_round_begins_with_its_start(tmp_path: Path, run: FakeRun) -> None:
+    history = _history(tmp_path / "history.jsonl", run)
+    run.time_s += 60.0  # for other callbacks to start
+    run.callback(tfr.RoundStarted(0, 2))
+    run.time_s += 2.0
+    history.on_round_end(_of(run), RoundEnded(0, 2, METRICS))
+    assert history.records[0].seconds == 2.0
+
+
+def test_a_diverged_metric_is_told_once(tmp_path: Path, run: FakeRun, caplog: pytest.LogCaptureFixture) -> None:
+    history = _history(tmp_path / "history.jsonl", run)
+    for round_num in range(2):
+        history.on_round_end(_of(run), RoundEnded(round_num, 2, {**METRICS, "test_loss": float("nan")}))
+    assert caplog.messages == ["test_loss is nan after round 1: the training may have diverged"]

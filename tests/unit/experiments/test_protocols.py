@@ -305,6 +305,26 @@ async def test_each_round_is_one_line_whatever_the_trainer_keeps(tmp_path: Path)
     assert all(line["train_loss"] > 0 for line in lines)
 
 
+class WithoutWeights(tfr.FedAvgTrainer):
+    def __init__(self, config: Any, learner_proxy: tfr.LearnerProxy) -> None:
+        super().__init__(config, learner_proxy)
+
+
+async def test_a_constructor_that_drops_the_initial_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer .*WithoutWeights: it has no initial weights: let its"):
+        await run_experiment(config(trainer=recipe(WithoutWeights, num_rounds=1)), tmp_path)
+
+
+class WrongStep(tfr.FedAvgTrainer):
+    def step(self, aggregate: Any) -> Any:
+        return None
+
+
+async def test_a_step_that_returns_no_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^WrongStep\.step\(\) returned a NoneType: it must return the new global"):
+        await run_experiment(config(trainer=recipe(WrongStep, num_rounds=1)), tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["dataset", "model"])
 async def test_an_unknown_setting_of_data_and_model_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     settings = {**getattr(config(), kind), "num_smaples": 3}

@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
             path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error}") from error
-    print(f"wrote {folder}; run it with:\n  cd {folder}\n  torchfedrpc --config-dir conf experiment=quick\n  pytest")
+    lines = f"cd {folder}", "torchfedrpc --config-dir conf experiment=quick", "python -m pytest"
+    print("\n  ".join([f"wrote {folder}; run it with:", *lines]))
     return 0
 
 

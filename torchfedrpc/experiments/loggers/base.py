@@ -136,6 +136,11 @@ def _status(error: BaseException | None) -> str:
     return "failed" if isinstance(error, Exception) else "interrupted"
 
 
+def name_of(run: Run) -> str | None:
+    """Return a name for a run by its output folder, such as ``my_sweep/3``; None without one."""
+    return None if run.output_dir is None else "/".join(run.output_dir.absolute().parts[-2:])
+
+
 def output_path(logger: RunLogger, given: str | Path | None, run: Run, name: str) -> Path:
     """Return the file or folder of a logger: the given one, or one in the output folder. Its folder is created.
 

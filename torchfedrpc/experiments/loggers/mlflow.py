@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchfedrpc.experiments import extras
-from torchfedrpc.experiments.loggers.base import Outcome, RunLogger
+from torchfedrpc.experiments.loggers.base import Outcome, RunLogger, name_of
 from torchfedrpc.federation.callbacks import Run
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -23,7 +23,7 @@ class MlflowLogger(RunLogger):
 
     Args:
         experiment: Name of the experiment, which is created if it does not exist.
-        run_name: Name of the run. Default: MLflow makes one up.
+        run_name: Name of the run. Default: the last two parts of its output folder.
         tracking_uri: Where MLflow keeps runs: the address of a server, or ``sqlite:///FILE``. Default: As for MLflow,
             ``MLFLOW_TRACKING_URI`` or a file in the working directory.
         tags: Tags of the run.
@@ -55,7 +55,7 @@ class MlflowLogger(RunLogger):
         if "run_id" not in self.tracker_state:
             found = self._client.get_experiment_by_name(self._experiment)
             number = found.experiment_id if found else self._client.create_experiment(self._experiment)
-            created = self._client.create_run(number, tags=self._tags, run_name=self._run_name)
+            created = self._client.create_run(number, tags=self._tags, run_name=self._run_name or name_of(run))
             self.tracker_state.update(run_id=created.info.run_id, num_rounds=0)
         self._run_id = self.tracker_state["run_id"]
         params = self._client.get_run(self._run_id).data.params

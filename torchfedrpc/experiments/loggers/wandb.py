@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchfedrpc.experiments import extras
-from torchfedrpc.experiments.loggers.base import Outcome, RunLogger
+from torchfedrpc.experiments.loggers.base import Outcome, RunLogger, name_of
 from torchfedrpc.federation.callbacks import Run
 
 
@@ -40,7 +40,7 @@ class WandbLogger(RunLogger):
 
         is_resumed = "run_id" in self.tracker_state
         self.tracker_state.setdefault("run_id", self._options.pop("id", None) or secrets.token_hex(4))
-        options = {"dir": run.output_dir and run.output_dir.absolute(), **self._options}
+        options = {"dir": run.output_dir and run.output_dir.absolute(), "name": name_of(run), **self._options}
         self._run = wandb.init(
             project=self._project,
             mode=self._mode,  # type: ignore[arg-type]

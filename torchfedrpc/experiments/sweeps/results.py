@@ -17,7 +17,7 @@ from torchfedrpc.experiments.history import RoundRecord
 from torchfedrpc.experiments.setting_names import by_numbers, flattened
 
 SEED = "seed"
-_OF_NO_RESULT = ("resume", "checkpoint_every")
+_OF_NO_RESULT = {"resume", "checkpoint_every", "logger", "trace", "trace_calls", "report", "client_scores"}
 _MAX_DIGITS = 8
 _FIELDS = {item.name for item in dataclasses.fields(RoundRecord)}
 
@@ -33,7 +33,7 @@ class RunResult:
         settings: Key -> value, as text: the whole configuration, and the options of groups.
         overrides: The settings of the command line, ``key=value``.
         records: The rounds.
-        accuracy: Final test accuracy, 0 to 1; None if there is none.
+        accuracy: Final test accuracy, 0 to 1; None if there is none, as of a run that is not done.
     """
 
     folder: Path
@@ -109,9 +109,9 @@ def read_run(folder: Path) -> RunResult:
     flat = {key: _text(value) for key, value in flattened(config)}
     groups = {str(key): _text(value) for key, value in choices.items() if not str(key).startswith("hydra/")}
     accuracy = ended.get("accuracy")
-    if accuracy is None and records:
-        accuracy = records[-1].test_accuracy
     status = ended.get("status") or "unknown"
+    if accuracy is None and records and status == "unknown":
+        accuracy = records[-1].test_accuracy
     return RunResult(
         folder=folder,
         status=status,
@@ -130,7 +130,9 @@ def differing(runs: Sequence[RunResult]) -> list[str]:
     return [
         key
         for key in keys
-        if key not in _OF_NO_RESULT and len({run.settings.get(key) for run in runs}) > 1 and not _is_hydras(key)
+        if key.split(".")[0] not in _OF_NO_RESULT
+        and len({run.settings.get(key) for run in runs}) > 1
+        and not _is_hydras(key)
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -131,9 +131,12 @@ def _to_target(run: RunResult, target: float) -> tuple[float | None, float | Non
     return len(rounds), round(sum(record.seconds for record in rounds), 3), num_bytes / 1e6
 
 
-def _spread(values: object, text: str) -> str:
-    found = mean_and_std(values)  # type: ignore[arg-type]
-    return "-" if found is None else f"{text.format(found[0])} ± {text.format(found[1])}"
+def _spread(values: Iterable[float | None], text: str) -> str:
+    known = [value for value in values if value is not None]
+    found = mean_and_std(known)
+    if found is None:
+        return "-"
+    return text.format(found[0]) if len(known) == 1 else f"{text.format(found[0])} ± {text.format(found[1])}"
 
 
 def _name(run: RunResult, root: Path) -> str:
