@@ -40,6 +40,12 @@ def test_the_reference_has_every_public_name() -> None:
     assert missing == ["__version__"]
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages <= named
+
+
 def test_the_readme_in_chinese_has_the_code_and_the_headings_of_the_english_one() -> None:
     english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
 
