@@ -113,6 +113,33 @@ async def test_round_without_published_metrics_has_none() -> None:
     assert "round 0 {}" in recorder.calls
 
 
+class Publishing(tfr.AbstractFederationTrainer):
+    """Publishes metrics of each round in two parts, as of a round ``shift`` later."""
+
+    async def train(self) -> None:
+        async for round_num in self.rounds():
+            for metrics in ({"loss": 1.0}, {"extra": 2.0}):
+                number = round_num + getattr(self.config, "shift", 0)
+                self.learner_proxy.publish(tfr.RoundEnded(number, self.num_rounds, metrics))
+
+
+async def test_metrics_that_are_published_apart_are_those_of_one_round() -> None:
+    seen: list[dict[str, float]] = []
+
+    class Reader(tfr.Callback):
+        def on_round_end(self, run: tfr.Run, ended: tfr.RoundEnded) -> None:
+            seen.append(dict(ended.metrics))
+
+    await train(Reader(), kind=Publishing)
+    assert seen == [{"loss": 1.0, "extra": 2.0}] * NUM_ROUNDS
+
+
+async def test_the_end_of_another_round_is_refused() -> None:
+    words = "Publishing has published the end of round 1 in round 0: give"
+    with pytest.raises(tfr.ConfigError, match=words):
+        await train(Recorder(), kind=Publishing, shift=1)
+
+
 async def test_train_that_calls_its_bases_is_one_run() -> None:
     recorder = Recorder()
     assert await train(recorder, kind=DerivedTrainer) == 8

@@ -167,3 +167,15 @@ async def test_replay_is_told_with_its_calls_and_its_end(caplog: pytest.LogCaptu
     last = [event for event in told if isinstance(event, tfr.CallEnded)][-1]
     assert last.times is not None
     assert last.times.queue_s > ended.seconds
+
+
+async def test_a_stream_of_sent_values_that_has_ended_is_never_lost_in_silence() -> None:
+    async with tfr.LearnerProxy(Probe, ["a"], runtime={"execution_mode": "pseudo", "num_processes": 1}) as proxy:
+        pid = await proxy.custom_method("a", "process_id")
+        stream = proxy.stream("a", "talk", 1)
+        await anext(stream)
+        await stream.asend(5)
+        await stream.aclose()
+        os.kill(pid, signal.SIGKILL)  # before the snapshot behind the stream
+        with pytest.raises(tfr.WorkerLostError, match="no snapshot was taken behind its last stream"):
+            await proxy.custom_method("a", "process_id")

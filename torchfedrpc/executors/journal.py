@@ -66,6 +66,7 @@ class Journal:
         self._journals = journals
         self._number = 0  # of the last change
         self._cut_off_number = 0  # of the last interrupted call, which cannot be replayed
+        self._sent_number = 0  # of the last stream that values were sent into and that ended in order
         self._snapshot_number = 0  # of the last change that the snapshot contains
         self._has_snapshot = False
         self._first_number = 0  # snapshots with a lower number are obsolete, even if they arrive later
@@ -122,8 +123,17 @@ class Journal:
         return len(self.entries) > self._journals.max_calls
 
     @property
+    def misses_stream(self) -> bool:
+        """Whether a stream that values were sent into has ended in order, and no snapshot contains it so far."""
+        return self._journals.are_kept and self._sent_number > self._snapshot_number
+
+    @property
     def _misses_call(self) -> bool:
         return self._cut_off_number > self._snapshot_number
+
+    def expect_stream(self) -> None:
+        """Note that the next change is a stream that values were sent into, which cannot be replayed."""
+        self._sent_number = self._number + 1
 
     def add(self, call: Call, outcome: Outcome, num_items: int = 0) -> None:
         """Note a call that has ended."""
@@ -208,6 +218,7 @@ class Journal:
     def forget(self) -> None:
         """Drop everything, since the learner was given up or restored from another snapshot."""
         self._first_number = self._number + 1
+        self._sent_number = 0
         self._keep_only([])
         if self._has_snapshot:
             self._journals.discard(self.client_id, self._snapshot_number)

@@ -187,6 +187,10 @@ class LearnerSession(Session):
         worker = self._run.worker_of(self.client_id)
         return WorkerLostError(f"{call.client_id}.{call.method} on {worker}: {reason}")
 
+    def expect_stream(self) -> None:
+        """Note that a stream that values were sent into ends in order now."""
+        self._journal.expect_stream()
+
     async def settled(self) -> None:
         """Wait for the end of a move or rebuild in progress."""
         if self._preparing is not None:
@@ -354,6 +358,11 @@ class LearnerSession(Session):
             self.give_up(f"{where}, and its learner with it; runtime.on_worker_lost=recover rebuilds it")
         elif had_learner and self._journal.unrecoverable is not None:
             self.give_up(f"{where}, and its learner could not be rebuilt: {self._journal.unrecoverable}")
+        elif had_learner and self._journal.misses_stream:
+            self.give_up(
+                f"{where}, and its learner could not be rebuilt: no snapshot was taken behind its last stream, into "
+                f"which values were sent, so that it cannot be replayed"
+            )
         elif self._num_losses > self._run.max_recoveries:
             self.give_up(
                 f"{where} while a call of this learner was running (times in succession: {self._num_losses}), so it "

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from torchfedrpc.events import EventBus, WorkerLogged
 from torchfedrpc.host.call_scope import client_here
@@ -12,6 +15,7 @@ from torchfedrpc.tasks import call_on
 
 STREAMS = ("stdout", "stderr")
 _PRINTED = "torchfedrpc.workers"
+_FORMATTER = logging.Formatter()
 
 
 def prefix(worker: str, client_id: str | None) -> str:
@@ -49,11 +53,12 @@ def _logger(name: str) -> logging.Logger:
     return logging.root
 
 
-class LocalLog(logging.Handler):
-    """Handler that treats the records of learners in the driver's process as those of workers.
+class LocalLog:
+    """Treats the records of learners in the driver's process as those of workers: with a prefix, and as events.
 
-    It is the first handler of the root logger, so that the others see the prefix. Printed lines are not touched:
-    they are on the driver's streams already, and a debugger may use these.
+    It makes the records, and is no handler: with one, Python would no longer print the warnings of a script without a
+    configuration of logging. Printed lines are not touched: they are on the driver's streams already, and a debugger
+    may use these.
 
     Args:
         worker: Name of the process.
@@ -62,27 +67,42 @@ class LocalLog(logging.Handler):
     """
 
     def __init__(self, worker: str, level: int, events: EventBus) -> None:
-        super().__init__(level)
         self._worker = worker
+        self._level = level
         self._events = events
         self._loop = asyncio.get_running_loop()
+        self._before: Callable[..., logging.LogRecord] | None = None
 
     def open(self) -> None:
-        """Add this handler to the root logger, before all others."""
-        logging.root.handlers.insert(0, self)
+        """Make records from now on."""
+        self._before = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(self._make)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Publish a record that code of a learner logs. The handlers after this one see it with a prefix."""
-        client_id = client_here()
-        if client_id is None:
-            return
-        message, has_trace = record.getMessage(), record.exc_info is not None
-        text = self.format(record) if has_trace else message
+    def close(self) -> None:
+        """Let records be made as before. One that replaces this in the meantime stays, and still calls it."""
+        if logging.getLogRecordFactory() == self._make and self._before is not None:
+            logging.setLogRecordFactory(self._before)
+        self._level = sys.maxsize
+
+    def _make(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        assert self._before is not None
+        record = self._before(*args, **kwargs)
+        client_id = client_here() if record.levelno is not None and record.levelno >= self._level else None
+        if client_id is not None and _reaches_root(record.name):
+            with contextlib.suppress(Exception):  # a message that cannot be formatted, which the handlers tell
+                self._publish(record, client_id)
+        return record
+
+    def _publish(self, record: logging.LogRecord, client_id: str) -> None:
+        message = record.getMessage()
+        text = _FORMATTER.format(record) if record.exc_info else message
         event = WorkerLogged(self._worker, client_id, record.levelno, record.name, text, record.created)
         call_on(self._loop, self._events.publish, event)
         record.msg, record.args = prefix(self._worker, client_id) + message, ()
 
-    def close(self) -> None:
-        """Remove this handler from the root logger."""
-        logging.root.removeHandler(self)
-        super().close()
+
+def _reaches_root(name: str) -> bool:
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None and logger.propagate:
+        logger = logger.parent
+    return logger is None

@@ -214,6 +214,9 @@ class Session(ABC):
         """Run a coroutine as a task until the run ends."""
         self._run.in_background(coroutine)
 
+    def expect_stream(self) -> None:  # noqa: B027 (optional to override)
+        """Note that a stream that values were sent into ends in order now. By default nothing depends on that."""
+
     async def settled(self) -> None:  # noqa: B027 (optional to override)
         """Wait for the end of a move or rebuild in progress. By default there is none."""
 
@@ -328,6 +331,8 @@ class SessionStream:
         try:
             outcome = await worker.cancel(self._call)
         except WorkerGone as gone:
+            if self._has_sent:
+                self._session.expect_stream()
             self._lose(gone)
             return
         except UndeliverableError:
@@ -339,10 +344,13 @@ class SessionStream:
         self._settle(outcome)
 
     def _settle(self, outcome: Outcome) -> None:
+        if not self._ends():
+            return
         if self._has_sent:
+            if not (outcome.cut_off or outcome.never_ran):
+                self._session.expect_stream()
             outcome = replace(outcome, cut_off=True)
-        if self._ends():
-            self._session.settle(self._call, outcome, self._num_items)
+        self._session.settle(self._call, outcome, self._num_items)
 
     def _lose(self, gone: WorkerGone) -> None:
         if self._has_turn and self._worker is not None:

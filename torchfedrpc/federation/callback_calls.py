@@ -78,9 +78,12 @@ class CallbackCalls:
         Raises:
             Exception: If a callback raised it, now or at an event of the round.
         """
-        ended = self._ended
-        if ended is None or ended.round_num != round_num:
-            ended = RoundEnded(round_num, num_rounds, {})
+        ended, self._ended = self._ended or RoundEnded(round_num, num_rounds, {}), None
+        if ended.round_num != round_num:
+            raise ConfigError(
+                f"{type(self.run.trainer).__qualname__} has published the end of round {ended.round_num} in round "
+                f"{round_num}: give tfr.RoundEnded the number that self.rounds() yields"
+            )
         for name in self._started:
             await self._call(name, "on_round_end", ended)
         if self._failure is not None:
@@ -148,7 +151,8 @@ class CallbackCalls:
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, RoundEnded):
-            self._ended = event
+            earlier = self._ended.metrics if self._ended is not None else {}
+            self._ended = RoundEnded(event.round_num, event.num_rounds, {**earlier, **event.metrics})
         for name in self._started:
             try:
                 with self._noted(name, "on_event"):

@@ -179,6 +179,7 @@ class _Lines(io.TextIOBase):
         """Send the lines that end in a text."""
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        text.encode(self.encoding, self.errors)  # an error here as elsewhere
         if self._echoes:
             self._own.write(text)
         key = (threading.get_ident(), client_here())
@@ -214,6 +215,16 @@ class _Lines(io.TextIOBase):
     def fileno(self) -> int:
         """Return the descriptor of the stream that this one replaces."""
         return self._own.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of the stream that this one replaces."""
+        return self._own.encoding or "utf-8"
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        """How the stream that this one replaces treats characters that it cannot encode."""
+        return self._own.errors or "strict"
 
     def writable(self) -> bool:
         """Whether it can be written: it can."""

@@ -146,9 +146,14 @@ def _kept(value: Any, ignore: Collection[str]) -> Any:
     return {key: part for key, part in value.items() if key not in ignore} if isinstance(value, dict) else value
 
 
+def _parts(error: Exception) -> tuple[Any, dict[str, Any]]:
+    """Return arguments and attributes of an exception, without its notes, which name the worker."""
+    return error.args, {name: value for name, value in vars(error).items() if name != "__notes__"}
+
+
 def _differs(given: Any, wanted: Any) -> str | None:
     if isinstance(given, Exception) and type(given) is type(wanted):
-        return difference(given.args, wanted.args)
+        return difference(_parts(given), _parts(wanted))
     if isinstance(given, Exception) or isinstance(wanted, Exception):
         return ""
     return difference(given, wanted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from learners import Probe
 
@@ -28,3 +30,28 @@ async def test_a_watched_batch_whose_proxy_has_closed_says_so() -> None:
         await learners.advance(batch, len(outcome.of_calls))
     with pytest.raises(tfr.WorkerLostError, match="the proxy is closed"):
         await learners.run_batch(batch)
+
+
+async def opened() -> LocalLearners:
+    spec, _ = LearnerSpec.of(Probe, 11, RuntimeConfig())
+    learners = LocalLearners(RuntimeConfig(), ExecutorSpec(spec, {"a": {}}, EventBus()), Durations())
+    await learners.open()
+    return learners
+
+
+async def test_warnings_are_shown_without_a_configuration_of_logging(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    learners = await opened()
+    logging.getLogger("torchfedrpc.anything").warning("no checkpoint of round 1")
+    await learners.close("the proxy is closing")
+    assert capsys.readouterr().err == "no checkpoint of round 1\n"
+
+
+async def test_the_factory_of_records_is_as_before_afterwards() -> None:
+    before = logging.getLogRecordFactory()
+    learners = await opened()
+    assert logging.getLogRecordFactory() != before
+    await learners.close("the proxy is closing")
+    assert logging.getLogRecordFactory() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -193,3 +194,11 @@ def test_control_characters_of_a_worker_are_shown_as_text() -> None:
     event = read_line("worker1", json.dumps([20, "a\n", None, 1, "\x1b]0;title\x07 \u202e tab\t end\nnext"]).encode())
     assert event is not None
     assert event.message == "\\x1b]0;title\\x07 \\u202e tab\t end\nnext"
+
+
+def test_a_stream_has_the_encoding_of_the_one_that_it_replaces(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", "strict"))
+    with WorkerLog(pipe.writing, LogLevel.info):
+        assert (sys.stdout.encoding, sys.stdout.errors) == ("ascii", "strict")
+        with pytest.raises(UnicodeEncodeError):
+            print("caf\u00e9")
