@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,25 @@ def records(path: Path) -> Iterator[Any]:
             parts = b""
 
 
-def run_of(path: Path) -> dict[str, Any]:
-    """Return a run's ``id``, ``config``, ``history`` (by step), ``summary``, ``artifacts`` and ``exit`` code."""
-    run: dict[str, Any] = {"config": {}, "history": {}, "summary": {}, "artifacts": [], "exit": None}
+def run_of(path: Path, timeout_s: float = 30.0) -> dict[str, Any]:
+    """Return a run's ``id``, ``config``, ``history`` (by step), ``summary``, ``artifacts`` and ``exit`` code.
+
+    A process of wandb's own writes the file, and may still do so when the run has ended.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(DecodeError):
+            run = _present_run(path)
+            if {"id", "exit"} <= run.keys():
+                return run
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.05)
+
+
+def _present_run(path: Path) -> dict[str, Any]:
+    run: dict[str, Any] = {"config": {}, "history": {}, "summary": {}, "artifacts": []}
     for record in records(path):
         match record.WhichOneof("record_type"):
             case "run":
