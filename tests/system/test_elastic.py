@@ -354,7 +354,7 @@ async def test_a_worker_that_dies_as_it_joins_does_no_harm(
         assert proxy.join_address is not None
         await steps.check(*CLIENTS)
         with joining(proxy.join_address, token) as worker:
-            await asyncio.to_thread(worker.line, "joined the run of")
+            await asyncio.to_thread(worker.line, "reached the run of")
             worker.signal(signal.SIGKILL)
             await seen.loss()
         await steps.check(*CLIENTS)
