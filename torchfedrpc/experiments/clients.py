@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from torchfedrpc.experiments.json_values import json_number
 from torchfedrpc.private_files import replaced
 from torchfedrpc.proxy import LearnerProxy
 
@@ -72,9 +72,8 @@ class ClientLog:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number, array or tensor of one element as a number; None if it is none, or not finite."""
+    """Return a score as a number; None if it is none, or not finite."""
     try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
+        return json_number(value)
+    except TypeError:
         return None
-    return number if math.isfinite(number) else None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import Event, RoundEnded, RoundStarted
+from torchfedrpc.experiments.json_values import json_number
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.private_files import open_private, replaced
 from torchfedrpc.proxy import LearnerProxy
@@ -151,12 +151,11 @@ def _line(record: RoundRecord) -> str:
     return json.dumps(values | more) + "\n"
 
 
-def _number(name: str, value: SupportsFloat) -> float | None:
-    """Return a metric as a number; None for NaN and infinity, which JSON lacks: a diverged loss is null."""
+def _number(name: str, value: Any) -> float | None:
+    """Return a metric as a number; None for NaN and infinity: a diverged loss is null in the file."""
     if name in _NOT_METRICS:
         raise ConfigError(f"history.jsonl has a key {name!r} of its own: rename the trainer's metric {name!r}")
     try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # the last by tensors of several elements
+        return json_number(value)
+    except TypeError:
         raise ConfigError(f"the metric {name!r} of a round must be a number, not {value!r:.100}") from None
-    return number if math.isfinite(number) else None

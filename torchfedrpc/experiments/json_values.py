@@ -20,3 +20,16 @@ def json_value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [json_value(item) for item in value]
     return f"{type(value).__name__}: {value}"[:_MAX_TEXT]
+
+
+def json_number(value: Any) -> float | None:
+    """Return a number, or an array or tensor of one element, as a number that JSON has: None for NaN and infinity.
+
+    Raises:
+        TypeError: If it is no number.
+    """
+    try:
+        number = float(value)
+    except (ValueError, RuntimeError) as error:  # of texts, and of tensors of several elements
+        raise TypeError(str(error)) from None
+    return number if math.isfinite(number) else None

@@ -113,21 +113,18 @@ class FedAvgTrainer(AbstractFederationTrainer):
             aggregate = await self.aggregate_weights([update["model_weights"] for update in updates], num_samples)
             train_loss = math.fsum(losses) / sum(num_samples) if losses else math.nan
             num_clients = len(updates)
-        self.weights = self._checked(self.step(aggregate), aggregate)
+        weights = self.step(aggregate)
+        if (odd := _odd_names(weights, aggregate)) is not None:
+            raise ConfigError(
+                f"{type(self).__qualname__}.step() returned {odd:.200}: it must return the new global weights, a "
+                f"state dict with the names of its argument, {list(aggregate)!s:.200}"
+            )
+        self.weights = weights
         return {
             "train_loss": train_loss,
             "num_clients": num_clients,
             **(self._score(self.weights) if self._score else {}),
         }
-
-    def _checked(self, weights: Mapping[str, Tensor], aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if isinstance(weights, Mapping) and weights.keys() == aggregate.keys():
-            return weights
-        given = list(weights) if isinstance(weights, Mapping) else f"a {type(weights).__name__}"
-        raise ConfigError(
-            f"{type(self).__qualname__}.step() returned {given!s:.200}: it must return the new global weights, a "
-            f"state dict with the names of its argument, {list(aggregate)!s:.200}"
-        )
 
     def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the new global weights, from the aggregate of the clients' models and ``weights``.
@@ -151,11 +148,10 @@ class FedAvgTrainer(AbstractFederationTrainer):
         """
         counts = [1.0] * len(weights_list) if num_samples is None else num_samples
         aggregate = await asyncio.to_thread(self.aggregator, weights_list, counts)
-        if not isinstance(aggregate, Mapping) or aggregate.keys() != weights_list[0].keys():
-            given = list(aggregate) if isinstance(aggregate, Mapping) else f"a {type(aggregate).__name__}"
+        if (odd := _odd_names(aggregate, weights_list[0])) is not None:
             raise ConfigError(
-                f"the aggregator {self.aggregator!r} returned {given!s:.200}: it must return a state dict with the "
-                f"names of the models, {list(weights_list[0])!s:.200}"
+                f"the aggregator {self.aggregator!r} returned {odd:.200}: it must return a state dict with the names "
+                f"of the models, {list(weights_list[0])!s:.200}"
             )
         return dict(aggregate)
 
@@ -176,6 +172,13 @@ class FedAvgTrainer(AbstractFederationTrainer):
     def local_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of ``train_epoch`` beside weights and round, the same for every client."""
         return {"local_epochs": self._count("local_epochs", default=1, least=1)}
+
+
+def _odd_names(returned: Any, expected: Mapping[str, Any]) -> str | None:
+    """Return, as a text, what was returned in place of a state dict with the expected names; None for such a one."""
+    if isinstance(returned, Mapping):
+        return None if returned.keys() == expected.keys() else str(list(returned))
+    return f"a {type(returned).__name__}"
 
 
 @trainer("fedprox")
