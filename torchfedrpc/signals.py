@@ -139,6 +139,8 @@ class _Interrupts:
     def _watched(self) -> Iterator[None]:
         global _current
         signals, wakeup = socket.socketpair()  # Windows accepts only a socket
+        signals.setblocking(True)  # whatever socket.setdefaulttimeout says
+        signals.setblocking(True)  # whatever socket.setdefaulttimeout says
         wakeup.setblocking(False)
         watcher = threading.Thread(target=self._watch, args=(signals,), name="torchfedrpc-interrupts", daemon=True)
         watcher.start()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 import torch
 from folders import SUPPORT
 from processes import environment
+
+import torchfedrpc as tfr
 
 FLAGS = ["-O", "-W", "ignore::FutureWarning", "-W", "error::ResourceWarning", "-X", "no_debug_ranges"]
 FLAGS += ["-X", "utf8", "-X", "int_max_str_digits=5000"]
@@ -72,3 +76,24 @@ def test_learners_see_the_drivers_settings_in_every_mode(tmp_path: Path, api: st
     assert len(hashes) == 1
     if hash_seed is not None:
         assert {seed for _, seed in hashes} == {hash_seed}
+
+
+class Waiting:
+    """Tells the timeout of new sockets."""
+
+    def __init__(self, client_id: str) -> None:
+        pass
+
+    def default_timeout(self) -> float | None:
+        return socket.getdefaulttimeout()
+
+
+async def test_the_drivers_default_timeout_of_sockets_does_not_end_workers() -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.05)
+    try:
+        async with tfr.LearnerProxy(Waiting, ["a"], runtime="pseudo") as proxy:
+            await asyncio.sleep(0.2)  # longer than the timeout
+            assert await proxy.client("a").default_timeout() is None
+    finally:
+        socket.setdefaulttimeout(before)

@@ -210,7 +210,7 @@ def test_a_method_that_goes_on_regardless_is_stopped_when_the_run_has_ended() ->
 
 
 FORCED = """
-import threading, time
+import socket, threading, time
 from torchfedrpc import signals
 
 def last():
@@ -218,12 +218,14 @@ def last():
     threading.Event().wait()
 
 async def main():
+    time.sleep(0.5)  # longer than the sockets' timeout
     print("ready", flush=True)
     try:
         time.sleep(300)
     except KeyboardInterrupt:
         time.sleep(300)
 
+socket.setdefaulttimeout(0.1)
 signals.run_interruptible(main, at_forced_end=last)
 """
 

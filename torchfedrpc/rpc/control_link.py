@@ -208,6 +208,14 @@ def close_in_children(connection: socket.socket) -> None:
     _close_when_forked()
 
 
+def pair_for_child() -> tuple[socket.socket, socket.socket]:
+    """Return two connected sockets: this process's end, and the end for a process that it starts, which blocks."""
+    ours, theirs = socket.socketpair()
+    close_in_children(ours)
+    theirs.setblocking(True)  # whatever socket.setdefaulttimeout says here
+    return ours, theirs
+
+
 @functools.cache
 def _close_when_forked() -> None:
     def close_all() -> None:

@@ -18,7 +18,7 @@ from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import Event
 from torchfedrpc.host.activity import Activity
 from torchfedrpc.rpc import heartbeat_process
-from torchfedrpc.rpc.control_link import close_in_children
+from torchfedrpc.rpc.control_link import close_in_children, pair_for_child
 from torchfedrpc.rpc.log_line import read_line
 
 _READ_BYTES = 16 << 10  # at once, of beats and log lines; so many beats cost the loop some milliseconds
@@ -120,8 +120,7 @@ def _end_of_this_process() -> tuple[socket.socket | None, int]:
     try:
         return None, os.pidfd_open(os.getpid())
     except (AttributeError, OSError):  # another system than Linux, or a sandbox that forbids it
-        kept, inherited = socket.socketpair()
-        close_in_children(kept)
+        kept, inherited = pair_for_child()
         return kept, inherited.detach()
 
 

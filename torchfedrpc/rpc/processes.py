@@ -18,7 +18,7 @@ import threading
 from abc import ABC, abstractmethod
 from typing import Any
 
-from torchfedrpc.rpc.control_link import close_in_children
+from torchfedrpc.rpc.control_link import pair_for_child
 from torchfedrpc.rpc.surroundings import FORKS, Surroundings
 
 # The server has the driver's ``sys.path``. While it imports torch, which takes seconds, a thread watches the driver;
@@ -267,8 +267,7 @@ class Template:
     """
 
     def __init__(self, server: socket.socket, surroundings: Surroundings) -> None:
-        self.control, theirs = socket.socketpair()
-        close_in_children(self.control)
+        self.control, theirs = pair_for_child()
         with theirs:
             self._connection = _request(server, theirs.fileno())
         self._connection.setblocking(True)
@@ -359,8 +358,7 @@ def _at_the_end() -> None:
 
 def _start_interpreter(surroundings: Surroundings, *, forks: bool) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start a process that runs ``fork_server.py``. Returns it, and this side's end of its control socket."""
-    ours, theirs = socket.socketpair()
-    close_in_children(ours)
+    ours, theirs = pair_for_child()
     # It inherits the mask. A signal for a worker that cannot handle it yet stays pending until it can.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
@@ -386,9 +384,8 @@ def _start_interpreter(surroundings: Surroundings, *, forks: bool) -> tuple[subp
 
 def _request(control: socket.socket, link: int) -> socket.socket:
     """Request a worker. Returns the connection for the message to it and for the server's reports on it."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = pair_for_child()
     ours.setblocking(False)
-    close_in_children(ours)
     with theirs, open(os.devnull, "w") as nowhere:
         streams = [number if _is_open(number) else nowhere.fileno() for number in (1, 2)]
         with contextlib.suppress(ConnectionError):  # the server and its workers have ended, see the connection

@@ -15,7 +15,7 @@ from pathlib import Path
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError, WorkerLostError
 from torchfedrpc.rpc import check
-from torchfedrpc.rpc.control_link import Link
+from torchfedrpc.rpc.control_link import Link, pair_for_child
 from torchfedrpc.rpc.handshake import (
     About,
     BusyError,
@@ -165,7 +165,7 @@ class ProcessSource(Source):
                 has_warned = True
 
     async def _start(self, label: str) -> Member:
-        ours, theirs = socket.socketpair()  # the link has no port
+        ours, theirs = pair_for_child()  # the link has no port
         link = Link(ours)
         with theirs:
             try:
