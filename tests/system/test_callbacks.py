@@ -313,6 +313,15 @@ async def test_state_that_is_not_plain_data_is_named(tmp_path: Path, caplog: pyt
     assert "Odd.state_dict() must return plain data and tensors" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("present", "lacking"), [("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")]
+)
+async def test_a_half_of_the_methods_that_keep_a_state_is_refused(present: str, lacking: str) -> None:
+    half = type("Half", (tfr.Callback,), {present: lambda self, *state: {}})
+    with pytest.raises(tfr.ConfigError, match=rf"Half has {present}\(\) and no {lacking}\(\)"):
+        await train(half())
+
+
 async def test_object_that_is_no_callback_is_refused() -> None:
     with pytest.raises(tfr.ConfigError, match=r"instances of tfr.Callback, and <class .*Recorder'> is none"):
         await train(Recorder)

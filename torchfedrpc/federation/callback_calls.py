@@ -28,7 +28,7 @@ class CallbackCalls:
         callbacks: The callbacks, in the order of their calls.
 
     Raises:
-        ConfigError: If one is not a `Callback`.
+        ConfigError: If one is not a `Callback`, or has only one of ``state_dict`` and ``load_state_dict``.
     """
 
     def __init__(self, run: Run, callbacks: Sequence[Callback]) -> None:
@@ -40,6 +40,7 @@ class CallbackCalls:
                     f"trainer.callbacks must be instances of tfr.Callback, and {callback!r} is none: derive its "
                     f"class from tfr.Callback, and give an instance"
                 )
+            _check_state_methods(callback)
             self._named[_name(callback, self._named)] = callback
         self._started: list[str] = []
         self._is_started = self._is_published = False
@@ -182,6 +183,14 @@ class CallbackCalls:
         finally:
             if self.run.stop_reason != before:
                 self._stopped_by = name
+
+
+def _check_state_methods(callback: Callback) -> None:
+    """Raise ConfigError if a callback has a half of the pair that keeps its state, which would be left out then."""
+    for present, lacking in (("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")):
+        if hasattr(callback, present) and not hasattr(callback, lacking):
+            name = type(callback).__name__
+            raise ConfigError(f"{name} has {present}() and no {lacking}(): its state needs both")
 
 
 def _name(callback: Callback, taken: Iterable[str]) -> str:
