@@ -212,7 +212,7 @@ def check_model(recipe: Recipe, dataset: Recipe, model: nn.Module, data: TrainTe
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{name}: it does not take the inputs of {of_data}, {inputs.dtype} of shape "
-            f"{['batch', *inputs.shape[1:]]!s}: {error}".replace("'", "")
+            f"{['batch', *inputs.shape[1:]]!s}{_settings(recipe)}: {error}".replace("'", "")
         ) from error
     finally:
         model.train(was_training)
@@ -220,7 +220,14 @@ def check_model(recipe: Recipe, dataset: Recipe, model: nn.Module, data: TrainTe
         found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ConfigError(f"{name}: logits of shape [batch, num_classes] are expected, not {found}")
     if logits.shape[1] < num_classes:
-        raise ConfigError(f"{name}: {of_data} has {num_classes} classes, and it returns {logits.shape[1]} logits")
+        raise ConfigError(
+            f"{name}: {of_data} has {num_classes} classes, and it returns {logits.shape[1]} logits{_settings(recipe)}"
+        )
+
+
+def _settings(recipe: Recipe) -> str:
+    names = ", ".join(f"model.{name}" for name in recipe if not name.startswith("_"))
+    return f" (to fit: {names})" if names else ""
 
 
 def check_initial_weights(recipe: Recipe, trainer: Any) -> None:

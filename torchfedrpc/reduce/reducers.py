@@ -288,16 +288,18 @@ def pick(result: Any, key: Key) -> Any:
         if key in result:
             return result[key]
         known = ", ".join(map(repr, list(result)[:8])) or "nothing"
-        raise ValueError(f"the result has no {key!r}, only {known}: return it, or give the reducer another name")
+        raise ValueError(
+            f"the learner's result has no {key!r}, only {known}: return it, or name another in the reducer"
+        )
     if isinstance(key, int) and isinstance(result, list | tuple):
         if -len(result) <= key < len(result):
             return result[key]
-        raise ValueError(f"the result has {len(result)} items and none at {key}")
+        raise ValueError(f"the learner's result has {len(result)} items and none at {key}")
     if isinstance(key, str) and hasattr(result, key):
         return getattr(result, key)
     raise ValueError(
-        f"the result is a {type(result).__name__} without {key!r}: return a dict that has it, or give the reducer "
-        f"another name"
+        f"the learner's result is a {type(result).__name__} without {key!r}: return a dict that has it, or name "
+        f"another in the reducer"
     )
 
 

@@ -189,16 +189,19 @@ class Wide(nn.Module):
     [
         (
             nn.Linear(3, 10),
-            "it does not take the inputs of dataset .*, torch.float32 of shape .batch, 1, 8, 8.: mat1",
+            "it does not take the inputs of dataset .*, torch.float32 of shape .batch, 1, 8, 8. .*: mat1",
         ),
         (Wide(), r"logits of shape \[batch, num_classes\] are expected, not a tuple"),
         (nn.Flatten(0), r"logits of shape \[batch, num_classes\] are expected, not shape \[128\]"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), "dataset .* has 10 classes, and it returns 5 logits"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 5)),
+            r"10 classes, .* returns 5 logits \(to fit: model.num_outputs\)",
+        ),
     ],
 )
 def test_models_are_checked(model: nn.Module, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_model(recipe(Wide), recipe(dataset), model, TrainTest(samples(), samples()))
+        check_model(recipe(Wide, num_outputs=5), recipe(dataset), model, TrainTest(samples(), samples()))
     assert model.training
 
 
@@ -277,7 +280,9 @@ def config(**values: Any) -> ExperimentConfig:
 async def test_results_that_lack_the_number_of_samples_name_it_and_the_client(tmp_path: Path) -> None:
     with pytest.raises(tfr.GroupCallError) as failed:
         await run_experiment(config(learner=recipe(Forgetful)), tmp_path)
-    assert "the result has no 'num_samples', only 'model_weights', 'train_loss'" in str(failed.value.exceptions[0])
+    assert "the learner's result has no 'num_samples', only 'model_weights', 'train_loss'" in str(
+        failed.value.exceptions[0]
+    )
 
 
 async def test_trainer_and_learner_receive_the_arguments_that_they_name(tmp_path: Path) -> None:

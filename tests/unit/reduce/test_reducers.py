@@ -340,11 +340,11 @@ def test_weights_that_are_all_zero_are_refused() -> None:
 
 
 def test_a_missing_key_is_named_with_those_that_are_there() -> None:
-    with pytest.raises(ValueError, match="the result has no 'num_samples', only 'model_weights', 'count'"):
+    with pytest.raises(ValueError, match="the learner's result has no 'num_samples', only 'model_weights', 'count'"):
         WeightedMean().add({"model_weights": 1.0, "count": 3})
-    with pytest.raises(ValueError, match="the result has no 'model_weights', only 'num_samples'"):
+    with pytest.raises(ValueError, match="the learner's result has no 'model_weights', only 'num_samples'"):
         WeightedMean().add({"num_samples": 3})
-    with pytest.raises(ValueError, match="the result is a float without 'loss'"):
+    with pytest.raises(ValueError, match="the learner's result is a float without 'loss'"):
         Mean("loss").add(1.0)
     with pytest.raises(ValueError, match="has 2 items and none at 2"):
         Mean(2).add((1, 2))
