@@ -46,7 +46,7 @@ COMMANDS = {
 }
 """Subcommand -> module with ``main(arguments: Sequence[str]) -> int``, which returns the exit status."""
 
-_OF_NO_RESULT = {"resume": "", "checkpoint_every": ""}  # settings that do not change what a job returns
+_OF_RESUMING = {"resume": "", "checkpoint_every": ""}  # settings that may differ when a sweep goes on
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _IS_OURS = "TORCHFEDRPC_FULL_ERROR"  # set beside the variable above, where the user has not set that
 
@@ -108,7 +108,7 @@ def _accuracy_if_done(config: DictConfig, output_dir: Path) -> float | None:
     if earlier.get("status") != "done" or not path.is_file():
         return None
     files = OmegaConf.to_yaml(config, resolve=True), path.read_text(encoding="utf-8")
-    present, former = ({**OmegaConf.create(file), **_OF_NO_RESULT} for file in files)
+    present, former = ({**OmegaConf.create(file), **_OF_RESUMING} for file in files)
     return earlier.get("accuracy") if present == former else None
 
 

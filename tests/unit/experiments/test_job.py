@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import torchfedrpc as tfr
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.data.cache import keeping_datasets, load_dataset, preload
 from torchfedrpc.experiments.job import Job, mark_killed, one_line, read_job, unchanged_process
@@ -31,7 +34,7 @@ def test_an_error_is_recorded_in_a_line_and_in_full(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two"), Job(tmp_path).recorded():
         raise error
     assert read_job(tmp_path)["status"] == "failed"
-    assert read_job(tmp_path)["error"] == "ValueError: two lines (a note)"
+    assert re.fullmatch(r"ValueError: two lines at test_job\.py:\d+ \(a note\)", read_job(tmp_path)["error"])
     assert "raise error" in (tmp_path / "error.txt").read_text()
     with Job(tmp_path).recorded():
         pass
@@ -51,6 +54,33 @@ def test_an_interrupted_job_and_a_killed_one_are_told_apart(tmp_path: Path) -> N
 def test_errors_of_this_library_have_no_type_in_their_line() -> None:
     assert one_line(ConfigError("set it")) == "set it"
     assert one_line(KeyError()) == "KeyError"
+
+
+def test_the_line_of_an_error_says_where_user_code_raised_it() -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        torch.utils._pytree.tree_map(lambda number: 1 // number, [0])  # through code of a package
+    assert re.fullmatch(r"ZeroDivisionError: .* at test_job\.py:\d+", one_line(caught.value))
+    with pytest.raises(RuntimeError) as caught_in_torch:
+        torch.nn.Linear(2, 2)(torch.ones(3))
+    assert re.search(r" at test_job\.py:\d+$", one_line(caught_in_torch.value))
+
+
+class Failing:
+    """Learner whose method raises."""
+
+    def __init__(self, client_id: str) -> None:
+        pass
+
+    def fail(self) -> None:
+        raise LookupError("here")
+
+
+async def test_the_line_of_an_error_says_where_a_learner_raised_it() -> None:
+    async with tfr.LearnerProxy(Failing, ["a"], runtime="pseudo") as proxy:
+        with pytest.raises(LookupError) as caught:
+            await proxy.client("a").fail()
+    line = inspect.getsourcelines(Failing.fail)[1] + 1
+    assert one_line(caught.value).startswith(f"LookupError: here at test_job.py:{line} (")
 
 
 def test_a_job_leaves_settings_and_random_streams_as_they_were() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import needs
 from made_run import make_run
 
 import torchfedrpc as tfr
 from torchfedrpc.experiments.commands import report
+from torchfedrpc.experiments.job import Job
 from torchfedrpc.experiments.report import charts
 from torchfedrpc.experiments.report.data import RunData, sample
 from torchfedrpc.experiments.report.page import make_page, write_report
@@ -90,6 +93,21 @@ def test_what_gives_access_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "https://...@host/x" in page
     assert "hunter2" not in page
     assert "abc123" not in page
+
+
+def test_a_report_says_which_run_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, monkeypatch)
+    with Job(tmp_path).recorded():
+        pass
+    (tmp_path / ".hydra").mkdir()
+    overrides = ["seed=2", "+logger.x.password=hunter2", "hydra.run.dir=here"]
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("".join(f"- {one}\n" for one in overrides))
+    page = _page(tmp_path)
+    assert page.count("seed=2 +logger.x.password=(hidden)") == 2
+    assert f"Begun on {socket.gethostname()} at 20" in page
+    assert f"torch {torch.__version__}" in page
+    assert "hunter2" not in page
+    assert "hydra.run.dir" not in page
 
 
 def test_a_page_closes_its_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import yaml
 from torchfedrpc.experiments.baseline import BASELINE_FILE
 from torchfedrpc.experiments.clients import CLIENTS_FILE
 from torchfedrpc.experiments.history import HISTORY_FILE
+from torchfedrpc.experiments.job import read_job, read_overrides
 from torchfedrpc.experiments.trace import TRACE_FILE, read_events
 
 MAX_ROWS = 500
@@ -66,6 +67,8 @@ class RunData:
 
     Attributes:
         name: Name of the output folder.
+        job: ``job.json``.
+        overrides: The settings of the command line, ``key=value``.
         config: ``config.yaml``.
         history: Lines of ``history.jsonl``.
         baseline: Lines of ``baseline.jsonl``.
@@ -75,6 +78,8 @@ class RunData:
     """
 
     name: str
+    job: Record
+    overrides: Sequence[str]
     config: Record
     history: Sequence[Record]
     baseline: Sequence[Record]
@@ -89,6 +94,8 @@ class RunData:
         config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.exists() else None
         return cls(
             name=folder.resolve().name,
+            job=read_job(folder),
+            overrides=read_overrides(folder),
             config=config if isinstance(config, dict) else {},
             history=_read_lines(folder / HISTORY_FILE),
             baseline=_read_lines(folder / BASELINE_FILE),

@@ -17,7 +17,7 @@ from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.report import charts
 from torchfedrpc.experiments.report.data import RunData
-from torchfedrpc.experiments.report.sections import NOT_METRICS, Figure, Section, sections
+from torchfedrpc.experiments.report.sections import NOT_METRICS, Figure, Section, sections, shown_overrides
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.private_files import replaced
 from torchfedrpc.version import __version__
@@ -128,7 +128,7 @@ def _title(run: RunData) -> str:
 
 def _status(run: RunData) -> tuple[str, str, bool]:
     """Return how the run ended: in a word or two, in more words, and whether it ended well."""
-    where = f"output folder {run.name}"
+    where = " ".join([f"output folder {run.name}", *shown_overrides(run)])
     ending = run.trace.end["args"] if run.trace is not None and run.trace.end is not None else None
     if ending is not None and ending["error"] is not None:
         was_stopped = ending["error"].startswith(("CancelledError", "KeyboardInterrupt", "SystemExit"))

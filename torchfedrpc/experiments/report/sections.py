@@ -364,7 +364,22 @@ def _config(run: RunData) -> Section:
     rows = [[key, _shown(key, value)] for key, value in flattened(run.config)]
     if not rows:
         return Section("configuration", "Configuration", "There is no config.yaml.")
-    return Section("configuration", "Configuration", "", [Figure("settings", "Settings of the run", columns, rows)])
+    figures = [Figure("settings", "Settings of the run", columns, rows)]
+    return Section("configuration", "Configuration", _origin(run), figures)
+
+
+def _origin(run: RunData) -> str:
+    """Return where, when and by which versions the run was made, and the settings of its command line."""
+    versions = ", ".join(f"{name} {version}" for name, version in run.job.get("versions", {}).items())
+    made = [f"Begun on {run.job.get('machine')} at {run.job.get('begun')}, with {versions}."] if versions else []
+    given = [f"From the command line: {' '.join(shown_overrides(run))}."] if run.overrides else []
+    return " ".join(made + given)
+
+
+def shown_overrides(run: RunData) -> list[str]:
+    """Return the settings of the command line without what gives access."""
+    pairs = [override.partition("=") for override in run.overrides]
+    return [f"{key}{sign}{_shown(key, value)}" for key, sign, value in pairs]
 
 
 def _recoveries(trace: TraceData) -> list[Record]:

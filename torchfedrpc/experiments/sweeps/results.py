@@ -102,7 +102,7 @@ def read_run(folder: Path) -> RunResult:
     """Return what a run has left in a folder; a file that is missing or damaged counts as empty."""
     ended = job.read_job(folder)
     records = _records(folder / "history.jsonl")
-    overrides = [str(one) for one in _yaml(folder / ".hydra" / "overrides.yaml") or [] if not _is_hydras(str(one))]
+    overrides = job.read_overrides(folder)
     choices = (_yaml(folder / ".hydra" / "hydra.yaml") or {}).get("hydra", {}).get("runtime", {}).get("choices", {})
     config = _yaml(folder / "config.yaml") or _yaml(folder / ".hydra" / "config.yaml") or {}
     given = dict(_split(one) for one in overrides)
@@ -132,7 +132,7 @@ def differing(runs: Sequence[RunResult]) -> list[str]:
         for key in keys
         if key.split(".")[0] not in _OF_NO_RESULT
         and len({run.settings.get(key) for run in runs}) > 1
-        and not _is_hydras(key)
+        and not job.is_of_hydra(key)
     ]
 
 
@@ -184,10 +184,6 @@ def _yaml(path: Path) -> Any:
 def _split(override: str) -> tuple[str, str]:
     key, _, value = override.partition("=")
     return key.lstrip("+~").partition("@")[0], value
-
-
-def _is_hydras(override: str) -> bool:
-    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
 def _text(value: Any) -> str:
