@@ -74,11 +74,15 @@ def run_on(system: str, *arguments: str, timeout_s: float = 280, **variables: st
 
 
 def contract(system: str, mode: str, *files: str, timeout_s: float = 280) -> None:
-    """Run the tests of what users rely on, of that mode alone; in a folder of short names, for the sockets there."""
+    """Run the tests of what users rely on, of that mode alone; in a folder of short names, for the sockets there.
+
+    Without those of libraries, which look which system this is and then for what is hidden.
+    """
     paths = [str(TESTS / "contract" / file) for file in files] or [str(TESTS / "contract")]
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         # Neither plugin is needed, and both import trio, which asks for what is hidden.
         options = ["-m", "pytest", "-q", "-n0", "-pno:cacheprovider", "-pno:anyio", f"--basetemp={folder}/inner"]
+        options.append(f"--ignore={TESTS}/contract/test_libraries.py")
         output = run_on(system, *options, *paths, timeout_s=timeout_s, TEST_MODES=mode, HYPOTHESIS_NO_PLUGINS="1")
     assert " passed" in output
     assert not [other for other in {"local", "pseudo"} - {mode} if f"[{other}" in output]
