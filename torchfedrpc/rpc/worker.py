@@ -352,7 +352,7 @@ class _Worker:
         world.join(world_plan, rank, own)
         self._is_joined = True
         if self._welcome:
-            print(self._welcome, flush=True)
+            print(self._welcome, file=sys.__stdout__, flush=True)  # for who started the worker, not for the driver
             self._welcome = ""
         return {}
 
