@@ -37,6 +37,7 @@ from torchfedrpc.experiments.protocol_checks import (
     check_trainer,
     given,
     settings_of,
+    unheld_classes,
 )
 from torchfedrpc.experiments.recipe import build, check_trusted, locate
 from torchfedrpc.experiments.report.page import Report
@@ -160,8 +161,11 @@ async def _train(
 ) -> dict[str, Tensor]:
     """Run the trainer, and return the final weights. The run ends with the stack ``run``."""
     indices = _divide(config, parts.data.train)
+    labels = parts.data.train.labels.numpy()
+    if note := unheld_classes([*indices.values()], labels, parts.data.test.labels.numpy()):
+        print(note, file=stream)
     clients = _arguments(config, indices)
-    client_log = ClientLog(output_dir / CLIENTS_FILE, indices, parts.data.train.labels.numpy())
+    client_log = ClientLog(output_dir / CLIENTS_FILE, indices, labels)
     async with LearnerProxy(_learner(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
         going_on = f", going on after round {found.round_num}" if found is not None else ""
@@ -223,7 +227,10 @@ def _divide(config: ExperimentConfig, train_set: Samples) -> dict[str, npt.NDArr
     check_trusted(config.partition, config.trusted_modules)
     check_signature("partition", config.partition)
     labels = train_set.labels.numpy()
-    parts = build(config.partition, config.trusted_modules, labels=labels, num_clients=len(client_ids))
+    groups = None if train_set.groups is None else train_set.groups.numpy()
+    arguments = {"labels": labels, "num_clients": len(client_ids), "groups": groups}
+    arguments = given("partition", locate(config.partition), arguments)
+    parts = build(config.partition, config.trusted_modules, **arguments)
     checked = check_partition(config.partition, parts, len(client_ids), len(labels))
     return dict(zip(client_ids, checked, strict=True))
 

@@ -24,9 +24,11 @@ Recipe = Mapping[str, Any]
 GIVEN: dict[str, tuple[str, ...]] = {
     "trainer": ("initial_weights", "score", "aggregator"),
     "learner": ("dataset", "indices", "model", "seed"),
-    "partition": ("labels", "num_clients"),
+    "partition": ("labels", "num_clients", "groups"),
 }
 """Kind -> keyword arguments that the experiment gives, beside the settings."""
+
+_REQUIRED = ("labels", "num_clients")  # arguments that each partition receives
 
 _POSITIONAL: dict[str, tuple[str, ...]] = {
     "trainer": ("config", "learner_proxy"),
@@ -53,11 +55,15 @@ def positional_of(kind: str, entry: Any) -> tuple[str, ...]:
 def given(kind: str, entry: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the experiment's keyword arguments that a class or function receives.
 
-    A partition receives all, the others those that their signature names.
+    A partition receives ``labels`` and ``num_clients``, and ``groups`` if its signature names them. The others
+    receive those that their signature names, or all with ``**kwargs``.
     """
-    parameters = inspect.signature(entry).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {name: value for name, value in values.items() if takes_all or kind == "partition" or name in parameters}
+    named = set(inspect.signature(entry).parameters)
+    if kind == "partition":
+        named.update(_REQUIRED)
+    elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(entry).parameters.values()):
+        named.update(values)
+    return {name: value for name, value in values.items() if name in named}
 
 
 def check_signature(kind: str, recipe: Recipe) -> None:
@@ -162,6 +168,21 @@ def check_dataset(recipe: Recipe, data: Any) -> None:
         if not 0 < len(samples.labels) == len(samples.inputs):
             found = f"{len(samples.inputs)} inputs and {len(samples.labels)} labels"
             raise ConfigError(f"{name}: {part}: a label for each input is expected, and at least one; it has {found}")
+        if samples.labels.min() < 0:
+            least = int(samples.labels.min())
+            raise ConfigError(f"{name}: {part}.labels: classes are numbered from 0, and it has {least}")
+        if samples.groups is not None:
+            _check_groups(f"{name}: {part}.groups", samples.groups, len(samples.labels))
+
+
+def _check_groups(name: str, groups: Any, num_samples: int) -> None:
+    if not isinstance(groups, Tensor):
+        raise ConfigError(f"{name}: a tensor is expected, not a {type(groups).__name__}")
+    if groups.dtype != torch.int64 or groups.shape != (num_samples,):
+        found = f"{groups.dtype} of shape {list(groups.shape)}"
+        raise ConfigError(f"{name}: int64 of shape [{num_samples}], one for each sample, is expected, not {found}")
+    if groups.min() < 0:
+        raise ConfigError(f"{name}: numbers from 0 are expected, and it has {groups.min()}")
 
 
 def check_partition(recipe: Recipe, parts: Any, num_clients: int, num_samples: int) -> list[npt.NDArray[np.int64]]:
@@ -171,7 +192,7 @@ def check_partition(recipe: Recipe, parts: Any, num_clients: int, num_samples: i
         The parts, as int64 arrays.
 
     Raises:
-        ConfigError: If it is not an array of valid indices for each client.
+        ConfigError: If it is not an array of valid indices, and at least one, for each client.
     """
     name = title("partition", recipe)
     if not isinstance(parts, Sequence):
@@ -186,13 +207,41 @@ def check_partition(recipe: Recipe, parts: Any, num_clients: int, num_samples: i
             raise ConfigError(
                 f"{name}: part {client}: whole numbers of shape [num_samples] are expected, not {found}"
             )
-        if indices.size and not 0 <= indices.min() <= indices.max() < num_samples:
+        if not indices.size:
+            raise ConfigError(
+                f"{name}: part {client} has no samples: give each client at least one, or have fewer clients, by "
+                f"runtime.num_clients"
+            )
+        if not 0 <= indices.min() <= indices.max() < num_samples:
             found = f"{indices.min()} to {indices.max()}"
             raise ConfigError(
                 f"{name}: part {client}: indices from 0 to {num_samples - 1} are expected, and it has {found}"
             )
         checked.append(indices.astype(np.int64))
     return checked
+
+
+def unheld_classes(
+    parts: Sequence[npt.NDArray[np.int64]], labels: npt.NDArray[np.int64], test_labels: npt.NDArray[np.int64]
+) -> str | None:
+    """Return a line about classes of the test set that no client can learn; None if there are none.
+
+    It is no error: a small share of a data set with rare classes may be so, and a partition may mean it so.
+
+    Args:
+        parts: Indices of the samples of each client.
+        labels: [num_samples]; the classes of the training set.
+        test_labels: [num_samples]; the classes of the test set.
+    """
+    unheld = np.setdiff1d(test_labels, labels[np.concatenate(parts)])
+    if not len(unheld):
+        return None
+    num_lost = int(np.isin(test_labels, unheld).sum())
+    listed = ", ".join(map(str, unheld[:5].tolist())) + (", ..." if len(unheld) > 5 else "")
+    return (
+        f"no client has samples of {'class' if len(unheld) == 1 else 'classes'} {listed}, which {num_lost} of "
+        f"{len(test_labels)} test samples have: the test accuracy is at most {1 - num_lost / len(test_labels):.3f}"
+    )
 
 
 def check_model(recipe: Recipe, dataset: Recipe, model: nn.Module, data: TrainTest) -> None:
@@ -220,8 +269,11 @@ def check_model(recipe: Recipe, dataset: Recipe, model: nn.Module, data: TrainTe
         found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ConfigError(f"{name}: logits of shape [batch, num_classes] are expected, not {found}")
     if logits.shape[1] < num_classes:
+        first = int(min(data.train.labels.min(), data.test.labels.min()))
+        hint = f"; its labels are {first} to {num_classes - 1}: number the classes from 0" if first else ""
         raise ConfigError(
-            f"{name}: {of_data} has {num_classes} classes, and it returns {logits.shape[1]} logits{_settings(recipe)}"
+            f"{name}: {of_data} has {num_classes} classes, and it returns {logits.shape[1]} logits"
+            f"{_settings(recipe)}{hint}"
         )
 
 

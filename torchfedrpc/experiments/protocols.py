@@ -77,4 +77,8 @@ class Partition(Protocol):
     def __call__(
         self, *, labels: npt.NDArray[np.int64], num_clients: int, **settings: Any
     ) -> Sequence[npt.NDArray[np.int64]]:
-        """Return the indices of each client's samples, [num_samples], in the order of the clients."""
+        """Return the indices of each client's samples, [num_samples], in the order of the clients.
+
+        A partition whose signature names ``groups`` receives the natural client of each sample ([num_samples],
+        int64), or None for a dataset without.
+        """

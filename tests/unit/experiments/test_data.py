@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import needs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.data.digits import digits
-from torchfedrpc.experiments.data.partition import Indices, dirichlet, iid, shards
+from torchfedrpc.experiments.data.partition import Indices, dirichlet, iid, natural, quantity, shards
 from torchfedrpc.experiments.data.samples import Samples, TrainTest, stratified_split
 from torchfedrpc.experiments.data.synthetic import synthetic
 
 LABELS = np.arange(1000) % 10
-PARTITIONS = [iid, dirichlet, shards]
+PARTITIONS = [iid, dirichlet, shards, quantity]
 
 
 def _is_equal(one: TrainTest, other: TrainTest) -> bool:
@@ -136,3 +139,125 @@ def test_dirichlet_refuses_an_alpha_of_zero() -> None:
 
 def test_shards_give_a_client_few_classes() -> None:
     assert max(_num_classes(part) for part in shards(LABELS, 50, shards_per_client=2)) <= 4
+
+
+@st.composite
+def divisions(draw: st.DrawFn) -> tuple[Indices, Indices, int, int]:
+    """Labels, groups, number of clients (no more than groups), and seed."""
+    num_samples = draw(st.integers(1, 300))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    labels = generator.integers(draw(st.integers(1, 12)), size=num_samples)
+    groups = generator.integers(draw(st.integers(1, 40)), size=num_samples)
+    return labels, groups, draw(st.integers(1, len(np.unique(groups)))), draw(st.integers(0, 1000))
+
+
+@settings(max_examples=100, deadline=None)
+@given(divisions(), st.sampled_from([0.01, 0.5, 100.0]), st.sampled_from(["dirichlet", "power"]))
+def test_partitions_deal_every_sample_once_with_the_minimum_and_by_the_seed(
+    division: tuple[Indices, Indices, int, int], alpha: float, law: str
+) -> None:
+    labels, groups, num_clients, seed = division
+    least = len(labels) // num_clients // 2 or 1
+    num_shards = len(labels) // num_clients
+
+    def divided() -> list[tuple[int, list[Indices]]]:
+        return [
+            (len(labels) // num_clients, iid(labels, num_clients, seed=seed)),
+            (least, dirichlet(labels, num_clients, alpha=alpha, min_samples=least, seed=seed)),
+            (num_shards, shards(labels, num_clients, shards_per_client=num_shards, seed=seed)),
+            (least, quantity(labels, num_clients, law=law, alpha=alpha, exponent=4, min_samples=least, seed=seed)),
+            (1, natural(labels, num_clients, groups, several_groups=True, seed=seed)),
+        ]
+
+    for (min_samples, parts), (_, again) in zip(divided(), divided(), strict=True):
+        assert len(parts) == num_clients
+        assert min(map(len, parts)) >= min_samples
+        assert all(part.dtype == np.int64 and np.all(np.diff(part) > 0) for part in parts)
+        assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
+        assert all(np.array_equal(one, other) for one, other in zip(parts, again, strict=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(divisions(), st.sampled_from(["dirichlet", "power"]))
+def test_quantity_gives_all_clients_the_same_mixture(division: tuple[Indices, Indices, int, int], law: str) -> None:
+    labels, _, num_clients, seed = division
+    of_class = np.bincount(labels, minlength=12)
+    num_classes = np.count_nonzero(of_class)
+    for part in quantity(labels, num_clients, law=law, min_samples=1, seed=seed):
+        expected = of_class * len(part) / len(labels)
+        bound = 2 + 2 * num_classes * of_class / len(labels)
+        assert np.all(np.abs(np.bincount(labels[part], minlength=12) - expected) <= bound)
+
+
+def test_quantity_sizes_follow_their_law() -> None:
+    labels = np.arange(10000) % 10
+
+    def sizes(**settings: Any) -> list[int]:
+        return sorted((len(part) for part in quantity(labels, 10, **settings)), reverse=True)
+
+    assert max(sizes(alpha=0.1)) > 2 * max(sizes(alpha=100.0)) > 2 * 1000
+    assert set(sizes(law="power", exponent=0.0)) == {1000}
+    largest, second, *_ = sizes(law="power", exponent=1.0, min_samples=1)
+    assert largest == pytest.approx(2 * second, abs=2)
+    assert sizes(law="power", exponent=50.0, min_samples=100) == [9100, *[100] * 9]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"law": "pwoer"}, r"partition\.law=pwoer is unknown \(did you mean 'power'\?\)"),
+        ({"alpha": float("nan")}, "partition.alpha must be above 0 and finite, it is nan"),
+        ({"law": "power", "exponent": -1.0}, r"partition\.exponent must be 0 or above, it is -1\.0"),
+        ({"min_samples": 101}, "too few for 10 clients with at least 101 each"),
+    ],
+)
+def test_quantity_refuses_wrong_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantity(LABELS, 10, **settings)
+
+
+GROUPS = np.arange(1000) * 7 % 20  # of 50 samples each
+
+
+def test_a_natural_client_has_one_group_in_the_order_of_their_numbers() -> None:
+    for client, part in enumerate(natural(LABELS, 20, GROUPS * 1000)):
+        assert np.array_equal(part, np.flatnonzero(client == GROUPS))
+
+
+def test_natural_clients_with_several_groups_have_whole_ones() -> None:
+    parts = natural(LABELS, 6, GROUPS, several_groups=True, seed=3)
+    held = [set(GROUPS[part]) for part in parts]
+    assert sorted(map(len, held)) == [3, 3, 3, 3, 4, 4]
+    assert sorted(group for groups in held for group in groups) == list(range(20))
+    assert held != [set(GROUPS[part]) for part in natural(LABELS, 6, GROUPS, several_groups=True, seed=4)]
+
+
+@pytest.mark.parametrize(
+    ("num_clients", "groups", "message"),
+    [
+        (20, None, "this dataset has none: use one with groups"),
+        (
+            10,
+            GROUPS,
+            r"20 groups, and there are 10 clients: set runtime\.num_clients=20, or partition\.several",
+        ),
+        (30, GROUPS, r"20 groups, too few for 30 clients: set runtime\.num_clients=20, or fewer"),
+        (20, GROUPS[1:], "there are 999 groups for 1000 labels"),
+    ],
+)
+def test_groups_that_do_not_fit_the_clients_name_the_setting(
+    num_clients: int, groups: Indices | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        natural(LABELS, num_clients, groups)
+
+
+def test_samples_carry_their_groups() -> None:
+    samples = Samples(torch.zeros(40, 2), torch.arange(40) % 4, torch.arange(40) % 10)
+    taken = samples.take(torch.tensor([12, 3])).to(torch.device("cpu"))
+    assert taken.groups is not None
+    assert taken.groups.tolist() == [2, 3]
+    split = stratified_split(samples, test_fraction=0.5, seed=0)
+    assert split.test.groups is not None
+    assert torch.equal(split.test.groups % 2, split.test.labels % 2)
+    assert Samples(torch.zeros(4, 2), torch.zeros(4)).take(torch.tensor([1])).to(torch.device("cpu")).groups is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from torchfedrpc.experiments.protocol_checks import (
     check_partition,
     check_signature,
     check_trainer,
+    given,
+    unheld_classes,
 )
 from torchfedrpc.federation.fedavg import FedAvgTrainer
 
@@ -50,6 +53,10 @@ def recipe(entry: Any, **settings: Any) -> dict[str, Any]:
 
 def samples(num_samples: int = 10) -> Samples:
     return Samples(torch.zeros(num_samples, 1, 8, 8), torch.arange(num_samples) % 10)
+
+
+def with_groups(groups: Any) -> Samples:
+    return Samples(torch.zeros(10, 1, 8, 8), torch.arange(10), groups)
 
 
 class NoTrainer:
@@ -143,6 +150,23 @@ def dataset() -> None: ...
             TrainTest(Samples(torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64)), samples()),
             "train: a label for each input is expected, and at least one; it has 3 inputs and 4 labels",
         ),
+        (
+            TrainTest(Samples(torch.zeros(2, 2), torch.tensor([0, -1])), samples()),
+            "train.labels: classes are numbered from 0, and it has -1",
+        ),
+        (TrainTest(with_groups([0, 1]), samples()), "train.groups: a tensor is expected, not a list"),
+        (
+            TrainTest(samples(), with_groups(torch.zeros(9, dtype=torch.int64))),
+            "test.groups: int64 of shape [10], one for each sample, is expected, not torch.int64 of shape [9]",
+        ),
+        (
+            TrainTest(with_groups(torch.zeros(10)), samples()),
+            "train.groups: int64 of shape [10], one for each sample, is expected, not torch.float32 of shape [10]",
+        ),
+        (
+            TrainTest(with_groups(torch.arange(10) - 1), samples()),
+            "train.groups: numbers from 0 are expected, and it has -1",
+        ),
     ],
 )
 def test_datasets_are_checked(data: Any, message: str) -> None:
@@ -161,6 +185,10 @@ def partition(num_clients: int) -> None: ...
         ([[0], [0.5]], "part 1: whole numbers of shape [num_samples] are expected, not float64 of shape [1]"),
         ([[0], [[1]]], "part 1: whole numbers of shape [num_samples] are expected, not int64 of shape [1, 1]"),
         ([[0], [-1, 10]], "part 1: indices from 0 to 9 are expected, and it has -1 to 10"),
+        (
+            [[0], []],
+            "part 1 has no samples: give each client at least one, or have fewer clients, by runtime.num_clients",
+        ),
     ],
 )
 def test_partitions_are_checked(parts: Any, message: str) -> None:
@@ -169,14 +197,38 @@ def test_partitions_are_checked(parts: Any, message: str) -> None:
 
 
 def test_partitions_may_be_of_any_whole_numbers() -> None:
-    checked = check_partition(recipe(partition), [[], torch.tensor([3, 4])], 2, 10)
-    assert [part.tolist() for part in checked] == [[], [3, 4]]
+    checked = check_partition(recipe(partition), [[2], torch.tensor([3, 4])], 2, 10)
+    assert [part.tolist() for part in checked] == [[2], [3, 4]]
     assert {part.dtype for part in checked} == {np.dtype(np.int64)}
 
 
 def test_partitions_take_labels_and_number_of_clients() -> None:
     with pytest.raises(ConfigError, match="got an unexpected keyword argument 'labels'"):
         check_signature("partition", recipe(partition))
+
+
+def named_groups(labels: Any, num_clients: int, groups: Any, size: int = 2) -> list[Any]:
+    return [np.flatnonzero(groups == number) for number in range(num_clients)]
+
+
+def any_settings(labels: Any, num_clients: int, **settings: Any) -> list[Any]:
+    assert not settings
+    return [np.arange(len(labels))] * num_clients
+
+
+def test_partitions_receive_groups_if_they_name_them() -> None:
+    values = {"labels": 1, "num_clients": 2, "groups": 3}
+    assert given("partition", named_groups, values) == values
+    assert given("partition", any_settings, values) == {"labels": 1, "num_clients": 2}
+    assert option_of("partition", named_groups) == {"_target_": f"{__name__}.named_groups", "size": 2}
+
+
+def test_classes_that_no_client_has_are_told_with_what_they_cost() -> None:
+    labels, parts = np.array([0, 1, 2, 2]), [np.array([0, 1])]
+    assert unheld_classes(parts, labels, np.array([0, 1, 1])) is None
+    assert unheld_classes(parts, labels, np.array([0, 1, 2, 3])) == (
+        "no client has samples of classes 2, 3, which 2 of 4 test samples have: the test accuracy is at most 0.500"
+    )
 
 
 class Wide(nn.Module):
@@ -203,6 +255,12 @@ def test_models_are_checked(model: nn.Module, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_model(recipe(Wide, num_outputs=5), recipe(dataset), model, TrainTest(samples(), samples()))
     assert model.training
+
+
+def test_labels_that_are_not_numbered_from_0_are_named_where_a_model_has_too_few_logits() -> None:
+    ones = Samples(torch.zeros(10, 64), torch.arange(10) + 1)
+    with pytest.raises(ConfigError, match=r"its labels are 1 to 10: number the classes from 0$"):
+        check_model(recipe(Wide), recipe(dataset), nn.Linear(64, 10), TrainTest(ones, ones))
 
 
 class NoCall:
@@ -275,6 +333,32 @@ def config(**values: Any) -> ExperimentConfig:
             **values,
         }
     )
+
+
+def grouped() -> TrainTest:
+    """Clients with one class each, and a class that only the test set has."""
+    labels = torch.arange(20) % 2
+    return TrainTest(
+        Samples(torch.zeros(20, 64), labels, 1 - labels), Samples(torch.zeros(20, 64), torch.arange(20) % 4)
+    )
+
+
+async def test_an_experiment_gives_groups_to_the_partition_and_tells_classes_without_a_client(tmp_path: Path) -> None:
+    printed = io.StringIO()
+    natural = {"_target_": "torchfedrpc.experiments.data.partition.natural"}
+    runtime = RuntimeConfig(num_clients=2, trusted_modules=[__name__])
+    await run_experiment(
+        config(dataset=recipe(grouped), partition=natural, runtime=runtime), tmp_path, stream=printed
+    )
+    clients = [json.loads(line)["classes"] for line in (tmp_path / "clients.jsonl").read_text().splitlines()]
+    assert clients == [{"0": 0, "1": 10}, {"0": 10, "1": 0}]
+    assert "no client has samples of classes 2, 3, which 10 of 20 test samples have" in printed.getvalue()
+
+
+async def test_an_experiment_of_a_natural_partition_without_groups_names_what_has_some(tmp_path: Path) -> None:
+    natural = {"_target_": "torchfedrpc.experiments.data.partition.natural"}
+    with pytest.raises(ConfigError, match=r"partition=natural .* has none: use one .*dataset=fedprox_synthetic"):
+        await run_experiment(config(partition=natural), tmp_path)
 
 
 async def test_results_that_lack_the_number_of_samples_name_it_and_the_client(tmp_path: Path) -> None:

@@ -19,17 +19,21 @@ class Samples:
     Attributes:
         inputs: [num_samples, ...], float32.
         labels: [num_samples], int64; classes are numbered from 0.
+        groups: [num_samples], int64; the natural client of each sample (a writer, a user), numbered from 0. None for
+            data without.
     """
 
     inputs: Tensor
     labels: Tensor
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> Samples:
         """Return a copy of the samples at these indices (int64), in their order."""
-        return Samples(self.inputs[indices], self.labels[indices])
+        groups = None if self.groups is None else self.groups[indices]
+        return Samples(self.inputs[indices], self.labels[indices], groups)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Return batches of inputs and labels, as views, in order; the last batch may be smaller."""
@@ -37,7 +41,8 @@ class Samples:
 
     def to(self, device: torch.device) -> Samples:
         """Return these samples on a device, without a copy if they are already there."""
-        return Samples(self.inputs.to(device), self.labels.to(device))
+        groups = None if self.groups is None else self.groups.to(device)
+        return Samples(self.inputs.to(device), self.labels.to(device), groups)
 
 
 @dataclass(frozen=True)
