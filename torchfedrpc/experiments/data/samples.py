@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.experiments.data.conversion import stack_inputs, whole_numbers
+
+
+class SizedDataset(Protocol):
+    """Map-style dataset with a length, such as most of `torch.utils.data.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,45 @@ class Samples:
     inputs: Tensor
     labels: Tensor
     groups: Tensor | None = None
+
+    @classmethod
+    def of(cls, dataset: SizedDataset, groups: Sequence[int] | Tensor | None = None) -> Samples:
+        """Return all samples of a map-style `torch.utils.data.Dataset`, read once in their order.
+
+        Args:
+            dataset: Gives pairs of an input (tensor, array, number, or image of PIL) and a label (a whole number from
+                0). Numbers are kept, images become [channels, height, width] between -1 and 1. Transforms that draw
+                random numbers draw once.
+            groups: [num_samples]; the natural client of each sample, numbered from 0.
+
+        Raises:
+            ConfigError: If it has no length, an item is no pair, inputs differ in shape, a label or group is no whole
+                number from 0, or the numbers of groups and samples differ.
+        """
+        name = type(dataset).__name__
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise ConfigError(f"{name}: a map-style dataset is expected, with __len__ and __getitem__")
+        inputs, labels = [], []
+        for number in range(len(dataset)):
+            item = dataset[number]
+            if not (isinstance(item, tuple | list) and len(item) == 2):
+                raise ConfigError(f"{name}[{number}]: a pair (input, label) is expected, not a {type(item).__name__}")
+            inputs.append(item[0])
+            labels.append(item[1])
+        numbers = None if groups is None else whole_numbers(groups, f"{name}: group")
+        if numbers is not None and len(numbers) != len(labels):
+            raise ConfigError(f"{name}: there are {len(numbers)} groups for {len(labels)} samples: give each one")
+        return cls(stack_inputs(inputs, name), whole_numbers(labels, f"{name}: label"), numbers)
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Samples]) -> Samples:
+        """Return the samples of several parts in their order. Either all have groups, or none."""
+        groups = [part.groups for part in parts if part.groups is not None]
+        return cls(
+            torch.cat([part.inputs for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            torch.cat(groups) if groups else None,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
