@@ -90,7 +90,7 @@ def test_a_run_leaves_everything_in_one_folder(folder: Path, smoke: subprocess.C
 
     history = _history(outputs)
     assert [record["round"] for record in history] == [0, 1, 2]
-    assert history[-1]["test_accuracy"] > 0.9
+    assert history[-1]["test_accuracy"] > 0.7
     assert f"final test accuracy: {history[-1]['test_accuracy']:.3f}" in smoke.stdout
     assert history[-1]["num_clients"] == 4
     assert history[-1]["bytes_sent"] == 0

@@ -151,7 +151,7 @@ def test_a_failed_job_is_told_in_a_line_and_the_sweep_goes_on(
     folder, done = odd
     assert done.returncode == 1
     where = folder / "sweep" / "1" / "error.txt"
-    assert f"job 1 failed: RuntimeError: the disk is full (traceback: {where})" in done.stderr.splitlines()
+    assert f"job 1 failed: RuntimeError: the disk is full at odd.py:33 (traceback: {where})" in done.stderr.splitlines()
     assert "HYDRA_FULL_ERROR" not in done.stderr
     assert "Traceback" not in done.stderr
     assert "in train\n    raise RuntimeError" in where.read_text()
@@ -169,7 +169,7 @@ def test_a_sweep_ends_with_a_table_a_csv_file_and_a_picture(
     assert [(row["job"], row["status"], row["seed"]) for row in rows] == [
         *(("0", "done", "1"), ("1", "failed", "2"), ("2", "done", "3"), ("3", "done", "4"))
     ]
-    assert rows[1]["error"] == "RuntimeError: the disk is full"
+    assert rows[1]["error"] == "RuntimeError: the disk is full at odd.py:33"
     assert rows[1]["final_accuracy"] == ""
     for row in (rows[0], rows[2], rows[3]):
         history = [json.loads(line) for line in (Path(row["output_dir"]) / "history.jsonl").read_text().splitlines()]
