@@ -151,7 +151,8 @@ def test_a_failed_job_is_told_in_a_line_and_the_sweep_goes_on(
     folder, done = odd
     assert done.returncode == 1
     where = folder / "sweep" / "1" / "error.txt"
-    assert f"job 1 failed: RuntimeError: the disk is full at odd.py:33 (traceback: {where})" in done.stderr.splitlines()
+    line = f"job 1 failed: RuntimeError: the disk is full at odd.py:33 (traceback: {where})"
+    assert line in done.stderr.splitlines()
     assert "HYDRA_FULL_ERROR" not in done.stderr
     assert "Traceback" not in done.stderr
     assert "in train\n    raise RuntimeError" in where.read_text()
