@@ -30,7 +30,8 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = given.run or run_experiment(Path(folder) / "digits")
-        shutil.copyfile(run / "metrics.png", DOCS / "metrics.png")
+        for name in ("metrics.png", "partition.png"):
+            shutil.copyfile(run / name, DOCS / name)
         page = write_report(run)
         notebook = Path(folder) / "notebook.html"
         notebook.write_text(page_of(nbformat.read(NOTEBOOK, as_version=4)), encoding="utf-8")

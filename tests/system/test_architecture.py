@@ -127,7 +127,14 @@ def test_no_imports_go_in_a_circle() -> None:
             },
         ),
         ("rich", {"torchfedrpc.experiments.progress.terminal_view", "torchfedrpc.experiments.rich_table"}),
-        ("matplotlib", {"torchfedrpc.experiments.metrics_plot", "torchfedrpc.experiments.sweeps.plot"}),
+        (
+            "matplotlib",
+            {
+                "torchfedrpc.experiments.metrics_plot",
+                "torchfedrpc.experiments.partition_plot",
+                "torchfedrpc.experiments.sweeps.plot",
+            },
+        ),
         ("mlflow", {"torchfedrpc.experiments.loggers.mlflow"}),
         ("tensorboard", {"torchfedrpc.experiments.loggers.tensorboard"}),
         ("wandb", {"torchfedrpc.experiments.loggers.wandb"}),

@@ -102,7 +102,8 @@ def test_a_run_leaves_everything_in_one_folder(folder: Path, smoke: subprocess.C
     assert config["runtime"]["execution_mode"] == "local"
     assert config["dataset"]["seed"] == 0  # resolved
 
-    assert (outputs / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("metrics.png", "partition.png"):
+        assert (outputs / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_a_terminal_progress_is_a_line_a_round(smoke: subprocess.CompletedProcess[str]) -> None:
@@ -170,7 +171,7 @@ def test_the_core_alone_runs_and_names_the_extra_that_brings_the_rest(tmp_path: 
     assert done.stdout.splitlines()[0] == (
         "without live bar and picture: pip install 'torchfedrpc[experiments]' brings them"
     )
-    assert not (outputs / "metrics.png").exists()
+    assert not list(outputs.glob("*.png"))
     assert (outputs / "model.pt").exists()
 
 

@@ -10,7 +10,10 @@ from doc_snippets import pages, run_page, snippets
 from folders import ROOT, SUPPORT, TESTS
 
 pytestmark = pytest.mark.timeout(600)
-PACKAGES = {"learners.md": ("transformers", "accelerate", "torchvision", "lightning")}
+PACKAGES = {
+    "learners.md": ("transformers", "accelerate", "torchvision", "lightning"),
+    "data.md": ("mlxtend", "datasets", "sklearn"),
+}
 COMPARED = ROOT / "docs" / "coming-from.md"
 WITH_CODE = [page for page in pages() if page != COMPARED and any(snippet.runs for snippet in snippets(page))]
 

@@ -167,13 +167,22 @@ def test_a_folder_that_hydra_made_is_closed_to_others_unless_one_works_in_it(
     assert mode_of(tmp_path / "made") == 0o700
 
 
-def test_a_picture_follows_no_link(tmp_path: Path, target: Path) -> None:
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        "torchfedrpc.experiments.metrics_plot import draw_metrics as draw; draw([], path)",
+        "torchfedrpc.experiments.partition_plot import draw_partition as draw; draw({'a': one}, one, path)",
+    ],
+    ids=["metrics", "partition"],
+)
+def test_a_picture_follows_no_link(drawing: str, tmp_path: Path, target: Path) -> None:
     needs("matplotlib")
     (tmp_path / "metrics.png").symlink_to(target)
-    draw = """
+    draw = f"""
         from pathlib import Path
-        from torchfedrpc.experiments.metrics_plot import draw_metrics
-        draw_metrics([], Path(sys.argv[1]))
+        import numpy as np
+        path, one = Path(sys.argv[1]), np.zeros(1, dtype=np.int64)
+        from {drawing}
     """
     status, output = run_script(write_script(tmp_path, draw), str(tmp_path / "metrics.png"))
     assert status == 0, output

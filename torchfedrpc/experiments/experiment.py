@@ -23,7 +23,7 @@ from torchfedrpc.experiments.clients import CLIENTS_FILE, ClientLog
 from torchfedrpc.experiments.data.cache import load_dataset
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.experiment_config import ExperimentConfig, Recipe
-from torchfedrpc.experiments.history import HISTORY_FILE, History, RoundRecord
+from torchfedrpc.experiments.history import HISTORY_FILE, History
 from torchfedrpc.experiments.progress import live_progress
 from torchfedrpc.experiments.protocol_checks import (
     check_aggregator,
@@ -63,8 +63,8 @@ async def run_experiment(
     """Run an experiment from its first round, or from a checkpoint.
 
     It writes ``history.jsonl`` (one line per round), ``clients.jsonl``, ``baseline.jsonl``, ``model.pt`` (the final
-    weights), if matplotlib is installed ``metrics.png``, with ``trace`` also ``trace.json``, and with ``report``
-    ``report.html``.
+    weights), if matplotlib is installed ``metrics.png`` and ``partition.png``, with ``trace`` also ``trace.json``,
+    and with ``report`` ``report.html``.
 
     Args:
         config: The experiment.
@@ -95,7 +95,7 @@ async def run_experiment(
             baseline = _train_baseline(config, parts.data)
             accuracy = _metrics(parts.model, parts.data.test, weights)["test_accuracy"]
         write_baseline(output_dir / BASELINE_FILE, baseline)
-        _draw(parts.history.records, baseline, output_dir / "metrics.png")
+        _draw(parts, baseline, output_dir)
     print_table(parts.history.records, stream)
     if baseline:
         print(f"centralised baseline: test accuracy {baseline[-1].accuracy:.3f}", file=stream)
@@ -116,6 +116,7 @@ class _Parts:
     Attributes:
         data: The data.
         model: The model, with the initial weights.
+        indices: Client id -> indices of its samples in the training set.
         aggregator: The aggregator; None for the trainer's own.
         history: The log of rounds.
         callbacks: All callbacks, in the order of their calls: loggers come last, since they keep the report.
@@ -123,6 +124,7 @@ class _Parts:
 
     data: TrainTest
     model: nn.Module
+    indices: dict[str, npt.NDArray[np.int64]]
     aggregator: Aggregator | None
     history: History
     callbacks: list[Callback]
@@ -146,9 +148,10 @@ class _Parts:
         aggregator = _aggregator(config)
         data: TrainTest = load_dataset(config.dataset, config.trusted_modules)
         check_dataset(config.dataset, data)
+        indices = _divide(config, data.train)
         model = build_model(config.model, config.seed, config.trusted_modules)
         check_model(config.model, config.dataset, model, data)
-        return cls(data, model, aggregator, history, called)
+        return cls(data, model, indices, aggregator, history, called)
 
 
 async def _train(
@@ -160,12 +163,11 @@ async def _train(
     run: AsyncExitStack,
 ) -> dict[str, Tensor]:
     """Run the trainer, and return the final weights. The run ends with the stack ``run``."""
-    indices = _divide(config, parts.data.train)
     labels = parts.data.train.labels.numpy()
-    if note := unheld_classes([*indices.values()], labels, parts.data.test.labels.numpy()):
+    if note := unheld_classes([*parts.indices.values()], labels, parts.data.test.labels.numpy()):
         print(note, file=stream)
-    clients = _arguments(config, indices)
-    client_log = ClientLog(output_dir / CLIENTS_FILE, indices, labels)
+    clients = _arguments(config, parts.indices)
+    client_log = ClientLog(output_dir / CLIENTS_FILE, parts.indices, labels)
     async with LearnerProxy(_learner(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
         going_on = f", going on after round {found.round_num}" if found is not None else ""
@@ -263,14 +265,16 @@ def _train_baseline(config: ExperimentConfig, data: TrainTest) -> list[Score]:
     )
 
 
-def _draw(history: Sequence[RoundRecord], baseline: Sequence[Score], path: Path) -> None:
+def _draw(parts: _Parts, baseline: Sequence[Score], output_dir: Path) -> None:
     if not extras.available("matplotlib"):
         return
     from torchfedrpc.experiments.metrics_plot import draw_metrics  # noqa: PLC0415 - matplotlib is optional
+    from torchfedrpc.experiments.partition_plot import draw_partition  # noqa: PLC0415 - likewise
 
+    draw_partition(parts.indices, parts.data.train.labels.numpy(), output_dir / "partition.png")
     draw_metrics(
-        history,
-        path,
+        parts.history.records,
+        output_dir / "metrics.png",
         baseline_accuracy=[result.accuracy for result in baseline],
         baseline_loss=[result.loss for result in baseline],
     )

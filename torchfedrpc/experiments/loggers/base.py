@@ -17,7 +17,7 @@ from torchfedrpc.experiments.history import RoundMeter
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.federation.checkpoints import plain
 
-_FILES = ("model.pt", "best.pt", "metrics.png", "report.html")
+_FILES = ("model.pt", "best.pt", "metrics.png", "partition.png", "report.html")
 
 
 @dataclass(frozen=True)
