@@ -114,6 +114,19 @@ def test_more_clients_than_samples_are_refused(partition) -> None:  # type: igno
         partition(LABELS, 1001)
 
 
+@pytest.mark.parametrize(
+    ("partition", "settings", "setting"),
+    [
+        (dirichlet, {"min_samples": 101}, "min_samples"),
+        (quantity, {"min_samples": 101}, "min_samples"),
+        (shards, {"shards_per_client": 101}, "shards_per_client"),
+    ],
+)
+def test_too_large_a_minimum_is_named(partition: Any, settings: dict[str, int], setting: str) -> None:
+    with pytest.raises(ConfigError, match=rf"by runtime\.num_clients, or lower partition\.{setting}$"):
+        partition(LABELS, 10, **settings)
+
+
 def test_iid_clients_are_equally_large() -> None:
     assert {len(part) for part in iid(LABELS, 7)} == {142, 143}
 

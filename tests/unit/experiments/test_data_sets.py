@@ -184,7 +184,7 @@ def test_emnist_is_upright_and_its_letters_begin_at_0(tmp_path: Path) -> None:
 
 
 def test_cifar10_has_three_channels(cifar10: Path) -> None:
-    data = torchvision(name="CIFAR10", root=str(cifar10.parent))
+    data = torchvision(name="cifar10", root=str(cifar10.parent))
     assert data.train.inputs.shape == (20, 3, 32, 32)
     assert data.test.inputs.shape == (4, 3, 32, 32)
     assert data.test.labels.tolist() == [0, 1, 2, 3]

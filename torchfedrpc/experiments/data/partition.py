@@ -25,7 +25,7 @@ def iid(labels: Indices, num_clients: int, *, seed: int = 0) -> list[Indices]:
     Raises:
         ConfigError: If there are fewer samples than clients.
     """
-    _check_enough(labels, num_clients, min_samples=1)
+    _check_enough(labels, num_clients, 1, "")
     order = np.random.default_rng(seed).permutation(len(labels))
     return _sorted(np.array_split(order, num_clients))
 
@@ -51,7 +51,7 @@ def dirichlet(
         ConfigError: If ``alpha`` is not above 0, or there are too few samples for ``min_samples`` per client.
     """
     _check_alpha(alpha)
-    _check_enough(labels, num_clients, min_samples)
+    _check_enough(labels, num_clients, min_samples, "partition.min_samples")
     generator = np.random.default_rng(seed)
     held: list[list[Indices]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels):
@@ -74,7 +74,7 @@ def shards(labels: Indices, num_clients: int, *, shards_per_client: int = 2, see
     Raises:
         ConfigError: If there are fewer samples than shards.
     """
-    _check_enough(labels, num_clients, min_samples=shards_per_client)
+    _check_enough(labels, num_clients, shards_per_client, "partition.shards_per_client")
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(labels))  # so that the order within a class is random too
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -113,7 +113,7 @@ def quantity(
         ConfigError: If ``law`` is unknown, ``alpha`` is not above 0, ``exponent`` is below 0, or there are too few
             samples for ``min_samples`` per client.
     """
-    _check_enough(labels, num_clients, min_samples)
+    _check_enough(labels, num_clients, min_samples, "partition.min_samples")
     generator = np.random.default_rng(seed)
     if law == "dirichlet":
         _check_alpha(alpha)
@@ -189,13 +189,19 @@ def _check_alpha(alpha: float) -> None:
         raise ConfigError(f"partition.alpha must be above 0 and finite, it is {alpha}")
 
 
-def _check_enough(labels: Indices, num_clients: int, min_samples: int) -> None:
+def _check_enough(labels: Indices, num_clients: int, min_samples: int, setting: str) -> None:
+    """Check that each client can have the minimum, which a setting has, if it is not empty.
+
+    Raises:
+        ConfigError: If a number is below 1, or there are too few samples.
+    """
     if num_clients < 1 or min_samples < 1:
         raise ConfigError(f"cannot give {num_clients} clients {min_samples} samples each: both must be at least 1")
     if len(labels) < num_clients * min_samples:
+        remedy = f", or lower {setting}" if setting and min_samples > 1 else ""
         raise ConfigError(
-            f"{len(labels)} training samples are too few for {num_clients} clients with at least "
-            f"{min_samples} each: have fewer clients (runtime.num_clients), or ask for less"
+            f"{len(labels)} training samples are too few for {num_clients} clients with at least {min_samples} each: "
+            f"have fewer clients, by runtime.num_clients{remedy}"
         )
 
 

@@ -33,7 +33,7 @@ def torchvision(
     Each channel has mean 0 and deviation 1 over the training set.
 
     Args:
-        name: ``MNIST``, ``FashionMNIST``, ``EMNIST``, ``CIFAR10`` or ``CIFAR100``.
+        name: ``MNIST``, ``FashionMNIST``, ``EMNIST``, ``CIFAR10`` or ``CIFAR100``, in any capitals.
         root: Folder of torchvision's data sets, as its own ``root``: it contains ``MNIST/raw/`` and so on.
         download: Whether torchvision downloads files that are missing. On machines of a cluster do it once before a
             run, since their workers would all download.
@@ -47,6 +47,7 @@ def torchvision(
     extras.require("torchvision", "dataset=torchvision", extra="libraries")
     from torchvision import datasets  # noqa: PLC0415 - optional, and takes seconds to import
 
+    name = {known.lower(): known for known in _MOMENTS}.get(str(name).lower(), name)
     if name not in _MOMENTS:
         raise ConfigError(f"dataset.name={name} is unknown{suggest(str(name), _MOMENTS)}")
     if name == "EMNIST" and split not in datasets.EMNIST.splits:
