@@ -831,7 +831,7 @@ MUTATIONS = [
         "tests/unit/experiments/test_data.py",
     ),
     Mutation(
-        "groups that no client has are left out",
+        "a client has several groups unasked",
         "experiments/data/partition.py",
         "if num_groups > num_clients and not several_groups:",
         "if False:",

@@ -412,9 +412,11 @@ def test_hugging_face_takes_what_a_transform_gives() -> None:
     from datasets import Dataset
 
     data = Dataset.from_dict({"text": ["a", "bcd"] * 5, "label": [0, 1] * 5})
-    data.set_transform(lambda batch: {**batch, "text": [[len(text)] for text in batch["text"]]})
-    split = hugging_face(data=data, input="text")
+    data.set_transform(lambda batch: {**batch, "lengths": [[len(text)] for text in batch["text"]]})
+    split = hugging_face(data=data, input="lengths")
     assert torch.equal(split.train.inputs[:, 0], split.train.labels * 2.0 + 1)
+    with pytest.raises(ConfigError, match=r"dataset\.input=length: .*\(did you mean 'lengths'"):
+        hugging_face(data=data, input="length")
 
 
 @pytest.mark.parametrize(

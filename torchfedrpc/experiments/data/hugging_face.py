@@ -116,7 +116,7 @@ def _samples(split: Any, inputs: Sequence[str], label: str) -> Samples:
     if len(columns) > 1 and any(column.dim() > 1 for column in columns):
         raise ConfigError(f"dataset.input={list(inputs)}: of several columns each must have a number per sample")
     labels = _column(split, label, "label")
-    if getattr(split.features[label], "dtype", "") == "string":
+    if isinstance(labels[0], str):
         raise ConfigError(
             f"dataset.label={label} has strings, such as {labels[0]!r}: number the classes by "
             f"class_encode_column({label!r}) first"
@@ -129,9 +129,11 @@ def _column(split: Any, name: str, setting: str) -> Any:
     """Return a column: values of a transform that was set on the split, images of PIL, or arrays and numbers."""
     from datasets import Image  # noqa: PLC0415 - optional
 
-    if name not in split.column_names:
-        raise ConfigError(f"dataset.{setting}={name}: there is no such column{suggest(name, split.column_names)}")
-    if split.format["type"] == "custom":
+    is_transformed = split.format["type"] == "custom"
+    names = list(split[0]) if is_transformed else split.column_names
+    if name not in names:
+        raise ConfigError(f"dataset.{setting}={name}: there is no such column{suggest(name, names)}")
+    if is_transformed:
         return [row[name] for row in split]
     if isinstance(split.features[name], Image):
         return split.with_format(None)[name]  # decoded one after another
