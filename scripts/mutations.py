@@ -860,7 +860,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the aggregate is the new model",
-        "federation/fedavg.py",
+        "federation/algorithms/fedavg.py",
         "weights = self.step(aggregate)",
         "weights = aggregate",
         "tests/unit/experiments/test_protocols.py",

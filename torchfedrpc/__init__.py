@@ -50,15 +50,29 @@ from torchfedrpc.executors.base import AbstractExecutor, ExecutorSpec
 from torchfedrpc.executors.local import LocalExecutor
 from torchfedrpc.executors.router import ExecutorRouter
 from torchfedrpc.executors.shared_arguments import SharedRef
-from torchfedrpc.experiments.classification import ClassificationLearner
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
+from torchfedrpc.experiments.learners.classification import ClassificationLearner
+from torchfedrpc.experiments.learners.ditto import DittoLearner
+from torchfedrpc.experiments.learners.fedbn import FedBNLearner
+from torchfedrpc.experiments.learners.scaffold import ScaffoldLearner
 from torchfedrpc.experiments.recipe import build
+from torchfedrpc.federation.algorithms.ditto import DittoTrainer
+from torchfedrpc.federation.algorithms.fedadagrad import FedAdagradTrainer
+from torchfedrpc.federation.algorithms.fedadam import FedAdamTrainer
+from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
+from torchfedrpc.federation.algorithms.fedavgm import FedAvgMTrainer
+from torchfedrpc.federation.algorithms.fedbn import FedBNTrainer
+from torchfedrpc.federation.algorithms.fednova import FedNovaTrainer
+from torchfedrpc.federation.algorithms.fedopt import FedOptTrainer
+from torchfedrpc.federation.algorithms.fedprox import FedProxTrainer
+from torchfedrpc.federation.algorithms.fedyogi import FedYogiTrainer
+from torchfedrpc.federation.algorithms.scaffold import ScaffoldTrainer
 from torchfedrpc.federation.best_model import BestModel
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.federation.checkpoints import Checkpoints
 from torchfedrpc.federation.early_stopping import EarlyStopping
-from torchfedrpc.federation.fedavg import FedAvgTrainer, FedProxTrainer
 from torchfedrpc.federation.learner_base import Learner
+from torchfedrpc.federation.robust import CoordinateMedian, MultiKrum, TrimmedMean
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.group import GroupResult, LearnerGroup, ReduceResult
 from torchfedrpc.host.context import current_call
@@ -100,15 +114,26 @@ __all__ = [
     "Checkpoints",
     "ClassificationLearner",
     "ConfigError",
+    "CoordinateMedian",
     "DeviceMap",
     "DistributedExecutor",
+    "DittoLearner",
+    "DittoTrainer",
     "EarlyStopping",
     "Event",
     "ExecutionMode",
     "ExecutorRouter",
     "ExecutorSpec",
+    "FedAdagradTrainer",
+    "FedAdamTrainer",
+    "FedAvgMTrainer",
     "FedAvgTrainer",
+    "FedBNLearner",
+    "FedBNTrainer",
+    "FedNovaTrainer",
+    "FedOptTrainer",
     "FedProxTrainer",
+    "FedYogiTrainer",
     "GroupCallError",
     "GroupResult",
     "Isolation",
@@ -123,6 +148,7 @@ __all__ = [
     "LogLevel",
     "Mean",
     "MethodNotFoundError",
+    "MultiKrum",
     "OnWorkerLost",
     "ParameterSerializer",
     "ProgressReported",
@@ -139,6 +165,8 @@ __all__ = [
     "RunStarted",
     "RuntimeConfig",
     "Samples",
+    "ScaffoldLearner",
+    "ScaffoldTrainer",
     "SerializationError",
     "SharedRef",
     "SnapshotError",
@@ -146,6 +174,7 @@ __all__ = [
     "TorchFedRpcError",
     "TrainTest",
     "Transport",
+    "TrimmedMean",
     "UnknownClientError",
     "UntrustedTypeError",
     "WeightedMean",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 LEARNER = """
 import time
-from torchfedrpc.experiments.classification import ClassificationLearner
+from torchfedrpc.experiments.learners.classification import ClassificationLearner
 
 class Timed(ClassificationLearner):
     def train_epoch(self, *args, **kwargs):

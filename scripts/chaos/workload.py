@@ -23,11 +23,11 @@ from torch import Tensor
 
 import torchfedrpc as tfr
 from torchfedrpc.events import Event, ProgressReported
-from torchfedrpc.experiments.classification import ClassificationLearner
 from torchfedrpc.experiments.data.partition import iid
 from torchfedrpc.experiments.data.synthetic import synthetic
+from torchfedrpc.experiments.learners.classification import ClassificationLearner
 from torchfedrpc.experiments.training import build_model, initial_weights
-from torchfedrpc.federation.fedavg import FedAvgTrainer
+from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
 from torchfedrpc.wire.fingerprint import fingerprint
 
 NUM_CLIENTS = 12

@@ -33,7 +33,7 @@ runtime: {execution_mode: pseudo, num_clients: %d, num_processes: %d}
 dataset: {_target_: torchfedrpc.experiments.data.digits.digits, test_fraction: 0.2}
 partition: {_target_: torchfedrpc.experiments.data.partition.dirichlet, alpha: 0.5}
 model: {_target_: torchfedrpc.experiments.models.ConvNet}
-trainer: {_target_: torchfedrpc.federation.fedavg.FedAvgTrainer, num_rounds: %d}
+trainer: {_target_: torchfedrpc.federation.algorithms.fedavg.FedAvgTrainer, num_rounds: %d}
 """
 
 

@@ -92,8 +92,8 @@ def settings(**changed: Any) -> DictConfig:
         "dataset": {"_target_": of("data.synthetic.synthetic"), "num_samples": 100},
         "partition": {"_target_": of("data.partition.iid")},
         "model": {"_target_": of("models.LogisticRegression")},
-        "learner": {"_target_": of("classification.ClassificationLearner")},
-        "trainer": {"_target_": "torchfedrpc.federation.fedavg.FedAvgTrainer", "num_rounds": 1},
+        "learner": {"_target_": of("learners.classification.ClassificationLearner")},
+        "trainer": {"_target_": "torchfedrpc.federation.algorithms.fedavg.FedAvgTrainer", "num_rounds": 1},
         "resume": "never",
     }
     return OmegaConf.create({**values, **changed})

@@ -155,7 +155,8 @@ def test_a_config_file_of_the_user_comes_before_a_registered_name(folder: Path, 
     option.write_text("defaults: [fedavg, _self_]\n")
     assert command(*arguments, *QUIET) == (
         "torchfedrpc: trainer=my_trainer is the name of a config file, with the target "
-        "torchfedrpc.federation.fedavg.FedAvgTrainer, and of the registered methods.MyTrainer: rename one of them"
+        "torchfedrpc.federation.algorithms.fedavg.FedAvgTrainer, and of the registered methods.MyTrainer: rename "
+        "one of them"
     )
 
 
@@ -234,8 +235,8 @@ def test_two_definitions_of_a_name_are_refused(folder: Path, command: Command) -
     assert command("trainer=my_trainer") == f"torchfedrpc: {message}"
     write(folder, copies="import torchfedrpc as tfr\n@tfr.trainer('fedavg')\nclass Mine(tfr.FedAvgTrainer): ...")
     assert command("imports=[copies]").splitlines() == [
-        "torchfedrpc: the trainer 'fedavg' is registered already, by torchfedrpc.federation.fedavg.FedAvgTrainer: "
-        "choose another name for copies.Mine",
+        "torchfedrpc: the trainer 'fedavg' is registered already, by "
+        "torchfedrpc.federation.algorithms.fedavg.FedAvgTrainer: choose another name for copies.Mine",
         "in the module copies, as it was imported",
     ]
 

@@ -19,7 +19,7 @@ from torchrun import run_launch, write_script
 from workers import listening, make_token
 
 import torchfedrpc as tfr
-from torchfedrpc.experiments.classification import ClassificationLearner
+from torchfedrpc.experiments.learners.classification import ClassificationLearner
 
 pytestmark = pytest.mark.skipif(LAUNCHED, reason="starts launches of its own")
 

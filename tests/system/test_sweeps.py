@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-from torchfedrpc.experiments.classification import ClassificationLearner
-from torchfedrpc.federation.fedavg import FedAvgTrainer
+from torchfedrpc.experiments.learners.classification import ClassificationLearner
+from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
 
 leak = 0.0  # a job that saw the change of another would have other weights
 was_warm = "torch._dynamo" in sys.modules
@@ -62,7 +62,7 @@ class OddTrainer(FedAvgTrainer):
 """
 SLOW = """
 import time
-from torchfedrpc.experiments.classification import ClassificationLearner
+from torchfedrpc.experiments.learners.classification import ClassificationLearner
 
 
 class Slow(ClassificationLearner):
@@ -190,7 +190,7 @@ def test_optuna_maximises_the_accuracy_by_jobs_of_joblib_at_once(tmp_path: Path)
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "search.yaml").write_text(SEARCH)
     (tmp_path / "failing.py").write_text(
-        "from torchfedrpc.federation.fedavg import FedAvgTrainer\n"
+        "from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer\n"
         "class Failing(FedAvgTrainer):\n"
         "    async def train(self):\n"
         "        if not __import__('os').path.exists('one_failed'):\n"

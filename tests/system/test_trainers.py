@@ -14,7 +14,8 @@ from torch import Tensor
 
 import torchfedrpc as tfr
 from torchfedrpc.events import Event, RoundEnded, RoundStarted, RunEnded, RunStarted
-from torchfedrpc.federation.fedavg import FedAvgTrainer, FedProxTrainer
+from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
+from torchfedrpc.federation.algorithms.fedprox import FedProxTrainer
 
 CLIENTS = ["client_1", "client_2", "client_3", "client_4"]
 

@@ -204,8 +204,8 @@ async def test_an_experiments_model_follows_no_link(
             "dataset": {"_target_": "torchfedrpc.experiments.data.synthetic.synthetic", "num_samples": 60},
             "partition": {"_target_": "torchfedrpc.experiments.data.partition.iid", "seed": 0},
             "model": {"_target_": "torchfedrpc.experiments.models.LogisticRegression"},
-            "learner": {"_target_": "torchfedrpc.experiments.classification.ClassificationLearner"},
-            "trainer": {"_target_": "torchfedrpc.federation.fedavg.FedAvgTrainer", "num_rounds": 1},
+            "learner": {"_target_": "torchfedrpc.experiments.learners.classification.ClassificationLearner"},
+            "trainer": {"_target_": "torchfedrpc.federation.algorithms.fedavg.FedAvgTrainer", "num_rounds": 1},
         }
     )
     await run_experiment(config, path)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torchfedrpc.experiments.data.samples import TrainTest
-from torchfedrpc.experiments.training import Optimisation, Score, build_model, fit, score
+from torchfedrpc.experiments.training import LocalTraining, Score, build_model, fit, score
 from torchfedrpc.private_files import replaced
 
 BASELINE_FILE = "baseline.jsonl"
@@ -25,7 +25,7 @@ def train_centrally(
     num_rounds: int,
     local_epochs: int = 1,
     trusted_modules: Iterable[str] = (),
-    **optimisation: Any,
+    **settings: Any,
 ) -> list[Score]:
     """Train one model on the whole training set, from the initial weights of the federated run.
 
@@ -36,7 +36,7 @@ def train_centrally(
         num_rounds: Number of scores.
         local_epochs: Number of passes over the training set before each score, as many as a client makes in a round.
         trusted_modules: Packages that the recipe may name, as in `build`.
-        optimisation: Fields of `Optimisation`.
+        settings: Fields of `LocalTraining`.
 
     Returns:
         The test score after each round's amount of training.
@@ -52,7 +52,8 @@ def train_centrally(
                 data.train,
                 indices,
                 num_epochs=local_epochs,
-                optimisation=Optimisation(**optimisation),
+                training=LocalTraining(**settings),
+                trusted_modules=trusted_modules,
             )
             scores.append(score(network, data.test))
     return scores

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.baseline import BASELINE_FILE, train_centrally, write_baseline
-from torchfedrpc.experiments.classification import ClassificationLearner
 from torchfedrpc.experiments.clients import CLIENTS_FILE, ClientLog
 from torchfedrpc.experiments.data.cache import load_dataset
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.experiment_config import ExperimentConfig, Recipe
 from torchfedrpc.experiments.history import HISTORY_FILE, History
+from torchfedrpc.experiments.learners.classification import ClassificationLearner
 from torchfedrpc.experiments.progress import live_progress
 from torchfedrpc.experiments.protocol_checks import (
     check_aggregator,
@@ -175,6 +175,7 @@ async def _train(
         make = locate(config.trainer)
         arguments = {
             "initial_weights": copy_weights(parts.model),
+            "buffers": [name for name, _ in parts.model.named_buffers()],
             "score": partial(_metrics, parts.model, parts.data.test),
             "aggregator": parts.aggregator,
         }

@@ -58,13 +58,15 @@ class MLP(nn.Module):
 class ConvNet(nn.Module):
     """Two convolutions of 3x3, each with ReLU and a max pool of 2x2, and one linear layer.
 
-    It has no batch normalisation, since running statistics of skewed clients do not average well (Hsieh et al. 2020).
+    By default it has no batch normalisation, since running statistics of skewed clients do not average well (Hsieh et
+    al. 2020); for FedBN it may have.
 
     Args:
         image_size: Height and width of the inputs in pixels, a multiple of 4.
         in_channels: Number of channels of the inputs.
         channels: Numbers of channels of the first and the second convolution.
         num_classes: Number of logits.
+        batch_norm: Whether batch normalisation follows each convolution.
     """
 
     def __init__(
@@ -74,17 +76,16 @@ class ConvNet(nn.Module):
         in_channels: int = 1,
         channels: tuple[int, int] = (16, 32),
         num_classes: int = 10,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         first, second = channels
-        self.features = nn.Sequential(
-            nn.Conv2d(in_channels, first, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(first, second, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        )
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise([in_channels, first, second]):
+            layers.append(nn.Conv2d(width_in, width_out, kernel_size=3, padding=1))
+            layers += [nn.BatchNorm2d(width_out)] if batch_norm else []
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers)
         self.head = nn.Linear(second * (image_size // 4) ** 2, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

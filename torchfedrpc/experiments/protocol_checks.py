@@ -16,13 +16,13 @@ from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.recipe import locate
 from torchfedrpc.experiments.user_modules import KINDS
 from torchfedrpc.federation.aggregation import Mean
-from torchfedrpc.federation.fedavg import FedAvgTrainer
+from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 
 Recipe = Mapping[str, Any]
 
 GIVEN: dict[str, tuple[str, ...]] = {
-    "trainer": ("initial_weights", "score", "aggregator"),
+    "trainer": ("initial_weights", "buffers", "score", "aggregator"),
     "learner": ("dataset", "indices", "model", "seed"),
     "partition": ("labels", "num_clients", "groups"),
 }

@@ -23,9 +23,9 @@ class Trainer(Protocol):
     """Algorithm of an experiment: a subclass of `torchfedrpc.AbstractFederationTrainer`, or of a bundled trainer.
 
     Its class is called as ``cls(config, learner_proxy, **given)``. ``config`` has the settings. Of the keyword
-    arguments ``initial_weights`` (a state dict), ``score`` (a function from a state dict to test metrics by name) and
-    ``aggregator`` it receives those that its constructor names. It loops over ``self.rounds()``, and publishes
-    `torchfedrpc.RoundEnded` with the metrics of each round.
+    arguments ``initial_weights`` (a state dict), ``buffers`` (names of its entries that are no parameters), ``score``
+    (a function from a state dict to test metrics by name) and ``aggregator`` it receives those that its constructor
+    names. It loops over ``self.rounds()``, and publishes `torchfedrpc.RoundEnded` with the metrics of each round.
     """
 
     def train(self) -> Awaitable[StateDict]:

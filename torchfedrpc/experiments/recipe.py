@@ -1,9 +1,9 @@
 """Recipes: plain mappings with a ``_target_`` from which any process can build an object.
 
 A learner receives recipes from the driver, over the network. So a recipe may call only targets meant for that:
-datasets and models of this library, modules of ``torch.nn``, and classes and functions defined by the learner's
-package or by packages in ``runtime.trusted_modules``. The rule is the same in every mode, and for the driver's
-recipes.
+datasets and models of this library, modules of ``torch.nn``, optimisers and schedules of ``torch.optim``, and classes
+and functions defined by the learner's package or by packages in ``runtime.trusted_modules``. The rule is the same in
+every mode, and for the driver's recipes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.machinery import PathFinder
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchfedrpc.errors import ConfigError, suggest
@@ -25,7 +26,10 @@ from torchfedrpc.wire.allowlist import AllowList, canonical
 
 _OWN_KEYS = ("_target_", "_args_", "_partial_")  # hydra's
 _OURS = ("torchfedrpc.experiments.data.", "torchfedrpc.experiments.models.")
-_TORCH = "torch.nn."
+_TORCH: dict[str, tuple[type, ...]] = {  # package -> base classes of what recipes may name in it
+    "torch.nn.": (nn.Module,),
+    "torch.optim.": (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
+}
 _INSTALL = "install the package, or put the folder that it is in on PYTHONPATH, for the driver and its workers"
 _NEVER_WHOLE = ("torch", "torchfedrpc")  # both contain functions that run arbitrary commands or scripts
 
@@ -122,7 +126,7 @@ def _find_trusted(target: Any, trusted: frozenset[str]) -> None:
             if canonical(home.partition(".")[0]) not in trusted:
                 raise _untrusted(target, home)
         return
-    if not target.startswith((*_OURS, _TORCH)) or any(part.startswith("_") for part in parts):
+    if not target.startswith((*_OURS, *_TORCH)) or any(part.startswith("_") for part in parts):
         raise _untrusted(target, root)
     entries = list(_entries(target))
     if len(entries) > 1 or not _is_for_all(entries[0]):
@@ -130,11 +134,14 @@ def _find_trusted(target: Any, trusted: frozenset[str]) -> None:
 
 
 def _is_for_all(entry: Any) -> bool:
-    """Return whether recipes may call an object without trusted packages: it makes data, a model, or a layer."""
+    """Return whether recipes may call an object without trusted packages: it makes data, a layer, or an optimiser."""
     home = _home(entry)
     if f"{home}.".startswith(_OURS):
         return True
-    return home.startswith(_TORCH) and isinstance(entry, type) and issubclass(entry, nn.Module)
+    return any(
+        home.startswith(package) and isinstance(entry, type) and issubclass(entry, bases)
+        for package, bases in _TORCH.items()
+    )
 
 
 def _home(entry: Any) -> str:
@@ -192,8 +199,8 @@ def _untrusted(target: str, home: str) -> ConfigError:
             remedy += f", and {_INSTALL}"
     return ConfigError(
         f"a recipe may not call {target}: recipes may name the data sets and models of torchfedrpc, modules of "
-        f"torch.nn, and classes and functions that the learner's own package and runtime.trusted_modules define; "
-        f"{remedy}"
+        f"torch.nn, optimisers and schedules of torch.optim, and classes and functions that the learner's own "
+        f"package and runtime.trusted_modules define; {remedy}"
     )
 
 

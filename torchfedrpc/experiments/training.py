@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.data.samples import Samples
@@ -18,24 +19,80 @@ from torchfedrpc.experiments.recipe import build
 _SCORE_BATCH_SIZE = 1024
 """Bounds the memory for activations during scoring."""
 
+Hook = Callable[[Sequence[nn.Parameter]], None]
+"""Function that changes the gradients of a model's trained parameters in place, before each step."""
+
 
 @dataclass(frozen=True)
-class Optimisation:
-    """Settings of SGD on mini-batches.
+class LocalTraining:
+    """Settings of training on mini-batches.
 
     Attributes:
         batch_size: Number of samples in a step; the last step of an epoch may have fewer.
         learning_rate: Learning rate.
-        momentum: Momentum. It starts at zero in each call, since clients keep no optimiser state between calls.
+        momentum: Momentum of SGD. It starts at zero in each call, since clients keep no optimiser state between
+            calls.
         weight_decay: Coefficient of L2 regularisation.
-        proximal_mu: Coefficient of the proximal term, relative to the initial weights (FedProx, Li et al. 2020).
+        optimiser: Recipe of another optimiser than SGD, such as ``{_target_: torch.optim.AdamW}``; it receives
+            ``lr`` and ``weight_decay``.
+        schedule: Recipe of a ``torch.optim.lr_scheduler``, stepped after each step of the optimiser.
+        loss: Recipe of a loss of logits and labels, averaged over the batch. Default: Cross-entropy.
+        max_gradient_norm: Norm to which the gradient of each step is clipped.
+        autocast: Whether forward passes run in bfloat16, by `torch.autocast`.
     """
 
     batch_size: int = 32
     learning_rate: float = 0.1
     momentum: float = 0.0
     weight_decay: float = 0.0
-    proximal_mu: float = 0.0
+    optimiser: Mapping[str, Any] | None = None
+    schedule: Mapping[str, Any] | None = None
+    loss: Mapping[str, Any] | None = None
+    max_gradient_norm: float | None = None
+    autocast: bool = False
+
+    def __post_init__(self) -> None:
+        if self.optimiser is not None and self.momentum:
+            raise ConfigError(
+                f"learner.momentum={self.momentum:g} is of SGD, and learner.optimiser is {self.optimiser!r:.200}: "
+                f"set learner.momentum=0, and what the optimiser has instead in its own recipe"
+            )
+
+    def make_optimiser(self, parameters: Sequence[nn.Parameter], trusted_modules: Iterable[str]) -> Any:
+        """Return the optimiser."""
+        common: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        if self.optimiser is None:
+            return torch.optim.SGD(parameters, momentum=self.momentum, **common)
+        return build(self.optimiser, trusted_modules, params=parameters, **common)
+
+    def gradient_weight(self, num_steps: int) -> float:
+        """Return by how much the gradients of some steps of SGD count in the change of the weights, over all steps.
+
+        It is the norm ``||a_i||_1`` of Wang et al. 2020, section 4: the number of steps without momentum, and more
+        with.
+
+        Raises:
+            ConfigError: If another optimiser, or a schedule, weighs gradients in another way.
+        """
+        if self.optimiser is not None or self.schedule is not None:
+            raise ConfigError(
+                "FedNova normalises the changes of SGD: set learner.optimiser and learner.schedule to null"
+            )
+        keep = 1 - self.momentum
+        return (num_steps - self.momentum * (1 - self.momentum**num_steps) / keep) / keep
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` did.
+
+    Attributes:
+        loss: Mean loss over all samples of all epochs, each computed before its step.
+        num_steps: Number of steps of the optimiser.
+    """
+
+    loss: float
+    num_steps: int
 
 
 def fit(
@@ -43,10 +100,13 @@ def fit(
     samples: Samples,
     indices: Tensor,
     *,
-    num_epochs: int,
-    optimisation: Optimisation,
+    num_epochs: int = 1,
+    num_steps: int | None = None,
+    training: LocalTraining,
+    hooks: Sequence[Hook] = (),
     is_cancelled: Callable[[], bool] = lambda: False,
-) -> float:
+    trusted_modules: Iterable[str] = (),
+) -> Fitted:
     """Train a classifier in place, with the order of samples drawn from torch's global random stream.
 
     Args:
@@ -54,44 +114,82 @@ def fit(
         samples: The samples, on the model's device.
         indices: Indices of the samples to train on, int64, on the CPU or on that device.
         num_epochs: Number of passes over them.
-        optimisation: Settings of SGD.
+        num_steps: Number of steps instead, over as many passes as it takes.
+        training: Settings.
+        hooks: Called with the trained parameters before each step, in order, and before gradients are clipped.
         is_cancelled: Called before each step; a true result cancels the training.
-
-    Returns:
-        The mean cross-entropy over all samples of all epochs, each computed before its step.
+        trusted_modules: Packages that the recipes of optimiser, schedule and loss may name, as in `build`.
 
     Raises:
         CancelledError: If ``is_cancelled`` returned true.
+        ConfigError: If a recipe is invalid.
     """
     model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    anchors = [parameter.detach().clone() for parameter in parameters] if optimisation.proximal_mu else []
-    optimiser = torch.optim.SGD(
-        parameters,
-        lr=optimisation.learning_rate,
-        momentum=optimisation.momentum,
-        weight_decay=optimisation.weight_decay,
-    )
+    parameters = trained_parameters(model)
+    optimiser = training.make_optimiser(parameters, trusted_modules)
+    schedule = build(training.schedule, trusted_modules, optimizer=optimiser) if training.schedule else None
+    loss_of = build(training.loss, trusted_modules) if training.loss else nn.CrossEntropyLoss()
     total_loss = torch.zeros((), device=samples.labels.device)
-    for _ in range(num_epochs):
-        # One gather per epoch instead of one per step; drawn on the CPU, so that all devices use the same order.
-        epoch = samples.take(indices[torch.randperm(len(indices)).to(indices.device)])
-        for inputs, labels in epoch.batches(optimisation.batch_size):
-            if is_cancelled():
-                raise CancelledError
-            loss = F.cross_entropy(model(inputs), labels)
-            optimiser.zero_grad()
-            objective = loss + _proximal_term(parameters, anchors, optimisation.proximal_mu)
-            objective.backward()
-            optimiser.step()
-            total_loss.add_(loss.detach(), alpha=len(labels))
-    return total_loss.item() / max(1, num_epochs * len(indices))
+    num_seen = num_done = 0
+    autocast = torch.autocast(samples.inputs.device.type, dtype=torch.bfloat16, enabled=training.autocast)
+    for inputs, labels in _batches(samples, indices, training.batch_size, num_epochs, num_steps):
+        if is_cancelled():
+            raise CancelledError
+        with autocast:
+            loss = loss_of(model(inputs), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        for hook in hooks:
+            hook(parameters)
+        if training.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
+        optimiser.step()
+        if schedule is not None:
+            schedule.step()
+        total_loss.add_(loss.detach(), alpha=len(labels))
+        num_seen += len(labels)
+        num_done += 1
+    return Fitted(total_loss.item() / max(1, num_seen), num_done)
 
 
-def _proximal_term(parameters: Sequence[Tensor], anchors: Sequence[Tensor], mu: float) -> Tensor | float:
-    """Return FedProx's ``mu / 2 * ||w - w_global||^2``; 0 without anchors."""
-    squares = [(now - anchor).square().sum() for now, anchor in zip(parameters, anchors, strict=bool(anchors))]
-    return mu / 2 * torch.stack(squares).sum() if squares else 0.0
+def _batches(
+    samples: Samples, indices: Tensor, batch_size: int, num_epochs: int, num_steps: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of some epochs, or as many as there are steps."""
+
+    def epochs() -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = 0
+        while len(indices) and (num_steps is not None or epoch < num_epochs):
+            # One gather per epoch instead of one per step; drawn on the CPU, so that all devices use the same order.
+            shuffled = samples.take(indices[torch.randperm(len(indices)).to(indices.device)])
+            yield from shuffled.batches(batch_size)
+            epoch += 1
+
+    return islice(epochs(), num_steps)
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model that training changes."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the parameters that training changes, by name."""
+    return {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+
+
+def proximal(parameters: Sequence[Tensor], mu: float) -> Hook:
+    """Return the hook of FedProx's term ``mu / 2 * ||w - w_global||^2``, relative to the present values."""
+    anchors = [parameter.detach().clone() for parameter in parameters]
+
+    def add_gradient(now: Sequence[nn.Parameter]) -> None:
+        for parameter, anchor in zip(now, anchors, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
+
+    return add_gradient
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def weighted_mean(states: Sequence[StateDict], weights: Sequence[float] | None =
     """
     factors = _checked_weights(len(states), weights)
     for index, state in enumerate(states):
-        _check_match(states[0], state, index)
+        check_match(states[0], state, index)
     total_weight = fold(factors, lambda left, right: left + right)
     assert total_weight is not None
     with PlainTensors():
@@ -128,7 +128,13 @@ def _checked_weights(num_states: int, weights: Sequence[float] | None) -> list[f
     return factors
 
 
-def _check_match(first: StateDict, other: StateDict, index: int) -> None:
+def check_match(first: StateDict, other: StateDict, index: int) -> None:
+    """Check that a state dict has the names, shapes and kinds of dtype of the first one.
+
+    Raises:
+        ValueError: If it has not; the message has the first difference.
+        TypeError: If an entry is not a tensor.
+    """
     if first.keys() != other.keys():
         odd = [name for name in (*first, *other) if name not in first or name not in other]
         raise ValueError(f"the state dicts at 0 and {index} differ in their names: only one has {', '.join(odd[:5])}")

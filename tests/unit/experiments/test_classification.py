@@ -13,10 +13,10 @@ import torch
 import torchfedrpc as tfr
 from torchfedrpc.config import RuntimeConfig
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments.classification import ClassificationLearner
 from torchfedrpc.experiments.data.samples import TrainTest
 from torchfedrpc.experiments.data.synthetic import synthetic
 from torchfedrpc.experiments.experiment import _learner
+from torchfedrpc.experiments.learners.classification import ClassificationLearner
 from torchfedrpc.experiments.training import initial_weights
 from torchfedrpc.host.spec import LearnerSpec
 from torchfedrpc.testing import check_snapshot, check_stateless
@@ -224,3 +224,25 @@ def test_users_learner_need_not_be_complete_unless_it_derives() -> None:
 
 def test_the_bundled_learner_is_registered() -> None:
     assert tfr.get_learner("classification") is ClassificationLearner
+
+
+def test_a_client_that_diverges_is_named_and_keeps_its_weights() -> None:
+    async def train(proxy: tfr.LearnerProxy) -> Any:
+        with pytest.raises(
+            FloatingPointError, match=r"client_1 has diverged: after \d+ steps .* lower learner\.learning_rate"
+        ):
+            await proxy.train_epoch("client_1", local_epochs=3, learning_rate=1e30)
+        return await proxy.get_model_weights("client_1")
+
+    assert _is_equal(_with_proxy(train), initial_weights(MODEL, seed=7))
+
+
+def test_the_learning_rate_decays_with_the_rounds() -> None:
+    clients = {"a": {"dataset": DATASET, "indices": np.arange(80), "model": MODEL, "learning_rate_decay": 0.5}}
+
+    async def train(round_num: int, learning_rate: float) -> Any:
+        async with tfr.LearnerProxy("classification", clients, runtime=RUNTIME) as proxy:
+            result = await proxy.train_epoch("a", round_num=round_num, learning_rate=learning_rate)
+            return result["model_weights"]
+
+    assert _is_equal(asyncio.run(train(2, 0.4)), asyncio.run(train(0, 0.1)))

@@ -34,7 +34,7 @@ from torchfedrpc.experiments.protocol_checks import (
     given,
     unheld_classes,
 )
-from torchfedrpc.federation.fedavg import FedAvgTrainer
+from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "_draw", lambda *_: None)
 
 
-FEDAVG = {"_target_": "torchfedrpc.federation.fedavg.FedAvgTrainer", "num_rounds": 1}
+FEDAVG = {"_target_": "torchfedrpc.federation.algorithms.fedavg.FedAvgTrainer", "num_rounds": 1}
 
 
 def recipe(entry: Any, **settings: Any) -> dict[str, Any]:
@@ -328,7 +328,7 @@ def config(**values: Any) -> ExperimentConfig:
             "dataset": {"_target_": of("data.synthetic.synthetic"), "num_samples": 100},
             "partition": {"_target_": of("data.partition.iid")},
             "model": {"_target_": of("models.LogisticRegression")},
-            "learner": {"_target_": of("classification.ClassificationLearner")},
+            "learner": {"_target_": of("learners.classification.ClassificationLearner")},
             "trainer": FEDAVG,
             **values,
         }
@@ -543,8 +543,8 @@ def trimmed(models: Any, num_samples: Any, fraction: float = 0.1) -> None: ...
 @pytest.mark.parametrize(
     ("kind", "entry", "option"),
     [
-        ("trainer", Tuned, {"defaults": ["fedavg", "_self_"], "mu": 0.1}),
-        ("trainer", TunedMore, {"defaults": ["fedavg", "_self_"], "mu": 0.1, "nu": 0.2}),
+        ("trainer", Tuned, {"defaults": ["fedavg", "_self_"], "weighting": "samples", "mu": 0.1}),
+        ("trainer", TunedMore, {"defaults": ["fedavg", "_self_"], "weighting": "samples", "mu": 0.1, "nu": 0.2}),
         ("trainer", OwnLoop, {"num_rounds": 20, "clients_per_round": None, "seed": "${seed}", "patience": 3}),
         ("learner", OwnLearner, {"rate": "???", "layers": [1, 2]}),
         ("learner", SameConstructor, {"defaults": ["classification", "_self_"]}),
@@ -560,7 +560,7 @@ def test_options_have_the_settings_with_their_defaults(kind: str, entry: Any, op
 
 
 def test_settings_of_a_class_complete_a_mapping() -> None:
-    assert TunedMore.all_settings() == {"mu": 0.1, "nu": 0.2}
+    assert TunedMore.all_settings() == {"weighting": "samples", "mu": 0.1, "nu": 0.2}
 
 
 async def test_a_trainer_has_its_settings_without_the_command() -> None:

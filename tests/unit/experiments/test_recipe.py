@@ -87,6 +87,10 @@ def test_models_of_this_library_and_torch_nn_need_no_trust() -> None:
     relu = {"_target_": "torch.nn.modules.activation.ReLU"}
     model = build({"_target_": "torch.nn.Sequential", "_args_": [linear, relu]})
     assert isinstance(model, torch.nn.Sequential)
+    optimiser = build({"_target_": "torch.optim.AdamW", "lr": 0.1}, params=model.parameters())
+    assert isinstance(optimiser, torch.optim.AdamW)
+    schedule = {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.5}
+    assert isinstance(build(schedule, optimizer=optimiser), torch.optim.lr_scheduler.ExponentialLR)
     activation = {"_target_": "torch.nn.ReLU", "_partial_": True}
     assert build(activation)()(torch.tensor(-1.0)) == 0
 
@@ -101,7 +105,8 @@ def test_an_error_of_the_target_is_its_own() -> None:
 REFUSED = [
     *("os.system", "posix.system", "subprocess.run", "subprocess.Popen", "builtins.eval", "builtins.exec"),
     *("torch.utils.collect_env.run", "distutils.spawn.spawn", "torch.fx.graph_module._exec_with_source"),
-    *("torch.load", "torch.hub.load", "torch.jit.load", "torch.optim.SGD", "torch.nn", "torch.nn.functional"),
+    *("torch.load", "torch.hub.load", "torch.jit.load", "torch.nn", "torch.nn.functional"),
+    *("torch.optim.swa_utils.AveragedModel", "torch.optim.SGD.step"),
     *("torch.nn.functional.relu", "torch.nn.init.zeros_", "torch.nn.utils.skip_init", "torch.nn.Parameter"),
     *("torch.nn.functional.importlib.import_module", "torch.nn.functional.warnings.warn", "torch.nn.grad.torch.load"),
     *("torch.nn.functional.handle_torch_function", "torch.nn.functional.boolean_dispatch", "torch.nn.functional.np"),

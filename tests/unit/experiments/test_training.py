@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import CancelledError
+from typing import Any
 
 import pytest
 import torch
 
+from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.baseline import train_centrally
 from torchfedrpc.experiments.data.synthetic import synthetic
-from torchfedrpc.experiments.training import Optimisation, build_model, copy_weights, fit, score
+from torchfedrpc.experiments.training import (
+    LocalTraining,
+    build_model,
+    copy_weights,
+    fit,
+    proximal,
+    score,
+    trained_parameters,
+)
 
 MLP = {"_target_": "torchfedrpc.experiments.models.MLP"}
 
@@ -19,9 +30,9 @@ def test_training_learns() -> None:
     model = build_model(MLP, seed=0)
     before = score(model, data.test)
     indices = torch.arange(len(data.train))
-    first_loss = fit(model, data.train, indices, num_epochs=1, optimisation=Optimisation())
-    second_loss = fit(model, data.train, indices, num_epochs=3, optimisation=Optimisation())
-    assert second_loss < first_loss
+    first_loss = fit(model, data.train, indices, num_epochs=1, training=LocalTraining())
+    second_loss = fit(model, data.train, indices, num_epochs=3, training=LocalTraining())
+    assert second_loss.loss < first_loss.loss
     assert score(model, data.test).accuracy > 0.9 > before.accuracy
 
 
@@ -31,17 +42,17 @@ def test_an_epoch_sees_only_the_indices() -> None:
     inputs = torch.full_like(data.train.inputs, torch.nan)
     inputs[indices] = data.train.inputs[indices]
     samples = type(data.train)(inputs, data.train.labels)
-    loss = fit(build_model(MLP, seed=0), samples, indices, num_epochs=2, optimisation=Optimisation(batch_size=2))
-    assert loss == loss
+    loss = fit(build_model(MLP, seed=0), samples, indices, num_epochs=2, training=LocalTraining(batch_size=2))
+    assert math.isfinite(loss.loss)
 
 
 def test_the_train_loss_is_the_mean_over_samples() -> None:
     data = synthetic(num_samples=200)
     model = build_model(MLP, seed=0)
     expected = score(model, data.train).loss
-    still = Optimisation(batch_size=7, learning_rate=0.0)
-    loss = fit(model, data.train, torch.arange(len(data.train)), num_epochs=2, optimisation=still)
-    assert loss == pytest.approx(expected, rel=1e-5)
+    still = LocalTraining(batch_size=7, learning_rate=0.0)
+    loss = fit(model, data.train, torch.arange(len(data.train)), num_epochs=2, training=still)
+    assert loss.loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_proximal_term_pulls_towards_where_training_began() -> None:
@@ -51,8 +62,9 @@ def test_the_proximal_term_pulls_towards_where_training_began() -> None:
         torch.manual_seed(0)
         model = build_model(MLP, seed=0)
         start = copy_weights(model)
-        plan = Optimisation(learning_rate=0.05, proximal_mu=mu)
-        fit(model, data.train, torch.arange(len(data.train)), num_epochs=3, optimisation=plan)
+        hooks = [proximal(trained_parameters(model), mu)]
+        plan = LocalTraining(learning_rate=0.05)
+        fit(model, data.train, torch.arange(len(data.train)), num_epochs=3, training=plan, hooks=hooks)
         return sum(float((value - start[name]).square().sum()) for name, value in model.state_dict().items())
 
     assert distance(10.0) < 0.5 * distance(0.0)
@@ -67,7 +79,7 @@ def test_cancelled_training_stops_before_its_next_step() -> None:
             data.train,
             torch.arange(len(data.train)),
             num_epochs=1,
-            optimisation=Optimisation(batch_size=1),
+            training=LocalTraining(batch_size=1),
             is_cancelled=lambda: next(answers),
         )
     assert next(answers, None) is None
@@ -83,3 +95,57 @@ def test_the_baseline_follows_its_seed_and_leaves_the_random_stream_alone() -> N
     assert scores == train_centrally(model=MLP, data=data, seed=3, num_rounds=2, learning_rate=0.1)
     assert len(scores) == 2
     assert scores[-1].accuracy > 0.9
+
+
+def _trained(**settings: Any) -> dict[str, torch.Tensor]:
+    data = synthetic(num_samples=200)
+    torch.manual_seed(0)
+    model = build_model(MLP, seed=0)
+    fit(model, data.train, torch.arange(100), num_epochs=2, training=LocalTraining(**settings))
+    return copy_weights(model)
+
+
+def _is_other(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimiser": {"_target_": "torch.optim.AdamW"}},
+        {"schedule": {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.5}},
+        {"loss": {"_target_": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.3}},
+        {"max_gradient_norm": 0.01},
+        {"autocast": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_each_setting_changes_the_training(settings: dict[str, Any]) -> None:
+    assert _is_other(_trained(**settings), _trained())
+    assert not _is_other(_trained(**settings), _trained(**settings))
+
+
+def test_steps_may_be_counted_instead_of_epochs() -> None:
+    data = synthetic(num_samples=200)
+    model = build_model(MLP, seed=0)
+    for num_steps in (0, 3, 17):
+        done = fit(model, data.train, torch.arange(40), num_steps=num_steps, training=LocalTraining(batch_size=8))
+        assert done.num_steps == num_steps
+    assert fit(model, data.train, torch.arange(0), num_steps=5, training=LocalTraining()).num_steps == 0
+
+
+def test_gradients_are_clipped_to_their_norm() -> None:
+    data = synthetic(num_samples=200)
+    model = build_model(MLP, seed=0)
+    before = copy_weights(model)
+    plan = LocalTraining(batch_size=100, learning_rate=1.0, max_gradient_norm=0.5)
+    fit(model, data.train, torch.arange(100), num_steps=1, training=plan)
+    moved = sum(float((value - before[name]).square().sum()) for name, value in model.state_dict().items())
+    assert moved**0.5 == pytest.approx(0.5, rel=1e-3)
+
+
+def test_momentum_of_another_optimiser_than_sgd_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"learner\.momentum=0\.9 is of SGD"):
+        LocalTraining(momentum=0.9, optimiser={"_target_": "torch.optim.AdamW"})
+    with pytest.raises(ConfigError, match="FedNova normalises the changes of SGD"):
+        LocalTraining(optimiser={"_target_": "torch.optim.AdamW"}).gradient_weight(3)

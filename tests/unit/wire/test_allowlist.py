@@ -192,7 +192,7 @@ def test_the_script_is_the_same_package_under_both_its_names(monkeypatch: pytest
 
 
 def test_this_library_is_never_trusted_as_a_whole() -> None:
-    allow = AllowList(["torchfedrpc.experiments.classification"])
+    allow = AllowList(["torchfedrpc.experiments.learners.classification"])
     assert allow.trusted == frozenset()
     for module, name in (("torchfedrpc.config", "RuntimeConfig"), ("torchfedrpc.host.learner_host", "LearnerHost")):
         with pytest.raises(UntrustedTypeError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,20 @@ from torch import Tensor, nn
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.data.cache import load_dataset
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
-from torchfedrpc.experiments.training import Optimisation, build_model, copy_weights, fit, initial_weights, score
+from torchfedrpc.experiments.training import (
+    Fitted,
+    Hook,
+    LocalTraining,
+    build_model,
+    copy_weights,
+    fit,
+    initial_weights,
+    proximal,
+    score,
+    trained_parameters,
+    trained_weights,
+)
+from torchfedrpc.federation.aggregation import StateDict
 from torchfedrpc.federation.learner_base import Learner
 from torchfedrpc.host.context import current_call
 from torchfedrpc.registry import learner
@@ -26,7 +40,7 @@ Recipe = Mapping[str, Any]
 
 @learner("classification")
 class ClassificationLearner(Learner):
-    """Learner that trains a classifier on the client's share of a dataset, by SGD.
+    """Learner that trains a classifier on the client's share of a dataset, by SGD or another optimiser.
 
     Dataset and model are given as recipes and built on the learner's worker: the dataset once per process, the model
     once per concurrent call. `build` defines what recipes may name. A learner's only state is its weights, which it
@@ -41,7 +55,13 @@ class ClassificationLearner(Learner):
         batch_size: Number of samples in a step of SGD.
         learning_rate: Learning rate of SGD.
         momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD.
+        weight_decay: Weight decay.
+        learning_rate_decay: Factor of the learning rate per round of the trainer, above 0.
+        optimiser: Recipe of another optimiser, see `LocalTraining`.
+        schedule: Recipe of a schedule of the learning rate within a call.
+        loss: Recipe of the loss. Default: Cross-entropy.
+        max_gradient_norm: Norm to which the gradient of each step is clipped. Default: None.
+        autocast: Whether forward passes run in bfloat16.
         keep_weights: Whether the learner has the weights of its last training, or of `set_model_weights`, in its next
             call. An experiment with False declares its learners stateless.
     """
@@ -58,6 +78,12 @@ class ClassificationLearner(Learner):
         learning_rate: float = 0.1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        learning_rate_decay: float = 1.0,
+        optimiser: Recipe | None = None,
+        schedule: Recipe | None = None,
+        loss: Recipe | None = None,
+        max_gradient_norm: float | None = None,
+        autocast: bool = False,
         keep_weights: bool = True,
     ) -> None:
         super().__init__(client_id)
@@ -65,7 +91,18 @@ class ClassificationLearner(Learner):
         self._model_recipe = model
         self._seed = seed
         self._indices = torch.from_numpy(indices)
-        self._optimisation = Optimisation(batch_size, learning_rate, momentum, weight_decay)
+        self._training = LocalTraining(
+            batch_size,
+            learning_rate,
+            momentum,
+            weight_decay,
+            optimiser=optimiser,
+            schedule=schedule,
+            loss=loss,
+            max_gradient_norm=max_gradient_norm,
+            autocast=autocast,
+        )
+        self._learning_rate_decay = learning_rate_decay
         if not isinstance(keep_weights, bool):
             raise ConfigError(f"keep_weights is True or False, not {keep_weights!r:.200}")
         self._keeps_weights = keep_weights
@@ -73,49 +110,90 @@ class ClassificationLearner(Learner):
 
     def train_epoch(
         self,
-        model_weights: Mapping[str, Tensor] | None = None,
+        model_weights: StateDict | None = None,
         round_num: int = 0,
         local_epochs: int = 1,
+        local_steps: int | None = None,
         learning_rate: float | None = None,
         proximal_mu: float = 0.0,
+        normalise: bool = False,
     ) -> dict[str, Any]:
         """Train for some epochs, and keep the result as the learner's weights with ``keep_weights``.
 
         Args:
             model_weights: Initial weights, a state dict. Default: The learner's weights.
-            round_num: The trainer's round; training does not depend on it.
+            round_num: The trainer's round, by which the learning rate decays.
             local_epochs: Number of passes over the client's samples.
-            learning_rate: Learning rate of SGD. Default: The learner's learning rate.
+            local_steps: Number of steps instead.
+            learning_rate: Learning rate. Default: The learner's learning rate.
             proximal_mu: Coefficient of FedProx's proximal term, relative to the initial weights.
+            normalise: Whether to divide the change of the weights by the accumulated weight of its gradients, for
+                FedNova.
 
         Returns:
-            ``model_weights`` (a state dict), ``num_samples``, and ``train_loss`` (mean cross-entropy).
+            ``model_weights`` (a state dict), ``num_samples``, and ``train_loss`` (mean loss); with ``normalise`` also
+            ``gradient_weight``.
 
         Raises:
             CancelledError: If the call was cancelled; the learner's weights are unchanged.
             ConfigError: If no weights are given, and the learner keeps none.
+            FloatingPointError: If the loss or a weight is no longer finite; the learner's weights are unchanged.
         """
-        call = current_call()
-        optimisation = dataclasses.replace(self._optimisation, proximal_mu=proximal_mu)
-        if learning_rate is not None:
-            optimisation = dataclasses.replace(optimisation, learning_rate=learning_rate)
+        training = self._training_of(round_num, learning_rate)
         with self._borrowed_model(model_weights) as model:
-            train_loss = fit(
-                model,
-                self._train_set(),
-                self._indices,
-                num_epochs=local_epochs,
-                optimisation=optimisation,
-                is_cancelled=lambda: call.cancelled,
-            )
+            before = trained_weights(model) if normalise else {}
+            hooks = [proximal(trained_parameters(model), proximal_mu)] if proximal_mu else []
+            fitted = self._fit(model, training, hooks, local_epochs=local_epochs, local_steps=local_steps)
             weights = copy_weights(model)
+        result = {"num_samples": len(self._indices), "train_loss": fitted.loss}
+        if normalise:
+            result["gradient_weight"] = training.gradient_weight(fitted.num_steps)
+            divisor = result["gradient_weight"] or 1
+            weights |= {name: old + (weights[name] - old) / divisor for name, old in before.items()}
         if self._keeps_weights:
             self._weights = weights
-        return {
-            "model_weights": weights,
-            "num_samples": len(self._indices),
-            "train_loss": train_loss,
-        }
+        return {"model_weights": weights, **result}
+
+    def _training_of(self, round_num: int, learning_rate: float | None) -> LocalTraining:
+        """Return the settings of a call."""
+        rate = self._training.learning_rate if learning_rate is None else learning_rate
+        return dataclasses.replace(self._training, learning_rate=rate * self._learning_rate_decay**round_num)
+
+    def _fit(
+        self,
+        model: nn.Module,
+        training: LocalTraining,
+        hooks: Sequence[Hook] = (),
+        *,
+        local_epochs: int = 1,
+        local_steps: int | None = None,
+    ) -> Fitted:
+        """Train a model on the client's samples.
+
+        Raises:
+            CancelledError: If the call was cancelled.
+            FloatingPointError: If the loss or a weight is no longer finite.
+        """
+        call = current_call()
+        fitted = fit(
+            model,
+            self._train_set(),
+            self._indices,
+            num_epochs=local_epochs,
+            num_steps=local_steps,
+            training=training,
+            hooks=hooks,
+            is_cancelled=lambda: call.cancelled,
+            trusted_modules=call.trusted_modules,
+        )
+        odd = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+        if odd or not math.isfinite(fitted.loss):
+            raise FloatingPointError(
+                f"{self.client_id} has diverged: after {fitted.num_steps} steps the loss is {fitted.loss:g}, and "
+                f"{', '.join(odd[:3]) or 'no weight'} is not finite; lower learner.learning_rate, or set "
+                f"learner.max_gradient_norm"
+            )
+        return fitted
 
     def evaluate(self, model_weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Score a model on the client's samples.

@@ -1,10 +1,10 @@
-"""Federated averaging, and FedProx."""
+"""Federated averaging."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar, Protocol
@@ -16,8 +16,11 @@ from torchfedrpc.events import RoundEnded
 from torchfedrpc.federation.aggregation import Aggregator, Mean, ReducingAggregator
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.proxy import LearnerProxy
-from torchfedrpc.reduce.reducers import Reducer
+from torchfedrpc.reduce.reducers import Mean as UniformMean
+from torchfedrpc.reduce.reducers import Reducer, WeightedMean
 from torchfedrpc.registry import trainer
+
+_STATISTICS = ("running_mean", "running_var")  # of normalisation layers
 
 
 class RoundLog(Protocol):
@@ -34,12 +37,18 @@ class FedAvgTrainer(AbstractFederationTrainer):
     Updates are averaged on the workers. Another aggregator than the mean, and a subclass that overrides
     `aggregate_weights`, receive all updates on the driver.
 
+    Each round: ``w = sum(n_k * w_k) / sum(n_k)`` over the clients ``k`` of the cohort, with ``w_k`` trained from
+    ``w`` on ``n_k`` samples.
+
     Args:
-        config: ``num_rounds``, ``local_epochs`` (default: 1), ``clients_per_round`` and ``seed``.
+        config: ``num_rounds``, ``local_epochs`` (default: 1), ``clients_per_round``, ``seed``, and ``weighting``:
+            models count by the clients' ``samples`` (default), or all the same (``uniform``).
         learner_proxy: Learners with the `train_epoch` that `Learner` describes.
         initial_weights: Initial global weights, a state dict. Default: Each learner starts with its initial weights.
         score: Returns metrics by name for global weights; called at the end of each round.
         history: Receives the end of each round, with its metrics. Default: A new list.
+        buffers: Names of entries of the weights that are no parameters, such as running statistics. Algorithms that
+            step or extrapolate parameters take these from the aggregate.
         aggregator: Makes the new global model of the models of a cohort. Unless it is a function, it is part of the
             trainer's state. Default: Their weighted mean.
 
@@ -47,12 +56,23 @@ class FedAvgTrainer(AbstractFederationTrainer):
         weights: The global weights, a state dict; None before the first round without ``initial_weights``.
         history: The log of rounds.
         aggregator: The aggregator.
+        averaged: Names of further entries of the learners' results that are averaged like the models.
+        averages: Their means in the last round, by name.
+        num_results: Number of clients in the last aggregate.
 
     Raises:
-        ConfigError: If an aggregator is given to a subclass that overrides `aggregate_weights`.
+        ConfigError: If a setting is invalid; if an aggregator is given to a subclass that overrides
+            `aggregate_weights`.
     """
 
-    not_state: ClassVar[frozenset[str]] = AbstractFederationTrainer.not_state | {"_score"}
+    not_state: ClassVar[frozenset[str]] = AbstractFederationTrainer.not_state | {
+        "_score",
+        "averages",
+        "buffers",
+        "num_results",
+    }
+    settings: ClassVar[Mapping[str, Any]] = {"weighting": "samples"}
+    averaged: ClassVar[tuple[str, ...]] = ("train_loss",)
 
     def __init__(
         self,
@@ -62,6 +82,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
         initial_weights: Mapping[str, Tensor] | None = None,
         score: Callable[[Mapping[str, Tensor]], Mapping[str, float]] | None = None,
         history: RoundLog | None = None,
+        buffers: Collection[str] = (),
         aggregator: Aggregator | None = None,
     ) -> None:
         super().__init__(config, learner_proxy)
@@ -73,7 +94,12 @@ class FedAvgTrainer(AbstractFederationTrainer):
             )
         self.weights = initial_weights
         self.history: RoundLog = [] if history is None else history
+        self.buffers = frozenset(buffers)
+        self.averages: Mapping[str, Any] = {}
+        self.num_results = 0
         self._score = score
+        if getattr(self.config, "weighting", "samples") not in ("samples", "uniform"):
+            raise ConfigError(f"the trainer's weighting is samples or uniform, not {self.config.weighting!r}")
 
     async def train(self) -> Mapping[str, Tensor] | None:
         """Run all rounds.
@@ -98,21 +124,10 @@ class FedAvgTrainer(AbstractFederationTrainer):
         arguments = {"model_weights": self.weights, "round_num": round_num, **self.local_settings()}
         if (reducer := self._reducer()) is not None:
             reduced = await cohort.reduce("train_epoch", reducer, **arguments)
-            if not isinstance(reduced.value, Mapping) or "model_weights" not in reduced.value:
-                made = type(reduced.value).__name__
-                raise ConfigError(
-                    f"the reducer of the aggregator {self.aggregator!r} made a {made}: it must make a mapping with "
-                    f"model_weights"
-                )
-            aggregate, num_clients = reduced.value["model_weights"], reduced.count
-            train_loss = reduced.value.get("train_loss", math.nan)
+            aggregate, self.num_results = self._parts_of(reduced.value), reduced.count
         else:
             updates = list((await cohort.train_epoch(**arguments)).values())
-            num_samples = [update["num_samples"] for update in updates]
-            losses = [update["train_loss"] * update["num_samples"] for update in updates if update["num_samples"]]
-            aggregate = await self.aggregate_weights([update["model_weights"] for update in updates], num_samples)
-            train_loss = math.fsum(losses) / sum(num_samples) if losses else math.nan
-            num_clients = len(updates)
+            aggregate, self.num_results = await self._aggregated(updates), len(updates)
         weights = self.step(aggregate)
         if (odd := _odd_names(weights, aggregate)) is not None:
             raise ConfigError(
@@ -121,8 +136,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
             )
         self.weights = weights
         return {
-            "train_loss": train_loss,
-            "num_clients": num_clients,
+            "train_loss": self.averages.get("train_loss", math.nan),
+            "num_clients": self.num_results,
             **(self._score(self.weights) if self._score else {}),
         }
 
@@ -133,6 +148,29 @@ class FedAvgTrainer(AbstractFederationTrainer):
         server, as FedOpt does (Reddi et al. 2021).
         """
         return aggregate
+
+    def parameter_names(self) -> list[str]:
+        """Return the names of the entries of ``weights`` that are parameters: floats outside ``buffers``.
+
+        Raises:
+            ConfigError: If there are no weights yet, or running statistics among them that ``buffers`` lacks.
+        """
+        name = type(self).__qualname__
+        if self.weights is None:
+            raise ConfigError(f"{name} starts from the global weights: give it initial_weights=")
+        odd = [key for key in self.weights if key.endswith(_STATISTICS) and key not in self.buffers]
+        if odd:
+            raise ConfigError(
+                f"{name} would step running statistics like parameters: name all buffers of the model, such as "
+                f"{odd[0]}, in buffers=[name for name, _ in model.named_buffers()]"
+            )
+        return [key for key, old in self.weights.items() if key not in self.buffers and old.is_floating_point()]
+
+    def moved(self, aggregate: Mapping[str, Tensor], rate: float) -> Mapping[str, Tensor]:
+        """Return ``weights + rate * (aggregate - weights)``; entries that are no parameters as in the aggregate."""
+        names = self.parameter_names()
+        assert self.weights is not None
+        return {**aggregate, **{key: self.weights[key].lerp(aggregate[key], rate) for key in names}}
 
     async def aggregate_weights(
         self, weights_list: Sequence[Mapping[str, Tensor]], num_samples: Sequence[float] | None = None
@@ -161,9 +199,37 @@ class FedAvgTrainer(AbstractFederationTrainer):
 
     def _reducer(self) -> Reducer | None:
         """Return what forms the aggregate on the workers; None if the driver needs all updates."""
-        if not self._overrides_aggregation() and isinstance(self.aggregator, ReducingAggregator):
-            return self.aggregator.reducer()
-        return None
+        if self._overrides_aggregation() or not isinstance(self.aggregator, ReducingAggregator):
+            return None
+        kind: type = type(self.aggregator)
+        if kind is Mean:
+            parts = ("model_weights", *self.averaged)
+            return UniformMean(parts) if self._is_uniform else WeightedMean(parts)
+        return None if self._is_uniform or self.averaged != ("train_loss",) else self.aggregator.reducer()
+
+    def _parts_of(self, value: Any) -> Mapping[str, Tensor]:
+        """Set ``averages`` and return the aggregate, from the value of a reducer."""
+        if not isinstance(value, Mapping) or "model_weights" not in value:
+            raise ConfigError(
+                f"the reducer of the aggregator {self.aggregator!r} made a {type(value).__name__}: it must make a "
+                f"mapping with model_weights"
+            )
+        self.averages = {name: item for name, item in value.items() if name != "model_weights"}
+        aggregate: Mapping[str, Tensor] = value["model_weights"]
+        return aggregate
+
+    async def _aggregated(self, updates: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
+        """Set ``averages`` and return the aggregate, from the learners' results."""
+        counts = [1 if self._is_uniform else update["num_samples"] for update in updates]
+        reducer = UniformMean(self.averaged) if self._is_uniform else WeightedMean(self.averaged)
+        for update in updates:
+            reducer.add(update)
+        self.averages = {} if reducer.is_empty else reducer.finish()
+        return await self.aggregate_weights([update["model_weights"] for update in updates], counts)
+
+    @property
+    def _is_uniform(self) -> bool:
+        return getattr(self.config, "weighting", "samples") == "uniform"
 
     @classmethod
     def _overrides_aggregation(cls) -> bool:
@@ -179,22 +245,3 @@ def _odd_names(returned: Any, expected: Mapping[str, Any]) -> str | None:
     if isinstance(returned, Mapping):
         return None if returned.keys() == expected.keys() else str(list(returned))
     return f"a {type(returned).__name__}"
-
-
-@trainer("fedprox")
-class FedProxTrainer(FedAvgTrainer):
-    """FedAvg with clients that minimise their loss plus ``mu / 2 * ||w - w_global||^2`` (Li et al. 2020).
-
-    The config has ``mu`` (>= 0) beside FedAvg's settings; learners receive it as ``proximal_mu``.
-    """
-
-    def local_settings(self) -> dict[str, Any]:
-        """Return FedAvg's arguments and ``proximal_mu``.
-
-        Raises:
-            ConfigError: If the config has no valid ``mu``.
-        """
-        mu = getattr(self.config, "mu", None)
-        if not isinstance(mu, int | float) or not mu >= 0:
-            raise ConfigError(f"FedProx needs mu, a number of at least 0, in the trainer's settings; it is {mu!r}")
-        return {**super().local_settings(), "proximal_mu": mu}

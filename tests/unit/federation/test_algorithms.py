@@ -1,0 +1,244 @@
+"""One round of each algorithm on two clients with quadratic losses, against the papers' updates in closed form."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchfedrpc as tfr
+from torchfedrpc.errors import ConfigError
+
+Vector = npt.NDArray[np.float64]
+
+INPUTS = {"a": [[1.0, 0.5], [0.0, 1.0]], "b": [[0.5, -1.0], [1.0, 1.0]]}
+LABELS = {"a": [1, 2], "b": [3, 0]}
+START = [0.3, -0.2]
+RATE = 0.1
+NUM_STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def _in_float64() -> Iterator[None]:
+    """Adagrad divides by the first change, so that float32 is not near enough."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+class HalfSquare(nn.Module):
+    """Half of the mean squared difference, so that a linear model has a quadratic loss."""
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return 0.5 * (outputs.squeeze(1) - labels).square().mean()
+
+
+def both() -> tfr.TrainTest:
+    samples = tfr.Samples(
+        torch.tensor(INPUTS["a"] + INPUTS["b"]),
+        torch.tensor(LABELS["a"] + LABELS["b"]),
+    )
+    return tfr.TrainTest(samples, samples)
+
+
+def run(
+    trainer: type[tfr.FedAvgTrainer],
+    *,
+    learner: str = "classification",
+    num_rounds: int = 1,
+    of_learner: Mapping[str, Any] | None = None,
+    use: Callable[[Any], Any] = lambda trainer: None,
+    **config: Any,
+) -> Vector:
+    """The weights after some rounds of full-batch steps by both clients, in float64."""
+    settings = {
+        "dataset": {"_target_": f"{__name__}.both"},
+        "model": {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 1, "bias": False},
+        "loss": {"_target_": f"{__name__}.HalfSquare"},
+        "batch_size": 2,
+        "learning_rate": RATE,
+        **(of_learner or {}),
+    }
+    clients = {name: {**settings, "indices": np.arange(2) + 2 * number} for number, name in enumerate("ab")}
+
+    async def main() -> Vector:
+        runtime = {"execution_mode": "local", "trusted_modules": [__name__]}
+        async with tfr.LearnerProxy(learner, clients, runtime=runtime) as proxy:
+            weights = {"weight": torch.tensor([START])}
+            made = trainer(
+                {"num_rounds": num_rounds, "local_epochs": NUM_STEPS, **config}, proxy, initial_weights=weights
+            )
+            final = await made.train()
+            use(made)
+            assert final is not None
+            return final["weight"][0].double().numpy()
+
+    return asyncio.run(main())
+
+
+def quadratic(client: str) -> tuple[Vector, Vector]:
+    """The matrix A and the vector b of the client's gradient ``A w - b``."""
+    inputs, labels = np.array(INPUTS[client]), np.array(LABELS[client])
+    return inputs.T @ inputs / 2, inputs.T @ labels / 2
+
+
+def descended(
+    client: str, start: Vector, shift: Vector | float = 0.0, mu: float = 0.0, steps: int = NUM_STEPS
+) -> Vector:
+    """Weights after steps along ``A w - b + shift + mu (w - start)``, in closed form."""
+    matrix, vector = quadratic(client)
+    matrix, vector = matrix + mu * np.eye(2), vector - shift + mu * start
+    fixed = np.linalg.solve(matrix, vector)
+    return np.asarray(fixed + np.linalg.matrix_power(np.eye(2) - RATE * matrix, steps) @ (start - fixed))
+
+
+def averaged(start: Vector, **settings: Any) -> Vector:
+    return np.asarray((descended("a", start, **settings) + descended("b", start, **settings)) / 2)
+
+
+W = np.array(START)
+SERVER: dict[str, Any] = {
+    "server_learning_rate": 0.5,
+    "server_momentum": 0.9,
+    "tau": 1e-2,
+    "beta1": 0.8,
+    "beta2": 0.95,
+}
+
+
+def served(name: str, num_rounds: int = 3) -> Vector:
+    """The pseudo-code of Reddi et al. 2021, algorithm 2, and of Hsu et al. 2019."""
+    rate, tau = SERVER["server_learning_rate"], SERVER["tau"]
+    beta1, beta2 = SERVER["beta1"] if name in ("adam", "yogi") else 0.0, SERVER["beta2"]
+    x, m, v = W, np.zeros(2), np.full(2, tau**2)
+    for _ in range(num_rounds):
+        delta = averaged(x) - x
+        if name == "momentum":
+            m = SERVER["server_momentum"] * m + delta
+            x = x + rate * m
+            continue
+        m = beta1 * m + (1 - beta1) * delta
+        if name == "adagrad":
+            v = v + delta**2
+        elif name == "adam":
+            v = beta2 * v + (1 - beta2) * delta**2
+        else:
+            v = v - (1 - beta2) * delta**2 * np.sign(v - delta**2)
+        x = x + rate * m / (np.sqrt(v) + tau)
+    return np.asarray(x)
+
+
+def near(value: Vector) -> Any:
+    return pytest.approx(value, abs=1e-6)
+
+
+def test_fedavg() -> None:
+    assert run(tfr.FedAvgTrainer) == near(averaged(W))
+
+
+def test_fedprox() -> None:
+    assert run(tfr.FedProxTrainer, mu=0.7) == near(averaged(W, mu=0.7))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "name"),
+    [
+        (tfr.FedAvgMTrainer, "momentum"),
+        (tfr.FedAdagradTrainer, "adagrad"),
+        (tfr.FedAdamTrainer, "adam"),
+        (tfr.FedYogiTrainer, "yogi"),
+    ],
+)
+def test_server_optimisers(trainer: type[tfr.FedAvgTrainer], name: str) -> None:
+    assert run(trainer, num_rounds=3, **SERVER) == near(served(name))
+
+
+@pytest.mark.parametrize("server_learning_rate", [1.0, 0.5])
+def test_scaffold(server_learning_rate: float) -> None:
+    x, c, own = W, np.zeros(2), {"a": np.zeros(2), "b": np.zeros(2)}
+    for _ in range(3):
+        y = {client: descended(client, x, shift=c - own[client]) for client in "ab"}
+        after = {client: own[client] - c + (x - y[client]) / (NUM_STEPS * RATE) for client in "ab"}
+        c = c + sum(after[client] - own[client] for client in "ab") / 2
+        x, own = x + server_learning_rate * (sum(y.values()) / 2 - x), after
+    controls = []
+    found = run(
+        tfr.ScaffoldTrainer,
+        learner="scaffold",
+        num_rounds=3,
+        server_learning_rate=server_learning_rate,
+        use=lambda trainer: controls.append(trainer.control["weight"][0].double().numpy()),
+    )
+    assert found == near(x)
+    assert controls == [near(c)]
+
+
+def test_fednova() -> None:
+    steps = {"a": 2, "b": 5}
+
+    class Unequal(tfr.FedNovaTrainer):
+        """The clients make different numbers of steps."""
+
+        async def train_round(self, round_num: int) -> dict[str, float]:
+            calls = {client: {"local_epochs": number} for client, number in steps.items()}
+            arguments = {"model_weights": self.weights, **self.local_settings(), "local_epochs": 1}
+            reducer = self._reducer()
+            assert reducer is not None
+            del arguments["local_epochs"]
+            reduced = await self.learner_proxy.clients(calls).reduce("train_epoch", reducer, **arguments)
+            self.weights = self.step(self._parts_of(reduced.value))
+            return {}
+
+    change = {client: W - descended(client, W, steps=number) for client, number in steps.items()}
+    tau_eff = sum(steps.values()) / 2
+    expected = W - tau_eff * sum(change[client] / steps[client] for client in steps) / 2
+    assert run(Unequal) == near(expected)
+
+
+def test_fednova_counts_momentum() -> None:
+    momentum = 0.5
+    weight = sum((1 - momentum ** (NUM_STEPS - step)) / (1 - momentum) for step in range(NUM_STEPS))
+    found: list[float] = []
+    run(
+        tfr.FedNovaTrainer,
+        of_learner={"momentum": momentum},
+        use=lambda trainer: found.append(trainer.averages["gradient_weight"]),
+    )
+    assert found == [pytest.approx(weight)]
+
+
+def test_ditto() -> None:
+    x, personal = W, {"a": W, "b": W}
+    for _ in range(2):
+        for client, v in personal.items():
+            matrix, vector = quadratic(client)
+            for _ in range(NUM_STEPS):
+                v = v - RATE * (matrix @ v - vector + 0.3 * (v - x))
+            personal[client] = v
+        x = averaged(x)
+
+    class Checked(tfr.DittoTrainer):
+        """Looks at the personal models at the end."""
+
+        async def train(self) -> Mapping[str, Tensor] | None:
+            weights = await super().train()
+            for client, v in personal.items():
+                own = await self.learner_proxy.client(client).get_personal_weights()
+                assert own["weight"][0].numpy() == near(v)
+            return weights
+
+    assert run(Checked, learner="ditto", num_rounds=2, penalty=0.3, personal_epochs=NUM_STEPS) == near(x)
+
+
+def test_scaffold_refuses_momentum_and_weights_by_samples() -> None:
+    with pytest.raises(tfr.GroupCallError, match=r"learner\.momentum=0"):
+        run(tfr.ScaffoldTrainer, learner="scaffold", of_learner={"momentum": 0.9})
+    with pytest.raises(ConfigError, match="weighting to uniform"):
+        run(tfr.ScaffoldTrainer, learner="scaffold", weighting="samples")

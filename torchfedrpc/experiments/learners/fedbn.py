@@ -1,0 +1,87 @@
+"""Learner of FedBN: its batch normalisation stays with the client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.experiments.learners.classification import ClassificationLearner
+from torchfedrpc.federation.aggregation import StateDict
+from torchfedrpc.registry import learner
+
+
+@learner("fedbn")
+class FedBNLearner(ClassificationLearner):
+    """Learner whose batch normalisation, statistics included, never leaves the client (FedBN, Li et al. 2021).
+
+    What it returns has the personal entries of the weights that it received, so their mean is unchanged. It scores
+    models with its own entries in place.
+
+    Args:
+        client_id: The client of this learner.
+        settings: As `ClassificationLearner`.
+    """
+
+    def __init__(self, client_id: str, **settings: Any) -> None:
+        super().__init__(client_id, **settings)
+        self._personal: dict[str, Tensor] = {}
+
+    def train_epoch(  # type: ignore[override]
+        self, model_weights: StateDict | None = None, *, personal: Sequence[str], **arguments: Any
+    ) -> dict[str, Any]:
+        """Train as `ClassificationLearner.train_epoch`, from the given weights with the personal entries in place.
+
+        Args:
+            model_weights: See there.
+            personal: Patterns of the names of entries that stay with the client, such as ``["head.*"]``. Empty: Those
+                of all batch normalisation layers.
+            arguments: As there.
+
+        Raises:
+            ConfigError: As there; and if the model has no personal entries.
+        """
+        received = self.get_model_weights() if model_weights is None else model_weights
+        with super()._borrowed_model(received) as model:
+            names = _personal_names(model, personal)
+        result = super().train_epoch(received, **arguments)
+        trained = result["model_weights"]
+        self._personal = {name: trained[name] for name in names}
+        return {**result, "model_weights": {**trained, **{name: received[name] for name in names}}}
+
+    def get_personal_weights(self) -> StateDict:
+        """Return the personal entries, a state dict; empty before the first training."""
+        return self._personal
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for snapshots: the learner's weights and its personal entries."""
+        return {**super().state_dict(), "personal": self._personal}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state that `state_dict` returned."""
+        super().load_state_dict(state)
+        self._personal = state["personal"]
+
+    @contextmanager
+    def _borrowed_model(self, weights: StateDict | None) -> Iterator[nn.Module]:
+        shared = self.get_model_weights() if weights is None else weights
+        with super()._borrowed_model({**shared, **self._personal}) as model:
+            yield model
+
+
+def _personal_names(model: nn.Module, given: Sequence[str]) -> list[str]:
+    layers = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    patterns = given or [f"{name}.*" for name in layers]
+    names = [name for name in model.state_dict() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not names:
+        raise ConfigError(
+            f"FedBN keeps {', '.join(given) or 'batch normalisation'} at the clients, and the model has none of it: "
+            f"take a model that has (model=cnn with model.batch_norm=true), or name other entries in "
+            f"trainer.personal=[...]; it has {list(model.state_dict())!s:.300}"
+        )
+    return names
