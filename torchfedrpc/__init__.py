@@ -62,6 +62,7 @@ from torchfedrpc.federation.algorithms.fedadam import FedAdamTrainer
 from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
 from torchfedrpc.federation.algorithms.fedavgm import FedAvgMTrainer
 from torchfedrpc.federation.algorithms.fedbn import FedBNTrainer
+from torchfedrpc.federation.algorithms.fedbuff import FedBuffTrainer
 from torchfedrpc.federation.algorithms.fednova import FedNovaTrainer
 from torchfedrpc.federation.algorithms.fedopt import FedOptTrainer
 from torchfedrpc.federation.algorithms.fedprox import FedProxTrainer
@@ -70,17 +71,27 @@ from torchfedrpc.federation.algorithms.scaffold import ScaffoldTrainer
 from torchfedrpc.federation.best_model import BestModel
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.federation.checkpoints import Checkpoints
+from torchfedrpc.federation.cohorts import (
+    AvailabilityWindows,
+    PowerOfChoiceCohort,
+    RoundRobinCohort,
+    UniformCohort,
+    WeightedCohort,
+)
 from torchfedrpc.federation.early_stopping import EarlyStopping
 from torchfedrpc.federation.learner_base import Learner
 from torchfedrpc.federation.robust import CoordinateMedian, MultiKrum, TrimmedMean
+from torchfedrpc.federation.simulation import SimulatedClients
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.group import GroupResult, LearnerGroup, ReduceResult
 from torchfedrpc.host.context import current_call
 from torchfedrpc.host.learner_host import LearnerHost
+from torchfedrpc.pool import LearnerPool
 from torchfedrpc.proxy import LearnerHandle, LearnerProxy
 from torchfedrpc.reduce.reducers import Mean, Sum, WeightedMean
 from torchfedrpc.registry import (
     aggregator,
+    cohort,
     dataset,
     executor,
     get_learner,
@@ -103,6 +114,7 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "AbstractExecutor",
     "AbstractFederationTrainer",
+    "AvailabilityWindows",
     "BestModel",
     "CallEnded",
     "CallStarted",
@@ -130,6 +142,7 @@ __all__ = [
     "FedAvgTrainer",
     "FedBNLearner",
     "FedBNTrainer",
+    "FedBuffTrainer",
     "FedNovaTrainer",
     "FedOptTrainer",
     "FedProxTrainer",
@@ -142,6 +155,7 @@ __all__ = [
     "LearnerGroup",
     "LearnerHandle",
     "LearnerHost",
+    "LearnerPool",
     "LearnerProxy",
     "LearnerStream",
     "LocalExecutor",
@@ -151,6 +165,7 @@ __all__ = [
     "MultiKrum",
     "OnWorkerLost",
     "ParameterSerializer",
+    "PowerOfChoiceCohort",
     "ProgressReported",
     "PseudoExecutor",
     "QuorumError",
@@ -159,6 +174,7 @@ __all__ = [
     "ReplayEnded",
     "ReplayStarted",
     "RoundEnded",
+    "RoundRobinCohort",
     "RoundStarted",
     "Run",
     "RunEnded",
@@ -169,14 +185,17 @@ __all__ = [
     "ScaffoldTrainer",
     "SerializationError",
     "SharedRef",
+    "SimulatedClients",
     "SnapshotError",
     "Sum",
     "TorchFedRpcError",
     "TrainTest",
     "Transport",
     "TrimmedMean",
+    "UniformCohort",
     "UnknownClientError",
     "UntrustedTypeError",
+    "WeightedCohort",
     "WeightedMean",
     "WorkerJoined",
     "WorkerLeft",
@@ -187,6 +206,7 @@ __all__ = [
     "__version__",
     "aggregator",
     "build",
+    "cohort",
     "current_call",
     "dataset",
     "executor",

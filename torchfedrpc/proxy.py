@@ -11,6 +11,7 @@ import inspect
 import logging
 import operator
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -32,6 +33,7 @@ from torchfedrpc.host.torch_settings import warn_of_default_device
 from torchfedrpc.interrupts import ending_interrupted_methods
 from torchfedrpc.launcher import check_is_driver
 from torchfedrpc.options import CALL_OPTIONS, UNCHANGED, CallOptions, OnError, Unchanged
+from torchfedrpc.pool import Clock, LearnerPool, NextClient
 from torchfedrpc.stream import LearnerStream
 from torchfedrpc.wire.fingerprint import fingerprint
 
@@ -180,6 +182,7 @@ class LearnerProxy:
         self._spec = ExecutorSpec(spec, kwargs_by_client, self._calls.opening.events)
         self._options = CallOptions()
         self._exit = AsyncExitStack()
+        self._pools: weakref.WeakSet[LearnerPool] = weakref.WeakSet()
         self._before_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     async def __aenter__(self) -> LearnerProxy:
@@ -375,6 +378,29 @@ class LearnerProxy:
         invocation = self._calls.invocation(self._options, client_id, method, args, kwargs)
         steps = self._router.get_executor(client_id).stream(invocation)
         return LearnerStream(self._calls, self._options, invocation, steps)
+
+    def pool(self, next_client: NextClient, num_in_flight: int, *, clock: Clock | None = None) -> LearnerPool:
+        """Keep a number of calls in flight: ``async for client_id, result in proxy.pool(next_client, 6)``.
+
+        Args:
+            next_client: Returns the next client and a call of it that has not begun, such as
+                ``("client_1", proxy.client("client_1").train_epoch())``; None if there are no more.
+            num_in_flight: Number of calls in flight, at least 1.
+            clock: Virtual seconds of a call, from its client and its number in the pool. Results then come in the
+                order of virtual time. Default: As they end.
+
+        Raises:
+            ConfigError: If ``num_in_flight`` is no whole number of at least 1.
+        """
+        pool = LearnerPool(next_client, num_in_flight, clock)
+        self._pools.add(pool)
+        self.before_close(pool.close)
+        return pool
+
+    async def settle_pools(self) -> None:
+        """Wait until the calls in flight of all pools have ended, for a checkpoint."""
+        for pool in list(self._pools):
+            await pool.settle()
 
     async def share(self, obj: Any) -> SharedRef:
         """Return a reference to an object that each worker receives once.

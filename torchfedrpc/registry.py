@@ -92,6 +92,7 @@ datasets: Registry[Any] = Registry("dataset")
 models: Registry[Any] = Registry("model")
 partitions: Registry[Any] = Registry("partition")
 aggregators: Registry[Any] = Registry("aggregator")
+cohorts: Registry[Any] = Registry("cohort")
 executors: Registry[Any] = Registry("execution mode")
 
 trainer = trainers.register
@@ -100,6 +101,7 @@ dataset = datasets.register
 model = models.register
 partition = partitions.register
 aggregator = aggregators.register
+cohort = cohorts.register
 executor = executors.register
 get_trainer = trainers.get
 get_learner = learners.get

@@ -31,6 +31,7 @@ ALGORITHMS: dict[str, tuple[type[tfr.FedAvgTrainer], str, dict[str, Any]]] = {
     "fednova": (tfr.FedNovaTrainer, "classification", {}),
     "fedbn": (tfr.FedBNTrainer, "fedbn", {}),
     "ditto": (tfr.DittoTrainer, "ditto", {}),
+    "fedbuff": (tfr.FedBuffTrainer, "classification", {"buffer_size": 3, "num_in_flight": 4}),
 }
 AGGREGATORS: dict[str, Callable[[], Any]] = {
     "mean": lambda: None,
@@ -78,6 +79,7 @@ async def train(
             proxy,
             initial_weights=copy_weights(model),
             buffers=[buffer for buffer, _ in model.named_buffers()],
+            simulation=tfr.SimulatedClients(slow_fraction=0.5, spread=0.3, seed=1) if name == "fedbuff" else None,
             aggregator=AGGREGATORS[aggregator](),
         )
         made.callbacks = callbacks or []
@@ -116,7 +118,7 @@ async def test_algorithms_have_the_same_bits_in_every_mode(name: str, runtime: M
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
-@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fednova"])
+@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fednova", "fedbuff"])
 async def test_robust_aggregators_have_the_same_bits_in_every_mode(
     name: str, aggregator: str, runtime: Mapping[str, Any]
 ) -> None:

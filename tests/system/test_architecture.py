@@ -39,6 +39,7 @@ FLOORS = [
     {"options"},
     {"calls"},
     {"stream"},
+    {"pool"},
     {"group_reduce"},
     {"group"},
     {"proxy"},

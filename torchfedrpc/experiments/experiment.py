@@ -34,9 +34,11 @@ from torchfedrpc.experiments.protocol_checks import (
     check_model,
     check_partition,
     check_signature,
+    check_taken,
     check_trainer,
     given,
     settings_of,
+    title,
     unheld_classes,
 )
 from torchfedrpc.experiments.recipe import build, check_trusted, locate
@@ -47,6 +49,8 @@ from torchfedrpc.experiments.training import Score, build_model, copy_weights, s
 from torchfedrpc.federation.aggregation import Aggregator
 from torchfedrpc.federation.callbacks import Callback
 from torchfedrpc.federation.checkpoints import Checkpoints
+from torchfedrpc.federation.cohorts import Cohort, UniformCohort
+from torchfedrpc.federation.simulation import SimulatedClients
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.private_files import make_private, replaced
 from torchfedrpc.proxy import LearnerProxy
@@ -177,6 +181,8 @@ async def _train(
             "initial_weights": copy_weights(parts.model),
             "buffers": [name for name, _ in parts.model.named_buffers()],
             "score": partial(_metrics, parts.model, parts.data.test),
+            "cohort": _cohort(config, {client: len(share) for client, share in indices.items()}),
+            "simulation": _simulation(config),
             "aggregator": parts.aggregator,
         }
         trainer = make(settings_of(config.trainer), proxy, **given("trainer", make, arguments))
@@ -202,6 +208,27 @@ def _aggregator(config: ExperimentConfig) -> Aggregator | None:
     check_aggregator(config.aggregator, config.trainer)
     make, settings = locate(config.aggregator), settings_of(config.aggregator)
     made: Aggregator = make(**settings) if isinstance(make, type) else partial(make, **settings)
+    return made
+
+
+def _cohort(config: ExperimentConfig, num_samples: Mapping[str, int]) -> Cohort | None:
+    """Return what chooses the clients of a round; None for the trainer's own, which is uniform."""
+    if config.cohort is None or (make := locate(config.cohort)) is UniformCohort:
+        return None
+    check_signature("cohort", config.cohort)
+    check_taken("cohort", title("cohort", config.cohort), config.trainer)
+    settings = settings_of(config.cohort)
+    if not isinstance(make, type):
+        return partial(make, **settings)
+    made: Cohort = make(**given("cohort", make, {"num_samples": num_samples}), **settings)
+    return made
+
+
+def _simulation(config: ExperimentConfig) -> SimulatedClients | None:
+    if config.simulation is None:
+        return None
+    check_taken("simulation", "the simulated clients", config.trainer)
+    made: SimulatedClients = locate(config.simulation)(**settings_of(config.simulation))
     return made
 
 

@@ -33,6 +33,9 @@ class ExperimentConfig:
         trainer: Class of the trainer as ``_target_``, and its settings.
         aggregator: Function, or class, of the aggregator as ``_target_``, and its settings; None for the trainer's
             own. `torchfedrpc.experiments.protocols` has the arguments and results of all of these.
+        cohort: Class or function of the choice of clients as ``_target_``, and its settings; None for the trainer's
+            own.
+        simulation: Recipe of `SimulatedClients`; None for none.
         imports: Modules to import first; recipes may name what their packages define.
         callbacks: Name -> recipe of a `torchfedrpc.Callback`.
         logger: Name -> recipe of a logger, which is a `torchfedrpc.Callback` as well, called after all others.
@@ -53,6 +56,8 @@ class ExperimentConfig:
     learner: Recipe
     trainer: Recipe
     aggregator: Recipe | None = None
+    cohort: Recipe | None = None
+    simulation: Recipe | None = None
     imports: Sequence[str] = ()
     callbacks: Mapping[str, Recipe] = dataclasses.field(default_factory=dict)
     logger: Mapping[str, Recipe] = dataclasses.field(default_factory=dict)
@@ -108,7 +113,7 @@ class ExperimentConfig:
         Raises:
             ConfigError: If ``checkpoint_every`` or ``resume`` is invalid.
         """
-        names = ("seed", "dataset", "partition", "model", "learner", "trainer", "aggregator")
+        names = ("seed", "dataset", "partition", "model", "learner", "trainer", "aggregator", "cohort", "simulation")
         config = {name: getattr(self, name) for name in names}
         return Checkpoints(output_dir / SUBFOLDER, every=self.checkpoint_every, resume=self.resume, config=config)
 

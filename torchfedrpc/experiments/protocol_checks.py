@@ -22,8 +22,9 @@ from torchfedrpc.federation.trainer import AbstractFederationTrainer
 Recipe = Mapping[str, Any]
 
 GIVEN: dict[str, tuple[str, ...]] = {
-    "trainer": ("initial_weights", "buffers", "score", "aggregator"),
+    "trainer": ("initial_weights", "buffers", "score", "cohort", "simulation", "aggregator"),
     "learner": ("dataset", "indices", "model", "seed"),
+    "cohort": ("num_samples",),
     "partition": ("labels", "num_clients", "groups"),
 }
 """Kind -> keyword arguments that the experiment gives, beside the settings."""
@@ -126,10 +127,20 @@ def check_aggregator(recipe: Recipe, trainer: Recipe) -> None:
     name, entry = title("aggregator", recipe), locate(recipe)
     if isinstance(entry, type) and not any("__call__" in vars(base) for base in entry.__mro__):
         raise ConfigError(f"{name}: __call__ is missing: write def __call__(self, models, num_samples)")
-    if entry is not Mean and not given("trainer", locate(trainer), {"aggregator": None}):
+    if entry is not Mean:
+        check_taken("aggregator", name, trainer)
+
+
+def check_taken(kind: str, name: str, trainer: Recipe) -> None:
+    """Check that the constructor of a trainer has the keyword argument for what is chosen.
+
+    Raises:
+        ConfigError: If it has not, and would ignore it.
+    """
+    if not given("trainer", locate(trainer), {kind: None}):
         raise ConfigError(
-            f"{title('trainer', trainer)} takes no aggregator, and would ignore {name}: give its constructor the "
-            f"keyword argument aggregator, or leave out aggregator="
+            f"{title('trainer', trainer)} takes no {kind}, and would ignore {name}: give its constructor the keyword "
+            f"argument {kind}, or leave out {kind}="
         )
 
 

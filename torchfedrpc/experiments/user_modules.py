@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from torchfedrpc.errors import ConfigError, TorchFedRpcError, suggest
-from torchfedrpc.registry import Registry, aggregators, datasets, learners, models, partitions, trainers
+from torchfedrpc.registry import Registry, aggregators, cohorts, datasets, learners, models, partitions, trainers
 
 KINDS: dict[str, Registry[Any]] = {
     "trainer": trainers,
@@ -23,6 +23,7 @@ KINDS: dict[str, Registry[Any]] = {
     "model": models,
     "partition": partitions,
     "aggregator": aggregators,
+    "cohort": cohorts,
 }
 """Hydra group -> registry of its options."""
 

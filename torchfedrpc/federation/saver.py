@@ -56,6 +56,7 @@ class Saver:
         self._proxy = trainer.learner_proxy
         self._config = config
         self._owns_folder = owns_folder
+        self._found: Checkpoint | None = None  # what the run resumes from
         self._base: Checkpoint | None = None
         self._saved: dict[str, int] = {}  # version of each learner's state in the base
         self._given_up: set[str] = set()  # learners that were given up and have had a warning
@@ -70,6 +71,8 @@ class Saver:
     async def begin(cls, checkpoints: Checkpoints, trainer: Resumable, callbacks: CallbackCalls) -> Saver:
         """Open the checkpoints, and restore trainer, callbacks and learners if there is one to resume from.
 
+        It comes before the trainer's `train`.
+
         Raises:
             ConfigError: If another run uses the folder, or the checkpoint has another configuration.
             SnapshotError: If all checkpoints are damaged.
@@ -83,6 +86,22 @@ class Saver:
         if found is not None:
             await saver._restore(found)
         return saver
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the run goes on from a checkpoint."""
+        return self._found is not None
+
+    async def begin_loop(self) -> None:
+        """Restore the trainer once more, since the code of `train` before its loop may have set attributes anew.
+
+        Raises:
+            ConfigError: If the trainer lacks an attribute with a state dict.
+        """
+        if self._found is not None:
+            state = await self._read_state(self._found)
+            self._trainer.load_state_dict(state["trainer"])
+            _set_random_streams(state["streams"])
 
     async def round_done(self, num_done: int, *, is_last: bool) -> None:
         """Save a round that has ended, before the next one begins, if a checkpoint is due.
@@ -101,6 +120,7 @@ class Saver:
         self._is_due |= every is not None and (is_last or num_done % every == 0)
         if self._is_due and (is_last or await self._has_settled(_POSTPONE_S)):
             await self._settle()
+            await self._proxy.settle_pools()
             self._is_due = False
             captured = self._start(num_done)
             if is_last:
@@ -211,6 +231,9 @@ class Saver:
             exc_info=None if isinstance(error, OSError | TorchFedRpcError) else error,
         )
 
+    async def _read_state(self, found: Checkpoint) -> dict[str, Any]:
+        return await self._on_disk(partial(found.read_state, self._trainer.trusted_modules))
+
     async def _on_disk(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, function)
 
@@ -222,11 +245,18 @@ class Saver:
                 f"may grow, not shrink"
             )
         logger.info("going on after round %d, from %s", found.round_num, found.store.folder)
-        state = await self._on_disk(partial(found.read_state, self._trainer.trusted_modules))
+        self._found = found
+        state = await self._read_state(found)
         snapshots = found.snapshots()
         while batch := await self._on_disk(partial(_next_batch, snapshots)):
             await self._proxy.continue_from(batch)
-        self._trainer.load_state_dict(state["trainer"])
+        try:
+            self._trainer.load_state_dict(state["trainer"])
+        except (
+            AttributeError,
+            ConfigError,
+        ):  # of an attribute that train makes before its loop, as `begin_loop` sees
+            logger.debug("the trainer's state is restored at its loop alone", exc_info=True)
         self._callbacks.load_state_dict(state["callbacks"])
         _set_random_streams(state["streams"])
         self._saved = self._proxy.changes()

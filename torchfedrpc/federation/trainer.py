@@ -60,7 +60,7 @@ class AbstractFederationTrainer(ABC):
 
     not_state: ClassVar[frozenset[str]] = frozenset(
         {"config", "learner_proxy", "checkpoints", "callbacks", "output_dir"}
-        | {"_callback_calls", "_not_saved", "_seed", "_cohort_size"}
+        | {"_callback_calls", "_not_saved", "_saver", "_seed", "_cohort_size"}
     )
     settings: ClassVar[Mapping[str, Any]] = {}
 
@@ -74,6 +74,7 @@ class AbstractFederationTrainer(ABC):
         self.callbacks: list[Callback] = []
         self.output_dir: str | Path | None = None
         self._callback_calls: CallbackCalls | None = None
+        self._saver: Saver | None = None
         self._not_saved: set[str] = set()  # attributes that cannot be saved and have had a warning
         self.config = as_settings({**self.all_settings(), **config} if isinstance(config, Mapping) else config)
         self.learner_proxy = learner_proxy
@@ -106,12 +107,16 @@ class AbstractFederationTrainer(ABC):
         self._callback_calls = calls
         error: BaseException | None = None
         try:
+            if self.checkpoints is not None:
+                self._saver = await Saver.begin(self.checkpoints, self, calls)
             yield calls.run
         except BaseException as raised:
             error = raised
             raise
         finally:
-            self._callback_calls = None
+            saver, self._saver, self._callback_calls = self._saver, None, None
+            if saver is not None and error is None:
+                await saver.close()
             await calls.end(error)
 
     @classmethod
@@ -147,9 +152,9 @@ class AbstractFederationTrainer(ABC):
         """Yield the numbers of the rounds, 0 to ``num_rounds - 1``; publish their starts, and call the callbacks.
 
         With ``checkpoints`` the run is saved between two rounds and resumes from a checkpoint: the states of trainer
-        and learners are restored before the first remaining round. The code of `train` before its loop runs again
-        after a resume. So the loop must depend on attributes of the trainer and on learners only, not on local
-        variables.
+        and learners are restored before `train`, and that of the trainer once more here. The code of `train` before
+        its loop runs again after a resume, unless it asks `is_resumed`. So the loop must depend on attributes of the
+        trainer and on learners only, not on local variables.
 
         Raises:
             ConfigError: If the config has no valid ``num_rounds``, or the checkpoint does not fit this run.
@@ -160,7 +165,11 @@ class AbstractFederationTrainer(ABC):
             raise ConfigError("a trainer with callbacks must loop over self.rounds() inside its train()")
         calls = self._callback_calls or CallbackCalls(Run(settings_of(self.config), self.learner_proxy, self), [])
         num_rounds = self.num_rounds
-        saver = await Saver.begin(self.checkpoints, self, calls) if self.checkpoints is not None else None
+        if self._saver is None and self.checkpoints is not None:
+            self._saver = await Saver.begin(self.checkpoints, self, calls)
+        saver = self._saver
+        if saver is not None:
+            await saver.begin_loop()
         first_round = saver.num_done if saver is not None else 0
         await calls.start(first_round)
         for round_num in range(first_round, num_rounds):
@@ -172,7 +181,13 @@ class AbstractFederationTrainer(ABC):
             if saver is not None:
                 await saver.round_done(round_num + 1, is_last=calls.run.stop_reason is not None)
         if saver is not None:
+            self._saver = None
             await saver.close()
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the run goes on from a checkpoint, as `train` may ask before its loop: the state is restored."""
+        return self._saver is not None and self._saver.is_resumed
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of later rounds, for a checkpoint; subclasses may override it.

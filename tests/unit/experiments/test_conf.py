@@ -20,6 +20,7 @@ from torchfedrpc.experiments.sweeps import sweep
 from torchfedrpc.federation.callbacks import Callback
 
 GROUPS = ["runtime", "dataset", "partition", "model", "learner", "trainer", "aggregator", "callbacks", "logger"]
+GROUPS += ["cohort", "simulation"]
 GROUPS += ["experiment", "hydra"]
 OPTIONS = [
     (group, option.name.removesuffix(".yaml"))
@@ -159,6 +160,7 @@ def test_the_keys_are_these() -> None:
         "baseline.weight_decay",
         "checkpoint_every",
         "client_scores",
+        "cohort._target_",
         "dataset._target_",
         "dataset.seed",
         "dataset.test_fraction",
@@ -220,8 +222,11 @@ def test_the_keys_are_these() -> None:
         "trace_calls",
         "trainer._target_",
         "trainer.clients_per_round",
+        "trainer.deadline_s",
         "trainer.local_epochs",
+        "trainer.min_results",
         "trainer.num_rounds",
+        "trainer.on_failure",
         "trainer.seed",
         "trainer.weighting",
     ]

@@ -543,8 +543,31 @@ def trimmed(models: Any, num_samples: Any, fraction: float = 0.1) -> None: ...
 @pytest.mark.parametrize(
     ("kind", "entry", "option"),
     [
-        ("trainer", Tuned, {"defaults": ["fedavg", "_self_"], "weighting": "samples", "mu": 0.1}),
-        ("trainer", TunedMore, {"defaults": ["fedavg", "_self_"], "weighting": "samples", "mu": 0.1, "nu": 0.2}),
+        (
+            "trainer",
+            Tuned,
+            {
+                "defaults": ["fedavg", "_self_"],
+                "weighting": "samples",
+                "on_failure": "raise",
+                "min_results": None,
+                "deadline_s": None,
+                "mu": 0.1,
+            },
+        ),
+        (
+            "trainer",
+            TunedMore,
+            {
+                "defaults": ["fedavg", "_self_"],
+                "weighting": "samples",
+                "on_failure": "raise",
+                "min_results": None,
+                "deadline_s": None,
+                "mu": 0.1,
+                "nu": 0.2,
+            },
+        ),
         ("trainer", OwnLoop, {"num_rounds": 20, "clients_per_round": None, "seed": "${seed}", "patience": 3}),
         ("learner", OwnLearner, {"rate": "???", "layers": [1, 2]}),
         ("learner", SameConstructor, {"defaults": ["classification", "_self_"]}),
@@ -560,7 +583,14 @@ def test_options_have_the_settings_with_their_defaults(kind: str, entry: Any, op
 
 
 def test_settings_of_a_class_complete_a_mapping() -> None:
-    assert TunedMore.all_settings() == {"weighting": "samples", "mu": 0.1, "nu": 0.2}
+    assert TunedMore.all_settings() == {
+        "weighting": "samples",
+        "on_failure": "raise",
+        "min_results": None,
+        "deadline_s": None,
+        "mu": 0.1,
+        "nu": 0.2,
+    }
 
 
 async def test_a_trainer_has_its_settings_without_the_command() -> None:

@@ -55,6 +55,7 @@ def run(
     num_rounds: int = 1,
     of_learner: Mapping[str, Any] | None = None,
     use: Callable[[Any], Any] = lambda trainer: None,
+    simulation: tfr.SimulatedClients | None = None,
     **config: Any,
 ) -> Vector:
     """The weights after some rounds of full-batch steps by both clients, in float64."""
@@ -73,7 +74,10 @@ def run(
         async with tfr.LearnerProxy(learner, clients, runtime=runtime) as proxy:
             weights = {"weight": torch.tensor([START])}
             made = trainer(
-                {"num_rounds": num_rounds, "local_epochs": NUM_STEPS, **config}, proxy, initial_weights=weights
+                {"num_rounds": num_rounds, "local_epochs": NUM_STEPS, **config},
+                proxy,
+                initial_weights=weights,
+                simulation=simulation,
             )
             final = await made.train()
             use(made)
@@ -235,6 +239,32 @@ def test_ditto() -> None:
             return weights
 
     assert run(Checked, learner="ditto", num_rounds=2, penalty=0.3, personal_epochs=NUM_STEPS) == near(x)
+
+
+def test_fedbuff() -> None:
+    """Client b takes 2.5 times as long as a; each change counts by its staleness, in a buffer of one."""
+
+    class Speeds(tfr.SimulatedClients):
+        def seconds(self, client_id: str, number: int, num_epochs: float = 1) -> float:
+            return {"a": 1.0, "b": 2.5}[client_id]
+
+    x, begun = W, {"a": (0, W), "b": (0, W)}
+    for round_num, client in enumerate("aabaa"):  # at 1.0, 2.0, 2.5, 3.0 and 4.0 s
+        since, start = begun[client]
+        x = x + 0.5 * (descended(client, start) - start) / np.sqrt(1 + round_num - since)
+        begun[client] = (round_num + 1, x)
+    settings: dict[str, Any] = {"buffer_size": 1, "num_in_flight": 2, "server_learning_rate": 0.5}
+    seen: list[Any] = []
+    found = run(
+        tfr.FedBuffTrainer,
+        num_rounds=5,
+        simulation=Speeds(),
+        use=lambda trainer: seen.extend(ended.metrics for ended in trainer.history),
+        **settings,
+    )
+    assert found == near(x)
+    assert [metrics["simulated_seconds"] for metrics in seen] == [1.0, 2.0, 2.5, 3.0, 4.0]
+    assert [metrics["staleness"] for metrics in seen] == [0, 0, 2, 1, 0]
 
 
 def test_scaffold_refuses_momentum_and_weights_by_samples() -> None:

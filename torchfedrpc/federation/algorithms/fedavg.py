@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -11,14 +12,18 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from torchfedrpc.errors import ConfigError
+from torchfedrpc.errors import ConfigError, GroupCallError
 from torchfedrpc.events import RoundEnded
 from torchfedrpc.federation.aggregation import Aggregator, Mean, ReducingAggregator
+from torchfedrpc.federation.cohorts import Cohort
+from torchfedrpc.federation.simulation import SimulatedClients, SimulatedRound
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.proxy import LearnerProxy
 from torchfedrpc.reduce.reducers import Mean as UniformMean
 from torchfedrpc.reduce.reducers import Reducer, WeightedMean
 from torchfedrpc.registry import trainer
+
+logger = logging.getLogger(__name__)
 
 _STATISTICS = ("running_mean", "running_var")  # of normalisation layers
 
@@ -49,6 +54,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
         history: Receives the end of each round, with its metrics. Default: A new list.
         buffers: Names of entries of the weights that are no parameters, such as running statistics. Algorithms that
             step or extrapolate parameters take these from the aggregate.
+        cohort: Chooses the clients of a round. Default: `select_clients`.
+        simulation: Simulated speeds and dropouts of clients.
         aggregator: Makes the new global model of the models of a cohort. Unless it is a function, it is part of the
             trainer's state. Default: Their weighted mean.
 
@@ -59,6 +66,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
         averaged: Names of further entries of the learners' results that are averaged like the models.
         averages: Their means in the last round, by name.
         num_results: Number of clients in the last aggregate.
+        simulated_seconds: Virtual time of all rounds so far.
 
     Raises:
         ConfigError: If a setting is invalid; if an aggregator is given to a subclass that overrides
@@ -69,9 +77,16 @@ class FedAvgTrainer(AbstractFederationTrainer):
         "_score",
         "averages",
         "buffers",
+        "cohort",
         "num_results",
+        "simulation",
     }
-    settings: ClassVar[Mapping[str, Any]] = {"weighting": "samples"}
+    settings: ClassVar[Mapping[str, Any]] = {
+        "weighting": "samples",
+        "on_failure": "raise",
+        "min_results": None,
+        "deadline_s": None,
+    }
     averaged: ClassVar[tuple[str, ...]] = ("train_loss",)
 
     def __init__(
@@ -83,6 +98,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
         score: Callable[[Mapping[str, Tensor]], Mapping[str, float]] | None = None,
         history: RoundLog | None = None,
         buffers: Collection[str] = (),
+        cohort: Cohort | None = None,
+        simulation: SimulatedClients | None = None,
         aggregator: Aggregator | None = None,
     ) -> None:
         super().__init__(config, learner_proxy)
@@ -94,12 +111,21 @@ class FedAvgTrainer(AbstractFederationTrainer):
             )
         self.weights = initial_weights
         self.history: RoundLog = [] if history is None else history
+        if cohort is not None and type(self).select_clients is not AbstractFederationTrainer.select_clients:
+            raise ConfigError(
+                f"{type(self).__qualname__} chooses clients by its own select_clients, and would ignore the cohort "
+                f"{cohort!r}: leave one of them out"
+            )
         self.buffers = frozenset(buffers)
+        self.cohort = cohort
+        self.simulation = simulation
+        self.simulated_seconds = 0.0
         self.averages: Mapping[str, Any] = {}
         self.num_results = 0
         self._score = score
-        if getattr(self.config, "weighting", "samples") not in ("samples", "uniform"):
-            raise ConfigError(f"the trainer's weighting is samples or uniform, not {self.config.weighting!r}")
+        for name, options in (("weighting", ("samples", "uniform")), ("on_failure", ("raise", "drop"))):
+            if (value := getattr(self.config, name, options[0])) not in options:
+                raise ConfigError(f"the trainer's {name} is {' or '.join(options)}, not {value!r}")
 
     async def train(self) -> Mapping[str, Tensor] | None:
         """Run all rounds.
@@ -115,31 +141,98 @@ class FedAvgTrainer(AbstractFederationTrainer):
         return self.weights
 
     async def train_round(self, round_num: int) -> dict[str, float]:
-        """Run one round and replace ``weights``.
+        """Run one round and replace ``weights``. Without a client that takes part they stay as they are.
 
         Returns:
-            ``train_loss`` (mean over the cohort's samples), ``num_clients``, and the metrics of ``score``.
+            ``train_loss`` (mean over the cohort's samples), ``num_clients``, and the metrics of ``score``; where
+            clients may drop out also ``num_dropped``, and with a simulation ``simulated_seconds`` since the run's
+            beginning.
         """
-        cohort = self.learner_proxy.clients(self.select_clients(round_num))
-        arguments = {"model_weights": self.weights, "round_num": round_num, **self.local_settings()}
+        plan = self._plan(round_num, await self.choose_clients(round_num))
+        failures: Mapping[str, Exception] = {}
+        self.averages, self.num_results = {}, 0
+        if plan.epochs:
+            aggregate, failures = await self._train_cohort(round_num, plan.epochs)
+            self.weights = self._stepped(aggregate)
+        for client_id, error in failures.items():
+            logger.warning(
+                "%s is left out of round %d: %s: %s", client_id, round_num + 1, type(error).__name__, error
+            )
+        metrics = {"train_loss": self.averages.get("train_loss", math.nan), "num_clients": self.num_results}
+        if self.simulation is not None or self._call_options():
+            metrics["num_dropped"] = len(plan.dropped) + len(failures)
+        if self.simulation is not None:
+            self.simulated_seconds += plan.seconds
+            metrics["simulated_seconds"] = self.simulated_seconds
+        return {**metrics, **(self._score(self.weights) if self._score and self.weights is not None else {})}
+
+    async def choose_clients(self, round_num: int) -> Sequence[str]:
+        """Return the clients of a round: those of ``cohort``, or of `select_clients`.
+
+        Raises:
+            ConfigError: If the cohort has a client twice, or one that the proxy does not have.
+        """
+        if self.cohort is None:
+            return self.select_clients(round_num)
+        chosen = list(await self.cohort(self, round_num, self.learner_proxy.client_ids, self._cohort_size))
+        if len(set(chosen)) < len(chosen) or set(chosen) - set(self.learner_proxy.client_ids):
+            raise ConfigError(f"{self.cohort!r} must choose different clients of the proxy, not {chosen!s:.200}")
+        return chosen
+
+    def _plan(self, round_num: int, clients: Sequence[str]) -> SimulatedRound:
+        num_epochs = self.local_settings().get("local_epochs", 1)
+        if self.simulation is None:
+            return SimulatedRound(dict.fromkeys(clients, num_epochs), [], 0.0)
+        return self.simulation.plan(clients, round_num, num_epochs)
+
+    async def _train_cohort(
+        self, round_num: int, epochs: Mapping[str, int]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Exception]]:
+        """Return the aggregate, and the exceptions of clients that were dropped."""
+        settings = {"model_weights": self.weights, "round_num": round_num, **self.local_settings()}
+        usual = settings.get("local_epochs", 1)
+        calls = {client: {} if number == usual else {"local_epochs": number} for client, number in epochs.items()}
+        cohort = self.learner_proxy.clients(calls).options(**self._call_options())
         if (reducer := self._reducer()) is not None:
-            reduced = await cohort.reduce("train_epoch", reducer, **arguments)
-            aggregate, self.num_results = self._parts_of(reduced.value), reduced.count
-        else:
-            updates = list((await cohort.train_epoch(**arguments)).values())
-            aggregate, self.num_results = await self._aggregated(updates), len(updates)
+            reduced = await cohort.reduce("train_epoch", reducer, **settings)
+            self.num_results = reduced.count
+            return self._parts_of(reduced.value), reduced.failures
+        updates = await cohort.train_epoch(**settings)
+        if not updates:
+            raise GroupCallError(f"train_epoch failed for all of {', '.join(updates.failures)}", updates.failures, {})
+        self.num_results = len(updates)
+        return await self._aggregated(list(updates.values())), updates.failures
+
+    def _call_options(self) -> dict[str, Any]:
+        """Return the options of a cohort's calls; empty if all clients must give a result."""
+        given = {"min_results": "min_results", "deadline_s": "timeout_s"}
+        options = {
+            option: value for name, option in given.items() if (value := getattr(self.config, name, None)) is not None
+        }
+        if getattr(self.config, "on_failure", "raise") == "drop" or "timeout_s" in options:
+            options["on_error"] = "collect"
+        return options
+
+    def _stepped(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the new global weights.
+
+        Raises:
+            ConfigError: If `step` returns no state dict, or one with other names.
+            FloatingPointError: If they are not finite.
+        """
         weights = self.step(aggregate)
         if (odd := _odd_names(weights, aggregate)) is not None:
             raise ConfigError(
                 f"{type(self).__qualname__}.step() returned {odd:.200}: it must return the new global weights, a "
                 f"state dict with the names of its argument, {list(aggregate)!s:.200}"
             )
-        self.weights = weights
-        return {
-            "train_loss": self.averages.get("train_loss", math.nan),
-            "num_clients": self.num_results,
-            **(self._score(self.weights) if self._score else {}),
-        }
+        odd_values = [name for name, value in weights.items() if not value.isfinite().all()]
+        if odd_values:
+            raise FloatingPointError(
+                f"{odd_values[0]} of the new global weights is not finite: a client has diverged, or the aggregate; "
+                f"lower the learning rates, or take a robust aggregator such as tfr.CoordinateMedian"
+            )
+        return weights
 
     def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the new global weights, from the aggregate of the clients' models and ``weights``.

@@ -1,0 +1,135 @@
+"""FedBuff: asynchronous clients, and a buffer on the server."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
+from torchfedrpc.registry import trainer
+
+logger = logging.getLogger(__name__)
+
+_STREAM = 0xB0FF  # separates the draws of clients from others with the same seed
+
+
+@trainer("fedbuff")
+class FedBuffTrainer(FedAvgTrainer):
+    """Asynchronous FedAvg: ``num_in_flight`` clients train at a time, each from the weights of its beginning (Nguyen
+    2022).
+
+    A round adds ``buffer_size`` changes, weighted by their staleness ``s`` (the number of rounds since their
+    beginning): ``w = w + server_learning_rate / buffer_size * sum((w_i - w_begin) / sqrt(1 + s_i))``. With a
+    simulation results come in the order of its virtual clock, and are the same each time; without one as they come.
+    Clients are drawn uniformly from those that are not in flight. Defaults: a buffer of 10, as in section 5 of the
+    paper, and 20 in flight.
+
+    Attributes:
+        pool: The calls in flight.
+    """
+
+    settings: ClassVar[Mapping[str, Any]] = {
+        "weighting": "uniform",
+        "buffer_size": 10,
+        "num_in_flight": 20,
+        "server_learning_rate": 1.0,
+    }
+    not_state: ClassVar[frozenset[str]] = FedAvgTrainer.not_state | {"_buffer_size", "_round_num"}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parameter_names()  # refuses weights that cannot be stepped
+        if self.cohort is not None:
+            raise ConfigError(
+                "FedBuff draws a client whenever one is free, and would ignore the cohort: leave it out"
+            )
+        num_clients = len(self.learner_proxy.client_ids)
+        self._buffer_size = self._count("buffer_size", default=10, least=1)
+        self._round_num = 0
+        self._num_drawn = 0
+        self._begun: dict[str, tuple[int, Mapping[str, Tensor]]] = {}  # client in flight -> round and weights then
+        in_flight = self._count("num_in_flight", default=20, least=1, most=num_clients)
+        clock = None if self.simulation is None else self._seconds
+        self.pool = self.learner_proxy.pool(self._next_client, in_flight, clock=clock)
+
+    async def train(self) -> Mapping[str, Tensor] | None:
+        """Run all rounds.
+
+        Returns:
+            The final global weights, a state dict.
+        """
+        weights = await super().train()
+        await self.pool.close()
+        return weights
+
+    async def train_round(self, round_num: int) -> dict[str, float]:
+        """Fill the buffer once, and replace ``weights``.
+
+        Returns:
+            FedAvg's metrics, and ``staleness``: the mean of the changes' staleness.
+        """
+        self._round_num = round_num
+        updates: list[dict[str, Any]] = []
+        staleness: list[int] = []
+        num_dropped = 0
+        while len(updates) < self._buffer_size:
+            try:
+                client_id, result = await anext(self.pool)
+            except Exception as error:
+                if getattr(self.config, "on_failure", "raise") == "raise":
+                    raise
+                logger.warning("%s is left out: %s: %s", self.pool.last_client, type(error).__name__, error)
+                del self._begun[self.pool.last_client]
+                num_dropped += 1
+                continue
+            begun, weights = self._begun.pop(client_id)
+            staleness.append(round_num - begun)
+            updates.append(
+                {**result, "model_weights": self._applied(result["model_weights"], weights, staleness[-1])}
+            )
+        aggregate = await self._aggregated(updates)
+        self.num_results = len(updates)
+        self.weights = self._stepped(aggregate)
+        metrics = {
+            "train_loss": self.averages.get("train_loss", math.nan),
+            "num_clients": len(updates),
+            "staleness": sum(staleness) / len(staleness),
+        }
+        if self._call_options():
+            metrics["num_dropped"] = num_dropped
+        if self.simulation is not None:
+            metrics["simulated_seconds"] = self.pool.now_s
+        return {**metrics, **(self._score(self.weights) if self._score else {})}
+
+    def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the new global weights."""
+        return self.moved(aggregate, getattr(self.config, "server_learning_rate", 1.0))
+
+    def _applied(
+        self, model: Mapping[str, Tensor], begun: Mapping[str, Tensor], staleness: int
+    ) -> Mapping[str, Tensor]:
+        """Return the present weights with a client's change, weighted by its staleness."""
+        assert self.weights is not None
+        factor = (1 + staleness) ** -0.5
+        changed = {name: self.weights[name] + factor * (model[name] - begun[name]) for name in self.parameter_names()}
+        return {**model, **changed}
+
+    def _next_client(self) -> tuple[str, Awaitable[Any]] | None:
+        free = [client_id for client_id in self.learner_proxy.client_ids if client_id not in self._begun]
+        generator = np.random.default_rng([_STREAM, self._seed, self._num_drawn])
+        self._num_drawn += 1
+        client_id = free[int(generator.integers(len(free)))]
+        assert self.weights is not None
+        self._begun[client_id] = self._round_num, self.weights
+        settings = {"model_weights": self.weights, "round_num": self._round_num, **self.local_settings()}
+        return client_id, self.learner_proxy.client(client_id).train_epoch(**settings)
+
+    def _seconds(self, client_id: str, number: int) -> float:
+        assert self.simulation is not None
+        return self.simulation.seconds(client_id, number, self.local_settings()["local_epochs"])

@@ -1,0 +1,114 @@
+"""Simulated behaviour of clients: how fast they are, which drop out, and who is late."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from torchfedrpc.errors import ConfigError
+
+_STREAM = 0x51C0DE  # separates these draws from others with the same seed
+
+
+@dataclass(frozen=True)
+class SimulatedRound:
+    """What simulated clients do in a round.
+
+    Attributes:
+        epochs: Client -> number of local epochs, of the clients whose results count.
+        dropped: The other clients of the cohort: they drop out, or are late.
+        seconds: Virtual duration of the round.
+    """
+
+    epochs: dict[str, int]
+    dropped: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SimulatedClients:
+    """Durations and dropouts of clients, as a function of seed, client and round alone.
+
+    Of an asynchronous pool it is the clock; of a synchronous round it tells who is late, and how long the round
+    takes.
+
+    Args:
+        seconds_per_epoch: Virtual duration of a local epoch of a client that is not slow.
+        slow_fraction: Fraction of the clients that are slow, 0 to 1. Which ones is drawn once.
+        slow_factor: How many times as long slow clients take.
+        spread: Standard deviation of the logarithm of a factor that is drawn for each call.
+        dropout: Probability that a client drops out of a round, 0 to below 1.
+        deadline_s: Virtual seconds after which a client of a synchronous round is late. Default: None is.
+        partial: Whether a late client makes the epochs that it can until the deadline (FedProx, Li et al. 2020),
+            rather than none.
+        seed: Seed of all draws.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    seconds_per_epoch: float = 1.0
+    slow_fraction: float = 0.0
+    slow_factor: float = 10.0
+    spread: float = 0.0
+    dropout: float = 0.0
+    deadline_s: float | None = None
+    partial: bool = False
+    seed: int = 0
+    _is_slow: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("seconds_per_epoch", 0.0, math.inf),
+            ("slow_fraction", 0.0, 1.0),
+            ("slow_factor", 1.0, math.inf),
+            ("spread", 0.0, math.inf),
+            ("dropout", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+                raise ConfigError(f"simulation.{name} must be a number from {least:g} to {most:g}, not {value!r}")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ConfigError(f"simulation.deadline_s must be above 0, or null, not {self.deadline_s!r}")
+
+    def seconds(self, client_id: str, number: int, num_epochs: float = 1) -> float:
+        """Return the virtual duration of a client's call.
+
+        Args:
+            client_id: The client.
+            number: Number of the round, or of the call in a pool.
+            num_epochs: Number of local epochs of the call.
+        """
+        if client_id not in self._is_slow:
+            self._is_slow[client_id] = self._generator(client_id).random() < self.slow_fraction
+        factor = self.slow_factor if self._is_slow[client_id] else 1.0
+        if self.spread:
+            factor *= math.exp(self.spread * self._generator(client_id, number, 1).standard_normal())
+        return self.seconds_per_epoch * num_epochs * factor
+
+    def plan(self, cohort: Sequence[str], round_num: int, num_epochs: int) -> SimulatedRound:
+        """Return what a cohort does in a synchronous round of so many local epochs."""
+        epochs: dict[str, int] = {}
+        dropped = []
+        longest = 0.0
+        for client_id in cohort:
+            done, seconds = num_epochs, self.seconds(client_id, round_num, num_epochs)
+            if self.dropout and self._generator(client_id, round_num, 2).random() < self.dropout:
+                done = 0
+            elif self.deadline_s is not None and seconds > self.deadline_s:
+                done = int(num_epochs * self.deadline_s / seconds) if self.partial else 0
+                longest = self.deadline_s
+            else:
+                longest = max(longest, seconds)
+            if done:
+                epochs[client_id] = done
+            else:
+                dropped.append(client_id)
+        return SimulatedRound(epochs, dropped, longest)
+
+    def _generator(self, client_id: str, *numbers: int) -> np.random.Generator:
+        return np.random.default_rng([_STREAM, self.seed, zlib.crc32(client_id.encode()), *numbers])
