@@ -59,6 +59,10 @@ METHODS = """
     def my_partition(labels, num_clients):
         return np.array_split(np.arange(len(labels)), num_clients)
 
+    @tfr.cohort("my_cohort")
+    async def my_cohort(trainer, round_num, clients, size, *, skip=0):
+        return [client for number, client in enumerate(clients) if number != (round_num + skip) % len(clients)]
+
     @tfr.aggregator("my_aggregator")
     def my_aggregator(models, num_samples, *, quantile=0.5):
         stacked = {name: torch.stack([model[name] for model in models]) for name in models[0]}

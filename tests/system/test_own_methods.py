@@ -83,6 +83,10 @@ def test_own_classes_of_all_kinds_give_the_same_history_in_every_mode(tmp_path: 
         "num_rounds": 3,
         "clients_per_round": None,
         "local_epochs": 1,
+        "weighting": "samples",
+        "on_failure": "raise",
+        "min_results": None,
+        "deadline_s": None,
         "seed": 0,
         "mu": 0.3,
     }

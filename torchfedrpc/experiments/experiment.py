@@ -121,6 +121,8 @@ class _Parts:
         data: The data.
         model: The model, with the initial weights.
         indices: Client id -> indices of its samples in the training set.
+        cohort: What chooses the clients of a round; None for the trainer's own.
+        simulation: Simulated clients; None for none.
         aggregator: The aggregator; None for the trainer's own.
         history: The log of rounds.
         callbacks: All callbacks, in the order of their calls: loggers come last, since they keep the report.
@@ -129,6 +131,8 @@ class _Parts:
     data: TrainTest
     model: nn.Module
     indices: dict[str, npt.NDArray[np.int64]]
+    cohort: Cohort | None
+    simulation: SimulatedClients | None
     aggregator: Aggregator | None
     history: History
     callbacks: list[Callback]
@@ -149,13 +153,14 @@ class _Parts:
         for kind, recipe in (("dataset", config.dataset), ("model", config.model)):
             check_trusted(recipe, config.trusted_modules)
             check_signature(kind, recipe)
-        aggregator = _aggregator(config)
+        aggregator, simulation = _aggregator(config), _simulation(config)
         data: TrainTest = load_dataset(config.dataset, config.trusted_modules)
         check_dataset(config.dataset, data)
         indices = _divide(config, data.train)
+        cohort = _cohort(config, {client_id: len(share) for client_id, share in indices.items()})
         model = build_model(config.model, config.seed, config.trusted_modules)
         check_model(config.model, config.dataset, model, data)
-        return cls(data, model, indices, aggregator, history, called)
+        return cls(data, model, indices, cohort, simulation, aggregator, history, called)
 
 
 async def _train(
@@ -181,8 +186,8 @@ async def _train(
             "initial_weights": copy_weights(parts.model),
             "buffers": [name for name, _ in parts.model.named_buffers()],
             "score": partial(_metrics, parts.model, parts.data.test),
-            "cohort": _cohort(config, {client: len(share) for client, share in indices.items()}),
-            "simulation": _simulation(config),
+            "cohort": parts.cohort,
+            "simulation": parts.simulation,
             "aggregator": parts.aggregator,
         }
         trainer = make(settings_of(config.trainer), proxy, **given("trainer", make, arguments))

@@ -34,7 +34,8 @@ _REQUIRED = ("labels", "num_clients")  # arguments that each partition receives
 _POSITIONAL: dict[str, tuple[str, ...]] = {
     "trainer": ("config", "learner_proxy"),
     "learner": ("client_id",),
-    "aggregator": ("models", "num_samples"),  # of a function; a class is called with its settings alone
+    "cohort": ("trainer", "round_num", "clients", "size"),  # of a function, like
+    "aggregator": ("models", "num_samples"),  # this; a class is called with its settings alone
 }
 
 
@@ -50,7 +51,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def positional_of(kind: str, entry: Any) -> tuple[str, ...]:
     """Return the names of the positional arguments that the experiment gives a class or function."""
-    return () if kind == "aggregator" and isinstance(entry, type) else _POSITIONAL.get(kind, ())
+    return () if kind in ("cohort", "aggregator") and isinstance(entry, type) else _POSITIONAL.get(kind, ())
 
 
 def given(kind: str, entry: Any, values: Mapping[str, Any]) -> dict[str, Any]:
