@@ -24,16 +24,25 @@ class ClientLog:
 
     Args:
         path: The file, which is replaced.
-        parts: Client id -> indices of its samples in the training set.
+        parts: Client id -> indices of its samples to train on, in the training set.
         labels: [num_samples]; the class of each sample. Labels that are no whole numbers are not counted.
+        held_out: Client id -> indices of its held-out samples; None without.
     """
 
-    def __init__(self, path: Path, parts: Mapping[str, npt.NDArray[np.int64]], labels: npt.NDArray[Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        parts: Mapping[str, npt.NDArray[np.int64]],
+        labels: npt.NDArray[Any],
+        held_out: Mapping[str, npt.NDArray[np.int64]] | None = None,
+    ) -> None:
         self._path = path
         classes = np.unique(labels) if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) else labels[:0]
         self._records: dict[str, dict[str, Any]] = {}
         for client_id, indices in parts.items():
             record = self._records[client_id] = {"client": client_id, "num_samples": len(indices)}
+            if held_out is not None:
+                record["num_held_out"] = len(held_out[client_id])
             if 0 < len(classes) <= _MAX_CLASSES:
                 found, counts = np.unique(labels[indices], return_counts=True)
                 of_class = dict(zip(found.tolist(), counts.tolist(), strict=True))
@@ -50,6 +59,8 @@ class ClientLog:
         results = await proxy.clients().options(on_error="collect").call("evaluate", model_weights=weights)
         for client_id, result in results.items():
             named = result if isinstance(result, Mapping) else {"score": result}
+            if self._records[client_id].get("num_held_out") == 0:
+                continue  # a score on no samples
             numbers = {str(name): _number(value) for name, value in named.items() if name != "num_samples"}
             scores = {name: number for name, number in numbers.items() if number is not None}
             self._records[client_id]["scores"] = scores

@@ -20,6 +20,7 @@ from torchfedrpc.experiments import extras
 from torchfedrpc.experiments.baseline import BASELINE_FILE, train_centrally, write_baseline
 from torchfedrpc.experiments.clients import CLIENTS_FILE, ClientLog
 from torchfedrpc.experiments.data.cache import load_dataset
+from torchfedrpc.experiments.data.held_out import split_held_out
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.experiment_config import ExperimentConfig, Recipe
 from torchfedrpc.experiments.history import HISTORY_FILE, History
@@ -29,6 +30,7 @@ from torchfedrpc.experiments.protocol_checks import (
     check_aggregator,
     check_dataset,
     check_final_weights,
+    check_held_out,
     check_initial_weights,
     check_methods,
     check_model,
@@ -96,7 +98,7 @@ async def run_experiment(
         with replaced(output_dir / "model.pt") as file:
             torch.save(weights, file)
         with process_settings(config.runtime):
-            baseline = _train_baseline(config, parts.data)
+            baseline = _train_baseline(config, parts)
             accuracy = _metrics(parts.model, parts.data.test, weights)["test_accuracy"]
         write_baseline(output_dir / BASELINE_FILE, baseline)
         _draw(parts, baseline, output_dir)
@@ -120,7 +122,8 @@ class _Parts:
     Attributes:
         data: The data.
         model: The model, with the initial weights.
-        indices: Client id -> indices of its samples in the training set.
+        indices: Client id -> indices of its samples to train on, in the training set.
+        held_out: Client id -> indices of its held-out samples there; None without.
         cohort: What chooses the clients of a round; None for the trainer's own.
         simulation: Simulated clients; None for none.
         aggregator: The aggregator; None for the trainer's own.
@@ -131,6 +134,7 @@ class _Parts:
     data: TrainTest
     model: nn.Module
     indices: dict[str, npt.NDArray[np.int64]]
+    held_out: dict[str, npt.NDArray[np.int64]] | None
     cohort: Cohort | None
     simulation: SimulatedClients | None
     aggregator: Aggregator | None
@@ -150,17 +154,21 @@ class _Parts:
         called = [history, *callbacks, *trace, *_made(config, "callbacks"), *report, *_made(config, "logger")]
         check_trainer(config.trainer)
         check_signature("learner", config.learner)
+        if config.held_out:
+            check_held_out(config.learner)
         for kind, recipe in (("dataset", config.dataset), ("model", config.model)):
             check_trusted(recipe, config.trusted_modules)
             check_signature(kind, recipe)
         aggregator, simulation = _aggregator(config), _simulation(config)
         data: TrainTest = load_dataset(config.dataset, config.trusted_modules)
         check_dataset(config.dataset, data)
-        indices = _divide(config, data.train)
+        indices, held_out = _divide(config, data.train), None
+        if config.held_out:
+            indices, held_out = split_held_out(indices, config.held_out, config.seed)
         cohort = _cohort(config, {client_id: len(share) for client_id, share in indices.items()})
         model = build_model(config.model, config.seed, config.trusted_modules)
         check_model(config.model, config.dataset, model, data)
-        return cls(data, model, indices, cohort, simulation, aggregator, history, called)
+        return cls(data, model, indices, held_out, cohort, simulation, aggregator, history, called)
 
 
 async def _train(
@@ -175,8 +183,8 @@ async def _train(
     labels = parts.data.train.labels.numpy()
     if note := unheld_classes([*parts.indices.values()], labels, parts.data.test.labels.numpy()):
         print(note, file=stream)
-    clients = _arguments(config, parts.indices)
-    client_log = ClientLog(output_dir / CLIENTS_FILE, parts.indices, labels)
+    clients = _arguments(config, parts.indices, parts.held_out)
+    client_log = ClientLog(output_dir / CLIENTS_FILE, parts.indices, labels, parts.held_out)
     async with LearnerProxy(_learner(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:
         found = checkpoints.open()
         going_on = f", going on after round {found.round_num}" if found is not None else ""
@@ -270,12 +278,18 @@ def _divide(config: ExperimentConfig, train_set: Samples) -> dict[str, npt.NDArr
     return dict(zip(client_ids, checked, strict=True))
 
 
-def _arguments(config: ExperimentConfig, parts: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, dict[str, Any]]:
+def _arguments(
+    config: ExperimentConfig,
+    parts: Mapping[str, npt.NDArray[np.int64]],
+    held_out: Mapping[str, npt.NDArray[np.int64]] | None,
+) -> dict[str, dict[str, Any]]:
     """Return client id -> arguments of its learner's constructor."""
     learner, settings = locate(config.learner), settings_of(config.learner)
+    of_client = dict.fromkeys(parts).get if held_out is None else held_out.get
     common = {"dataset": config.dataset, "model": config.model, "seed": config.seed}
     return {
-        client_id: given("learner", learner, {"indices": indices, **common}) | settings
+        client_id: given("learner", learner, {"indices": indices, "held_out": of_client(client_id), **common})
+        | settings
         for client_id, indices in parts.items()
     }
 
@@ -290,9 +304,12 @@ def _learner(recipe: Recipe) -> Callable[..., Any]:
     return made
 
 
-def _train_baseline(config: ExperimentConfig, data: TrainTest) -> list[Score]:
+def _train_baseline(config: ExperimentConfig, parts: _Parts) -> list[Score]:
     if config.baseline is None:
         return []
+    data = parts.data
+    if parts.held_out is not None:  # which the clients do not train on either
+        data = TrainTest(data.train.take(torch.from_numpy(np.concatenate([*parts.indices.values()]))), data.test)
     return train_centrally(
         model=config.model, data=data, seed=config.seed, trusted_modules=config.trusted_modules, **config.baseline
     )

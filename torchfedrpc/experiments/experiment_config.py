@@ -46,6 +46,8 @@ class ExperimentConfig:
         trace_calls: Number of calls in the trace; None for all.
         report: Whether to write ``report.html``.
         client_scores: Whether each client's learner scores the final weights by ``evaluate``, if it has that method.
+        held_out: Fraction of each client's samples that ``evaluate`` scores on and training leaves out; at least 0,
+            below 1.
     """
 
     seed: int
@@ -68,6 +70,7 @@ class ExperimentConfig:
     trace_calls: int | None = 10_000
     report: bool = False
     client_scores: bool = False
+    held_out: float = 0.0
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ExperimentConfig:
@@ -90,6 +93,12 @@ class ExperimentConfig:
         for name in ("trace", "report", "client_scores"):
             if not isinstance(value := values.get(name, False), bool):
                 raise ConfigError(f"{name} must be true or false, not {value!r}")
+        held_out = values.get("held_out", 0.0)
+        if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 <= held_out < 1:
+            raise ConfigError(
+                f"held_out is the fraction of each client's samples to score it on, at least 0 and below 1, not "
+                f"{held_out!r}"
+            )
         imports = values.get("imports") or []
         imports = [imports] if isinstance(imports, str) else list(imports)
         for module in imports:
@@ -113,7 +122,8 @@ class ExperimentConfig:
         Raises:
             ConfigError: If ``checkpoint_every`` or ``resume`` is invalid.
         """
-        names = ("seed", "dataset", "partition", "model", "learner", "trainer", "aggregator", "cohort", "simulation")
+        names = ["seed", "dataset", "partition", "held_out", "model", "learner"]
+        names += ["trainer", "aggregator", "cohort", "simulation"]
         config = {name: getattr(self, name) for name in names}
         return Checkpoints(output_dir / SUBFOLDER, every=self.checkpoint_every, resume=self.resume, config=config)
 

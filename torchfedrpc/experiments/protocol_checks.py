@@ -23,7 +23,7 @@ Recipe = Mapping[str, Any]
 
 GIVEN: dict[str, tuple[str, ...]] = {
     "trainer": ("initial_weights", "buffers", "score", "cohort", "simulation", "aggregator"),
-    "learner": ("dataset", "indices", "model", "seed"),
+    "learner": ("dataset", "indices", "held_out", "model", "seed"),
     "cohort": ("num_samples",),
     "partition": ("labels", "num_clients", "groups"),
 }
@@ -116,6 +116,19 @@ def check_methods(recipe: Recipe, trainer: Any) -> None:
     if type(trainer).train_round is FedAvgTrainer.train_round:
         keywords = dict.fromkeys(["model_weights", "round_num", *trainer.local_settings()])
         _check_call(f"{name}: train_epoch", train_epoch, ("self",), keywords)
+
+
+def check_held_out(recipe: Recipe) -> None:
+    """Check that the learners receive the held-out samples.
+
+    Raises:
+        ConfigError: If their constructor does not name them.
+    """
+    if not given("learner", locate(recipe), {"held_out": None}):
+        raise ConfigError(
+            f"{title('learner', recipe)} takes no held_out, and would never see these samples: give its constructor "
+            f"the keyword argument held_out, on which its evaluate scores, or set held_out=0"
+        )
 
 
 def check_aggregator(recipe: Recipe, trainer: Recipe) -> None:

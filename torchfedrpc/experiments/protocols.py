@@ -36,8 +36,9 @@ class LearnerFactory(Protocol):
     """Class of the learners, or a function that makes one.
 
     It is called on the client's worker. Of the keyword arguments ``dataset`` and ``model`` (recipes, for
-    `torchfedrpc.build`), ``indices`` (the client's share of the training set, [num_samples], int64) and ``seed`` it
-    receives those that it names.
+    `torchfedrpc.build`), ``indices`` (the client's samples to train on, [num_samples], int64, indices of the training
+    set), ``held_out`` (those to score on, likewise; None without the setting ``held_out``) and ``seed`` it receives
+    those that it names.
     """
 
     def __call__(self, client_id: str, /, **given_and_settings: Any) -> Any:

@@ -49,7 +49,7 @@ class ClassificationLearner(Learner):
     Args:
         client_id: The client of this learner.
         dataset: Recipe of a `TrainTest`.
-        indices: [num_samples], int64; the client's share of the training set.
+        indices: [num_samples], int64; the client's samples to train on, of the training set.
         model: Recipe of a module that maps inputs to logits.
         seed: Seed of the initial weights, which are equal for all clients with the same seed.
         batch_size: Number of samples in a step of SGD.
@@ -64,6 +64,7 @@ class ClassificationLearner(Learner):
         autocast: Whether forward passes run in bfloat16.
         keep_weights: Whether the learner has the weights of its last training, or of `set_model_weights`, in its next
             call. An experiment with False declares its learners stateless.
+        held_out: [num_held_out], int64; the client's samples to score on, of the training set. Default: ``indices``.
     """
 
     def __init__(
@@ -85,12 +86,14 @@ class ClassificationLearner(Learner):
         max_gradient_norm: float | None = None,
         autocast: bool = False,
         keep_weights: bool = True,
+        held_out: npt.NDArray[np.int64] | None = None,
     ) -> None:
         super().__init__(client_id)
         self._dataset_recipe = dataset
         self._model_recipe = model
         self._seed = seed
         self._indices = torch.from_numpy(indices)
+        self._scored = self._indices if held_out is None else torch.from_numpy(held_out)
         self._training = LocalTraining(
             batch_size,
             learning_rate,
@@ -196,19 +199,19 @@ class ClassificationLearner(Learner):
         return fitted
 
     def evaluate(self, model_weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """Score a model on the client's samples.
+        """Score a model on the client's held-out samples; on its samples to train on if it has no ``held_out``.
 
         Args:
             model_weights: A state dict. Default: The learner's weights.
 
         Returns:
-            ``accuracy`` (0 to 1), ``loss`` (mean cross-entropy) and ``num_samples``.
+            ``accuracy`` (0 to 1), ``loss`` (mean cross-entropy) and ``num_samples``; zeros without samples.
 
         Raises:
             ConfigError: If no weights are given, and the learner keeps none.
         """
         with self._borrowed_model(model_weights) as model:
-            return dataclasses.asdict(score(model, self._train_set().take(self._indices)))
+            return dataclasses.asdict(score(model, self._train_set().take(self._scored)))
 
     def get_model_weights(self) -> Mapping[str, Tensor]:
         """Return the learner's weights, a state dict: as last trained or set, else the initial weights.
