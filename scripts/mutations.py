@@ -866,6 +866,13 @@ MUTATIONS = [
         "tests/unit/experiments/test_protocols.py",
     ),
     Mutation(
+        "top_k forgets what it leaves out",
+        "experiments/learners/classification.py",
+        'self._residual = rest if compression == "top_k" else {}',
+        "self._residual = {}",
+        "tests/unit/federation/test_compression.py",
+    ),
+    Mutation(
         "a resume starts anew",
         "experiments/commands/resume.py",
         "if not _has_checkpoint(folder / SUBFOLDER):",

@@ -266,6 +266,11 @@ class LearnerProxy:
         return list(self._calls.client_ids)
 
     @property
+    def are_stateless(self) -> bool:
+        """Whether the learners are declared stateless: no call leaves anything that a later one needs."""
+        return self._spec.learner.stateless
+
+    @property
     def mode(self) -> str:
         """The execution mode: ``local``, ``pseudo``, ``distributed``, or a registered mode."""
         return self._router.mode

@@ -31,6 +31,7 @@ ALGORITHMS: dict[str, tuple[type[tfr.FedAvgTrainer], str, dict[str, Any]]] = {
     "fednova": (tfr.FedNovaTrainer, "classification", {}),
     "fedbn": (tfr.FedBNTrainer, "fedbn", {}),
     "ditto": (tfr.DittoTrainer, "ditto", {}),
+    "top_k": (tfr.FedAvgTrainer, "classification", {"compression": "top_k", "compression_ratio": 0.1}),
     "fedbuff": (tfr.FedBuffTrainer, "classification", {"buffer_size": 3, "num_in_flight": 4}),
 }
 AGGREGATORS: dict[str, Callable[[], Any]] = {

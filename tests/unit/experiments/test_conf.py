@@ -223,6 +223,8 @@ def test_the_keys_are_these() -> None:
         "trace_calls",
         "trainer._target_",
         "trainer.clients_per_round",
+        "trainer.compression",
+        "trainer.compression_ratio",
         "trainer.deadline_s",
         "trainer.local_epochs",
         "trainer.min_results",

@@ -31,6 +31,7 @@ from torchfedrpc.experiments.training import (
     trained_weights,
 )
 from torchfedrpc.federation.aggregation import StateDict
+from torchfedrpc.federation.compression import encode
 from torchfedrpc.federation.learner_base import Learner
 from torchfedrpc.host.context import current_call
 from torchfedrpc.registry import learner
@@ -110,6 +111,7 @@ class ClassificationLearner(Learner):
             raise ConfigError(f"keep_weights is True or False, not {keep_weights!r:.200}")
         self._keeps_weights = keep_weights
         self._weights: Mapping[str, Tensor] | None = None
+        self._residual: StateDict = {}  # what top_k left out of the updates so far
 
     def train_epoch(
         self,
@@ -120,6 +122,8 @@ class ClassificationLearner(Learner):
         learning_rate: float | None = None,
         proximal_mu: float = 0.0,
         normalise: bool = False,
+        compression: str | None = None,
+        compression_ratio: float = 1.0,
     ) -> dict[str, Any]:
         """Train for some epochs, and keep the result as the learner's weights with ``keep_weights``.
 
@@ -132,18 +136,21 @@ class ClassificationLearner(Learner):
             proximal_mu: Coefficient of FedProx's proximal term, relative to the initial weights.
             normalise: Whether to divide the change of the weights by the accumulated weight of its gradients, for
                 FedNova.
+            compression: Codec of `torchfedrpc.federation.compression`. Default: None.
+            compression_ratio: Fraction of the values that ``top_k`` takes.
 
         Returns:
-            ``model_weights`` (a state dict), ``num_samples``, and ``train_loss`` (mean loss); with ``normalise`` also
-            ``gradient_weight``.
+            ``model_weights`` (a state dict), or with ``compression`` ``update``; ``num_samples``, and ``train_loss``
+            (mean loss); with ``normalise`` also ``gradient_weight``.
 
         Raises:
             CancelledError: If the call was cancelled; the learner's weights are unchanged.
             ConfigError: If no weights are given, and the learner keeps none.
             FloatingPointError: If the loss or a weight is no longer finite; the learner's weights are unchanged.
         """
+        received = self.get_model_weights() if model_weights is None else model_weights
         training = self._training_of(round_num, learning_rate)
-        with self._borrowed_model(model_weights) as model:
+        with self._borrowed_model(received) as model:
             before = trained_weights(model) if normalise else {}
             hooks = [proximal(trained_parameters(model), proximal_mu)] if proximal_mu else []
             fitted = self._fit(model, training, hooks, local_epochs=local_epochs, local_steps=local_steps)
@@ -153,9 +160,28 @@ class ClassificationLearner(Learner):
             result["gradient_weight"] = training.gradient_weight(fitted.num_steps)
             divisor = result["gradient_weight"] or 1
             weights |= {name: old + (weights[name] - old) / divisor for name, old in before.items()}
+        returned = self._compressed({"model_weights": weights, **result}, received, compression, compression_ratio)
         if self._keeps_weights:
             self._weights = weights
-        return {"model_weights": weights, **result}
+        return returned
+
+    def _compressed(
+        self, result: dict[str, Any], received: StateDict, compression: str | None, ratio: float
+    ) -> dict[str, Any]:
+        """Return a result of `train_epoch` with ``update`` instead of ``model_weights``.
+
+        Without ``compression`` it is unchanged. Of ``top_k`` the residual is kept for the next update.
+        """
+        if compression is None:
+            return result
+        with self._borrowed_model(received) as model:
+            trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        residual = self._residual if compression == "top_k" else {}
+        update, rest = encode(
+            result.pop("model_weights"), received, trained, compression, ratio=ratio, residual=residual
+        )
+        self._residual = rest if compression == "top_k" else {}
+        return {"update": update, **result}
 
     def _training_of(self, round_num: int, learning_rate: float | None) -> LocalTraining:
         """Return the settings of a call."""
@@ -241,12 +267,12 @@ class ClassificationLearner(Learner):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for snapshots: the learner's weights. The constructor creates everything else."""
-        return {"weights": self._weights}
+        """Return the state for snapshots: weights, and residual of compression. The constructor creates the rest."""
+        return {"weights": self._weights, "residual": self._residual}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned."""
-        self._weights = state["weights"]
+        self._weights, self._residual = state["weights"], state["residual"]
 
     def _train_set(self) -> Samples:
         call = current_call()

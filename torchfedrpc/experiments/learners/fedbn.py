@@ -33,7 +33,13 @@ class FedBNLearner(ClassificationLearner):
         self._personal: dict[str, Tensor] = {}
 
     def train_epoch(  # type: ignore[override]
-        self, model_weights: StateDict | None = None, *, personal: Sequence[str], **arguments: Any
+        self,
+        model_weights: StateDict | None = None,
+        *,
+        personal: Sequence[str],
+        compression: str | None = None,
+        compression_ratio: float = 1.0,
+        **arguments: Any,
     ) -> dict[str, Any]:
         """Train as `ClassificationLearner.train_epoch`, from the given weights with the personal entries in place.
 
@@ -41,6 +47,8 @@ class FedBNLearner(ClassificationLearner):
             model_weights: See there.
             personal: Patterns of the names of entries that stay with the client, such as ``["head.*"]``. Empty: Those
                 of all batch normalisation layers.
+            compression: As there.
+            compression_ratio: As there.
             arguments: As there.
 
         Raises:
@@ -52,7 +60,8 @@ class FedBNLearner(ClassificationLearner):
         result = super().train_epoch(received, **arguments)
         trained = result["model_weights"]
         self._personal = {name: trained[name] for name in names}
-        return {**result, "model_weights": {**trained, **{name: received[name] for name in names}}}
+        shared = {**result, "model_weights": {**trained, **{name: received[name] for name in names}}}
+        return self._compressed(shared, received, compression, compression_ratio)
 
     def get_personal_weights(self) -> StateDict:
         """Return the personal entries, a state dict; empty before the first training."""

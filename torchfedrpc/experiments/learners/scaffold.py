@@ -49,6 +49,8 @@ class ScaffoldLearner(ClassificationLearner):
         learning_rate: float | None = None,
         *,
         server_control: StateDict,
+        compression: str | None = None,
+        compression_ratio: float = 1.0,
     ) -> dict[str, Any]:
         """Train, and replace the control variate.
 
@@ -60,13 +62,16 @@ class ScaffoldLearner(ClassificationLearner):
             learning_rate: See there.
             server_control: The server's control variate ``c``: a tensor for each trained parameter, by name; empty
                 for zeros.
+            compression: As in `ClassificationLearner.train_epoch`; of the weights, not of ``control_change``.
+            compression_ratio: See there.
 
         Returns:
-            ``model_weights``, ``num_samples``, ``train_loss``, and ``control_change``: the new control variate less
-            the one before, by name.
+            ``model_weights`` or ``update``, ``num_samples``, ``train_loss``, and ``control_change``: the new
+            control variate less the one before, by name.
         """
         training = self._training_of(round_num, learning_rate)
-        with self._borrowed_model(model_weights) as model:
+        received = self.get_model_weights() if model_weights is None else model_weights
+        with self._borrowed_model(received) as model:
             before = trained_weights(model)
             zeros = {name: torch.zeros_like(value) for name, value in before.items()}
             own, server = self._control or zeros, server_control or zeros
@@ -79,15 +84,17 @@ class ScaffoldLearner(ClassificationLearner):
             change = {name: (value - after[name]) * scale - server[name] for name, value in before.items()}
         else:
             change = zeros
-        self._control = {name: own[name] + value for name, value in change.items()}
-        if self._keeps_weights:
-            self._weights = weights
-        return {
+        result = {
             "model_weights": weights,
             "num_samples": len(self._indices),
             "train_loss": fitted.loss,
             "control_change": change,
         }
+        returned = self._compressed(result, received, compression, compression_ratio)
+        self._control = {name: own[name] + value for name, value in change.items()}
+        if self._keeps_weights:
+            self._weights = weights
+        return returned
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for snapshots: the learner's weights and its control variate."""

@@ -16,6 +16,7 @@ from torchfedrpc.errors import ConfigError, GroupCallError
 from torchfedrpc.events import RoundEnded
 from torchfedrpc.federation.aggregation import Aggregator, Mean, ReducingAggregator
 from torchfedrpc.federation.cohorts import Cohort
+from torchfedrpc.federation.compression import check_codec, decode, tensor_bytes
 from torchfedrpc.federation.simulation import SimulatedClients, SimulatedRound
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.proxy import LearnerProxy
@@ -47,7 +48,9 @@ class FedAvgTrainer(AbstractFederationTrainer):
 
     Args:
         config: ``num_rounds``, ``local_epochs`` (default: 1), ``clients_per_round``, ``seed``, and ``weighting``:
-            models count by the clients' ``samples`` (default), or all the same (``uniform``).
+            models count by the clients' ``samples`` (default), or all the same (``uniform``). With ``compression``
+            (``bf16``, ``int8`` or ``top_k``) learners return updates that `torchfedrpc.federation.compression` makes,
+            ``top_k`` with the fraction ``compression_ratio`` of the values; it needs ``initial_weights``.
         learner_proxy: Learners with the `train_epoch` that `Learner` describes.
         initial_weights: Initial global weights, a state dict. Default: Each learner starts with its initial weights.
         score: Returns metrics by name for global weights; called at the end of each round.
@@ -76,6 +79,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
     not_state: ClassVar[frozenset[str]] = AbstractFederationTrainer.not_state | {
         "_score",
         "averages",
+        "_bytes",
         "buffers",
         "cohort",
         "num_results",
@@ -86,6 +90,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
         "on_failure": "raise",
         "min_results": None,
         "deadline_s": None,
+        "compression": None,
+        "compression_ratio": 0.01,
     }
     averaged: ClassVar[tuple[str, ...]] = ("train_loss",)
 
@@ -122,10 +128,12 @@ class FedAvgTrainer(AbstractFederationTrainer):
         self.simulated_seconds = 0.0
         self.averages: Mapping[str, Any] = {}
         self.num_results = 0
+        self._bytes = (0, 0)  # of the round's results: as they came, and without compression
         self._score = score
         for name, options in (("weighting", ("samples", "uniform")), ("on_failure", ("raise", "drop"))):
             if (value := getattr(self.config, name, options[0])) not in options:
                 raise ConfigError(f"the trainer's {name} is {' or '.join(options)}, not {value!r}")
+        self._check_compression()
 
     async def train(self) -> Mapping[str, Tensor] | None:
         """Run all rounds.
@@ -145,12 +153,12 @@ class FedAvgTrainer(AbstractFederationTrainer):
 
         Returns:
             ``train_loss`` (mean over the cohort's samples), ``num_clients``, and the metrics of ``score``; where
-            clients may drop out also ``num_dropped``, and with a simulation ``simulated_seconds`` since the run's
-            beginning.
+            clients may drop out also ``num_dropped``, with a simulation ``simulated_seconds`` since the run's
+            beginning, and with ``compression`` the ``update_bytes`` and ``uncompressed_bytes`` of the results.
         """
         plan = self._plan(round_num, await self.choose_clients(round_num))
         failures: Mapping[str, Exception] = {}
-        self.averages, self.num_results = {}, 0
+        self.averages, self.num_results, self._bytes = {}, 0, (0, 0)
         if plan.epochs:
             aggregate, failures = await self._train_cohort(round_num, plan.epochs)
             self.weights = self._stepped(aggregate)
@@ -164,7 +172,11 @@ class FedAvgTrainer(AbstractFederationTrainer):
         if self.simulation is not None:
             self.simulated_seconds += plan.seconds
             metrics["simulated_seconds"] = self.simulated_seconds
-        return {**metrics, **(self._score(self.weights) if self._score and self.weights is not None else {})}
+        return {
+            **metrics,
+            **self._traffic(),
+            **(self._score(self.weights) if self._score and self.weights is not None else {}),
+        }
 
     async def choose_clients(self, round_num: int) -> Sequence[str]:
         """Return the clients of a round: those of ``cohort``, or of `select_clients`.
@@ -201,7 +213,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
         if not updates:
             raise GroupCallError(f"train_epoch failed for all of {', '.join(updates.failures)}", updates.failures, {})
         self.num_results = len(updates)
-        return await self._aggregated(list(updates.values())), updates.failures
+        decoded = [await self._decoded(client, update, self.weights) for client, update in updates.items()]
+        return await self._aggregated(decoded), updates.failures
 
     def _call_options(self) -> dict[str, Any]:
         """Return the options of a cohort's calls; empty if all clients must give a result."""
@@ -290,9 +303,70 @@ class FedAvgTrainer(AbstractFederationTrainer):
         is_code = name == "aggregator" and isinstance(value, Mean | FunctionType | partial)
         return not is_code and super()._is_data(name, value)
 
+    def _check_compression(self) -> None:
+        """Check ``compression`` and ``compression_ratio``.
+
+        Raises:
+            ConfigError: If one is invalid, if there are no initial weights, or if stateless learners would lose the
+                residual.
+        """
+        codec = getattr(self.config, "compression", None)
+        check_codec(codec, getattr(self.config, "compression_ratio", 0.01))
+        if codec is not None and self.weights is None:
+            raise ConfigError(
+                f"{type(self).__qualname__} decodes changes of the global weights: give it initial_weights=, or set "
+                f"the trainer's compression to null"
+            )
+        if codec == "top_k" and self.learner_proxy.are_stateless:
+            raise ConfigError(
+                "learners keep what top_k leaves out of an update for their next one, and these are stateless: set "
+                "learner.keep_weights=true, or the trainer's compression to int8"
+            )
+
+    async def _decoded(
+        self, client_id: str, update: Mapping[str, Any], weights: Mapping[str, Tensor] | None
+    ) -> Mapping[str, Any]:
+        """Return a learner's result with ``model_weights``, and count its bytes.
+
+        Args:
+            client_id: The client.
+            update: The result.
+            weights: The weights from which it trained.
+
+        Raises:
+            ConfigError: If the learner does not compress.
+            ValueError: If the update does not match the weights.
+        """
+        codec = getattr(self.config, "compression", None)
+        if codec is None or weights is None:
+            return update
+        if "update" not in update:
+            raise ConfigError(
+                f"the result of train_epoch of {client_id} has no update, although the trainer's compression is "
+                f"{codec}: let the learner return one by torchfedrpc.federation.compression.encode, or set it to null"
+            )
+        rest = {name: value for name, value in update.items() if name != "update"}
+        try:
+            model = await asyncio.to_thread(decode, update["update"], weights, codec)
+        except ValueError as error:
+            raise ValueError(f"{client_id}: {error}") from error
+        decoded = {"model_weights": model, **rest}
+        self._bytes = self._bytes[0] + tensor_bytes(update), self._bytes[1] + tensor_bytes(decoded)
+        return decoded
+
+    def _traffic(self) -> dict[str, float]:
+        """Return the metrics of compression; empty without it."""
+        if getattr(self.config, "compression", None) is None:
+            return {}
+        return dict(zip(("update_bytes", "uncompressed_bytes"), self._bytes, strict=True))
+
     def _reducer(self) -> Reducer | None:
         """Return what forms the aggregate on the workers; None if the driver needs all updates."""
-        if self._overrides_aggregation() or not isinstance(self.aggregator, ReducingAggregator):
+        if (
+            getattr(self.config, "compression", None) is not None
+            or self._overrides_aggregation()
+            or not isinstance(self.aggregator, ReducingAggregator)
+        ):
             return None
         kind: type = type(self.aggregator)
         if kind is Mean:
@@ -330,7 +404,12 @@ class FedAvgTrainer(AbstractFederationTrainer):
 
     def local_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of ``train_epoch`` beside weights and round, the same for every client."""
-        return {"local_epochs": self._count("local_epochs", default=1, least=1)}
+        settings: dict[str, Any] = {"local_epochs": self._count("local_epochs", default=1, least=1)}
+        if (codec := getattr(self.config, "compression", None)) is not None:
+            settings["compression"] = codec
+        if codec == "top_k":
+            settings["compression_ratio"] = getattr(self.config, "compression_ratio", 0.01)
+        return settings
 
 
 def _odd_names(returned: Any, expected: Mapping[str, Any]) -> str | None:

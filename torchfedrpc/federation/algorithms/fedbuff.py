@@ -78,6 +78,7 @@ class FedBuffTrainer(FedAvgTrainer):
         updates: list[dict[str, Any]] = []
         staleness: list[int] = []
         num_dropped = 0
+        self._bytes = (0, 0)
         while len(updates) < self._buffer_size:
             try:
                 client_id, result = await anext(self.pool)
@@ -89,6 +90,7 @@ class FedBuffTrainer(FedAvgTrainer):
                 num_dropped += 1
                 continue
             begun, weights = self._begun.pop(client_id)
+            result = await self._decoded(client_id, result, weights)
             staleness.append(round_num - begun)
             updates.append(
                 {**result, "model_weights": self._applied(result["model_weights"], weights, staleness[-1])}
@@ -105,7 +107,7 @@ class FedBuffTrainer(FedAvgTrainer):
             metrics["num_dropped"] = num_dropped
         if self.simulation is not None:
             metrics["simulated_seconds"] = self.pool.now_s
-        return {**metrics, **(self._score(self.weights) if self._score else {})}
+        return {**metrics, **self._traffic(), **(self._score(self.weights) if self._score else {})}
 
     def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the new global weights."""
