@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchfedrpc.errors import ConfigError, GroupCallError
 from torchfedrpc.events import RoundEnded
-from torchfedrpc.federation.aggregation import Aggregator, Mean, ReducingAggregator
+from torchfedrpc.federation.aggregation import Aggregator, Mean, ReducingAggregator, check_match
 from torchfedrpc.federation.cohorts import Cohort
 from torchfedrpc.federation.compression import check_codec, decode, tensor_bytes
 from torchfedrpc.federation.simulation import SimulatedClients, SimulatedRound
@@ -162,6 +162,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
         if plan.epochs:
             aggregate, failures = await self._train_cohort(round_num, plan.epochs)
             self.weights = self._stepped(aggregate)
+        else:
+            logger.warning("round %d has no results: no client takes part in it", round_num + 1)
         for client_id, error in failures.items():
             logger.warning(
                 "%s is left out of round %d: %s: %s", client_id, round_num + 1, type(error).__name__, error
@@ -213,7 +215,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
         if not updates:
             raise GroupCallError(f"train_epoch failed for all of {', '.join(updates.failures)}", updates.failures, {})
         self.num_results = len(updates)
-        decoded = [await self._decoded(client, update, self.weights) for client, update in updates.items()]
+        decoded = [(client, await self._decoded(client, update, self.weights)) for client, update in updates.items()]
         return await self._aggregated(decoded), updates.failures
 
     def _call_options(self) -> dict[str, Any]:
@@ -385,8 +387,21 @@ class FedAvgTrainer(AbstractFederationTrainer):
         aggregate: Mapping[str, Tensor] = value["model_weights"]
         return aggregate
 
-    async def _aggregated(self, updates: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
-        """Set ``averages`` and return the aggregate, from the learners' results."""
+    async def _aggregated(self, results: Sequence[tuple[str, Mapping[str, Any]]]) -> Mapping[str, Tensor]:
+        """Set ``averages`` and return the aggregate, from clients and their results.
+
+        Raises:
+            ValueError: If the models of two clients differ in names, shapes or kinds of dtype.
+        """
+        first_client, first = results[0]
+        for client_id, update in results[1:]:
+            try:
+                check_match(first["model_weights"], update["model_weights"], 1)
+            except ValueError as error:
+                raise ValueError(
+                    f"the models of {first_client} and {client_id} do not go together: {error}"
+                ) from None
+        updates = [update for _, update in results]
         counts = [1 if self._is_uniform else update["num_samples"] for update in updates]
         reducer = UniformMean(self.averaged) if self._is_uniform else WeightedMean(self.averaged)
         for update in updates:

@@ -75,7 +75,7 @@ class FedBuffTrainer(FedAvgTrainer):
             FedAvg's metrics, and ``staleness``: the mean of the changes' staleness.
         """
         self._round_num = round_num
-        updates: list[dict[str, Any]] = []
+        updates: list[tuple[str, dict[str, Any]]] = []
         staleness: list[int] = []
         num_dropped = 0
         self._bytes = (0, 0)
@@ -92,9 +92,8 @@ class FedBuffTrainer(FedAvgTrainer):
             begun, weights = self._begun.pop(client_id)
             result = await self._decoded(client_id, result, weights)
             staleness.append(round_num - begun)
-            updates.append(
-                {**result, "model_weights": self._applied(result["model_weights"], weights, staleness[-1])}
-            )
+            model = self._applied(result["model_weights"], weights, staleness[-1])
+            updates.append((client_id, {**result, "model_weights": model}))
         aggregate = await self._aggregated(updates)
         self.num_results = len(updates)
         self.weights = self._stepped(aggregate)

@@ -1,0 +1,175 @@
+"""Rounds of the bundled trainers whose clients fail, diverge, are late, or do not go together."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import torchfedrpc as tfr
+from torchfedrpc.errors import ConfigError
+
+CLIENTS = ["a", "b", "c"]
+AGGREGATORS = [None, tfr.CoordinateMedian()]
+
+
+class OddLearner:
+    """Adds one to the weights; client c does ``odd`` in odd rounds."""
+
+    def __init__(self, client_id: str, odd: str = "") -> None:
+        self.odd = odd if client_id == "c" else ""
+
+    async def train_epoch(self, model_weights: Any, round_num: int = 0, local_epochs: int = 1) -> dict[str, Any]:
+        """Train."""
+        weights = {name: value + 1 for name, value in model_weights.items()}
+        if round_num % 2 and self.odd:
+            match self.odd:
+                case "fail":
+                    raise LookupError("lost")
+                case "wait":
+                    await asyncio.Event().wait()
+                case "keys":
+                    weights["extra"] = torch.ones(1)
+                case "shape":
+                    weights["w"] = torch.ones(3)
+                case "nan":
+                    weights["w"] = weights["w"] * math.nan
+        return {"model_weights": weights, "num_samples": 0 if self.odd == "empty" else 2, "train_loss": 0.5}
+
+
+class EmptyLearner(OddLearner):
+    """Has no samples."""
+
+    def __init__(self, client_id: str) -> None:
+        self.odd = "empty"
+
+
+async def train(odd: str = "", *, kind: Any = tfr.FedAvgTrainer, **given: Any) -> Any:
+    """Three rounds; returns the final weight and the metrics of all rounds."""
+    names = ("aggregator", "simulation", "cohort")
+    arguments = {name: given.pop(name) for name in names if name in given}
+    clients: Any = {client: {"odd": odd} for client in CLIENTS}
+    async with tfr.LearnerProxy(OddLearner, clients, runtime="local") as proxy:
+        weights = {"w": torch.zeros(2)}
+        trainer = kind({"num_rounds": 3, **given}, proxy, initial_weights=weights, **arguments)
+        final = await trainer.train()
+        return final["w"].tolist(), [ended.metrics for ended in trainer.history]
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+async def test_a_client_that_fails_ends_the_run_unless_it_may_drop_out(
+    aggregator: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(tfr.GroupCallError, match="train_epoch failed for c, first with LookupError: lost"):
+        await train("fail", aggregator=aggregator)
+    weights, metrics = await train("fail", aggregator=aggregator, on_failure="drop")
+    assert weights == [3, 3]
+    assert [one["num_dropped"] for one in metrics] == [0, 1, 0]
+    assert [one["num_clients"] for one in metrics] == [3, 2, 3]
+    assert "c is left out of round 2: LookupError: lost" in caplog.text
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+async def test_a_round_goes_on_without_a_client_that_is_late(aggregator: Any) -> None:
+    for settings in ({"deadline_s": 0.5}, {"min_results": 2}):
+        weights, metrics = await train("wait", aggregator=aggregator, **settings)
+        assert weights == [3, 3]
+        assert metrics[1]["num_clients"] == 2
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+async def test_clients_whose_models_differ_are_named_with_the_first_difference(aggregator: Any) -> None:
+    with pytest.raises(ValueError, match=r"\ba and c\b.*extra"):
+        await train("keys", aggregator=aggregator)
+    with pytest.raises(ValueError, match=r"\ba and c\b.*'w'.*\[3\]"):
+        await train("shape", aggregator=aggregator)
+
+
+async def test_weights_that_are_no_longer_finite_end_the_run_and_a_robust_aggregator_survives_them() -> None:
+    with pytest.raises(FloatingPointError, match=r"w of the new global weights is not finite: a client has diverged"):
+        await train("nan")
+    weights, _ = await train("nan", aggregator=tfr.CoordinateMedian())
+    assert weights == [3, 3]
+
+
+async def test_clients_without_samples_have_no_mean() -> None:
+    async with tfr.LearnerProxy(EmptyLearner, CLIENTS, runtime="local") as proxy:
+        trainer = tfr.FedAvgTrainer({"num_rounds": 1}, proxy, initial_weights={"w": torch.zeros(2)})
+        with pytest.raises(ValueError, match="no mean, since no result was added or every 'num_samples' was 0"):
+            await trainer.train()
+
+
+async def test_rounds_of_simulated_clients_count_time_and_those_that_drop_out() -> None:
+    clients = tfr.SimulatedClients(slow_fraction=0.5, slow_factor=8, deadline_s=4, seed=2)
+    planned = [clients.plan(CLIENTS, number, 1) for number in range(3)]
+    assert 0 < len(planned[0].dropped) < 3
+    weights, metrics = await train(simulation=clients)
+    assert weights == [3, 3]
+    assert [one["num_dropped"] for one in metrics] == [len(plan.dropped) for plan in planned]
+    assert [one["simulated_seconds"] for one in metrics] == [4, 8, 12]
+
+
+async def test_a_round_without_clients_leaves_the_weights(caplog: pytest.LogCaptureFixture) -> None:
+    class Nobody(tfr.SimulatedClients):
+        def plan(self, cohort: Any, round_num: int, num_epochs: int) -> Any:
+            planned = super().plan(cohort, round_num, num_epochs)
+            if round_num == 1:
+                planned.dropped.extend(planned.epochs)
+                planned.epochs.clear()
+            return planned
+
+    weights, metrics = await train(simulation=Nobody())
+    assert weights == [2, 2]
+    assert (metrics[1]["num_clients"], metrics[1]["num_dropped"]) == (0, 3)
+    assert "round 2 has no results" in caplog.text
+
+
+async def test_cohorts_and_settings_that_do_not_fit_are_refused() -> None:
+    async def twice(*arguments: Any) -> list[str]:
+        return ["a", "a"]
+
+    with pytest.raises(ConfigError, match="must choose different clients of the proxy"):
+        await train(cohort=twice)
+
+    class Chooses(tfr.FedAvgTrainer):
+        def select_clients(self, round_num: int) -> list[str]:
+            return ["a"]
+
+    with pytest.raises(ConfigError, match="by its own select_clients, and would ignore the cohort"):
+        await train(kind=Chooses, cohort=tfr.UniformCohort())
+    with pytest.raises(ConfigError, match="on_failure is raise or drop, not 'ignore'"):
+        await train(on_failure="ignore")
+    with pytest.raises(ConfigError, match="weighting is samples or uniform"):
+        await train(weighting="size")
+
+
+class Pooled(tfr.FedAvgTrainer):
+    """A trainer that sets an attribute before its loop, unless it is resumed."""
+
+    not_state = tfr.FedAvgTrainer.not_state | {"seen_before"}
+
+    async def train(self) -> Any:
+        self.seen_before = getattr(self, "seen", None)
+        if not self.is_resumed:
+            self.seen = 0
+        async for round_num in self.rounds():
+            self.seen += 1
+            await self.train_round(round_num)
+        return self.weights
+
+
+async def test_a_trainer_has_its_state_before_train_and_knows_that_it_is_resumed(tmp_path: Any) -> None:
+    async def run(num_rounds: int) -> Pooled:
+        async with tfr.LearnerProxy(OddLearner, CLIENTS, runtime="local") as proxy:
+            trainer = Pooled({"num_rounds": num_rounds}, proxy, initial_weights={"w": torch.zeros(2)})
+            trainer.checkpoints = tfr.Checkpoints(tmp_path, resume="auto")
+            await trainer.train()
+            return trainer
+
+    first, second = await run(2), await run(5)
+    assert (first.seen_before, first.seen) == (None, 2)
+    assert (second.seen_before, second.seen) == (2, 5)
+    assert not second.is_resumed  # the run is over
