@@ -161,8 +161,10 @@ def _batches(
         epoch = 0
         while len(indices) and (num_steps is not None or epoch < num_epochs):
             # One gather per epoch instead of one per step; drawn on the CPU, so that all devices use the same order.
-            shuffled = samples.take(indices[torch.randperm(len(indices)).to(indices.device)])
-            yield from shuffled.batches(batch_size)
+            # A full batch stays in its own order, and has the bits of centralised training.
+            is_full = len(indices) <= batch_size
+            order = indices if is_full else indices[torch.randperm(len(indices)).to(indices.device)]
+            yield from samples.take(order).batches(batch_size)
             epoch += 1
 
     return islice(epochs(), num_steps)

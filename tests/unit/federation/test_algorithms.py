@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import torchfedrpc as tfr
 from torchfedrpc.errors import ConfigError
+from torchfedrpc.experiments.training import build_model, copy_weights
 
 Vector = npt.NDArray[np.float64]
 
@@ -272,3 +273,28 @@ def test_scaffold_refuses_momentum_and_weights_by_samples() -> None:
         run(tfr.ScaffoldTrainer, learner="scaffold", of_learner={"momentum": 0.9})
     with pytest.raises(ConfigError, match="weighting to uniform"):
         run(tfr.ScaffoldTrainer, learner="scaffold", weighting="samples")
+
+
+async def test_fedavg_of_one_client_and_a_full_batch_is_centralised_sgd_to_the_bit() -> None:
+    torch.set_default_dtype(torch.float32)
+    threads = torch.get_num_threads()
+    recipe = {"_target_": "torchfedrpc.experiments.models.ConvNet", "channels": [2, 3]}
+    dataset = {"_target_": "torchfedrpc.experiments.data.synthetic.synthetic", "num_samples": 120}
+    indices = np.arange(77)
+    client = {"dataset": dataset, "model": recipe, "indices": indices, "batch_size": 77, "learning_rate": 0.1}
+    model = build_model(recipe, seed=1)
+    async with tfr.LearnerProxy("classification", {"a": client}, runtime="local") as proxy:
+        trainer = tfr.FedAvgTrainer({"num_rounds": 5}, proxy, initial_weights=copy_weights(model))
+        found = await trainer.train()
+    assert found is not None
+    data = tfr.build(dataset).train
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.set_num_threads(1)  # as learners have
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(model(data.inputs[indices]), data.labels[indices])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    torch.set_num_threads(threads)
+    for name, value in model.state_dict().items():
+        assert torch.equal(found[name], value), name

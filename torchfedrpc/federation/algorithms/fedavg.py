@@ -207,7 +207,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
         usual = settings.get("local_epochs", 1)
         calls = {client: {} if number == usual else {"local_epochs": number} for client, number in epochs.items()}
         cohort = self.learner_proxy.clients(calls).options(**self._call_options())
-        if (reducer := self._reducer()) is not None:
+        if len(calls) > 1 and (reducer := self._reducer()) is not None:  # the mean of one has its bits
             reduced = await cohort.reduce("train_epoch", reducer, **settings)
             self.num_results = reduced.count
             return self._parts_of(reduced.value), reduced.failures
@@ -407,6 +407,9 @@ class FedAvgTrainer(AbstractFederationTrainer):
         for update in updates:
             reducer.add(update)
         self.averages = {} if reducer.is_empty else reducer.finish()
+        kind: type = type(self.aggregator)
+        if len(updates) == 1 and kind is Mean and not self._overrides_aggregation():
+            return dict(first["model_weights"])
         return await self.aggregate_weights([update["model_weights"] for update in updates], counts)
 
     @property
