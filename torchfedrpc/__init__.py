@@ -71,6 +71,7 @@ from torchfedrpc.federation.algorithms.scaffold import ScaffoldTrainer
 from torchfedrpc.federation.best_model import BestModel
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.federation.checkpoints import Checkpoints
+from torchfedrpc.federation.client_evaluation import ClientEvaluation
 from torchfedrpc.federation.cohorts import (
     AvailabilityWindows,
     PowerOfChoiceCohort,
@@ -125,6 +126,7 @@ __all__ = [
     "CheckpointSaved",
     "Checkpoints",
     "ClassificationLearner",
+    "ClientEvaluation",
     "ConfigError",
     "CoordinateMedian",
     "DeviceMap",

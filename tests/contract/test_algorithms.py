@@ -141,3 +141,58 @@ async def test_algorithms_have_the_same_bits_after_the_kill_of_a_worker(
     if mode != "pseudo":
         pytest.skip("a test kills workers of pseudo mode alone")
     check_equal(await train(name, runtime, callbacks=[KillsAWorker()]), await locally(name))
+
+
+class Recorder(tfr.Callback):
+    """Records the metrics of the rounds by their numbers."""
+
+    def __init__(self) -> None:
+        self.rounds: dict[int, dict[str, float]] = {}
+
+    def on_round_end(self, run: tfr.Run, ended: tfr.RoundEnded) -> None:
+        self.rounds[ended.round_num] = ended.metrics
+
+
+_EVALUATED: dict[str, tuple[Result, dict[int, dict[str, float]]]] = {}
+
+
+async def evaluated(
+    name: str, runtime: Any, *others: tfr.Callback, folder: Path | None = None
+) -> tuple[Result, dict[int, dict[str, float]]]:
+    """The result of a run with evaluations by the clients, and the metrics of its rounds."""
+    recorder = Recorder()
+    callbacks = [tfr.ClientEvaluation(2), recorder, *others]
+    return await train(name, runtime, callbacks=callbacks, folder=folder), recorder.rounds
+
+
+async def evaluated_locally(name: str) -> tuple[Result, dict[int, dict[str, float]]]:
+    if name not in _EVALUATED:
+        _EVALUATED[name] = await evaluated(name, "local")
+    return _EVALUATED[name]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+async def test_evaluations_by_clients_have_the_same_bits_in_every_mode_and_after_the_kill_of_a_worker(
+    name: str, mode: str, runtime: Mapping[str, Any]
+) -> None:
+    expected, expected_rounds = await evaluated_locally(name)
+    assert [number for number, metrics in expected_rounds.items() if "client_accuracy" in metrics] == [0, 1, 3]
+    result, rounds = await evaluated(name, runtime, *([KillsAWorker()] if mode == "pseudo" else []))
+    assert rounds == expected_rounds
+    check_equal(result, expected)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+async def test_training_has_the_same_bits_with_evaluations_by_clients_and_without(name: str) -> None:
+    check_equal((await evaluated_locally(name))[0], await locally(name))
+
+
+@pytest.mark.parametrize("name", ["fedavg", "ditto", "fedbuff"])
+async def test_evaluations_by_clients_have_the_same_bits_across_a_resume(
+    name: str, lone_runtime: Mapping[str, Any], tmp_path: Path
+) -> None:
+    await evaluated(name, lone_runtime, Stops(), folder=tmp_path)
+    expected, expected_rounds = await evaluated_locally(name)
+    result, rounds = await evaluated(name, lone_runtime, folder=tmp_path)
+    assert rounds == {number: metrics for number, metrics in expected_rounds.items() if number >= 2}
+    check_equal(result, expected, num_last=2)

@@ -363,3 +363,26 @@ async def test_running_extends_the_run_to_what_follows_train(tmp_path: Path) -> 
             assert run.output_dir is not None
             assert run.output_dir.is_dir()
         assert recorder.calls[-2:] == ["RunEnded", "end NoneType"]
+
+
+class Doubling(tfr.Callback):
+    """Returns a further metric of each round."""
+
+    def on_round_end(self, run: tfr.Run, ended: tfr.RoundEnded) -> dict[str, float]:
+        return {"doubled": 2 * ended.metrics["steps"]}
+
+
+async def test_metrics_that_a_callback_returns_are_in_the_round_of_those_after_it() -> None:
+    before, after = Recorder(), Recorder()
+    async with tfr.LearnerProxy(CountingLearner, ["a"], runtime="local") as proxy:
+        trainer = CountingTrainer({"num_rounds": 2}, proxy)
+        trainer.callbacks = [before, Doubling(), after]
+        await trainer.train()
+    assert [call for call in before.calls if call.startswith("round")] == [
+        "round 0 {'steps': 1.0}",
+        "round 1 {'steps': 2.0}",
+    ]
+    assert [call for call in after.calls if call.startswith("round")] == [
+        "round 0 {'steps': 1.0, 'doubled': 2.0}",
+        "round 1 {'steps': 2.0, 'doubled': 4.0}",
+    ]

@@ -29,6 +29,7 @@ from torchfedrpc.experiments.progress import live_progress
 from torchfedrpc.experiments.protocol_checks import (
     check_aggregator,
     check_dataset,
+    check_evaluates,
     check_final_weights,
     check_held_out,
     check_initial_weights,
@@ -51,6 +52,7 @@ from torchfedrpc.experiments.training import Score, build_model, copy_weights, s
 from torchfedrpc.federation.aggregation import Aggregator
 from torchfedrpc.federation.callbacks import Callback
 from torchfedrpc.federation.checkpoints import Checkpoints
+from torchfedrpc.federation.client_evaluation import ClientEvaluation
 from torchfedrpc.federation.cohorts import Cohort, UniformCohort
 from torchfedrpc.federation.simulation import SimulatedClients
 from torchfedrpc.host.process import process_settings
@@ -128,7 +130,8 @@ class _Parts:
         simulation: Simulated clients; None for none.
         aggregator: The aggregator; None for the trainer's own.
         history: The log of rounds.
-        callbacks: All callbacks, in the order of their calls: loggers come last, since they keep the report.
+        callbacks: All callbacks, in the order of their calls: the evaluation comes first, for its metrics, and
+            loggers last, since they keep the report.
     """
 
     data: TrainTest
@@ -151,11 +154,15 @@ class _Parts:
         history = History(output_dir / HISTORY_FILE)
         trace = [Trace(max_calls=config.trace_calls)] if config.trace else []
         report = [Report()] if config.report else []
-        called = [history, *callbacks, *trace, *_made(config, "callbacks"), *report, *_made(config, "logger")]
+        evaluation = [] if config.evaluate_every is None else [ClientEvaluation(config.evaluate_every)]
+        followers = [*callbacks, *trace, *_made(config, "callbacks"), *report, *_made(config, "logger")]
+        called = [*evaluation, history, *followers]
         check_trainer(config.trainer)
         check_signature("learner", config.learner)
         if config.held_out:
             check_held_out(config.learner)
+        if evaluation:
+            check_evaluates(config.learner)
         for kind, recipe in (("dataset", config.dataset), ("model", config.model)):
             check_trusted(recipe, config.trusted_modules)
             check_signature(kind, recipe)

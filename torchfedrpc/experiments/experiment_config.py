@@ -48,6 +48,7 @@ class ExperimentConfig:
         client_scores: Whether each client's learner scores the final weights by ``evaluate``, if it has that method.
         held_out: Fraction of each client's samples that ``evaluate`` scores on and training leaves out; at least 0,
             below 1.
+        evaluate_every: Number of rounds between evaluations by all clients, see `ClientEvaluation`; None for none.
     """
 
     seed: int
@@ -71,6 +72,7 @@ class ExperimentConfig:
     report: bool = False
     client_scores: bool = False
     held_out: float = 0.0
+    evaluate_every: int | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ExperimentConfig:

@@ -131,6 +131,21 @@ def check_held_out(recipe: Recipe) -> None:
         )
 
 
+def check_evaluates(recipe: Recipe) -> None:
+    """Check that learners can score models after rounds.
+
+    Raises:
+        ConfigError: If their class has no ``evaluate``.
+    """
+    entry = locate(recipe)
+    if isinstance(entry, type) and not callable(getattr(entry, "evaluate", None)):
+        near = suggest("evaluate", [name for name in dir(entry) if not name.startswith("_")])
+        raise ConfigError(
+            f"{title('learner', recipe)}: the method evaluate is missing, which evaluate_every calls{near}; let it "
+            f"return accuracy, loss and num_samples"
+        )
+
+
 def check_aggregator(recipe: Recipe, trainer: Recipe) -> None:
     """Check the class or function of an aggregator, and that the trainer takes one.
 

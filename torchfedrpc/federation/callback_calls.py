@@ -74,7 +74,7 @@ class CallbackCalls:
         self._is_published = True
 
     async def end_round(self, round_num: int, num_rounds: int) -> None:
-        """Call `Callback.on_round_end`.
+        """Call `Callback.on_round_end`; metrics that a callback returns are in the round of those after it.
 
         Raises:
             Exception: If a callback raised it, now or at an event of the round.
@@ -86,7 +86,9 @@ class CallbackCalls:
                 f"{round_num}: give tfr.RoundEnded the number that self.rounds() yields"
             )
         for name in self._started:
-            await self._call(name, "on_round_end", ended)
+            returned = await self._call(name, "on_round_end", ended)
+            if isinstance(returned, Mapping):
+                ended = RoundEnded(round_num, num_rounds, {**ended.metrics, **returned})
         if self._failure is not None:
             raise self._failure
         if self.run.stop_reason is not None:
@@ -161,11 +163,10 @@ class CallbackCalls:
             except Exception as error:
                 self._failure = self._failure or error
 
-    async def _call(self, name: str, method: str, *args: Any) -> None:
+    async def _call(self, name: str, method: str, *args: Any) -> Any:
         with self._noted(name, method):
             result = getattr(self._named[name], method)(self.run, *args)
-            if inspect.isawaitable(result):
-                await result
+            return await result if inspect.isawaitable(result) else result
 
     @contextmanager
     def _noted(self, name: str, method: str) -> Iterator[None]:

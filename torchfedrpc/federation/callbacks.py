@@ -63,12 +63,18 @@ class Callback:
     def on_run_start(self, run: Run) -> Awaitable[None] | None:
         """Called once, before the first round, or before the first remaining round of a run that resumes."""
 
-    def on_round_end(self, run: Run, ended: RoundEnded) -> Awaitable[None] | None:
+    def on_round_end(
+        self, run: Run, ended: RoundEnded
+    ) -> Awaitable[Mapping[str, float] | None] | Mapping[str, float] | None:
         """Called at the end of each round, before its checkpoint.
 
         Args:
             run: The run.
-            ended: The event that the trainer published in this round; without metrics if it published none.
+            ended: The event that the trainer published in this round; without metrics if it published none. It has
+                the metrics that callbacks before this one returned.
+
+        Returns:
+            Further metrics of the round, for the callbacks after this one; None for none.
         """
 
     def on_event(self, run: Run, event: Event) -> None:

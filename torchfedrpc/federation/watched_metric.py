@@ -10,6 +10,12 @@ from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.events import RoundEnded
 
 _MODES = {"min": -1.0, "max": 1.0}
+_ENDINGS = {"spread": "min"} | {
+    f"{metric}{of_clients}": mode
+    for metric, mode in (("loss", "min"), ("accuracy", "max"))
+    for of_clients in ("", "_weighted", "_worst_decile")
+}
+"""Ending of a metric's name -> its mode."""
 
 
 class WatchedMetric:
@@ -18,7 +24,8 @@ class WatchedMetric:
     Args:
         owner: Name of the callback, for error messages.
         name: Name of the metric.
-        mode: ``min`` or ``max``. None: ``min`` if the name ends with ``loss``, ``max`` if with ``accuracy``.
+        mode: ``min`` or ``max``. None: ``min`` if the name ends with ``loss`` or ``spread``, ``max`` if with
+            ``accuracy``; also before ``_weighted`` and ``_worst_decile``.
         min_delta: A value improves the best one if it is better by more than this.
 
     Attributes:
@@ -30,8 +37,7 @@ class WatchedMetric:
     """
 
     def __init__(self, owner: str, name: str, mode: str | None, min_delta: float = 0.0) -> None:
-        endings = {"loss": "min", "accuracy": "max"}
-        known = [found for ending, found in endings.items() if name.endswith(ending)]
+        known = [found for ending, found in _ENDINGS.items() if name.endswith(ending)]
         if mode is None and not known:
             raise ConfigError(f"{owner}: set mode to min or max, which the name of the metric {name} does not tell")
         if mode not in (None, *_MODES):

@@ -164,6 +164,7 @@ def test_the_keys_are_these() -> None:
         "dataset._target_",
         "dataset.seed",
         "dataset.test_fraction",
+        "evaluate_every",
         "held_out",
         "imports",
         "learner._target_",

@@ -175,6 +175,26 @@ def test_other_metrics_than_those_of_the_bundled_trainers_are_drawn(
     assert "12.500" in _page(tmp_path)
 
 
+def test_metrics_of_clients_have_charts_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["test_accuracy", "client_accuracy", "client_accuracy_spread", "client_loss_worst_decile"]
+    figures = _figures(make_run(tmp_path, monkeypatch, metrics=dict.fromkeys(names, 0.5)))
+    drawn = {
+        figure.caption: [*(figure.series or {}).values()] for name, figure in figures.items() if "metric" in name
+    }
+    assert drawn["Client accuracy by round"] == ["client accuracy", "client accuracy spread"]
+    assert drawn["Client loss by round"] == ["client loss worst decile"]
+    assert drawn["Accuracy by round"] == ["test accuracy"]
+
+
+def test_lines_join_the_points_of_a_metric_that_not_each_round_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = _figures(make_run(tmp_path, monkeypatch, metrics={"client_accuracy": 0.5}))
+    spec = next(figure.spec for figure in figures.values() if figure.caption == "Client accuracy by round")
+    assert spec is not None
+    assert spec["transform"] == [{"filter": "isValid(datum.value)"}]
+
+
 def test_missing_and_diverged_values_are_dashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path, monkeypatch, num_rounds=3)
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]

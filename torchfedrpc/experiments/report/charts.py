@@ -64,6 +64,7 @@ def lines(names: Sequence[str], y_title: str, rounds: Sequence[float], *, from_z
     dashes = {"field": "series", "type": "nominal", "scale": scale, "legend": _legend(names, symbolType="stroke")}
     return _chart(
         {"type": "line", "strokeWidth": 2.2, "point": {"size": 36} if len(rounds) <= 30 else False},
+        transform=[{"filter": "isValid(datum.value)"}],  # joins the points of a metric that not each round has
         x=_rounds(rounds),
         y={"field": "value", "type": "quantitative", "title": y_title, "scale": {"zero": from_zero}},
         color=_color("series", names, symbolType="stroke"),

@@ -78,12 +78,13 @@ def sections(run: RunData) -> list[Section]:
 
 
 def _training(run: RunData) -> Section:
-    """Return a chart for each kind of metric, such as accuracy, with the centralised baseline."""
+    """Return a chart for each kind of metric, such as accuracy or client accuracy, with the centralised baseline."""
     names = [name for name in _keys(run.history) if name not in NOT_METRICS]
     names = [name for name in names if any(record.get(name) is not None for record in run.history)]
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(name.rpartition("_")[2], []).append(name)
+        words = name.split("_")
+        kinds.setdefault(" ".join(words[:2]) if words[0] == "client" else words[-1], []).append(name)
     baseline = {record["round"]: record for record in run.baseline}
     records = sample(run.history, MAX_ROWS)
     figures = []

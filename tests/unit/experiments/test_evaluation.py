@@ -1,4 +1,4 @@
-"""Held-out samples of clients: how shares are divided, and what learners, scores and files have of them."""
+"""Evaluation in an experiment: held-out samples of clients, and the metrics of their scores."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ def uneven(labels: Any, num_clients: int) -> list[Any]:
 
 
 class Silent:
-    """A learner without held-out samples."""
+    """A learner without held-out samples, whose method has another name."""
 
     def __init__(self, client_id: str, indices: Any) -> None: ...
+
+    def evaluat(self) -> None: ...
 
 
 def config(**values: Any) -> ExperimentConfig:
@@ -148,3 +150,29 @@ async def test_a_learner_that_takes_no_held_out_samples_is_refused(tmp_path: Pat
     silent = {"_target_": f"{__name__}.Silent"}
     with pytest.raises(tfr.ConfigError, match=r"Silent takes no held_out, and .* or set held_out=0"):
         await run_experiment(config(learner=silent, held_out=0.1), tmp_path)
+
+
+async def test_the_history_has_the_metrics_of_clients_with_held_out_samples(tmp_path: Path) -> None:
+    trainer = {"_target_": "torchfedrpc.FedAvgTrainer", "num_rounds": 3}
+    best = {"best": {"_target_": "torchfedrpc.BestModel", "metric": "client_accuracy_worst_decile"}}
+    settings = {"trainer": trainer, "callbacks": best, "report": True, "client_scores": True}
+    await run_experiment(config(held_out=0.2, evaluate_every=3, **settings), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert ["client_accuracy" in line for line in lines] == [True, False, True]
+    clients = [json.loads(line) for line in (tmp_path / "clients.jsonl").read_text().splitlines()]
+    for name in ("accuracy", "loss"):
+        found = [client["scores"][name] for client in clients[1:]]
+        assert lines[2][f"client_{name}"] == pytest.approx(sum(found) / 2)
+        assert lines[2][f"client_{name}_spread"] == pytest.approx(abs(found[0] - found[1]) / 2)
+    best_round = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best_round["value"] == lines[best_round["round"]]["client_accuracy_worst_decile"]
+    assert "client accuracy worst decile" in (tmp_path / "report.html").read_text()
+
+
+async def test_a_learner_without_evaluate_is_refused_where_clients_evaluate(tmp_path: Path) -> None:
+    silent = {"_target_": f"{__name__}.Silent"}
+    with pytest.raises(
+        tfr.ConfigError,
+        match=r"Silent: the method evaluate is missing, which evaluate_every calls.*did you mean 'evaluat'",
+    ):
+        await run_experiment(config(learner=silent, evaluate_every=1), tmp_path)
