@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torchfedrpc.experiments.learners.classification import ClassificationLearner
+from torchfedrpc.experiments.learners.personal import PersonalLearner
 from torchfedrpc.experiments.training import copy_weights, proximal, trained_parameters
 from torchfedrpc.federation.aggregation import StateDict
 from torchfedrpc.registry import learner
 
 
 @learner("ditto")
-class DittoLearner(ClassificationLearner):
+class DittoLearner(PersonalLearner):
     """Learner with a personal model ``v``, which is kept near the global one ``w`` (Ditto, Li et al. 2021).
 
     Each call trains from ``w`` as FedAvg does, and then ``v`` on the client's loss plus ``penalty / 2 * ||v -
@@ -22,10 +21,6 @@ class DittoLearner(ClassificationLearner):
         client_id: The client of this learner.
         settings: As `ClassificationLearner`.
     """
-
-    def __init__(self, client_id: str, **settings: Any) -> None:
-        super().__init__(client_id, **settings)
-        self._personal: StateDict | None = None
 
     def train_epoch(  # type: ignore[override]
         self, model_weights: StateDict | None = None, *, penalty: float, personal_epochs: int = 1, **arguments: Any
@@ -54,16 +49,3 @@ class DittoLearner(ClassificationLearner):
     def evaluate(self, model_weights: StateDict | None = None) -> dict[str, Any]:
         """Score the personal model on the client's samples; the given weights before the first training."""
         return super().evaluate(model_weights if self._personal is None else self._personal)
-
-    def get_personal_weights(self) -> StateDict | None:
-        """Return the personal model, a state dict; None before the first training."""
-        return self._personal
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for snapshots: the learner's weights and its personal model."""
-        return {**super().state_dict(), "personal": self._personal}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned."""
-        super().load_state_dict(state)
-        self._personal = state["personal"]

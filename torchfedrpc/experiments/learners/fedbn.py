@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments.learners.classification import ClassificationLearner
+from torchfedrpc.experiments.learners.personal import PersonalLearner
 from torchfedrpc.federation.aggregation import StateDict
 from torchfedrpc.registry import learner
 
 
 @learner("fedbn")
-class FedBNLearner(ClassificationLearner):
+class FedBNLearner(PersonalLearner):
     """Learner whose batch normalisation, statistics included, never leaves the client (FedBN, Li et al. 2021).
 
     What it returns has the personal entries of the weights that it received, so their mean is unchanged. It scores
@@ -27,10 +27,6 @@ class FedBNLearner(ClassificationLearner):
         client_id: The client of this learner.
         settings: As `ClassificationLearner`.
     """
-
-    def __init__(self, client_id: str, **settings: Any) -> None:
-        super().__init__(client_id, **settings)
-        self._personal: dict[str, Tensor] = {}
 
     def train_epoch(  # type: ignore[override]
         self,
@@ -63,23 +59,10 @@ class FedBNLearner(ClassificationLearner):
         shared = {**result, "model_weights": {**trained, **{name: received[name] for name in names}}}
         return self._compressed(shared, received, compression, compression_ratio)
 
-    def get_personal_weights(self) -> StateDict:
-        """Return the personal entries, a state dict; empty before the first training."""
-        return self._personal
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for snapshots: the learner's weights and its personal entries."""
-        return {**super().state_dict(), "personal": self._personal}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned."""
-        super().load_state_dict(state)
-        self._personal = state["personal"]
-
     @contextmanager
     def _borrowed_model(self, weights: StateDict | None) -> Iterator[nn.Module]:
         shared = self.get_model_weights() if weights is None else weights
-        with super()._borrowed_model({**shared, **self._personal}) as model:
+        with super()._borrowed_model({**shared, **(self._personal or {})}) as model:
             yield model
 
 
