@@ -873,6 +873,20 @@ MUTATIONS = [
         "tests/unit/federation/test_compression.py",
     ),
     Mutation(
+        "changes are not clipped",
+        "federation/privacy.py",
+        "factor = min(1.0, self.clip_norm / norm) if norm else 1.0",
+        "factor = 1.0",
+        "tests/unit/federation/test_privacy.py",
+    ),
+    Mutation(
+        "a replaced client counts as one that is left out",
+        "federation/privacy.py",
+        "dp.GaussianDpEvent(noise_multiplier / 2)",
+        "dp.GaussianDpEvent(noise_multiplier)",
+        "tests/unit/federation/test_privacy.py",
+    ),
+    Mutation(
         "a resume starts anew",
         "experiments/commands/resume.py",
         "if not _has_checkpoint(folder / SUBFOLDER):",

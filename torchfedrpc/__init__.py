@@ -81,6 +81,7 @@ from torchfedrpc.federation.cohorts import (
 )
 from torchfedrpc.federation.early_stopping import EarlyStopping
 from torchfedrpc.federation.learner_base import Learner
+from torchfedrpc.federation.privacy import GaussianMean
 from torchfedrpc.federation.robust import CoordinateMedian, MultiKrum, TrimmedMean
 from torchfedrpc.federation.simulation import SimulatedClients
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
@@ -149,6 +150,7 @@ __all__ = [
     "FedOptTrainer",
     "FedProxTrainer",
     "FedYogiTrainer",
+    "GaussianMean",
     "GroupCallError",
     "GroupResult",
     "Isolation",

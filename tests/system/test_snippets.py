@@ -11,6 +11,7 @@ from folders import ROOT, SUPPORT, TESTS
 
 pytestmark = pytest.mark.timeout(600)
 PACKAGES = {
+    "algorithms.md": ("dp_accounting",),
     "learners.md": ("transformers", "accelerate", "torchvision", "lightning"),
     "data.md": ("mlxtend", "datasets", "sklearn"),
 }

@@ -23,6 +23,10 @@ class Aggregator(Protocol):
 
     It is called on the driver, in a thread, with all models. The result of a `ReducingAggregator` is formed on the
     workers instead, so the driver's memory does not grow with the cohort.
+
+    An object may have two more methods. ``begin_run(trainer)`` is called at the end of the constructor of
+    `FedAvgTrainer`, and may refuse it. ``begin_round(weights, round_num)`` is called before each round with the
+    global weights, and returns a mapping of metrics for the history.
     """
 
     def __call__(self, models: Sequence[StateDict], num_samples: Sequence[float], /) -> StateDict:

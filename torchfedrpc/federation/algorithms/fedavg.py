@@ -134,6 +134,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
             if (value := getattr(self.config, name, options[0])) not in options:
                 raise ConfigError(f"the trainer's {name} is {' or '.join(options)}, not {value!r}")
         self._check_compression()
+        if (begin_run := getattr(self.aggregator, "begin_run", None)) is not None:
+            begin_run(self)
 
     async def train(self) -> Mapping[str, Tensor] | None:
         """Run all rounds.
@@ -154,12 +156,15 @@ class FedAvgTrainer(AbstractFederationTrainer):
         Returns:
             ``train_loss`` (mean over the cohort's samples), ``num_clients``, and the metrics of ``score``; where
             clients may drop out also ``num_dropped``, with a simulation ``simulated_seconds`` since the run's
-            beginning, and with ``compression`` the ``update_bytes`` and ``uncompressed_bytes`` of the results.
+            beginning, and with ``compression`` the ``update_bytes`` and ``uncompressed_bytes`` of the results. An
+            aggregator may add metrics.
         """
         plan = self._plan(round_num, await self.choose_clients(round_num))
         failures: Mapping[str, Exception] = {}
         self.averages, self.num_results, self._bytes = {}, 0, (0, 0)
+        of_aggregator: Mapping[str, float] = {}
         if plan.epochs:
+            of_aggregator = await self._begin_round(round_num)
             aggregate, failures = await self._train_cohort(round_num, plan.epochs)
             self.weights = self._stepped(aggregate)
         else:
@@ -176,6 +181,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
             metrics["simulated_seconds"] = self.simulated_seconds
         return {
             **metrics,
+            **of_aggregator,
             **self._traffic(),
             **(self._score(self.weights) if self._score and self.weights is not None else {}),
         }
@@ -217,6 +223,11 @@ class FedAvgTrainer(AbstractFederationTrainer):
         self.num_results = len(updates)
         decoded = [(client, await self._decoded(client, update, self.weights)) for client, update in updates.items()]
         return await self._aggregated(decoded), updates.failures
+
+    async def _begin_round(self, round_num: int) -> Mapping[str, float]:
+        """Give the aggregator the global weights, and return its metrics."""
+        begin_round = getattr(self.aggregator, "begin_round", None)
+        return {} if begin_round is None else await asyncio.to_thread(begin_round, self.weights, round_num) or {}
 
     def _call_options(self) -> dict[str, Any]:
         """Return the options of a cohort's calls; empty if all clients must give a result."""
@@ -273,6 +284,10 @@ class FedAvgTrainer(AbstractFederationTrainer):
                 f"{odd[0]}, in buffers=[name for name, _ in model.named_buffers()]"
             )
         return [key for key, old in self.weights.items() if key not in self.buffers and old.is_floating_point()]
+
+    def personal_names(self) -> frozenset[str]:
+        """Return the names of entries that stay with the clients, so that learners return them as received."""
+        return frozenset()
 
     def moved(self, aggregate: Mapping[str, Tensor], rate: float) -> Mapping[str, Tensor]:
         """Return ``weights + rate * (aggregate - weights)``; entries that are no parameters as in the aggregate."""

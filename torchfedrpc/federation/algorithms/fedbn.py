@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
@@ -23,3 +24,10 @@ class FedBNTrainer(FedAvgTrainer):
     def local_settings(self) -> dict[str, Any]:
         """Return FedAvg's arguments and ``personal``."""
         return {**super().local_settings(), "personal": list(getattr(self.config, "personal", ()))}
+
+    def personal_names(self) -> frozenset[str]:
+        """Return the names that ``personal`` matches; by default those of layers with running statistics."""
+        weights = self.weights or {}
+        layers = [name.removesuffix("running_mean") for name in weights if name.endswith("running_mean")]
+        patterns = list(getattr(self.config, "personal", ())) or [f"{layer}*" for layer in layers]
+        return frozenset(name for name in weights if any(fnmatchcase(name, pattern) for pattern in patterns))

@@ -79,6 +79,7 @@ class FedBuffTrainer(FedAvgTrainer):
         staleness: list[int] = []
         num_dropped = 0
         self._bytes = (0, 0)
+        of_aggregator = await self._begin_round(round_num)
         while len(updates) < self._buffer_size:
             try:
                 client_id, result = await anext(self.pool)
@@ -106,7 +107,7 @@ class FedBuffTrainer(FedAvgTrainer):
             metrics["num_dropped"] = num_dropped
         if self.simulation is not None:
             metrics["simulated_seconds"] = self.pool.now_s
-        return {**metrics, **self._traffic(), **(self._score(self.weights) if self._score else {})}
+        return {**metrics, **of_aggregator, **self._traffic(), **(self._score(self.weights) if self._score else {})}
 
     def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the new global weights."""
