@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import needs
 from folders import ROOT
 from processes import Process, environment
 from workers import joining, make_token
 
 EXAMPLES = ROOT / "examples"
-NAMES = ["custom_trainer", "distillation", "fedbn", "fedbuff", "quickstart", "robust", "scaffold", "split_learning"]
+NAMES = ["custom_trainer", "distillation", "fedbn", "fedbuff"]
+NAMES += ["private", "quickstart", "robust", "scaffold", "split_learning"]
 IN_ALL_MODES = [EXAMPLES / f"{name}.py" for name in NAMES]
 ELASTIC = EXAMPLES / "elastic.py"
 
@@ -32,6 +34,8 @@ def test_no_example_is_forgotten_here() -> None:
 
 @pytest.mark.parametrize("script", IN_ALL_MODES, ids=lambda path: path.stem)
 def test_an_example_prints_the_same_in_every_mode(script: Path, tmp_path: Path) -> None:
+    if script.stem == "private":
+        needs("dp_accounting")
     local = output_of(tmp_path, sys.executable, str(script), "local")
     pseudo = output_of(tmp_path, sys.executable, str(script), "pseudo")
     launch = ("-m", "torch.distributed.run", "--nproc-per-node=3")
