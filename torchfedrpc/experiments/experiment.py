@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from torchfedrpc.experiments.data.cache import load_dataset
 from torchfedrpc.experiments.data.held_out import split_held_out
 from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.experiment_config import ExperimentConfig, Recipe
-from torchfedrpc.experiments.history import HISTORY_FILE, History
+from torchfedrpc.experiments.history import HISTORY_FILE, Cost, History
 from torchfedrpc.experiments.learners.classification import ClassificationLearner
 from torchfedrpc.experiments.progress import live_progress
 from torchfedrpc.experiments.protocol_checks import (
@@ -54,6 +54,7 @@ from torchfedrpc.federation.callbacks import Callback
 from torchfedrpc.federation.checkpoints import Checkpoints
 from torchfedrpc.federation.client_evaluation import ClientEvaluation
 from torchfedrpc.federation.cohorts import Cohort, UniformCohort
+from torchfedrpc.federation.early_stopping import EarlyStopping
 from torchfedrpc.federation.simulation import SimulatedClients
 from torchfedrpc.host.process import process_settings
 from torchfedrpc.private_files import make_private, replaced
@@ -105,10 +106,24 @@ async def run_experiment(
         write_baseline(output_dir / BASELINE_FILE, baseline)
         _draw(parts, baseline, output_dir)
     print_table(parts.history.records, stream)
+    for line in _targets(parts):
+        print(line, file=stream)
     if baseline:
         print(f"centralised baseline: test accuracy {baseline[-1].accuracy:.3f}", file=stream)
     print(f"final test accuracy: {accuracy:.3f}", file=stream, flush=True)
     return accuracy
+
+
+def _targets(parts: _Parts) -> Iterator[str]:
+    """Yield a line about each target of the callbacks: what it has cost, or that it was not reached."""
+    for callback in parts.callbacks:
+        if not isinstance(callback, EarlyStopping) or callback.target is None:
+            continue
+        target = f"{callback.metric} of {callback.target:g}"
+        if (num_rounds := callback.num_rounds_to_target) is None:
+            yield f"the target {target} was not reached"
+        else:
+            yield f"to the target {target}: {Cost.of(parts.history.records[:num_rounds])}"
 
 
 def _features(config: ExperimentConfig) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,38 @@ class RoundRecord:
     bytes_sent: int
     bytes_received: int
     more: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the first rounds of a run have cost.
+
+    Attributes:
+        num_rounds: Number of rounds.
+        seconds: Wall-clock time.
+        simulated_seconds: Virtual time; None without a simulation.
+        num_bytes: Bytes between driver and workers, in both directions.
+    """
+
+    num_rounds: int
+    seconds: float
+    simulated_seconds: float | None
+    num_bytes: int
+
+    @classmethod
+    def of(cls, records: Sequence[RoundRecord]) -> Cost:
+        """Return the cost of some rounds, from the first one."""
+        return cls(
+            num_rounds=len(records),
+            seconds=sum(record.seconds for record in records),
+            simulated_seconds=records[-1].more.get("simulated_seconds") if records else None,
+            num_bytes=sum(record.bytes_sent + record.bytes_received for record in records),
+        )
+
+    def __str__(self) -> str:
+        rounds = "1 round" if self.num_rounds == 1 else f"{self.num_rounds} rounds"
+        simulated = "" if self.simulated_seconds is None else f", {self.simulated_seconds:.1f} simulated s"
+        return f"{rounds}, {self.seconds:.1f} s{simulated}, {self.num_bytes / 1e6:.1f} MB"
 
 
 class RoundMeter:

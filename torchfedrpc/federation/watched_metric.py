@@ -75,6 +75,10 @@ class WatchedMetric:
         self.best, self.best_round = value, ended.round_num
         return True
 
+    def is_reached_by(self, ended: RoundEnded, target: float) -> bool:
+        """Return whether a round has the metric, and it is at least as good as a target."""
+        return self.name in ended.metrics and self._sign * (float(ended.metrics[self.name]) - target) >= 0
+
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and its round."""
         return {"best": self.best, "best_round": self.best_round, "is_known": self._is_known}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,32 @@ async def test_a_learner_without_evaluate_is_refused_where_clients_evaluate(tmp_
         match=r"Silent: the method evaluate is missing, which evaluate_every calls.*did you mean 'evaluat'",
     ):
         await run_experiment(config(learner=silent, evaluate_every=1), tmp_path)
+
+
+def targets(metric: str, target: float) -> dict[str, Any]:
+    stopping = {"_target_": "torchfedrpc.EarlyStopping", "metric": metric, "patience": None, "target": target}
+    return {"callbacks": {"target": stopping}}
+
+
+async def test_a_run_ends_at_its_target_and_tells_what_it_has_cost(tmp_path: Path) -> None:
+    trainer = {"_target_": "torchfedrpc.FedAvgTrainer", "num_rounds": 9}
+    simulation = {"_target_": "torchfedrpc.SimulatedClients"}
+    printed = io.StringIO()
+    settings = {"trainer": trainer, "simulation": simulation, **targets("client_accuracy_weighted", 0.001)}
+    await run_experiment(config(evaluate_every=2, **settings), tmp_path, stream=printed)
+    (line,) = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    cost = f"1 round, {line['seconds']:.1f} s, {line['simulated_seconds']:.1f} simulated s, 0.0 MB"
+    assert f"to the target client_accuracy_weighted of 0.001: {cost}\n" in printed.getvalue()
+
+
+async def test_a_run_that_does_not_reach_its_target_says_so(tmp_path: Path) -> None:
+    printed = io.StringIO()
+    trainer = {"_target_": "torchfedrpc.FedAvgTrainer", "num_rounds": 2}
+    await run_experiment(config(trainer=trainer, **targets("test_loss", -1.0)), tmp_path, stream=printed)
+    assert "the target test_loss of -1 was not reached\n" in printed.getvalue()
+
+
+async def test_an_unknown_metric_of_clients_is_an_error_with_the_nearest(tmp_path: Path) -> None:
+    message = r"no metric 'clients_accuracy' in round 0 \(did you mean 'client_accuracy'"
+    with pytest.raises(tfr.ConfigError, match=message):
+        await run_experiment(config(evaluate_every=2, **targets("clients_accuracy", 0.5)), tmp_path)

@@ -13,6 +13,7 @@ from conftest import needs
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.commands import compare
+from torchfedrpc.experiments.history import Cost
 from torchfedrpc.experiments.sweeps.results import differing, find_runs, grouped, mean_and_std, read_run
 from torchfedrpc.experiments.sweeps.summary import print_groups, print_runs, write_csv
 
@@ -63,10 +64,8 @@ def test_a_run_has_its_numbers(tmp_path: Path) -> None:
     run = read_run(_run(tmp_path / "0", "seed=3", accuracies=(0.5, 0.75, 0.625)))
     assert (run.seed, run.status, run.accuracy, run.best_accuracy, run.loss) == ("3", "done", 0.625, 0.75, 1.0)
     assert (run.seconds, run.num_bytes) == (6.0, 4500)
-    reached = run.until(0.7)
-    assert reached is not None
-    assert len(reached) == 2
-    assert run.until(0.8) is None
+    assert run.cost(0.7) == Cost(num_rounds=2, seconds=4.0, simulated_seconds=None, num_bytes=3000)
+    assert run.cost(0.8) is None
 
 
 def test_damaged_files_count_as_empty_and_a_cut_line_as_the_end(tmp_path: Path) -> None:
@@ -112,6 +111,7 @@ def test_tables_show_brackets_long_numbers_and_errors(tmp_path: Path) -> None:
     assert "0.0001235" in text
     assert "[a]" in text
     assert "job 1 failed: RuntimeError: full" in text
+    assert "simulated" not in text
     assert "1 of 1" in text
     assert "0 of 0" in text
 
@@ -127,6 +127,22 @@ def test_csv_has_a_column_for_each_setting_and_the_numbers_to_the_target(tmp_pat
     assert [row["seconds_to_target"] for row in rows] == ["4.0", ""]
     assert [row["bytes_to_target"] for row in rows] == ["3000", ""]
     assert rows[0]["overrides"] == "seed=1 lr=1"
+    assert "simulated_seconds_to_target" not in rows[0]
+
+
+def test_simulated_seconds_to_the_target_are_shown_where_a_run_has_them(tmp_path: Path) -> None:
+    _run(tmp_path / "0", "lr=1")
+    simulated = _run(tmp_path / "1", "lr=2") / "history.jsonl"
+    lines = [json.loads(line) for line in simulated.read_text().splitlines()]
+    lines = [{**line, "simulated_seconds": 125.5 * (line["round"] + 1)} for line in lines]
+    simulated.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs, stream = find_runs(tmp_path), io.StringIO()
+    write_csv(runs, tmp_path / "all.csv", target=0.6)
+    with (tmp_path / "all.csv").open(newline="") as file:
+        assert [row["simulated_seconds_to_target"] for row in csv.DictReader(file)] == ["", "251.0"]
+    print_groups(grouped(runs), stream, target=0.6)
+    assert "simulated" in stream.getvalue()
+    assert "251.0" in stream.getvalue()
 
 
 @pytest.mark.parametrize("num_groups", [1, 3, 12, 20])

@@ -61,6 +61,36 @@ def test_early_stopping_tells_the_best_round() -> None:
     assert reason == "test_loss has not improved for a round; it was NaN"
 
 
+@pytest.mark.parametrize(
+    ("settings", "values", "num_rounds"),
+    [
+        ({"metric": "test_accuracy", "target": 0.5}, [0.4, math.nan, None, 0.5, 0.6], 4),
+        ({"metric": "test_accuracy", "target": 0.5}, [0.4, 0.3, 0.2], None),
+        ({"metric": "test_accuracy", "target": 0.5, "patience": 1}, [0.4, 0.3, 0.5], 2),
+        ({"metric": "test_accuracy", "target": 0.5, "min_delta": 0.2}, [0.4, 0.5], 2),
+        ({"metric": "test_loss", "target": 2}, [3, 2.5, 2, 1], 3),
+        ({"metric": "client_accuracy_spread", "target": 0.5}, [0.6, 0.4], 2),
+    ],
+)
+def test_early_stopping_ends_the_run_once_the_target_is_reached(
+    settings: dict[str, Any], values: list[float | None], num_rounds: int | None
+) -> None:
+    callback = tfr.EarlyStopping(**{"patience": None, **settings})
+    stopped = stopped_after(callback, values, settings["metric"])
+    assert (stopped and stopped[0]) == num_rounds
+    is_reached = "patience" not in settings and num_rounds is not None
+    assert callback.num_rounds_to_target == (num_rounds if is_reached else None)
+    again = tfr.EarlyStopping(**{"patience": None, **settings})
+    again.load_state_dict(callback.state_dict())
+    assert again.num_rounds_to_target == callback.num_rounds_to_target
+
+
+def test_early_stopping_tells_its_target() -> None:
+    callback = tfr.EarlyStopping("test_accuracy", target=0.5)
+    _, reason = stopped_after(callback, [0.75], "test_accuracy")
+    assert reason == "test_accuracy has reached its target 0.5: it is 0.75"
+
+
 def test_early_stopping_counts_on_after_a_resume() -> None:
     values = [3.0, 2, 4, 4, 4, 4]
     for num_before in range(1, 4):
@@ -87,6 +117,12 @@ def test_unknown_metric_is_an_error_with_the_nearest(make: Any, tmp_path: Path) 
     [
         ({"patience": 0}, "patience must be a whole number of at least 1, not 0"),
         ({"patience": 1.5}, "patience must be a whole number"),
+        ({"patience": None}, "without patience and target never stops: set one of them"),
+        ({"target": "high"}, "target must be a finite number, not 'high'"),
+        ({"target": True}, "target must be a finite number, not True"),
+        ({"target": math.nan}, "target must be a finite number, not nan"),
+        ({"target": 90, "metric": "test_accuracy"}, "the target of test_accuracy is above 0, up to 1, not 90"),
+        ({"target": 0, "metric": "client_accuracy_worst_decile"}, "_decile is above 0, up to 1, not 0"),
         ({"min_delta": -1.0}, r"min_delta must be at least 0, not -1\.0"),
         ({"mode": "maximum"}, "mode must be min or max, not 'maximum'"),
         ({"metric": "f1"}, "set mode to min or max, which the name of the metric f1 does not tell"),

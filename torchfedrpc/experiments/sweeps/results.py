@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchfedrpc.experiments import job
-from torchfedrpc.experiments.history import RoundRecord
+from torchfedrpc.experiments.history import Cost, RoundRecord
 from torchfedrpc.experiments.setting_names import by_numbers, flattened
 
 SEED = "seed"
 _OF_NO_RESULT = {"resume", "checkpoint_every", "logger", "trace", "trace_calls", "report", "client_scores"}
 _MAX_DIGITS = 8
-_FIELDS = {item.name for item in dataclasses.fields(RoundRecord)}
+_FIELDS = {item.name for item in dataclasses.fields(RoundRecord)} - {"more"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class RunResult:
         """Bytes between driver and workers, in both directions."""
         return sum(record.bytes_sent + record.bytes_received for record in self.records)
 
-    def until(self, target: float) -> Sequence[RoundRecord] | None:
-        """Return the rounds up to the first with at least this test accuracy; None if it was not reached."""
+    def cost(self, target: float) -> Cost | None:
+        """Return the cost up to the first round with at least this test accuracy; None if it was not reached."""
         for count, record in enumerate(self.records, 1):
             if record.test_accuracy is not None and record.test_accuracy >= target:
-                return self.records[:count]
+                return Cost.of(self.records[:count])
         return None
 
 
@@ -164,7 +164,8 @@ def _records(path: Path) -> list[RoundRecord]:
     for line in lines:
         try:
             values = json.loads(line)
-            records.append(RoundRecord(**{key: value for key, value in values.items() if key in _FIELDS}))
+            more = {key: value for key, value in values.items() if key not in _FIELDS}
+            records.append(RoundRecord(**{key: value for key, value in values.items() if key in _FIELDS}, more=more))
         except (ValueError, TypeError, AttributeError):  # the line that a killed run was writing
             break
     return records

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from torchfedrpc.experiments.history import Cost
 from torchfedrpc.experiments.sweeps.results import SEED, RunResult, differing, mean_and_std
 from torchfedrpc.experiments.table import print_rows
 from torchfedrpc.private_files import replaced
@@ -64,15 +65,17 @@ def print_groups(groups: Mapping[str, Sequence[RunResult]], stream: TextIO, *, t
     ]
     formats = ["{:.3f}", "{:.3f}", "{:.1f}", "{:.1f}"]
     if target is not None:
-        headers += [f"reached {target:g}", "rounds to it", "seconds to it", "MB to it"]
-        columns += [lambda run, index=index: _to_target(run, target)[index] for index in range(3)]  # type: ignore[misc]
-        formats += ["{:.1f}", "{:.1f}", "{:.1f}"]
+        costs = _costs([run for group in groups.values() for run in group], target)
+        costs["MB"] = _megabytes(costs.pop("bytes"))
+        headers += [f"reached {target:g}", *(f"{name.replace('_', ' ')} to it" for name in costs)]
+        columns += costs.values()
+        formats += ["{:.1f}"] * len(costs)
     rows = []
     for name, runs in groups.items():
         done = [run for run in runs if run.is_done]
         cells = [_spread(map(column, done), text) for column, text in zip(columns, formats, strict=True)]
         if target is not None:
-            num_reached = sum(run.until(target) is not None for run in done)
+            num_reached = sum(run.cost(target) is not None for run in done)
             cells.insert(4, f"{num_reached} of {len(done)}")
         rows.append([name, str(len(done)), *cells])
     print_rows(headers, rows, stream)
@@ -93,6 +96,7 @@ def write_csv(runs: Sequence[RunResult], path: Path, *, target: float | None = N
         target: Test accuracy, 0 to 1, to which rounds, seconds and bytes are counted.
     """
     keys = [key for key in differing(runs) if key != SEED]
+    costs = {} if target is None else _costs(runs, target)
     rows = []
     for run in runs:
         row: dict[str, object] = {
@@ -108,11 +112,7 @@ def write_csv(runs: Sequence[RunResult], path: Path, *, target: float | None = N
             "seconds": round(run.seconds, 3),
             "bytes": run.num_bytes,
         }
-        if target is not None:
-            names = ("rounds_to_target", "seconds_to_target", "bytes_to_target")
-            rounds, seconds, megabytes = _to_target(run, target)
-            num_bytes = None if megabytes is None else round(megabytes * 1e6)
-            row |= dict(zip(names, (rounds, seconds, num_bytes), strict=True))
+        row |= {f"{name}_to_target": count(run) for name, count in costs.items()}
         rows.append({**row, "output_dir": run.folder, "error": run.error})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else ["job"], lineterminator="\n")
@@ -122,13 +122,23 @@ def write_csv(runs: Sequence[RunResult], path: Path, *, target: float | None = N
         file.write(text.getvalue().encode())
 
 
-def _to_target(run: RunResult, target: float) -> tuple[float | None, float | None, float | None]:
-    """Return rounds, seconds and megabytes until a run reached the target; None if it did not."""
-    rounds = run.until(target)
-    if rounds is None:
-        return None, None, None
-    num_bytes = sum(record.bytes_sent + record.bytes_received for record in rounds)
-    return len(rounds), round(sum(record.seconds for record in rounds), 3), num_bytes / 1e6
+def _costs(runs: Sequence[RunResult], target: float) -> dict[str, Callable[[RunResult], float | None]]:
+    """Return what is counted until a run reaches the target: name -> count of a run, None if it does not.
+
+    Simulated seconds are among them if a run has them.
+    """
+
+    def of(count: Callable[[Cost], float | None]) -> Callable[[RunResult], float | None]:
+        return lambda run: None if (cost := run.cost(target)) is None else count(cost)
+
+    counts = {"rounds": of(lambda cost: cost.num_rounds), "seconds": of(lambda cost: round(cost.seconds, 3))}
+    if any("simulated_seconds" in record.more for run in runs for record in run.records):
+        counts["simulated_seconds"] = of(lambda cost: cost.simulated_seconds)
+    return {**counts, "bytes": of(lambda cost: cost.num_bytes)}
+
+
+def _megabytes(num_bytes: Callable[[RunResult], float | None]) -> Callable[[RunResult], float | None]:
+    return lambda run: None if (found := num_bytes(run)) is None else found / 1e6
 
 
 def _spread(values: Iterable[float | None], text: str) -> str:
