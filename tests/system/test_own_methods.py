@@ -13,6 +13,7 @@ import yaml
 from hydra.core.plugins import Plugins
 from own_project import METHODS, history, shell, write
 
+import torchfedrpc as tfr
 from torchfedrpc.experiments import cli, extras
 from torchfedrpc.experiments.options import RegisteredOptionsPath, register_options
 from torchfedrpc.experiments.user_modules import KINDS, names
@@ -83,10 +84,7 @@ def test_own_classes_of_all_kinds_give_the_same_history_in_every_mode(tmp_path: 
         "num_rounds": 3,
         "clients_per_round": None,
         "local_epochs": 1,
-        "weighting": "samples",
-        "on_failure": "raise",
-        "min_results": None,
-        "deadline_s": None,
+        **tfr.FedAvgTrainer.settings,
         "seed": 0,
         "mu": 0.3,
     }

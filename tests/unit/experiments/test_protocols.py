@@ -548,10 +548,7 @@ def trimmed(models: Any, num_samples: Any, fraction: float = 0.1) -> None: ...
             Tuned,
             {
                 "defaults": ["fedavg", "_self_"],
-                "weighting": "samples",
-                "on_failure": "raise",
-                "min_results": None,
-                "deadline_s": None,
+                **tfr.FedAvgTrainer.settings,
                 "mu": 0.1,
             },
         ),
@@ -560,10 +557,7 @@ def trimmed(models: Any, num_samples: Any, fraction: float = 0.1) -> None: ...
             TunedMore,
             {
                 "defaults": ["fedavg", "_self_"],
-                "weighting": "samples",
-                "on_failure": "raise",
-                "min_results": None,
-                "deadline_s": None,
+                **tfr.FedAvgTrainer.settings,
                 "mu": 0.1,
                 "nu": 0.2,
             },
@@ -584,10 +578,7 @@ def test_options_have_the_settings_with_their_defaults(kind: str, entry: Any, op
 
 def test_settings_of_a_class_complete_a_mapping() -> None:
     assert TunedMore.all_settings() == {
-        "weighting": "samples",
-        "on_failure": "raise",
-        "min_results": None,
-        "deadline_s": None,
+        **tfr.FedAvgTrainer.settings,
         "mu": 0.1,
         "nu": 0.2,
     }
