@@ -893,6 +893,42 @@ MUTATIONS = [
         "if False:",
         "tests/system/test_new.py",
     ),
+    # Evaluation by clients.
+    Mutation(
+        "a client trains on its held-out samples",
+        "experiments/data/held_out.py",
+        "share[~is_held_out], share[is_held_out]",
+        "share, share[is_held_out]",
+        "tests/unit/experiments/test_evaluation.py",
+    ),
+    Mutation(
+        "learners score the samples that they train on",
+        "experiments/learners/classification.py",
+        "take(self._scored)",
+        "take(self._indices)",
+        "tests/unit/experiments/test_evaluation.py",
+    ),
+    Mutation(
+        "clients without samples to score count",
+        "federation/client_evaluation.py",
+        'result["num_samples"] > 0',
+        'result["num_samples"] >= 0',
+        "tests/unit/federation/test_client_evaluation.py",
+    ),
+    Mutation(
+        "the worst losses are the lowest",
+        "federation/client_evaluation.py",
+        "reverse=not _LOWER_IS_WORSE[name]",
+        "reverse=False",
+        "tests/unit/federation/test_client_evaluation.py",
+    ),
+    Mutation(
+        "a target that is met exactly is not reached",
+        "federation/watched_metric.py",
+        "- target) >= 0",
+        "- target) > 0",
+        "tests/unit/federation/test_metric_callbacks.py",
+    ),
 ]
 
 
