@@ -227,6 +227,8 @@ class LearnerProxy:
                 self._calls.close()
             raise
         self._exit.callback(self._calls.close)
+        for pool in list(self._pools):
+            self._exit.push_async_callback(pool.close)
         while self._before_close:
             self._exit.push_async_callback(self._before_close.pop(0))
         await _to_its_end(self._exit.__aexit__(kind, error, traceback))
@@ -399,7 +401,6 @@ class LearnerProxy:
         """
         pool = LearnerPool(next_client, num_in_flight, clock)
         self._pools.add(pool)
-        self.before_close(pool.close)
         return pool
 
     async def settle_pools(self) -> None:

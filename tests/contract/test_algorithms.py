@@ -79,7 +79,7 @@ async def train(
     clients = {name: {**common, "indices": share} for name, share in zip(CLIENTS, shares, strict=True)}
     async with tfr.LearnerProxy(learner, clients, runtime=runtime, seed=2) as proxy:
         made = trainer(
-            {"num_rounds": NUM_ROUNDS, "clients_per_round": 3, **config},
+            {"num_rounds": NUM_ROUNDS, "clients_per_round": None if name == "fedbuff" else 3, **config},
             proxy,
             initial_weights=copy_weights(model),
             buffers=[buffer for buffer, _ in model.named_buffers()],

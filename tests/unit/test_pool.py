@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -135,6 +137,13 @@ class Slow:
 
     async def wait(self) -> None:
         await asyncio.Event().wait()
+
+
+async def test_a_proxy_keeps_no_pool_that_its_user_has_left() -> None:
+    async with tfr.LearnerProxy(Slow, ["a", "b"], runtime="local") as proxy:
+        left = weakref.ref(proxy.pool(lambda: None, 1))
+        gc.collect()
+        assert left() is None
 
 
 async def test_calls_in_flight_end_with_the_proxy() -> None:

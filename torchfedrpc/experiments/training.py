@@ -175,11 +175,14 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def trained_names(model: nn.Module) -> list[str]:
+    """Return the names of these parameters."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the parameters that training changes, by name."""
-    return {
-        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    """Return copies of these parameters, by name."""
+    return {name: model.get_parameter(name).detach().clone() for name in trained_names(model)}
 
 
 def proximal(parameters: Sequence[Tensor], mu: float) -> Hook:

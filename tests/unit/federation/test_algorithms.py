@@ -268,6 +268,24 @@ def test_fedbuff() -> None:
     assert [metrics["staleness"] for metrics in seen] == [0, 0, 2, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "simulation"),
+    [
+        ({"clients_per_round": 1}, None),
+        ({"min_results": 1}, None),
+        ({"deadline_s": 5}, None),
+        ({}, tfr.SimulatedClients(dropout=0.1)),
+        ({}, tfr.SimulatedClients(deadline_s=2, partial=True)),
+    ],
+)
+def test_fedbuff_refuses_what_it_would_ignore(
+    settings: dict[str, Any], simulation: tfr.SimulatedClients | None
+) -> None:
+    named = next(iter(settings), "dropout=0 and simulation.deadline_s=null")
+    with pytest.raises(ConfigError, match=named):
+        run(tfr.FedBuffTrainer, buffer_size=1, num_in_flight=2, simulation=simulation, **settings)
+
+
 def test_scaffold_refuses_momentum_and_weights_by_samples() -> None:
     with pytest.raises(tfr.GroupCallError, match=r"learner\.momentum=0"):
         run(tfr.ScaffoldTrainer, learner="scaffold", of_learner={"momentum": 0.9})

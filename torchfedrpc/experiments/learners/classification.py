@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from torchfedrpc.experiments.training import (
     initial_weights,
     proximal,
     score,
+    trained_names,
     trained_parameters,
     trained_weights,
 )
@@ -151,22 +152,29 @@ class ClassificationLearner(Learner):
         received = self.get_model_weights() if model_weights is None else model_weights
         training = self._training_of(round_num, learning_rate)
         with self._borrowed_model(received) as model:
+            trained = trained_names(model)
             before = trained_weights(model) if normalise else {}
             hooks = [proximal(trained_parameters(model), proximal_mu)] if proximal_mu else []
             fitted = self._fit(model, training, hooks, local_epochs=local_epochs, local_steps=local_steps)
             weights = copy_weights(model)
-        result = {"num_samples": len(self._indices), "train_loss": fitted.loss}
+        result: dict[str, Any] = {"num_samples": len(self._indices), "train_loss": fitted.loss}
         if normalise:
             result["gradient_weight"] = training.gradient_weight(fitted.num_steps)
             divisor = result["gradient_weight"] or 1
             weights |= {name: old + (weights[name] - old) / divisor for name, old in before.items()}
-        returned = self._compressed({"model_weights": weights, **result}, received, compression, compression_ratio)
+        result = {"model_weights": weights, **result}
+        returned = self._compressed(result, received, trained, compression, compression_ratio)
         if self._keeps_weights:
             self._weights = weights
         return returned
 
     def _compressed(
-        self, result: dict[str, Any], received: StateDict, compression: str | None, ratio: float
+        self,
+        result: dict[str, Any],
+        received: StateDict,
+        trained: Collection[str],
+        compression: str | None,
+        ratio: float,
     ) -> dict[str, Any]:
         """Return a result of `train_epoch` with ``update`` instead of ``model_weights``.
 
@@ -174,8 +182,6 @@ class ClassificationLearner(Learner):
         """
         if compression is None:
             return result
-        with self._borrowed_model(received) as model:
-            trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         residual = self._residual if compression == "top_k" else {}
         update, rest = encode(
             result.pop("model_weights"), received, trained, compression, ratio=ratio, residual=residual

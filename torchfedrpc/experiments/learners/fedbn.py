@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.learners.personal import PersonalLearner
+from torchfedrpc.experiments.training import trained_names
 from torchfedrpc.federation.aggregation import StateDict
 from torchfedrpc.registry import learner
 
@@ -52,12 +53,12 @@ class FedBNLearner(PersonalLearner):
         """
         received = self.get_model_weights() if model_weights is None else model_weights
         with super()._borrowed_model(received) as model:
-            names = _personal_names(model, personal)
+            names, trained = _personal_names(model, personal), trained_names(model)
         result = super().train_epoch(received, **arguments)
-        trained = result["model_weights"]
-        self._personal = {name: trained[name] for name in names}
-        shared = {**result, "model_weights": {**trained, **{name: received[name] for name in names}}}
-        return self._compressed(shared, received, compression, compression_ratio)
+        weights = result["model_weights"]
+        self._personal = {name: weights[name] for name in names}
+        shared = {**result, "model_weights": {**weights, **{name: received[name] for name in names}}}
+        return self._compressed(shared, received, trained, compression, compression_ratio)
 
     @contextmanager
     def _borrowed_model(self, weights: StateDict | None) -> Iterator[nn.Module]:

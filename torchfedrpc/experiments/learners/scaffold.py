@@ -90,7 +90,7 @@ class ScaffoldLearner(ClassificationLearner):
             "train_loss": fitted.loss,
             "control_change": change,
         }
-        returned = self._compressed(result, received, compression, compression_ratio)
+        returned = self._compressed(result, received, before, compression, compression_ratio)
         self._control = {name: own[name] + value for name, value in change.items()}
         if self._keeps_weights:
             self._weights = weights

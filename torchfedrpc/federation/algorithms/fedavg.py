@@ -16,9 +16,9 @@ from torchfedrpc.errors import ConfigError, GroupCallError
 from torchfedrpc.events import RoundEnded
 from torchfedrpc.federation.aggregation import Aggregator, Mean, ReducingAggregator, check_match
 from torchfedrpc.federation.cohorts import Cohort
-from torchfedrpc.federation.compression import check_codec, decode, tensor_bytes
 from torchfedrpc.federation.simulation import SimulatedClients, SimulatedRound
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
+from torchfedrpc.federation.update_compression import UpdateCompression
 from torchfedrpc.proxy import LearnerProxy
 from torchfedrpc.reduce.reducers import Mean as UniformMean
 from torchfedrpc.reduce.reducers import Reducer, WeightedMean
@@ -77,9 +77,10 @@ class FedAvgTrainer(AbstractFederationTrainer):
     """
 
     not_state: ClassVar[frozenset[str]] = AbstractFederationTrainer.not_state | {
+        "_aggregator_metrics",
+        "_compression",
         "_score",
         "averages",
-        "_bytes",
         "buffers",
         "cohort",
         "num_results",
@@ -128,12 +129,12 @@ class FedAvgTrainer(AbstractFederationTrainer):
         self.simulated_seconds = 0.0
         self.averages: Mapping[str, Any] = {}
         self.num_results = 0
-        self._bytes = (0, 0)  # of the round's results: as they came, and without compression
+        self._aggregator_metrics: Mapping[str, float] = {}
         self._score = score
         for name, options in (("weighting", ("samples", "uniform")), ("on_failure", ("raise", "drop"))):
             if (value := getattr(self.config, name, options[0])) not in options:
                 raise ConfigError(f"the trainer's {name} is {' or '.join(options)}, not {value!r}")
-        self._check_compression()
+        self._compression = UpdateCompression(self, self.weights)
         if (begin_run := getattr(self.aggregator, "begin_run", None)) is not None:
             begin_run(self)
 
@@ -161,10 +162,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
         """
         plan = self._plan(round_num, await self.choose_clients(round_num))
         failures: Mapping[str, Exception] = {}
-        self.averages, self.num_results, self._bytes = {}, 0, (0, 0)
-        of_aggregator: Mapping[str, float] = {}
+        await self._begin_round(round_num)
         if plan.epochs:
-            of_aggregator = await self._begin_round(round_num)
             aggregate, failures = await self._train_cohort(round_num, plan.epochs)
             self.weights = self._stepped(aggregate)
         else:
@@ -173,18 +172,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
             logger.warning(
                 "%s is left out of round %d: %s: %s", client_id, round_num + 1, type(error).__name__, error
             )
-        metrics = {"train_loss": self.averages.get("train_loss", math.nan), "num_clients": self.num_results}
-        if self.simulation is not None or self._call_options():
-            metrics["num_dropped"] = len(plan.dropped) + len(failures)
-        if self.simulation is not None:
-            self.simulated_seconds += plan.seconds
-            metrics["simulated_seconds"] = self.simulated_seconds
-        return {
-            **metrics,
-            **of_aggregator,
-            **self._traffic(),
-            **(self._score(self.weights) if self._score and self.weights is not None else {}),
-        }
+        self.simulated_seconds += plan.seconds
+        return self._metrics(num_dropped=len(plan.dropped) + len(failures))
 
     async def choose_clients(self, round_num: int) -> Sequence[str]:
         """Return the clients of a round: those of ``cohort``, or of `select_clients`.
@@ -221,13 +210,26 @@ class FedAvgTrainer(AbstractFederationTrainer):
         if not updates:
             raise GroupCallError(f"train_epoch failed for all of {', '.join(updates.failures)}", updates.failures, {})
         self.num_results = len(updates)
-        decoded = [(client, await self._decoded(client, update, self.weights)) for client, update in updates.items()]
+        decode = self._compression.decoded
+        decoded = [(client, await decode(client, update, self.weights)) for client, update in updates.items()]
         return await self._aggregated(decoded), updates.failures
 
-    async def _begin_round(self, round_num: int) -> Mapping[str, float]:
-        """Give the aggregator the global weights, and return its metrics."""
-        begin_round = getattr(self.aggregator, "begin_round", None)
-        return {} if begin_round is None else await asyncio.to_thread(begin_round, self.weights, round_num) or {}
+    async def _begin_round(self, round_num: int) -> None:
+        """Forget the last round, and give the aggregator the global weights."""
+        self.averages, self.num_results, self._aggregator_metrics = {}, 0, {}
+        self._compression.begin_round()
+        if (begin_round := getattr(self.aggregator, "begin_round", None)) is not None:
+            self._aggregator_metrics = await asyncio.to_thread(begin_round, self.weights, round_num) or {}
+
+    def _metrics(self, *, num_dropped: int) -> dict[str, float]:
+        """Return the metrics of a round that has ended."""
+        metrics = {"train_loss": self.averages.get("train_loss", math.nan), "num_clients": self.num_results}
+        if self.simulation is not None or self._call_options():
+            metrics["num_dropped"] = num_dropped
+        if self.simulation is not None:
+            metrics["simulated_seconds"] = self.simulated_seconds
+        scores = self._score(self.weights) if self._score and self.weights is not None else {}
+        return {**metrics, **self._aggregator_metrics, **self._compression.metrics(), **scores}
 
     def _call_options(self) -> dict[str, Any]:
         """Return the options of a cohort's calls; empty if all clients must give a result."""
@@ -320,67 +322,10 @@ class FedAvgTrainer(AbstractFederationTrainer):
         is_code = name == "aggregator" and isinstance(value, Mean | FunctionType | partial)
         return not is_code and super()._is_data(name, value)
 
-    def _check_compression(self) -> None:
-        """Check ``compression`` and ``compression_ratio``.
-
-        Raises:
-            ConfigError: If one is invalid, if there are no initial weights, or if stateless learners would lose the
-                residual.
-        """
-        codec = getattr(self.config, "compression", None)
-        check_codec(codec, getattr(self.config, "compression_ratio", 0.01))
-        if codec is not None and self.weights is None:
-            raise ConfigError(
-                f"{type(self).__qualname__} decodes changes of the global weights: give it initial_weights=, or set "
-                f"the trainer's compression to null"
-            )
-        if codec == "top_k" and self.learner_proxy.are_stateless:
-            raise ConfigError(
-                "learners keep what top_k leaves out of an update for their next one, and these are stateless: set "
-                "learner.keep_weights=true, or the trainer's compression to int8"
-            )
-
-    async def _decoded(
-        self, client_id: str, update: Mapping[str, Any], weights: Mapping[str, Tensor] | None
-    ) -> Mapping[str, Any]:
-        """Return a learner's result with ``model_weights``, and count its bytes.
-
-        Args:
-            client_id: The client.
-            update: The result.
-            weights: The weights from which it trained.
-
-        Raises:
-            ConfigError: If the learner does not compress.
-            ValueError: If the update does not match the weights.
-        """
-        codec = getattr(self.config, "compression", None)
-        if codec is None or weights is None:
-            return update
-        if "update" not in update:
-            raise ConfigError(
-                f"the result of train_epoch of {client_id} has no update, although the trainer's compression is "
-                f"{codec}: let the learner return one by torchfedrpc.federation.compression.encode, or set it to null"
-            )
-        rest = {name: value for name, value in update.items() if name != "update"}
-        try:
-            model = await asyncio.to_thread(decode, update["update"], weights, codec)
-        except ValueError as error:
-            raise ValueError(f"{client_id}: {error}") from error
-        decoded = {"model_weights": model, **rest}
-        self._bytes = self._bytes[0] + tensor_bytes(update), self._bytes[1] + tensor_bytes(decoded)
-        return decoded
-
-    def _traffic(self) -> dict[str, float]:
-        """Return the metrics of compression; empty without it."""
-        if getattr(self.config, "compression", None) is None:
-            return {}
-        return dict(zip(("update_bytes", "uncompressed_bytes"), self._bytes, strict=True))
-
     def _reducer(self) -> Reducer | None:
         """Return what forms the aggregate on the workers; None if the driver needs all updates."""
         if (
-            getattr(self.config, "compression", None) is not None
+            self._compression.codec is not None
             or self._overrides_aggregation()
             or not isinstance(self.aggregator, ReducingAggregator)
         ):
@@ -437,12 +382,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
 
     def local_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of ``train_epoch`` beside weights and round, the same for every client."""
-        settings: dict[str, Any] = {"local_epochs": self._count("local_epochs", default=1, least=1)}
-        if (codec := getattr(self.config, "compression", None)) is not None:
-            settings["compression"] = codec
-        if codec == "top_k":
-            settings["compression_ratio"] = getattr(self.config, "compression_ratio", 0.01)
-        return settings
+        num_epochs = self._count("local_epochs", default=1, least=1)
+        return {"local_epochs": num_epochs, **self._compression.arguments()}
 
 
 def _odd_names(returned: Any, expected: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Awaitable, Mapping
 from typing import Any, ClassVar
 
@@ -49,6 +48,16 @@ class FedBuffTrainer(FedAvgTrainer):
             raise ConfigError(
                 "FedBuff draws a client whenever one is free, and would ignore the cohort: leave it out"
             )
+        for name in ("clients_per_round", "min_results", "deadline_s"):
+            if getattr(self.config, name, None) is not None:
+                raise ConfigError(
+                    f"FedBuff has no cohorts, and would ignore the trainer's {name}: leave it out; num_in_flight and "
+                    f"buffer_size say how many clients train"
+                )
+        if self.simulation is not None and (self.simulation.dropout or self.simulation.deadline_s is not None):
+            raise ConfigError(
+                "FedBuff waits for each client, however slow: set simulation.dropout=0 and simulation.deadline_s=null"
+            )
         num_clients = len(self.learner_proxy.client_ids)
         self._buffer_size = self._count("buffer_size", default=10, least=1)
         self._round_num = 0
@@ -78,8 +87,7 @@ class FedBuffTrainer(FedAvgTrainer):
         updates: list[tuple[str, dict[str, Any]]] = []
         staleness: list[int] = []
         num_dropped = 0
-        self._bytes = (0, 0)
-        of_aggregator = await self._begin_round(round_num)
+        await self._begin_round(round_num)
         while len(updates) < self._buffer_size:
             try:
                 client_id, result = await anext(self.pool)
@@ -91,23 +99,15 @@ class FedBuffTrainer(FedAvgTrainer):
                 num_dropped += 1
                 continue
             begun, weights = self._begun.pop(client_id)
-            result = await self._decoded(client_id, result, weights)
+            result = await self._compression.decoded(client_id, result, weights)
             staleness.append(round_num - begun)
             model = self._applied(result["model_weights"], weights, staleness[-1])
             updates.append((client_id, {**result, "model_weights": model}))
         aggregate = await self._aggregated(updates)
         self.num_results = len(updates)
         self.weights = self._stepped(aggregate)
-        metrics = {
-            "train_loss": self.averages.get("train_loss", math.nan),
-            "num_clients": len(updates),
-            "staleness": sum(staleness) / len(staleness),
-        }
-        if self._call_options():
-            metrics["num_dropped"] = num_dropped
-        if self.simulation is not None:
-            metrics["simulated_seconds"] = self.pool.now_s
-        return {**metrics, **of_aggregator, **self._traffic(), **(self._score(self.weights) if self._score else {})}
+        self.simulated_seconds = self.pool.now_s
+        return {**self._metrics(num_dropped=num_dropped), "staleness": sum(staleness) / len(staleness)}
 
     def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the new global weights."""
