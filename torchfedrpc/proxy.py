@@ -227,7 +227,7 @@ class LearnerProxy:
                 self._calls.close()
             raise
         self._exit.callback(self._calls.close)
-        for pool in list(self._pools):
+        for pool in self.pools:
             self._exit.push_async_callback(pool.close)
         while self._before_close:
             self._exit.push_async_callback(self._before_close.pop(0))
@@ -386,7 +386,14 @@ class LearnerProxy:
         steps = self._router.get_executor(client_id).stream(invocation)
         return LearnerStream(self._calls, self._options, invocation, steps)
 
-    def pool(self, next_client: NextClient, num_in_flight: int, *, clock: Clock | None = None) -> LearnerPool:
+    def pool(
+        self,
+        next_client: NextClient,
+        num_in_flight: int,
+        *,
+        clock: Clock | None = None,
+        on_error: OnError = "raise",
+    ) -> LearnerPool:
         """Keep a number of calls in flight: ``async for client_id, result in proxy.pool(next_client, 6)``.
 
         Args:
@@ -395,18 +402,20 @@ class LearnerProxy:
             num_in_flight: Number of calls in flight, at least 1.
             clock: Virtual seconds of a call, from its client and its number in the pool. Results then come in the
                 order of virtual time. Default: As they end.
+            on_error: ``raise`` raises the exception of a call when its result is due, and the loop may go on;
+                ``collect`` gives it as the result.
 
         Raises:
-            ConfigError: If ``num_in_flight`` is no whole number of at least 1.
+            ConfigError: If ``num_in_flight`` is no whole number of at least 1, or ``on_error`` is invalid.
         """
-        pool = LearnerPool(next_client, num_in_flight, clock)
+        pool = LearnerPool(next_client, num_in_flight, clock, on_error=on_error, trusted_modules=self.trusted_modules)
         self._pools.add(pool)
         return pool
 
-    async def settle_pools(self) -> None:
-        """Wait until the calls in flight of all pools have ended, for a checkpoint."""
-        for pool in list(self._pools):
-            await pool.settle()
+    @property
+    def pools(self) -> list[LearnerPool]:
+        """The pools that are in use."""
+        return list(self._pools)
 
     async def share(self, obj: Any) -> SharedRef:
         """Return a reference to an object that each worker receives once.

@@ -81,6 +81,14 @@ async def test_a_round_goes_on_without_a_client_that_is_late(aggregator: Any) ->
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
+async def test_a_client_that_fails_in_time_is_not_late(aggregator: Any) -> None:
+    with pytest.raises(tfr.GroupCallError, match=r"failed for c, first with LookupError: lost; .*on_failure=drop"):
+        await train("fail", aggregator=aggregator, deadline_s=30)
+    _, metrics = await train("fail", aggregator=aggregator, deadline_s=30, on_failure="drop")
+    assert metrics[1]["num_clients"] == 2
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
 async def test_clients_whose_models_differ_are_named_with_the_first_difference(aggregator: Any) -> None:
     with pytest.raises(ValueError, match=r"\ba and c\b.*extra"):
         await train("keys", aggregator=aggregator)
@@ -125,6 +133,100 @@ async def test_a_round_without_clients_leaves_the_weights(caplog: pytest.LogCapt
     assert weights == [2, 2]
     assert (metrics[1]["num_clients"], metrics[1]["num_dropped"]) == (0, 3)
     assert "round 2 has no results" in caplog.text
+
+
+async def test_a_round_with_too_few_clients_leaves_the_weights(caplog: pytest.LogCaptureFixture) -> None:
+    async def of_one_in_round_2(trainer: Any, round_num: int, clients: Any, size: int) -> Any:
+        return clients[:1] if round_num == 1 else clients
+
+    weights, metrics = await train(cohort=of_one_in_round_2, min_results=2)
+    assert weights == [2, 2]
+    assert metrics[1]["num_clients"] == 0
+    assert "round 2 has no results: 1 clients take part in it, and min_results is 2" in caplog.text
+
+
+async def fedbuff(folder: Any, learner: Any, num_rounds: int = 4, *, config: Any = None, times: int = 1) -> Any:
+    async with tfr.LearnerProxy(learner, CLIENTS, runtime="local") as proxy:
+        trainer = tfr.FedBuffTrainer(
+            {"num_rounds": num_rounds, "buffer_size": 2, "num_in_flight": 3, "on_failure": "drop", **(config or {})},
+            proxy,
+            initial_weights={"w": torch.zeros(2)},
+            simulation=tfr.SimulatedClients(spread=0.5, seed=3),
+        )
+        trainer.checkpoints = tfr.Checkpoints(folder, resume="auto") if folder else None
+        for _ in range(times):
+            await trainer.train()
+        assert trainer.simulated_seconds == trainer.history[-1].metrics["simulated_seconds"] > 0  # type: ignore[attr-defined, index]
+        return trainer.weights["w"].tolist(), [one.metrics for one in trainer.history]  # type: ignore[attr-defined, index]
+
+
+class NeverLearner(OddLearner):
+    """Client c always fails."""
+
+    async def train_epoch(self, model_weights: Any, round_num: int = 0, local_epochs: int = 1) -> dict[str, Any]:
+        """Train."""
+        if self.client == "c":
+            raise LookupError("lost")
+        return await super().train_epoch(model_weights, round_num, local_epochs)
+
+    def __init__(self, client_id: str) -> None:
+        super().__init__(client_id)
+        self.client = client_id
+
+
+class FailsLearner(OddLearner):
+    """All clients fail."""
+
+    async def train_epoch(self, model_weights: Any, round_num: int = 0, local_epochs: int = 1) -> dict[str, Any]:
+        """Train."""
+        raise LookupError("lost")
+
+
+async def test_fedbuff_goes_on_without_a_client_that_fails_and_across_a_resume(tmp_path: Any) -> None:
+    expected = await fedbuff(None, NeverLearner)
+    assert sum(one["num_dropped"] for one in expected[1]) > 1
+    await fedbuff(tmp_path, NeverLearner, 2)
+    found = await fedbuff(tmp_path, NeverLearner, 4)
+    assert found == expected
+
+
+async def test_fedbuff_ends_if_all_clients_fail_or_one_may_not() -> None:
+    with pytest.raises(tfr.GroupCallError, match="LookupError: lost, the last of 3 in a row"):
+        await fedbuff(None, FailsLearner)
+    with pytest.raises(tfr.GroupCallError, match=r"failed for c with LookupError: lost; .*on_failure=drop"):
+        await fedbuff(None, NeverLearner, config={"on_failure": "raise"})
+
+
+async def test_fedbuff_trains_twice() -> None:
+    weights, metrics = await fedbuff(None, OddLearner, times=2)
+    assert len(metrics) == 8
+    assert weights == [8, 8] or weights[0] > 4
+
+
+class LocalPool(tfr.FedAvgTrainer):
+    """Keeps its pool in a variable."""
+
+    async def train(self) -> Any:
+        """Train."""
+        ids = iter(CLIENTS * 3)
+
+        def next_client() -> Any:
+            client_id = next(ids)
+            return client_id, self.learner_proxy.client(client_id).train_epoch(model_weights=self.weights)
+
+        pool = self.learner_proxy.pool(next_client, 2)
+        async for _ in self.rounds():
+            await anext(pool)
+        await pool.close()
+
+
+async def test_a_pool_that_checkpoints_do_not_have_is_told(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async with tfr.LearnerProxy(OddLearner, CLIENTS, runtime="local") as proxy:
+        trainer = LocalPool({"num_rounds": 3}, proxy, initial_weights={"w": torch.zeros(2)})
+        trainer.checkpoints = tfr.Checkpoints(tmp_path)
+        await trainer.train()
+    assert caplog.text.count("a resume will not have their results") == 1
+    assert "keep the pool as an attribute of the trainer" in caplog.text
 
 
 async def test_cohorts_and_settings_that_do_not_fit_are_refused() -> None:

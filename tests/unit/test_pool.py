@@ -139,6 +139,69 @@ class Slow:
         await asyncio.Event().wait()
 
 
+async def test_a_state_has_exceptions_in_flight() -> None:
+    calls = Calls("ab")
+    pool = LearnerPool(calls.next_client, 2, lambda client_id, number: 1.0)
+    waiting = asyncio.ensure_future(anext(pool))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    calls.futures["a"].set_result(1)
+    assert await waiting == ("a", 1)
+    calls.futures["b"].set_exception(LookupError("lost"))
+    await pool.settle()
+    restored = LearnerPool(lambda: None, 2, lambda client_id, number: 1.0)
+    restored.load_state_dict(pool.state_dict())
+    for one in (restored, pool):
+        with pytest.raises(LookupError, match="lost"):
+            await anext(one)
+        assert one.last_client == "b"
+        with pytest.raises(StopAsyncIteration):
+            await anext(one)
+
+
+async def test_exceptions_may_be_results() -> None:
+    calls = Calls("a")
+    pool = LearnerPool(calls.next_client, 1, on_error="collect")
+    waiting = asyncio.ensure_future(anext(pool))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    error = LookupError("lost")
+    calls.futures["a"].set_exception(error)
+    assert await waiting == ("a", error)
+    with pytest.raises(ConfigError, match="on_error is 'raise' or 'collect', not 'ignore'"):
+        LearnerPool(calls.next_client, 1, on_error="ignore")  # type: ignore[arg-type]
+
+
+async def test_a_pool_has_one_loop_at_a_time() -> None:
+    calls = Calls("abc")
+    pool = LearnerPool(calls.next_client, 2, lambda client_id, number: 1.0)
+    first = asyncio.ensure_future(anext(pool))
+    await asyncio.sleep(0)
+    with pytest.raises(ConfigError, match="another one waits for its next result"):
+        await anext(pool)
+    await asyncio.sleep(0)
+    calls.futures["a"].set_result(1)
+    assert await first == ("a", 1)
+    await pool.close()
+
+
+async def test_a_clock_that_fails_begins_no_call() -> None:
+    calls = Calls("ab")
+
+    def clock(client_id: str, number: int) -> float:
+        return {"b": 1.0}[client_id]
+
+    pool = LearnerPool(calls.next_client, 1, clock)
+    with pytest.raises(KeyError):
+        await anext(pool)
+    waiting = asyncio.ensure_future(anext(pool))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert calls.begun == ["b"]
+    calls.futures["b"].set_result(2)
+    assert await waiting == ("b", 2)
+
+
 async def test_a_proxy_keeps_no_pool_that_its_user_has_left() -> None:
     async with tfr.LearnerProxy(Slow, ["a", "b"], runtime="local") as proxy:
         left = weakref.ref(proxy.pool(lambda: None, 1))

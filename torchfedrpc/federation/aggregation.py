@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -38,7 +38,6 @@ class Aggregator(Protocol):
         """
 
 
-@runtime_checkable
 class ReducingAggregator(Protocol):
     """Aggregator whose result can be formed from partial results."""
 
@@ -48,6 +47,16 @@ class ReducingAggregator(Protocol):
         Its value is a mapping with ``model_weights`` (a state dict), and with ``train_loss`` if the history is to
         have it.
         """
+
+
+def has_reducer(made: Any) -> TypeGuard[ReducingAggregator]:
+    """Return whether an aggregator has a reducer, which no subclass has left behind by a `__call__` of its own."""
+    kinds = type(made).__mro__
+    of_reducer, of_call = (
+        next((number for number, kind in enumerate(kinds) if name in vars(kind)), len(kinds))
+        for name in ("reducer", "__call__")
+    )
+    return of_reducer < len(kinds) and of_reducer <= of_call
 
 
 @aggregator("mean")

@@ -138,7 +138,8 @@ class Checkpoints:
     def config_of(self, trainer: Resumable) -> dict[str, Any]:
         """Return dotted key -> setting, for all settings that must be equal in a run that resumes this trainer's."""
         config = plain(trainer.config if self._config is None else self._config)
-        return config | {f"{_PROXY}{name}": value for name, value in trainer.learner_proxy.identity().items()}
+        identity = {**trainer.learner_proxy.identity(), "trainer": type(trainer).__qualname__}
+        return config | {f"{_PROXY}{name}": value for name, value in identity.items()}
 
     def _find(self) -> Checkpoint | None:
         if self._resume == "never":

@@ -1,10 +1,13 @@
 """Aggregators that survive clients whose models are wrong, on purpose or not. All models count alike.
 
-A model with values that are not finite counts as one that is farther off than any other.
+A model with values that are not finite counts as one that is farther off than any other. What an algorithm averages
+beside the models, such as SCAFFOLD's changes of control variates, is aggregated in the same way.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -15,21 +18,46 @@ from torchfedrpc.federation.aggregation import StateDict, check_match, weighted_
 from torchfedrpc.registry import aggregator
 
 
-@aggregator("median")
-class CoordinateMedian:
-    """Median of each coordinate (Yin et al. 2018, definition 1): of an even number, the mean of the middle two."""
+class RobustAggregator(ABC):
+    """Base class of these aggregators."""
 
     def __call__(self, models: Sequence[StateDict], num_samples: Sequence[float], /) -> dict[str, Tensor]:
-        """Return the medians; of integers and booleans the lower ones.
+        """Return the aggregate of the models.
 
         Raises:
-            ValueError: If there are no models, or they do not match.
+            ValueError: If there are too few models, or they do not match.
         """
-        return _trimmed(models, (_count(models) - 1) // 2)
+        return self.aggregate(models, [{}] * len(models))[0]
+
+    @abstractmethod
+    def aggregate(
+        self, models: Sequence[StateDict], others: Sequence[StateDict]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the aggregate of the models, and that of other tensors of the same clients.
+
+        Args:
+            models: A state dict per client.
+            others: Other tensors of each client by name.
+
+        Raises:
+            ValueError: If there are too few models, or they do not match.
+        """
+
+
+@aggregator("median")
+class CoordinateMedian(RobustAggregator):
+    """Median of each coordinate (Yin et al. 2018, definition 1): of an even number, the mean of the middle two."""
+
+    def aggregate(
+        self, models: Sequence[StateDict], others: Sequence[StateDict]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the medians; of integers and booleans the lower ones."""
+        num_trimmed = (_count(models, others) - 1) // 2
+        return _trimmed(models, num_trimmed), _trimmed(others, num_trimmed)
 
 
 @aggregator("trimmed_mean")
-class TrimmedMean:
+class TrimmedMean(RobustAggregator):
     """Mean of each coordinate without its highest and lowest values (Yin et al. 2018, definition 2).
 
     Args:
@@ -45,24 +73,22 @@ class TrimmedMean:
             raise ConfigError(f"aggregator.fraction is at least 0 and below 0.5, not {fraction!r}")
         self.fraction = fraction
 
-    def __call__(self, models: Sequence[StateDict], num_samples: Sequence[float], /) -> dict[str, Tensor]:
-        """Return the means; of integers and booleans the lower medians.
-
-        Raises:
-            ValueError: If all models would be left out, or they do not match.
-        """
-        num_models = _count(models)
-        num_trimmed = -int(-self.fraction * num_models // 1)
+    def aggregate(
+        self, models: Sequence[StateDict], others: Sequence[StateDict]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the means; of integers and booleans the lower medians."""
+        num_models = _count(models, others)
+        num_trimmed = math.ceil(round(self.fraction * num_models, 9))  # 0.07 * 100 is above 7 in floats
         if 2 * num_trimmed >= num_models:
             raise ValueError(
                 f"a trimmed mean of {num_models} models without {num_trimmed} at each end has none left: lower "
                 f"aggregator.fraction, or take more clients"
             )
-        return _trimmed(models, num_trimmed)
+        return _trimmed(models, num_trimmed), _trimmed(others, num_trimmed)
 
 
 @aggregator("multi_krum")
-class MultiKrum:
+class MultiKrum(RobustAggregator):
     """Mean of the models that are nearest to their neighbours (Blanchard et al. 2017).
 
     The score of a model is the sum of its squared distances to its ``n - num_attackers - 2`` nearest ones.
@@ -84,13 +110,11 @@ class MultiKrum:
         self.num_attackers = num_attackers
         self.num_selected = num_selected
 
-    def __call__(self, models: Sequence[StateDict], num_samples: Sequence[float], /) -> dict[str, Tensor]:
-        """Return the mean of the selected models.
-
-        Raises:
-            ValueError: If there are too few models, or they do not match.
-        """
-        num_models, num_attackers = _count(models), self.num_attackers
+    def aggregate(
+        self, models: Sequence[StateDict], others: Sequence[StateDict]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the means of the selected models, and of what is beside these."""
+        num_models, num_attackers = _count(models, others), self.num_attackers
         num_selected = num_models - num_attackers if self.num_selected is None else self.num_selected
         if num_models <= 2 * num_attackers + 2 or num_selected > num_models:
             raise ValueError(
@@ -101,15 +125,19 @@ class MultiKrum:
         distances = _squared_distances(models)
         nearest = distances.sort(dim=1).values[:, 1 : num_models - num_attackers - 1]  # the first one is to itself
         order = nearest.sum(dim=1).sort(stable=True).indices[:num_selected]
-        return weighted_mean([models[index] for index in sorted(order.tolist())])
+        selected = sorted(order.tolist())
+        return weighted_mean([models[index] for index in selected]), weighted_mean(
+            [others[index] for index in selected]
+        )
 
 
-def _count(models: Sequence[StateDict]) -> int:
-    """Return the number of models, which must match."""
+def _count(models: Sequence[StateDict], others: Sequence[StateDict]) -> int:
+    """Return the number of models; they and what is beside them must match."""
     if not models:
         raise ValueError("nothing to aggregate: the list of models is empty")
-    for index, model in enumerate(models):
-        check_match(models[0], model, index)
+    for states in (models, others):
+        for index, state in enumerate(states):
+            check_match(states[0], state, index)
     return len(models)
 
 

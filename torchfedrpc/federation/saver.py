@@ -62,6 +62,7 @@ class Saver:
         self._given_up: set[str] = set()  # learners that were given up and have had a warning
         self._saving: asyncio.Task[None] | None = None
         self._is_due = False
+        self._has_warned_of_pool = False
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="torchfedrpc-checkpoints")
         self._finishing = Finishing()
         if checkpoints.every is None:
@@ -120,7 +121,7 @@ class Saver:
         self._is_due |= every is not None and (is_last or num_done % every == 0)
         if self._is_due and (is_last or await self._has_settled(_POSTPONE_S)):
             await self._settle()
-            await self._proxy.settle_pools()
+            await self._settle_pools()
             self._is_due = False
             captured = self._start(num_done)
             if is_last:
@@ -151,6 +152,19 @@ class Saver:
     async def _settle(self) -> None:
         if self._saving is not None:
             await asyncio.shield(self._saving)
+
+    async def _settle_pools(self) -> None:
+        """Wait until the calls in flight of all pools have ended; their results are part of the trainer's state."""
+        kept = {id(value) for value in vars(self._trainer).values()}
+        for pool in self._proxy.pools:
+            if pool.in_flight and id(pool) not in kept and not self._has_warned_of_pool:
+                self._has_warned_of_pool = True
+                logger.warning(
+                    "calls of a pool are in flight as a round ends, and a resume will not have their results (%s): "
+                    "keep the pool as an attribute of the trainer",
+                    ", ".join(pool.in_flight),
+                )
+            await pool.settle()
 
     def _start(self, num_done: int) -> asyncio.Event:
         """Capture the trainer's present state, and start to capture and write those of learners.

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -241,9 +242,27 @@ class AbstractFederationTrainer(ABC):
         """
         return self._count("num_rounds", default=None, least=0)
 
+    def setting(self, name: str) -> Any:
+        """Return a setting of the config; if it lacks it, the default in the class's ``settings``, else None."""
+        return getattr(self.config, name, self.all_settings().get(name))
+
+    def _number(self, name: str, *, least: float = 0.0, is_above: bool = False, below: float = math.inf) -> float:
+        """Return a setting that is a number of at least ``least``, or above it, and below a bound.
+
+        Raises:
+            ConfigError: If it is none.
+        """
+        value = self.setting(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and least <= value < below and not (is_above and value == least):
+            return float(value)
+        bounds = f"{'above' if is_above else 'of at least'} {least:g}"
+        limit = "" if below == math.inf else f" and below {below:g}"
+        raise ConfigError(f"the trainer's {name} must be a number {bounds}{limit}, not {value!r}")
+
     def _count(self, name: str, *, default: int | None, least: int, most: int | None = None) -> int:
         """Return a whole number from the config; the default if it is missing or None."""
-        given = getattr(self.config, name, None)
+        given = self.setting(name)
         value = default if given is None else given
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= (most or value):
             return value

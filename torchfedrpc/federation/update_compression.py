@@ -28,8 +28,8 @@ class UpdateCompression:
     """
 
     def __init__(self, trainer: AbstractFederationTrainer, weights: StateDict | None) -> None:
-        self.codec: str | None = getattr(trainer.config, "compression", None)
-        self._ratio: float = getattr(trainer.config, "compression_ratio", 0.01)
+        self.codec: str | None = trainer.setting("compression")
+        self._ratio: float = trainer.setting("compression_ratio")
         self._num_bytes = self._num_uncompressed = 0
         check_codec(self.codec, self._ratio)
         if self.codec is not None and weights is None:

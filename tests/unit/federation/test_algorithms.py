@@ -1,9 +1,13 @@
-"""One round of each algorithm on two clients with quadratic losses, against the papers' updates in closed form."""
+"""Some rounds of each algorithm on clients with quadratic losses, against the papers' updates in closed form.
+
+The three clients have two, three and four samples, and two of them take part in a round.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,11 +19,19 @@ from torch import Tensor, nn
 import torchfedrpc as tfr
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.training import build_model, copy_weights
+from torchfedrpc.federation.trainer import sample_clients
 
 Vector = npt.NDArray[np.float64]
 
-INPUTS = {"a": [[1.0, 0.5], [0.0, 1.0]], "b": [[0.5, -1.0], [1.0, 1.0]]}
-LABELS = {"a": [1, 2], "b": [3, 0]}
+INPUTS = {
+    "a": [[1.0, 0.5], [0.0, 1.0]],
+    "b": [[0.5, -1.0], [1.0, 1.0], [-0.3, 0.4]],
+    "c": [[0.2, 0.9], [1.1, -0.4], [0.6, 0.6], [-0.8, 0.1]],
+}
+LABELS = {"a": [1, 2], "b": [3, 0, 1], "c": [2, 2, 0, 1]}
+CLIENTS = "abc"
+SEED = 3
+COHORTS = [sample_clients(CLIENTS, 2, seed=SEED, round_num=number) for number in range(5)]
 START = [0.3, -0.2]
 RATE = 0.1
 NUM_STEPS = 3
@@ -41,11 +53,8 @@ class HalfSquare(nn.Module):
         return 0.5 * (outputs.squeeze(1) - labels).square().mean()
 
 
-def both() -> tfr.TrainTest:
-    samples = tfr.Samples(
-        torch.tensor(INPUTS["a"] + INPUTS["b"]),
-        torch.tensor(LABELS["a"] + LABELS["b"]),
-    )
+def all_samples() -> tfr.TrainTest:
+    samples = tfr.Samples(torch.tensor([*chain(*INPUTS.values())]), torch.tensor([*chain(*LABELS.values())]))
     return tfr.TrainTest(samples, samples)
 
 
@@ -59,23 +68,30 @@ def run(
     simulation: tfr.SimulatedClients | None = None,
     **config: Any,
 ) -> Vector:
-    """The weights after some rounds of full-batch steps by both clients, in float64."""
+    """The weights after some rounds of full-batch steps by two of three clients, in float64."""
     settings = {
-        "dataset": {"_target_": f"{__name__}.both"},
+        "dataset": {"_target_": f"{__name__}.all_samples"},
         "model": {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 1, "bias": False},
         "loss": {"_target_": f"{__name__}.HalfSquare"},
-        "batch_size": 2,
+        "batch_size": 4,
         "learning_rate": RATE,
         **(of_learner or {}),
     }
-    clients = {name: {**settings, "indices": np.arange(2) + 2 * number} for number, name in enumerate("ab")}
+    shares = np.split(np.arange(9), [2, 5])
+    clients = {name: {**settings, "indices": share} for name, share in zip(CLIENTS, shares, strict=True)}
 
     async def main() -> Vector:
         runtime = {"execution_mode": "local", "trusted_modules": [__name__]}
         async with tfr.LearnerProxy(learner, clients, runtime=runtime) as proxy:
             weights = {"weight": torch.tensor([START])}
             made = trainer(
-                {"num_rounds": num_rounds, "local_epochs": NUM_STEPS, **config},
+                {
+                    "num_rounds": num_rounds,
+                    "local_epochs": NUM_STEPS,
+                    "seed": SEED,
+                    "clients_per_round": None if trainer is tfr.FedBuffTrainer else 2,
+                    **config,
+                },
                 proxy,
                 initial_weights=weights,
                 simulation=simulation,
@@ -91,7 +107,7 @@ def run(
 def quadratic(client: str) -> tuple[Vector, Vector]:
     """The matrix A and the vector b of the client's gradient ``A w - b``."""
     inputs, labels = np.array(INPUTS[client]), np.array(LABELS[client])
-    return inputs.T @ inputs / 2, inputs.T @ labels / 2
+    return inputs.T @ inputs / len(labels), inputs.T @ labels / len(labels)
 
 
 def descended(
@@ -104,8 +120,14 @@ def descended(
     return np.asarray(fixed + np.linalg.matrix_power(np.eye(2) - RATE * matrix, steps) @ (start - fixed))
 
 
-def averaged(start: Vector, **settings: Any) -> Vector:
-    return np.asarray((descended("a", start, **settings) + descended("b", start, **settings)) / 2)
+def share(client: str, cohort: Sequence[str]) -> float:
+    return len(LABELS[client]) / sum(len(LABELS[one]) for one in cohort)
+
+
+def averaged(start: Vector, round_num: int = 0, **settings: Any) -> Vector:
+    """The mean over the cohort of a round, by numbers of samples."""
+    cohort = COHORTS[round_num]
+    return np.asarray(sum(share(client, cohort) * descended(client, start, **settings) for client in cohort))
 
 
 W = np.array(START)
@@ -123,8 +145,8 @@ def served(name: str, num_rounds: int = 3) -> Vector:
     rate, tau = SERVER["server_learning_rate"], SERVER["tau"]
     beta1, beta2 = SERVER["beta1"] if name in ("adam", "yogi") else 0.0, SERVER["beta2"]
     x, m, v = W, np.zeros(2), np.full(2, tau**2)
-    for _ in range(num_rounds):
-        delta = averaged(x) - x
+    for round_num in range(num_rounds):
+        delta = averaged(x, round_num) - x
         if name == "momentum":
             m = SERVER["server_momentum"] * m + delta
             x = x + rate * m
@@ -144,8 +166,17 @@ def near(value: Vector) -> Any:
     return pytest.approx(value, abs=1e-6)
 
 
+def test_cohorts_of_these_rounds_differ() -> None:
+    assert {frozenset(cohort) for cohort in COHORTS[:3]} == {frozenset("ab"), frozenset("ac"), frozenset("bc")}
+
+
 def test_fedavg() -> None:
-    assert run(tfr.FedAvgTrainer) == near(averaged(W))
+    assert run(tfr.FedAvgTrainer, num_rounds=2) == near(averaged(averaged(W), 1))
+
+
+def test_fedavg_of_clients_that_count_alike() -> None:
+    expected = sum(descended(client, W) for client in COHORTS[0]) / 2
+    assert run(tfr.FedAvgTrainer, weighting="uniform") == near(np.asarray(expected))
 
 
 def test_fedprox() -> None:
@@ -167,12 +198,12 @@ def test_server_optimisers(trainer: type[tfr.FedAvgTrainer], name: str) -> None:
 
 @pytest.mark.parametrize("server_learning_rate", [1.0, 0.5])
 def test_scaffold(server_learning_rate: float) -> None:
-    x, c, own = W, np.zeros(2), {"a": np.zeros(2), "b": np.zeros(2)}
-    for _ in range(3):
-        y = {client: descended(client, x, shift=c - own[client]) for client in "ab"}
-        after = {client: own[client] - c + (x - y[client]) / (NUM_STEPS * RATE) for client in "ab"}
-        c = c + sum(after[client] - own[client] for client in "ab") / 2
-        x, own = x + server_learning_rate * (sum(y.values()) / 2 - x), after
+    x, c, own = W, np.zeros(2), {client: np.zeros(2) for client in CLIENTS}
+    for cohort in COHORTS[:3]:
+        y = {client: descended(client, x, shift=c - own[client]) for client in cohort}
+        after = {client: own[client] - c + (x - y[client]) / (NUM_STEPS * RATE) for client in cohort}
+        c = c + sum(after[client] - own[client] for client in cohort) / len(CLIENTS)  # |S| / N of the mean
+        x, own = x + server_learning_rate * (sum(y.values()) / 2 - x), own | after
     controls = []
     found = run(
         tfr.ScaffoldTrainer,
@@ -185,26 +216,25 @@ def test_scaffold(server_learning_rate: float) -> None:
     assert controls == [near(c)]
 
 
-def test_fednova() -> None:
-    steps = {"a": 2, "b": 5}
+@pytest.mark.parametrize("compression", [None, "top_k"])
+def test_fednova(compression: str | None) -> None:
+    steps = {"a": 2, "b": 5, "c": 3}
 
-    class Unequal(tfr.FedNovaTrainer):
+    class Unequal(tfr.SimulatedClients):
         """The clients make different numbers of steps."""
 
-        async def train_round(self, round_num: int) -> dict[str, float]:
-            calls = {client: {"local_epochs": number} for client, number in steps.items()}
-            arguments = {"model_weights": self.weights, **self.local_settings(), "local_epochs": 1}
-            reducer = self._reducer()
-            assert reducer is not None
-            del arguments["local_epochs"]
-            reduced = await self.learner_proxy.clients(calls).reduce("train_epoch", reducer, **arguments)
-            self.weights = self.step(self._parts_of(reduced.value))
-            return {}
+        def plan(self, cohort: Sequence[str], round_num: int, num_epochs: int) -> Any:
+            planned = super().plan(cohort, round_num, num_epochs)
+            planned.epochs.update({client: steps[client] for client in cohort})
+            return planned
 
-    change = {client: W - descended(client, W, steps=number) for client, number in steps.items()}
-    tau_eff = sum(steps.values()) / 2
-    expected = W - tau_eff * sum(change[client] / steps[client] for client in steps) / 2
-    assert run(Unequal) == near(expected)
+    x = W
+    for cohort in COHORTS[:2]:
+        change = {client: (x - descended(client, x, steps=steps[client])) / steps[client] for client in cohort}
+        tau_eff = sum(share(client, cohort) * steps[client] for client in cohort)
+        x = np.asarray(x - tau_eff * sum(share(client, cohort) * change[client] for client in cohort))
+    settings: dict[str, Any] = {"compression": compression, "compression_ratio": 1.0}
+    assert run(tfr.FedNovaTrainer, num_rounds=2, simulation=Unequal(), **settings) == near(x)
 
 
 def test_fednova_counts_momentum() -> None:
@@ -220,14 +250,15 @@ def test_fednova_counts_momentum() -> None:
 
 
 def test_ditto() -> None:
-    x, personal = W, {"a": W, "b": W}
-    for _ in range(2):
-        for client, v in personal.items():
+    x, personal = W, dict[str, Vector]()
+    for round_num, cohort in enumerate(COHORTS[:2]):
+        for client in cohort:
             matrix, vector = quadratic(client)
+            v = personal.get(client, x)
             for _ in range(NUM_STEPS):
                 v = v - RATE * (matrix @ v - vector + 0.3 * (v - x))
             personal[client] = v
-        x = averaged(x)
+        x = averaged(x, round_num)
 
     class Checked(tfr.DittoTrainer):
         """Looks at the personal models at the end."""
@@ -243,29 +274,35 @@ def test_ditto() -> None:
 
 
 def test_fedbuff() -> None:
-    """Client b takes 2.5 times as long as a; each change counts by its staleness, in a buffer of one."""
+    """Client b takes 2.5 times as long as a, and c 5 times; a buffer has two changes, weighted by staleness."""
 
     class Speeds(tfr.SimulatedClients):
         def seconds(self, client_id: str, number: int, num_epochs: float = 1) -> float:
-            return {"a": 1.0, "b": 2.5}[client_id]
+            return {"a": 1.0, "b": 2.5, "c": 5.0}[client_id]
 
-    x, begun = W, {"a": (0, W), "b": (0, W)}
-    for round_num, client in enumerate("aabaa"):  # at 1.0, 2.0, 2.5, 3.0 and 4.0 s
-        since, start = begun[client]
-        x = x + 0.5 * (descended(client, start) - start) / np.sqrt(1 + round_num - since)
-        begun[client] = (round_num + 1, x)
-    settings: dict[str, Any] = {"buffer_size": 1, "num_in_flight": 2, "server_learning_rate": 0.5}
+    x, begun, staleness = W, dict.fromkeys(CLIENTS, (0, W)), []
+    arrivals = ["aa", "ba", "ac", "ba"]  # at 1, 2, 2.5, 3, 4, 5, 5, 5 s; of equal times the call that began first
+    for round_num, clients in enumerate(arrivals):
+        total, ages = np.zeros(2), []
+        for client in clients:
+            since, start = begun[client]
+            total += (descended(client, start) - start) / np.sqrt(1 + round_num - since)
+            ages.append(round_num - since)
+            begun[client] = (round_num, x)  # its next call begins as the next result is awaited
+        staleness.append(sum(ages) / 2)
+        x = x + 0.5 * total / 2
+        begun[clients[-1]] = (round_num + 1, x)  # that of the last one after the step
+    settings: dict[str, Any] = {"buffer_size": 2, "num_in_flight": 3, "server_learning_rate": 0.5}
     seen: list[Any] = []
     found = run(
         tfr.FedBuffTrainer,
-        num_rounds=5,
+        num_rounds=len(arrivals),
         simulation=Speeds(),
         use=lambda trainer: seen.extend(ended.metrics for ended in trainer.history),
         **settings,
     )
+    assert [metrics["staleness"] for metrics in seen] == staleness
     assert found == near(x)
-    assert [metrics["simulated_seconds"] for metrics in seen] == [1.0, 2.0, 2.5, 3.0, 4.0]
-    assert [metrics["staleness"] for metrics in seen] == [0, 0, 2, 1, 0]
 
 
 @pytest.mark.parametrize(

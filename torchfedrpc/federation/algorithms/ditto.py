@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torchfedrpc.errors import ConfigError
 from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
 from torchfedrpc.registry import trainer
 
@@ -28,8 +27,5 @@ class DittoTrainer(FedAvgTrainer):
         Raises:
             ConfigError: If one is invalid.
         """
-        penalty = getattr(self.config, "penalty", 1.0)
-        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not penalty >= 0:
-            raise ConfigError(f"the trainer's penalty must be a number of at least 0, not {penalty!r}")
         personal_epochs = self._count("personal_epochs", default=1, least=0)
-        return {**super().local_settings(), "penalty": penalty, "personal_epochs": personal_epochs}
+        return {**super().local_settings(), "penalty": self._number("penalty"), "personal_epochs": personal_epochs}

@@ -24,7 +24,6 @@ class FedAdagradTrainer(FedOptTrainer):
 
     def make_optimiser(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """Return `torch.optim.Adagrad`."""
-        tau = self._setting("tau")
-        return torch.optim.Adagrad(
-            parameters, lr=self._setting("server_learning_rate"), eps=tau, initial_accumulator_value=tau**2
-        )
+        tau = self._number("tau", is_above=True)
+        rate = self._number("server_learning_rate", is_above=True)
+        return torch.optim.Adagrad(parameters, lr=rate, eps=tau, initial_accumulator_value=tau**2)

@@ -27,7 +27,6 @@ class FedAdamTrainer(FedOptTrainer):
 
     def make_optimiser(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """Return an optimiser of ``optimiser_class``."""
-        betas = self._setting("beta1"), self._setting("beta2")
-        return self.optimiser_class(
-            parameters, lr=self._setting("server_learning_rate"), betas=betas, tau=self._setting("tau")
-        )
+        rate, tau = self._number("server_learning_rate", is_above=True), self._number("tau", is_above=True)
+        betas = self._number("beta1", below=1), self._number("beta2", below=1)
+        return self.optimiser_class(parameters, lr=rate, betas=betas, tau=tau)

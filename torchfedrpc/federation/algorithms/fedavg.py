@@ -6,22 +6,22 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
-from types import FunctionType
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from torchfedrpc.errors import ConfigError, GroupCallError
+from torchfedrpc.errors import CallTimeoutError, ConfigError, GroupCallError
 from torchfedrpc.events import RoundEnded
-from torchfedrpc.federation.aggregation import Aggregator, Mean, ReducingAggregator, check_match
+from torchfedrpc.federation.aggregation import Aggregator, Mean
 from torchfedrpc.federation.cohorts import Cohort
+from torchfedrpc.federation.part_state import PartState
+from torchfedrpc.federation.results import averages_of, check_alike, parts_of, reducer_of, robust_parts_of
+from torchfedrpc.federation.robust import RobustAggregator
 from torchfedrpc.federation.simulation import SimulatedClients, SimulatedRound
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.federation.update_compression import UpdateCompression
 from torchfedrpc.proxy import LearnerProxy
-from torchfedrpc.reduce.reducers import Mean as UniformMean
-from torchfedrpc.reduce.reducers import Reducer, WeightedMean
+from torchfedrpc.reduce.reducers import Reducer
 from torchfedrpc.registry import trainer
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
             step or extrapolate parameters take these from the aggregate.
         cohort: Chooses the clients of a round. Default: `select_clients`.
         simulation: Simulated speeds and dropouts of clients.
-        aggregator: Makes the new global model of the models of a cohort. Unless it is a function, it is part of the
-            trainer's state. Default: Their weighted mean.
+        aggregator: Makes the new global model of the models of a cohort. Its attributes, or what its ``state_dict()``
+            returns, are part of the trainer's state. Default: The models' weighted mean.
 
     Attributes:
         weights: The global weights, a state dict; None before the first round without ``initial_weights``.
@@ -80,10 +80,9 @@ class FedAvgTrainer(AbstractFederationTrainer):
         "_aggregator_metrics",
         "_compression",
         "_score",
-        "averages",
+        "aggregator",  # these three have a `PartState`
         "buffers",
         "cohort",
-        "num_results",
         "simulation",
     }
     settings: ClassVar[Mapping[str, Any]] = {
@@ -116,7 +115,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
                 f"{type(self).__qualname__} aggregates by its own aggregate_weights, and would ignore the aggregator "
                 f"{aggregator!r}: leave one of them out"
             )
-        self.weights = initial_weights
+        self.weights: Mapping[str, Tensor] | None = None if initial_weights is None else _copied(initial_weights)
         self.history: RoundLog = [] if history is None else history
         if cohort is not None and type(self).select_clients is not AbstractFederationTrainer.select_clients:
             raise ConfigError(
@@ -132,11 +131,14 @@ class FedAvgTrainer(AbstractFederationTrainer):
         self._aggregator_metrics: Mapping[str, float] = {}
         self._score = score
         for name, options in (("weighting", ("samples", "uniform")), ("on_failure", ("raise", "drop"))):
-            if (value := getattr(self.config, name, options[0])) not in options:
+            if (value := self.setting(name)) not in options:
                 raise ConfigError(f"the trainer's {name} is {' or '.join(options)}, not {value!r}")
         self._compression = UpdateCompression(self, self.weights)
         if (begin_run := getattr(self.aggregator, "begin_run", None)) is not None:
             begin_run(self)
+        self._aggregator_state = PartState(self, "aggregator")
+        self._cohort_state = PartState(self, "cohort")
+        self._simulation_state = PartState(self, "simulation")
 
     async def train(self) -> Mapping[str, Tensor] | None:
         """Run all rounds.
@@ -160,14 +162,22 @@ class FedAvgTrainer(AbstractFederationTrainer):
             beginning, and with ``compression`` the ``update_bytes`` and ``uncompressed_bytes`` of the results. An
             aggregator may add metrics.
         """
-        plan = self._plan(round_num, await self.choose_clients(round_num))
+        self._note_settings()
+        settings = self.local_settings()
+        plan = self._plan(round_num, await self.choose_clients(round_num), settings.get("local_epochs", 1))
         failures: Mapping[str, Exception] = {}
         await self._begin_round(round_num)
-        if plan.epochs:
-            aggregate, failures = await self._train_cohort(round_num, plan.epochs)
+        if len(plan.epochs) >= (self.setting("min_results") or 1):
+            aggregate, failures = await self._train_cohort(round_num, plan.epochs, settings)
             self.weights = self._stepped(aggregate)
         else:
-            logger.warning("round %d has no results: no client takes part in it", round_num + 1)
+            least = self.setting("min_results") or "no"
+            logger.warning(
+                "round %d has no results: %d clients take part in it%s",
+                round_num + 1,
+                len(plan.epochs),
+                f", and min_results is {least}" if plan.epochs else "",
+            )
         for client_id, error in failures.items():
             logger.warning(
                 "%s is left out of round %d: %s: %s", client_id, round_num + 1, type(error).__name__, error
@@ -188,25 +198,27 @@ class FedAvgTrainer(AbstractFederationTrainer):
             raise ConfigError(f"{self.cohort!r} must choose different clients of the proxy, not {chosen!s:.200}")
         return chosen
 
-    def _plan(self, round_num: int, clients: Sequence[str]) -> SimulatedRound:
-        num_epochs = self.local_settings().get("local_epochs", 1)
+    def _plan(self, round_num: int, clients: Sequence[str], num_epochs: int) -> SimulatedRound:
         if self.simulation is None:
             return SimulatedRound(dict.fromkeys(clients, num_epochs), [], 0.0)
         return self.simulation.plan(clients, round_num, num_epochs)
 
     async def _train_cohort(
-        self, round_num: int, epochs: Mapping[str, int]
+        self, round_num: int, epochs: Mapping[str, int], settings: Mapping[str, Any]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Exception]]:
         """Return the aggregate, and the exceptions of clients that were dropped."""
-        settings = {"model_weights": self.weights, "round_num": round_num, **self.local_settings()}
+        arguments = {"model_weights": self.weights, "round_num": round_num, **settings}
         usual = settings.get("local_epochs", 1)
         calls = {client: {} if number == usual else {"local_epochs": number} for client, number in epochs.items()}
         cohort = self.learner_proxy.clients(calls).options(**self._call_options())
-        if len(calls) > 1 and (reducer := self._reducer()) is not None:  # the mean of one has its bits
-            reduced = await cohort.reduce("train_epoch", reducer, **settings)
+        if (reducer := self._reducer(len(calls))) is not None:
+            reduced = await cohort.reduce("train_epoch", reducer, **arguments)
+            self._check_failures(reduced.failures)
             self.num_results = reduced.count
-            return self._parts_of(reduced.value), reduced.failures
-        updates = await cohort.train_epoch(**settings)
+            aggregate, self.averages = parts_of(reduced.value, self.aggregator)
+            return aggregate, reduced.failures
+        updates = await cohort.train_epoch(**arguments)
+        self._check_failures(updates.failures)
         if not updates:
             raise GroupCallError(f"train_epoch failed for all of {', '.join(updates.failures)}", updates.failures, {})
         self.num_results = len(updates)
@@ -218,8 +230,15 @@ class FedAvgTrainer(AbstractFederationTrainer):
         """Forget the last round, and give the aggregator the global weights."""
         self.averages, self.num_results, self._aggregator_metrics = {}, 0, {}
         self._compression.begin_round()
+        self._note_settings()
         if (begin_round := getattr(self.aggregator, "begin_round", None)) is not None:
-            self._aggregator_metrics = await asyncio.to_thread(begin_round, self.weights, round_num) or {}
+            weights = None if self.weights is None else _copied(self.weights)
+            self._aggregator_metrics = await asyncio.to_thread(begin_round, weights, round_num) or {}
+
+    def _note_settings(self) -> None:
+        """Note the settings of the objects that the trainer was given, before these change in a round."""
+        for part in (self._aggregator_state, self._cohort_state, self._simulation_state):
+            part.note_settings()
 
     def _metrics(self, *, num_dropped: int) -> dict[str, float]:
         """Return the metrics of a round that has ended."""
@@ -234,12 +253,26 @@ class FedAvgTrainer(AbstractFederationTrainer):
     def _call_options(self) -> dict[str, Any]:
         """Return the options of a cohort's calls; empty if all clients must give a result."""
         given = {"min_results": "min_results", "deadline_s": "timeout_s"}
-        options = {
-            option: value for name, option in given.items() if (value := getattr(self.config, name, None)) is not None
-        }
-        if getattr(self.config, "on_failure", "raise") == "drop" or "timeout_s" in options:
+        options = {option: value for name, option in given.items() if (value := self.setting(name)) is not None}
+        if self.setting("on_failure") == "drop" or "timeout_s" in options:
             options["on_error"] = "collect"
         return options
+
+    def _check_failures(self, failures: Mapping[str, Exception]) -> None:
+        """Check that clients were late, and have not failed, unless they may.
+
+        Raises:
+            GroupCallError: If one has failed.
+        """
+        failed = {client: error for client, error in failures.items() if not isinstance(error, CallTimeoutError)}
+        if failed and self.setting("on_failure") == "raise":
+            error = next(iter(failed.values()))
+            raise GroupCallError(
+                f"train_epoch failed for {', '.join(failed)}, first with {type(error).__name__}: {error}; the "
+                f"trainer's on_failure=drop leaves such clients out",
+                failed,
+                {},
+            )
 
     def _stepped(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the new global weights.
@@ -316,36 +349,21 @@ class FedAvgTrainer(AbstractFederationTrainer):
                 f"the aggregator {self.aggregator!r} returned {odd:.200}: it must return a state dict with the names "
                 f"of the models, {list(weights_list[0])!s:.200}"
             )
-        return dict(aggregate)
+        return _copied(aggregate)  # which the aggregator may keep
 
-    def _is_data(self, name: str, value: Any) -> bool:
-        is_code = name == "aggregator" and isinstance(value, Mean | FunctionType | partial)
-        return not is_code and super()._is_data(name, value)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state that `state_dict` returned; a list that was given as ``history`` is filled."""
+        given = self.history
+        super().load_state_dict(state)
+        if isinstance(given, list) and isinstance(self.history, list):
+            given[:] = self.history
+            self.history = given
 
-    def _reducer(self) -> Reducer | None:
-        """Return what forms the aggregate on the workers; None if the driver needs all updates."""
-        if (
-            self._compression.codec is not None
-            or self._overrides_aggregation()
-            or not isinstance(self.aggregator, ReducingAggregator)
-        ):
+    def _reducer(self, num_clients: int) -> Reducer | None:
+        """Return what forms the aggregate of some clients on the workers; None if the driver needs all updates."""
+        if num_clients == 1 or self._compression.codec is not None or self._overrides_aggregation():
             return None
-        kind: type = type(self.aggregator)
-        if kind is Mean:
-            parts = ("model_weights", *self.averaged)
-            return UniformMean(parts) if self._is_uniform else WeightedMean(parts)
-        return None if self._is_uniform or self.averaged != ("train_loss",) else self.aggregator.reducer()
-
-    def _parts_of(self, value: Any) -> Mapping[str, Tensor]:
-        """Set ``averages`` and return the aggregate, from the value of a reducer."""
-        if not isinstance(value, Mapping) or "model_weights" not in value:
-            raise ConfigError(
-                f"the reducer of the aggregator {self.aggregator!r} made a {type(value).__name__}: it must make a "
-                f"mapping with model_weights"
-            )
-        self.averages = {name: item for name, item in value.items() if name != "model_weights"}
-        aggregate: Mapping[str, Tensor] = value["model_weights"]
-        return aggregate
+        return reducer_of(self.aggregator, self.averaged, is_uniform=self._is_uniform)
 
     async def _aggregated(self, results: Sequence[tuple[str, Mapping[str, Any]]]) -> Mapping[str, Tensor]:
         """Set ``averages`` and return the aggregate, from clients and their results.
@@ -353,28 +371,23 @@ class FedAvgTrainer(AbstractFederationTrainer):
         Raises:
             ValueError: If the models of two clients differ in names, shapes or kinds of dtype.
         """
-        first_client, first = results[0]
-        for client_id, update in results[1:]:
-            try:
-                check_match(first["model_weights"], update["model_weights"], 1)
-            except ValueError as error:
-                raise ValueError(
-                    f"the models of {first_client} and {client_id} do not go together: {error}"
-                ) from None
+        check_alike(results)
         updates = [update for _, update in results]
-        counts = [1 if self._is_uniform else update["num_samples"] for update in updates]
-        reducer = UniformMean(self.averaged) if self._is_uniform else WeightedMean(self.averaged)
-        for update in updates:
-            reducer.add(update)
-        self.averages = {} if reducer.is_empty else reducer.finish()
+        self.averages = averages_of(updates, self.averaged, is_uniform=self._is_uniform)
+        if isinstance(self.aggregator, RobustAggregator):
+            steering = [name for name in self.averaged if name != "train_loss"]
+            aggregate, robust = await asyncio.to_thread(robust_parts_of, updates, steering, self.aggregator)
+            self.averages = {**self.averages, **robust}
+            return aggregate
         kind: type = type(self.aggregator)
         if len(updates) == 1 and kind is Mean and not self._overrides_aggregation():
-            return dict(first["model_weights"])
+            return dict(updates[0]["model_weights"])  # the mean of one has its bits
+        counts = [1 if self._is_uniform else update["num_samples"] for update in updates]
         return await self.aggregate_weights([update["model_weights"] for update in updates], counts)
 
     @property
     def _is_uniform(self) -> bool:
-        return getattr(self.config, "weighting", "samples") == "uniform"
+        return bool(self.setting("weighting") == "uniform")
 
     @classmethod
     def _overrides_aggregation(cls) -> bool:
@@ -384,6 +397,10 @@ class FedAvgTrainer(AbstractFederationTrainer):
         """Return the keyword arguments of ``train_epoch`` beside weights and round, the same for every client."""
         num_epochs = self._count("local_epochs", default=1, least=1)
         return {"local_epochs": num_epochs, **self._compression.arguments()}
+
+
+def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in weights.items()}
 
 
 def _odd_names(returned: Any, expected: Mapping[str, Any]) -> str | None:

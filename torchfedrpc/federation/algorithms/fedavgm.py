@@ -24,6 +24,5 @@ class FedAvgMTrainer(FedOptTrainer):
 
     def make_optimiser(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """Return `torch.optim.SGD` with momentum."""
-        return torch.optim.SGD(
-            parameters, lr=self._setting("server_learning_rate"), momentum=self._setting("server_momentum")
-        )
+        rate, momentum = self._number("server_learning_rate", is_above=True), self._number("server_momentum", below=1)
+        return torch.optim.SGD(parameters, lr=rate, momentum=momentum)

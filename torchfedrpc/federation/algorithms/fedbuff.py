@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from torchfedrpc.errors import ConfigError
+from torchfedrpc.errors import ConfigError, GroupCallError
 from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
 from torchfedrpc.registry import trainer
 
@@ -27,7 +27,7 @@ class FedBuffTrainer(FedAvgTrainer):
     beginning): ``w = w + server_learning_rate / buffer_size * sum((w_i - w_begin) / sqrt(1 + s_i))``. With a
     simulation results come in the order of its virtual clock, and are the same each time; without one as they come.
     Clients are drawn uniformly from those that are not in flight. Defaults: a buffer of 10, as in section 5 of the
-    paper, and 20 in flight.
+    paper, and 20 in flight, or all clients if there are fewer.
 
     Attributes:
         pool: The calls in flight.
@@ -36,7 +36,7 @@ class FedBuffTrainer(FedAvgTrainer):
     settings: ClassVar[Mapping[str, Any]] = {
         "weighting": "uniform",
         "buffer_size": 10,
-        "num_in_flight": 20,
+        "num_in_flight": None,
         "server_learning_rate": 1.0,
     }
     not_state: ClassVar[frozenset[str]] = FedAvgTrainer.not_state | {"_buffer_size", "_round_num"}
@@ -49,7 +49,7 @@ class FedBuffTrainer(FedAvgTrainer):
                 "FedBuff draws a client whenever one is free, and would ignore the cohort: leave it out"
             )
         for name in ("clients_per_round", "min_results", "deadline_s"):
-            if getattr(self.config, name, None) is not None:
+            if self.setting(name) is not None:
                 raise ConfigError(
                     f"FedBuff has no cohorts, and would ignore the trainer's {name}: leave it out; num_in_flight and "
                     f"buffer_size say how many clients train"
@@ -63,9 +63,9 @@ class FedBuffTrainer(FedAvgTrainer):
         self._round_num = 0
         self._num_drawn = 0
         self._begun: dict[str, tuple[int, Mapping[str, Tensor]]] = {}  # client in flight -> round and weights then
-        in_flight = self._count("num_in_flight", default=20, least=1, most=num_clients)
+        in_flight = self._count("num_in_flight", default=min(20, num_clients), least=1, most=num_clients)
         clock = None if self.simulation is None else self._seconds
-        self.pool = self.learner_proxy.pool(self._next_client, in_flight, clock=clock)
+        self.pool = self.learner_proxy.pool(self._next_client, in_flight, clock=clock, on_error="collect")
 
     async def train(self) -> Mapping[str, Tensor] | None:
         """Run all rounds.
@@ -73,8 +73,12 @@ class FedBuffTrainer(FedAvgTrainer):
         Returns:
             The final global weights, a state dict.
         """
-        weights = await super().train()
-        await self.pool.close()
+        try:
+            weights = await super().train()
+            await self.pool.settle()  # so that learners' states depend on no clock
+        finally:
+            await self.pool.close()
+        self._begun.clear()
         return weights
 
     async def train_round(self, round_num: int) -> dict[str, float]:
@@ -86,19 +90,16 @@ class FedBuffTrainer(FedAvgTrainer):
         self._round_num = round_num
         updates: list[tuple[str, dict[str, Any]]] = []
         staleness: list[int] = []
-        num_dropped = 0
+        num_dropped, num_in_a_row = 0, 0
         await self._begin_round(round_num)
         while len(updates) < self._buffer_size:
-            try:
-                client_id, result = await anext(self.pool)
-            except Exception as error:
-                if getattr(self.config, "on_failure", "raise") == "raise":
-                    raise
-                logger.warning("%s is left out: %s: %s", self.pool.last_client, type(error).__name__, error)
-                del self._begun[self.pool.last_client]
-                num_dropped += 1
-                continue
+            client_id, result = await anext(self.pool)
             begun, weights = self._begun.pop(client_id)
+            if isinstance(result, Exception):
+                num_dropped, num_in_a_row = num_dropped + 1, num_in_a_row + 1
+                self._check_failure(client_id, result, num_in_a_row)
+                continue
+            num_in_a_row = 0
             result = await self._compression.decoded(client_id, result, weights)
             staleness.append(round_num - begun)
             model = self._applied(result["model_weights"], weights, staleness[-1])
@@ -111,7 +112,7 @@ class FedBuffTrainer(FedAvgTrainer):
 
     def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the new global weights."""
-        return self.moved(aggregate, getattr(self.config, "server_learning_rate", 1.0))
+        return self.moved(aggregate, self._number("server_learning_rate", is_above=True))
 
     def _applied(
         self, model: Mapping[str, Tensor], begun: Mapping[str, Tensor], staleness: int
@@ -121,6 +122,20 @@ class FedBuffTrainer(FedAvgTrainer):
         factor = (1 + staleness) ** -0.5
         changed = {name: self.weights[name] + factor * (model[name] - begun[name]) for name in self.parameter_names()}
         return {**model, **changed}
+
+    def _check_failure(self, client_id: str, error: Exception, num_in_a_row: int) -> None:
+        """Warn of a client that is left out.
+
+        Raises:
+            GroupCallError: If none may be, or as many have failed in a row as there are clients.
+        """
+        text = f"train_epoch failed for {client_id} with {type(error).__name__}: {error}"
+        if self.setting("on_failure") == "raise":
+            hint = "the trainer's on_failure=drop leaves such clients out"
+            raise GroupCallError(f"{text}; {hint}", {client_id: error}, {}) from error
+        if num_in_a_row >= len(self.learner_proxy.client_ids):
+            raise GroupCallError(f"{text}, the last of {num_in_a_row} in a row", {client_id: error}, {}) from error
+        logger.warning("%s is left out: %s: %s", client_id, type(error).__name__, error)
 
     def _next_client(self) -> tuple[str, Awaitable[Any]] | None:
         free = [client_id for client_id in self.learner_proxy.client_ids if client_id not in self._begun]

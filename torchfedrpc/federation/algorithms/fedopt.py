@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchfedrpc.errors import ConfigError
 from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
 
 
@@ -49,14 +48,3 @@ class FedOptTrainer(FedAvgTrainer):
                 parameter.grad = parameter - aggregate[name]
         self.server_optimiser.step()
         return {**aggregate, **{name: value.detach().clone() for name, value in self._parameters.items()}}
-
-    def _setting(self, name: str) -> float:
-        """Return a number from the config.
-
-        Raises:
-            ConfigError: If it is none of at least 0.
-        """
-        value = getattr(self.config, name, self.all_settings()[name])
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise ConfigError(f"the trainer's {name} must be a number of at least 0, not {value!r}")
-        return float(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torchfedrpc.errors import ConfigError
 from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
 from torchfedrpc.registry import trainer
 
@@ -26,7 +25,4 @@ class FedProxTrainer(FedAvgTrainer):
         Raises:
             ConfigError: If the config has no valid ``mu``.
         """
-        mu = getattr(self.config, "mu", None)
-        if not isinstance(mu, int | float) or not mu >= 0:
-            raise ConfigError(f"FedProx needs mu, a number of at least 0, in the trainer's settings; it is {mu!r}")
-        return {**super().local_settings(), "proximal_mu": mu}
+        return {**super().local_settings(), "proximal_mu": self._number("mu")}

@@ -32,6 +32,7 @@ class ScaffoldTrainer(FedAvgTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.control: Mapping[str, Tensor] = {}
+        self._number("server_learning_rate", is_above=True)
         if not self._is_uniform:
             raise ConfigError("SCAFFOLD's clients count alike: set the trainer's weighting to uniform")
 
@@ -45,5 +46,5 @@ class ScaffoldTrainer(FedAvgTrainer):
         change = self.averages["control_change"]
         zeros = {name: torch.zeros_like(value) for name, value in change.items()}
         self.control = {name: old + share * change[name] for name, old in (self.control or zeros).items()}
-        rate = getattr(self.config, "server_learning_rate", 1.0)
+        rate = self._number("server_learning_rate", is_above=True)
         return aggregate if rate == 1 else self.moved(aggregate, rate)
