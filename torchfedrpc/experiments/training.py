@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class LocalTraining:
             calls.
         weight_decay: Coefficient of L2 regularisation.
         optimiser: Recipe of another optimiser than SGD, such as ``{_target_: torch.optim.AdamW}``; it receives
-            ``lr`` and ``weight_decay``.
+            ``lr``, and ``weight_decay`` unless that is 0 here, so that its own default counts.
         schedule: Recipe of a ``torch.optim.lr_scheduler``, stepped after each step of the optimiser.
         loss: Recipe of a loss of logits and labels, averaged over the batch. Default: Cross-entropy.
         max_gradient_norm: Norm to which the gradient of each step is clipped.
@@ -52,6 +53,27 @@ class LocalTraining:
     autocast: bool = False
 
     def __post_init__(self) -> None:
+        for name, least, below, expected in (
+            ("batch_size", 1, math.inf, "a whole number of at least 1"),
+            ("learning_rate", 0, math.inf, "a number of at least 0"),
+            ("momentum", 0, 1, "a number of at least 0 and below 1"),
+            ("weight_decay", 0, math.inf, "a number of at least 0"),
+            ("max_gradient_norm", 0, math.inf, "a number above 0, or null"),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "max_gradient_norm":
+                continue
+            kind = int if name == "batch_size" else int | float
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            if not is_number or not least <= value < below or (value == 0 and name == "max_gradient_norm"):
+                raise ConfigError(f"learner.{name} is {expected}, not {value!r:.200}")
+        given = self.optimiser or {}
+        if "lr" in given or ("weight_decay" in given and self.weight_decay):
+            name, own = ("lr", "learning_rate") if "lr" in given else ("weight_decay", "weight_decay")
+            raise ConfigError(
+                f"learner.optimiser has {name}={given[name]!r}, and learner.{own} is {getattr(self, own):g}: set "
+                f"learner.{own} alone"
+            )
         if self.optimiser is not None and self.momentum:
             raise ConfigError(
                 f"learner.momentum={self.momentum:g} is of SGD, and learner.optimiser is {self.optimiser!r:.200}: "
@@ -60,10 +82,12 @@ class LocalTraining:
 
     def make_optimiser(self, parameters: Sequence[nn.Parameter], trusted_modules: Iterable[str]) -> Any:
         """Return the optimiser."""
-        common: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         if self.optimiser is None:
-            return torch.optim.SGD(parameters, momentum=self.momentum, **common)
-        return build(self.optimiser, trusted_modules, params=parameters, **common)
+            return torch.optim.SGD(
+                parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+            )
+        decay = {"weight_decay": self.weight_decay} if self.weight_decay else {}
+        return build(self.optimiser, trusted_modules, params=parameters, lr=self.learning_rate, **decay)
 
     def gradient_weight(self, num_steps: int) -> float:
         """Return by how much the gradients of some steps of SGD count in the change of the weights, over all steps.
@@ -176,13 +200,16 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def trained_names(model: nn.Module) -> list[str]:
-    """Return the names of these parameters."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    """Return the names of these parameters in the state dict, which has shared ones several times."""
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if parameter.requires_grad]
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of these parameters, by name."""
-    return {name: model.get_parameter(name).detach().clone() for name in trained_names(model)}
+    """Return copies of these parameters by name, each one once."""
+    return {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def proximal(parameters: Sequence[Tensor], mu: float) -> Hook:

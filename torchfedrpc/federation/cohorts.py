@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +13,8 @@ import numpy.typing as npt
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.federation.trainer import AbstractFederationTrainer, sample_clients
 from torchfedrpc.registry import cohort
+
+logger = logging.getLogger(__name__)
 
 _STREAM = 0xC0408  # separates these draws from others with the same seed
 
@@ -42,6 +46,9 @@ class UniformCohort:
 class WeightedCohort:
     """Clients drawn by their numbers of samples, without replacement.
 
+    Their models are to count alike (``weighting=uniform``): by numbers of samples, these would count twice (Li et al.
+    2020, ICLR).
+
     Args:
         num_samples: Client -> its number of samples.
     """
@@ -68,7 +75,9 @@ class RoundRobinCohort:
 class PowerOfChoiceCohort:
     """Of some candidates, drawn by their numbers of samples, those with the highest loss (Cho et al. 2020).
 
-    Candidates are scored by ``evaluate(model_weights=...)`` of their learners, whose ``loss`` counts.
+    Candidates are scored by ``evaluate(model_weights=...)`` of their learners, whose ``loss`` counts; a loss that is
+    NaN counts as the highest. If the trainer's ``on_failure`` is ``drop``, candidates that fail are left out. Models
+    are to count alike (``weighting=uniform``), as in the paper.
 
     Args:
         num_samples: Client -> its number of samples.
@@ -84,6 +93,7 @@ class PowerOfChoiceCohort:
 
         Raises:
             ConfigError: If there are fewer candidates than the cohort has clients.
+            GroupCallError: If a candidate fails, and may not be left out.
         """
         if self.num_candidates < size:
             raise ConfigError(
@@ -91,8 +101,13 @@ class PowerOfChoiceCohort:
             )
         seeds = [_seed(trainer), round_num]
         candidates = _drawn_by_samples(self.num_samples, clients, self.num_candidates, seeds)
-        scores = await trainer.learner_proxy.clients(candidates).evaluate(model_weights=trainer.weights)
-        by_loss = sorted(candidates, key=lambda client_id: -scores[client_id]["loss"])
+        on_error = "collect" if getattr(trainer.config, "on_failure", "raise") == "drop" else "raise"
+        group = trainer.learner_proxy.clients(candidates).options(on_error=on_error)
+        scores = await group.evaluate(model_weights=trainer.weights)
+        for client_id, error in scores.failures.items():
+            logger.warning("%s is no candidate: %s: %s", client_id, type(error).__name__, error)
+        losses = {client_id: float(score["loss"]) for client_id, score in scores.items()}
+        by_loss = sorted(losses, key=lambda one: -math.inf if math.isnan(losses[one]) else -losses[one])
         chosen = set(by_loss[:size])
         return [client_id for client_id in candidates if client_id in chosen]
 
@@ -138,7 +153,16 @@ def _seed(trainer: AbstractFederationTrainer) -> int:
 def _drawn_by_samples(
     num_samples: Mapping[str, int], clients: Sequence[str], size: int, seeds: Sequence[int]
 ) -> list[str]:
+    """Return different clients, drawn by their numbers of samples.
+
+    Raises:
+        ConfigError: If a client's number is missing or invalid, or all are 0.
+    """
+    if odd := [one for one in clients if not 0 <= num_samples.get(one, -1) < math.inf]:
+        raise ConfigError(f"the cohort needs the number of samples of {odd[0]}, and has {num_samples.get(odd[0])!r}")
     weights: npt.NDArray[np.float64] = np.array([num_samples[client_id] for client_id in clients], dtype=np.float64)
+    if not weights.any():
+        raise ConfigError("the cohort draws clients by their numbers of samples, and all of them are 0")
     generator = np.random.default_rng([_STREAM, *seeds])
     size = min(size, int((weights > 0).sum()))
     chosen = generator.choice(len(clients), size=size, replace=False, p=weights / weights.sum())

@@ -158,9 +158,10 @@ def _squared_distances(models: Sequence[StateDict]) -> Tensor:
     """Return [num_models, num_models], float64; infinite where a model is not finite."""
     total = torch.zeros(len(models), len(models), dtype=torch.float64)
     for name, first in models[0].items():
-        if first.is_floating_point():
-            values = torch.stack([model[name].to("cpu", torch.float64).flatten() for model in models])
+        if first.is_floating_point() or first.is_complex():
+            dtype = torch.complex128 if first.is_complex() else torch.float64
+            values = torch.stack([model[name].to("cpu", dtype).flatten() for model in models])
             for index, value in enumerate(values):  # a row at once bounds the memory
-                total[index] += (values - value).square().sum(dim=1)
+                total[index] += (values - value).abs().square().sum(dim=1)
     total = total.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return total.fill_diagonal_(0)

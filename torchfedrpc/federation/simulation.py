@@ -12,6 +12,8 @@ import numpy as np
 from torchfedrpc.errors import ConfigError
 
 _STREAM = 0x51C0DE  # separates these draws from others with the same seed
+_EXCLUDED = {"seconds_per_epoch": (math.inf,), "dropout": (1.0,), "deadline_s": (0.0, math.inf)}
+_TOLERANCE = 1e-9  # relative, for sums of seconds
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class SimulatedClients:
     """Durations and dropouts of clients, as a function of seed, client and round alone.
 
     Of an asynchronous pool it is the clock; of a synchronous round it tells who is late, and how long the round
-    takes.
+    takes. A round with a deadline waits until then for clients that drop out; without one, these cost no time.
 
     Args:
         seconds_per_epoch: Virtual duration of a local epoch of a client that is not slow.
@@ -43,8 +45,8 @@ class SimulatedClients:
         spread: Standard deviation of the logarithm of a factor that is drawn for each call.
         dropout: Probability that a client drops out of a round, 0 to below 1.
         deadline_s: Virtual seconds after which a client of a synchronous round is late. Default: None is.
-        partial: Whether a late client makes the epochs that it can until the deadline (FedProx, Li et al. 2020),
-            rather than none.
+        partial: Whether a late client makes the whole epochs that it can until the deadline (FedProx, Li et al.
+            2020), rather than none. One that cannot make a single one drops out.
         seed: Seed of all draws.
 
     Raises:
@@ -68,12 +70,17 @@ class SimulatedClients:
             ("slow_factor", 1.0, math.inf),
             ("spread", 0.0, math.inf),
             ("dropout", 0.0, 1.0),
+            ("deadline_s", 0.0, math.inf),
         ):
             value = getattr(self, name)
+            if name == "deadline_s" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
                 raise ConfigError(f"simulation.{name} must be a number from {least:g} to {most:g}, not {value!r}")
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ConfigError(f"simulation.deadline_s must be above 0, or null, not {self.deadline_s!r}")
+            if value in _EXCLUDED.get(name, ()):
+                raise ConfigError(f"simulation.{name} must not be {value:g}")
+        if not isinstance(self.partial, bool):
+            raise ConfigError(f"simulation.partial is true or false, not {self.partial!r}")
 
     def seconds(self, client_id: str, number: int, num_epochs: float = 1) -> float:
         """Return the virtual duration of a client's call.
@@ -99,8 +106,10 @@ class SimulatedClients:
             done, seconds = num_epochs, self.seconds(client_id, round_num, num_epochs)
             if self.dropout and self._generator(client_id, round_num, 2).random() < self.dropout:
                 done = 0
-            elif self.deadline_s is not None and seconds > self.deadline_s:
-                done = int(num_epochs * self.deadline_s / seconds) if self.partial else 0
+                longest = max(longest, self.deadline_s or 0.0)
+            elif self.deadline_s is not None and seconds > self.deadline_s * (1 + _TOLERANCE):
+                in_time = num_epochs * self.deadline_s / seconds
+                done = int(in_time * (1 + _TOLERANCE)) if self.partial else 0
                 longest = self.deadline_s
             else:
                 longest = max(longest, seconds)

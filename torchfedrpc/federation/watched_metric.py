@@ -80,9 +80,20 @@ class WatchedMetric:
         return self.name in ended.metrics and self._sign * (float(ended.metrics[self.name]) - target) >= 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value and its round."""
-        return {"best": self.best, "best_round": self.best_round, "is_known": self._is_known}
+        """Return the best value and its round, and of which metric they are."""
+        what = {"name": self.name, "sign": self._sign}
+        return {**what, "best": self.best, "best_round": self.best_round, "is_known": self._is_known}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a result of `state_dict`."""
+        """Restore a result of `state_dict`.
+
+        Raises:
+            ConfigError: If it is of another metric, or mode.
+        """
+        if (state["name"], state["sign"]) != (self.name, self._sign):
+            modes = {sign: mode for mode, sign in _MODES.items()}
+            raise ConfigError(
+                f"{self._owner} watches {self.name} (mode={modes[self._sign]}), and watched {state['name']} "
+                f"(mode={modes[state['sign']]}) in the checkpoint: set it as it was, or begin anew with resume=never"
+            )
         self.best, self.best_round, self._is_known = state["best"], state["best_round"], state["is_known"]

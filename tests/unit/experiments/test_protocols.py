@@ -447,10 +447,11 @@ async def test_aggregators_may_be_functions_or_objects_with_settings_and_a_state
     async with tfr.LearnerProxy(Forgetful, ["one"]) as proxy:
         counting = Trimming()
         counting.num_calls = 5
-        values = FedAvgTrainer({}, proxy, aggregator=counting).state_dict()["values"]
-        assert values["aggregator"].num_calls == 5
-        assert "aggregator" not in FedAvgTrainer({}, proxy, aggregator=median).state_dict()["values"]
-        assert "aggregator" not in FedAvgTrainer({}, proxy).state_dict()["values"]
+        states = FedAvgTrainer({}, proxy, aggregator=counting).state_dict()["states"]
+        assert states["_aggregator_state"]["attributes"]["num_calls"] == 5
+        for made in (median, None):
+            states = FedAvgTrainer({}, proxy, aggregator=made).state_dict()["states"]
+            assert states["_aggregator_state"]["attributes"] == {}
         with pytest.raises(ConfigError, match="Ignoring aggregates by its own aggregate_weights, and would ignore"):
             Ignoring({}, proxy, aggregator=median)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ from torchfedrpc.experiments.training import (
     score,
     trained_names,
     trained_parameters,
-    trained_weights,
 )
 from torchfedrpc.federation.aggregation import StateDict
 from torchfedrpc.federation.compression import encode
@@ -44,9 +44,9 @@ Recipe = Mapping[str, Any]
 class ClassificationLearner(Learner):
     """Learner that trains a classifier on the client's share of a dataset, by SGD or another optimiser.
 
-    Dataset and model are given as recipes and built on the learner's worker: the dataset once per process, the model
-    once per concurrent call. `build` defines what recipes may name. A learner's only state is its weights, which it
-    keeps with ``keep_weights``. Without, it is stateless, and calls have the weights they need as arguments.
+    Dataset and model are given as recipes and built on the learner's worker, once per process; each call has a copy
+    of the model. `build` defines what recipes may name. A learner's only state is its weights, which it keeps with
+    ``keep_weights``. Without, it is stateless, and calls have the weights they need as arguments.
 
     Args:
         client_id: The client of this learner.
@@ -107,6 +107,8 @@ class ClassificationLearner(Learner):
             max_gradient_norm=max_gradient_norm,
             autocast=autocast,
         )
+        if not learning_rate_decay > 0:
+            raise ConfigError(f"learner.learning_rate_decay is above 0, not {learning_rate_decay!r}")
         self._learning_rate_decay = learning_rate_decay
         if not isinstance(keep_weights, bool):
             raise ConfigError(f"keep_weights is True or False, not {keep_weights!r:.200}")
@@ -151,12 +153,14 @@ class ClassificationLearner(Learner):
         """
         received = self.get_model_weights() if model_weights is None else model_weights
         training = self._training_of(round_num, learning_rate)
-        with self._borrowed_model(received) as model:
-            trained = trained_names(model)
-            before = trained_weights(model) if normalise else {}
-            hooks = [proximal(trained_parameters(model), proximal_mu)] if proximal_mu else []
-            fitted = self._fit(model, training, hooks, local_epochs=local_epochs, local_steps=local_steps)
-            weights = copy_weights(model)
+        model = self._model(received)
+        trained = trained_names(model)
+        before = {name: model.get_parameter(name).detach().clone() for name in trained} if normalise else {}
+        hooks = self.gradient_hooks(model)
+        if proximal_mu:
+            hooks.append(proximal(trained_parameters(model), proximal_mu))
+        fitted = self._fit(model, training, hooks, local_epochs=local_epochs, local_steps=local_steps)
+        weights = copy_weights(model)
         result: dict[str, Any] = {"num_samples": len(self._indices), "train_loss": fitted.loss}
         if normalise:
             result["gradient_weight"] = training.gradient_weight(fitted.num_steps)
@@ -167,6 +171,17 @@ class ClassificationLearner(Learner):
         if self._keeps_weights:
             self._weights = weights
         return returned
+
+    def gradient_hooks(self, model: nn.Module) -> list[Hook]:
+        """Return functions that change the gradients before each step, for subclasses with a term of their own.
+
+        Each is called with the trained parameters, in the order of ``model.parameters()``, after `backward` and
+        before gradients are clipped. Here there are none.
+
+        Args:
+            model: The model at the beginning of a training, with the weights from which it starts.
+        """
+        return []
 
     def _compressed(
         self,
@@ -242,8 +257,8 @@ class ClassificationLearner(Learner):
         Raises:
             ConfigError: If no weights are given, and the learner keeps none.
         """
-        with self._borrowed_model(model_weights) as model:
-            return dataclasses.asdict(score(model, self._train_set().take(self._scored)))
+        weights = self.get_model_weights() if model_weights is None else model_weights
+        return dataclasses.asdict(score(self._model(weights), self._train_set().take(self._scored)))
 
     def get_model_weights(self) -> Mapping[str, Tensor]:
         """Return the learner's weights, a state dict: as last trained or set, else the initial weights.
@@ -294,24 +309,22 @@ class ClassificationLearner(Learner):
         call = current_call()
         return call.shared(key, lambda: initial_weights(self._model_recipe, self._seed, call.trusted_modules))
 
-    @contextmanager
-    def _borrowed_model(self, weights: Mapping[str, Tensor] | None) -> Iterator[nn.Module]:
-        """Lend a module with ``weights`` (default: the learner's weights), on the call's device.
+    def _model(self, weights: StateDict) -> nn.Module:
+        """Return a new module with these weights, on the call's device.
 
-        Idle modules are kept in a list for later calls: building a module costs more than a step of training, and a
-        thousand clients do not need a thousand modules.
+        It is a copy of one that is built once in each process and never used, since building takes longer than a step
+        of training. A module that another call has used would bring what a state dict lacks, such as a counter.
         """
         call = current_call()
-        idle: list[nn.Module] = call.shared(("idle_models", _key(self._model_recipe), str(call.device)), list)
+        build = partial(build_model, self._model_recipe, self._seed, call.trusted_modules)
+        unused: nn.Module = call.shared(("model", _key(self._model_recipe), self._seed), build)
         try:
-            model = idle.pop()
-        except IndexError:
-            model = build_model(self._model_recipe, self._seed, call.trusted_modules).to(call.device)
-        try:
-            model.load_state_dict(self.get_model_weights() if weights is None else weights)
-            yield model
-        finally:
-            idle.append(model)
+            model = copy.deepcopy(unused)
+        except RuntimeError:  # it has tensors that are no leaves of autograd, as weight normalisation makes
+            model = build()
+        model = model.to(call.device)
+        model.load_state_dict(weights)
+        return model
 
 
 def _key(recipe: Recipe) -> str:

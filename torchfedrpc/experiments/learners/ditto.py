@@ -37,11 +37,13 @@ class DittoLearner(PersonalLearner):
             What `ClassificationLearner.train_epoch` returns, for the copy of the global model.
         """
         centre = self.get_model_weights() if model_weights is None else model_weights
-        result = super().train_epoch(centre, **arguments)
-        training = self._training_of(arguments.get("round_num", 0), arguments.get("learning_rate"))
-        with self._borrowed_model(centre) as model:
+        with self._all_or_nothing():
+            result = super().train_epoch(centre, **arguments)
+            training = self._training_of(arguments.get("round_num", 0), arguments.get("learning_rate"))
+            model = self._model(centre)
             pull = proximal(trained_parameters(model), penalty)
-            model.load_state_dict(centre if self._personal is None else self._personal)
+            if self._personal is not None:
+                model.load_state_dict(self._personal)
             self._fit(model, training, [pull], local_epochs=personal_epochs)
             self._personal = copy_weights(model)
         return result

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torchfedrpc.experiments.learners.classification import ClassificationLearner
@@ -20,6 +21,16 @@ class PersonalLearner(ClassificationLearner):
     def __init__(self, client_id: str, **settings: Any) -> None:
         super().__init__(client_id, **settings)
         self._personal: StateDict | None = None
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Restore the learner's state if the block fails."""
+        before = self.state_dict()
+        try:
+            yield
+        except BaseException:
+            self.load_state_dict(before)
+            raise
 
     def get_personal_weights(self) -> StateDict | None:
         """Return the personal weights by name; None before the first training."""

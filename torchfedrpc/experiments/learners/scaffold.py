@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.experiments.learners.classification import ClassificationLearner
-from torchfedrpc.experiments.training import Hook, copy_weights, trained_weights
+from torchfedrpc.experiments.training import Hook, copy_weights, trained_names, trained_weights
 from torchfedrpc.federation.aggregation import StateDict
 from torchfedrpc.registry import learner
 
@@ -33,6 +33,8 @@ class ScaffoldLearner(ClassificationLearner):
 
     def __init__(self, client_id: str, **settings: Any) -> None:
         super().__init__(client_id, **settings)
+        if not self._training.learning_rate:
+            raise ConfigError("SCAFFOLD divides by the learning rate: set learner.learning_rate above 0")
         if self._training.momentum or self._training.optimiser is not None or self._training.schedule is not None:
             raise ConfigError(
                 "SCAFFOLD's control variates are those of plain SGD: set learner.momentum=0, and learner.optimiser "
@@ -71,14 +73,15 @@ class ScaffoldLearner(ClassificationLearner):
         """
         training = self._training_of(round_num, learning_rate)
         received = self.get_model_weights() if model_weights is None else model_weights
-        with self._borrowed_model(received) as model:
-            before = trained_weights(model)
-            zeros = {name: torch.zeros_like(value) for name, value in before.items()}
-            own, server = self._control or zeros, server_control or zeros
-            correction = _adding([server[name] - own[name] for name in before])
-            fitted = self._fit(model, training, [correction], local_epochs=local_epochs, local_steps=local_steps)
-            after = trained_weights(model)
-            weights = copy_weights(model)
+        model = self._model(received)
+        before, trained = trained_weights(model), trained_names(model)
+        zeros = {name: torch.zeros_like(value) for name, value in before.items()}
+        own, server = self._control or zeros, server_control or zeros
+        correction = _adding([server[name] - own[name] for name in before])
+        hooks = [*self.gradient_hooks(model), correction]
+        fitted = self._fit(model, training, hooks, local_epochs=local_epochs, local_steps=local_steps)
+        after = trained_weights(model)
+        weights = copy_weights(model)
         if fitted.num_steps:
             scale = 1 / (fitted.num_steps * training.learning_rate)
             change = {name: (value - after[name]) * scale - server[name] for name, value in before.items()}
@@ -90,7 +93,7 @@ class ScaffoldLearner(ClassificationLearner):
             "train_loss": fitted.loss,
             "control_change": change,
         }
-        returned = self._compressed(result, received, before, compression, compression_ratio)
+        returned = self._compressed(result, received, trained, compression, compression_ratio)
         self._control = {name: own[name] + value for name, value in change.items()}
         if self._keeps_weights:
             self._weights = weights

@@ -47,10 +47,12 @@ class FedAvgTrainer(AbstractFederationTrainer):
     ``w`` on ``n_k`` samples.
 
     Args:
-        config: ``num_rounds``, ``local_epochs`` (default: 1), ``clients_per_round``, ``seed``, and ``weighting``:
-            models count by the clients' ``samples`` (default), or all the same (``uniform``). With ``compression``
-            (``bf16``, ``int8`` or ``top_k``) learners return updates that `torchfedrpc.federation.compression` makes,
-            ``top_k`` with the fraction ``compression_ratio`` of the values; it needs ``initial_weights``.
+        config: ``num_rounds``, ``local_epochs`` (default: 1) or ``local_steps``, ``clients_per_round``, ``seed``, and
+            ``weighting``: models count by the clients' ``samples`` (default), or all the same (``uniform``). With
+            ``compression`` (``bf16``, ``int8`` or ``top_k``) learners return updates that
+            `torchfedrpc.federation.compression` makes, ``top_k`` with the fraction ``compression_ratio`` of the
+            values; it needs ``initial_weights``. ``on_failure`` (``raise`` or ``drop``), ``min_results`` and
+            ``deadline_s`` say when a round goes on without some clients.
         learner_proxy: Learners with the `train_epoch` that `Learner` describes.
         initial_weights: Initial global weights, a state dict. Default: Each learner starts with its initial weights.
         score: Returns metrics by name for global weights; called at the end of each round.
@@ -67,6 +69,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
         history: The log of rounds.
         aggregator: The aggregator.
         averaged: Names of further entries of the learners' results that are averaged like the models.
+        keeps_learner_state: Whether the algorithm needs state of the learners, so that stateless ones are refused.
         averages: Their means in the last round, by name.
         num_results: Number of clients in the last aggregate.
         simulated_seconds: Virtual time of all rounds so far.
@@ -86,6 +89,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
         "simulation",
     }
     settings: ClassVar[Mapping[str, Any]] = {
+        "local_steps": None,
         "weighting": "samples",
         "on_failure": "raise",
         "min_results": None,
@@ -94,6 +98,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
         "compression_ratio": 0.01,
     }
     averaged: ClassVar[tuple[str, ...]] = ("train_loss",)
+    keeps_learner_state: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -130,6 +135,11 @@ class FedAvgTrainer(AbstractFederationTrainer):
         self.num_results = 0
         self._aggregator_metrics: Mapping[str, float] = {}
         self._score = score
+        if self.keeps_learner_state and learner_proxy.are_stateless:
+            raise ConfigError(
+                f"the learners of {type(self).__qualname__} keep state from round to round, and these are stateless: "
+                f"leave stateless out of their class or factory"
+            )
         for name, options in (("weighting", ("samples", "uniform")), ("on_failure", ("raise", "drop"))):
             if (value := self.setting(name)) not in options:
                 raise ConfigError(f"the trainer's {name} is {' or '.join(options)}, not {value!r}")
@@ -189,13 +199,15 @@ class FedAvgTrainer(AbstractFederationTrainer):
         """Return the clients of a round: those of ``cohort``, or of `select_clients`.
 
         Raises:
-            ConfigError: If the cohort has a client twice, or one that the proxy does not have.
+            ConfigError: If it has a client twice, or one that the proxy does not have.
         """
+        clients = self.learner_proxy.client_ids
         if self.cohort is None:
-            return self.select_clients(round_num)
-        chosen = list(await self.cohort(self, round_num, self.learner_proxy.client_ids, self._cohort_size))
-        if len(set(chosen)) < len(chosen) or set(chosen) - set(self.learner_proxy.client_ids):
-            raise ConfigError(f"{self.cohort!r} must choose different clients of the proxy, not {chosen!s:.200}")
+            owner, chosen = f"{type(self).__qualname__}.select_clients()", self.select_clients(round_num)
+        else:
+            owner, chosen = repr(self.cohort), list(await self.cohort(self, round_num, clients, self._cohort_size))
+        if len(set(chosen)) < len(chosen) or set(chosen) - set(clients):
+            raise ConfigError(f"{owner} must choose different clients of the proxy, not {chosen!s:.200}")
         return chosen
 
     def _plan(self, round_num: int, clients: Sequence[str], num_epochs: int) -> SimulatedRound:
@@ -278,9 +290,17 @@ class FedAvgTrainer(AbstractFederationTrainer):
         """Return the new global weights.
 
         Raises:
-            ConfigError: If `step` returns no state dict, or one with other names.
+            ConfigError: If `step` returns no state dict, or one with other names, or the clients' models have other
+                names than ``weights``.
             FloatingPointError: If they are not finite.
         """
+        if self.weights is not None and self.weights.keys() != aggregate.keys():
+            odd_name = min(self.weights.keys() ^ aggregate.keys())
+            owner = "the global weights" if odd_name in self.weights else "the clients' models"
+            raise ConfigError(
+                f"only {owner} have {odd_name!r}: the model_weights that learners return must have the names of "
+                f"those that they receive"
+            )
         weights = self.step(aggregate)
         if (odd := _odd_names(weights, aggregate)) is not None:
             raise ConfigError(
@@ -307,7 +327,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
         """Return the names of the entries of ``weights`` that are parameters: floats outside ``buffers``.
 
         Raises:
-            ConfigError: If there are no weights yet, or running statistics among them that ``buffers`` lacks.
+            ConfigError: If there are no weights yet, running statistics among them that ``buffers`` lacks, or complex
+                parameters.
         """
         name = type(self).__qualname__
         if self.weights is None:
@@ -318,7 +339,10 @@ class FedAvgTrainer(AbstractFederationTrainer):
                 f"{name} would step running statistics like parameters: name all buffers of the model, such as "
                 f"{odd[0]}, in buffers=[name for name, _ in model.named_buffers()]"
             )
-        return [key for key, old in self.weights.items() if key not in self.buffers and old.is_floating_point()]
+        names = [key for key in self.weights if key not in self.buffers]
+        if odd := [key for key in names if self.weights[key].is_complex()]:
+            raise ConfigError(f"{name} cannot step {odd[0]}, which is complex: keep its parts as two real parameters")
+        return [key for key in names if self.weights[key].is_floating_point()]
 
     def personal_names(self) -> frozenset[str]:
         """Return the names of entries that stay with the clients, so that learners return them as received."""
@@ -395,8 +419,14 @@ class FedAvgTrainer(AbstractFederationTrainer):
 
     def local_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of ``train_epoch`` beside weights and round, the same for every client."""
-        num_epochs = self._count("local_epochs", default=1, least=1)
-        return {"local_epochs": num_epochs, **self._compression.arguments()}
+        amount = {"local_epochs": self._count("local_epochs", default=1, least=1)}
+        if self.setting("local_steps") is not None:
+            if self.simulation is not None:
+                raise ConfigError(
+                    "simulated clients count epochs: set local_epochs, and the trainer's local_steps to null"
+                )
+            amount = {"local_steps": self._count("local_steps", default=1, least=1)}
+        return {**amount, **self._compression.arguments()}
 
 
 def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

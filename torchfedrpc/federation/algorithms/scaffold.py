@@ -28,6 +28,7 @@ class ScaffoldTrainer(FedAvgTrainer):
 
     settings: ClassVar[Mapping[str, Any]] = {"weighting": "uniform", "server_learning_rate": 1.0}
     averaged: ClassVar[tuple[str, ...]] = ("train_loss", "control_change")
+    keeps_learner_state: ClassVar[bool] = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
