@@ -923,6 +923,13 @@ MUTATIONS = [
         "tests/unit/federation/test_client_evaluation.py",
     ),
     Mutation(
+        "the best loss of a comparison is the highest",
+        "experiments/sweeps/results.py",
+        "key=lambda value: sign * value",
+        "key=lambda value: value",
+        "tests/unit/experiments/test_sweep_results.py",
+    ),
+    Mutation(
         "a target that is met exactly is not reached",
         "federation/watched_metric.py",
         "- target) >= 0",

@@ -22,6 +22,12 @@ logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.jsonl"
 
+TEST_ACCURACY = "test_accuracy"
+
+CLIENT_HEADERS = {"client_accuracy": "client accuracy", "client_accuracy_worst_decile": "worst decile"}
+"""Metric of an evaluation by clients that tables have, where a run has it -> its header."""
+
+_OWN_METRICS = (TEST_ACCURACY, "test_loss", "train_loss", "num_clients")
 _NOT_METRICS = {"round", "seconds", "bytes_sent", "bytes_received", "more"}
 
 
@@ -50,6 +56,12 @@ class RoundRecord:
     bytes_sent: int
     bytes_received: int
     more: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics that were measured, by name."""
+        ours = {name: getattr(self, name) for name in _OWN_METRICS}
+        return {name: value for name, value in (ours | dict(self.more)).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import RoundEnded
 from torchfedrpc.federation.callbacks import Callback, Run
-from torchfedrpc.federation.watched_metric import WatchedMetric
+from torchfedrpc.federation.watched_metric import WatchedMetric, check_target
 
 
 class EarlyStopping(Callback):
@@ -47,7 +46,7 @@ class EarlyStopping(Callback):
         if patience is None and target is None:
             raise ConfigError("EarlyStopping without patience and target never stops: set one of them")
         if target is not None:
-            _check_target(metric, target)
+            check_target("EarlyStopping", metric, target)
         self.metric = metric
         self.target = target
         self.num_rounds_to_target: int | None = None
@@ -86,10 +85,3 @@ class EarlyStopping(Callback):
         self._watched.load_state_dict(state["watched"])
         self._num_worse = state["num_worse"]
         self.num_rounds_to_target = state.get("num_rounds_to_target")
-
-
-def _check_target(metric: str, target: float) -> None:
-    if isinstance(target, bool) or not isinstance(target, int | float) or not math.isfinite(target):
-        raise ConfigError(f"EarlyStopping: target must be a finite number, not {target!r}")
-    if "accuracy" in metric and not 0 < target <= 1:
-        raise ConfigError(f"EarlyStopping: the target of {metric} is above 0, up to 1, not {target!r}")

@@ -9,13 +9,30 @@ from typing import Any
 from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.events import RoundEnded
 
-_MODES = {"min": -1.0, "max": 1.0}
-_ENDINGS = {"spread": "min"} | {
-    f"{metric}{of_clients}": mode
-    for metric, mode in (("loss", "min"), ("accuracy", "max"))
+_SIGNS = {"min": -1.0, "max": 1.0}
+_ENDINGS = {"spread": -1.0} | {
+    f"{metric}{of_clients}": sign
+    for metric, sign in (("loss", -1.0), ("accuracy", 1.0))
     for of_clients in ("", "_weighted", "_worst_decile")
 }
-"""Ending of a metric's name -> its mode."""
+"""Ending of a metric's name -> its sign."""
+
+
+def sign_of(metric: str) -> float | None:
+    """Return 1 if higher values of a metric are better, -1 if lower ones are; None if its name does not tell."""
+    return next((sign for ending, sign in _ENDINGS.items() if metric.endswith(ending)), None)
+
+
+def check_target(owner: str, metric: str, target: float) -> None:
+    """Check a target of a metric.
+
+    Raises:
+        ConfigError: If it is not finite, or outside 0 to 1 for an accuracy; the message begins with the owner.
+    """
+    if isinstance(target, bool) or not isinstance(target, int | float) or not math.isfinite(target):
+        raise ConfigError(f"{owner}: target must be a finite number, not {target!r}")
+    if "accuracy" in metric and not 0 < target <= 1:
+        raise ConfigError(f"{owner}: the target of {metric} is above 0, up to 1, not {target!r}")
 
 
 class WatchedMetric:
@@ -37,10 +54,10 @@ class WatchedMetric:
     """
 
     def __init__(self, owner: str, name: str, mode: str | None, min_delta: float = 0.0) -> None:
-        known = [found for ending, found in _ENDINGS.items() if name.endswith(ending)]
-        if mode is None and not known:
+        sign = sign_of(name) if mode is None else _SIGNS.get(mode)
+        if mode is None and sign is None:
             raise ConfigError(f"{owner}: set mode to min or max, which the name of the metric {name} does not tell")
-        if mode not in (None, *_MODES):
+        if sign is None:
             raise ConfigError(f"{owner}: mode must be min or max, not {mode!r}")
         if not min_delta >= 0:
             raise ConfigError(f"{owner}: min_delta must be at least 0, not {min_delta!r}")
@@ -48,7 +65,7 @@ class WatchedMetric:
         self.best: float | None = None
         self.best_round = -1
         self._owner = owner
-        self._sign = _MODES[mode or known[0]]
+        self._sign = sign
         self._min_delta = min_delta
         self._is_known = False  # whether a round has had the metric
 

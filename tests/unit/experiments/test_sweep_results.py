@@ -24,8 +24,9 @@ def _run(
     accuracies: Sequence[float | None] = (0.5, 0.75),
     status: str = "done",
     error: str = "",
+    **metrics: Sequence[float | None],
 ) -> Path:
-    """An output folder of a run with these overrides of its command line."""
+    """An output folder of a run with these overrides of its command line; None where a round lacks a metric."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {one}\n" for one in overrides))
     given = dict(one.lstrip("+").split("=", 1) for one in overrides)
@@ -44,6 +45,7 @@ def _run(
             "bytes_sent": 1000,
             "bytes_received": 500,
             "a_later_key": 1,
+            **{name: values[number] for name, values in metrics.items() if values[number] is not None},
         }
         for number, accuracy in enumerate(accuracies)
     ]
@@ -62,7 +64,7 @@ def test_runs_are_found_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 def test_a_run_has_its_numbers(tmp_path: Path) -> None:
     run = read_run(_run(tmp_path / "0", "seed=3", accuracies=(0.5, 0.75, 0.625)))
-    assert (run.seed, run.status, run.accuracy, run.best_accuracy, run.loss) == ("3", "done", 0.625, 0.75, 1.0)
+    assert (run.seed, run.status, run.accuracy, run.best(), run.loss) == ("3", "done", 0.625, 0.75, 1.0)
     assert (run.seconds, run.num_bytes) == (6.0, 4500)
     assert run.cost(0.7) == Cost(num_rounds=2, seconds=4.0, simulated_seconds=None, num_bytes=3000)
     assert run.cost(0.8) is None
@@ -199,5 +201,88 @@ def test_compare_keeps_folders_apart_whose_runs_have_equal_settings(
 def test_compare_refuses_folders_without_runs_and_targets_that_are_no_accuracy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no run: name the output folder"):
         compare.main([str(tmp_path)])
-    with pytest.raises(ConfigError, match="--target is a test accuracy above 0, up to 1, not 95"):
+    with pytest.raises(ConfigError, match="compare: the target of test_accuracy is above 0, up to 1, not 95"):
         compare.main([str(_run(tmp_path / "0")), "--target", "95"])
+
+
+def _personal(folder: Path, *overrides: str) -> Path:
+    """A run whose clients score their models after rounds 1 and 3, of 4."""
+    return _run(
+        folder,
+        *overrides,
+        accuracies=(0.5, 0.5, 0.5, 0.5),
+        client_accuracy=(0.25, None, 0.875, None),
+        client_accuracy_worst_decile=(0.125, None, 0.625, None),
+        client_loss=(0.5, None, 0.25, None),
+        staleness=(1.0, 2.0, 1.0, 1.0),
+    )
+
+
+def _compared(folder: Path, *arguments: str) -> list[dict[str, str]]:
+    assert compare.main([str(folder), "--output", str(folder), *arguments]) == 0
+    with (folder / "compare.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_compare_counts_by_the_metric_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _personal(tmp_path / "0", "seed=1")
+    (row,) = _compared(tmp_path, "--metric", "client_accuracy", "--target", "0.8")
+    assert (row["final_client_accuracy"], row["best_client_accuracy"]) == ("0.875", "0.875")
+    assert (row["final_accuracy"], row["rounds_to_target"]) == ("0.5", "3")
+    text = capsys.readouterr().out
+    assert "final client accuracy" in text
+    assert "final worst decile" in text
+    assert "final accuracy" not in text
+    assert "1 of 1" in text
+
+
+def test_lower_losses_are_better_in_compare(tmp_path: Path) -> None:
+    _personal(tmp_path / "0", "lr=1")
+    (row,) = _compared(tmp_path, "--metric=client_loss", "--target=0.25")
+    assert (row["best_client_loss"], row["rounds_to_target"]) == ("0.25", "3")
+
+
+def test_a_metric_whose_name_tells_no_direction_has_no_best_value_and_no_target(tmp_path: Path) -> None:
+    _personal(tmp_path / "0", "lr=1")
+    (row,) = _compared(tmp_path, "--metric=staleness")
+    assert row["final_staleness"] == "1.0"
+    assert "best_staleness" not in row
+    with pytest.raises(
+        ConfigError, match="--target needs a metric of accuracy, loss or spread; the name of staleness"
+    ):
+        _compared(tmp_path, "--metric=staleness", "--target=1")
+
+
+def test_a_metric_that_no_run_has_names_the_nearest(tmp_path: Path) -> None:
+    _personal(tmp_path / "0", "lr=1")
+    with pytest.raises(
+        ConfigError, match=r"no run has the metric 'clients_accuracy' \(did you mean 'client_accuracy'"
+    ):
+        _compared(tmp_path, "--metric=clients_accuracy", "--target=0.5")
+
+
+def test_tables_and_csv_of_a_sweep_have_the_accuracies_of_clients_where_a_run_has_them(tmp_path: Path) -> None:
+    _personal(tmp_path / "0", "lr=1")
+    _run(tmp_path / "1", "lr=2")
+    runs, stream = find_runs(tmp_path), io.StringIO()
+    write_csv(runs, tmp_path / "sweep.csv")
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["final_client_accuracy"] for row in rows] == ["0.875", ""]
+    assert [row["final_client_accuracy_worst_decile"] for row in rows] == ["0.625", ""]
+    for tables in (lambda: print_runs(runs, tmp_path, stream), lambda: print_groups(grouped(runs), stream)):
+        tables()
+        assert "final client accuracy" in stream.getvalue()
+        assert "0.625" in stream.getvalue()
+        stream.truncate(0)
+    write_csv(runs[1:], tmp_path / "sweep.csv")
+    assert "client" not in (tmp_path / "sweep.csv").read_text()
+
+
+def test_the_picture_has_each_value_at_its_round(tmp_path: Path) -> None:
+    needs("matplotlib")
+    from torchfedrpc.experiments.sweeps.plot import _by_round
+
+    _personal(tmp_path / "0", "seed=1")
+    _personal(tmp_path / "1", "seed=2")
+    assert _by_round(find_runs(tmp_path), "client_accuracy") == ([1, 3], [0.25, 0.875], [0.0, 0.0])

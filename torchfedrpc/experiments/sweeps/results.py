@@ -12,9 +12,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from torchfedrpc.events import RoundEnded
 from torchfedrpc.experiments import job
-from torchfedrpc.experiments.history import Cost, RoundRecord
+from torchfedrpc.experiments.history import TEST_ACCURACY, Cost, RoundRecord
 from torchfedrpc.experiments.setting_names import by_numbers, flattened
+from torchfedrpc.federation.watched_metric import WatchedMetric, sign_of
 
 SEED = "seed"
 _OF_NO_RESULT = {"resume", "checkpoint_every", "logger", "trace", "trace_calls", "report", "client_scores"}
@@ -62,11 +64,21 @@ class RunResult:
         except ValueError:
             return value
 
-    @property
-    def best_accuracy(self) -> float | None:
-        """The best test accuracy of all rounds."""
-        measured = [record.test_accuracy for record in self.records if record.test_accuracy is not None]
-        return max(measured, default=self.accuracy)
+    def final(self, metric: str = TEST_ACCURACY) -> float | None:
+        """Return the last value of a metric; None if there is none, as of a run that is not done."""
+        if metric == TEST_ACCURACY:
+            return self.accuracy
+        values = self._values(metric) if self.is_done else []
+        return values[-1] if values else None
+
+    def best(self, metric: str = TEST_ACCURACY) -> float | None:
+        """Return the best value of a metric in all rounds; None if there is none, or its name tells no best one."""
+        if (sign := sign_of(metric)) is None:
+            return None
+        return max(self._values(metric), key=lambda value: sign * value, default=self.final(metric))
+
+    def _values(self, metric: str) -> list[float]:
+        return [found[metric] for record in self.records if metric in (found := record.metrics)]
 
     @property
     def loss(self) -> float | None:
@@ -83,10 +95,15 @@ class RunResult:
         """Bytes between driver and workers, in both directions."""
         return sum(record.bytes_sent + record.bytes_received for record in self.records)
 
-    def cost(self, target: float) -> Cost | None:
-        """Return the cost up to the first round with at least this test accuracy; None if it was not reached."""
+    def cost(self, target: float, metric: str = TEST_ACCURACY) -> Cost | None:
+        """Return the cost up to the first round whose metric is at least as good as a target; None without one.
+
+        Raises:
+            ConfigError: If the name of the metric does not tell whether higher values are better.
+        """
+        watched = WatchedMetric("compare", metric, None)
         for count, record in enumerate(self.records, 1):
-            if record.test_accuracy is not None and record.test_accuracy >= target:
+            if watched.is_reached_by(RoundEnded(record.round, len(self.records), record.metrics), target):
                 return Cost.of(self.records[:count])
         return None
 

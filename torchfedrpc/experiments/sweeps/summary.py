@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from torchfedrpc.experiments.history import Cost
+from torchfedrpc.experiments.history import CLIENT_HEADERS, TEST_ACCURACY, Cost
 from torchfedrpc.experiments.sweeps.results import SEED, RunResult, differing, mean_and_std
 from torchfedrpc.experiments.table import print_rows
+from torchfedrpc.federation.watched_metric import sign_of
 from torchfedrpc.private_files import replaced
 
 _MAX_ROWS = 60
+
+_Value = Callable[[RunResult], float | None]
 
 
 def print_runs(runs: Sequence[RunResult], root: Path, stream: TextIO) -> None:
@@ -26,15 +29,14 @@ def print_runs(runs: Sequence[RunResult], root: Path, stream: TextIO) -> None:
         stream: The output stream.
     """
     keys = differing(runs)
-    headers = ["job", *keys, "status", "final accuracy", "best accuracy", "loss", "seconds", "MB"]
+    scores = _scores(TEST_ACCURACY) | {"loss": lambda run: run.loss} | _client_scores(runs, TEST_ACCURACY)
+    headers = ["job", *keys, "status", *map(_header, scores), "seconds", "MB"]
     rows = [
         [
             _name(run, root),
             *(run.shown(key) for key in keys),
             run.status,
-            _number(run.accuracy),
-            _number(run.best_accuracy),
-            _number(run.loss),
+            *(_number(score(run)) for score in scores.values()),
             f"{run.seconds:.1f}",
             f"{run.num_bytes / 1e6:.1f}",
         ]
@@ -48,36 +50,39 @@ def print_runs(runs: Sequence[RunResult], root: Path, stream: TextIO) -> None:
             print(f"job {_name(run, root)} failed: {run.error}", file=stream)
 
 
-def print_groups(groups: Mapping[str, Sequence[RunResult]], stream: TextIO, *, target: float | None = None) -> None:
+def print_groups(
+    groups: Mapping[str, Sequence[RunResult]],
+    stream: TextIO,
+    *,
+    metric: str = TEST_ACCURACY,
+    target: float | None = None,
+) -> None:
     """Write a row for each group: mean and standard deviation over its runs.
 
     Args:
         groups: Runs that differ in their seed alone, by a name.
         stream: The output stream.
-        target: Test accuracy, 0 to 1, to which rounds, seconds and bytes are counted.
+        metric: The metric whose final and best values are shown.
+        target: Value of the metric to which rounds, seconds and bytes are counted.
     """
-    headers = ["settings", "runs", "final accuracy", "best accuracy", "seconds", "MB"]
-    columns: list[Callable[[RunResult], float | None]] = [
-        lambda run: run.accuracy,
-        lambda run: run.best_accuracy,
-        lambda run: run.seconds,
-        lambda run: run.num_bytes / 1e6,
-    ]
-    formats = ["{:.3f}", "{:.3f}", "{:.1f}", "{:.1f}"]
+    all_runs = [run for group in groups.values() for run in group]
+    scores = _scores(metric) | _client_scores(all_runs, metric)
+    amounts: dict[str, _Value] = {"seconds": lambda run: run.seconds, "MB": lambda run: run.num_bytes / 1e6}
+    headers = ["settings", "runs", *map(_header, scores), *amounts]
+    costs: dict[str, _Value] = {}
     if target is not None:
-        costs = _costs([run for group in groups.values() for run in group], target)
+        costs = _costs(all_runs, target, metric)
         costs["MB"] = _megabytes(costs.pop("bytes"))
         headers += [f"reached {target:g}", *(f"{name.replace('_', ' ')} to it" for name in costs)]
-        columns += costs.values()
-        formats += ["{:.1f}"] * len(costs)
     rows = []
     for name, runs in groups.items():
         done = [run for run in runs if run.is_done]
-        cells = [_spread(map(column, done), text) for column, text in zip(columns, formats, strict=True)]
+        row = [name, str(len(done))]
+        row += [_spread(map(score, done), "{:.3f}") for score in scores.values()]
+        row += [_spread(map(amount, done), "{:.1f}") for amount in amounts.values()]
         if target is not None:
-            num_reached = sum(run.cost(target) is not None for run in done)
-            cells.insert(4, f"{num_reached} of {len(done)}")
-        rows.append([name, str(len(done)), *cells])
+            row.append(f"{sum(run.cost(target, metric) is not None for run in done)} of {len(done)}")
+        rows.append([*row, *(_spread(map(cost, done), "{:.1f}") for cost in costs.values())])
     print_rows(headers, rows, stream)
 
 
@@ -87,16 +92,20 @@ def describe_states(runs: Sequence[RunResult]) -> str:
     return f"{len(runs)} jobs: {', '.join(f'{number} {status}' for status, number in counts.items()) or 'none'}"
 
 
-def write_csv(runs: Sequence[RunResult], path: Path, *, target: float | None = None) -> None:
+def write_csv(
+    runs: Sequence[RunResult], path: Path, *, metric: str = TEST_ACCURACY, target: float | None = None
+) -> None:
     """Write a row for each run, with a column for each setting that differs.
 
     Args:
         runs: The runs.
         path: The output file.
-        target: Test accuracy, 0 to 1, to which rounds, seconds and bytes are counted.
+        metric: A metric that has columns beside the test accuracy, and beside those of an evaluation by clients.
+        target: Value of the metric to which rounds, seconds and bytes are counted.
     """
     keys = [key for key in differing(runs) if key != SEED]
-    costs = {} if target is None else _costs(runs, target)
+    costs = {} if target is None else _costs(runs, target, metric)
+    further = _scores(metric) | _client_scores(runs, metric)
     rows = []
     for run in runs:
         row: dict[str, object] = {
@@ -105,13 +114,13 @@ def write_csv(runs: Sequence[RunResult], path: Path, *, target: float | None = N
             "overrides": " ".join(run.overrides),
             **{key: run.settings.get(key, "") for key in keys},
             "seed": run.seed,
-            "final_accuracy": run.accuracy,
-            "best_accuracy": run.best_accuracy,
+            **{name: score(run) for name, score in _scores(TEST_ACCURACY).items()},
             "final_loss": run.loss,
             "num_rounds": len(run.records),
             "seconds": round(run.seconds, 3),
             "bytes": run.num_bytes,
         }
+        row |= {name: score(run) for name, score in further.items()}
         row |= {f"{name}_to_target": count(run) for name, count in costs.items()}
         rows.append({**row, "output_dir": run.folder, "error": run.error})
     text = io.StringIO()
@@ -122,14 +131,36 @@ def write_csv(runs: Sequence[RunResult], path: Path, *, target: float | None = N
         file.write(text.getvalue().encode())
 
 
-def _costs(runs: Sequence[RunResult], target: float) -> dict[str, Callable[[RunResult], float | None]]:
-    """Return what is counted until a run reaches the target: name -> count of a run, None if it does not.
+def _scores(metric: str) -> dict[str, _Value]:
+    """Return the final and the best value of a metric, by name; no best one if its name does not tell which it is."""
+    label = "accuracy" if metric == TEST_ACCURACY else metric
+    scores: dict[str, _Value] = {f"final_{label}": lambda run: run.final(metric)}
+    return scores if sign_of(metric) is None else {**scores, f"best_{label}": lambda run: run.best(metric)}
+
+
+def _client_scores(runs: Sequence[RunResult], metric: str) -> dict[str, _Value]:
+    """Return the final values of the clients' accuracies that a run has, by name, other than those of a metric."""
+
+    def final(name: str) -> _Value:
+        return lambda run: run.final(name)
+
+    measured = {name for run in runs for record in run.records for name in record.more}
+    return {f"final_{name}": final(name) for name in CLIENT_HEADERS if name in measured and name != metric}
+
+
+def _header(name: str) -> str:
+    kind, _, metric = name.partition("_")
+    return f"{kind} {CLIENT_HEADERS.get(metric, metric.replace('_', ' '))}".rstrip()
+
+
+def _costs(runs: Sequence[RunResult], target: float, metric: str) -> dict[str, _Value]:
+    """Return what is counted until a run's metric reaches the target: name -> count of a run, None if it does not.
 
     Simulated seconds are among them if a run has them.
     """
 
-    def of(count: Callable[[Cost], float | None]) -> Callable[[RunResult], float | None]:
-        return lambda run: None if (cost := run.cost(target)) is None else count(cost)
+    def of(count: Callable[[Cost], float | None]) -> _Value:
+        return lambda run: None if (cost := run.cost(target, metric)) is None else count(cost)
 
     counts = {"rounds": of(lambda cost: cost.num_rounds), "seconds": of(lambda cost: round(cost.seconds, 3))}
     if any("simulated_seconds" in record.more for run in runs for record in run.records):
@@ -137,7 +168,7 @@ def _costs(runs: Sequence[RunResult], target: float) -> dict[str, Callable[[RunR
     return {**counts, "bytes": of(lambda cost: cost.num_bytes)}
 
 
-def _megabytes(num_bytes: Callable[[RunResult], float | None]) -> Callable[[RunResult], float | None]:
+def _megabytes(num_bytes: _Value) -> _Value:
     return lambda run: None if (found := num_bytes(run)) is None else found / 1e6
 
 
