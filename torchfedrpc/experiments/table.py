@@ -12,7 +12,7 @@ def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], stream: Te
     """Write a table of right-aligned cells.
 
     Args:
-        headers: Names of the columns.
+        headers: Names of the columns; they may have several lines.
         rows: Cells of each row.
         stream: The output stream.
         title: A line above the table.
@@ -22,8 +22,11 @@ def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], stream: Te
 
         print_rich_table(headers, rows, stream, title=title)
         return
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    height = max((header.count("\n") for header in headers), default=0) + 1
+    above = [([""] * height + header.split("\n"))[-height:] for header in headers]
+    lines = [*zip(*above, strict=True), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if title:
         print(title, file=stream)
-    for row in (headers, *rows):
+    for row in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)), file=stream)

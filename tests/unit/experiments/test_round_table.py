@@ -14,8 +14,8 @@ from torchfedrpc.experiments.history import RoundRecord
 from torchfedrpc.experiments.round_table import print_table
 
 
-def _record(round_num: int, num_bytes: int = 1_000_000) -> RoundRecord:
-    return RoundRecord(round_num, 0.01 * round_num, 1.0, 2.0, 10, 0.5, num_bytes, 2 * num_bytes)
+def _record(round_num: int, num_bytes: int = 1_000_000, /, **more: float) -> RoundRecord:
+    return RoundRecord(round_num, 0.01 * round_num, 1.0, 2.0, 10, 0.5, num_bytes, 2 * num_bytes, more)
 
 
 def _table(records: list[RoundRecord]) -> str:
@@ -49,7 +49,26 @@ class TestTable:
 
     def test_traffic_is_left_out_where_there_was_none(self) -> None:
         assert "MB" in _table([_record(0)])
-        assert "MB" not in _table([_record(0, num_bytes=0)])
+        assert "MB" not in _table([_record(0, 0)])
+
+    def test_clients_that_drop_out_their_accuracies_and_epsilon_have_columns_where_a_run_has_them(self) -> None:
+        evaluated = {"client_accuracy": 0.751, "client_accuracy_worst_decile": 0.531}
+        text = _table([_record(0, **evaluated, num_dropped=4.0), _record(1, num_dropped=3.0, staleness=0.123)])
+        for word in ("client", "worst", "dropped"):
+            assert word in text
+        (last,) = [line for line in text.splitlines() if "0.010" in line]
+        for cell in ("0.751", "0.531", " 3 "):  # the accuracies are those of the round before
+            assert cell in last
+        assert "epsilon" not in text
+        assert "0.123" not in text
+        assert "3.142" in _table([_record(0, epsilon=3.14159)])
+        assert "worst" not in _table([_record(0)])
+
+    @pytest.mark.parametrize("other", ["epsilon", "num_dropped"])  # epsilon covers no rounds with dropouts
+    def test_the_table_fits_100_columns(self, other: str) -> None:
+        metrics = {"client_accuracy": 0.75, "client_accuracy_worst_decile": 0.5, other: 12.5}
+        text = _table([_record(number, 1_000_000_000, **metrics) for number in range(10)])
+        assert max(map(len, text.splitlines())) <= 100
 
     def test_a_run_of_no_rounds_has_a_table(self) -> None:
         assert "rounds" in _table([])
@@ -60,9 +79,14 @@ class TestTable:
 
 def test_the_plain_table_is_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    assert _table([_record(9, num_bytes=0)]) == (
+    assert _table([_record(9, 0)]) == (
         "rounds  test accuracy  test loss  train loss  clients  seconds\n"
         "    10          0.090      1.000       2.000       10      0.5\n"
+    )
+    assert _table([_record(9, num_dropped=2.0)]) == (
+        "            test   test  train                                \n"
+        "rounds  accuracy   loss   loss  clients  dropped  seconds   MB\n"
+        "    10     0.090  1.000  2.000       10        2      0.5  3.0\n"
     )
 
 
