@@ -14,6 +14,7 @@ from typing import Any
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.events import Event, RoundEnded, RoundStarted
 from torchfedrpc.experiments.json_values import json_number
+from torchfedrpc.experiments.sizes import size_text
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.private_files import open_private, replaced
 from torchfedrpc.proxy import LearnerProxy
@@ -73,27 +74,36 @@ class Cost:
         seconds: Wall-clock time.
         simulated_seconds: Virtual time; None without a simulation.
         num_bytes: Bytes between driver and workers, in both directions.
+        update_bytes: Size of the clients' updates; None without compression.
     """
 
     num_rounds: int
     seconds: float
     simulated_seconds: float | None
     num_bytes: int
+    update_bytes: float | None = None
 
     @classmethod
     def of(cls, records: Sequence[RoundRecord]) -> Cost:
         """Return the cost of some rounds, from the first one."""
+        updates = [size for record in records if (size := record.more.get("update_bytes")) is not None]
         return cls(
             num_rounds=len(records),
             seconds=sum(record.seconds for record in records),
             simulated_seconds=records[-1].more.get("simulated_seconds") if records else None,
             num_bytes=sum(record.bytes_sent + record.bytes_received for record in records),
+            update_bytes=sum(updates) if updates else None,
         )
 
     def __str__(self) -> str:
-        rounds = "1 round" if self.num_rounds == 1 else f"{self.num_rounds} rounds"
-        simulated = "" if self.simulated_seconds is None else f", {self.simulated_seconds:.1f} simulated s"
-        return f"{rounds}, {self.seconds:.1f} s{simulated}, {self.num_bytes / 1e6:.1f} MB"
+        parts = ["1 round" if self.num_rounds == 1 else f"{self.num_rounds} rounds", f"{self.seconds:.1f} s"]
+        if self.simulated_seconds is not None:
+            parts.append(f"{self.simulated_seconds:.1f} simulated s")
+        if self.num_bytes:  # local mode has no traffic
+            parts.append(f"{size_text(self.num_bytes)} of traffic")
+        if self.update_bytes is not None:
+            parts.append(f"{size_text(self.update_bytes)} of updates")
+        return ", ".join(parts)
 
 
 class RoundMeter:

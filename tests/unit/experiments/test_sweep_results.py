@@ -147,6 +147,40 @@ def test_simulated_seconds_to_the_target_are_shown_where_a_run_has_them(tmp_path
     assert "251.0" in stream.getvalue()
 
 
+def _rewrite(folder: Path, **values: float) -> None:
+    """Give all rounds of a run these values."""
+    path = folder / "history.jsonl"
+    lines = [{**json.loads(line), **values} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_traffic_has_a_column_where_a_run_has_some(tmp_path: Path) -> None:
+    _rewrite(_run(tmp_path / "0", "lr=1"), bytes_sent=0, bytes_received=0)
+    _run(tmp_path / "1", "lr=2")
+    runs = find_runs(tmp_path)
+    for some, has_traffic in ((runs, True), (runs[:1], False)):
+        groups, by_run = io.StringIO(), io.StringIO()
+        print_groups(grouped(some), groups, target=0.6)
+        print_runs(some, tmp_path, by_run)
+        assert ("MB to it" in groups.getvalue(), "MB" in by_run.getvalue()) == (has_traffic, has_traffic)
+        assert has_traffic or "MB" not in groups.getvalue()
+
+
+def test_a_cost_tells_traffic_and_updates_where_there_are_some(tmp_path: Path) -> None:
+    _run(tmp_path / "0", "lr=1")
+    _rewrite(_run(tmp_path / "1", "lr=2"), update_bytes=600_000.0)
+    _rewrite(_run(tmp_path / "2", "lr=3"), update_bytes=650.0, bytes_sent=0, bytes_received=0)
+    runs = find_runs(tmp_path)
+    assert [str(run.cost(0.6)) for run in runs] == [
+        "2 rounds, 4.0 s, 3 kB of traffic",
+        "2 rounds, 4.0 s, 3 kB of traffic, 1.2 MB of updates",
+        "2 rounds, 4.0 s, 1.3 kB of updates",
+    ]
+    write_csv(runs, tmp_path / "all.csv", target=0.6)
+    with (tmp_path / "all.csv").open(newline="") as file:
+        assert [row["update_bytes_to_target"] for row in csv.DictReader(file)] == ["", "1200000.0", "1300.0"]
+
+
 @pytest.mark.parametrize("num_groups", [1, 3, 12, 20])
 def test_picture_of_few_and_many_groups(tmp_path: Path, num_groups: int) -> None:
     needs("matplotlib")

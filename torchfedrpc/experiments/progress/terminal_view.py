@@ -25,6 +25,7 @@ from rich.text import Text
 from torchfedrpc.events import Event, Subscriber
 from torchfedrpc.experiments.progress.lines import describe_metrics
 from torchfedrpc.experiments.progress.run_status import RunStatus
+from torchfedrpc.experiments.sizes import size_text
 
 _PERIOD_S = 0.25
 _NUM_ROWS = 8  # of workers; more are counted
@@ -103,7 +104,7 @@ def view_of(status: RunStatus, stats: Mapping[str, Any], workers: Workers, width
         f"{status.num_calls} done",
     ]
     if stats:
-        parts += [f"sent {_size(stats['bytes_sent'])}", f"received {_size(stats['bytes_received'])}"]
+        parts += [f"sent {size_text(stats['bytes_sent'])}", f"received {size_text(stats['bytes_received'])}"]
     if stats.get("workers_lost"):
         parts.append(f"workers lost: {stats['workers_lost']}")
     lines.append(Text("   ".join(parts)))
@@ -131,7 +132,7 @@ def _table(workers: Mapping[str, Mapping[str, Any]], busy: Workers) -> Table:
         "state": lambda label, value: str(value),
         "learners": lambda label, value: str(value),
         "queue": lambda label, value: str(value),
-        "memory_bytes": lambda label, value: _size(value),
+        "memory_bytes": lambda label, value: size_text(value),
         "busy_s": lambda label, value: None if (share := busy.busy_share(label, value)) is None else f"{share:.0%}",
     }
     shown = [name for name in formats if any(name in facts for facts in workers.values())]
@@ -146,15 +147,6 @@ def _table(workers: Mapping[str, Mapping[str, Any]], busy: Workers) -> Table:
     if len(workers) > _NUM_ROWS:
         table.add_row(f"and {len(workers) - _NUM_ROWS} more", style="dim")
     return table
-
-
-def _size(num_bytes: float) -> str:
-    """Return a size with three digits."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while num_bytes >= 1000 and len(units) > 1:
-        num_bytes /= 1000
-        del units[0]
-    return f"{num_bytes:.3g} {units[0]}" if num_bytes < 1000 else f"{num_bytes:.0f} {units[0]}"
 
 
 @contextmanager

@@ -30,7 +30,8 @@ def print_runs(runs: Sequence[RunResult], root: Path, stream: TextIO) -> None:
     """
     keys = differing(runs)
     scores = _scores(TEST_ACCURACY) | {"loss": lambda run: run.loss} | _client_scores(runs, TEST_ACCURACY)
-    headers = ["job", *keys, "status", *map(_header, scores), "seconds", "MB"]
+    traffic = _traffic(runs)
+    headers = ["job", *keys, "status", *map(_header, scores), "seconds", *traffic]
     rows = [
         [
             _name(run, root),
@@ -38,7 +39,7 @@ def print_runs(runs: Sequence[RunResult], root: Path, stream: TextIO) -> None:
             run.status,
             *(_number(score(run)) for score in scores.values()),
             f"{run.seconds:.1f}",
-            f"{run.num_bytes / 1e6:.1f}",
+            *(f"{amount(run):.1f}" for amount in traffic.values()),
         ]
         for run in runs[:_MAX_ROWS]
     ]
@@ -67,12 +68,15 @@ def print_groups(
     """
     all_runs = [run for group in groups.values() for run in group]
     scores = _scores(metric) | _client_scores(all_runs, metric)
-    amounts: dict[str, _Value] = {"seconds": lambda run: run.seconds, "MB": lambda run: run.num_bytes / 1e6}
+    amounts: dict[str, _Value] = {"seconds": lambda run: run.seconds, **_traffic(all_runs)}
     headers = ["settings", "runs", *map(_header, scores), *amounts]
     costs: dict[str, _Value] = {}
     if target is not None:
         costs = _costs(all_runs, target, metric)
-        costs["MB"] = _megabytes(costs.pop("bytes"))
+        num_bytes = costs.pop("bytes")
+        costs.pop("update_bytes", None)  # a column of the CSV file alone: tables are wide already
+        if "MB" in amounts:
+            costs["MB"] = _megabytes(num_bytes)
         headers += [f"reached {target:g}", *(f"{name.replace('_', ' ')} to it" for name in costs)]
     rows = []
     for name, runs in groups.items():
@@ -156,7 +160,7 @@ def _header(name: str) -> str:
 def _costs(runs: Sequence[RunResult], target: float, metric: str) -> dict[str, _Value]:
     """Return what is counted until a run's metric reaches the target: name -> count of a run, None if it does not.
 
-    Simulated seconds are among them if a run has them.
+    Simulated seconds and the bytes of updates are among them if a run has them.
     """
 
     def of(count: Callable[[Cost], float | None]) -> _Value:
@@ -165,7 +169,15 @@ def _costs(runs: Sequence[RunResult], target: float, metric: str) -> dict[str, _
     counts = {"rounds": of(lambda cost: cost.num_rounds), "seconds": of(lambda cost: round(cost.seconds, 3))}
     if any("simulated_seconds" in record.more for run in runs for record in run.records):
         counts["simulated_seconds"] = of(lambda cost: cost.simulated_seconds)
-    return {**counts, "bytes": of(lambda cost: cost.num_bytes)}
+    counts["bytes"] = of(lambda cost: cost.num_bytes)
+    if any("update_bytes" in record.more for run in runs for record in run.records):
+        counts["update_bytes"] = of(lambda cost: cost.update_bytes)
+    return counts
+
+
+def _traffic(runs: Sequence[RunResult]) -> dict[str, Callable[[RunResult], float]]:
+    """Return the column of traffic; none if there was none in any run, as in local mode."""
+    return {"MB": lambda run: run.num_bytes / 1e6} if any(run.num_bytes for run in runs) else {}
 
 
 def _megabytes(num_bytes: _Value) -> _Value:
