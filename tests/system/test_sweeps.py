@@ -293,6 +293,15 @@ def test_ctrl_c_ends_the_jobs_of_other_launchers(tmp_path: Path, launcher: str) 
     assert _rows(tmp_path)[0]["status"] == "done"
 
 
+def test_a_setting_that_a_job_lacks_names_the_job(tmp_path: Path) -> None:
+    done = _sweep(tmp_path, "trainer=fedavg,fedbuff", "trainer.clients_per_round=2", "seed=1,2", "runtime=local")
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("torchfedrpc: unknown key trainer.clients_per_round (known: ")
+    assert line.endswith("adds one (in the job with trainer=fedbuff seed=1)")
+    assert not list(tmp_path.glob("sweep/*/job.json"))
+
+
 def test_a_launcher_that_is_not_installed_names_the_extra(tmp_path: Path) -> None:
     hidden = (
         "import sys\nsys.modules['hydra_plugins.hydra_joblib_launcher'] = None\n"

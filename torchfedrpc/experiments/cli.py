@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, MissingConfigException
@@ -185,5 +186,19 @@ def _composition_error_text(error: Exception) -> str | None:
             )
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return error_text(cause)
-    return f"torchfedrpc: {error}{f' {cause}' if isinstance(cause, OmegaConfBaseException) else ''}"
+        text = error_text(cause)
+    else:
+        text = f"torchfedrpc: {error}{f' {cause}' if isinstance(cause, OmegaConfBaseException) else ''}"
+    return text + _job_text(error)
+
+
+def _job_text(error: Exception) -> str:
+    """Return which job of a sweep hydra failed to compose: its settings that are none of the whole sweep."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # hydra's errors do not have the job
+        if frame.f_code.co_name == ConfigLoader.load_sweep_config.__name__:
+            given = frame.f_locals
+            of_job = [
+                one for one in given["sweep_overrides"] if one not in given["master_config"].hydra.overrides.task
+            ]
+            return f" (in the job with {' '.join(of_job)})" if of_job else ""
+    return ""
