@@ -205,6 +205,8 @@ async def _train(
     labels = parts.data.train.labels.numpy()
     if note := unheld_classes([*parts.indices.values()], labels, parts.data.test.labels.numpy()):
         print(note, file=stream)
+    if getattr(locate(config.trainer), "has_personal_models", False) and config.evaluate_every is None:
+        print("test accuracies are of the global model; evaluate_every=1 adds those of the clients' own", file=stream)
     clients = _arguments(config, parts.indices, parts.held_out)
     client_log = ClientLog(output_dir / CLIENTS_FILE, parts.indices, labels, parts.held_out)
     async with LearnerProxy(_learner(config.learner), clients, runtime=config.runtime, seed=config.seed) as proxy:

@@ -29,6 +29,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
 }
 """Kind -> keyword arguments that the experiment gives, beside the settings."""
 
+_TRAINER_SETTINGS = ("num_rounds", "clients_per_round", "local_epochs", "seed")  # of FedAvg's base class, and its own
 _REQUIRED = ("labels", "num_clients")  # arguments that each partition receives
 
 _POSITIONAL: dict[str, tuple[str, ...]] = {
@@ -98,6 +99,10 @@ def check_trainer(recipe: Recipe) -> None:
     if not inspect.iscoroutinefunction(entry.train):
         raise ConfigError(f"{name}: train is not async: write async def train(self)")
     check_signature("trainer", recipe)
+    if entry.__module__.split(".")[0] == __package__.split(".")[0]:  # one of the user's own may read any setting
+        known = {*_TRAINER_SETTINGS, *entry.all_settings()}
+        if odd := [key for key in settings_of(recipe) if key not in known]:
+            raise ConfigError(f"{name} has no setting {odd[0]!r}{suggest(odd[0], known)}, and would ignore it")
 
 
 def check_methods(recipe: Recipe, trainer: Any) -> None:

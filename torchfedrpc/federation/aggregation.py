@@ -141,26 +141,35 @@ def _checked_weights(num_states: int, weights: Sequence[float] | None) -> list[f
     return factors
 
 
-def check_match(first: StateDict, other: StateDict, index: int) -> None:
+def check_match(first: StateDict, other: StateDict, index: int, titles: tuple[str, str] | None = None) -> None:
     """Check that a state dict has the names, shapes and kinds of dtype of the first one.
+
+    Args:
+        first: The first one.
+        other: The state dict.
+        index: Its index, for messages.
+        titles: What the two are, for messages. Default: The state dicts at 0 and at the index.
 
     Raises:
         ValueError: If it has not; the message has the first difference.
         TypeError: If an entry is not a tensor.
     """
+    title, title_of_first = titles or (f"the state dict at {index}", "the one at 0")
     if first.keys() != other.keys():
-        odd = [name for name in (*first, *other) if name not in first or name not in other]
-        raise ValueError(f"the state dicts at 0 and {index} differ in their names: only one has {', '.join(odd[:5])}")
+        lacking, extra = [name for name in first if name not in other], [name for name in other if name not in first]
+        differences = [f"lacks {', '.join(lacking[:5])}"] if lacking else []
+        differences += [f"has {', '.join(extra[:5])}, which {title_of_first} lacks"] if extra else []
+        raise ValueError(f"{title} {' and '.join(differences)}")
     for name, tensor in other.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"entry {name!r} of the state dict at {index} is a {type(tensor).__name__}, not a tensor")
+            raise TypeError(f"entry {name!r} of {title} is a {type(tensor).__name__}, not a tensor")
         if tensor.shape != first[name].shape:
             raise ValueError(
-                f"entry {name!r} has shape {list(tensor.shape)} in the state dict at {index}, "
-                f"and {list(first[name].shape)} in the one at 0"
+                f"entry {name!r} has shape {list(tensor.shape)} in {title}, and {list(first[name].shape)} in "
+                f"{title_of_first}"
             )
         if kind_of(tensor.dtype) != kind_of(first[name].dtype):
             raise ValueError(
-                f"entry {name!r} is {kind_of(tensor.dtype)} in the state dict at {index}, and "
-                f"{kind_of(first[name].dtype)} in the one at 0"
+                f"entry {name!r} is {kind_of(tensor.dtype)} in {title}, and {kind_of(first[name].dtype)} in "
+                f"{title_of_first}"
             )

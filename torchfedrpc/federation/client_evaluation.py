@@ -17,7 +17,8 @@ _LOWER_IS_WORSE = {"accuracy": True, "loss": False}
 
 
 class ClientEvaluation(Callback):
-    """Lets all clients score the trainer's ``weights`` by `evaluate`, after the first round and each ``every``-th.
+    """Lets all clients score the trainer's ``weights`` by `evaluate`, after the first, each ``every``-th and the last
+    round.
 
     Of ``accuracy`` and ``loss`` of their results, as far as they have them, it adds these metrics to the round, for
     callbacks after it: ``client_accuracy`` (mean over the clients), ``client_accuracy_weighted`` (by their numbers of
@@ -45,7 +46,8 @@ class ClientEvaluation(Callback):
 
     async def on_round_end(self, run: Run, ended: RoundEnded) -> dict[str, float]:
         """Return the metrics of the clients; none if it is not their round."""
-        if ended.round_num > 0 and (ended.round_num + 1) % self._every:
+        number = ended.round_num + 1
+        if number not in (1, ended.num_rounds) and number % self._every:
             return {}
         weights = getattr(run.trainer, "weights", None)
         arguments = {} if weights is None else {"model_weights": weights}
@@ -93,6 +95,8 @@ def client_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 def _summary(name: str, values: Sequence[float], weights: Sequence[float], *, reverse: bool) -> dict[str, float]:
     mean = sum(values) / len(values)
     worst = sorted(values, reverse=reverse)[: max(1, len(values) // 10)]
+    if any(map(math.isnan, values)):
+        worst = [math.nan]  # a sort would put it anywhere
     return {
         name: mean,
         f"{name}_weighted": sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights),

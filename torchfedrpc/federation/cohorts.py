@@ -53,6 +53,8 @@ class WeightedCohort:
         num_samples: Client -> its number of samples.
     """
 
+    draws_by_samples = True
+
     def __init__(self, num_samples: Mapping[str, int]) -> None:
         self.num_samples = num_samples
 
@@ -83,6 +85,8 @@ class PowerOfChoiceCohort:
         num_samples: Client -> its number of samples.
         num_candidates: The paper's ``d``, at least ``clients_per_round``.
     """
+
+    draws_by_samples = True
 
     def __init__(self, num_samples: Mapping[str, int], num_candidates: int) -> None:
         self.num_samples = num_samples

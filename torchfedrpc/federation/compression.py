@@ -68,7 +68,8 @@ def encode(
     Raises:
         FloatingPointError: If a change is not finite, or too large for the codec.
     """
-    names = [name for name, value in weights.items() if name in trained and value.is_floating_point()]
+    # In the order of `received`, which the decoder has too: another one would move values of top_k to other entries.
+    names = [name for name in received if name in trained and weights[name].is_floating_point()]
     change = {name: _wide(weights[name]) - _wide(received[name]).to(weights[name].device) for name in names}
     if residual:
         change = {name: value + residual[name].to(value.device) for name, value in change.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,8 @@ class GaussianMean:
         clip_norm: The largest norm of a change, above 0.
         noise_multiplier: Standard deviation of the noise in the sum, relative to ``clip_norm``; at least 0.
         seed: Seed of the noise, for simulations: the noise depends on seed and round alone, so knowledge of the seed
-            reveals it. None: The noise comes from the operating system's entropy.
+            reveals it. None: A secret seed is drawn from the operating system's entropy in the first round. It is
+            part of checkpoints, so that a round which runs again has the same noise, and reveals nothing more.
         delta: Delta of the ``epsilon`` in the metrics of each round, see `epsilon`; above 0 and below 1. None: No
             accountant, and so no checks that it covers the trainer.
 
@@ -76,6 +78,7 @@ class GaussianMean:
         self._names: list[str] = []  # of the parameters that are clipped
         self._sampled = (0, 0)  # clients in a round, of all clients
         self._round: tuple[StateDict, int] | None = None
+        self._secret: int | None = None  # the seed drawn
 
     def begin_run(self, trainer: FedAvgTrainer) -> None:
         """Check that a trainer fits. `FedAvgTrainer` calls it in its constructor.
@@ -106,6 +109,8 @@ class GaussianMean:
             With ``delta``, the ``epsilon`` of all rounds up to this one.
         """
         self._round = weights, round_num
+        if self.seed is None and self._secret is None:
+            self._secret = secrets.randbits(128)
         if self.delta is None:
             return {}
         size, num_clients = self._sampled
@@ -150,12 +155,10 @@ class GaussianMean:
         return {name: mean.get(name, value) for name, value in weights.items()}
 
     def _noise(self, like: StateDict, round_num: int) -> dict[str, Tensor]:
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            state = np.random.SeedSequence([_STREAM, self.seed, round_num]).generate_state(1, np.uint64)
-            generator.manual_seed(int(state[0]))
+        seed = self._secret if self.seed is None else self.seed
+        assert seed is not None
+        state = np.random.SeedSequence([_STREAM, seed, round_num]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
         scale = self.noise_multiplier * self.clip_norm
         return {
             name: (torch.randn(value.shape, generator=generator, dtype=torch.float64) * scale).to(value.device)
@@ -200,6 +203,16 @@ def epsilon(
         gaussian = dp.GaussianDpEvent(noise_multiplier / 2)
         event = dp.SampledWithoutReplacementDpEvent(num_clients, cohort_size, gaussian)
         accountant = rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
+        if cohort_size < num_clients:  # the bound without sampling holds as well, and is lower for large cohorts
+            all_clients = epsilon(
+                noise_multiplier,
+                cohort_size=num_clients,
+                num_clients=num_clients,
+                num_rounds=num_rounds,
+                delta=delta,
+            )
+            accountant.compose(event, num_rounds)
+            return min(all_clients, float(accountant.get_epsilon(delta)))
     accountant.compose(event, num_rounds)
     return float(accountant.get_epsilon(delta))
 

@@ -18,6 +18,8 @@ from torchfedrpc.reduce.reducers import Mean as UniformMean
 from torchfedrpc.reduce.reducers import Reducer, WeightedMean
 
 Result = Mapping[str, Any]
+ClientResult = tuple[str, Result]
+"""A client and its result."""
 
 
 def reducer_of(aggregator: Aggregator, averaged: Sequence[str], *, is_uniform: bool) -> Reducer | None:
@@ -50,18 +52,31 @@ def parts_of(value: Any, aggregator: Aggregator) -> tuple[StateDict, dict[str, A
     return value["model_weights"], {name: item for name, item in value.items() if name != "model_weights"}
 
 
-def check_alike(results: Sequence[tuple[str, Result]]) -> None:
-    """Check that the models of clients have the same names, shapes and kinds of dtype.
+def check_alike(results: Sequence[ClientResult], weights: StateDict | None) -> None:
+    """Check that the models of clients have the names, shapes and kinds of dtype of the global weights.
+
+    Args:
+        results: Clients and their results.
+        weights: The global weights. None: The first model.
 
     Raises:
-        ValueError: If two differ; it names the clients and the first difference.
+        ValueError: If one differs; it names the client and the first difference.
     """
     first_client, first = results[0]
-    for client_id, result in results[1:]:
-        try:
-            check_match(first["model_weights"], result["model_weights"], 1)
-        except ValueError as error:
-            raise ValueError(f"the models of {first_client} and {client_id} do not go together: {error}") from None
+    expected = first["model_weights"] if weights is None else weights
+    title_of_first = f"that of {first_client}" if weights is None else "the global model"
+    for index, (client_id, result) in enumerate(results):
+        check_match(expected, result["model_weights"], index, (f"the model of {client_id}", title_of_first))
+
+
+def not_finite(results: Sequence[ClientResult]) -> dict[str, str]:
+    """Return client -> name of an entry of its model that is not finite."""
+    odd: dict[str, str] = {}
+    for client_id, result in results:
+        for name, value in result["model_weights"].items():
+            if not value.isfinite().all():
+                odd.setdefault(client_id, name)
+    return odd
 
 
 def averages_of(results: Sequence[Result], averaged: Sequence[str], *, is_uniform: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torchfedrpc.executors.snapshot_throttle import BUDGET_BYTES
 from torchfedrpc.federation.callback_calls import CallbackCalls
 from torchfedrpc.federation.checkpoint_store import Checkpoint, Save
 from torchfedrpc.federation.checkpoints import Checkpoints, Resumable, check_equal
+from torchfedrpc.federation.trainer_state import MissingAttributeError
 from torchfedrpc.signals import Finishing
 from torchfedrpc.wire.packing import Parcel, pack
 
@@ -266,11 +267,8 @@ class Saver:
             await self._proxy.continue_from(batch)
         try:
             self._trainer.load_state_dict(state["trainer"])
-        except (
-            AttributeError,
-            ConfigError,
-        ):  # of an attribute that train makes before its loop, as `begin_loop` sees
-            logger.debug("the trainer's state is restored at its loop alone", exc_info=True)
+        except MissingAttributeError:  # `train` may make it before its loop, as `begin_loop` sees
+            logger.debug("a part of the trainer's state is restored at its loop alone", exc_info=True)
         self._callbacks.load_state_dict(state["callbacks"])
         _set_random_streams(state["streams"])
         self._saved = self._proxy.changes()

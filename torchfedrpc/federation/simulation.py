@@ -40,7 +40,8 @@ class SimulatedClients:
 
     Args:
         seconds_per_epoch: Virtual duration of a local epoch of a client that is not slow.
-        slow_fraction: Fraction of the clients that are slow, 0 to 1. Which ones is drawn once.
+        slow_fraction: Fraction of ``clients`` that are slow, 0 to 1, rounded to a whole number. Which ones is drawn
+            once.
         slow_factor: How many times as long slow clients take.
         spread: Standard deviation of the logarithm of a factor that is drawn for each call.
         dropout: Probability that a client drops out of a round, 0 to below 1.
@@ -48,6 +49,8 @@ class SimulatedClients:
         partial: Whether a late client makes the whole epochs that it can until the deadline (FedProx, Li et al.
             2020), rather than none. One that cannot make a single one drops out.
         seed: Seed of all draws.
+        clients: All clients. Default: Those of the trainer that gets it; without a trainer each client is slow with
+            the probability ``slow_fraction``.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -61,6 +64,7 @@ class SimulatedClients:
     deadline_s: float | None = None
     partial: bool = False
     seed: int = 0
+    clients: tuple[str, ...] | None = None
     _is_slow: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +85,12 @@ class SimulatedClients:
                 raise ConfigError(f"simulation.{name} must not be {value:g}")
         if not isinstance(self.partial, bool):
             raise ConfigError(f"simulation.partial is true or false, not {self.partial!r}")
+
+        if self.clients is not None:
+            num_slow = round(self.slow_fraction * len(self.clients))
+            order = np.random.default_rng([_STREAM, self.seed, len(self.clients)]).permutation(len(self.clients))
+            slow = {self.clients[number] for number in order[:num_slow]}
+            self._is_slow.update({client_id: client_id in slow for client_id in self.clients})
 
     def seconds(self, client_id: str, number: int, num_epochs: float = 1) -> float:
         """Return the virtual duration of a client's call.

@@ -260,13 +260,21 @@ class AbstractFederationTrainer(ABC):
         limit = "" if below == math.inf else f" and below {below:g}"
         raise ConfigError(f"the trainer's {name} must be a number {bounds}{limit}, not {value!r}")
 
-    def _count(self, name: str, *, default: int | None, least: int, most: int | None = None) -> int:
+    def _count(
+        self,
+        name: str,
+        *,
+        default: int | None,
+        least: int,
+        most: int | None = None,
+        of_most: str = "the number of clients",
+    ) -> int:
         """Return a whole number from the config; the default if it is missing or None."""
         given = self.setting(name)
         value = default if given is None else given
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= (most or value):
             return value
-        bounds = f"of at least {least}" if most is None else f"from {least} to {most}, the number of clients"
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}, {of_most}"
         raise ConfigError(f"the trainer's {name} must be a whole number {bounds}, not {value!r}")
 
 

@@ -56,20 +56,26 @@ def give_state(trainer: Any, state: Mapping[str, Any]) -> None:
     """Restore the state that `state_of` returned.
 
     Raises:
-        ConfigError: If the trainer lacks an attribute with a state dict.
+        MissingAttributeError: If the trainer lacks attributes with a state dict; all others are restored.
     """
+    present: dict[str, Any] = {name: getattr(trainer, name, None) for name in state["states"]}
+    missing = [name for name, attribute in present.items() if not has_state_dict(attribute)]
     for name, inner in state["states"].items():
-        attribute: Any = getattr(trainer, name, None)
-        if not has_state_dict(attribute):
-            raise ConfigError(
-                f"{type(trainer).__qualname__}.{name} has a state in the checkpoint, and is {attribute!r} here: "
-                f"make it in __init__, or before the loop over self.rounds()"
-            )
-        attribute.load_state_dict(inner)
+        if name not in missing:
+            present[name].load_state_dict(inner)
     values = state["values"]
-    _set_parts(values, state.get("links", []), vars(trainer))
+    _set_parts(values, [link for link in state["links"] if link[1][0] not in missing], vars(trainer))
     for name, value in values.items():
         setattr(trainer, name, value)
+    if missing:
+        raise MissingAttributeError(
+            f"{type(trainer).__qualname__}.{missing[0]} has a state in the checkpoint, and is "
+            f"{present[missing[0]]!r} here: make it in __init__, or before the loop over self.rounds()"
+        )
+
+
+class MissingAttributeError(ConfigError):
+    """A trainer lacks an attribute of its state, which its `train` may make before the loop."""
 
 
 def _parts_of(stateful: Mapping[str, Any]) -> dict[int, Part]:

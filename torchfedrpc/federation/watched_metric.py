@@ -108,7 +108,7 @@ class WatchedMetric:
             ConfigError: If it is of another metric, or mode.
         """
         if (state["name"], state["sign"]) != (self.name, self._sign):
-            modes = {sign: mode for mode, sign in _MODES.items()}
+            modes = {sign: mode for mode, sign in _SIGNS.items()}
             raise ConfigError(
                 f"{self._owner} watches {self.name} (mode={modes[self._sign]}), and watched {state['name']} "
                 f"(mode={modes[state['sign']]}) in the checkpoint: set it as it was, or begin anew with resume=never"

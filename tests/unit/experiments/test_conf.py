@@ -240,3 +240,27 @@ def test_the_keys_are_these() -> None:
         "trainer.seed",
         "trainer.weighting",
     ]
+
+
+@pytest.mark.parametrize("name", [option for group, option in OPTIONS if group == "trainer"])
+def test_options_of_trainers_have_the_defaults_of_their_classes(name: str) -> None:
+    config = plain(_compose(f"trainer={name}"))["trainer"]
+    assert isinstance(config, dict)
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in _settings(name).items()}
+    differing = {
+        key: (config[key], value) for key, value in settings.items() if key in config and config[key] != value
+    }
+    assert differing == ({"mu": (0.1, None)} if name == "fedprox" else {})  # which has no default in a program
+
+
+def _settings(name: str) -> dict[str, object]:
+    found: dict[str, object] = locate(
+        {"_target_": str(_compose(f"trainer={name}").trainer["_target_"])}
+    ).all_settings()
+    return found
+
+
+def test_cohorts_that_are_drawn_by_samples_count_models_alike() -> None:
+    for cohort, weighting in (("weighted", "uniform"), ("power_of_choice", "uniform"), ("round_robin", "samples")):
+        assert _compose(f"cohort={cohort}").trainer.weighting == weighting
+    assert _compose("cohort=weighted", "trainer.weighting=samples").trainer.weighting == "samples"

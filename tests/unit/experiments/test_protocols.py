@@ -589,3 +589,21 @@ async def test_a_trainer_has_its_settings_without_the_command() -> None:
     async with tfr.LearnerProxy(Forgetful, ["one"]) as proxy:
         trainer = TunedMore({"mu": 0.5}, proxy)
     assert (trainer.config.mu, trainer.config.nu) == (0.5, 0.2)
+
+
+async def test_settings_that_a_bundled_trainer_would_ignore_are_refused(tmp_path: Path) -> None:
+    trainer = recipe(FedAvgTrainer, num_rounds=1, mu=0.1)
+    with pytest.raises(ConfigError, match=r"has no setting 'mu'.*, and would ignore it"):
+        await run_experiment(config(trainer=trainer), tmp_path)
+
+
+async def test_a_run_with_personal_models_tells_which_accuracy_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torchfedrpc.experiments.learners.ditto import DittoLearner
+    from torchfedrpc.federation.algorithms.ditto import DittoTrainer
+
+    settings = {"trainer": recipe(DittoTrainer, num_rounds=1), "learner": recipe(DittoLearner)}
+    for evaluate_every, is_told in ((None, True), (1, False)):
+        await run_experiment(config(**settings, evaluate_every=evaluate_every), tmp_path / str(is_told))
+        assert ("test accuracies are of the global model" in capsys.readouterr().out) == is_told

@@ -144,6 +144,45 @@ def test_gradients_are_clipped_to_their_norm() -> None:
     assert moved**0.5 == pytest.approx(0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": "abc"}, r"learner\.learning_rate is a number of at least 0, not 'abc'"),
+        ({"learning_rate": -0.1}, r"learner\.learning_rate is a number of at least 0, not -0\.1"),
+        ({"batch_size": 0}, r"learner\.batch_size is a whole number of at least 1, not 0"),
+        ({"batch_size": 2.5}, r"learner\.batch_size is a whole number"),
+        ({"momentum": 2}, r"learner\.momentum is a number of at least 0 and below 1, not 2"),
+        ({"weight_decay": -1}, r"learner\.weight_decay is a number of at least 0"),
+        ({"max_gradient_norm": -1}, r"learner\.max_gradient_norm is a number above 0, or null, not -1"),
+        ({"max_gradient_norm": 0}, r"learner\.max_gradient_norm is a number above 0, or null, not 0"),
+        (
+            {"optimiser": {"_target_": "torch.optim.AdamW", "lr": 1e-4}},
+            r"has lr=0\.0001, and learner\.learning_rate",
+        ),
+        (
+            {"optimiser": {"_target_": "torch.optim.AdamW", "weight_decay": 0.3}, "weight_decay": 0.1},
+            r"has weight_decay=0\.3, and learner\.weight_decay is 0\.1",
+        ),
+    ],
+)
+def test_settings_that_would_go_wrong_or_be_ignored_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LocalTraining(**settings)
+
+
+def test_an_optimiser_has_its_own_weight_decay_unless_the_learner_has_one() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    recipe = {"_target_": "torch.optim.AdamW"}
+    for settings, expected in (
+        ({"optimiser": recipe}, 0.01),
+        ({"optimiser": recipe, "weight_decay": 0.2}, 0.2),
+        ({"optimiser": {**recipe, "weight_decay": 0.3}}, 0.3),
+    ):
+        optimiser = LocalTraining(**settings).make_optimiser(parameters, [])
+        assert optimiser.param_groups[0]["weight_decay"] == expected
+    assert LocalTraining(optimiser={"_target_": "torch.optim.Rprop"}).make_optimiser(parameters, [])
+
+
 def test_momentum_of_another_optimiser_than_sgd_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"learner\.momentum=0\.9 is of SGD"):
         LocalTraining(momentum=0.9, optimiser={"_target_": "torch.optim.AdamW"})

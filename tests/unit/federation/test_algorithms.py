@@ -353,3 +353,46 @@ async def test_fedavg_of_one_client_and_a_full_batch_is_centralised_sgd_to_the_b
     torch.set_num_threads(threads)
     for name, value in model.state_dict().items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings"),
+    [
+        (tfr.FedAdamTrainer, {"beta1": 1.5}),
+        (tfr.FedAdamTrainer, {"tau": 0}),
+        (tfr.FedYogiTrainer, {"beta2": 1}),
+        (tfr.FedAdagradTrainer, {"server_learning_rate": -1}),
+        (tfr.FedAvgMTrainer, {"server_momentum": 1.5}),
+        (tfr.FedBuffTrainer, {"server_learning_rate": -1}),
+        (tfr.FedProxTrainer, {"mu": True}),
+        (tfr.FedProxTrainer, {"mu": float("inf")}),
+        (tfr.DittoTrainer, {"penalty": -1}),
+    ],
+)
+def test_numbers_out_of_range_are_refused(trainer: type[tfr.FedAvgTrainer], settings: dict[str, Any]) -> None:
+    name = next(iter(settings))
+    learner = "ditto" if trainer is tfr.DittoTrainer else "classification"
+    with pytest.raises(ConfigError, match=f"the trainer's {name} must be a number"):
+        run(trainer, learner=learner, **settings)
+
+
+def test_steps_may_be_counted_instead_of_epochs() -> None:
+    expected = sum(share(client, COHORTS[0]) * descended(client, W, steps=2) for client in COHORTS[0])
+    assert run(tfr.FedAvgTrainer, local_steps=2) == near(np.asarray(expected))
+    with pytest.raises(ConfigError, match="simulated clients count epochs"):
+        run(tfr.FedAvgTrainer, local_steps=2, simulation=tfr.SimulatedClients())
+
+
+class Idle:
+    """A learner that does nothing."""
+
+    def __init__(self, client_id: str) -> None: ...
+
+
+def test_complex_parameters_are_refused() -> None:
+    async def main() -> None:
+        async with tfr.LearnerProxy(Idle, ["a"], runtime="local") as proxy:
+            with pytest.raises(ConfigError, match="FedAdamTrainer cannot step w, which is complex"):
+                tfr.FedAdamTrainer({}, proxy, initial_weights={"w": torch.zeros(2, dtype=torch.complex64)})
+
+    asyncio.run(main())

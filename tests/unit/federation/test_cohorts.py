@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +91,65 @@ async def test_power_of_choice_takes_the_candidates_with_the_highest_loss() -> N
             await tfr.PowerOfChoiceCohort({}, 2)(trainer(learner_proxy=proxy), 0, CLIENTS, 3)
 
 
+class Odd(Scored):
+    """One has no loss, and one fails."""
+
+    def evaluate(self, model_weights: Any = None) -> dict[str, float]:
+        if self.loss == 19:
+            raise LookupError("lost")
+        return {"loss": math.nan if self.loss == 4 else self.loss}
+
+
+async def test_power_of_choice_with_losses_that_are_nan_and_candidates_that_fail() -> None:
+    cohort = tfr.PowerOfChoiceCohort(dict.fromkeys(CLIENTS, 1), num_candidates=20)
+    async with tfr.LearnerProxy(Odd, CLIENTS, runtime="local") as proxy:
+        dropping = SimpleNamespace(
+            config=SimpleNamespace(seed=0, on_failure="drop"), weights=None, learner_proxy=proxy
+        )
+        assert await cohort(dropping, 0, CLIENTS, 3) == ["client_4", "client_17", "client_18"]
+        with pytest.raises(tfr.GroupCallError, match="LookupError: lost"):
+            await cohort(trainer(learner_proxy=proxy), 0, CLIENTS, 3)
+
+
+def test_numbers_of_samples_that_draw_nobody_are_refused() -> None:
+    with pytest.raises(ConfigError, match="all of them are 0"):
+        choose(tfr.WeightedCohort(dict.fromkeys(CLIENTS, 0)))
+    with pytest.raises(ConfigError, match="the number of samples of client_3, and has None"):
+        choose(tfr.WeightedCohort({client: 1 for client in CLIENTS if client != "client_3"}))
+    with pytest.raises(ConfigError, match="the number of samples of client_3, and has -1"):
+        choose(tfr.WeightedCohort(dict.fromkeys(CLIENTS, 1) | {"client_3": -1}))
+
+
+async def test_a_cohort_drawn_by_samples_whose_models_are_weighted_by_them_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with tfr.LearnerProxy(Scored, CLIENTS, runtime="local") as proxy:
+        for weighting, is_told in (("samples", True), ("uniform", False)):
+            cohort = tfr.WeightedCohort(dict.fromkeys(CLIENTS, 1))
+            tfr.FedAvgTrainer({"weighting": weighting}, proxy, cohort=cohort)
+            assert ("WeightedCohort draws clients by their numbers of samples" in caplog.text) == is_told
+            caplog.clear()
+
+
+def test_a_fraction_of_the_clients_is_slow_exactly() -> None:
+    for seed in range(5):
+        clients = tfr.SimulatedClients(slow_fraction=0.3, slow_factor=4, seed=seed, clients=tuple(CLIENTS))
+        assert sum(clients.seconds(client, 0) == 4 for client in CLIENTS) == 6
+
+
+def test_a_client_that_is_done_at_the_deadline_is_not_late() -> None:
+    clients = tfr.SimulatedClients(seconds_per_epoch=0.1, deadline_s=0.3)
+    assert clients.plan(["a"], 0, 3).epochs == {"a": 3}
+    partial = tfr.SimulatedClients(seconds_per_epoch=0.1, deadline_s=0.3, partial=True)
+    assert partial.plan(["a"], 0, 4).epochs == {"a": 3}
+
+
+def test_a_round_with_a_deadline_waits_for_clients_that_drop_out() -> None:
+    planned = tfr.SimulatedClients(dropout=0.99, deadline_s=7, seed=1).plan(CLIENTS, 0, 1)
+    assert planned.dropped
+    assert planned.seconds == 7
+
+
 def test_slow_clients_are_late_and_others_not() -> None:
     clients = tfr.SimulatedClients(slow_fraction=0.5, slow_factor=4, deadline_s=5, seed=3)
     slow = [client for client in CLIENTS if clients.seconds(client, 0) == 4]
@@ -113,7 +173,18 @@ def test_dropouts_are_drawn_for_each_round() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"dropout": -0.1}, {"slow_fraction": 2}, {"slow_factor": 0.5}, {"spread": -1}, {"deadline_s": 0}]
+    "settings",
+    [
+        {"dropout": -0.1},
+        {"dropout": 1.0},
+        {"slow_fraction": 2},
+        {"slow_factor": 0.5},
+        {"spread": -1},
+        {"deadline_s": 0},
+        {"deadline_s": "20"},
+        {"partial": "no"},
+        {"seconds_per_epoch": math.inf},
+    ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"simulation\.{next(iter(settings))}"):

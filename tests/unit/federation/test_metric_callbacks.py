@@ -191,3 +191,12 @@ def _finish(result: Any) -> None:
     """Run a coroutine that does not wait; do nothing for None."""
     if result is not None:
         result.send(None)
+
+
+@pytest.mark.parametrize("make", [tfr.EarlyStopping, tfr.BestModel])
+def test_a_resume_with_another_metric_is_refused(make: Any) -> None:
+    state = make("train_loss").state_dict()
+    with pytest.raises(tfr.ConfigError, match=r"watches num_clients \(mode=min\), and watched train_loss"):
+        make("num_clients", mode="min").load_state_dict(state)
+    with pytest.raises(tfr.ConfigError, match=r"watches train_loss \(mode=max\), and watched train_loss"):
+        make("train_loss", mode="max").load_state_dict(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ async def train(
     aggregator: Any = None,
     cohort: Any = None,
     simulation: Any = None,
+    set_up: Callable[[tfr.FedAvgTrainer], None] = lambda trainer: None,
     **config: Any,
 ) -> tfr.FedAvgTrainer:
     """A trainer after its run with three clients."""
@@ -55,6 +57,7 @@ async def train(
             cohort=cohort,
             simulation=simulation,
         )
+        set_up(trainer)
         await trainer.train()
         return trainer
 
@@ -107,6 +110,39 @@ def test_seeded_noise_depends_on_seed_and_round_alone_and_unseeded_noise_differs
     assert not torch.equal(mean(gaussian(1.0), still, 1), first)
     assert not torch.equal(mean(gaussian(1.0, seed=4), still), first)
     assert not torch.equal(mean(gaussian(1.0, seed=None), still), mean(gaussian(1.0, seed=None), still))
+
+
+class FailsAtTheEnd(tfr.Callback):
+    """Notes the weights of each round, and fails in the last one."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def on_round_end(self, run: tfr.Run, ended: tfr.RoundEnded) -> None:
+        trainer: Any = run.trainer
+        self.seen.append((ended.round_num, trainer.weights["linear.bias"].tolist()))
+        if ended.round_num == 2 and len(self.seen) == 3:
+            raise LookupError("lost")
+
+
+async def test_a_round_that_runs_again_after_a_crash_has_the_same_secret_noise(tmp_path: Any) -> None:
+    seen: list[Any] = []
+
+    def set_up(trainer: tfr.FedAvgTrainer) -> None:
+        trainer.checkpoints = tfr.Checkpoints(tmp_path, every=2, resume="auto")
+        trainer.callbacks = [FailsAtTheEnd(seen)]
+
+    with pytest.raises(LookupError):
+        await train(aggregator=gaussian(1.0, seed=None), num_rounds=4, set_up=set_up)
+    await train(aggregator=gaussian(1.0, seed=None), num_rounds=4, set_up=set_up)
+    assert [round_num for round_num, _ in seen] == [0, 1, 2, 2, 3]
+    assert seen[2] == seen[3]
+
+
+def test_epsilon_with_sampling_is_not_above_that_of_all_clients() -> None:
+    needs("dp_accounting")
+    base: Any = {"num_clients": 4, "num_rounds": 3, "delta": DELTA}
+    assert epsilon(1.0, cohort_size=3, **base) <= epsilon(1.0, cohort_size=4, **base)
 
 
 def moments(noise: float, rate: float, order: int) -> float:

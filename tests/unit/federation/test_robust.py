@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,3 +77,54 @@ def test_settings_and_cohorts_that_do_not_fit_are_refused() -> None:
     odd = [*models(1.0), {"weight": torch.zeros(3), "count": torch.tensor(1)}]
     with pytest.raises(ValueError, match=r"'weight' has shape \[3\] in the state dict at 1"):
         tfr.CoordinateMedian()(odd, ones(odd))
+
+
+class Liar:
+    """Adds one to the weights; client c lies about what the algorithm averages beside the models."""
+
+    def __init__(self, client_id: str, lie: Any) -> None:
+        self.lie = lie if client_id == "c" else None
+
+    def train_epoch(self, model_weights: Any, **settings: Any) -> dict[str, Any]:
+        weights = {"w": model_weights["w"] + 1}
+        result = {"model_weights": weights, "num_samples": 1, "train_loss": 0.0}
+        if "normalise" in settings:
+            return {**result, "gradient_weight": 2.0 if self.lie is None else self.lie}
+        return {**result, "control_change": {"w": torch.full((2,), 3.0 if self.lie is None else self.lie)}}
+
+
+@pytest.mark.parametrize("lie", [1e6, math.nan])
+@pytest.mark.parametrize("aggregator", [tfr.CoordinateMedian(), tfr.TrimmedMean(0.25), tfr.MultiKrum(0, 3)])
+@pytest.mark.parametrize("kind", [tfr.FedNovaTrainer, tfr.ScaffoldTrainer])
+async def test_what_an_algorithm_averages_beside_the_models_is_robust_as_well(
+    kind: Any, aggregator: Any, lie: float
+) -> None:
+    clients: Any = {client: {"lie": lie} for client in "abcd"}
+    async with tfr.LearnerProxy(Liar, clients, runtime="local") as proxy:
+        trainer = kind({"num_rounds": 1}, proxy, initial_weights={"w": torch.zeros(2)}, aggregator=aggregator)
+        if isinstance(aggregator, tfr.MultiKrum):
+            return  # it selects by the models, which are right here
+        weights = await trainer.train()
+    assert weights["w"].tolist() == ([2, 2] if kind is tfr.FedNovaTrainer else [1, 1])
+    if kind is tfr.ScaffoldTrainer:
+        assert trainer.control["w"].tolist() == [3, 3]
+
+
+def test_multi_krum_leaves_out_what_the_clients_that_it_leaves_out_say() -> None:
+    states = models(1.0, 1.1, 0.9, 50.0, 1.0)
+    others = [{"weight": torch.tensor(float(number == 3) * 1e6)} for number in range(5)]
+    model, other = tfr.MultiKrum(1).aggregate(states, others)
+    assert model["weight"].abs().max() < 2
+    assert other["weight"] == 0
+
+
+def test_a_fraction_of_the_models_is_rounded_up_but_for_the_errors_of_floats() -> None:
+    states = models(*range(100))
+    assert tfr.TrimmedMean(0.07)(states, ones(states))["weight"][0, 0] == np.mean(range(7, 93))
+    states = models(0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 9)
+    assert tfr.TrimmedMean(0.1)(states, ones(states))["weight"][0, 0] == 0
+
+
+def test_complex_entries_count_in_distances() -> None:
+    states = [{"w": torch.tensor([complex(1, value)])} for value in (0.0, 0.1, 0.2, 90.0, 0.1)]
+    assert tfr.MultiKrum(1)(states, ones(states))["w"].imag.item() == pytest.approx(0.1)

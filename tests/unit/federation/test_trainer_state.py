@@ -162,3 +162,35 @@ async def test_save_that_would_lose_an_alias_is_refused_aloud(
     await trained(tmp_path, 1, hides=True)
     assert not list(tmp_path.glob("*.checkpoint"))
     assert "cannot be saved because of 'holder': .holder.held is the same object as .models['global']" in caplog.text
+
+
+SEEN: list[Any] = []
+
+
+class MakesAnAttribute(tfr.FedAvgTrainer):
+    """Makes an attribute with a state in its `train`."""
+
+    async def train(self) -> Any:
+        self.extra = nn.Linear(1, 1)
+        assert self.weights is not None
+        SEEN.append((self.is_resumed, len(self.history), self.weights["w"].item()))  # type: ignore[arg-type]
+        return await super().train()
+
+
+class Adds:
+    """A learner that adds one."""
+
+    def __init__(self, client_id: str) -> None: ...
+
+    def train_epoch(self, model_weights: Any, round_num: int = 0, local_epochs: int = 1) -> dict[str, Any]:
+        weights = {name: value + 1 for name, value in model_weights.items()}
+        return {"model_weights": weights, "num_samples": 1, "train_loss": 0.0}
+
+
+async def test_what_there_is_of_the_state_is_restored_before_train(tmp_path: Path) -> None:
+    for num_rounds in (2, 4):
+        async with tfr.LearnerProxy(Adds, ["a"], runtime="local") as proxy:
+            trainer = MakesAnAttribute({"num_rounds": num_rounds}, proxy, initial_weights={"w": torch.zeros(())})
+            trainer.checkpoints = tfr.Checkpoints(tmp_path, resume="auto")
+            await trainer.train()
+    assert SEEN == [(False, 0, 0.0), (True, 2, 2.0)]

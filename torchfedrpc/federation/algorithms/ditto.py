@@ -21,6 +21,7 @@ class DittoTrainer(FedAvgTrainer):
 
     settings: ClassVar[Mapping[str, Any]] = {"penalty": 1.0, "personal_epochs": 1}
     keeps_learner_state: ClassVar[bool] = True
+    has_personal_models: ClassVar[bool] = True
 
     def local_settings(self) -> dict[str, Any]:
         """Return FedAvg's arguments, ``penalty`` and ``personal_epochs``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,7 +16,15 @@ from torchfedrpc.events import RoundEnded
 from torchfedrpc.federation.aggregation import Aggregator, Mean
 from torchfedrpc.federation.cohorts import Cohort
 from torchfedrpc.federation.part_state import PartState
-from torchfedrpc.federation.results import averages_of, check_alike, parts_of, reducer_of, robust_parts_of
+from torchfedrpc.federation.results import (
+    ClientResult,
+    averages_of,
+    check_alike,
+    not_finite,
+    parts_of,
+    reducer_of,
+    robust_parts_of,
+)
 from torchfedrpc.federation.robust import RobustAggregator
 from torchfedrpc.federation.simulation import SimulatedClients, SimulatedRound
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
@@ -70,6 +79,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
         aggregator: The aggregator.
         averaged: Names of further entries of the learners' results that are averaged like the models.
         keeps_learner_state: Whether the algorithm needs state of the learners, so that stateless ones are refused.
+        has_personal_models: Whether the models to judge are those of the clients, not the global one.
         averages: Their means in the last round, by name.
         num_results: Number of clients in the last aggregate.
         simulated_seconds: Virtual time of all rounds so far.
@@ -99,6 +109,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
     }
     averaged: ClassVar[tuple[str, ...]] = ("train_loss",)
     keeps_learner_state: ClassVar[bool] = False
+    has_personal_models: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -129,6 +140,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
             )
         self.buffers = frozenset(buffers)
         self.cohort = cohort
+        if simulation is not None and simulation.clients is None:
+            simulation = dataclasses.replace(simulation, clients=tuple(learner_proxy.client_ids))
         self.simulation = simulation
         self.simulated_seconds = 0.0
         self.averages: Mapping[str, Any] = {}
@@ -143,6 +156,16 @@ class FedAvgTrainer(AbstractFederationTrainer):
         for name, options in (("weighting", ("samples", "uniform")), ("on_failure", ("raise", "drop"))):
             if (value := self.setting(name)) not in options:
                 raise ConfigError(f"the trainer's {name} is {' or '.join(options)}, not {value!r}")
+        if self.setting("min_results") is not None:
+            self._count("min_results", default=1, least=1, most=self._cohort_size, of_most="clients_per_round")
+        if self.setting("deadline_s") is not None:
+            self._number("deadline_s", is_above=True)
+        if getattr(cohort, "draws_by_samples", False) and not self._is_uniform:
+            logger.warning(
+                "%s draws clients by their numbers of samples, and weighting=samples counts these once more: "
+                "weighting=uniform is what its paper has",
+                type(cohort).__qualname__,
+            )
         self._compression = UpdateCompression(self, self.weights)
         if (begin_run := getattr(self.aggregator, "begin_run", None)) is not None:
             begin_run(self)
@@ -174,7 +197,8 @@ class FedAvgTrainer(AbstractFederationTrainer):
         """
         self._note_settings()
         settings = self.local_settings()
-        plan = self._plan(round_num, await self.choose_clients(round_num), settings.get("local_epochs", 1))
+        clients = await self.choose_clients(round_num)
+        plan = self._plan(round_num, clients, settings.get("local_epochs", 1))
         failures: Mapping[str, Exception] = {}
         await self._begin_round(round_num)
         if len(plan.epochs) >= (self.setting("min_results") or 1):
@@ -192,8 +216,10 @@ class FedAvgTrainer(AbstractFederationTrainer):
             logger.warning(
                 "%s is left out of round %d: %s: %s", client_id, round_num + 1, type(error).__name__, error
             )
+        if plan.dropped:
+            logger.info("round %d: %s dropped out, or were late", round_num + 1, _shown(plan.dropped))
         self.simulated_seconds += plan.seconds
-        return self._metrics(num_dropped=len(plan.dropped) + len(failures))
+        return self._metrics(num_dropped=len(clients) - self.num_results)
 
     async def choose_clients(self, round_num: int) -> Sequence[str]:
         """Return the clients of a round: those of ``cohort``, or of `select_clients`.
@@ -233,7 +259,6 @@ class FedAvgTrainer(AbstractFederationTrainer):
         self._check_failures(updates.failures)
         if not updates:
             raise GroupCallError(f"train_epoch failed for all of {', '.join(updates.failures)}", updates.failures, {})
-        self.num_results = len(updates)
         decode = self._compression.decoded
         decoded = [(client, await decode(client, update, self.weights)) for client, update in updates.items()]
         return await self._aggregated(decoded), updates.failures
@@ -311,7 +336,7 @@ class FedAvgTrainer(AbstractFederationTrainer):
         if odd_values:
             raise FloatingPointError(
                 f"{odd_values[0]} of the new global weights is not finite: a client has diverged, or the aggregate; "
-                f"lower the learning rates, or take a robust aggregator such as tfr.CoordinateMedian"
+                f"lower the learning rates, or take a robust aggregator such as tfr.CoordinateMedian, which names it"
             )
         return weights
 
@@ -378,10 +403,12 @@ class FedAvgTrainer(AbstractFederationTrainer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned; a list that was given as ``history`` is filled."""
         given = self.history
-        super().load_state_dict(state)
-        if isinstance(given, list) and isinstance(self.history, list):
-            given[:] = self.history
-            self.history = given
+        try:
+            super().load_state_dict(state)
+        finally:
+            if isinstance(given, list) and isinstance(self.history, list):
+                given[:] = self.history
+                self.history = given
 
     def _reducer(self, num_clients: int) -> Reducer | None:
         """Return what forms the aggregate of some clients on the workers; None if the driver needs all updates."""
@@ -389,14 +416,16 @@ class FedAvgTrainer(AbstractFederationTrainer):
             return None
         return reducer_of(self.aggregator, self.averaged, is_uniform=self._is_uniform)
 
-    async def _aggregated(self, results: Sequence[tuple[str, Mapping[str, Any]]]) -> Mapping[str, Tensor]:
+    async def _aggregated(self, results: Sequence[ClientResult]) -> Mapping[str, Tensor]:
         """Set ``averages`` and return the aggregate, from clients and their results.
 
         Raises:
             ValueError: If the models of two clients differ in names, shapes or kinds of dtype.
         """
-        check_alike(results)
+        check_alike(results, self.weights)
+        results = await self._finite(results)
         updates = [update for _, update in results]
+        self.num_results = len(updates)
         self.averages = averages_of(updates, self.averaged, is_uniform=self._is_uniform)
         if isinstance(self.aggregator, RobustAggregator):
             steering = [name for name in self.averaged if name != "train_loss"]
@@ -408,6 +437,28 @@ class FedAvgTrainer(AbstractFederationTrainer):
             return dict(updates[0]["model_weights"])  # the mean of one has its bits
         counts = [1 if self._is_uniform else update["num_samples"] for update in updates]
         return await self.aggregate_weights([update["model_weights"] for update in updates], counts)
+
+    async def _finite(self, results: Sequence[ClientResult]) -> Sequence[ClientResult]:
+        """Return the results whose models are finite; with a warning also the others, for another aggregator.
+
+        Raises:
+            FloatingPointError: If one is not finite, and may not be left out of a mean.
+        """
+        odd = await asyncio.to_thread(not_finite, results)
+        if not odd:
+            return results
+        kind: type = type(self.aggregator)
+        is_dropping = self.setting("on_failure") == "drop" and len(odd) < len(results)
+        if kind is Mean and not self._overrides_aggregation() and not is_dropping:
+            client, entry = next(iter(odd.items()))
+            raise FloatingPointError(
+                f"{entry} of the model of {client} is not finite: the client has diverged; lower the learning rates, "
+                f"set the trainer's on_failure to drop, or take a robust aggregator such as tfr.CoordinateMedian"
+            )
+        does = "is left out" if is_dropping else "counts as far off"
+        for client_id, entry in odd.items():
+            logger.warning("%s of the model of %s is not finite, and %s", entry, client_id, does)
+        return [result for result in results if result[0] not in odd] if is_dropping else results
 
     @property
     def _is_uniform(self) -> bool:
@@ -427,6 +478,11 @@ class FedAvgTrainer(AbstractFederationTrainer):
                 )
             amount = {"local_steps": self._count("local_steps", default=1, least=1)}
         return {**amount, **self._compression.arguments()}
+
+
+def _shown(clients: Sequence[str]) -> str:
+    """Return the first clients, and the number of the others."""
+    return ", ".join(clients[:5]) + (f" and {len(clients) - 5} more" if len(clients) > 5 else "")
 
 
 def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -52,6 +52,7 @@ class FedBNTrainer(FedAvgTrainer):
 
     settings: ClassVar[Mapping[str, Any]] = {"personal": ()}
     keeps_learner_state: ClassVar[bool] = True
+    has_personal_models: ClassVar[bool] = True
 
     def local_settings(self) -> dict[str, Any]:
         """Return FedAvg's arguments and ``personal``."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchfedrpc.errors import ConfigError, GroupCallError
 from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
+from torchfedrpc.federation.results import check_alike
 from torchfedrpc.registry import trainer
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,11 @@ class FedBuffTrainer(FedAvgTrainer):
         Returns:
             The final global weights, a state dict.
         """
+        if self.simulation is None:
+            logger.warning(
+                "FedBuff takes results as they come, so a run is not reproducible: give it simulated clients "
+                "(simulation=clients) for one that is"
+            )
         try:
             weights = await super().train()
             await self.pool.settle()  # so that learners' states depend on no clock
@@ -102,10 +108,10 @@ class FedBuffTrainer(FedAvgTrainer):
             num_in_a_row = 0
             result = await self._compression.decoded(client_id, result, weights)
             staleness.append(round_num - begun)
+            check_alike([(client_id, result)], self.weights)
             model = self._applied(result["model_weights"], weights, staleness[-1])
             updates.append((client_id, {**result, "model_weights": model}))
         aggregate = await self._aggregated(updates)
-        self.num_results = len(updates)
         self.weights = self._stepped(aggregate)
         self.simulated_seconds = self.pool.now_s
         return {**self._metrics(num_dropped=num_dropped), "staleness": sum(staleness) / len(staleness)}
