@@ -1,18 +1,26 @@
-"""Compare algorithms where their papers say that they differ: five seeds each, with learning rates tuned alike.
+"""Compare algorithms where their papers say that they differ: five seeds each, tuned alike.
 
-A learning rate is chosen for each algorithm from the same ones by a run with a seed of its own. Data are the digits
-of scikit-learn and synthetic images; everything runs in local mode.
+Each algorithm has the learning rate, and where it has one the second setting, with the best mean over three seeds
+that are not among those. A seed decides partition, initial weights, cohorts, and which clients are slow. Data are the
+digits of scikit-learn and synthetic images; everything runs in local mode.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import logging
 import math
+import multiprocessing
+import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +33,27 @@ from torchfedrpc.experiments.data.digits import digits
 from torchfedrpc.experiments.data.partition import dirichlet, iid, shards
 from torchfedrpc.experiments.data.synthetic import synthetic
 from torchfedrpc.experiments.training import build_model, copy_weights, score
+from torchfedrpc.federation.simulation import SimulatedRound
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+logger = logging.getLogger("methods")
+
 NUM_CLIENTS = 10
-RATES = (0.01, 0.03, 0.1, 0.3)
-TUNING_SEED = 100
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+TUNING_SEEDS = (100, 101, 102)
+TARGET = 0.85
 ATTACKERS = ("client_0", "client_5")
+DIGITS = {"_target_": "torchfedrpc.experiments.data.digits.digits"}
+SKEWED = {"_target_": f"{__name__}.skewed"}
 MLP: dict[str, Any] = {"_target_": "torchfedrpc.experiments.models.MLP"}
 CNN: dict[str, Any] = {"_target_": "torchfedrpc.experiments.models.ConvNet", "channels": [4, 8], "batch_norm": True}
 
-Metrics = list[dict[str, float]]
+MEASURES: dict[str, Callable[[Sequence[Mapping[str, float]], Sequence[float]], float]] = {
+    "rounds to 85 %": lambda rounds, accuracies: len(rounds),
+    "virtual seconds to 85 %": lambda rounds, accuracies: rounds[-1]["simulated_seconds"],
+    "final accuracy": lambda rounds, accuracies: statistics.fmean(one["accuracy"] for one in rounds[-5:]),
+    "accuracy of the worst client": lambda rounds, accuracies: min(accuracies),
+}
+"""Name of a measure -> function of a run's rounds, and of the clients' accuracies on samples of their own."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +64,25 @@ class Method:
         name: Its name in the table.
         trainer: Class of the trainer.
         learner: Registered name, or class, of the learner.
-        config: Settings of the trainer.
+        config: Settings of the trainer that are fixed.
+        tuned: Name of a second setting that is tuned, and its values.
         given: Keyword arguments of the trainer, made for each run.
+        rates: Learning rates to choose from.
     """
 
     name: str
     trainer: type[tfr.FedAvgTrainer]
     learner: Any = "classification"
     config: Mapping[str, Any] = field(default_factory=dict)
+    tuned: tuple[str, Sequence[float]] = ("", (0.0,))
     given: Callable[[int], dict[str, Any]] = lambda seed: {}
+    rates: Sequence[float] = RATES
+
+    def choices(self) -> list[dict[str, float]]:
+        """Return the settings to choose from."""
+        name, values = self.tuned
+        further: list[dict[str, float]] = [{name: value} if name else {} for value in values]
+        return [{"learning_rate": rate, **one} for one, rate in product(further, self.rates)]
 
 
 @dataclass(frozen=True)
@@ -62,25 +91,35 @@ class Comparison:
 
     Attributes:
         title: What is compared.
-        measure: What a run is measured by: rounds or virtual seconds to a target, or an accuracy at the end.
+        measure: Name of the measure of a run, one of `MEASURES`.
+        parts: Returns each client's indices, from the labels and a seed.
+        settings: Settings of all trainers.
+        methods: The algorithms; the first one is the baseline.
         dataset: Recipe of the data.
         model: Recipe of the model.
-        parts: Returns each client's indices, from the data and a seed.
-        methods: The algorithms; the first one is the baseline.
-        result: Returns the measure of a run, from its rounds and the clients' accuracies.
-        is_better: Whether more of the measure is better.
-        settings: Settings of all trainers.
     """
 
     title: str
     measure: str
-    dataset: Mapping[str, Any]
-    model: Mapping[str, Any]
-    parts: Callable[[tfr.TrainTest, int], Sequence[Any]]
-    methods: Sequence[Method]
-    result: Callable[[Metrics, Sequence[float]], float]
-    more_is_better: bool
+    parts: Callable[[Any, int], Sequence[Any]]
     settings: Mapping[str, Any]
+    methods: Sequence[Method]
+    dataset: Mapping[str, Any] = field(default_factory=lambda: DIGITS)
+    model: Mapping[str, Any] = field(default_factory=lambda: MLP)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a run ends at the target, and less of the measure is better; else more is."""
+        return " to " in self.measure
+
+
+class RandomEpochs(tfr.SimulatedClients):
+    """Clients that make 2 to 5 local epochs, drawn in each round, as in table 1 of FedNova's paper."""
+
+    def plan(self, cohort: Sequence[str], round_num: int, num_epochs: int) -> SimulatedRound:
+        """Return the epochs of each client."""
+        drawn = np.random.default_rng([self.seed, round_num]).integers(2, 6, len(cohort))
+        return SimulatedRound(dict(zip(cohort, drawn.tolist(), strict=True)), [], 0.0)
 
 
 class Attacked(tfr.ClassificationLearner):
@@ -107,155 +146,122 @@ def skewed() -> tfr.TrainTest:
 @cache
 def data_of(target: str) -> tfr.TrainTest:
     """Load a data set once."""
-    made: tfr.TrainTest = skewed() if target == SKEWED else digits()
+    made: tfr.TrainTest = digits() if target == DIGITS["_target_"] else skewed()
     return made
 
 
-def rounds_to(target: float) -> Callable[[Metrics, Sequence[float]], float]:
-    """Return the number of rounds until a test accuracy, or one more than there are."""
-
-    def count(rounds: Metrics, accuracies: Sequence[float]) -> float:
-        reached = [number for number, one in enumerate(rounds, 1) if one["accuracy"] >= target]
-        return float(reached[0] if reached else len(rounds) + 1)
-
-    return count
-
-
-def seconds_to(target: float) -> Callable[[Metrics, Sequence[float]], float]:
-    """Return the virtual seconds until a test accuracy; those of the whole run if it is not reached."""
-
-    def seconds(rounds: Metrics, accuracies: Sequence[float]) -> float:
-        return next(
-            (one["simulated_seconds"] for one in rounds if one["accuracy"] >= target), rounds[-1]["simulated_seconds"]
-        )
-
-    return seconds
-
-
-def final(rounds: Metrics, accuracies: Sequence[float]) -> float:
-    """Return the mean test accuracy of the last five rounds."""
-    return statistics.fmean(one["accuracy"] for one in rounds[-5:])
-
-
-def worst(rounds: Metrics, accuracies: Sequence[float]) -> float:
-    """Return the lowest accuracy of a client on samples of its own, which is the worst decile of ten clients."""
-    return min(accuracies)
+def slow(seed: int, num_slow: int, **settings: Any) -> dict[str, Any]:
+    """Give a trainer clients of which exactly so many are slow, by a seed for which a simulation draws that many."""
+    for number in count(1000 * seed):
+        made = tfr.SimulatedClients(slow_fraction=num_slow / NUM_CLIENTS, seed=number, **settings)
+        seconds = [made.seconds(f"client_{client}", 0) for client in range(NUM_CLIENTS)]
+        if sum(one > made.slow_factor / 2 for one in seconds) == num_slow:
+            return {"simulation": made}
+    raise AssertionError("numbers do not end")
 
 
 def stragglers(*, partial: bool) -> Callable[[int], dict[str, Any]]:
     """Half of the clients make one of ten epochs until the deadline."""
-    return lambda seed: {
-        "simulation": tfr.SimulatedClients(
-            slow_fraction=0.5, slow_factor=8, deadline_s=12, partial=partial, seed=seed
-        )
-    }
+    return lambda seed: slow(seed, 5, slow_factor=8, deadline_s=12, partial=partial)
 
 
-def slow(seed: int) -> dict[str, Any]:
+def slow_clients(seed: int) -> dict[str, Any]:
     """Three of ten clients take ten times as long."""
-    return {"simulation": tfr.SimulatedClients(slow_fraction=0.3, slow_factor=10, spread=0.2, seed=seed)}
+    return slow(seed, 3, slow_factor=10, spread=0.2)
 
 
-DIGITS = {"_target_": "torchfedrpc.experiments.data.digits.digits"}
-SKEWED = f"{__name__}.skewed"
+def given(aggregator: Any) -> Callable[[int], dict[str, Any]]:
+    """Give a trainer an aggregator."""
+    return lambda seed: {"aggregator": aggregator}
+
+
+def random_epochs(seed: int) -> dict[str, Any]:
+    """Give a trainer clients with random numbers of epochs."""
+    return {"simulation": RandomEpochs(seed=seed)}
+
+
 COMPARISONS = {
     "label-skew": Comparison(
         "Two classes per client, 10 local epochs, 5 of 10 clients a round",
         "rounds to 85 %",
-        DIGITS,
-        MLP,
-        lambda data, seed: shards(data.train.labels.numpy(), NUM_CLIENTS, seed=seed),
-        [
-            Method("FedAvg", tfr.FedAvgTrainer),
-            Method("SCAFFOLD", tfr.ScaffoldTrainer, "scaffold"),
-        ],
-        rounds_to(0.85),
-        False,
+        lambda labels, seed: shards(labels, NUM_CLIENTS, seed=seed),
         {"num_rounds": 60, "local_epochs": 10, "clients_per_round": 5},
+        [Method("FedAvg", tfr.FedAvgTrainer), Method("SCAFFOLD", tfr.ScaffoldTrainer, "scaffold")],
     ),
-    "unequal-clients": Comparison(
-        "Dirichlet(0.1) labels and sizes, 5 local epochs, all clients",
+    "unequal-steps": Comparison(
+        "16 clients, Dirichlet(0.1) labels and sizes, 2 to 5 local epochs at random",
         "rounds to 85 %",
-        DIGITS,
-        MLP,
-        lambda data, seed: dirichlet(data.train.labels.numpy(), NUM_CLIENTS, alpha=0.1, min_samples=5, seed=seed),
-        [Method("FedAvg", tfr.FedAvgTrainer), Method("FedNova", tfr.FedNovaTrainer)],
-        rounds_to(0.85),
-        False,
-        {"num_rounds": 60, "local_epochs": 5},
+        lambda labels, seed: dirichlet(labels, 16, alpha=0.1, min_samples=5, seed=seed),
+        {"num_rounds": 60},
+        [
+            Method("FedAvg", tfr.FedAvgTrainer, given=random_epochs),
+            Method("FedNova", tfr.FedNovaTrainer, given=random_epochs),
+            Method("FedAvg, not tuned", tfr.FedAvgTrainer, given=random_epochs, rates=(0.03,)),
+            Method("FedNova, not tuned", tfr.FedNovaTrainer, given=random_epochs, rates=(0.03,)),
+        ],
     ),
     "stragglers": Comparison(
-        "50 % of the clients make 1 of 10 epochs until the deadline, two classes per client",
+        "Two classes per client, 5 of 10 clients make 1 of 10 local epochs until the deadline",
         "final accuracy",
-        DIGITS,
-        MLP,
-        lambda data, seed: shards(data.train.labels.numpy(), NUM_CLIENTS, seed=seed),
+        lambda labels, seed: shards(labels, NUM_CLIENTS, seed=seed),
+        {"num_rounds": 30, "local_epochs": 10},
         [
-            Method("FedAvg (drops them)", tfr.FedAvgTrainer, given=stragglers(partial=False)),
+            Method("FedAvg, drops them", tfr.FedAvgTrainer, given=stragglers(partial=False)),
+            Method("FedAvg, takes their epoch", tfr.FedAvgTrainer, given=stragglers(partial=True)),
             Method(
-                "FedProx (takes what they have)",
+                "FedProx, takes their epoch",
                 tfr.FedProxTrainer,
-                config={"mu": 0.1},
+                tuned=("mu", (0.01, 0.1, 1.0)),
                 given=stragglers(partial=True),
             ),
         ],
-        final,
-        True,
-        {"num_rounds": 30, "local_epochs": 10},
     ),
     "attackers": Comparison(
-        "20 % of the clients send ten times the opposite step",
+        "2 of 10 clients send ten times the opposite step",
         "final accuracy",
-        DIGITS,
-        MLP,
-        lambda data, seed: iid(data.train.labels.numpy(), NUM_CLIENTS, seed=seed),
+        lambda labels, seed: iid(labels, NUM_CLIENTS, seed=seed),
+        {"num_rounds": 20, "local_epochs": 2},
         [
             Method("mean", tfr.FedAvgTrainer, Attacked),
-            Method(
-                "trimmed mean", tfr.FedAvgTrainer, Attacked, given=lambda seed: {"aggregator": tfr.TrimmedMean(0.2)}
-            ),
-            Method("multi-Krum", tfr.FedAvgTrainer, Attacked, given=lambda seed: {"aggregator": tfr.MultiKrum(2)}),
+            Method("trimmed mean", tfr.FedAvgTrainer, Attacked, given=given(tfr.TrimmedMean(0.2))),
+            Method("Krum", tfr.FedAvgTrainer, Attacked, given=given(tfr.MultiKrum(2, num_selected=1))),
+            Method("multi-Krum", tfr.FedAvgTrainer, Attacked, given=given(tfr.MultiKrum(2))),
         ],
-        final,
-        True,
-        {"num_rounds": 20, "local_epochs": 2},
     ),
     "feature-skew": Comparison(
         "Contrast and brightness differ between clients",
         "accuracy of the worst client",
-        {"_target_": SKEWED},
-        CNN,
-        lambda data, seed: iid(data.train.labels.numpy(), NUM_CLIENTS),
+        lambda labels, seed: iid(labels, NUM_CLIENTS),
+        {"num_rounds": 10, "local_epochs": 2},
         [
             Method("FedAvg", tfr.FedAvgTrainer),
             Method("FedBN", tfr.FedBNTrainer, "fedbn"),
-            Method("Ditto", tfr.DittoTrainer, "ditto", config={"penalty": 0.1, "personal_epochs": 2}),
+            Method("Ditto", tfr.DittoTrainer, "ditto", {"personal_epochs": 2}, ("penalty", (0.05, 0.1, 1.0))),
         ],
-        worst,
-        True,
-        {"num_rounds": 10, "local_epochs": 2},
+        SKEWED,
+        CNN,
     ),
     "slow-clients": Comparison(
-        "30 % of the clients take ten times as long; 5 at a time",
+        "3 of 10 clients take ten times as long; 5 train at a time",
         "virtual seconds to 85 %",
-        DIGITS,
-        MLP,
-        lambda data, seed: iid(data.train.labels.numpy(), NUM_CLIENTS, seed=seed),
+        lambda labels, seed: iid(labels, NUM_CLIENTS, seed=seed),
+        {"num_rounds": 60, "local_epochs": 1},
         [
-            Method("FedAvg", tfr.FedAvgTrainer, config={"clients_per_round": 5}, given=slow),
-            Method("FedBuff", tfr.FedBuffTrainer, config={"num_in_flight": 5, "buffer_size": 3}, given=slow),
+            Method("FedAvg", tfr.FedAvgTrainer, config={"clients_per_round": 5}, given=slow_clients),
+            Method("FedBuff", tfr.FedBuffTrainer, config={"num_in_flight": 5, "buffer_size": 3}, given=slow_clients),
         ],
-        seconds_to(0.85),
-        False,
-        {"num_rounds": 40, "local_epochs": 1},
     ),
 }
 
 
-async def run(comparison: Comparison, method: Method, rate: float, seed: int) -> float:
-    """Return the measure of one run; the worst possible one if it diverges."""
+async def run(comparison: Comparison, method: Method, chosen: Mapping[str, float], seed: int) -> float:
+    """Return the measure of one run with chosen settings: the learning rate, and perhaps one of the trainer.
+
+    A run that diverges has accuracy 0; it, and one that does not reach its target, has infinite rounds and seconds.
+    """
     data = data_of(comparison.dataset["_target_"])
     model = build_model(comparison.model, seed)
+    rate, further = chosen["learning_rate"], {name: chosen[name] for name in chosen if name != "learning_rate"}
     common = {
         "dataset": comparison.dataset,
         "model": comparison.model,
@@ -263,13 +269,12 @@ async def run(comparison: Comparison, method: Method, rate: float, seed: int) ->
         "learning_rate": rate,
         "keep_weights": False,
     }
-    parts = comparison.parts(data, seed)
     clients = {
         f"client_{number}": {**common, "indices": np.delete(part, np.s_[::5]), "held_out": part[::5]}
-        for number, part in enumerate(parts)
+        for number, part in enumerate(comparison.parts(data.train.labels.numpy(), seed))
     }
     runtime = {"execution_mode": "local", "trusted_modules": [__name__]}
-    rounds: list[tfr.RoundEnded] = []
+    history: list[tfr.RoundEnded] = []
 
     def test(weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
         model.load_state_dict(weights)
@@ -277,32 +282,77 @@ async def run(comparison: Comparison, method: Method, rate: float, seed: int) ->
 
     async with tfr.LearnerProxy(method.learner, clients, runtime=runtime, seed=seed) as proxy:
         trainer = method.trainer(
-            {"seed": seed, **comparison.settings, **method.config},
+            {"seed": seed, **comparison.settings, **method.config, **further},
             proxy,
             initial_weights=copy_weights(model),
             buffers=[name for name, _ in model.named_buffers()],
             score=test,
-            history=rounds,
+            history=history,
             **method.given(seed),
         )
+        if comparison.has_target:
+            trainer.callbacks = [tfr.EarlyStopping("accuracy", patience=None, target=TARGET)]
+        scores: Mapping[str, dict[str, float]] = {}
         try:
-            weights = await trainer.train()
-        except (FloatingPointError, tfr.GroupCallError):
-            return -math.inf if comparison.more_is_better else math.inf
-        scores = await proxy.clients().evaluate(model_weights=weights)
-    accuracies = [result["accuracy"] for result in scores.values()]
-    return comparison.result([dict(one.metrics) for one in rounds], accuracies)
+            scores = await proxy.clients().evaluate(model_weights=await trainer.train())
+        except* FloatingPointError as errors:
+            logger.debug("%s with %s and seed %d: %s", method.name, chosen, seed, errors.exceptions[0])
+    rounds = [one.metrics for one in history]
+    if not scores or (comparison.has_target and rounds[-1]["accuracy"] < TARGET):
+        return math.inf if comparison.has_target else 0.0
+    return float(MEASURES[comparison.measure](rounds, [result["accuracy"] for result in scores.values()]))
 
 
-def compare(comparison: Comparison, num_seeds: int) -> dict[str, tuple[float, list[float]]]:
-    """Return each algorithm's learning rate, and its measures."""
-    sign = 1 if comparison.more_is_better else -1
-    results = {}
-    for method in comparison.methods:
-        tuned = {rate: sign * asyncio.run(run(comparison, method, rate, TUNING_SEED)) for rate in RATES}
-        rate = max(tuned, key=lambda one: tuned[one])
-        results[method.name] = rate, [asyncio.run(run(comparison, method, rate, seed)) for seed in range(num_seeds)]
-    return results
+def measure(name: str, number: int, chosen: Mapping[str, float], seed: int) -> float:
+    """Return the measure of one run, in a process of a pool."""
+    logging.getLogger("torchfedrpc").setLevel(logging.ERROR)
+    return asyncio.run(run(COMPARISONS[name], COMPARISONS[name].methods[number], chosen, seed))
+
+
+def compare(name: str, num_seeds: int, pool: Executor) -> dict[str, dict[str, Any]]:
+    """Return each algorithm's settings, the means that they were chosen by, and its measure for each seed."""
+    comparison = COMPARISONS[name]
+    best_of = min if comparison.has_target else max
+
+    def start(number: int, chosen: Mapping[str, float], seeds: Iterable[int]) -> list[Future[float]]:
+        return [pool.submit(measure, name, number, chosen, seed) for seed in seeds]
+
+    trials = [
+        [start(number, chosen, TUNING_SEEDS) for chosen in method.choices()]
+        for number, method in enumerate(comparison.methods)
+    ]
+    found = []
+    for number, method in enumerate(comparison.methods):
+        means = [statistics.fmean(one.result() for one in runs) for runs in trials[number]]
+        best = [place for place, mean in enumerate(means) if mean == best_of(means)]
+        chosen = method.choices()[best[len(best) // 2]]  # of equals the one in the middle
+        logger.info("%s, %s: %s by %s", name, method.name, chosen, " ".join(f"{mean:.3g}" for mean in means))
+        found.append((method.name, chosen, means, start(number, chosen, range(num_seeds))))
+    return {
+        method: {"chosen": chosen, "tuning": means, "values": [one.result() for one in runs]}
+        for method, chosen, means, runs in found
+    }
+
+
+def summary(values: Sequence[float], *, has_target: bool) -> str:
+    """Return mean and spread, and how many runs reach the target; without a mean if some do not."""
+    num_reached = sum(map(math.isfinite, values))
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 and num_reached == len(values) else ""
+    mean = f"{statistics.fmean(values):.3g}{spread}"
+    reached = f"{num_reached} of {len(values)} reached"
+    return (f"{mean}, {reached}" if num_reached == len(values) else reached) if has_target else mean
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return the table, in Markdown."""
+    lines = ["| task | measure | algorithm | settings | mean ± std | each seed |", "| --- " * 6 + "|"]
+    for comparison, methods in ((COMPARISONS[name], methods) for name, methods in found.items()):
+        for method, one in methods.items():
+            chosen = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in one["chosen"].items())
+            each = " ".join(f"{value:.3g}" for value in one["values"])
+            mean = summary(one["values"], has_target=comparison.has_target)
+            lines.append(f"| {comparison.title} | {comparison.measure} | {method} | {chosen} | {mean} | {each} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -310,41 +360,39 @@ def main() -> None:
     parser = argparse.ArgumentParser("scripts/bench/methods", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"comparisons; default: all of {', '.join(COMPARISONS)}")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds; default: 5")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes; default: of cores")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="picture, such as docs/methods.png")
-    options = parser.parse_args()
-    chosen = {name: COMPARISONS[name] for name in options.names or COMPARISONS}
-    print(
-        "| task | measure | algorithm | learning rate | mean | std | each seed |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |"
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="all measures, such as scripts/bench/results/methods.json"
     )
-    found = {}
-    for name, comparison in chosen.items():
-        found[name] = compare(comparison, options.seeds)
-        for method, (rate, values) in found[name].items():
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            each = " ".join(f"{value:.3g}" for value in values)
-            row = (
-                comparison.title,
-                comparison.measure,
-                method,
-                f"{rate:g}",
-                f"{statistics.fmean(values):.3g}",
-                f"{spread:.2g}",
-                each,
-            )
-            print(f"| {' | '.join(row)} |", flush=True)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    start = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
+        found = {name: compare(name, options.seeds, pool) for name in options.names or COMPARISONS}
+    logger.info("%.1f min with %d processes", (time.monotonic() - start) / 60, options.jobs)
+    print(table(found))
+    if options.results is not None:
+        options.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if options.picture is not None:
         draw(found, options.picture)
 
 
-def draw(found: Mapping[str, Mapping[str, tuple[float, list[float]]]], path: Path) -> None:
-    """Draw each comparison's runs: a point for each seed, and a line at the mean."""
+def draw(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """Draw each comparison's runs: a point for each seed, and a line at the mean of all, if all reach the target."""
     figure, grid = plt.subplots(2, math.ceil(len(found) / 2), figsize=(11, 6), squeeze=False, layout="constrained")
     for axes, (name, methods) in zip(grid.flat, found.items(), strict=False):
-        for place, (method, (_, values)) in enumerate(methods.items()):
-            axes.plot(values, [place] * len(values), "o", alpha=0.6, color=f"C{place}")
-            axes.plot([statistics.fmean(values)] * 2, [place - 0.25, place + 0.25], color=f"C{place}", linewidth=2)
-            axes.text(0.01, place + 0.3, method, transform=axes.get_yaxis_transform(), fontsize=9)
+        for place, (method, one) in enumerate(methods.items()):
+            reached = [value for value in one["values"] if math.isfinite(value)]
+            axes.plot(reached, [place] * len(reached), "o", alpha=0.6, color=f"C{place}")
+            label = method
+            if len(reached) == len(one["values"]):
+                mean = statistics.fmean(reached)
+                axes.plot([mean] * 2, [place - 0.2, place + 0.2], color=f"C{place}", linewidth=2)
+            else:
+                label += f" ({len(reached)} of {len(one['values'])} reached)"
+            axes.text(0.01, place + 0.3, label, transform=axes.get_yaxis_transform(), fontsize=9)
         axes.set_yticks([])
         axes.set_ylim(-0.6, len(methods) - 0.2)
         axes.set_xlabel(COMPARISONS[name].measure)
