@@ -34,6 +34,7 @@ async def train(trainer: type[tfr.FedAvgTrainer], **settings: int) -> None:
     clients = {f"client_{number}": {**common, "indices": part} for number, part in enumerate(parts)}
     speeds = tfr.SimulatedClients(slow_fraction=0.3, slow_factor=8, spread=0.2, seed=5)
     async with tfr.LearnerProxy("classification", clients, runtime=mode) as proxy:
+        torch.manual_seed(0)  # initial weights are drawn on the driver
         weights = tfr.build(MODEL).state_dict()
         history: list[tfr.RoundEnded] = []
         given = {"initial_weights": weights, "score": score, "simulation": speeds, "history": history}

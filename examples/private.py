@@ -38,6 +38,7 @@ async def main() -> None:
         aggregator = tfr.GaussianMean(clip_norm=0.5, noise_multiplier=noise_multiplier, seed=1)
         async with tfr.LearnerProxy("classification", clients, runtime=mode) as proxy:
             settings = {"num_rounds": 6, "clients_per_round": 20}
+            torch.manual_seed(0)  # initial weights are drawn on the driver
             given = {"initial_weights": tfr.build(MODEL).state_dict(), "score": score, "history": history}
             await tfr.FedAvgTrainer(settings, proxy, aggregator=aggregator, **given).train()
             last = history[-1].metrics

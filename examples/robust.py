@@ -47,6 +47,7 @@ async def main() -> None:
     clients = {f"client_{number}": {**common, "indices": part} for number, part in enumerate(parts)}
     for aggregator in (None, tfr.CoordinateMedian(), tfr.TrimmedMean(0.2), tfr.MultiKrum(num_attackers=2)):
         async with tfr.LearnerProxy(MaybeAttacker, clients, runtime=mode) as proxy:
+            torch.manual_seed(0)  # initial weights are drawn on the driver
             weights = tfr.build(MODEL).state_dict()
             trainer = tfr.FedAvgTrainer({"num_rounds": 5}, proxy, initial_weights=weights, aggregator=aggregator)
             name = "mean" if aggregator is None else type(aggregator).__name__

@@ -32,6 +32,7 @@ async def train(trainer: type[tfr.FedAvgTrainer], learner: str) -> None:
     clients = {f"client_{number}": {**common, "indices": part} for number, part in enumerate(parts)}
     async with tfr.LearnerProxy(learner, clients, runtime=mode) as proxy:
         settings = {"num_rounds": 10, "clients_per_round": 5, "local_epochs": 10}
+        torch.manual_seed(0)  # initial weights are drawn on the driver
         weights = await trainer(settings, proxy, initial_weights=tfr.build(MODEL).state_dict()).train()
         assert weights is not None
         print(f"{proxy.mode}: {trainer.__name__} {accuracy(dict(weights)):.3f}")

@@ -41,6 +41,7 @@ from torchfedrpc.experiments.protocol_checks import (
     check_trainer,
     given,
     settings_of,
+    shared_samples,
     title,
     unheld_classes,
 )
@@ -203,8 +204,10 @@ async def _train(
 ) -> dict[str, Tensor]:
     """Run the trainer, and return the final weights. The run ends with the stack ``run``."""
     labels = parts.data.train.labels.numpy()
-    if note := unheld_classes([*parts.indices.values()], labels, parts.data.test.labels.numpy()):
-        print(note, file=stream)
+    shares = [*parts.indices.values()]
+    for note in (shared_samples(shares), unheld_classes(shares, labels, parts.data.test.labels.numpy())):
+        if note is not None:
+            print(note, file=stream)
     if getattr(locate(config.trainer), "has_personal_models", False) and config.evaluate_every is None:
         print("test accuracies are of the global model; evaluate_every=1 adds those of the clients' own", file=stream)
     clients = _arguments(config, parts.indices, parts.held_out)

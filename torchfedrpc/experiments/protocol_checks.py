@@ -289,6 +289,15 @@ def unheld_classes(
     )
 
 
+def shared_samples(parts: Sequence[npt.NDArray[np.int64]]) -> str | None:
+    """Return a line about samples that a partition gives to several clients; None if there are none."""
+    indices = np.concatenate(parts)
+    num_samples = len(np.unique(indices))
+    if num_samples == len(indices):
+        return None
+    return f"{num_samples} samples are given to clients {len(indices)} times: some are of several clients"
+
+
 def check_model(recipe: Recipe, dataset: Recipe, model: nn.Module, data: TrainTest) -> None:
     """Check that a model takes the inputs of the data, and returns logits for its classes.
 

@@ -117,6 +117,8 @@ def error_text(error: Exception, *, adds_keys: bool = True) -> str:
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
         near = suggest(str(error.key), map(str, error.parent_node))
         advice = f"; +{error.full_key}=... adds one" if adds_keys else ""
+        if str(error.full_key).partition(".")[0] == "simulation":
+            advice = "; choose simulation=clients as well"
         return f"torchfedrpc: unknown key {error.full_key}{near}{advice}"
     if isinstance(error, _ONE_LINE_ERRORS):
         return "\n".join([f"torchfedrpc: {error}", *getattr(error, "__notes__", [])])

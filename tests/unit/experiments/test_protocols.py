@@ -32,6 +32,7 @@ from torchfedrpc.experiments.protocol_checks import (
     check_signature,
     check_trainer,
     given,
+    shared_samples,
     unheld_classes,
 )
 from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
@@ -607,3 +608,9 @@ async def test_a_run_with_personal_models_tells_which_accuracy_it_has(
     for evaluate_every, is_told in ((None, True), (1, False)):
         await run_experiment(config(**settings, evaluate_every=evaluate_every), tmp_path / str(is_told))
         assert ("test accuracies are of the global model" in capsys.readouterr().out) == is_told
+
+
+def test_samples_of_several_clients_are_told() -> None:
+    assert shared_samples([np.array([0, 1]), np.array([2])]) is None
+    found = shared_samples([np.arange(3), np.arange(2)])
+    assert found == "3 samples are given to clients 5 times: some are of several clients"

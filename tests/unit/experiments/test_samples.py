@@ -39,6 +39,9 @@ def test_a_dataset_of_torch_becomes_samples_in_its_order() -> None:
     assert samples.groups is not None
     assert samples.groups.tolist() == [number // 5 for number in range(20)]
     assert tfr.Samples.of(dataset).groups is None
+    named = tfr.Samples.of(dataset, groups=["west", "east"] * 10).groups
+    assert named is not None
+    assert named.tolist() == [1, 0] * 10  # in sorted order
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ class Stream(IterableDataset[Any]):
         (Items((1, torch.tensor(-1))), None, r"^Items: label 0 is -1: whole numbers from 0"),
         (Items((1, [0, 1])), None, r"^Items: label 0 is a list: whole numbers from 0"),
         (Items((1, 0), (1, 0)), [0], r"^Items: there are 1 groups for 2 samples: give each one"),
-        (Items((1, 0), (1, 0)), ["ann", "bob"], r"^Items: group 0 is 'ann': whole numbers from 0"),
+        (Items((1, 0), (1, 0)), ["ann", 1], r"^Items: group 0 is 'ann': whole numbers from 0"),
     ],
 )
 def test_datasets_that_are_no_labelled_samples_are_refused(dataset: Any, groups: Any, message: str) -> None:

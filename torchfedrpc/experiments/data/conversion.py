@@ -62,6 +62,22 @@ def whole_numbers(values: Sequence[Any] | Tensor, name: str) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64)
 
 
+def group_numbers(values: Sequence[Any] | Tensor, name: str) -> Tensor:
+    """Return groups as a tensor, [num_samples], int64: whole numbers as they are, texts numbered in sorted order.
+
+    Args:
+        values: All whole numbers from 0, or all texts.
+        name: Name of one of the values in error messages.
+
+    Raises:
+        ConfigError: If a value is another one.
+    """
+    if not isinstance(values, Tensor) and all(isinstance(value, str) for value in values):
+        places = {text: place for place, text in enumerate(sorted(set(values)))}
+        return torch.tensor([places[text] for text in values], dtype=torch.int64)
+    return whole_numbers(values, name)
+
+
 def _tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value.detach().to("cpu", torch.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchfedrpc.errors import ConfigError
-from torchfedrpc.experiments.data.conversion import stack_inputs, whole_numbers
+from torchfedrpc.experiments.data.conversion import group_numbers, stack_inputs, whole_numbers
 
 
 class SizedDataset(Protocol):
@@ -38,18 +38,19 @@ class Samples:
     groups: Tensor | None = None
 
     @classmethod
-    def of(cls, dataset: SizedDataset, groups: Sequence[int] | Tensor | None = None) -> Samples:
+    def of(cls, dataset: SizedDataset, groups: Sequence[int | str] | Tensor | None = None) -> Samples:
         """Return all samples of a map-style `torch.utils.data.Dataset`, read once in their order.
 
         Args:
             dataset: Gives pairs of an input (tensor, array, number, or image of PIL) and a label (a whole number from
                 0). Numbers are kept, images become [channels, height, width] between -1 and 1. Transforms that draw
                 random numbers draw once.
-            groups: [num_samples]; the natural client of each sample, numbered from 0.
+            groups: [num_samples]; the natural client of each sample: numbers from 0, or texts, which are numbered in
+                sorted order.
 
         Raises:
-            ConfigError: If it has no length, an item is no pair, inputs differ in shape, a label or group is no whole
-                number from 0, or the numbers of groups and samples differ.
+            ConfigError: If it has no length, an item is no pair, inputs differ in shape, a label is no whole number
+                from 0 or a group neither this nor a text, or the numbers of groups and samples differ.
         """
         name = type(dataset).__name__
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
@@ -61,7 +62,7 @@ class Samples:
                 raise ConfigError(f"{name}[{number}]: a pair (input, label) is expected, not a {type(item).__name__}")
             inputs.append(item[0])
             labels.append(item[1])
-        numbers = None if groups is None else whole_numbers(groups, f"{name}: group")
+        numbers = None if groups is None else group_numbers(groups, f"{name}: group")
         if numbers is not None and len(numbers) != len(labels):
             raise ConfigError(f"{name}: there are {len(numbers)} groups for {len(labels)} samples: give each one")
         return cls(stack_inputs(inputs, name), whole_numbers(labels, f"{name}: label"), numbers)
