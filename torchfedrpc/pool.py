@@ -144,11 +144,12 @@ class LearnerPool:
     def state_dict(self) -> dict[str, Any]:
         """Return the results and exceptions in flight, and the clock. All calls have ended, as after `settle`."""
         flights = [(one.number, one.client_id, one.due_s, *_outcome(one.ended)) for one in self._flights]
-        return {"flights": flights, "num_begun": self._num_begun, "now_s": self.now_s}
+        clock = {"num_begun": self._num_begun, "now_s": self.now_s}
+        return {**clock, "flights": flights, "last_client": self.last_client}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned, of a pool that has begun no calls."""
-        self._num_begun, self.now_s = state["num_begun"], state["now_s"]
+        self._num_begun, self.now_s, self.last_client = state["num_begun"], state["now_s"], state["last_client"]
         self._flights, self._queue = [], asyncio.Queue()
         for number, client_id, due_s, result, failure in state["flights"]:
             ended = asyncio.get_running_loop().create_future()

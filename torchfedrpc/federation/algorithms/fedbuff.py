@@ -114,7 +114,10 @@ class FedBuffTrainer(FedAvgTrainer):
         aggregate = await self._aggregated(updates)
         self.weights = self._stepped(aggregate)
         self.simulated_seconds = self.pool.now_s
-        return {**self._metrics(num_dropped=num_dropped), "staleness": sum(staleness) / len(staleness)}
+        return {
+            **self._metrics(num_dropped=num_dropped + len(updates) - self.num_results),
+            "staleness": sum(staleness) / len(staleness),
+        }
 
     def step(self, aggregate: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the new global weights."""
