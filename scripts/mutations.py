@@ -860,7 +860,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the aggregate is the new model",
-        "federation/algorithms/fedavg.py",
+        "federation/cohort_trainer.py",
         "weights = self.step(aggregate)",
         "weights = aggregate",
         "tests/unit/experiments/test_protocols.py",
@@ -874,21 +874,21 @@ MUTATIONS = [
     ),
     Mutation(
         "FedAvg does not weight by samples",
-        "federation/algorithms/fedavg.py",
+        "federation/cohort_trainer.py",
         'self.setting("weighting") == "uniform"',
         "True",
         "tests/unit/federation/test_algorithms.py",
     ),
     Mutation(
         "a trainer shares the weights that it was given",
-        "federation/algorithms/fedavg.py",
+        "federation/cohort_trainer.py",
         "None if initial_weights is None else _copied(initial_weights)",
         "initial_weights",
         "tests/unit/federation/test_part_state.py",
     ),
     Mutation(
         "a client that fails in time counts as late",
-        "federation/algorithms/fedavg.py",
+        "federation/cohort_trainer.py",
         '        if failed and self.setting("on_failure") == "raise":',
         "        if False:",
         "tests/system/test_rounds.py",

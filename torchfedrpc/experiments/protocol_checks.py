@@ -16,7 +16,7 @@ from torchfedrpc.experiments.data.samples import Samples, TrainTest
 from torchfedrpc.experiments.recipe import locate
 from torchfedrpc.experiments.user_modules import KINDS
 from torchfedrpc.federation.aggregation import Mean
-from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
+from torchfedrpc.federation.cohort_trainer import CohortTrainer
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 
 Recipe = Mapping[str, Any]
@@ -112,13 +112,13 @@ def check_methods(recipe: Recipe, trainer: Any) -> None:
         ConfigError: If their class is no `TrainsEpochs`.
     """
     name, entry = title("learner", recipe), locate(recipe)
-    if not isinstance(entry, type) or not isinstance(trainer, FedAvgTrainer):
+    if not isinstance(entry, type) or not isinstance(trainer, CohortTrainer):
         return
     train_epoch = getattr(entry, "train_epoch", None)
     if not callable(train_epoch):
         near = suggest("train_epoch", [name for name in dir(entry) if not name.startswith("_")])
         raise ConfigError(f"{name}: the method train_epoch is missing, which the trainer calls{near}")
-    if type(trainer).train_round is FedAvgTrainer.train_round:
+    if type(trainer).train_round is CohortTrainer.train_round:
         keywords = dict.fromkeys(["model_weights", "round_num", *trainer.local_settings()])
         _check_call(f"{name}: train_epoch", train_epoch, ("self",), keywords)
 
@@ -337,12 +337,12 @@ def _settings(recipe: Recipe) -> str:
 
 
 def check_initial_weights(recipe: Recipe, trainer: Any) -> None:
-    """Check that a subclass of `FedAvgTrainer` begins with the experiment's model.
+    """Check that a subclass of `CohortTrainer` begins with the experiment's model.
 
     Raises:
         ConfigError: If its constructor keeps the initial weights from its base class.
     """
-    if isinstance(trainer, FedAvgTrainer) and trainer.weights is None:
+    if isinstance(trainer, CohortTrainer) and trainer.weights is None:
         raise ConfigError(
             f"{title('trainer', recipe)}: it has no initial weights: let its constructor take **kwargs and pass "
             f"them on, super().__init__(config, learner_proxy, **kwargs)"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchfedrpc.errors import ConfigError
 from torchfedrpc.federation.aggregation import StateDict, check_match
-from torchfedrpc.federation.algorithms.fedavg import FedAvgTrainer
+from torchfedrpc.federation.cohort_trainer import CohortTrainer
 from torchfedrpc.federation.cohorts import UniformCohort
 from torchfedrpc.registry import aggregator
 
@@ -80,8 +80,8 @@ class GaussianMean:
         self._round: tuple[StateDict, int] | None = None
         self._secret: int | None = None  # the seed drawn
 
-    def begin_run(self, trainer: FedAvgTrainer) -> None:
-        """Check that a trainer fits. `FedAvgTrainer` calls it in its constructor.
+    def begin_run(self, trainer: CohortTrainer) -> None:
+        """Check that a trainer fits. `CohortTrainer` calls it in its constructor.
 
         Raises:
             ConfigError: If the weights have entries that would leak, or with ``delta`` if no accountant covers the
@@ -217,16 +217,16 @@ def epsilon(
     return float(accountant.get_epsilon(delta))
 
 
-def _not_covered(trainer: FedAvgTrainer) -> str | None:
+def _not_covered(trainer: CohortTrainer) -> str | None:
     """Return why an accountant for cohorts of fixed size does not cover a trainer; None if it does."""
     kind, config = type(trainer), trainer.config
-    if kind.train_round is not FedAvgTrainer.train_round:
+    if kind.train_round is not CohortTrainer.train_round:
         return f"the rounds of {kind.__qualname__}, which are not FedAvg's"
     if odd := [name for name in trainer.averaged if name != "train_loss"]:
         return f"{kind.__qualname__}, since {odd[0]} of the clients is averaged without noise"
     if not isinstance(trainer.cohort, UniformCohort | None) or (kind.select_clients, kind.choose_clients) != (
-        FedAvgTrainer.select_clients,
-        FedAvgTrainer.choose_clients,
+        CohortTrainer.select_clients,
+        CohortTrainer.choose_clients,
     ):
         return f"the cohorts of {trainer.cohort or kind.__qualname__}: only uniform ones of fixed size"
     if getattr(config, "on_failure", "raise") != "raise":
