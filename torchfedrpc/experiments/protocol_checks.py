@@ -30,6 +30,9 @@ GIVEN: dict[str, tuple[str, ...]] = {
 """Kind -> keyword arguments that the experiment gives, beside the settings."""
 
 _TRAINER_SETTINGS = ("num_rounds", "clients_per_round", "local_epochs", "seed")  # of FedAvg's base class, and its own
+_LEARNERS = {"ScaffoldTrainer": "scaffold", "FedBNTrainer": "fedbn", "DittoTrainer": "ditto"}
+"""Trainer -> its learner, if that is not ``classification``."""
+
 _REQUIRED = ("labels", "num_clients")  # arguments that each partition receives
 
 _POSITIONAL: dict[str, tuple[str, ...]] = {
@@ -120,7 +123,10 @@ def check_methods(recipe: Recipe, trainer: Any) -> None:
         raise ConfigError(f"{name}: the method train_epoch is missing, which the trainer calls{near}")
     if type(trainer).train_round is CohortTrainer.train_round:
         keywords = dict.fromkeys(["model_weights", "round_num", *trainer.local_settings()])
-        _check_call(f"{name}: train_epoch", train_epoch, ("self",), keywords)
+        kinds = [kind.__name__ for kind in type(trainer).__mro__]
+        bundled = next((learner for kind, learner in _LEARNERS.items() if kind in kinds), "classification")
+        hint = f"; the bundled learner for this trainer is learner={bundled}"
+        _check_call(f"{name}: train_epoch", train_epoch, ("self",), keywords, hint)
 
 
 def check_held_out(recipe: Recipe) -> None:
@@ -178,7 +184,9 @@ def check_taken(kind: str, name: str, trainer: Recipe) -> None:
         )
 
 
-def _check_call(name: str, function: Any, positional: Sequence[str], keywords: Mapping[str, Any]) -> None:
+def _check_call(
+    name: str, function: Any, positional: Sequence[str], keywords: Mapping[str, Any], hint: str = ""
+) -> None:
     try:
         signature = inspect.signature(function)
     except ValueError:  # some builtins have none
@@ -187,7 +195,7 @@ def _check_call(name: str, function: Any, positional: Sequence[str], keywords: M
         signature.bind(*positional, **keywords)
     except TypeError as error:
         of_call = ", ".join([*positional, *(f"{keyword}=" for keyword in keywords)])
-        raise ConfigError(f"{name}: {error}; it is called with ({of_call}), and has {signature}") from None
+        raise ConfigError(f"{name}: {error}; it is called with ({of_call}), and has {signature}{hint}") from None
 
 
 def check_dataset(recipe: Recipe, data: Any) -> None:

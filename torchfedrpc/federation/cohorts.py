@@ -65,7 +65,7 @@ class WeightedCohort:
 
 @cohort("round_robin")
 class RoundRobinCohort:
-    """Clients in turn, in the order of the proxy's."""
+    """Clients one after another, in the order of ``proxy.client_ids``."""
 
     async def __call__(self, trainer: Any, round_num: int, clients: Sequence[str], size: int, /) -> Sequence[str]:
         """Return a cohort."""

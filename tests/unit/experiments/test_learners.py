@@ -104,7 +104,10 @@ async def test_a_learner_of_another_algorithm_is_refused_before_the_first_round(
             "trainer": {"_target_": f"torchfedrpc.federation.algorithms.{trainer}", "num_rounds": 1},
         }
     )
-    with pytest.raises(tfr.ConfigError, match=rf"train_epoch: .*{message}"):
+    name = trainer.partition(".")[0].replace("fedavg", "classification")
+    with pytest.raises(
+        tfr.ConfigError, match=rf"train_epoch: .*{message}.*; the bundled learner .* is learner={name}"
+    ):
         await run_experiment(config, tmp_path)
 
 
