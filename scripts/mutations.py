@@ -939,7 +939,7 @@ MUTATIONS = [
         "what FedNova averages is not robust",
         "federation/results.py",
         "        parts[name] = {key",
-        "        parts[name] = results[-1][name] if True else {key",
+        "        parts[name] = results[2][name] if True else {key",
         "tests/unit/federation/test_robust.py",
     ),
     Mutation(

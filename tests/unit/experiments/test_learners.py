@@ -122,7 +122,9 @@ async def test_a_personal_entry_that_is_everything_is_refused() -> None:
 
 async def test_fedbn_leaves_the_personal_entries_of_the_global_weights_to_the_bit() -> None:
     model = build_model(MODEL, 0)
-    weights = copy_weights(model)
+    torch.manual_seed(0)
+    noise = {name: torch.rand_like(value) for name, value in model.state_dict().items() if value.is_floating_point()}
+    weights = {name: value + noise.get(name, 0) for name, value in copy_weights(model).items()}
     buffers = [name for name, _ in model.named_buffers()]
     given = {
         name: one
