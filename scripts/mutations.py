@@ -931,8 +931,8 @@ MUTATIONS = [
     Mutation(
         "a resume takes another aggregator's settings",
         "federation/part_state.py",
-        'if (found := first_difference(state["settings"], self._settings)) is not None:',
-        "if (found := None) is not None:",
+        "if (now := self._settings.get(name)) != was:",
+        "if (now := None) is not None:",
         "tests/unit/federation/test_part_state.py",
     ),
     Mutation(
@@ -964,13 +964,6 @@ MUTATIONS = [
         "tests/unit/experiments/test_learners.py",
     ),
     Mutation(
-        "learners use one model",
-        "experiments/learners/classification.py",
-        "model = copy.deepcopy(unused)",
-        "model = unused",
-        "tests/unit/experiments/test_learners.py",
-    ),
-    Mutation(
         "a pool loses exceptions of a checkpoint",
         "pool.py",
         "    return None, astuple(Failure.capture(error))",
@@ -980,8 +973,8 @@ MUTATIONS = [
     Mutation(
         "slow clients are drawn one by one",
         "federation/simulation.py",
-        "slow = {self.clients[number] for number in order[:num_slow]}",
-        "slow = {self.clients[number] for number in order[: num_slow + 1]}",
+        "slow = {clients[number] for number in order[:num_slow]}",
+        "slow = {clients[number] for number in order[: num_slow + 1]}",
         "tests/unit/federation/test_cohorts.py",
     ),
     Mutation(

@@ -140,6 +140,7 @@ class LearnerPool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._queue = asyncio.Queue()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the results and exceptions in flight, and the clock. All calls have ended, as after `settle`."""
@@ -174,7 +175,9 @@ class LearnerPool:
 
     def _add(self, flight: _Flight) -> None:
         self._flights.append(flight)
-        flight.ended.add_done_callback(lambda _: self._queue.put_nowait(flight))
+        if self._clock is None:
+            queue = self._queue  # a later one is of other calls
+            flight.ended.add_done_callback(lambda _: queue.put_nowait(flight))
 
     def _seconds(self, client_id: str) -> float:
         seconds = 0.0 if self._clock is None else self._clock(client_id, self._num_begun)

@@ -202,6 +202,39 @@ async def test_a_clock_that_fails_begins_no_call() -> None:
     assert await waiting == ("b", 2)
 
 
+async def test_a_pool_with_a_clock_keeps_no_result_that_was_given() -> None:
+    calls = Calls("ab")
+    pool = LearnerPool(calls.next_client, 1, lambda client_id, number: 1.0)
+    waiting = asyncio.ensure_future(anext(pool))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    result = Slow("a")
+    kept = weakref.ref(result)
+    calls.futures.pop("a").set_result(result)
+    del result
+    await waiting
+    del waiting
+    await asyncio.sleep(0)  # asyncio has let go of the task
+    gc.collect()
+    assert kept() is None
+
+
+async def test_a_state_that_is_loaded_twice_gives_each_result_once() -> None:
+    calls = Calls("ab")
+    pool = LearnerPool(calls.next_client, 2)
+    waiting = asyncio.ensure_future(anext(pool))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    calls.futures["a"].set_result(1)
+    assert await waiting == ("a", 1)
+    calls.futures["b"].set_result(2)
+    await pool.settle()
+    restored = LearnerPool(lambda: None, 2)
+    for _ in range(2):
+        restored.load_state_dict(pool.state_dict())
+    assert [one async for one in restored] == [("b", 2)]
+
+
 async def test_a_proxy_keeps_no_pool_that_its_user_has_left() -> None:
     async with tfr.LearnerProxy(Slow, ["a", "b"], runtime="local") as proxy:
         left = weakref.ref(proxy.pool(lambda: None, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -61,9 +62,9 @@ class LocalTraining:
             ("max_gradient_norm", 0, math.inf, "a number above 0, or null"),
         ):
             value = getattr(self, name)
-            if value is None and name == "max_gradient_norm":
+            if name == "max_gradient_norm" and value in (None, math.inf):
                 continue
-            kind = int if name == "batch_size" else int | float
+            kind = numbers.Integral if name == "batch_size" else numbers.Real
             is_number = isinstance(value, kind) and not isinstance(value, bool)
             if not is_number or not least <= value < below or (value == 0 and name == "max_gradient_norm"):
                 raise ConfigError(f"learner.{name} is {expected}, not {value!r:.200}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -25,8 +25,9 @@ from torchfedrpc.federation.results import (
     parts_of,
     reducer_of,
     robust_parts_of,
+    steering_names,
 )
-from torchfedrpc.federation.robust import RobustAggregator
+from torchfedrpc.federation.robust import is_robust
 from torchfedrpc.federation.simulation import SimulatedClients, SimulatedRound
 from torchfedrpc.federation.trainer import AbstractFederationTrainer
 from torchfedrpc.federation.update_compression import UpdateCompression
@@ -102,9 +103,9 @@ class CohortTrainer(AbstractFederationTrainer):
             )
         self.buffers = frozenset(buffers)
         self.cohort = cohort
-        if simulation is not None and simulation.clients is None:
-            simulation = dataclasses.replace(simulation, clients=tuple(learner_proxy.client_ids))
         self.simulation = simulation
+        if isinstance(simulation, SimulatedClients):
+            simulation.begin_run(learner_proxy.client_ids)
         self.simulated_seconds = 0.0
         self.averages: Mapping[str, Any] = {}
         self.num_results = 0
@@ -119,7 +120,9 @@ class CohortTrainer(AbstractFederationTrainer):
             if (value := self.setting(name)) not in options:
                 raise ConfigError(f"the trainer's {name} is {' or '.join(options)}, not {value!r}")
         if self.setting("min_results") is not None:
-            self._count("min_results", default=1, least=1, most=self._cohort_size, of_most="clients_per_round")
+            is_own = cohort is not None or type(self).select_clients is not AbstractFederationTrainer.select_clients
+            most = len(learner_proxy.client_ids) if is_own else self._cohort_size
+            self._count("min_results", default=1, least=1, most=most, of_most="the size of a cohort")
         if self.setting("deadline_s") is not None:
             self._number("deadline_s", is_above=True)
         if getattr(cohort, "draws_by_samples", False) and not self._is_uniform:
@@ -134,6 +137,7 @@ class CohortTrainer(AbstractFederationTrainer):
         self._aggregator_state = PartState(self, "aggregator")
         self._cohort_state = PartState(self, "cohort")
         self._simulation_state = PartState(self, "simulation")
+        self._note_settings()
 
     async def train(self) -> Mapping[str, Tensor] | None:
         """Run all rounds.
@@ -384,12 +388,13 @@ class CohortTrainer(AbstractFederationTrainer):
         results = await self._finite(results)
         updates = [update for _, update in results]
         self.num_results = len(updates)
-        self.averages = averages_of(updates, self.averaged, is_uniform=self._is_uniform)
-        if isinstance(self.aggregator, RobustAggregator):
-            steering = [name for name in self.averaged if name != "train_loss"]
+        of_plain = partial(averages_of, updates, is_uniform=self._is_uniform)
+        if is_robust(self.aggregator):
+            steering = steering_names(updates[0], self.averaged)
             aggregate, robust = await asyncio.to_thread(robust_parts_of, updates, steering, self.aggregator)
-            self.averages = {**self.averages, **robust}
+            self.averages = {**of_plain([name for name in self.averaged if name not in steering]), **robust}
             return aggregate
+        self.averages = await asyncio.to_thread(of_plain, self.averaged)
         kind: type = type(self.aggregator)
         if len(updates) == 1 and kind is Mean and not self._overrides_aggregation():
             return dict(updates[0]["model_weights"])  # the mean of one has its bits

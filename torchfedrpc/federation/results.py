@@ -87,6 +87,15 @@ def averages_of(results: Sequence[Result], averaged: Sequence[str], *, is_unifor
     return {} if reducer.is_empty else dict(reducer.finish())
 
 
+def steering_names(result: Result, averaged: Sequence[str]) -> list[str]:
+    """Return the names of averaged entries which steer an algorithm: all but the loss that are tensors or numbers.
+
+    Entries of other kinds, such as lists, are averaged as without a robust aggregator.
+    """
+    names = [name for name in averaged if name != "train_loss"]
+    return [name for name in names if all(map(_is_number, _items(result[name])))]
+
+
 def robust_parts_of(
     results: Sequence[Result], steering: Sequence[str], aggregator: RobustAggregator
 ) -> tuple[StateDict, dict[str, Any]]:
@@ -102,8 +111,10 @@ def robust_parts_of(
     parts: dict[str, Any] = {}
     for name in steering:
         value = results[0][name]
-        is_mapping = isinstance(value, Mapping)
-        parts[name] = {key: flat[f"{name}.{key}"] for key in value} if is_mapping else flat[name].item()
+        if isinstance(value, Mapping):
+            parts[name] = {key: flat[f"{name}.{key}"] for key in value}
+        else:
+            parts[name] = flat[name] if isinstance(value, Tensor) else flat[name].item()
     return aggregate, parts
 
 
@@ -116,7 +127,19 @@ def _flat(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     flat: dict[str, Tensor] = {}
     for name, value in entries.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}.{key}": item for key, item in value.items()}
+            flat |= {f"{name}.{key}": _tensor(item) for key, item in value.items()}
         else:
-            flat[name] = torch.as_tensor(value, dtype=torch.float64)
+            flat[name] = _tensor(value)
     return flat
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, Mapping) else [value]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor | int | float)
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)

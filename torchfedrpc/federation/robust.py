@@ -1,7 +1,8 @@
 """Aggregators that survive clients whose models are wrong, on purpose or not. All models count alike.
 
 A model with values that are not finite counts as one that is farther off than any other. What an algorithm averages
-beside the models, such as SCAFFOLD's changes of control variates, is aggregated in the same way.
+beside the models, such as SCAFFOLD's changes of control variates, is aggregated in the same way; by multi-Krum, which
+selects by the models alone, as the median.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -113,7 +115,7 @@ class MultiKrum(RobustAggregator):
     def aggregate(
         self, models: Sequence[StateDict], others: Sequence[StateDict]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the means of the selected models, and of what is beside these."""
+        """Return the mean of the selected models, and the medians of the others, which tell nothing of a model."""
         num_models, num_attackers = _count(models, others), self.num_attackers
         num_selected = num_models - num_attackers if self.num_selected is None else self.num_selected
         if num_models <= 2 * num_attackers + 2 or num_selected > num_models:
@@ -125,10 +127,13 @@ class MultiKrum(RobustAggregator):
         distances = _squared_distances(models)
         nearest = distances.sort(dim=1).values[:, 1 : num_models - num_attackers - 1]  # the first one is to itself
         order = nearest.sum(dim=1).sort(stable=True).indices[:num_selected]
-        selected = sorted(order.tolist())
-        return weighted_mean([models[index] for index in selected]), weighted_mean(
-            [others[index] for index in selected]
-        )
+        selected = weighted_mean([models[index] for index in sorted(order.tolist())])
+        return selected, _trimmed(others, (num_models - 1) // 2)
+
+
+def is_robust(made: Any) -> TypeGuard[RobustAggregator]:
+    """Return whether an aggregator is one of these, without a `__call__` of its own, which would be left out."""
+    return isinstance(made, RobustAggregator) and type(made).__call__ is RobustAggregator.__call__
 
 
 def _count(models: Sequence[StateDict], others: Sequence[StateDict]) -> int:

@@ -87,10 +87,19 @@ class SimulatedClients:
             raise ConfigError(f"simulation.partial is true or false, not {self.partial!r}")
 
         if self.clients is not None:
-            num_slow = round(self.slow_fraction * len(self.clients))
-            order = np.random.default_rng([_STREAM, self.seed, len(self.clients)]).permutation(len(self.clients))
-            slow = {self.clients[number] for number in order[:num_slow]}
-            self._is_slow.update({client_id: client_id in slow for client_id in self.clients})
+            self._draw_slow(self.clients)
+
+    def begin_run(self, clients: Sequence[str]) -> None:
+        """Draw which of a trainer's clients are slow, unless ``clients`` was given."""
+        if self.clients is None:
+            self._draw_slow(clients)
+
+    def _draw_slow(self, clients: Sequence[str]) -> None:
+        num_slow = round(self.slow_fraction * len(clients))
+        order = np.random.default_rng([_STREAM, self.seed, len(clients)]).permutation(len(clients))
+        slow = {clients[number] for number in order[:num_slow]}
+        self._is_slow.clear()
+        self._is_slow.update({client_id: client_id in slow for client_id in clients})
 
     def seconds(self, client_id: str, number: int, num_epochs: float = 1) -> float:
         """Return the virtual duration of a client's call.

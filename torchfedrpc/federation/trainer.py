@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -253,7 +254,7 @@ class AbstractFederationTrainer(ABC):
             ConfigError: If it is none.
         """
         value = self.setting(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if is_number and least <= value < below and not (is_above and value == least):
             return float(value)
         bounds = f"{'above' if is_above else 'of at least'} {least:g}"

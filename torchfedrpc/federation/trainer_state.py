@@ -140,7 +140,8 @@ def _check(
 ) -> None:
     rebuilt = pack(values, copy=False).open(allow)
     _set_parts(rebuilt, [link for link in links if link[0][0] in live], stateful)
-    apart = Apart("the trainer's attribute", stateful, _REMEDY)
+    roots = {name: getattr(value, "saved", value) for name, value in stateful.items()}  # of a `PartState`
+    apart = Apart("the trainer's attribute", roots, _REMEDY)
     if (found := first_difference(live, rebuilt, owner=trainer, apart=[apart], are_attributes=True)) is not None:
         raise SnapshotError(
             f"the state of {type(trainer).__qualname__} cannot be saved because of {found.attribute.strip('.')!r}: "

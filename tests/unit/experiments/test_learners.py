@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from typing import Any
 
@@ -235,6 +236,30 @@ class Normed(torch.nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.linear(self.flat(inputs))
         return logits
+
+
+class Lambda(torch.nn.Module):
+    """A model whose forward pass is a function that refers to it, and which has a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.flat = torch.nn.Flatten()
+        self.linear = torch.nn.Linear(64, 10)
+        self.head = lambda inputs: self.linear(self.flat(inputs))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(inputs)
+        return logits
+
+
+async def test_models_with_functions_of_themselves_are_trained() -> None:
+    recipe = {"_target_": f"{__name__}.Lambda"}
+    weights = copy_weights(build_model(recipe, 0, [__name__]))
+    runtime = {"execution_mode": "local", "trusted_modules": [__name__]}
+    async with tfr.LearnerProxy("classification", clients(recipe), runtime=runtime) as proxy:
+        result = await proxy.train_epoch("a", model_weights=weights)
+    assert not torch.equal(result["model_weights"]["linear.weight"], weights["linear.weight"])
 
 
 @pytest.mark.parametrize("model", ["Counting", "Normed"])

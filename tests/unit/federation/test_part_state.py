@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,18 +122,18 @@ async def test_a_subclass_of_the_mean_is_called_whatever_the_weighting() -> None
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ({"aggregator": Momentum(0.5)}, {"aggregator": Momentum(0.1)}, r"aggregator has other settings.*rate"),
+        ({"aggregator": Momentum(0.5)}, {"aggregator": Momentum(0.1)}, r"aggregator has rate=0\.1, and had 0\.5"),
         ({"aggregator": Momentum()}, {}, "aggregator is Mean, and was Momentum"),
         (
             {"aggregator": tfr.TrimmedMean(0.1)},
             {"aggregator": tfr.TrimmedMean(0.2)},
-            r"aggregator has other settings.*fraction",
+            r"aggregator has fraction=0\.2, and had 0\.1",
         ),
         ({}, {"cohort": tfr.RoundRobinCohort()}, "cohort is RoundRobinCohort, and was NoneType"),
         (
             {"simulation": tfr.SimulatedClients(dropout=0.1)},
             {"simulation": tfr.SimulatedClients(dropout=0.2)},
-            r"simulation has other settings.*dropout",
+            r"simulation has dropout=0\.2, and had 0\.1",
         ),
         ({"kind": tfr.FedAdamTrainer}, {"kind": tfr.FedYogiTrainer}, "trainer was 'FedAdamTrainer'"),
     ],
@@ -141,6 +144,95 @@ async def test_a_resume_with_another_part_is_refused(
     await train(tmp_path, 2, **first)
     with pytest.raises(ConfigError, match=message):
         await train(tmp_path, 4, **second)
+
+
+class SlotsOfPlainState:
+    """A mean with momentum, whose state is in a slot."""
+
+    __slots__ = ("last",)
+
+    def __init__(self) -> None:
+        self.last: dict[str, Any] = {}
+
+    def __call__(self, models: Sequence[StateDict], num_samples: Sequence[float], /) -> StateDict:
+        mean = Mean()(models, num_samples)
+        self.last = {name: value + 0.5 * self.last.get(name, 0) for name, value in mean.items()}
+        return self.last
+
+
+class Draws(Momentum):
+    """Its constructor draws, and it has a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng()
+        self.begun = time.time()
+        self.key = lambda value: value
+        self.trainer: Any = None
+
+    def begin_run(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def combine(self, models: Sequence[StateDict], num_samples: Sequence[float], /) -> StateDict:
+        return self(models, num_samples)
+
+
+class OwnRound(tfr.FedAvgTrainer):
+    """Has a round of its own, and sets its aggregator up in `train`."""
+
+    async def train(self) -> Any:
+        self.aggregator.set_up = True  # type: ignore[attr-defined]
+        return await super().train()
+
+    async def train_round(self, round_num: int) -> dict[str, float]:
+        results = await self.learner_proxy.clients().train_epoch(model_weights=self.weights, round_num=round_num)
+        models = [result["model_weights"] for result in results.values()]
+        self.weights = await self.aggregate_weights(models)
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        (tfr.FedAvgTrainer, lambda: {"aggregator": SlotsOfPlainState()}),
+        (tfr.FedAvgTrainer, lambda: {"aggregator": Draws()}),
+        (tfr.FedAvgTrainer, lambda: {"aggregator": Draws().combine}),
+        (OwnRound, lambda: {"aggregator": Momentum()}),
+    ],
+)
+async def test_aggregators_of_many_kinds_go_on(kind: Any, make: Any, tmp_path: Path) -> None:
+    expected, _ = await train(None, 5, kind, **make())
+    await train(tmp_path, 2, kind, **make())
+    found, _ = await train(tmp_path, 5, kind, **make())
+    assert found == expected
+
+
+async def test_a_partial_with_other_arguments_is_refused(tmp_path: Path) -> None:
+    def trimmed(fraction: float) -> Any:
+        return {"aggregator": functools.partial(_trimmed, fraction=fraction)}
+
+    await train(tmp_path, 2, **trimmed(0.1))
+    with pytest.raises(ConfigError, match=r"aggregator has fraction=0\.2, and had 0\.1 in the checkpoint"):
+        await train(tmp_path, 4, **trimmed(0.2))
+
+
+def _trimmed(models: Any, num_samples: Any, fraction: float) -> Any:
+    return tfr.TrimmedMean(fraction)(models, num_samples)
+
+
+class OwnClients(tfr.SimulatedClients):
+    """A simulation with a constructor of its own."""
+
+    def __init__(self, trace: str) -> None:
+        super().__init__(slow_fraction=0.5, seed=1)
+        object.__setattr__(self, "trace", trace)
+
+
+async def test_a_simulation_of_ones_own_is_the_one_that_is_used() -> None:
+    given = OwnClients("a trace")
+    _, trainer = await train(None, 2, simulation=given)
+    assert trainer.simulation is given
+    assert sum(given.seconds(client, 0) > 1 for client in CLIENTS) == 2  # half of three, rounded
 
 
 async def test_a_history_that_was_given_is_filled(tmp_path: Path) -> None:
@@ -154,8 +246,8 @@ async def test_an_aggregator_that_cannot_be_saved_is_told(tmp_path: Path, caplog
     aggregator: Any = Momentum()
     aggregator.numbers = itertools.count()
     await train(tmp_path, 3, aggregator=aggregator)
-    assert caplog.text.count("the state of the trainer's aggregator") == 1
-    assert "define its state_dict() and load_state_dict()" in caplog.text
+    assert caplog.text.count("numbers of the trainer's aggregator is no part of checkpoints") == 1
+    assert "define state_dict() and load_state_dict() of the aggregator" in caplog.text
 
 
 async def test_a_trainer_does_not_share_the_weights_that_it_was_given() -> None:

@@ -102,8 +102,6 @@ async def test_what_an_algorithm_averages_beside_the_models_is_robust_as_well(
     clients: Any = {client: {"lie": lie} for client in "abcd"}
     async with tfr.LearnerProxy(Liar, clients, runtime="local") as proxy:
         trainer = kind({"num_rounds": 1}, proxy, initial_weights={"w": torch.zeros(2)}, aggregator=aggregator)
-        if isinstance(aggregator, tfr.MultiKrum):
-            return  # it selects by the models, which are right here
         weights = await trainer.train()
     assert weights["w"].tolist() == ([2, 2] if kind is tfr.FedNovaTrainer else [1, 1])
     if kind is tfr.ScaffoldTrainer:
@@ -116,6 +114,47 @@ def test_multi_krum_leaves_out_what_the_clients_that_it_leaves_out_say() -> None
     model, other = tfr.MultiKrum(1).aggregate(states, others)
     assert model["weight"].abs().max() < 2
     assert other["weight"] == 0
+
+
+class Clipped(tfr.CoordinateMedian):
+    """A median of models that are clipped."""
+
+    def __call__(self, models: Any, num_samples: Any, /) -> dict[str, Tensor]:
+        return super().__call__([{"w": model["w"].clamp(max=0.5)} for model in models], num_samples)
+
+
+async def test_a_call_of_a_subclass_is_made() -> None:
+    async with tfr.LearnerProxy(Liar, {client: {"lie": 0.0} for client in "ab"}, runtime="local") as proxy:
+        trainer = tfr.FedAvgTrainer(
+            {"num_rounds": 1}, proxy, initial_weights={"w": torch.zeros(2)}, aggregator=Clipped()
+        )
+        weights = await trainer.train()
+    assert weights is not None
+    assert weights["w"].tolist() == [0.5, 0.5]
+
+
+class Counts(tfr.FedAvgTrainer):
+    """Averages entries of several kinds."""
+
+    averaged = ("train_loss", "counts", "nested", "listed")
+
+
+class Counter(Liar):
+    """Returns them."""
+
+    def train_epoch(self, model_weights: Any, **settings: Any) -> dict[str, Any]:
+        result = super().train_epoch(model_weights, **settings)
+        return {**result, "counts": torch.arange(3.0), "nested": {"a": {"b": torch.ones(2)}}, "listed": [1.0, 2.0]}
+
+
+async def test_entries_of_any_kind_are_averaged_with_a_robust_aggregator() -> None:
+    async with tfr.LearnerProxy(Counter, {client: {"lie": 0.0} for client in "ab"}, runtime="local") as proxy:
+        given: Any = {"initial_weights": {"w": torch.zeros(2)}, "aggregator": tfr.CoordinateMedian()}
+        trainer = Counts({"num_rounds": 1}, proxy, **given)
+        await trainer.train()
+    assert trainer.averages["counts"].tolist() == [0, 1, 2]
+    assert trainer.averages["nested"]["a"]["b"].tolist() == [1, 1]
+    assert list(trainer.averages["listed"]) == [1, 2]
 
 
 def test_a_fraction_of_the_models_is_rounded_up_but_for_the_errors_of_floats() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,8 +42,8 @@ Recipe = Mapping[str, Any]
 class ClassificationLearner(Learner):
     """Learner that trains a classifier on the client's share of a dataset, by SGD or another optimiser.
 
-    Dataset and model are given as recipes and built on the learner's worker, once per process; each call has a copy
-    of the model. `build` defines what recipes may name. A learner's only state is its weights, which it keeps with
+    Dataset and model are given as recipes and built on the learner's worker: the dataset once per process, the model
+    for each call. `build` defines what recipes may name. A learner's only state is its weights, which it keeps with
     ``keep_weights``. Without, it is stateless, and calls have the weights they need as arguments.
 
     Args:
@@ -312,17 +310,11 @@ class ClassificationLearner(Learner):
     def _model(self, weights: StateDict) -> nn.Module:
         """Return a new module with these weights, on the call's device.
 
-        It is a copy of one that is built once in each process and never used, since building takes longer than a step
-        of training. A module that another call has used would bring what a state dict lacks, such as a counter.
+        A module that another call has used would bring what a state dict lacks, such as a counter, and a copy of one
+        may share functions with it.
         """
         call = current_call()
-        build = partial(build_model, self._model_recipe, self._seed, call.trusted_modules)
-        unused: nn.Module = call.shared(("model", _key(self._model_recipe), self._seed), build)
-        try:
-            model = copy.deepcopy(unused)
-        except RuntimeError:  # it has tensors that are no leaves of autograd, as weight normalisation makes
-            model = build()
-        model = model.to(call.device)
+        model = build_model(self._model_recipe, self._seed, call.trusted_modules).to(call.device)
         model.load_state_dict(weights)
         return model
 
