@@ -41,6 +41,7 @@ def methods() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "scripts" / "bench")
         yield importlib.import_module("methods")
+        del sys.modules["methods"]  # other tests have files of this name
 
 
 def check(name: str, better: Sequence[float], worse: Sequence[float], margin: float, *, has_target: bool) -> None:
