@@ -196,9 +196,9 @@ def _job_text(error: Exception) -> str:
     """Return which job of a sweep hydra failed to compose: its settings that are none of the whole sweep."""
     for frame, _ in traceback.walk_tb(error.__traceback__):  # hydra's errors do not have the job
         if frame.f_code.co_name == ConfigLoader.load_sweep_config.__name__:
-            given = frame.f_locals
-            of_job = [
-                one for one in given["sweep_overrides"] if one not in given["master_config"].hydra.overrides.task
-            ]
-            return f" (in the job with {' '.join(of_job)})" if of_job else ""
+            of_job, of_sweep = (frame.f_locals.get(name) for name in ("sweep_overrides", "master_config"))
+            if of_job is None or of_sweep is None:  # another hydra
+                return ""
+            own = [one for one in of_job if one not in of_sweep.hydra.overrides.task]
+            return f" (in the job with {' '.join(own)})" if own else ""
     return ""

@@ -25,7 +25,7 @@ class Aggregator(Protocol):
     workers instead, so the driver's memory does not grow with the cohort.
 
     An object may have two more methods. ``begin_run(trainer)`` is called at the end of the constructor of
-    `FedAvgTrainer`, and may refuse it. ``begin_round(weights, round_num)`` is called before each round with the
+    `CohortTrainer`, and may refuse it. ``begin_round(weights, round_num)`` is called before each round with the
     global weights, and returns a mapping of metrics for the history.
     """
 

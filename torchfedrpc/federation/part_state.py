@@ -8,6 +8,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from torchfedrpc.errors import ConfigError, SerializationError
 from torchfedrpc.federation.trainer_state import has_state_dict
 from torchfedrpc.wire.allowlist import AllowList
@@ -15,6 +17,7 @@ from torchfedrpc.wire.packing import pack
 
 logger = logging.getLogger(__name__)
 
+_NESTED = "in "  # prefix of an attribute that is an object with state of its own
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -51,8 +54,8 @@ class PartState:
         owner = self._owner()
         if has_state_dict(owner):
             return state | {"own": owner.state_dict()}
-        self.saved = {name: value for name, value in _attributes_of(owner).items() if self._can_save(name, value)}
-        return state | {"attributes": dict(self.saved)}
+        self.saved = self._attributes_to_save(owner)
+        return state | {"attributes": self.saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned.
@@ -72,14 +75,23 @@ class PartState:
         owner = self._owner()
         if "own" in state:
             owner.load_state_dict(state["own"])
-        for name, value in state.get("attributes", {}).items():
-            object.__setattr__(owner, name, value)  # of a frozen dataclass, too
+        _restore(owner, state.get("attributes", {}))
 
     def _owner(self) -> Any:
         """Return the object with the state; None for a function, and a method of the trainer itself."""
         owner = self._part.__self__ if inspect.ismethod(self._part) else self._part
         has_state = owner is not self._trainer and not inspect.isfunction(owner)
         return owner if has_state and not isinstance(owner, functools.partial) else None
+
+    def _attributes_to_save(self, owner: Any) -> dict[str, Any]:
+        """Return attribute -> value; of a callable object, such as an aggregator in another one, its attributes."""
+        found: dict[str, Any] = {}
+        for name, value in _attributes_of(owner).items():
+            if callable(value) and not inspect.isroutine(value) and not isinstance(value, type | nn.Module):
+                found[_NESTED + name] = self._attributes_to_save(value)
+            elif self._can_save(name, value):
+                found[name] = value
+        return found
 
     def _can_save(self, name: str, value: Any) -> bool:
         try:
@@ -97,6 +109,14 @@ class PartState:
                 )
             return False
         return True
+
+
+def _restore(owner: Any, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        if name.startswith(_NESTED):
+            _restore(getattr(owner, name.removeprefix(_NESTED)), value)
+        else:
+            object.__setattr__(owner, name, value)  # of a frozen dataclass, too
 
 
 def _class_of(part: Any) -> str:

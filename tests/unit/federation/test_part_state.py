@@ -177,6 +177,18 @@ class Draws(Momentum):
         return self(models, num_samples)
 
 
+class Wraps:
+    """An aggregator in which others are."""
+
+    def __init__(self) -> None:
+        self.inner = tfr.CoordinateMedian()
+        self.of_mean = Momentum()
+
+    def __call__(self, models: Sequence[StateDict], num_samples: Sequence[float], /) -> StateDict:
+        median = self.inner(models, num_samples)
+        return self.of_mean([median], [1.0])
+
+
 class OwnRound(tfr.FedAvgTrainer):
     """Has a round of its own, and sets its aggregator up in `train`."""
 
@@ -197,14 +209,18 @@ class OwnRound(tfr.FedAvgTrainer):
         (tfr.FedAvgTrainer, lambda: {"aggregator": SlotsOfPlainState()}),
         (tfr.FedAvgTrainer, lambda: {"aggregator": Draws()}),
         (tfr.FedAvgTrainer, lambda: {"aggregator": Draws().combine}),
+        (tfr.FedAvgTrainer, lambda: {"aggregator": Wraps()}),
         (OwnRound, lambda: {"aggregator": Momentum()}),
     ],
 )
-async def test_aggregators_of_many_kinds_go_on(kind: Any, make: Any, tmp_path: Path) -> None:
+async def test_aggregators_of_many_kinds_go_on(
+    kind: Any, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected, _ = await train(None, 5, kind, **make())
     await train(tmp_path, 2, kind, **make())
     found, _ = await train(tmp_path, 5, kind, **make())
     assert found == expected
+    assert "inner of the trainer's aggregator" not in caplog.text
 
 
 async def test_a_partial_with_other_arguments_is_refused(tmp_path: Path) -> None:
