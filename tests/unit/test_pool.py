@@ -34,20 +34,24 @@ class Calls:
         return await self.futures[client_id]
 
 
+async def asked(pool: LearnerPool) -> asyncio.Future[tuple[str, Any]]:
+    """The next result, which is awaited; its calls have begun."""
+    waiting = asyncio.ensure_future(anext(pool))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return waiting
+
+
 async def test_so_many_calls_are_in_flight_and_the_next_begins_after_the_loops_body() -> None:
     calls = Calls()
     pool = LearnerPool(calls.next_client, 2)
-    first = asyncio.ensure_future(anext(pool))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    first = await asked(pool)
     assert calls.begun == ["a", "b"]
     calls.futures["b"].set_result("late")
     assert await first == ("b", "late")
     assert pool.in_flight == ["a"]
     assert calls.begun == ["a", "b"]
-    second = asyncio.ensure_future(anext(pool))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    second = await asked(pool)
     assert calls.begun == ["a", "b", "c"]
     calls.futures["c"].set_result(3)
     assert await second == ("c", 3)
@@ -142,9 +146,7 @@ class Slow:
 async def test_a_state_has_exceptions_in_flight() -> None:
     calls = Calls("ab")
     pool = LearnerPool(calls.next_client, 2, lambda client_id, number: 1.0)
-    waiting = asyncio.ensure_future(anext(pool))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    waiting = await asked(pool)
     calls.futures["a"].set_result(1)
     assert await waiting == ("a", 1)
     calls.futures["b"].set_exception(LookupError("lost"))
@@ -162,9 +164,7 @@ async def test_a_state_has_exceptions_in_flight() -> None:
 async def test_exceptions_may_be_results() -> None:
     calls = Calls("a")
     pool = LearnerPool(calls.next_client, 1, on_error="collect")
-    waiting = asyncio.ensure_future(anext(pool))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    waiting = await asked(pool)
     error = LookupError("lost")
     calls.futures["a"].set_exception(error)
     assert await waiting == ("a", error)
@@ -194,9 +194,7 @@ async def test_a_clock_that_fails_begins_no_call() -> None:
     pool = LearnerPool(calls.next_client, 1, clock)
     with pytest.raises(KeyError):
         await anext(pool)
-    waiting = asyncio.ensure_future(anext(pool))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    waiting = await asked(pool)
     assert calls.begun == ["b"]
     calls.futures["b"].set_result(2)
     assert await waiting == ("b", 2)
@@ -205,9 +203,7 @@ async def test_a_clock_that_fails_begins_no_call() -> None:
 async def test_a_pool_with_a_clock_keeps_no_result_that_was_given() -> None:
     calls = Calls("ab")
     pool = LearnerPool(calls.next_client, 1, lambda client_id, number: 1.0)
-    waiting = asyncio.ensure_future(anext(pool))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    waiting = await asked(pool)
     result = Slow("a")
     kept = weakref.ref(result)
     calls.futures.pop("a").set_result(result)
@@ -222,9 +218,7 @@ async def test_a_pool_with_a_clock_keeps_no_result_that_was_given() -> None:
 async def test_a_state_that_is_loaded_twice_gives_each_result_once() -> None:
     calls = Calls("ab")
     pool = LearnerPool(calls.next_client, 2)
-    waiting = asyncio.ensure_future(anext(pool))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    waiting = await asked(pool)
     calls.futures["a"].set_result(1)
     assert await waiting == ("a", 1)
     calls.futures["b"].set_result(2)

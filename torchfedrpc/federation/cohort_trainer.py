@@ -56,11 +56,11 @@ class CohortTrainer(AbstractFederationTrainer):
         "_aggregator_metrics",
         "_compression",
         "_score",
-        "aggregator",  # these three have a `PartState`
+        "aggregator",
         "buffers",
         "cohort",
         "simulation",
-    }
+    }  # aggregator, cohort and simulation have a `PartState`
     settings: ClassVar[Mapping[str, Any]] = {
         "local_steps": None,
         "weighting": "samples",
@@ -395,8 +395,7 @@ class CohortTrainer(AbstractFederationTrainer):
             self.averages = {**of_plain([name for name in self.averaged if name not in steering]), **robust}
             return aggregate
         self.averages = await asyncio.to_thread(of_plain, self.averaged)
-        kind: type = type(self.aggregator)
-        if len(updates) == 1 and kind is Mean and not self._overrides_aggregation():
+        if len(updates) == 1 and self._is_plain_mean:
             return dict(updates[0]["model_weights"])  # the mean of one has its bits
         counts = [1 if self._is_uniform else update["num_samples"] for update in updates]
         return await self.aggregate_weights([update["model_weights"] for update in updates], counts)
@@ -410,9 +409,8 @@ class CohortTrainer(AbstractFederationTrainer):
         odd = await asyncio.to_thread(not_finite, results)
         if not odd:
             return results
-        kind: type = type(self.aggregator)
         is_dropping = self.setting("on_failure") == "drop" and len(odd) < len(results)
-        if kind is Mean and not self._overrides_aggregation() and not is_dropping:
+        if self._is_plain_mean and not is_dropping:
             client, entry = next(iter(odd.items()))
             raise FloatingPointError(
                 f"{entry} of the model of {client} is not finite: the client has diverged; lower the learning rates, "
@@ -426,6 +424,11 @@ class CohortTrainer(AbstractFederationTrainer):
     @property
     def _is_uniform(self) -> bool:
         return bool(self.setting("weighting") == "uniform")
+
+    @property
+    def _is_plain_mean(self) -> bool:
+        kind: type = type(self.aggregator)
+        return kind is Mean and not self._overrides_aggregation()
 
     @classmethod
     def _overrides_aggregation(cls) -> bool:

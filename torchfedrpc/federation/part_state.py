@@ -10,10 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from torchfedrpc.errors import ConfigError, SerializationError
-from torchfedrpc.federation.trainer_state import has_state_dict
-from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import pack
+from torchfedrpc.errors import ConfigError
+from torchfedrpc.federation.trainer_state import has_state_dict, why_not_data
 
 logger = logging.getLogger(__name__)
 
@@ -94,21 +92,18 @@ class PartState:
         return found
 
     def _can_save(self, name: str, value: Any) -> bool:
-        try:
-            pack(value, copy=False).open(AllowList(self._trainer.trusted_modules))
-        except SerializationError as error:
-            if name not in self._warned:
-                self._warned.add(name)
-                logger.warning(
-                    "%s of the trainer's %s is no part of checkpoints: %s. If a run needs it to go on, define "
-                    "state_dict() and load_state_dict() of the %s",
-                    name,
-                    self._name,
-                    error,
-                    self._name,
-                )
-            return False
-        return True
+        reason = why_not_data(value, self._trainer.trusted_modules)
+        if reason is not None and name not in self._warned:
+            self._warned.add(name)
+            logger.warning(
+                "%s of the trainer's %s is no part of checkpoints: %s. If a run needs it to go on, define "
+                "state_dict() and load_state_dict() of the %s",
+                name,
+                self._name,
+                reason,
+                self._name,
+            )
+        return reason is None
 
 
 def _restore(owner: Any, attributes: Mapping[str, Any]) -> None:

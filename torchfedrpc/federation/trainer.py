@@ -17,17 +17,16 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from torchfedrpc.errors import ConfigError, SerializationError, suggest
+from torchfedrpc.errors import ConfigError, suggest
 from torchfedrpc.events import RoundStarted
 from torchfedrpc.federation.aggregation import weighted_mean
 from torchfedrpc.federation.callback_calls import CallbackCalls
 from torchfedrpc.federation.callbacks import Callback, Run
 from torchfedrpc.federation.checkpoints import Checkpoints, settings_of
 from torchfedrpc.federation.saver import Saver
-from torchfedrpc.federation.trainer_state import give_state, has_state_dict, state_of
+from torchfedrpc.federation.trainer_state import give_state, has_state_dict, state_of, why_not_data
 from torchfedrpc.proxy import LearnerProxy
 from torchfedrpc.wire.allowlist import AllowList
-from torchfedrpc.wire.packing import pack
 
 logger = logging.getLogger(__name__)
 
@@ -219,20 +218,17 @@ class AbstractFederationTrainer(ABC):
         return [type(self).__module__, *self.learner_proxy.trusted_modules]
 
     def _is_data(self, name: str, value: Any) -> bool:
-        try:
-            pack(value, copy=False).open(AllowList(self.trusted_modules))
-        except SerializationError as error:
-            if name not in self._not_saved:
-                self._not_saved.add(name)
-                logger.warning(
-                    "%s.%s is no part of checkpoints: %s; name it in not_state if a run need not have it to go on, "
-                    "else define state_dict() and load_state_dict()",
-                    type(self).__qualname__,
-                    name,
-                    error,
-                )
-            return False
-        return True
+        reason = why_not_data(value, self.trusted_modules)
+        if reason is not None and name not in self._not_saved:
+            self._not_saved.add(name)
+            logger.warning(
+                "%s.%s is no part of checkpoints: %s; name it in not_state if a run need not have it to go on, "
+                "else define state_dict() and load_state_dict()",
+                type(self).__qualname__,
+                name,
+                reason,
+            )
+        return reason is None
 
     @property
     def num_rounds(self) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from torchfedrpc.errors import ConfigError, SnapshotError
+from torchfedrpc.errors import ConfigError, SerializationError, SnapshotError
 from torchfedrpc.host.state_comparison import Apart, first_difference
 from torchfedrpc.wire.allowlist import AllowList
 from torchfedrpc.wire.packing import pack
@@ -21,6 +21,20 @@ _REMEDY = "keep it as an attribute of the trainer, or in a dict or list that is 
 def has_state_dict(value: Any) -> bool:
     """Return whether an object has `state_dict` and `load_state_dict`."""
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def why_not_data(value: Any, trusted_modules: Iterable[str]) -> SerializationError | None:
+    """Return why a value cannot be part of a state; None if it can.
+
+    Args:
+        value: The value.
+        trusted_modules: Packages of classes allowed in the state.
+    """
+    try:
+        pack(value, copy=False).open(AllowList(trusted_modules))
+    except SerializationError as error:
+        return error
+    return None
 
 
 def state_of(attributes: Mapping[str, Any], allow: AllowList, trainer: Any) -> dict[str, Any]:
